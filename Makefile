@@ -1,0 +1,48 @@
+# make repro: set up and run the pipeline · make test: set up and run the tests · make help: all targets
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test test-slow bench lint clean-cache
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+# A machine that offers a CPU build of torch to pip offers it to uv too.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export UV_COMPILE_BYTECODE = 1
+export DVC_NO_ANALYTICS = 1
+# Stages call plain `python`: the environment's, also inside queued experiments.
+export PATH := $(BIN):$(PATH)
+unexport PYTHONDONTWRITEBYTECODE
+
+help:
+	@echo "make setup      the environment in .venv"
+	@echo "make repro      run the pipeline: metrics/, images/, METRICS.md   [PRESET=pythia-70m]"
+	@echo "make test       the tests (minutes)"
+	@echo "make test-slow  slow tests too: fixtures from stock SAE Bench made afresh"
+	@echo "make bench      speed against stock SAE Bench, as ratios"
+	@echo "make lint       ruff"
+	@echo "make clean-cache  remove .cache: costs time, never correctness"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+repro: setup
+	@python -m sae_research repro --preset "$(PRESET)"
+
+test: setup
+	@python -m pytest -q
+
+test-slow: setup
+	@python -m pytest -q -m "slow or not slow"
+
+bench: setup
+	@python -m benchmarks.against_sae_bench
+
+lint: setup
+	@ruff check .
+
+clean-cache:
+	rm -rf .cache

@@ -1,0 +1,1 @@
+"""SAEs of your own: one class a file, named in `comparison_saes.python` as `custom_saes.FILE:CLASS`."""

@@ -1,0 +1,1 @@
+"""SAE Bench's evaluations, one file each, over one shared pool of activations."""

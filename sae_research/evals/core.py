@@ -1,0 +1,311 @@
+"""Core evaluation: reconstruction, sparsity, and what the model loses when the reconstruction stands in.
+
+Two definitions from the same activations. SAE Bench 0.6.0's patches every token, sinks included, and counts every
+token that is not BOS, EOS or padding. Ours (`lab_v1`) neither counts nor patches tokens outside `token_mask`.
+
+Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs;
+the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
+predictions, so that an interrupted run or an added SAE pays only for what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.evals import inputs, output, sae_bench_stats
+from sae_research.evals.inputs import by_hook, result_key
+from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
+from sae_research.lm import (ActivationPool, Batch, LanguageModel, collect, mask, median_activation_norm,
+                             sae_bench_mask, token_mask)
+from sae_research.params import Params
+from sae_research.saes import SparseAutoencoder, encode_each, families
+from sae_research.stats import CleanPredictions, ReconstructionStats, latent_weights, losses, reconstruction, weights
+from sae_research.store import ResultCache, fingerprint
+from sae_research.text.stream import token_contexts
+
+_SOURCES = (losses, reconstruction, weights, sae_bench_stats, output, inputs, mask)
+_HISTOGRAM_EDGES = [x / 4 for x in range(-20, 1)]  # log10 of density, from 1e-5 to 1
+
+
+class _Group(NamedTuple):
+    """SAEs that read one hook, and what they share."""
+
+    lm: LanguageModel
+    hook: str
+    saes: dict[str, SparseAutoencoder]
+    pool: ActivationPool
+    params: Params
+    median_norm: float
+
+    def lab_mask(self, batch: Batch) -> Tensor:
+        return token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
+
+    def sae_bench_mask(self, batch: Batch) -> Tensor:
+        return sae_bench_mask(self.lm, batch.tokens) & batch.real
+
+    def batches(self, first: int, count: int) -> list[list[int]]:
+        """`count` batches of context numbers from batch `first` on."""
+        size = self.params.core_eval.batch_size_prompts
+        return [list(range(i * size, (i + 1) * size)) for i in range(first, first + count)]
+
+
+def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+             tokens: Tensor | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `CoreEvalOutput` in plain data.
+
+    tokens: [contexts, seq], by default the core_eval split of the configured text. The first
+    `n_eval_reconstruction_batches` batches serve predictions, the next `n_eval_sparsity_variance_batches` serve
+    sparsity and variance, as SAE Bench has it. Raises `UserError` for text that runs out or an encoder that fails.
+    """
+    config = params.core_eval
+    n_contexts = config.batch_size_prompts * (
+        config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches)
+    if tokens is None:
+        tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
+                                n_contexts * params.text.context_size).tokens
+    tokens = tokens[:n_contexts]
+    for hook, members in by_hook(saes).items():
+        pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching, "activations")
+        sample = pool.batch(range(min(len(pool), 64)))
+        group = _Group(lm, hook, members, pool, params, median_activation_norm(lm, sample.tokens, sample.acts))
+        keys = {name: _key(sae, lm, params, tokens) for name, sae in members.items()}
+        sparsity = _sparsity(group, keys)
+        prediction = _predictions(group, keys)
+        for name, sae in members.items():
+            yield name, _result(name, sae, group, sparsity[name], prediction[name])
+
+
+def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor) -> str:
+    import sae_research.evals.core as this
+
+    return result_key(sae, lm, [params.core_eval.model_dump(), params.token_mask.model_dump(),
+                                fingerprint(tokens.tolist())], [this, *_SOURCES])
+
+
+# --- sparsity and variance -------------------------------------------------------------------
+
+def _sparsity(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
+    cache = ResultCache("core_sparsity")
+    found = {name: cache.get(keys[name]) for name in group.saes}
+    missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
+    with tqdm(total=len(missing), desc="sparsity and variance", unit="SAE", dynamic_ncols=True,
+              disable=not missing) as bar:
+        for names in families(missing):
+            done = _sparsity_of({name: missing[name] for name in names}, group)
+            for name in names:
+                cache.put(keys[name], done[name])
+            found |= done
+            bar.update(len(names))
+    return found
+
+
+class _SparsityState:
+    """Running statistics of one SAE."""
+
+    def __init__(self, sae: SparseAutoencoder, device: torch.device) -> None:
+        self.sae_bench = SaeBenchStats(sae.cfg.d_sae, device)
+        self.lab = ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, device)
+        self.support = self.interpolating = self.kept = self.total = self.sequences = 0
+
+
+@torch.no_grad()
+def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str, dict[str, Any]]:
+    config = group.params.core_eval
+    states = {name: _SparsityState(sae, group.lm.device) for name, sae in saes.items()}
+    for index in group.batches(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+        batch = group.pool.batch(index)
+        lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
+        for name, z_all, z_lab in _both_encodings(saes, batch.acts, lab_mask):
+            state, sae = states[name], saes[name]
+            state.sae_bench.update(batch.acts, sae.decode(z_all), z_all, bench_mask)
+            state.lab.update(batch.acts, sae.decode(z_lab), z_lab, lab_mask)
+            _count_support(state, sae, z_lab, lab_mask)
+    return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
+
+
+def _both_encodings(saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, activations with every token counted, activations under the mask).
+
+    Token by token the second follows from the first; an encoder that sees the sequence must run twice.
+    """
+    masked = encode_each({n: s for n, s in saes.items() if not s.per_token}, x, mask)
+    for name, z in encode_each(saes, x, None):
+        sae = saes[name]
+        if sae.per_token:
+            yield name, z, sae.keep(z, mask)
+        else:
+            masked_name, z_masked = next(masked)
+            if masked_name != name:
+                raise RuntimeError(f"families came in another order: {masked_name} for {name}")
+            yield name, z, z_masked
+
+
+def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mask: Tensor) -> None:
+    """How many latents a sequence uses at all, and whether least squares on them can reproduce anything."""
+    support_B = (z != 0).any(dim=1).sum(dim=-1)
+    kept_B = mask.sum(dim=1)
+    limit_B = kept_B.clamp(max=sae.cfg.d_in)
+    state.support += int(support_B.sum())
+    state.interpolating += int(((support_B >= limit_B) & (kept_B > 0)).sum()) if not sae.per_token else 0
+    state.kept += int(kept_B.sum())
+    state.total += mask.numel()
+    state.sequences += len(mask)
+
+
+def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, Any]:
+    latent = latent_weights(sae)
+    bench_density, density = state.sae_bench.density(), state.lab.density
+    alive = density[density > 0].log10()
+    counts = torch.histc(alive.clamp(_HISTOGRAM_EDGES[0], 0), len(_HISTOGRAM_EDGES) - 1, _HISTOGRAM_EDGES[0], 0)
+    return {
+        "sae_bench": {**state.sae_bench.metrics(), "misc_metrics": misc_metrics(bench_density, latent)},
+        "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
+        "lab": {**state.lab.metrics(), "support": state.support / state.sequences,
+                "fraction_tokens_kept": state.kept / state.total},
+        "interpolating_fraction": state.interpolating / state.sequences,
+        "density_histogram": {"log10_edges": _HISTOGRAM_EDGES, "counts": [int(c) for c in counts],
+                              "dead": int((density == 0).sum())},
+    }
+
+
+# --- predictions -----------------------------------------------------------------------------
+
+def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
+    cache = ResultCache("core_predictions")
+    totals: dict[str, dict[str, float]] = {name: {} for name in group.saes}
+    batches = group.batches(0, group.params.core_eval.n_eval_reconstruction_batches)
+    zero = None
+    with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
+              dynamic_ncols=True) as bar:
+        for number, index in enumerate(batches):
+            found = {name: cache.get(f"{keys[name]}-{number}") for name in group.saes}
+            missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
+            bar.update(len(group.saes) - len(missing))
+            if missing:
+                batch = group.pool.batch(index)
+                zero = _zero_logits(group, batch) if zero is None else zero
+                for name, sums in _predict_batch(group, missing, batch, zero):
+                    cache.put(f"{keys[name]}-{number}", sums)
+                    found[name] = sums
+                    bar.update()
+            for name, sums in found.items():
+                for key, value in sums.items():
+                    totals[name][key] = totals[name].get(key, 0.0) + value
+    return totals
+
+
+def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
+    """Logits with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
+    one sequence [1, seq, vocab] stands for all; None where each batch needs its own."""
+    if not (group.lm.can_resume and "hook_resid" in group.hook):
+        return None
+    return group.lm.resume(group.hook, torch.zeros_like(batch.acts[:1]), batch.tokens[:1])
+
+
+@torch.no_grad()
+def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Batch,
+                   zero: Tensor | None) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
+    lm, x, tokens = group.lm, batch.acts, batch.tokens
+    lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
+    clean = CleanPredictions(lm.resume(group.hook, x, tokens), tokens)
+
+    def run(acts: Tensor) -> tuple[Tensor, Tensor]:
+        return clean.compare(lm.resume(group.hook, acts, tokens))
+
+    kept = lab_mask[..., None]
+    mean_D = x[lab_mask].mean(0)
+    shared = {
+        **_sums("sae_bench", bench_mask, ablated=clean.compare(zero) if zero is not None else run(torch.zeros_like(x)),
+                clean=(clean.ce, None)),
+        **_sums("lab", lab_mask, zero=run(torch.where(kept, 0.0, x)), mean=run(torch.where(kept, mean_D, x)),
+                clean=(clean.ce, None)),
+    }
+    for name, z_all, z_lab in _both_encodings(saes, x, lab_mask):
+        sae = saes[name]
+        patched_lab = torch.where(kept, sae.decode(z_lab).to(x.dtype), x)
+        yield name, {**shared, **_sums("sae_bench", bench_mask, patched=run(sae.decode(z_all))),
+                     **_sums("lab", lab_mask, patched=run(patched_lab))}
+
+
+def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> dict[str, float]:
+    """Sums over counted positions, and their number. A prediction counts where its position does."""
+    sums = {f"{definition}/ce_tokens": float(mask[:, :-1].sum()), f"{definition}/kl_tokens": float(mask.sum())}
+    for name, (ce, kl) in runs.items():
+        sums[f"{definition}/ce_{name}"] = float(ce[mask[:, :-1]].double().sum())
+        if kl is not None:
+            sums[f"{definition}/kl_{name}"] = float(kl[mask].double().sum())
+    return sums
+
+
+# --- results ---------------------------------------------------------------------------------
+
+def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
+            sums: dict[str, float]) -> dict[str, Any]:
+    params, config = group.params, group.params.core_eval
+    tokens = config.batch_size_prompts * group.pool.sequences[0].shape[0]
+    metrics = {
+        **sparsity["sae_bench"], **_sae_bench_predictions(sums),
+        "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
+                        "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches},
+    }
+    lab = {key: value for key, value in {**sparsity["lab"], **_lab_predictions(sums)}.items() if math.isfinite(value)}
+    unstructured = {output.LAB: {
+        "metrics": lab, "interpolating": sparsity["interpolating_fraction"] >= 0.5,
+        "interpolating_fraction": sparsity["interpolating_fraction"],
+        "density_histogram": sparsity["density_histogram"]}}
+    bench_config = {
+        "model_name": group.lm.name, "llm_dtype": params.model.torch_dtype,
+        "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
+        "n_eval_reconstruction_batches": config.n_eval_reconstruction_batches,
+        "n_eval_sparsity_variance_batches": config.n_eval_sparsity_variance_batches,
+        "context_size": group.pool.sequences[0].shape[0], "compute_kl": True, "compute_ce_loss": True,
+        "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
+        "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
+    # SAE Bench writes -1 where a figure is not a number; JSON has no NaN
+    clean = {category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
+             for category, values in metrics.items()}
+    return output.core_output(bench_config, clean, sparsity["details"], unstructured,
+                              output.envelope(name, sae, "core"))
+
+
+def _mean(sums: dict[str, float], definition: str, quantity: str, run: str) -> float:
+    count = sums[f"{definition}/{quantity}_tokens"]
+    return sums[f"{definition}/{quantity}_{run}"] / count if count else math.nan
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
+
+
+def _sae_bench_predictions(sums: dict[str, float]) -> dict[str, dict[str, float]]:
+    ce = {run: _mean(sums, "sae_bench", "ce", run) for run in ("clean", "ablated", "patched")}
+    kl = {run: _mean(sums, "sae_bench", "kl", run) for run in ("ablated", "patched")}
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": _ratio(kl["ablated"] - kl["patched"], kl["ablated"]),
+            "kl_div_with_ablation": kl["ablated"], "kl_div_with_sae": kl["patched"]},
+        "model_performance_preservation": {
+            "ce_loss_score": _ratio(ce["ablated"] - ce["patched"], ce["ablated"] - ce["clean"]),
+            "ce_loss_with_ablation": ce["ablated"], "ce_loss_with_sae": ce["patched"],
+            "ce_loss_without_sae": ce["clean"]},
+    }
+
+
+def _lab_predictions(sums: dict[str, float]) -> dict[str, float]:
+    """ΔCE and KL in nats per predicted token; loss recovered as SAE Bench's score, over zero- and mean-ablation."""
+    ce = {run: _mean(sums, "lab", "ce", run) for run in ("clean", "zero", "mean", "patched")}
+    return {
+        "kl": _mean(sums, "lab", "kl", "patched"), "ce_clean": ce["clean"], "ce_patched": ce["patched"],
+        "ce_delta": ce["patched"] - ce["clean"], "ce_zero_ablated": ce["zero"], "ce_mean_ablated": ce["mean"],
+        "loss_recovered": _ratio(ce["zero"] - ce["patched"], ce["zero"] - ce["clean"]),
+        "loss_recovered_mean_ablation": _ratio(ce["mean"] - ce["patched"], ce["mean"] - ce["clean"]),
+    }

@@ -1,0 +1,143 @@
+"""Binary probes on one vector per text: which texts, which dimensions, how accurate.
+
+Source: SAE Bench 0.6.0, sae_bench/evals/sparse_probing/probe_training.py, and arXiv 2305.01610 for the top-k rule.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import expit
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from sae_research.store import fingerprint
+
+
+class Draw(NamedTuple):
+    """Rows of one binary task, as (class, row within the class) pairs packed into row numbers of the pool."""
+
+    rows: Tensor
+    """Positives first, then as many negatives [2 * n]."""
+    labels: Tensor
+    """1 for the class, 0 for the others [2 * n]."""
+
+
+def draw(rows_of: Mapping[str, Tensor], positive: str, seed: int, split: str) -> Draw:
+    """All texts of class `positive`, and as many negatives spread evenly over the other classes.
+
+    SAE Bench draws anew at each call from a global generator; here the draw depends on seed, class and split alone,
+    so that every SAE and every k meets the same texts. rows_of: pool rows of each class.
+    """
+    digest = fingerprint([seed, positive, split, {name: len(rows) for name, rows in rows_of.items()}])
+    generator = torch.Generator().manual_seed(int(digest[:12], 16))
+    positives = rows_of[positive]
+    others = [name for name in rows_of if name != positive]
+    each = math.ceil(len(positives) / len(others))
+    pool = torch.cat([rows_of[name][torch.randperm(len(rows_of[name]), generator=generator)[:each]] for name in others])
+    negatives = pool[torch.randperm(len(pool), generator=generator)[:len(positives)]]
+    labels = torch.cat([torch.ones(len(positives)), torch.zeros(len(negatives))])
+    return Draw(torch.cat([positives, negatives]), labels)
+
+
+class ProbeTask(NamedTuple):
+    """One class against the others: what a probe is fitted on and what it is scored on."""
+
+    train: Draw
+    test: Draw
+
+
+def top_dimensions(x: Tensor, labels: Tensor, k: int) -> Tensor:
+    """The k dimensions whose class means differ most [k]. x: [texts, d]; labels: [texts] of 0 and 1."""
+    difference = (x[labels == 1].mean(0) - x[labels == 0].mean(0)).abs()
+    return torch.argsort(difference, descending=True)[:k]
+
+
+def top_k_accuracy(features: Tensor, train: Draw, test: Draw, k: int) -> float:
+    """Test accuracy of a logistic regression (L2, C = 1) on the k most different dimensions of `features` [pool, d].
+
+    The dimensions are chosen on the training rows alone.
+    """
+    x_train = features[train.rows]
+    chosen = top_dimensions(x_train, train.labels, k)
+    with warnings.catch_warnings():
+        # SAE Bench stops at 1000 iterations as well; a probe short of convergence still has an accuracy
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe = LogisticRegression(C=1.0, max_iter=1000).fit(
+            x_train[:, chosen].float().cpu().numpy(), train.labels.numpy().astype(np.int64))
+    predicted = probe.predict(features[test.rows][:, chosen].float().cpu().numpy())
+    return float((predicted == test.labels.numpy()).mean())
+
+
+class FullProbe(NamedTuple):
+    weight: np.ndarray
+    """[d]"""
+    bias: float
+
+    def accuracy(self, x: np.ndarray, labels: np.ndarray) -> float:
+        return float(((x @ self.weight + self.bias > 0) == (labels > 0)).mean())
+
+
+def fit_full_probe(x: np.ndarray, labels: np.ndarray, select_x: np.ndarray, select_labels: np.ndarray, seed: int,
+                   epochs: int = 100, learning_rate: float = 1e-2, batch_size: int = 250,
+                   patience: int = 10) -> tuple[FullProbe, float]:
+    """Logistic regression on all dimensions by AdamW, keeping the epoch of highest accuracy on `select_x`.
+
+    Returns that probe and that accuracy. With the test set as `select_x` the accuracy is SAE Bench's
+    `*_test_accuracy`, which chooses the epoch on the texts it reports; give a validation set for an honest probe.
+    x: [texts, d] float32; labels: [texts] of 0 and 1. The gradient is written out: at these sizes a general
+    framework's own costs exceed the arithmetic.
+    """
+    generator = np.random.default_rng(seed)
+    bound = x.shape[1] ** -0.5  # torch's initialisation of a linear layer
+    # weight and bias are one vector, so that one AdamW step serves both
+    theta = generator.uniform(-bound, bound, x.shape[1] + 1).astype(np.float32)
+    first, second = np.zeros_like(theta), np.zeros_like(theta)
+    best, best_accuracy, waited, step = FullProbe(theta[:-1].copy(), float(theta[-1])), -1.0, 0, 0
+    for _ in range(epochs):
+        order = generator.permutation(len(x))
+        for start in range(0, len(x), batch_size):
+            rows = order[start:start + batch_size]
+            batch = x[rows] if len(rows) < len(x) else x
+            y = labels[rows] if len(rows) < len(x) else labels
+            error = (expit(batch @ theta[:-1] + theta[-1]) - y) / np.float32(len(y))
+            gradient = np.append(error @ batch, error.sum())
+            step += 1
+            first += np.float32(0.1) * (gradient - first)
+            second += np.float32(0.001) * (gradient * gradient - second)
+            theta *= np.float32(1 - learning_rate * 0.01)  # AdamW's default weight decay
+            theta -= np.float32(learning_rate / (1 - 0.9**step)) * first / (
+                np.sqrt(second / np.float32(1 - 0.999**step)) + np.float32(1e-8))
+        accuracy = FullProbe(theta[:-1], float(theta[-1])).accuracy(select_x, select_labels)
+        if accuracy > best_accuracy:
+            best, best_accuracy, waited = FullProbe(theta[:-1].copy(), float(theta[-1])), accuracy, 0
+        else:
+            waited += 1
+            if waited >= patience:
+                break
+    return best, best_accuracy
+
+
+def sae_bench_full_accuracy(features: Tensor, task: ProbeTask, seed: int) -> float:
+    """SAE Bench's accuracy of a probe on all of `features` [pool, d]: the best epoch on the test texts themselves."""
+    (x, y), test = _read(features, task.train), _read(features, task.test)
+    return fit_full_probe(x, y, *test, seed)[1]
+
+
+def full_accuracy(features: Tensor, task: ProbeTask, seed: int) -> float:
+    """Accuracy of a probe on all of `features` [pool, d] that keeps the best epoch on every fifth training text, and
+    reads the test texts once."""
+    x, y = _read(features, task.train)
+    held = np.arange(len(x)) % 5 == 0
+    probe, _ = fit_full_probe(x[~held], y[~held], x[held], y[held], seed)
+    return probe.accuracy(*_read(features, task.test))
+
+
+def _read(features: Tensor, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    return features[draw.rows].float().numpy(), draw.labels.numpy()

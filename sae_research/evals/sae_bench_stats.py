@@ -1,0 +1,110 @@
+"""Core statistics exactly as SAE Bench 0.6.0 defines them, from batches, quirks included.
+
+Source: sae_bench/evals/core/main.py, `get_sparsity_and_variance_metrics` and `calculate_misc_metrics`. What a reader
+should know before comparing:
+- `explained_variance` collapses the dimensions before squaring, so its total variance is `S - (S/d)^2` with
+  S = mean |x|^2, a variance about zero; `explained_variance_legacy` averages one ratio per token.
+- `mse` divides by the number of tokens in the batch, not by d_in.
+- `l1` sums activations without absolute values; density and `frac_alive` count only positive ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_research.stats import LatentWeights
+
+
+class SaeBenchStats:
+    """Accumulates batches of (x, x_hat, z, mask) and yields SAE Bench's metrics."""
+
+    def __init__(self, d_sae: int, device: torch.device | str) -> None:
+        self.per_token: dict[str, list[Tensor]] = {}
+        self.per_batch: dict[str, list[Tensor]] = {}
+        self.fired_F = torch.zeros(d_sae, device=device)
+        self.prompts_F = torch.zeros(d_sae, device=device)
+        self.tokens = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor, x_hat: Tensor, z: Tensor, mask: Tensor) -> None:
+        """x, x_hat: [batch, seq, d_in]; z: [batch, seq, d_sae]; mask: bool [batch, seq]."""
+        x_TD, hat_TD, z_TF = x[mask], x_hat[mask], z[mask]
+        norm_T, hat_norm_T = x_TD.norm(dim=-1), hat_TD.norm(dim=-1)
+        residual_T = (x_TD - hat_TD).square().sum(-1)
+        squares_TD = x_TD.square()
+        dot_T = (x_TD * hat_TD).sum(-1)
+        self._tokens(
+            l2_norm_in=norm_T, l2_norm_out=hat_norm_T,
+            l2_ratio=hat_norm_T / torch.where(norm_T < 1e-4, 1.0, norm_T),
+            l0=(z_TF != 0).sum(-1).float(), l1=z_TF.sum(-1),
+            mse=residual_T / len(x_TD),
+            explained_variance_legacy=1 - residual_T / (x_TD - x_TD.mean(0)).square().sum(-1),
+            cossim=dot_T / (norm_T * hat_norm_T))
+        self._batch(bias=hat_norm_T.square().mean() / dot_T.mean(), squares=squares_TD.sum(-1).mean(),
+                    mean_square=squares_TD.mean(), residual=residual_T.mean())
+        positive = (z > 0) & mask[..., None]
+        self.fired_F += positive.sum((0, 1))
+        self.prompts_F += positive.any(1).sum(0)
+        self.tokens += int(mask.sum())
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """SAE Bench's categories shrinkage, sparsity and reconstruction_quality."""
+        mean = {name: torch.cat(values).mean().item() for name, values in self.per_token.items()}
+        batch = {name: torch.stack(values).mean() for name, values in self.per_batch.items()}
+        explained = (1 - batch["residual"] / (batch["squares"] - batch["mean_square"] ** 2)).item()
+        return {
+            "shrinkage": {"l2_norm_in": mean["l2_norm_in"], "l2_norm_out": mean["l2_norm_out"],
+                          "l2_ratio": mean["l2_ratio"], "relative_reconstruction_bias": batch["bias"].item()},
+            "sparsity": {"l0": mean["l0"], "l1": mean["l1"]},
+            "reconstruction_quality": {
+                "explained_variance": explained, "explained_variance_legacy": mean["explained_variance_legacy"],
+                "mse": mean["mse"], "cossim": mean["cossim"]},
+        }
+
+    def density(self) -> Tensor:
+        """Share of tokens with a positive activation [d_sae]."""
+        return (self.fired_F / self.tokens).cpu()
+
+    def consistent_activation(self) -> Tensor:
+        """Positive tokens per prompt that has any [d_sae]; NaN for latents that never fire."""
+        return (self.fired_F / self.prompts_F).cpu()
+
+    def _tokens(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.per_token.setdefault(name, []).append(value.cpu())
+
+    def _batch(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.per_batch.setdefault(name, []).append(value.cpu())
+
+
+def misc_metrics(density_F: Tensor, weights: LatentWeights) -> dict[str, float]:
+    """SAE Bench's `misc_metrics` category from densities and weights [d_sae]."""
+    total = density_F.sum()
+
+    def share(limit: float) -> float:
+        return (density_F[density_F > limit].sum() / total).item() if total > 0 else 0.0
+
+    return {
+        "average_max_encoder_cosine_sim": weights.max_encoder_cosine.mean().item(),
+        "average_max_decoder_cosine_sim": weights.max_decoder_cosine.mean().item(),
+        "frac_alive": (density_F > 0).float().mean().item(),
+        "freq_over_1_percent": (density_F > 0.01).float().mean().item(),
+        "freq_over_10_percent": (density_F > 0.1).float().mean().item(),
+        "normalized_freq_over_1_percent": share(0.01),
+        "normalized_freq_over_10_percent": share(0.1),
+    }
+
+
+def feature_details(density_F: Tensor, consistent_F: Tensor, weights: LatentWeights) -> list[dict[str, float]]:
+    """SAE Bench's one record per latent, rounded to its 10 decimals; a NaN becomes its -1."""
+    columns = {
+        "feature_density": density_F, "consistent_activation_heuristic": consistent_F,
+        "encoder_bias": weights.encoder_bias, "encoder_norm": weights.encoder_norm,
+        "encoder_decoder_cosine_sim": weights.encoder_decoder_cosine,
+        "max_decoder_cosine_sim": weights.max_decoder_cosine, "max_encoder_cosine_sim": weights.max_encoder_cosine,
+    }
+    lists = {name: torch.where(values.isnan(), -1.0, values).tolist() for name, values in columns.items()}
+    return [{"index": i, **{name: round(values[i], 10) for name, values in lists.items()}}
+            for i in range(len(density_F))]

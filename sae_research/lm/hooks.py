@@ -1,0 +1,79 @@
+"""Hook points by their TransformerLens names, found in Hugging Face decoders.
+
+| name | tensor |
+|---|---|
+| `blocks.L.hook_resid_pre`  | residual stream entering layer L  [batch, seq, d_model] |
+| `blocks.L.hook_resid_post` | residual stream leaving layer L |
+| `blocks.L.hook_mlp_out`    | what the MLP adds to the stream |
+| `blocks.L.hook_attn_out`   | what attention adds to the stream |
+| `blocks.L.attn.hook_z`     | heads' outputs before the output projection, flattened [batch, seq, n_heads * d_head] |
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from sae_research.errors import UserError
+
+_PATTERN = re.compile(r"^blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)$")
+_ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+_MLP_NAMES = ("mlp", "feed_forward", "ffn")
+_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+class HookPoint(NamedTuple):
+    """Where a hook attaches: `module`'s input (`before`) or output."""
+
+    layer: int
+    kind: str
+    module: nn.Module
+    before: bool
+
+
+def parse_hook(name: str) -> tuple[int, str]:
+    """(layer, kind) of a hook name. Raises `UserError` for anything else."""
+    match = _PATTERN.match(name)
+    if match is None:
+        raise UserError(f"unknown hook {name!r}; known: blocks.L.hook_resid_pre, blocks.L.hook_resid_post, "
+                        "blocks.L.hook_mlp_out, blocks.L.hook_attn_out, blocks.L.attn.hook_z")
+    return int(match[1]), match[2]
+
+
+def find_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The decoder's own list of layers: the `nn.ModuleList` of that length that holds the most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not lists:
+        raise UserError(f"{type(model).__name__}: found no list of {n_layers} decoder layers to hook")
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def locate(layers: nn.ModuleList, name: str) -> HookPoint:
+    """The module a hook name stands for. Raises `UserError` when the model has no such layer or part."""
+    index, kind = parse_hook(name)
+    if index >= len(layers):
+        raise UserError(f"hook {name}: the model has layers 0 to {len(layers) - 1}")
+    layer = layers[index]
+    if kind == "hook_resid_pre":
+        return HookPoint(index, kind, layer, True)
+    if kind == "hook_resid_post":
+        return HookPoint(index, kind, layer, False)
+    # Gemma-2 and its like normalise a part's output before adding it; the stream receives the normalised one.
+    normalised = hasattr(layer, "pre_feedforward_layernorm")
+    if kind == "hook_mlp_out":
+        module = layer.post_feedforward_layernorm if normalised else _part(layer, _MLP_NAMES, name)
+        return HookPoint(index, kind, module, False)
+    attention = _part(layer, _ATTENTION_NAMES, name)
+    if kind == "attn.hook_z":
+        nested = getattr(attention, "attention", attention)  # GPT-Neo wraps its attention once more
+        return HookPoint(index, kind, _part(nested, _PROJECTION_NAMES, name), True)
+    return HookPoint(index, kind, layer.post_attention_layernorm if normalised else attention, False)
+
+
+def _part(module: nn.Module, names: tuple[str, ...], hook: str) -> nn.Module:
+    for name in names:
+        if isinstance(getattr(module, name, None), nn.Module):
+            return getattr(module, name)
+    raise UserError(f"hook {hook}: {type(module).__name__} has none of {', '.join(names)}")

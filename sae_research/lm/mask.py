@@ -1,0 +1,38 @@
+"""Which tokens count: not special ones, not the first position, not the outlier norms of attention sinks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_research.lm.model import LanguageModel
+from sae_research.params import TokenMask
+
+
+def token_mask(lm: LanguageModel, tokens: Tensor, activations: Tensor, rule: TokenMask,
+               median_norm: float | None = None) -> Tensor:
+    """True where a token counts. tokens: [batch, seq]; activations: [batch, seq, d_in]. Returns bool [batch, seq].
+
+    The norm rule compares with `median_norm` (model units), by default the median over this batch's other tokens;
+    give it to make the mask independent of how texts are batched.
+    """
+    keep = ~torch.isin(tokens, lm.special_ids.to(tokens.device))
+    if rule.drop_first_position:
+        keep[:, 0] = False
+    if rule.outlier_norm_multiple is not None and keep.any():
+        norms = activations.float().norm(dim=-1)
+        median = norms[keep].median() if median_norm is None else median_norm
+        keep = keep & (norms <= rule.outlier_norm_multiple * median)
+    return keep
+
+
+def sae_bench_mask(lm: LanguageModel, tokens: Tensor) -> Tensor:
+    """Which tokens SAE Bench counts: all but the tokenizer's BOS, EOS and padding ids. Returns bool [batch, seq]."""
+    ignored = {lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.bos_token_id} - {None}
+    return ~torch.isin(tokens, torch.tensor(sorted(ignored), device=tokens.device))
+
+
+def median_activation_norm(lm: LanguageModel, tokens: Tensor, activations: Tensor) -> float:
+    """Median norm of activations [batch, seq, d_in] over tokens that are neither special nor first."""
+    keep = token_mask(lm, tokens, activations, TokenMask(outlier_norm_multiple=None))
+    return float(activations[keep].float().norm(dim=-1).median())

@@ -1,0 +1,160 @@
+"""From an evaluation's result files to one small `metrics/<eval>.json` that DVC shows and compares.
+
+Figures are rounded to 4 significant digits. A figure that is missing, null or not finite has no key: DVC
+drops a null without a word and reports a NaN as a change in every comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_research.errors import UserError
+from sae_research.reporting.metrics import EVALS, LAB, METRICS, sort_keys
+from sae_research.store import read_json, read_results, read_status, round_significant, write_json
+
+Result = dict[str, Any]
+Figures = dict[str, float]
+
+STATUS_KEY = "_status"
+"""Stands beside the SAEs of `metrics/<eval>.json`; no SAE's name begins with an underscore."""
+
+NOT_A_NUMBER = -1.0
+"""What SAE Bench's core evaluation writes where a figure is NaN."""
+
+
+# --- one function per evaluation: add a metric by adding its record to `metrics.METRICS` --------
+
+
+def extract_core_metrics(result: Result) -> Figures:
+    """Reconstruction, sparsity, and what the model loses when patched: ours, then SAE Bench's."""
+    stock = {key: value for key, value in _structured(result, "core").items() if value != NOT_A_NUMBER}
+    return _in_order({**stock, **_lab(result)}, "core")
+
+
+def extract_sparse_probing_metrics(result: Result) -> Figures:
+    """Probe accuracy on the top k latents and on the raw residual stream: ours, then SAE Bench's."""
+    return _in_order({**_structured(result, "sparse_probing"), **_lab(result)}, "sparse_probing")
+
+
+def extract_scr_metrics(result: Result) -> Figures:
+    """Spurious correlation removal, by number of ablated latents."""
+    return _in_order({**_category(result, "scr_metrics"), **_lab(result)}, "scr")
+
+
+def extract_tpp_metrics(result: Result) -> Figures:
+    """Targeted probe perturbation, by number of ablated latents."""
+    return _in_order({**_category(result, "tpp_metrics"), **_lab(result)}, "tpp")
+
+
+def extract_absorption_metrics(result: Result) -> Figures:
+    """Means over letters of absorption and splitting."""
+    return _in_order({**_category(result, "mean"), **_lab(result)}, "absorption")
+
+
+def extract_unlearning_metrics(result: Result) -> Figures:
+    """The unlearning score."""
+    return _in_order({**_category(result, "unlearning"), **_lab(result)}, "unlearning")
+
+
+EXTRACTORS: dict[str, Callable[[Result], Figures]] = {
+    "core": extract_core_metrics,
+    "sparse_probing": extract_sparse_probing_metrics,
+    "scr": extract_scr_metrics,
+    "tpp": extract_tpp_metrics,
+    "absorption": extract_absorption_metrics,
+    "unlearning": extract_unlearning_metrics,
+}
+
+
+# --- the two commands --------------------------------------------------------------------------
+
+
+def extract(eval_name: str, folder: Path, output: Path) -> None:
+    """Write `metrics/<eval>.json`: `{sae: {metric: value}}` and the evaluation's own status beside them.
+
+    A failed evaluation still yields the results that it finished; a disabled one only its status.
+    """
+    write_json(output, folder_metrics(eval_name, folder))
+
+
+def folder_metrics(eval_name: str, folder: Path) -> dict[str, Any]:
+    """What `extract` writes. Raises `UserError` when the folder is missing."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; run the stage that writes it, `dvc repro {eval_name}_eval`"
+        )
+    status = read_status(folder)
+    if status["status"] == "disabled":
+        return {STATUS_KEY: {"status": "disabled"}}
+    results = read_results(folder)
+    metrics = {name: EXTRACTORS[eval_name](result) for name, result in results.items()}
+    return {**metrics, STATUS_KEY: _status_figures(status, len(results))}
+
+
+def aggregate(inputs: list[Path], output: Path) -> None:
+    """Write `{sae: {eval: {metric: value}}}` from several files, each named after its evaluation."""
+    merged: dict[str, dict[str, Any]] = {}
+    for path in inputs:
+        if path.stem not in EVALS:
+            raise UserError(f"{path}: its name must be one of {', '.join(f'{name}.json' for name in EVALS)}")
+        for sae, figures in read_json(path).items():
+            if sae != STATUS_KEY:
+                merged.setdefault(sae, {})[path.stem] = figures
+    write_json(output, merged)
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def is_figure(value: Any) -> bool:
+    """A finite number; True and False are no figures."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def lab_block(result: Result) -> dict[str, Any]:
+    """Our own part of a result file; empty in a file that stock SAE Bench wrote."""
+    unstructured = result.get("eval_result_unstructured")
+    return unstructured.get(LAB, {}) if isinstance(unstructured, dict) else {}
+
+
+def _lab(result: Result) -> Figures:
+    return dict(lab_block(result).get("metrics", {}))
+
+
+def _category(result: Result, category: str) -> Figures:
+    """Every figure of one category of SAE Bench's structured block, under SAE Bench's own names."""
+    return dict(result.get("eval_result_metrics", {}).get(category) or {})
+
+
+def _structured(result: Result, eval_name: str) -> Figures:
+    """The figures of SAE Bench's structured block that the table names, under our keys."""
+    figures = {}
+    for metric in METRICS:
+        if metric.eval != eval_name or metric.source is None:
+            continue
+        category, name = metric.source.split(".")
+        prefix, _, suffix = name.partition("{k}")
+        for found, value in _category(result, category).items():
+            k = found.removeprefix(prefix).removesuffix(suffix) if "{k}" in name else ""
+            if found == name.replace("{k}", k) and ("{k}" not in name or k.isdigit()):
+                figures[metric.key.replace("{k}", k)] = value
+    return figures
+
+
+def _in_order(figures: dict[str, Any], eval_name: str) -> Figures:
+    return {
+        key: round_significant(figures[key])
+        for key in sort_keys(figures, eval_name)
+        if is_figure(figures[key])
+    }
+
+
+def _status_figures(status: dict[str, Any], n_saes: int) -> dict[str, Any]:
+    """Few and stable, for they appear in `dvc metrics diff`: `core._status.status: failed -> ok`."""
+    figures = {"status": status["status"], "saes": n_saes, "skipped": len(status.get("skipped", {}))}
+    if status["status"] not in ("ok", "disabled") and status.get("message"):
+        figures["message"] = status["message"]
+    return figures

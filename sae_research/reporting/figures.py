@@ -1,0 +1,359 @@
+"""Draw `images/*.png` on matplotlib's Agg canvas, without pyplot: no display, no state, less to import."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import is_color_like
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import IdentityTransform, blended_transform_factory
+
+from sae_research.errors import UserError
+from sae_research.params import Style, Visualization
+from sae_research.reporting.canvas import (
+    GRID,
+    INK,
+    MUTED,
+    SMALL,
+    TEXT,
+    below,
+    beside,
+    count,
+    log_axis,
+    pixels_of,
+    plain,
+    save,
+    say,
+    sheet,
+    span,
+)
+from sae_research.reporting.labels import Box, place_labels
+from sae_research.reporting.metrics import PLOTTED, headline
+from sae_research.reporting.plot_data import Point, points, residual_baseline
+from sae_research.reporting.run import Row, Run
+from sae_research.reporting.style import Look, looks, short_names
+
+IMAGES = Path("images")
+OVERVIEW = ("variance_explained", "loss_recovered", "kl", "sae_top_1_accuracy")
+LOG_Y = {"kl"}
+FLOOR = {"variance_explained": -0.25, "loss_recovered": -0.25}
+"""Values below are drawn at the floor, the number beside them: one bad control must not flatten the rest."""
+
+MARKER = 7.0
+LEGEND_SHARE = 0.24
+"""Part of a single image's width that holds the legend."""
+SMALLER = {"D": 0.85, "s": 0.92, "*": 1.5}
+"""Markers that look larger or smaller than a circle of the same size."""
+
+
+def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: int = 1) -> list[Path]:
+    """Write every image under `images/` and delete images that no longer exist. Returns what was written."""
+    images = {
+        name: root / IMAGES / f"{name}.png"
+        for name in ("overview", "latent_density", "training_curves", *(f"l0_vs_{key}" for key in PLOTTED))
+    }
+    for path in (root / IMAGES).glob("*.png"):
+        if path not in images.values():
+            path.unlink()
+    pixels = _draw_parts(Artist(run, style), workers)
+    # a panel is drawn once: it stands alone beside the legend, and again on the overview sheet
+    pixels |= {f"l0_vs_{key}": beside(pixels[key], pixels["legend_column"]) for key in PLOTTED}
+    pixels["overview"] = below(sheet([pixels[key] for key in OVERVIEW]), pixels["legend_line"])
+    for name, path in images.items():
+        save(pixels[name], path, style.dpi)
+    return sorted(images.values())
+
+
+def _draw_parts(artist: Artist, workers: int) -> dict[str, np.ndarray]:
+    """Draw all parts, on as many processes as `workers` says: half of the stage's time is drawing."""
+    parts = ("training_curves", "latent_density", "legend_line", "legend_column", *PLOTTED)
+    if workers == 1:
+        return {part: artist.draw(part) for part in parts}
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return dict(zip(parts, pool.imap(artist.draw, parts), strict=True))
+
+
+class Artist:
+    """Draws the figures of one run in one style."""
+
+    def __init__(self, run: Run, style: Visualization) -> None:
+        chosen = {name: _checked(name, look) for name, look in style.architectures.items()}
+        self.run, self.style = run, style
+        self.look = looks((row.group for row in run.rows), chosen)
+        self.names = short_names(run.rows)
+
+    def draw(self, part: str) -> np.ndarray:
+        """One part as pixels: a panel by its metric's key, else one of the methods below by its name."""
+        return pixels_of(self.panel(part) if part in PLOTTED else getattr(self, part)())
+
+    def panel(self, key: str) -> Figure:
+        """One figure against L0."""
+        figure = self._figure((1 - LEGEND_SHARE) * self.style.width_inches, self.style.height_inches)
+        self._panel(figure.add_axes((0.135, 0.125, 0.845, 0.835)), key)
+        return figure
+
+    def legend_column(self) -> Figure:
+        """The legend that stands at the right of a single panel."""
+        figure = self._figure(LEGEND_SHARE * self.style.width_inches, self.style.height_inches)
+        self._legend(figure, loc="upper left", bbox_to_anchor=(0.0, 0.96))
+        return figure
+
+    def legend_line(self) -> Figure:
+        """The legend that stands below the overview."""
+        figure = self._figure(2 * (1 - LEGEND_SHARE) * self.style.width_inches, 0.4)
+        self._legend(figure, loc="center", ncols=8)
+        return figure
+
+    def latent_density(self) -> Figure:
+        """How often latents fire: one small histogram over log10 density per SAE, all on one axis."""
+        shown = [row for row in self.run.rows if row.evals["core"].get("density_histogram")]
+        width, height = self.style.width_inches, 1.1 + 0.42 * max(len(shown), 5)
+        figure = self._figure(width, height)
+        left = 0.3 + 0.082 * max((len(row.name) for row in shown), default=0)  # inches for the longest name
+        axes = figure.add_axes((left / width, 0.62 / height, 1 - (left + 0.75) / width, 1 - 1.0 / height))
+        if not shown:
+            return say(axes, self.run.unavailable("core") or "core evaluation: no density histograms")
+        for index, row in enumerate(shown):
+            self._density(axes, row, base=len(shown) - 1 - index)
+        plain(axes, "log10 of the fraction of tokens on which a latent is non-zero", "")
+        axes.set_yticks([len(shown) - 1 - index for index in range(len(shown))], [row.name for row in shown])
+        axes.set_ylim(-0.12, len(shown))
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.text(1.02, 1.01, "dead", transform=axes.transAxes, fontsize=TEXT - 1, color=MUTED)
+        return figure
+
+    def training_curves(self) -> Figure:
+        """Loss, L0 and variance explained against training tokens."""
+        figure = self._figure(1.45 * self.style.width_inches, 0.7 * self.style.height_inches)
+        panels = (("loss", "Training loss"), ("l0", "L0"), ("variance_explained", "Variance explained"))
+        for index, (column, label) in enumerate(panels):
+            self._curves(figure.add_axes((0.06 + 0.325 * index, 0.165, 0.265, 0.68)), column, label)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(
+                handles,
+                labels,
+                loc="upper center",
+                ncols=6,
+                frameon=False,
+                fontsize=TEXT,
+                labelcolor=INK,
+                borderaxespad=0.2,
+            )
+        return figure
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _figure(self, width: float, height: float) -> Figure:
+        figure = Figure(figsize=(width, height), dpi=self.style.dpi, facecolor="white")
+        FigureCanvasAgg(figure)
+        return figure
+
+    def _panel(self, axes: Axes, key: str) -> None:
+        metric = headline(key)
+        unit = " accuracy" if key.startswith("sae_") else " (nats, log scale)" if key in LOG_Y else ""
+        plain(axes, "L0 (latents per token, log scale)", metric.label + unit + metric.arrow)
+        shown = [point for point in points(self.run, key) if key not in LOG_Y or point.y > 0]
+        if not shown:
+            reason = self.run.unavailable("core") or self.run.unavailable(metric.eval)
+            say(axes, reason or f"{metric.label} was not measured", keep_labels=True)
+            return
+        floor = FLOOR.get(key, -math.inf)
+        drawn = [(point, max(point.y, floor)) for point in shown]
+        baseline = residual_baseline(self.run, key)
+        log_axis(axes.xaxis, *span([point.x for point in shown], log=True))
+        heights = [y for _, y in drawn] + ([baseline] if baseline is not None else [])
+        if key in LOG_Y:
+            log_axis(axes.yaxis, *span(heights, log=True))
+        else:
+            axes.set_ylim(*span(heights, log=False))
+        self._families(axes, shown, floor)
+        self._marks(axes, drawn)
+        taken = [self._baseline(axes, key, baseline)] if baseline is not None else []
+        self._label(axes, drawn, floor, taken)
+
+    def _marks(self, axes: Axes, drawn: Sequence[tuple[Point, float]]) -> None:
+        groups: dict[tuple[str, bool, bool], list[tuple[float, float]]] = {}
+        for point, y in drawn:
+            group = point.row.group, point.row.interpolating, point.row.is_control
+            groups.setdefault(group, []).append((point.x, y))
+        for (name, hollow, control), places in groups.items():
+            look = self.look[name]
+            face, edge, width = ("white", look.color, 1.3) if hollow else (look.color, "white", 0.6)
+            axes.plot(
+                *zip(*places, strict=True),
+                linestyle="none",
+                marker=look.marker,
+                markersize=_size(look),
+                color=look.color,
+                markerfacecolor=face,
+                markeredgecolor=edge,
+                markeredgewidth=width,
+                zorder=2.5 if control else 3,
+            )
+
+    def _families(self, axes: Axes, shown: Sequence[Point], floor: float) -> None:
+        """A thin line through the members of one family (same architecture, same dictionary)."""
+        families: dict[tuple[str, str], list[Point]] = {}
+        for point in shown:
+            base = point.row.cfg.get("base")
+            if base and not point.row.is_control:
+                families.setdefault((point.row.group, base), []).append(point)
+        for (name, _), members in families.items():
+            members.sort(key=lambda point: point.x)
+            heights = [max(point.y, floor) for point in members]
+            axes.plot(
+                [point.x for point in members],
+                heights,
+                color=self.look[name].color,
+                linewidth=0.9,
+                alpha=0.45,
+                zorder=2,
+            )
+
+    def _baseline(self, axes: Axes, key: str, baseline: float) -> Box:
+        """The raw residual stream as a dashed line; returns the place of its name."""
+        axes.axhline(baseline, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
+        y = axes.transData.transform((1, baseline))[1]
+        text = f"raw residual stream, {headline(key).label.split()[-1]}"
+        size = self._pixels(SMALL)
+        across_axes_up_pixels = blended_transform_factory(axes.transAxes, IdentityTransform())
+        axes.text(
+            0.995,
+            y + 0.3 * size,
+            text,
+            transform=across_axes_up_pixels,
+            ha="right",
+            fontsize=SMALL,
+            color=MUTED,
+        )
+        width = 0.55 * size * len(text)
+        return Box(axes.bbox.x1 - width, y, width, 1.4 * size)
+
+    def _label(
+        self, axes: Axes, drawn: Sequence[tuple[Point, float]], floor: float, taken: Sequence[Box]
+    ) -> None:
+        size = self._pixels(SMALL)
+        texts = [
+            self.names[point.row.name] + (f" ({point.y:.2g}↓)" if point.y < floor else "")
+            for point, _ in drawn
+        ]
+        places = [tuple(axes.transData.transform((point.x, y))) for point, y in drawn]
+        frame = Box(axes.bbox.x0, axes.bbox.y0, axes.bbox.width, axes.bbox.height)
+        radius = self._pixels(MARKER) / 2
+        boxes = place_labels(
+            places, [(0.58 * size * len(text), 0.95 * size) for text in texts], frame, radius, taken
+        )
+        for text, box, place, (point, _) in zip(texts, boxes, places, drawn, strict=True):
+            _leader(axes, place, box, nearest=2 * radius)
+            edge, side = _facing_edge(box, place[0])
+            color = MUTED if point.row.is_control else INK
+            axes.text(
+                edge,
+                box.middle[1],
+                text,
+                transform=IdentityTransform(),
+                ha=side,
+                va="center",
+                fontsize=SMALL,
+                color=color,
+                zorder=4,
+            )
+
+    def _legend(self, figure: Figure, **where: object) -> None:
+        rows = [row for row in self.run.rows if row.value("l0") is not None]
+        if not rows:
+            return
+        dot = {"linestyle": "none", "markersize": MARKER}
+        edge = {"markeredgecolor": "white", "markeredgewidth": 0.6}
+        handles = []
+        for name in dict.fromkeys(row.group for row in rows):
+            look = self.look[name]
+            style = {**dot, **edge, "marker": look.marker, "color": look.color, "markersize": _size(look)}
+            handles.append(Line2D([], [], label=name, **style))
+        if any(row.interpolating for row in rows):
+            label = "hollow: interpolates," + (" " if "ncols" in where else "\n") + "not comparable"
+            handles.append(
+                Line2D([], [], marker="o", markerfacecolor="white", color=MUTED, label=label, **dot)
+            )
+        spacing = {"handletextpad": 0.3, "borderaxespad": 0.0, "columnspacing": 1.4}
+        figure.legend(handles=handles, frameon=False, fontsize=TEXT, labelcolor=INK, **spacing, **where)
+
+    def _density(self, axes: Axes, row: Row, base: int) -> None:
+        histogram = row.evals["core"]["density_histogram"]
+        edges, counts = histogram["log10_edges"], histogram["counts"]
+        total = sum(counts) + histogram["dead"]
+        tallest = max(counts, default=0) or 1
+        color = self.look[row.group].color
+        tops = [base + 0.86 * count / tallest for count in counts]
+        axes.stairs(tops, edges, baseline=base, fill=True, color=color, alpha=0.55, linewidth=0)
+        axes.axhline(base, color=color, linewidth=0.7)
+        dead = f"{100 * histogram['dead'] / total:.0f} %" if total else "–"
+        beside_axes = axes.get_yaxis_transform()
+        axes.text(1.02, base + 0.1, dead, transform=beside_axes, fontsize=SMALL + 0.5, color=INK)
+
+    def _curves(self, axes: Axes, column: str, label: str) -> None:
+        plain(axes, "Training tokens", label)
+        axes.yaxis.set_label_coords(-0.17, 0.5)
+        curves = [curve for curve in self.run.curves if column in curve.columns and "tokens" in curve.columns]
+        if not curves:
+            say(axes, "no SAE was trained in this run", keep_labels=True)
+            return
+        by_name = {row.name: row.group for row in self.run.rows}
+        spare = looks(curve.name for curve in curves)
+        for curve in curves:
+            look = self.look.get(by_name.get(curve.name, ""), spare[curve.name])
+            x, y = curve.columns["tokens"], curve.columns[column]
+            axes.plot(x, y, color=look.color, linewidth=1.4, label=curve.name)
+        values = [value for curve in curves for value in curve.columns[column] if math.isfinite(value)]
+        if column != "variance_explained" and values and min(values) > 0 and max(values) > 5 * min(values):
+            log_axis(axes.yaxis, *span(values, log=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+
+    def _pixels(self, typographic_points: float) -> float:
+        return typographic_points * self.style.dpi / 72
+
+
+def _leader(axes: Axes, place: tuple[float, float], box: Box, nearest: float) -> None:
+    """A thin line from a point to a label that had to move away from it."""
+    (x, y), (to_x, to_y) = place, box.middle
+    if max(abs(to_x - x) - box.width / 2, abs(to_y - y) - box.height / 2) > nearest:
+        axes.add_artist(
+            Line2D([x, to_x], [y, to_y], transform=IdentityTransform(), color=GRID, linewidth=0.8, zorder=1)
+        )
+
+
+def _facing_edge(box: Box, x: float) -> tuple[float, str]:
+    """Where to anchor a label: the edge that faces the point is exact, its width only estimated."""
+    if box.left > x:
+        return box.left, "left"
+    if box.left + box.width < x:
+        return box.left + box.width, "right"
+    return box.middle[0], "center"
+
+
+def _checked(architecture: str, chosen: Style) -> Look:
+    """The user's choice of a look. Raises `UserError` where matplotlib does not know the marker or colour."""
+    key = f"visualization.architectures.{architecture}"
+    if chosen.marker not in MarkerStyle.markers:
+        raise UserError(
+            f"{key}: unknown marker {chosen.marker!r}; matplotlib's letters, such as o s ^ v D P X *"
+        )
+    if not is_color_like(chosen.color):
+        raise UserError(f"{key}: unknown color {chosen.color!r}; a name such as red, or #RRGGBB")
+    return Look(chosen.marker, chosen.color)
+
+
+def _size(look: Look) -> float:
+    return MARKER * SMALLER.get(look.marker, 1.0)

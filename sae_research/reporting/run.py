@@ -1,0 +1,133 @@
+"""What figures and tables are drawn from: the merged results of one run as rows, one per SAE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sae_research.errors import UserError
+from sae_research.reporting.merge import EVALUATIONS_FILE, MERGED
+from sae_research.reporting.metrics import EVALS
+from sae_research.store import read_json
+
+TRAINED = Path("trained_saes")
+CURVE_FILE = "training_curve.tsv"
+REPORT_FILE = "training_report.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One SAE: what it is and what was measured of it."""
+
+    name: str
+    cfg: dict[str, Any]
+    evals: dict[str, dict[str, Any]]
+
+    @property
+    def architecture(self) -> str:
+        """Display group; of a class of one's own, `my_module:MySAE`, the class."""
+        return (self.cfg.get("architecture") or self.cfg.get("form") or "unknown").rpartition(":")[2]
+
+    @property
+    def role(self) -> str:
+        return self.cfg.get("role") or "comparison"
+
+    @property
+    def is_control(self) -> bool:
+        return self.role == "control"
+
+    @property
+    def group(self) -> str:
+        """What its marker and colour stand for: controls look alike whatever they are made of."""
+        return "control" if self.is_control else self.architecture
+
+    @property
+    def interpolating(self) -> bool:
+        """Its reconstruction has as many free coefficients as equations: reconstruction says nothing."""
+        return bool(self.evals.get("core", {}).get("interpolating", False))
+
+    @property
+    def may_be_marked(self) -> bool:
+        """Controls and interpolating encoders are never marked as holding a column's extreme value."""
+        return not self.is_control and not self.interpolating
+
+    @property
+    def flags(self) -> list[str]:
+        flags = ["interpolating"] if self.interpolating else []
+        flags += ["not causal"] if self.cfg.get("causal") is False else []
+        return flags + (["signed"] if self.cfg.get("signed") else [])
+
+    @cached_property
+    def _figures(self) -> dict[str, float]:
+        return {
+            key: value for name in EVALS for key, value in self.evals.get(name, {}).get("metrics", {}).items()
+        }
+
+    def value(self, key: str) -> float | None:
+        """The figure under a metric's key; None where it was not measured."""
+        return self._figures.get(key)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How one SAE's training went, column by column."""
+
+    name: str
+    columns: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the reporting stages read."""
+
+    rows: list[Row]
+    evals: dict[str, dict[str, Any]]
+    """By evaluation: status, message, skipped, notes, config."""
+    training: dict[str, Any]
+    """`trained_saes/training_report.json`; empty where nothing was trained here."""
+    curves: list[Curve]
+
+    def unavailable(self, eval_name: str) -> str | None:
+        """Why an evaluation has no figures at all, in words; None when it has some."""
+        if any(row.evals.get(eval_name, {}).get("metrics") for row in self.rows):
+            return None
+        state = self.evals[eval_name]
+        message = f": {state['message']}" if state.get("message") else ""
+        status = state["status"] if state["status"] != "ok" else "finished without results"
+        return f"{eval_name} evaluation: {status}{message}"
+
+
+def read_run(root: Path = Path(".")) -> Run:
+    """Read `eval_results/merged` and, where they exist, the training report and curves."""
+    folder = root / MERGED
+    if not (folder / EVALUATIONS_FILE).is_file():
+        raise UserError(f"{folder}: no merged results; run `python -m scripts.process_results` first")
+    evaluations = read_json(folder / EVALUATIONS_FILE)
+    records = [read_json(folder / f"{sae}.json") for sae in evaluations["order"]]
+    rows = [Row(record["sae"], record["cfg"], record["evals"]) for record in records]
+    report = root / TRAINED / REPORT_FILE
+    return Run(
+        rows,
+        evaluations["evals"],
+        read_json(report) if report.is_file() else {},
+        list(_read_curves(root / TRAINED)),
+    )
+
+
+def _read_curves(folder: Path) -> Iterator[Curve]:
+    for path in sorted(folder.glob(f"*/{CURVE_FILE}")):
+        lines = [line.split("\t") for line in path.read_text().splitlines() if line]
+        if len(lines) < 2:  # training stopped before its first report
+            continue
+        try:
+            columns = [
+                [float(cell) if cell else math.nan for cell in column]
+                for column in zip(*lines[1:], strict=True)
+            ]
+            yield Curve(path.parent.name, dict(zip(lines[0], columns, strict=True)))
+        except ValueError:
+            raise UserError(f"{path}: not a table of numbers; run the train stage again") from None

@@ -1,0 +1,229 @@
+"""The contract of a sparse autoencoder: weights, configuration, `encode` with a mask, `decode`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from sae_research.errors import UserError
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE was made for and how it is to be fed."""
+
+    form: str
+    """Inference form: a key of `sae_research.saes.registry`."""
+    d_in: int
+    d_sae: int
+    model_name: str = ""
+    hook_name: str = ""
+    dtype: str = "float32"
+    context_size: int = 128
+    prepend_bos: bool = True
+    apply_b_dec_to_input: bool = True
+    """Subtract `b_dec` before encoding."""
+    center_input: bool = False
+    """Trained on a residual stream whose mean over d_in was removed (TransformerLens'
+    `center_writing_weights`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The form's own scalars: k, s, ..."""
+    architecture: str = ""
+    """Group in tables and plots; the form where empty."""
+    role: str = "comparison"
+    """baseline, variant, comparison or control."""
+    base: str | None = None
+    """Name of the SAE whose dictionary this one reads, if it has none of its own."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, in words and hashes."""
+
+    def __post_init__(self) -> None:
+        if not self.architecture:
+            object.__setattr__(self, "architecture", self.form)
+
+    def replace(self, **changes: Any) -> SAEConfig:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def hook_layer(self) -> int:
+        """Layer number inside `hook_name`. Raises `UserError` if it names none."""
+        digits = [part for part in self.hook_name.split(".") if part.isdigit()]
+        if not digits:
+            raise UserError(f"hook {self.hook_name!r} names no layer; expected e.g. blocks.8.hook_resid_post")
+        return int(digits[0])
+
+
+class SparseAutoencoder(nn.Module):
+    """Base of every inference form.
+
+    A subclass sets `form`, lists its tensors in `tensor_names` and its scalars in `option_names`, and defines
+    `encode`. An SAE of one's own needs no more than
+
+        class MySAE(SparseAutoencoder):
+            form = "my_sae"
+
+            def encode(self, x, mask=None):
+                return self.keep(torch.relu((x - self.b_dec) @ self.W_enc), mask)
+    """
+
+    form: ClassVar[str] = ""
+    tensor_names: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
+    option_names: ClassVar[tuple[str, ...]] = ()
+    per_token: ClassVar[bool] = True
+    """A token's latents depend on that token alone."""
+    causal: ClassVar[bool] = True
+    """A token's latents depend on no later token."""
+    signed: ClassVar[bool] = False
+    """Activations may be negative."""
+
+    def __init__(self, cfg: SAEConfig | None = None, **tensors: Tensor) -> None:
+        super().__init__()
+        missing = [name for name in self.tensor_names if name not in tensors]
+        if missing:
+            raise UserError(f"{type(self).__name__}: weights lack {', '.join(missing)}")
+        for name in self.tensor_names:
+            self.register_buffer(name, tensors[name].detach())
+        d_sae, d_in = self.W_dec.shape
+        self.cfg = cfg or SAEConfig(form=self.form, d_in=d_in, d_sae=d_sae)
+        self._check_shapes()
+
+    # --- what a form defines ---
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Activations of the latents.
+
+        x: [batch, seq, d_in] in the model's own units. mask: [batch, seq], True where a token counts; masked
+        tokens get no latents and influence no other token's. Returns [batch, seq, d_sae].
+        """
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction `z W_dec + b_dec`. z: [batch, seq, d_sae]. Returns [batch, seq, d_in]."""
+        return z @ self.W_dec + self.b_dec
+
+    @classmethod
+    def encode_family(cls, members: Sequence[Self], x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """Each member's activations, in order. Forms whose members share work override this."""
+        for member in members:
+            yield member.encode(x, mask)
+
+    def family_key(self) -> object:
+        """Members with equal keys share work in `encode_family`; by default nobody does."""
+        return id(self)
+
+    # --- what forms share ---
+
+    def encoder_weights(self) -> tuple[Tensor, Tensor]:
+        """Encoder directions [d_in, d_sae] and biases [d_sae]; tied to the decoder where a form has none."""
+        W_enc = getattr(self, "W_enc", None)
+        b_enc = getattr(self, "b_enc", None)
+        return (self.W_dec.T if W_enc is None else W_enc,
+                torch.zeros(self.cfg.d_sae, device=self.W_dec.device) if b_enc is None else b_enc)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x in the weights' precision, less `b_dec` where the SAE was trained so."""
+        x = self.target(x)
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+
+    def target(self, x: Tensor) -> Tensor:
+        """What the reconstruction stands for [batch, seq, d_in]: x, less its mean over d_in with
+        `center_input`.
+
+        A model with LayerNorm never reads that mean, so leaving it out when patching changes nothing.
+        """
+        x = x.to(self.W_dec.dtype)
+        return x - x.mean(dim=-1, keepdim=True) if self.cfg.center_input else x
+
+    @staticmethod
+    def keep(z: Tensor, mask: Tensor | None) -> Tensor:
+        """Zero the latents of tokens that do not count."""
+        return z if mask is None else z * mask[..., None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The form's own tensors by name."""
+        return {name: getattr(self, name) for name in self.tensor_names}
+
+    def options(self) -> dict[str, Any]:
+        """The form's own scalars by name."""
+        return {name: getattr(self, name) for name in self.option_names}
+
+    @classmethod
+    def from_tensors(cls, cfg: SAEConfig, tensors: dict[str, Tensor]) -> Self:
+        """Rebuild from what `save_sae` wrote: tensors and `cfg.options`."""
+        return cls(cfg=cfg, **tensors, **cfg.options)
+
+    @classmethod
+    def from_baseline(cls, baseline: SparseAutoencoder) -> Self:
+        """An SAE of one's own over the baseline's weights: what setup calls for `comparison_saes.python`."""
+        W_enc, b_enc = baseline.encoder_weights()
+        have = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": baseline.W_dec, "b_dec": baseline.b_dec}
+        missing = [name for name in cls.tensor_names if name not in have]
+        if missing:
+            raise UserError(f"{cls.__name__} needs {', '.join(missing)}: define a classmethod "
+                            f"from_baseline(baseline)")
+        return cls(cfg=baseline.cfg.replace(form=cls.form, architecture=cls.form, options={}),
+                   **{name: have[name].clone() for name in cls.tensor_names})
+
+    def weights_fingerprint(self) -> str:
+        """SHA-256 over form, options and the bytes of every tensor."""
+        digest = hashlib.sha256(
+            repr(
+                (
+                    self.form,
+                    sorted(self.options().items()),
+                    self.cfg.apply_b_dec_to_input,
+                    self.cfg.center_input,
+                )
+            ).encode()
+        )
+        for name in sorted(self.tensor_names):
+            tensor = getattr(self, name).detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _check_shapes(self) -> None:
+        cfg = self.cfg
+        expected = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+        for name in self.tensor_names:
+            tensor = getattr(self, name)
+            shape = expected.get(name, (cfg.d_sae,))
+            if tuple(tensor.shape) != shape:
+                raise UserError(f"{self.form}: {name} has shape {tuple(tensor.shape)}, expected {shape} "
+                                f"for d_in {cfg.d_in} and d_sae {cfg.d_sae}")
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or "
+                                f"diverged")
+
+
+def families(saes: dict[str, SparseAutoencoder]) -> list[list[str]]:
+    """Names grouped so that each group's members share the work of encoding."""
+    groups: dict[object, list[str]] = {}
+    for name, sae in saes.items():
+        groups.setdefault((type(sae), sae.family_key()), []).append(name)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def encode_each(
+    saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, activations [batch, seq, d_sae]) of every SAE on one batch, families together.
+
+    Raises `UserError` when an encoder returns NaN or another shape than its configuration says.
+    """
+    for names in families(saes):
+        members = [saes[name] for name in names]
+        for name, z in zip(names, type(members[0]).encode_family(members, x, mask), strict=True):
+            expected = (*x.shape[:-1], saes[name].cfg.d_sae)
+            if tuple(z.shape) != expected:
+                raise UserError(f"SAE {name}: encode returned shape {tuple(z.shape)}, expected {expected}")
+            if not torch.isfinite(z).all():
+                raise UserError(f"SAE {name}: encode returned NaN or infinity")
+            yield name, z

@@ -1,0 +1,56 @@
+"""Inference forms by name, imported when first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+from sae_research.errors import UserError
+from sae_research.saes.base import SparseAutoencoder
+
+_PLACES = {
+    "standard": "sae_research.saes.standard:StandardSAE",
+    "linear": "sae_research.saes.linear:LinearSAE",
+    "topk": "sae_research.saes.topk:TopKSAE",
+    "jumprelu": "sae_research.saes.jumprelu:JumpReLUSAE",
+    "gated": "sae_research.saes.gated:GatedSAE",
+    "ihtp": "sae_research.instance_sae:IHTPSAE",
+    "matching_pursuit": "sae_research.instance_sae:MPSAE",
+}
+
+
+class _Registry(Mapping[str, type[SparseAutoencoder]]):
+    """Form -> class. A form may also be `package.module:Class`, a class of the user's own."""
+
+    def __getitem__(self, form: str) -> type[SparseAutoencoder]:
+        place = _PLACES.get(form, form)
+        if ":" not in place:
+            raise KeyError(form)
+        module_name, class_name = place.split(":", 1)
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise UserError(f"{place}: cannot import {module_name} ({error}); "
+                            "put the file into custom_saes/ and write custom_saes.FILE:CLASS") from None
+        cls = getattr(module, class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, SparseAutoencoder)):
+            raise UserError(f"{place}: {class_name} is not a subclass of sae_research.saes.SparseAutoencoder")
+        return cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+
+registry = _Registry()
+
+
+def form_class(form: str) -> type[SparseAutoencoder]:
+    """The class of an inference form. Raises `UserError` naming the known forms."""
+    try:
+        return registry[form]
+    except KeyError:
+        raise UserError(f"unknown SAE form {form!r}; known: {', '.join(registry)}, "
+                        "or module:Class of your own") from None

@@ -1,0 +1,172 @@
+"""A few seconds of the evaluation to come: do the SAEs work on this model, as well as their cards say, and
+how long will it take? Prints warnings; stops for what would make hours of evaluation worthless."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_research.errors import UserError
+from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
+from sae_research.params import Params
+from sae_research.saes import SparseAutoencoder, encode_each, families
+from sae_research.stats import ReconstructionStats
+from sae_research.store import round_significant
+from sae_research.text.stream import token_contexts
+
+L0_TOLERANCE = 1.5
+"""Factor by which the L0 seen may differ from the card's before a warning."""
+VARIANCE_TOLERANCE = 0.1
+BATCH_CONTEXTS = 8
+
+
+class Sample(NamedTuple):
+    """Contexts of the core evaluation's split at one hook."""
+
+    acts: Tensor
+    """[contexts, seq, d_in], on the model's device"""
+    mask: Tensor
+    """True where a token counts [contexts, seq]"""
+    median_norm: float
+    mean_norm: float
+
+
+class Preflight(NamedTuple):
+    """`report` is for preflight.json: the same inputs give the same bytes. Times are for the screen only."""
+
+    report: dict[str, Any]
+    warnings: list[str]
+    seconds_per_token: dict[str, float]
+    """Encoding and decoding, by SAE."""
+
+
+def preflight(
+    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params
+) -> Preflight:
+    """Reconstruct `preflight.tokens` tokens with every SAE and compare with what is known of each.
+
+    Raises `UserError` when activations have another size than an SAE's card says, and when the baseline
+    explains less variance than `preflight.min_variance_explained`.
+    """
+    contexts = token_contexts(
+        lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens
+    )
+    report: dict[str, Any] = {
+        "model": _model_card(lm),
+        "tokens": contexts.tokens.numel(),
+        "hooks": {},
+        "saes": {},
+    }
+    warnings: list[str] = []
+    seconds: dict[str, float] = {}
+    for hook in dict.fromkeys(sae.cfg.hook_name for sae in saes.values()):
+        group = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
+        sample = _sample(lm, hook, contexts.tokens, params)
+        report["hooks"][hook] = _hook_card(sample)
+        ratios = {name: _norm_ratio(name, sae, sample, params) for name, sae in group.items()}
+        measured, times = measure(group, sample)
+        seconds.update(times)
+        for name, sae in group.items():
+            figures = measured[name] | ({} if ratios[name] is None else {"norm_ratio": ratios[name]})
+            card = {key: value for key, value in (sae.cfg.provenance.get("held_out") or {}).items()
+                    if key in ("l0", "variance_explained")}
+            report["saes"][name] = figures | ({"card": card} if card else {})
+            warnings += [f"{name}: {line}" for line in compare_with_card(figures, card)]
+    _check_baseline(baseline, report["saes"][baseline], params.preflight.min_variance_explained)
+    return Preflight(round_significant(report | {"warnings": warnings}), warnings, seconds)
+
+
+@torch.no_grad()
+def measure(
+    saes: dict[str, SparseAutoencoder], sample: Sample
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """(figures by SAE, seconds per token by SAE). Members of a family share their family's time evenly."""
+    figures: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    for names in families(saes):
+        members = {name: saes[name] for name in names}
+        stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, sample.acts.device)
+                 for name, sae in members.items()}
+        spent = 0.0
+        for _ in encode_each(members, sample.acts[:1], sample.mask[:1]):
+            pass  # compiles, and fills what a family computes once
+        for x, mask in zip(sample.acts.split(BATCH_CONTEXTS), sample.mask.split(BATCH_CONTEXTS), strict=True):
+            start = time.perf_counter()
+            encoded = encode_each(members, x, mask)
+            while (item := next(encoded, None)) is not None:
+                name, z = item
+                hat = saes[name].decode(z)
+                spent += time.perf_counter() - start  # the statistics are not the evaluation's work
+                stats[name].update(saes[name].target(x), hat, z, mask)
+                start = time.perf_counter()
+        for name in names:
+            values = stats[name].metrics()
+            figures[name] = {key: values[key] for key in
+                             ("l0", "variance_explained", "variance_explained_per_dim", "fraction_alive")
+                             if key in values}
+            seconds[name] = spent / len(names) / sample.mask.numel()
+    return figures, seconds
+
+
+def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list[str]:
+    """What an SAE does here against what its card says, where the two are far apart: one line each."""
+    lines = []
+    seen, said = figures.get("l0"), card.get("l0")
+    if seen is not None and said and not 1 / L0_TOLERANCE <= seen / said <= L0_TOLERANCE:
+        lines.append(f"L0 is {seen:.4g} here, its card says {said:.4g}")
+    seen, said = figures.get("variance_explained"), card.get("variance_explained")
+    if seen is not None and said is not None and abs(seen - said) > VARIANCE_TOLERANCE:
+        lines.append(f"explains {seen:.3f} of the variance here, its card says {said:.3f}")
+    return lines
+
+
+def _sample(lm: LanguageModel, hook: str, tokens: Tensor, params: Params) -> Sample:
+    pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching)
+    acts = pool.flat.float().reshape(*tokens.shape, -1)
+    median = median_activation_norm(lm, tokens, acts)
+    mask = token_mask(lm, tokens, acts, params.token_mask, median)
+    if not mask.any():
+        raise UserError(f"preflight: no token counts at {hook}; loosen token_mask")
+    if not torch.isfinite(acts[mask]).all():
+        raise UserError(f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; "
+                        "set model.torch_dtype: bfloat16 or float32")
+    norms = acts[mask].norm(dim=1)
+    return Sample(acts.to(lm.device), mask.to(lm.device), float(norms.median()), float(norms.mean()))
+
+
+def _norm_ratio(name: str, sae: SparseAutoencoder, sample: Sample, params: Params) -> float | None:
+    """Mean activation norm here over the one recorded in training; None where none was recorded."""
+    recorded = sae.cfg.provenance.get("activation_norm")
+    if not recorded:
+        return None
+    ratio = sample.mean_norm / float(recorded)
+    limit = params.preflight.max_norm_ratio
+    if not 1 / limit <= ratio <= limit:
+        raise UserError(f"SAE {name}: activations at {sae.cfg.hook_name} have mean norm "
+                        f"{sample.mean_norm:.4g}, in its "
+                        f"training {float(recorded):.4g}; the model, its precision or its scaling differ "
+                        "(preflight.max_norm_ratio)")
+    return ratio
+
+
+def _check_baseline(name: str, figures: dict[str, Any], least: float | None) -> None:
+    explained = figures.get("variance_explained")
+    if least is not None and (explained is None or explained < least):
+        raise UserError(f"the baseline {name} explains "
+                        f"{explained if explained is None else round(explained, 4)} of the "
+                        f"variance, preflight.min_variance_explained is {least}")
+
+
+def _model_card(lm: LanguageModel) -> dict[str, Any]:
+    return {"name": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype).removeprefix("torch."),
+            "n_layers": lm.n_layers, "d_model": lm.d_model, "vocab_size": lm.vocab_size,
+            "tokenizer": type(lm.tokenizer).__name__, "tokenizer_size": len(lm.tokenizer),
+            "separator_id": lm.separator_id, "resumes": lm.can_resume}
+
+
+def _hook_card(sample: Sample) -> dict[str, Any]:
+    return {"d_in": sample.acts.shape[-1], "median_norm": sample.median_norm, "mean_norm": sample.mean_norm,
+            "fraction_counted": float(sample.mask.float().mean())}

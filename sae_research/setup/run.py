@@ -1,0 +1,270 @@
+"""The stage itself: plan the SAEs, write them, check them, put the folder in place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sae_research.errors import UserError
+from sae_research.instance_sae import IHTPSAE, MPSAE
+from sae_research.lm import LanguageModel, load_language_model
+from sae_research.params import Params
+from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant
+from sae_research.saes.sae_lens import matching_saes
+from sae_research.setup import controls, sources
+from sae_research.setup.estimate import disk_lines, time_lines
+from sae_research.setup.fits import check_fits, check_tokenizer, fill_in
+from sae_research.setup.preflight import preflight
+from sae_research.store import slugify, write_json
+
+OUTPUT = Path("downloaded_saes")
+MANIFEST = "manifest.json"
+PREFLIGHT = "preflight.json"
+
+
+class Planned(NamedTuple):
+    """One SAE to be: its name in tables, what of params.yaml asks for it, and how it comes to lie in a
+    folder."""
+
+    name: str
+    origin: str
+    write: Callable[[Path], None]
+
+
+class Setup:
+    """What planning needs to know: parameters, model, baseline, and what had to be assumed on the way."""
+
+    def __init__(self, params: Params, lm: LanguageModel, baseline: SparseAutoencoder) -> None:
+        self.params, self.lm, self.baseline = params, lm, baseline
+        self.name = params.baseline_sae.name
+        self.warnings: list[str] = []
+        self._sample: Tensor | None = None
+
+    def sample(self) -> Tensor:
+        """Activations that all controls are made from, computed when the first asks."""
+        if self._sample is None:
+            cfg = self.baseline.cfg
+            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params,
+                                                       controls.sample_size(cfg.d_sae))
+        return self._sample
+
+    def plan(self) -> list[Planned]:
+        """Everything the comparison holds, in table order. Raises `UserError` where two SAEs claim one
+        name."""
+        planned = [
+            Planned(self.name, "baseline_sae", self._write_baseline),
+            *self._variants(),
+            *self._comparisons(),
+            *self._controls(),
+        ]
+        taken: dict[str, str] = {}
+        for name, origin, _ in planned:
+            if name in taken:
+                raise UserError(f"two SAEs would be called {name}: {taken[name]} and {origin}; rename one")
+            taken[name] = origin
+        return planned
+
+    # --- baseline and what is made of it ---
+
+    def _write_baseline(self, folder: Path) -> None:
+        save_sae(self.baseline, folder)
+
+    def _variants(self) -> Iterator[Planned]:
+        variants = self.params.sae_variants
+        for enabled, sizes, cls, label in ((variants.ihtp.enabled, variants.ihtp.k_values, IHTPSAE, "ihtp"),
+                                           (variants.mpsae.enabled, variants.mpsae.s_values, MPSAE, "mpsae")):
+            for size in sizes if enabled else []:
+                key = f"sae_variants.{label}.{cls.size_name}_values"
+                if size > self.baseline.cfg.d_sae:
+                    raise UserError(f"{key}: {size} is larger than the baseline's d_sae = "
+                                    f"{self.baseline.cfg.d_sae}")
+                yield Planned(f"{self.name}_{label}_{cls.size_name}{size}", f"{key} ({size})",
+                              self._variant_writer(cls.form, label, {cls.size_name: size}))
+
+    def _variant_writer(
+        self, form: str, architecture: str, options: dict[str, int]
+    ) -> Callable[[Path], None]:
+        cfg = self.baseline.cfg.replace(
+            form=form, architecture=architecture, role="variant", base=self.name, options=options,
+            apply_b_dec_to_input=True, provenance={"source": "variant"})
+        return lambda folder: save_variant(cfg, options, folder, folder.parent / self.name)
+
+    def _controls(self) -> Iterator[Planned]:
+        for kind in self.params.controls.names:
+            yield Planned(controls.PREFIX + kind, f"controls.names ({kind})", self._control_writer(kind))
+
+    def _control_writer(self, kind: str) -> Callable[[Path], None]:
+        return lambda folder: save_sae(
+            controls.make_control(kind, self.sample(), self.baseline.cfg, self.params), folder)
+
+    # --- SAEs beside it ---
+
+    def _comparisons(self) -> Iterator[Planned]:
+        """Names are known before anything is read: a clash must not wait for downloads."""
+        chosen = self.params.comparison_saes
+        for name in self._trained_names():
+            yield self._compared(
+                slugify(name), f"trained_saes/{name}", lambda name=name: sources.read_trained(name)
+            )
+        for pattern in chosen.folders:
+            for path in sources.matching_folders(pattern):
+                yield self._compared(slugify(path.resolve().name), f"the folder {path}",
+                                     lambda path=path: sources.read_folder(path))
+        for place in chosen.python:
+            yield self._compared(
+                sources.python_name(place),
+                f"the class {place}",
+                lambda place=place: sources.read_python(place, self.baseline),
+                base=self.name,
+            )
+        if chosen.sae_regex_pattern is not None and chosen.sae_block_pattern is not None:
+            for item in matching_saes(chosen.sae_regex_pattern, chosen.sae_block_pattern):
+                yield self._compared(slugify(f"{item.release}_{item.sae_id}"),
+                                     f"SAELens {item.release} / {item.sae_id}",
+                                     lambda item=item: sources.read_release(item.release, item.sae_id))
+
+    def _trained_names(self) -> list[str]:
+        names = self.params.comparison_saes.trained
+        if names != ["all"]:
+            return names
+        used = self.name if self.params.baseline_sae.source == "trained" else None
+        return [name for name in sources.trained_names() if name != used]
+
+    def _compared(self, name: str, origin: str, read: Callable[[], SparseAutoencoder],
+                  base: str | None = None) -> Planned:
+        def write(folder: Path) -> None:
+            sae = read()
+            self.admit(name, sae)
+            sae.cfg = sae.cfg.replace(role="comparison", base=base)
+            save_sae(sae, folder)
+
+        return Planned(name, origin, write)
+
+    def admit(self, name: str, sae: SparseAutoencoder) -> None:
+        """Complete an SAE's configuration and check it against the model."""
+        assumed = fill_in(sae, self.lm.name, self.baseline.cfg.hook_name)
+        self.warnings += [f"{name}: {line}" for line in assumed]
+        check_fits(name, sae, self.lm)
+
+
+def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
+    """Write every SAE of the comparison, `manifest.json` and `preflight.json` into `output`; returns the
+    manifest.
+
+    All or nothing: an error leaves what was there before. Raises `UserError` for whatever in params.yaml, the
+    SAEs or the model would make the evaluations fail or mislead.
+    """
+    baseline = sources.read_baseline(params.baseline_sae)
+    lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+    check_tokenizer(lm)
+    setup = Setup(params, lm, baseline)
+    setup.warnings += [f"{setup.name}: {line}" for line in fill_in(
+        baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")]
+    _check_layer(params, baseline)
+    check_fits(setup.name, baseline, lm)
+    baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
+    planned = setup.plan()
+    with _whole_folder(output) as folder:
+        for item in planned:
+            item.write(folder / item.name)
+        saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
+        result = preflight(saes, setup.name, lm, params)
+        warnings = setup.warnings + result.warnings
+        manifest = make_manifest(saes)
+        write_json(folder / MANIFEST, manifest)
+        write_json(folder / PREFLIGHT, {**result.report, "warnings": warnings})
+    print(sae_table(manifest, result.report["saes"]))
+    for line in warnings:
+        print(f"warning: {line}")
+    hook = baseline.cfg.hook_name
+    for line in (
+        *time_lines(params, lm, hook, result.seconds_per_token),
+        *disk_lines(params, lm, saes, baseline.cfg.d_sae),
+    ):
+        print(line, flush=True)
+    return manifest
+
+
+def make_manifest(saes: dict[str, SparseAutoencoder]) -> dict[str, Any]:
+    """{"order": names in table order, "saes": what readers need without loading weights, by name}."""
+    return {"order": list(saes), "saes": {name: _row(sae) for name, sae in saes.items()}}
+
+
+def _row(sae: SparseAutoencoder) -> dict[str, Any]:
+    cfg = sae.cfg
+    return {
+        "form": cfg.form,
+        "architecture": cfg.architecture,
+        "role": cfg.role,
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        **sae.options(),
+        "hook_name": cfg.hook_name,
+        "model_name": cfg.model_name,
+        "base": cfg.base,
+        "per_token": sae.per_token,
+        "causal": sae.causal,
+        "signed": sae.signed,
+        "weights_fingerprint": sae.weights_fingerprint(),
+        "provenance": cfg.provenance,
+    }
+
+
+def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> str:
+    """The SAEs as text: name, role, form, sizes, and what the preflight saw."""
+    rows = [("SAE", "role", "form", "d_sae", "k/s", "L0", "var. expl.", "hook")]
+    for name in manifest["order"]:
+        row, seen = manifest["saes"][name], figures[name]
+        rows.append(
+            (
+                name,
+                row["role"],
+                row["form"].rpartition(":")[2],
+                str(row["d_sae"]),
+                str(row.get("k", row.get("s", ""))),
+                f"{seen['l0']:.4g}",
+                f"{seen['variance_explained']:.3f}" if "variance_explained" in seen else "-",
+                row["hook_name"],
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:
+    """A baseline from outside must be of the layer that params.yaml says: a typed path is easily that of
+    another."""
+    settings = params.baseline_sae
+    if settings.source != "trained" and baseline.cfg.hook_layer != settings.hook_layer:
+        raise UserError(f"baseline_sae.hook_layer is {settings.hook_layer}, but the SAE reads "
+                        f"{baseline.cfg.hook_name}; "
+                        "correct the one that is wrong")
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary neighbour that takes the place of `target` when the block ends well, and goes when it does
+    not."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,192 @@
+"""Running text for SAE training and core evaluation, one document at a time, each in exactly one split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_research.errors import UserError
+from sae_research.params import Text
+from sae_research.store import fingerprint
+from sae_research.text.hub import hub_revision, stream_rows
+from sae_research.text.local import (
+    as_text,
+    check_columns,
+    find_local,
+    local_files,
+    local_fingerprint,
+    looks_local,
+    read_rows,
+)
+from sae_research.text.packaged import packaged_version, read_packaged
+from sae_research.text.split import SHARES, SPLITS, split_of_hash, text_hash
+
+PACKAGED = "packaged"
+MIN_CHARACTERS = 200
+"""Packaged rows shorter than this are no documents."""
+MAX_CHARACTERS = 4_000
+"""Packaged documents are cut here, so that no single one fills a batch."""
+DOC_ID_DIGITS = 12
+
+
+class Document(NamedTuple):
+    """One text: `doc_id` is the start of its `text_hash`, `source` the file or data set it came from."""
+
+    text: str
+    doc_id: str
+    source: str
+
+
+class PackagedSource(NamedTuple):
+    """Packaged files that count as one voice in the round robin.
+
+    `target` keeps only rows with that label (the negatives of `agnews` and `code` files are other people's
+    code); `limit` bounds the number of documents over all splits; the source speaks in one round out of
+    `every`.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    target: Any = None
+    limit: int | None = None
+    every: int = 1
+
+
+# `every` holds back code and whole papers, which would make up 18 % of the tokens each.
+# Left out: 112_amzn_rev, a copy of 111_yelp_data; 86_social_iqa, one template 5,000 times over.
+PACKAGED_SOURCES: tuple[PackagedSource, ...] = (
+    PackagedSource("news_articles", ("100_news_fake",)),
+    PackagedSource("medical_abstracts", ("101_disease_class",)),
+    PackagedSource("restaurant_reviews", ("111_yelp_data",)),
+    PackagedSource("stories_and_answers", ("45_context_ans",)),
+    PackagedSource("confessions", ("48_cm_correct", "49_cm_isshort")),
+    PackagedSource("essays", ("94_ai_gen",)),
+    PackagedSource("biographies", ("56_wikidatasex_or_gender", "57_wikidatais_alive",
+                                   "58_wikidatapolitical_party")),
+    PackagedSource("news_wire", ("161_agnews_0", "162_agnews_1", "163_agnews_2"), target=1),
+    PackagedSource("occupations", tuple(f"{number}_wikidata_occupation_is{job}" for number, job in enumerate(
+        ("journalist", "athlete", "actor", "politician", "singer", "researcher"), 59))),
+    PackagedSource("product_reviews", ("157_amazon_5star",)),
+    PackagedSource("cancer_papers", ("98_cancer_cat",), every=3),
+    PackagedSource("practical_questions", ("44_phys_tf",)),
+    PackagedSource("encyclopedia", ("90_glue_qnli",)),
+    PackagedSource("news_pairs", ("88_glue_mnli", "89_glue_mrpc")),
+    PackagedSource("research_questions", ("110_aimade_humangpt3",)),
+    PackagedSource("headlines", ("97_news_class",)),
+    PackagedSource("tickets", ("103_it_tick",)),
+    PackagedSource("science_comments", ("99_sci_cat",)),
+    PackagedSource("questions", ("91_glue_qqp",)),
+    PackagedSource("films", ("113_movie_sent",)),
+    PackagedSource("code", ("158_code_C", "159_code_Python", "160_code_HTML"), target=1, limit=1_500,
+                   every=3),
+)
+
+
+def documents(text: Text, split: str) -> Iterator[Document]:
+    """The documents of one split, without duplicates, in an order that never changes.
+
+    The packaged sources take turns; local files come in order of their names, hub rows as the hub streams
+    them. The iterator ends when the text does: `stream.token_contexts` is the caller that says when that was
+    too soon.
+
+    Raises `UserError` at the first document asked for: no such folder, no readable file, no such column, hub
+    out of reach; and at the end if the data set held no document in any split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    seen: set[str] = set()
+    for content, source in _raw_documents(text):
+        digest = text_hash(content)
+        if digest in seen:
+            continue
+        seen.add(digest)
+        if split_of_hash(digest) == split:
+            kept = content[:MAX_CHARACTERS] if text.dataset == PACKAGED else content
+            yield Document(kept, digest[:DOC_ID_DIGITS], source)
+    if not seen:
+        raise UserError(f"text.dataset {text.dataset}: the data set is empty; looked for text in column "
+                        f"{text.column_name!r}")
+
+
+def text_fingerprint(text: Text, split: str) -> str:
+    """Identifies the documents that `documents(text, split)` yields, for cache keys. [64 hex digits]
+
+    Packaged: version and selection. Local: every file's content. Hub: the commit. Reading the commit needs
+    the hub: raises `UserError` if it is out of reach, as `documents` would.
+    """
+    data: Any
+    local = None if text.dataset == PACKAGED else _local_path(text.dataset)
+    if text.dataset == PACKAGED:
+        data = [packaged_version(), PACKAGED_SOURCES, MIN_CHARACTERS, MAX_CHARACTERS]
+    elif local is not None:
+        data = [local_fingerprint(local), text.column_name]
+    else:
+        data = [hub_revision(text.dataset), text.column_name]
+    return fingerprint({"dataset": text.dataset, "data": data, "split": split, "shares": SHARES})
+
+
+def _raw_documents(text: Text) -> Iterator[tuple[str, str]]:
+    """(text, source) of every candidate document, duplicates included, empty ones left out."""
+    if text.dataset == PACKAGED:
+        return _packaged_documents()
+    local = _local_path(text.dataset)
+    rows = _hub_documents(text) if local is None else _local_documents(local, text.column_name)
+    return ((content, source) for content, source in rows if content.strip())
+
+
+def _local_path(dataset: str) -> Path | None:
+    """The local file or folder, None for a hub name. Raises `UserError` for a path that leads nowhere."""
+    local = find_local(dataset)
+    if local is None and looks_local(dataset):
+        raise UserError(f"text.dataset {dataset}: no such file or folder")
+    return local
+
+
+# --- packaged --------------------------------------------------------------------------------
+
+def _packaged_documents() -> Iterator[tuple[str, str]]:
+    """The packaged sources in turn, until the last is used up."""
+    speakers = [(source, iter(_source_texts(source))) for source in PACKAGED_SOURCES]
+    for turn in count():
+        if not speakers:
+            return
+        for speaker in [speaker for speaker in speakers if turn % speaker[0].every == 0]:
+            content = next(speaker[1], None)
+            if content is None:
+                speakers.remove(speaker)
+            else:
+                yield content, speaker[0].name
+
+
+def _source_texts(source: PackagedSource) -> list[str]:
+    """The source's texts that are long enough, mixed: in the order of a hash that the split does not use."""
+    frames = (read_packaged(name) for name in source.files)
+    kept = (frame["prompt"] if source.target is None else frame["prompt"][frame["target"] == source.target]
+            for frame in frames)
+    texts = {content for content in chain.from_iterable(kept) if len(content) >= MIN_CHARACTERS}
+    return sorted(texts, key=_mixing_key)[:source.limit]
+
+
+def _mixing_key(content: str) -> bytes:
+    # not text_hash: normalising 60 million characters before the first document would take seconds
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
+# --- local and hub ---------------------------------------------------------------------------
+
+def _local_documents(path: Path, column: str) -> Iterator[tuple[str, str]]:
+    root = path if path.is_dir() else path.parent
+    for file in local_files(path):
+        for (value,) in read_rows(file, [column]):
+            yield as_text(value, f"{file}, column {column!r}"), file.relative_to(root).as_posix()
+
+
+def _hub_documents(text: Text) -> Iterator[tuple[str, str]]:
+    for row in stream_rows(text.dataset):
+        check_columns(f"hub data set {text.dataset!r}", [text.column_name], list(row))
+        value = row[text.column_name]
+        if value is not None:
+            yield as_text(value, f"hub data set {text.dataset!r}, column {text.column_name!r}"), text.dataset

@@ -1,0 +1,88 @@
+"""The Hugging Face hub as a source of text: what goes wrong there, said in one line.
+
+`datasets` and `huggingface_hub` are imported inside functions: they take seconds, and the offline default
+never needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sae_research.errors import UserError
+
+OFFLINE_TEXT = "set `text.dataset: packaged`"
+OFFLINE_TASKS = "name packaged tasks in `sparse_probing.dataset_names`"
+
+
+@contextmanager
+def hub_errors(name: str, offline_mend: str) -> Iterator[None]:
+    """Turn what the hub's libraries raise about data set `name` into one `UserError`.
+
+    Seen with datasets 3.6 and huggingface_hub 2.4: an unreachable hub arrives as a `FileNotFoundError` with
+    the `httpx` error deep in its chain, `HF_HUB_OFFLINE=1` as a `ConnectionError`, an unknown name as
+    `DatasetNotFoundError`. `offline_mend` says how to do without the hub.
+    """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from requests.exceptions import RequestException
+
+    known = (DatasetsError, HfHubHTTPError, HFValidationError, HTTPError, RequestException,
+             ConnectionError, FileNotFoundError)
+    try:
+        yield
+    except known as error:
+        raise UserError(f"hub data set {name!r}: {_reason(error)}; to run offline, {offline_mend}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why loading failed: the hub out of reach is told apart from a name or file it does not have."""
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    chain = _chain(error)
+    if any(isinstance(link, OfflineModeIsEnabled) for link in chain) or "OfflineMode" in str(error):
+        return "the hub is switched off (HF_HUB_OFFLINE) and no copy is cached here"
+    # HfHubHTTPError is the hub answering; any other HTTPError is the way to it
+    unreachable = [link for link in chain if isinstance(link, ConnectionError | LocalEntryNotFoundError)
+                   or (isinstance(link, HTTPError) and not hasattr(link, "response"))]
+    if unreachable:
+        why = one_line(unreachable[-1])
+        return f"the hub cannot be reached ({why}), and nothing of that name lies in this folder"
+    return f"{one_line(error).rstrip('.')}; check the name and your access"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from or during, outermost first."""
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__ or link.__context__
+    return links
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The error's message on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+def stream_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of the hub data set's `train` split, streamed. Raises `UserError` if it cannot be loaded."""
+    with hub_errors(name, OFFLINE_TEXT):
+        from datasets import load_dataset
+
+        try:
+            dataset = load_dataset(name, split="train", streaming=True)
+        except ValueError as error:  # no `train` split, a configuration to choose, a script to trust
+            raise UserError(f"hub data set {name!r}: {one_line(error)}") from None
+        yield from dataset
+
+
+def hub_revision(name: str) -> str:
+    """The commit the hub data set's `main` points at. [40 hex digits] Raises `UserError` if out of reach."""
+    with hub_errors(name, OFFLINE_TEXT):
+        from huggingface_hub import HfApi
+
+        return str(HfApi().dataset_info(name).sha)

@@ -1,0 +1,82 @@
+"""Documents packed into token contexts of one length, each token knowing its document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sae_research.errors import UserError
+from sae_research.params import Text
+from sae_research.text.corpus import Document, documents
+
+TOKENIZER_BATCH = 64
+"""Documents per tokenizer call: enough for a fast tokenizer to use its threads, few enough to stay lazy."""
+SEPARATOR_DOC = -1
+
+
+class Contexts(NamedTuple):
+    """Packed tokens. `doc_ids` holds indices into `documents` and `sources`, -1 at separators."""
+
+    tokens: torch.Tensor
+    """int64 [n, context_size]"""
+    doc_ids: torch.Tensor
+    """int32 [n, context_size]"""
+    documents: list[str]
+    """`Document.doc_id` by index"""
+    sources: list[str]
+    """`Document.source` by index"""
+
+
+def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str,
+                   n_tokens: int) -> Contexts:
+    """At least `n_tokens` tokens of one split, in contexts of `text.context_size`, separators included.
+
+    The documents' tokens form one stream with `separator_id` between documents; each context is one separator
+    and the next `context_size - 1` tokens of the stream. Raises `UserError` when the text runs out, with how
+    many tokens there were, and whatever `corpus.documents` raises.
+    """
+    n_contexts = -(-n_tokens // text.context_size)
+    tokens, docs, used = _token_stream(tokenizer, separator_id, documents(text, split),
+                                       n_contexts * (text.context_size - 1))
+    if len(tokens) < n_contexts * (text.context_size - 1):
+        found = len(tokens) // (text.context_size - 1) * text.context_size
+        raise UserError(
+            f"text.dataset {text.dataset}: the split {split} ends after {found:,} of {n_tokens:,} tokens "
+            f"({found / n_tokens:.1%}, {len(used):,} documents); ask for fewer tokens or give more text")
+    return Contexts(_pack(tokens, separator_id, n_contexts), _pack(docs, SEPARATOR_DOC, n_contexts).int(),
+                    [document.doc_id for document in used], [document.source for document in used])
+
+
+def _token_stream(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document],
+                  length: int) -> tuple[np.ndarray, np.ndarray, list[Document]]:
+    """The first `length` tokens of the stream (fewer if it ends), their document indices, the documents."""
+    tokens: list[np.ndarray] = []
+    docs: list[np.ndarray] = []
+    used: list[Document] = []
+    total = 0
+    while batch := list(islice(texts, TOKENIZER_BATCH)):
+        encoded = tokenizer([document.text for document in batch], add_special_tokens=False,
+                            return_attention_mask=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):
+            separated = [*([separator_id] if used else []), *ids]
+            ids_of_docs = np.full(len(separated), len(used), np.int64)
+            ids_of_docs[:len(separated) - len(ids)] = SEPARATOR_DOC
+            tokens.append(np.asarray(separated, np.int64))
+            docs.append(ids_of_docs)
+            used.append(document)
+            total += len(separated)
+            if total >= length:
+                return np.concatenate(tokens)[:length], np.concatenate(docs)[:length], used
+    empty = np.empty(0, np.int64)
+    return np.concatenate([empty, *tokens]), np.concatenate([empty, *docs]), used
+
+
+def _pack(stream: np.ndarray, first: int, n_contexts: int) -> torch.Tensor:
+    """[n_contexts * (size - 1)] -> [n_contexts, size], with `first` in front of every row."""
+    rows = stream.reshape(n_contexts, -1)
+    return torch.from_numpy(np.concatenate([np.full((n_contexts, 1), first, np.int64), rows], axis=1))

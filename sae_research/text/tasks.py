@@ -1,0 +1,196 @@
+"""Labelled texts for the probing evaluations: packaged tasks, a user's own files, SAE Bench's hub data sets.
+
+Packaged and local tasks keep the one split: train texts are `probe_train`, test texts `probe_test`, and
+copies of a text count once. SAE Bench's hub data sets keep their own train and test parts, less the test
+texts that have a copy in train.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_research.errors import UserError
+from sae_research.store import fingerprint
+from sae_research.text.hub import OFFLINE_TASKS, hub_errors, one_line
+from sae_research.text.local import TABLE_SUFFIXES, as_text, find_local, local_files, looks_local, read_rows
+from sae_research.text.packaged import read_packaged
+from sae_research.text.packaged_tasks import PACKAGED_TASKS, PackagedTask
+from sae_research.text.split import split_of_hash, text_hash
+
+TRAIN, TEST = "probe_train", "probe_test"
+
+SAE_BENCH_TASKS: tuple[str, ...] = (
+    "LabHC/bias_in_bios_class_set1",
+    "LabHC/bias_in_bios_class_set2",
+    "LabHC/bias_in_bios_class_set3",
+    "canrager/amazon_reviews_mcauley_1and5",
+    "canrager/amazon_reviews_mcauley_1and5_sentiment",
+    "fancyzhx/ag_news",
+    "codeparrot/github-code",
+    "Helsinki-NLP/europarl",
+)
+"""Hub data sets that SAE Bench probes, by the names it gives them."""
+
+Texts = dict[str, list[str]]
+LabelledRow = tuple[str, str]
+
+
+class TaskUnavailable(UserError):
+    """The data cannot give what was asked (too few texts, one class): callers skip the task, saying why."""
+
+
+class Task(NamedTuple):
+    """A classification task: texts by class name, the same classes in the same order in `train` and `test`.
+
+    `notes` (JSON-able) says where it came from, what was dropped and what to beware of.
+    """
+
+    name: str
+    train: Texts
+    test: Texts
+    notes: dict[str, Any]
+
+
+class _Pool(NamedTuple):
+    """Distinct texts with one label each, by class, in the probing splits, and how many rows fell away."""
+
+    train: Texts
+    test: Texts
+    copies: int
+    conflicting: int
+
+
+def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
+    """A packaged task, a local file or folder with columns `text` and `label`, or a SAE Bench hub data set.
+
+    Sizes are those of a *binary* task, as in SAE Bench: every class gets `train_size // 2` and `test_size //
+    2` texts. The selection depends on `seed` and the texts alone.
+
+    Raises `TaskUnavailable` when a class has too few texts or there is only one class, `UserError` for an
+    unknown name, unreadable files or a hub out of reach.
+    """
+    if name in PACKAGED_TASKS:
+        task = PACKAGED_TASKS[name]
+        notes = {"origin": "packaged", "caveat": task.caveat}
+        return _select(name, _pool(_packaged_rows(task)), notes, train_size, test_size, seed)
+    if name in SAE_BENCH_TASKS:
+        return _sae_bench_task(name, train_size, test_size, seed)
+    local = find_local(name)
+    if local is not None:
+        return _select(name, _pool(_local_rows(local)), {"origin": "local"}, train_size, test_size, seed)
+    raise UserError(_unknown(name))
+
+
+def task_fingerprint(task: Task) -> str:
+    """Identifies a task by its classes and texts, in order. [64 hex digits]"""
+    return fingerprint([list(task.train.items()), list(task.test.items())])
+
+
+def _unknown(name: str) -> str:
+    if looks_local(name):
+        return f"task {name}: no such file or folder"
+    known = [*PACKAGED_TASKS, *SAE_BENCH_TASKS]
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return (f"unknown task {name!r}; {hint}known: {', '.join(known)}; "
+            f"or the path of a {', '.join(TABLE_SUFFIXES)} file with columns text and label")
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+def _packaged_rows(task: PackagedTask) -> Iterator[LabelledRow]:
+    for file, classes in task.files.items():
+        frame = read_packaged(file)
+        for text, target in zip(frame["prompt"], frame["target"], strict=True):
+            if target in classes and len(text) >= task.min_characters:
+                yield text, classes[target]
+
+
+def _local_rows(path: Path) -> Iterator[LabelledRow]:
+    for file in local_files(path, TABLE_SUFFIXES):
+        for text, label in read_rows(file, ["text", "label"]):
+            yield as_text(text, f"{file}, column 'text'"), str(label)
+
+
+def _pool(rows: Iterable[LabelledRow]) -> _Pool:
+    """Distinct texts of the probing splits by class. Texts whose copies disagree on the label are dropped."""
+    first: dict[str, LabelledRow] = {}
+    conflicting: set[str] = set()
+    total = 0
+    for text, label in rows:
+        total += 1
+        digest = text_hash(text)
+        _, known_label = first.setdefault(digest, (text, label))
+        if label != known_label:
+            conflicting.add(digest)
+    classes = sorted({label for _, label in first.values()})
+    parts: dict[str, Texts] = {split: {label: [] for label in classes} for split in (TRAIN, TEST)}
+    for digest, (text, label) in first.items():
+        split = split_of_hash(digest)
+        if split in parts and digest not in conflicting:
+            parts[split][label].append(text)
+    return _Pool(parts[TRAIN], parts[TEST], total - len(first), len(conflicting))
+
+
+# --- selection -------------------------------------------------------------------------------
+
+def _select(name: str, pool: _Pool, notes: dict[str, Any], train_size: int, test_size: int,
+            seed: int) -> Task:
+    """The seed's choice of texts from the pool. Raises `TaskUnavailable` when the pool is too small."""
+    available = {label: {"train": len(texts), "test": len(pool.test[label])}
+                 for label, texts in pool.train.items()}
+    if len(available) < 2:
+        found = ", ".join(available) or "none"
+        raise TaskUnavailable(f"task {name}: a task needs two classes, found {found}")
+    short = [f"{label} has {have['train']} train and {have['test']} test texts"
+             for label, have in available.items()
+             if have["train"] < train_size // 2 or have["test"] < test_size // 2]
+    if short:
+        most = {part: 2 * min(have[part] for have in available.values()) for part in ("train", "test")}
+        raise TaskUnavailable(
+            f"task {name}: each class needs {train_size // 2} train and {test_size // 2} test texts, but "
+            f"{'; '.join(short)}: set sizes of at most {most['train']} and {most['test']}")
+    counts = {"available": available, "copies_dropped": pool.copies, "conflicting_dropped": pool.conflicting}
+    return Task(name, _pick(pool.train, train_size // 2, seed), _pick(pool.test, test_size // 2, seed),
+                {**notes, **counts})
+
+
+def _pick(texts: Texts, count: int, seed: int) -> Texts:
+    def key(text: str) -> bytes:
+        return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
+
+    return {label: sorted(members, key=key)[:count] for label, members in texts.items()}
+
+
+# --- SAE Bench's hub data sets ---------------------------------------------------------------
+
+def _sae_bench_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
+    """SAE Bench's own selection, less the test texts that have a copy in train."""
+    train, test = _sae_bench_texts(name, train_size, test_size, seed)
+    in_train = {text_hash(text) for texts in train.values() for text in texts}
+    kept = {label: [text for text in texts if text_hash(text) not in in_train]
+            for label, texts in test.items()}
+    if not all(kept.values()):
+        raise TaskUnavailable(f"task {name}: every test text of a class has a copy in train")
+    dropped = sum(len(test[label]) - len(kept[label]) for label in test)
+    return Task(name, train, kept, {"origin": "hub", "test_copies_of_train_dropped": dropped})
+
+
+def _sae_bench_texts(name: str, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
+    """Train and test texts of SAE Bench's chosen classes. Raises `UserError` for the hub, `TaskUnavailable`
+    where SAE Bench's own loader gives up, which it does by assertions and by pandas' and dicts' errors."""
+    with hub_errors(name, OFFLINE_TASKS):
+        from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+        try:
+            train, test = dataset_utils.get_multi_label_train_test_data(name, train_size, test_size, seed)
+            chosen = dataset_info.chosen_classes_per_dataset[name]
+            return dataset_utils.filter_dataset(train, chosen), dataset_utils.filter_dataset(test, chosen)
+        except (ValueError, AssertionError, KeyError) as error:
+            raise TaskUnavailable(
+                f"task {name}: SAE Bench's loader cannot build it with sizes {train_size} and {test_size} "
+                f"({type(error).__name__}: {one_line(error)})") from error

@@ -1,0 +1,169 @@
+"""What every recipe shares: parameters, initialisation, unit decoder rows, dead latents, export."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_research.params import Train, TrainedSAE
+from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
+from sae_research.training.schedules import warmup_then_decay
+from sae_research.training.sparse import MAX_DENSITY, Support, decode_at, encode_at
+
+
+class StepOutput(NamedTuple):
+    """One recipe on one batch."""
+
+    loss: Tensor
+    """What is minimised: a scalar with a graph."""
+    residual: Tensor
+    """`x - x_hat`, detached [B, D]."""
+    l0: Tensor
+    """Active latents a token, mean over the batch."""
+
+
+class Reconstruction(NamedTuple):
+    """A batch encoded and decoded; the graph reaches every parameter."""
+
+    x_hat: Tensor
+    """[B, D]"""
+    activations: Tensor
+    """Activations of latents, in no particular shape: [N] at the support, or [B, F]."""
+    l0: Tensor
+    fired: Tensor
+    """Latents active on any token: indices, with repeats, or a mask [F]."""
+    centred: Tensor
+    """`x - b_dec`, without a graph [B, D]."""
+
+
+class Recipe(nn.Module):
+    """An SAE in training, on activations normalised to a mean square norm of 1.
+
+    `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A subclass
+    sets `form` (what it is at inference), and defines `select` and `compute`. Decoder rows have unit norm throughout:
+    the gradient's part along a row is removed before a step and the row renormalised after (Bricken et al. 2023).
+    """
+
+    form: ClassVar[str]
+
+    def __init__(self, d_in: int, config: TrainedSAE, train: Train) -> None:
+        super().__init__()
+        self.config, self.train_config = config, train
+        F, D = config.d_sae, d_in
+        self.W_enc = nn.Parameter(torch.zeros(F, D))
+        self.b_enc = nn.Parameter(torch.zeros(F))
+        self.W_dec = nn.Parameter(torch.zeros(F, D))
+        self.b_dec = nn.Parameter(torch.zeros(D))
+        self.register_buffer("last_fired_F", torch.zeros(F))
+        self.register_buffer("_scratch_FD", torch.empty(F, D), persistent=False)
+
+    # --- what a recipe defines ---
+
+    def select(self, pre_BF: Tensor) -> Support | None:
+        """The latents active on each token, or None for "all positive ones, densely". No graph."""
+        raise NotImplementedError
+
+    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+        """Loss and figures of one batch at `progress` through the run."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Scalars of the inference form."""
+        return {}
+
+    def learning_rate(self, progress: float) -> float:
+        train = self.train_config
+        return self.config.learning_rate * warmup_then_decay(progress, train.warmup_fraction, train.decay_fraction)
+
+    # --- start ---
+
+    @torch.no_grad()
+    def initialise(self, rows_ND: Tensor, generator: torch.Generator) -> None:
+        """Start from normalised activations `rows_ND`: `b_dec` their mean, `W_dec` unit rows, `W_enc` in proportion.
+
+        Decoder rows are data rows less the mean (`init: data_rows`) or random directions. The encoder is the
+        decoder times the factor that fits the reconstruction to the data by least squares: rows are far from
+        orthogonal, so that a factor of 1 overshoots several times.
+        """
+        self.b_dec.copy_(rows_ND.mean(0))
+        F, D = self.W_dec.shape
+        if self.config.init == "data_rows":
+            # With replacement only where there are fewer rows than latents; copies are then told apart by noise.
+            index = torch.randperm(len(rows_ND), generator=generator).repeat(-(-F // len(rows_ND)))[:F]
+            W_FD = rows_ND[index.to(rows_ND.device)] - self.b_dec
+            if F > len(rows_ND):
+                noise = torch.randn(F, D, generator=generator).to(W_FD.device)
+                W_FD = W_FD + 0.1 * W_FD.norm(dim=1, keepdim=True) * noise / D**0.5
+        else:
+            W_FD = torch.randn(F, D, generator=generator).to(rows_ND.device)
+        self.W_dec.copy_(W_FD)
+        self.normalise_rows()
+        self.W_enc.copy_(self.W_dec)
+        self.fit_encoder(rows_ND[:4096])
+
+    @torch.no_grad()
+    def fit_encoder(self, rows_ND: Tensor) -> None:
+        """Scale encoder weights and biases so that reconstructions have the right length on these rows."""
+        code = self.reconstruct(rows_ND)
+        shape_ND = code.x_hat - self.b_dec
+        factor = (code.centred * shape_ND).sum() / shape_ND.square().sum().clamp_min(1e-12)
+        self.W_enc.mul_(factor)
+        self.b_enc.mul_(factor)
+
+    # --- forward ---
+
+    def reconstruct(self, x_BD: Tensor) -> Reconstruction:
+        """Encode and decode, over active latents only where `select` returned a support."""
+        centred_BD = (x_BD - self.b_dec).detach()
+        with torch.no_grad():
+            pre_BF = torch.addmm(self.b_enc, centred_BD, self.W_enc.T)
+            support = self.select(pre_BF)
+        if support is None:
+            return self._reconstruct_densely(x_BD, centred_BD)
+        rows_N = torch.repeat_interleave(support.crow.diff(), output_size=len(support.col))
+        pre_N = encode_at(support, pre_BF[rows_N, support.col], centred_BD, self.W_enc, self.b_enc, self.b_dec)
+        z_N = torch.relu(pre_N)
+        active_N = z_N.detach() > 0
+        x_hat_BD = decode_at(support, z_N, self.W_dec) + self.b_dec
+        return Reconstruction(x_hat_BD, z_N, active_N.sum() / len(x_BD), support.col[active_N], centred_BD)
+
+    def _reconstruct_densely(self, x_BD: Tensor, centred_BD: Tensor) -> Reconstruction:
+        z_BF = self.dense_activations(torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T))
+        active_BF = z_BF.detach() > 0
+        x_hat_BD = z_BF @ self.W_dec + self.b_dec
+        return Reconstruction(x_hat_BD, z_BF, active_BF.sum() / len(x_BD), active_BF.any(0), centred_BD)
+
+    def dense_activations(self, pre_BF: Tensor) -> Tensor:
+        """The activations [B, F] by plain autograd: the reference, and the path on devices with fast products."""
+        return torch.relu(pre_BF)
+
+    def use_sparse(self, x: Tensor, density: float) -> bool:
+        return x.device.type == "cpu" and density <= MAX_DENSITY
+
+    # --- unit rows ---
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Remove from each decoder row's gradient its part along the row, which renormalising would undo."""
+        grad_FD = self.W_dec.grad
+        along_F1 = torch.mul(grad_FD, self.W_dec, out=self._scratch_FD).sum(1, keepdim=True)
+        grad_FD.addcmul_(self.W_dec, along_F1, value=-1)
+
+    @torch.no_grad()
+    def normalise_rows(self) -> None:
+        norm_F1 = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
+        self.W_dec.div_(norm_F1)
+
+    # --- end ---
+
+    @torch.no_grad()
+    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
+        """The SAE in the model's own units; `scale` is the factor its training data were normalised by.
+
+        `scale * x = z' W_dec + b_dec` and unit rows give `z = z' / scale`: only the biases change.
+        """
+        tensors = {"W_enc": self.W_enc.T.contiguous(), "b_enc": self.b_enc / scale, "W_dec": self.W_dec.clone(),
+                   "b_dec": self.b_dec / scale}
+        return form_class(self.form)(cfg=cfg, **{name: t.cpu() for name, t in tensors.items()}, **self.options())

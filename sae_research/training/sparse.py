@@ -1,0 +1,107 @@
+"""The sparse path of an SAE: one dense product to find the active latents, everything after on those alone.
+
+A ReLU or TopK SAE of width F trains with five [B, F] x [D] products a step; at L0 << F, four of them mostly multiply
+zeros. Here a batch's active latents are a `Support` in compressed sparse row (CSR) layout, and decoding, its gradients
+and the encoder's gradients run over those entries only. Seen on 2 CPU cores at B 1024, D 576, F 2304, L0 32: 2 ms for
+a sparse decode against 35 ms for the dense product.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+# torch says once per process that CSR support is in beta. What is used of it is compared with dense autograd in
+# tests/training/test_sparse.py, and the line would land in the middle of a progress bar.
+warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+
+MAX_DENSITY = 0.06
+"""Above this fraction of active latents the dense products were measured to be faster."""
+
+
+class Support(NamedTuple):
+    """Which latents are active on which token: entries of a [B, F] matrix in CSR layout, N in all."""
+
+    crow: Tensor
+    """Where each token's entries start [B + 1]."""
+    col: Tensor
+    """Latent of each entry [N]; inside a token in any order, without repeats."""
+    n_latents: int
+
+    def matrix(self, values_N: Tensor) -> Tensor:
+        """The sparse matrix [B, F] with these values."""
+        return torch.sparse_csr_tensor(self.crow, self.col, values_N, (len(self.crow) - 1, self.n_latents),
+                                       check_invariants=False)
+
+    def transposed(self, values_N: Tensor) -> Tensor:
+        """Its transpose [F, B]: the same three tensors read by columns, nothing is moved."""
+        return torch.sparse_csc_tensor(self.crow, self.col, values_N, (self.n_latents, len(self.crow) - 1),
+                                       check_invariants=False)
+
+
+def fixed_support(col_BK: Tensor, n_latents: int) -> Support:
+    """The support of k latents a token, given as indices [B, k]."""
+    n_tokens, k = col_BK.shape
+    crow = torch.arange(0, n_tokens * k + 1, k, device=col_BK.device)
+    return Support(crow, col_BK.flatten(), n_latents)
+
+
+class _Encode(Function):
+    """Pre-activations `(x - b_dec) W_enc^T + b_enc` at the support, whose values are known already.
+
+    With g the gradient at the entries and G its sparse [B, F] matrix: dW_enc = G^T (x - b_dec), db_enc = G^T 1, and,
+    x being data, all that is needed of the input's gradient is its sum: db_dec = -db_enc W_enc.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor,
+                support: Support) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(centred_BD, W_enc_FD)
+        return values_N.view_as(values_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        centred_BD, W_enc_FD = ctx.saved_tensors
+        grad_N = grad_N.contiguous()
+        grad_W_FD = ctx.support.transposed(grad_N) @ centred_BD
+        grad_b_F = torch.zeros(len(W_enc_FD), dtype=grad_N.dtype, device=grad_N.device)
+        grad_b_F.index_add_(0, ctx.support.col, grad_N)
+        return None, None, grad_W_FD, grad_b_F, -(grad_b_F @ W_enc_FD), None
+
+
+class _Decode(Function):
+    """`Z W_dec` for a sparse Z [B, F]; with G = d/d(out): dW_dec = Z^T G, and dZ = G W_dec^T at the entries only."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(values_N, W_dec_FD)
+        return support.matrix(values_N) @ W_dec_FD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        values_N, W_dec_FD = ctx.saved_tensors
+        grad_BD = grad_BD.contiguous()
+        grad_W_FD = ctx.support.transposed(values_N) @ grad_BD
+        entries = ctx.support.matrix(torch.zeros_like(values_N))
+        grad_N = torch.sparse.sampled_addmm(entries, grad_BD, W_dec_FD.T, beta=0.0).values()
+        return grad_N, grad_W_FD, None
+
+
+def encode_at(support: Support, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor,
+              b_dec_D: Tensor) -> Tensor:
+    """Pre-activations at the support [N], tied to the encoder's parameters for the backward pass.
+
+    values_N: their values, taken from the dense product. centred_BD: `x - b_dec`, without a graph of its own.
+    """
+    return _Encode.apply(values_N, centred_BD, W_enc_FD, b_enc_F, b_dec_D, support)
+
+
+def decode_at(support: Support, values_N: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """Sum of the decoder rows of the support, weighted by `values_N` [N]. Returns [B, D]."""
+    return _Decode.apply(values_N, W_dec_FD, support)

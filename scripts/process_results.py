@@ -1,0 +1,14 @@
+"""Merge the results of all evaluations into eval_results/merged, one file per SAE."""
+
+from __future__ import annotations
+
+from sae_research.errors import run_main
+from sae_research.reporting.merge import merge
+
+
+def main() -> None:
+    print(f"merged {len(merge())} SAEs")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,14 @@
+"""Stage `core_eval`: writes `eval_results/core/`."""
+
+from sae_research.errors import run_main
+
+
+def main() -> None:
+    from sae_research.evals.run import run_core
+    from sae_research.params import load_params
+
+    run_core(load_params())
+
+
+if __name__ == "__main__":
+    run_main(main)

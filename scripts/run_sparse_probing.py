@@ -1,0 +1,14 @@
+"""Stage `sparse_probing_eval`: writes `eval_results/sparse_probing/`."""
+
+from sae_research.errors import run_main
+
+
+def main() -> None:
+    from sae_research.evals.run import run_sparse_probing
+    from sae_research.params import load_params
+
+    run_sparse_probing(load_params())
+
+
+if __name__ == "__main__":
+    run_main(main)

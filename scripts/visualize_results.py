@@ -1,0 +1,26 @@
+"""Draw images/*.png and write the rows that `dvc plots` shows to metrics/plots."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would spin beside the drawing
+
+from sae_research.errors import run_main  # noqa: E402
+from sae_research.params import load_params  # noqa: E402
+from sae_research.reporting.figures import draw_all  # noqa: E402
+from sae_research.reporting.plot_data import write_plot_data  # noqa: E402
+from sae_research.reporting.run import read_run  # noqa: E402
+
+
+def main() -> None:
+    style = load_params().visualization
+    run = read_run()
+    write_plot_data(run)
+    workers = 2 if sys.platform == "linux" else 1  # forking after matplotlib's import is safe on Linux only
+    print(f"drew {len(draw_all(run, style, workers=workers))} images")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,188 @@
+"""The stage: stream, loop, outputs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from training_helpers import STANDARD, TOP_K
+
+from sae_research.errors import UserError
+from sae_research.lm import LanguageModel, load_language_model
+from sae_research.saes import load_sae
+from sae_research.text.stream import token_contexts
+from sae_research.training import run, trainer
+from sae_research.training.pca import StreamingPCA, pca_variance_explained
+from sae_research.training.recipes.standard import Standard
+from sae_research.training.stream import ActivationStream
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def curve(folder):
+    lines = (folder / "training_curve.tsv").read_text().splitlines()
+    return [dict(zip(lines[0].split("\t"), map(float, line.split("\t")), strict=True)) for line in lines[1:]]
+
+
+def test_a_run_learns_and_writes_what_it_says(make_params, tmp_path, capsys):
+    report = run.train(make_params(), tmp_path / "out")
+    assert sorted(files(tmp_path / "out")) == [
+        f"{name}/{file}" for name in ("standard", "topk")
+        for file in ("cfg.json", "sae_weights.safetensors", "training_curve.tsv")] + ["training_report.json"]
+    for name in ("standard", "topk"):
+        rows = curve(tmp_path / "out" / name)
+        assert 40 <= len(rows) <= 61
+        assert rows[-1]["variance_explained"] > rows[0]["variance_explained"] + 0.05
+        sae = load_sae(tmp_path / "out" / name)
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+        assert (sae.cfg.hook_name, sae.cfg.context_size, sae.cfg.role) == ("blocks.1.hook_resid_post", 32, "comparison")
+        assert sae.cfg.provenance["tokens"] == report["tokens"] > 6000
+    assert curve(tmp_path / "out" / "topk")[-1]["loss"] < curve(tmp_path / "out" / "topk")[0]["loss"]
+    written = json.loads((tmp_path / "out" / "training_report.json").read_text())
+    assert written["saes"]["topk"]["held_out"]["l0"] == pytest.approx(4, abs=0.2)
+    assert written["saes"]["topk"]["held_out"]["variance_explained"] > written["pca_reference"].get("4", 0.2)
+    assert 0.9 < written["fraction_tokens_kept"] < 1
+    assert "held-out text" in capsys.readouterr().out
+
+
+def test_two_runs_write_the_same_bytes(make_params, tmp_path):
+    run.train(make_params(), tmp_path / "a")
+    run.train(make_params(), tmp_path / "b")  # this one reads the activation cache
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_an_sae_does_not_depend_on_its_companions(make_params, tmp_path):
+    run.train(make_params(), tmp_path / "both")
+    run.train(make_params(saes={"more": {**TOP_K, "k": 2}, "topk": TOP_K}), tmp_path / "other")
+    assert files(tmp_path / "both" / "topk") == files(tmp_path / "other" / "topk")
+
+
+def test_the_seed_matters(make_params, tmp_path):
+    run.train(make_params(), tmp_path / "a")
+    run.train(make_params().model_copy(update={"random_seed": 1}), tmp_path / "b")
+    assert files(tmp_path / "a")["topk/sae_weights.safetensors"] != files(tmp_path / "b")["topk/sae_weights.safetensors"]
+
+
+def test_the_model_reads_each_text_once_for_all_saes(make_params, tmp_path, monkeypatch):
+    seen = []
+    original = LanguageModel.activations
+    monkeypatch.setattr(LanguageModel, "activations", lambda self, tokens, hook: (
+        seen.append(tokens.numel()), original(self, tokens, hook))[1])
+    params = make_params()
+    load_language_model(params.model.name, "cpu")
+    seen.clear()
+    run.train(params, tmp_path / "out")
+    check_at_load = 8
+    assert sum(seen) == 8192 + 512 + check_at_load
+    seen.clear()
+    run.train(params, tmp_path / "again")
+    assert sum(seen) == check_at_load
+
+
+def test_without_the_cache_the_result_is_the_same(make_params, tmp_path):
+    run.train(make_params(), tmp_path / "a")
+    params = make_params()
+    caching = params.activation_caching.model_copy(update={"enabled": False})
+    run.train(params.model_copy(update={"activation_caching": caching}), tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_nothing_to_train_loads_no_model(make_params, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_language_model", lambda *_: pytest.fail("loaded a model"))
+    run.train(make_params(saes={}), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "training_report.json").read_text())["saes"] == {}
+
+
+def test_a_diverging_sae_is_named_and_the_old_output_stays(make_params, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    original = Standard.compute
+
+    def diverge(self, x, progress):
+        out = original(self, x, progress)
+        return out._replace(loss=out.loss * math.nan) if progress > 0.5 else out
+
+    monkeypatch.setattr(Standard, "compute", diverge)
+    with pytest.raises(UserError, match=r"train\.saes\.standard: the loss at step \d+ is not finite"):
+        run.train(make_params(), tmp_path / "out")
+    assert [p.name for p in tmp_path.glob("*out*")] == ["out"]
+    assert (tmp_path / "out" / "old").exists()
+
+
+def test_text_that_runs_out_is_a_user_error(make_params, tmp_path):
+    with pytest.raises(UserError, match="ends after"):
+        run.train(make_params(tokens=1_000_000), tmp_path / "out")
+
+
+def test_fewer_tokens_than_a_batch_is_a_user_error(make_params, tmp_path):
+    with pytest.raises(UserError, match="fewer than one batch"):
+        run.train(make_params(tokens=320, batch_size=512, buffer_tokens=1024), tmp_path / "out")
+
+
+@pytest.fixture
+def stream(make_params):
+    params = make_params()
+    lm = load_language_model(params.model.name, "cpu")
+    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", 8192)
+    return ActivationStream(lm, contexts.tokens, params)
+
+
+def test_the_stream_serves_each_counted_token_once_and_shuffled(stream):
+    batches = list(stream)
+    rows = torch.cat([batch.acts for batch in batches])
+    assert len(rows) == stream.rows_read // 64 * 64
+    assert len(rows.unique(dim=0)) > 0.95 * len(rows)  # equal text at equal positions gives equal rows
+    assert rows.square().sum(1).mean() == pytest.approx(1, abs=0.05)
+    in_order = stream.calibration.rows[:64]
+    assert not torch.allclose(batches[0].acts, in_order)
+    progress = [batch.progress for batch in batches]
+    assert progress == sorted(progress) and 0 < progress[0] < 0.02 and 0.97 < progress[-1] < 1
+    again = torch.cat([batch.acts for batch in stream])
+    assert torch.equal(rows, again)
+
+
+def test_the_stream_drops_first_and_special_tokens(stream):
+    tokens = stream.tokens
+    special = torch.isin(tokens, stream.lm.special_ids)
+    special[:, 0] = True
+    list(stream)
+    assert stream.rows_read <= int((~special).sum())
+
+
+def test_pca_explains_what_svd_does():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 12, generator=generator) * torch.arange(1, 13) + 3
+    pca = StreamingPCA(12)
+    for part in x.split(64):
+        pca.update(part)
+    explained = pca_variance_explained(pca, x, (2, 12, 40))
+    singular = torch.linalg.svdvals(x - x.mean(0)).square()
+    assert explained[2] == pytest.approx(float(singular[:2].sum() / singular.sum()), abs=1e-4)
+    assert explained[12] == pytest.approx(1, abs=1e-4)
+    assert 40 not in explained
+
+
+def test_sae_lens_reads_the_folders(make_params, tmp_path):
+    from sae_lens import SAE
+
+    run.train(make_params(), tmp_path / "out")
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0)) * 5
+    for name in ("standard", "topk"):
+        ours, theirs = load_sae(tmp_path / "out" / name), SAE.load_from_disk(str(tmp_path / "out" / name))
+        z = ours.encode(x)
+        torch.testing.assert_close(theirs.encode(x), z, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs.decode(theirs.encode(x)), ours.decode(z), rtol=1e-5, atol=1e-4)
+
+
+def test_seeds_differ_by_name_and_run():
+    assert len({trainer.sae_seed(name, seed) for name in ("a", "b") for seed in (0, 1)}) == 4
+
+
+def test_standard_config_is_listed(make_params):
+    params = make_params()
+    listed = run.hyper_parameters(params.train.saes["standard"], params)
+    assert listed["l1_coefficient"] == STANDARD["l1_coefficient"] and "k" not in listed and listed["batch_size"] == 64
