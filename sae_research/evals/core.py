@@ -124,8 +124,8 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str,
         lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
         for name, z_all, z_lab in _both_encodings(saes, batch.acts, lab_mask):
             state, sae = states[name], saes[name]
-            state.sae_bench.update(batch.acts, sae.decode(z_all), z_all, bench_mask)
-            state.lab.update(batch.acts, sae.decode(z_lab), z_lab, lab_mask)
+            state.sae_bench.update(sae.target(batch.acts), sae.decode(z_all), z_all, bench_mask)
+            state.lab.update(sae.target(batch.acts), sae.decode(z_lab), z_lab, lab_mask)
             _count_support(state, sae, z_lab, lab_mask)
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 

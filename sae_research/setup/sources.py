@@ -130,36 +130,26 @@ def read_release(release: str, sae_id: str) -> SparseAutoencoder:
 
 def _reach(fetch: Callable[[], T], what: str, where: str) -> T:
     """Run a download; each way a hub can fail becomes its own line."""
-    import httpx
     import requests
     from huggingface_hub import errors
 
+    unreachable = f"{what}: the hub cannot be reached and the file is not in its cache; {OFFLINE_HINT}"
     try:
         return fetch()
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        httpx.TransportError,
-        requests.ConnectionError,
-        requests.Timeout,
-    ):
-        raise UserError(
-            f"{what}: the hub cannot be reached and the file is not in its cache; {OFFLINE_HINT}"
-        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, requests.RequestException):
+        raise UserError(unreachable) from None
     except errors.GatedRepoError:
-        raise UserError(
-            f"{what}: access is restricted; accept its terms on the hub and log in (hf auth "
-            f"login), "
-            f"or {OFFLINE_HINT}"
-        ) from None
+        raise UserError(f"{what}: access is restricted; accept its terms on the hub and log in "
+                        f"(hf auth login), or {OFFLINE_HINT}") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{what}: the hub has no repository {where!r} (or it is private); {OFFLINE_HINT}"
-        ) from None
+        raise UserError(f"{what}: the hub has no repository {where!r} (or it is private); "
+                        f"{OFFLINE_HINT}") from None
     except errors.EntryNotFoundError:
         raise UserError(f"{what}: no such file in the repository {where}") from None
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise UserError(f"{what}: {str(error).strip().partition(chr(10))[0]}; {OFFLINE_HINT}") from None
+    except errors.HTTPError:  # the connection broke
+        raise UserError(unreachable) from None
 
 
 def _from(sae: SparseAutoencoder, **origin: str | None) -> SparseAutoencoder:

@@ -9,22 +9,24 @@ from torch import Tensor
 class StreamingPCA:
     """Mean and covariance of rows seen in batches; float64 sums over float32 products."""
 
-    def __init__(self, d_in: int) -> None:
+    def __init__(self, d_in: int, device: torch.device | str = "cpu") -> None:
+        # MPS has no float64; its sums stay in float32
+        wide = torch.float32 if str(device).startswith("mps") else torch.float64
         self.n = 0
-        self.sum_D = torch.zeros(d_in, dtype=torch.float64)
-        self.products_DD = torch.zeros(d_in, d_in, dtype=torch.float64)
+        self.sum_D = torch.zeros(d_in, dtype=wide, device=device)
+        self.products_DD = torch.zeros(d_in, d_in, dtype=wide, device=device)
 
     @torch.no_grad()
     def update(self, x_ND: Tensor) -> None:
-        x_ND = x_ND.float()
+        """Add float32 rows, on the device the sums are on: nothing here waits for it."""
         self.n += len(x_ND)
-        self.sum_D += x_ND.sum(0, dtype=torch.float32).double().cpu()
-        self.products_DD += (x_ND.T @ x_ND).double().cpu()
+        self.sum_D += x_ND.sum(0)
+        self.products_DD += x_ND.T @ x_ND
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Mean [D] and orthonormal rows [D, D], most variance first, float32."""
-        mean_D = self.sum_D / self.n
-        covariance_DD = self.products_DD / self.n - torch.outer(mean_D, mean_D)
+        mean_D = self.sum_D.cpu().double() / self.n
+        covariance_DD = self.products_DD.cpu().double() / self.n - torch.outer(mean_D, mean_D)
         _, vectors_DD = torch.linalg.eigh(covariance_DD)
         return mean_D.float(), vectors_DD.flip(1).T.contiguous().float()
 

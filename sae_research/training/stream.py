@@ -53,7 +53,7 @@ class ActivationStream:
         self.d_in = lm.d_in(params.train.hook_name)
         self.tokens_read = self.rows_read = self.rows_served = 0
         self.calibration = self._calibrate()
-        self.pca = StreamingPCA(self.d_in)
+        self.pca = StreamingPCA(self.d_in, lm.device)
 
     @property
     def fraction_kept(self) -> float:
@@ -69,9 +69,10 @@ class ActivationStream:
         """Fill the buffer, serve a random half of it, refill; at the end serve what is left, in whole batches."""
         train = self.params.train
         self.tokens_read = self.rows_read = self.rows_served = 0
-        self.pca = StreamingPCA(self.d_in)
+        self.pca = StreamingPCA(self.d_in, self.lm.device)
         generator = torch.Generator().manual_seed(int(fingerprint([self.params.random_seed, "stream"])[:12], 16))
-        capacity = max(train.buffer_tokens, 2 * train.batch_size) + self.chunk_contexts * self.tokens.shape[1]
+        full = max(train.buffer_tokens, 2 * train.batch_size)
+        capacity = full + self.chunk_contexts * self.tokens.shape[1]
         # In the model's precision: half the memory in bfloat16, and nothing is lost.
         bank = torch.empty(capacity, self.d_in, dtype=self.lm.dtype, device=self.lm.device)
         held = 0
@@ -79,7 +80,7 @@ class ActivationStream:
             rows = self._read(start)
             bank[held:held + len(rows)] = rows.to(bank.device)
             held += len(rows)
-            if held >= train.buffer_tokens:
+            if held >= full:
                 order = torch.randperm(held, generator=generator).to(bank.device)
                 served = held // 2 // train.batch_size * train.batch_size
                 yield from self._serve(bank, order[:served])

@@ -145,6 +145,14 @@ def test_the_stream_serves_each_counted_token_once_and_shuffled(stream):
     assert torch.equal(rows, again)
 
 
+def test_a_buffer_smaller_than_two_batches_still_serves_everything(make_params):
+    params = make_params(buffer_tokens=64, batch_size=256)
+    lm = load_language_model(params.model.name, "cpu")
+    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", 4096)
+    small = ActivationStream(lm, contexts.tokens, params)
+    assert sum(len(batch.acts) for batch in small) == small.rows_read // 256 * 256
+
+
 def test_the_stream_drops_first_and_special_tokens(stream):
     tokens = stream.tokens
     special = torch.isin(tokens, stream.lm.special_ids)

@@ -1,0 +1,101 @@
+"""Streaming statistics against plain ones, and the cases whose answer is known beforehand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_research.stats import CleanPredictions, ReconstructionStats
+from sae_research.stats.weights import max_cosine
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 10, 6) * torch.tensor([1, 2, 3, 4, 5, 60.0]) + 7
+    return x, x + torch.randn_like(x), torch.relu(torch.randn(4, 10, 9) - 1), torch.rand(4, 10) > 0.3
+
+
+def test_streaming_equals_plain(batch: tuple[torch.Tensor, ...]) -> None:
+    x, hat, z, mask = batch
+    stats = ReconstructionStats(6, 9)
+    for i in range(4):
+        stats.update(x[i:i + 1], hat[i:i + 1], z[i:i + 1], mask[i:i + 1])
+    got, X, H, Z = stats.metrics(), x[mask].double(), hat[mask].double(), z[mask].double()
+    residual, total = (X - H).square(), (X - X.mean(0)).square()
+    want = {
+        "tokens": len(X), "l0": (Z != 0).sum(1).double().mean(), "l1": Z.abs().sum(1).mean(), "mse": residual.mean(),
+        "variance_explained": 1 - residual.sum() / total.sum(),
+        "variance_explained_per_dim": (1 - residual.sum(0) / total.sum(0)).mean(),
+        "cosine_similarity": torch.nn.functional.cosine_similarity(X, H).mean(),
+        "l2_ratio": (H.norm(dim=1) / X.norm(dim=1)).mean(), "fraction_alive": (Z != 0).any(0).double().mean(),
+        "relative_reconstruction_bias": H.square().sum(1).mean() / (X * H).sum(1).mean(),
+    }
+    assert got == pytest.approx({key: float(value) for key, value in want.items()}, rel=1e-6)
+    torch.testing.assert_close(stats.density, (Z != 0).double().mean(0).float())
+
+
+def test_known_answers(batch: tuple[torch.Tensor, ...]) -> None:
+    x, _, z, mask = batch
+    perfect, mean = ReconstructionStats(6, 9), ReconstructionStats(6, 9)
+    perfect.update(x, x, z, mask)
+    mean.update(x, x[mask].mean(0).expand_as(x), z, mask)
+    assert perfect.metrics()["variance_explained"] == 1
+    assert mean.metrics()["variance_explained"] == pytest.approx(0, abs=1e-6)
+    assert mean.metrics()["variance_explained_per_dim"] == pytest.approx(0, abs=1e-6)
+    assert ReconstructionStats(6, 9).metrics() == {}
+
+
+def test_signs_and_masked_tokens_do_not_count(batch: tuple[torch.Tensor, ...]) -> None:
+    x, hat, z, mask = batch
+    plain, flipped = ReconstructionStats(6, 9), ReconstructionStats(6, 9)
+    plain.update(x, hat, z, mask)
+    x2, z2 = x.clone(), -z
+    x2[~mask], z2[~mask] = 1e6, 1e6
+    flipped.update(x2, hat, z2, mask)
+    assert plain.metrics() == flipped.metrics()
+
+
+def test_losses_against_torch() -> None:
+    torch.manual_seed(0)
+    tokens, clean, edited = torch.randint(0, 50, (3, 8)), torch.randn(3, 8, 50) * 4, torch.randn(3, 8, 50) * 4
+    predictions = CleanPredictions(clean.clone(), tokens)
+    ce, kl = predictions.compare(edited)
+    want_ce = torch.nn.functional.cross_entropy(edited[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    want_kl = torch.nn.functional.kl_div(edited.log_softmax(-1), clean.log_softmax(-1), log_target=True,
+                                         reduction="none").sum(-1)
+    torch.testing.assert_close(ce, want_ce)
+    torch.testing.assert_close(kl, want_kl)
+    same_ce, same_kl = predictions.compare(clean)
+    torch.testing.assert_close(same_ce, predictions.ce)
+    assert same_kl.abs().max() < 1e-6
+
+
+def test_losses_stay_finite_where_a_softmax_underflows() -> None:
+    logits = torch.zeros(1, 2, 4)
+    logits[..., 0] = 400
+    _, kl = CleanPredictions(logits.clone(), torch.zeros(1, 2, dtype=torch.long)).compare(-logits)
+    assert torch.isfinite(kl).all()
+    assert kl.min() > 100
+
+
+def test_shared_logits_stand_for_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_research.stats import losses
+
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 150)  # three tokens a chunk: chunks cross sequences
+    torch.manual_seed(0)
+    tokens, clean, one = torch.randint(0, 50, (3, 8)), torch.randn(3, 8, 50), torch.randn(1, 8, 50)
+    predictions = CleanPredictions(clean, tokens)
+    for shared, repeated in zip(predictions.compare(one), predictions.compare(one.repeat(3, 1, 1)), strict=True):
+        torch.testing.assert_close(shared, repeated)
+
+
+def test_max_cosine_ignores_the_row_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_research.stats import weights
+
+    monkeypatch.setattr(weights, "CHUNK_ROWS", 7)
+    rows = torch.randn(20, 5)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    cosines = unit @ unit.T
+    cosines.fill_diagonal_(-2)
+    torch.testing.assert_close(max_cosine(rows), cosines.amax(1))
