@@ -48,7 +48,8 @@ class TokenMask(Section):
 class TrainedSAE(Section):
     recipe: Literal["standard", "top_k"]
     d_sae: Positive
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 3.0e-3
+    """Adam's at its height: some ten times the literature's, because a run of minutes has some hundred steps."""
     init: Literal["data_rows", "random"] = "data_rows"
     """Decoder rows at the start: activations less their mean, or random directions."""
     l1_coefficient: Annotated[float, Field(ge=0)] | None = None
@@ -66,8 +67,9 @@ class TrainedSAE(Section):
 
 class Train(Section):
     hook_name: str = "blocks.8.hook_resid_post"
-    tokens: Positive = 300_000
-    batch_size: Positive = 1024
+    tokens: Positive = 240_000
+    """Tokens of text that the language model reads; those that count are trained on."""
+    batch_size: Positive = 512
     """Activations per optimiser step."""
     buffer_tokens: Positive = 65_536
     """Activations held and shuffled at a time."""
@@ -76,7 +78,7 @@ class Train(Section):
     warmup_fraction: Fraction = 0.05
     sparsity_warmup_fraction: Fraction = 0.1
     decay_fraction: Fraction = 0.3
-    dead_fraction: Fraction = 0.1
+    dead_fraction: Fraction = 0.05
     """A latent silent for this fraction of the run counts as dead (auxiliary loss of the TopK family)."""
     saes: dict[str, TrainedSAE] = {}
 

@@ -1,6 +1,6 @@
 """Train the SAEs of `params.yaml` (train.saes) into trained_saes/.
 
-    python -m scripts.train_saes
+python -m scripts.train_saes
 """
 
 from __future__ import annotations

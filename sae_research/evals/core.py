@@ -21,8 +21,16 @@ from tqdm import tqdm
 from sae_research.evals import inputs, output, sae_bench_stats
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
-from sae_research.lm import (ActivationPool, Batch, LanguageModel, collect, mask, median_activation_norm,
-                             sae_bench_mask, token_mask)
+from sae_research.lm import (
+    ActivationPool,
+    Batch,
+    LanguageModel,
+    collect,
+    mask,
+    median_activation_norm,
+    sae_bench_mask,
+    token_mask,
+)
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
 from sae_research.stats import CleanPredictions, ReconstructionStats, latent_weights, losses, reconstruction, weights
@@ -42,6 +50,16 @@ class _Group(NamedTuple):
     pool: ActivationPool
     params: Params
     median_norm: float
+
+    def mean_activation(self) -> Tensor:
+        """Mean over the counted tokens of the sparsity contexts [d_in]: what mean-ablation puts in place."""
+        total, count = torch.zeros((), device=self.lm.device), 0
+        config = self.params.core_eval
+        for index in self.batches(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+            batch = self.pool.batch(index)
+            kept = batch.acts[self.lab_mask(batch)]
+            total, count = total + kept.sum(0), count + len(kept)
+        return total / max(count, 1)
 
     def lab_mask(self, batch: Batch) -> Tensor:
         return token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
@@ -165,7 +183,8 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
     alive = density[density > 0].log10()
     counts = torch.histc(alive.clamp(_HISTOGRAM_EDGES[0], 0), len(_HISTOGRAM_EDGES) - 1, _HISTOGRAM_EDGES[0], 0)
     return {
-        "sae_bench": {**state.sae_bench.metrics(), "misc_metrics": misc_metrics(bench_density, latent)},
+        "sae_bench": _minus_one_for_nan({**state.sae_bench.metrics(),
+                                         "misc_metrics": misc_metrics(bench_density, latent)}),
         "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
         "lab": {**state.lab.metrics(), "support": state.support / state.sequences,
                 "fraction_tokens_kept": state.kept / state.total},
@@ -182,7 +201,7 @@ def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, flo
     cache = ResultCache("core_predictions")
     totals: dict[str, dict[str, float]] = {name: {} for name in group.saes}
     batches = group.batches(0, group.params.core_eval.n_eval_reconstruction_batches)
-    zero = None
+    ablation = None
     with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
               dynamic_ncols=True) as bar:
         for number, index in enumerate(batches):
@@ -191,8 +210,9 @@ def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, flo
             bar.update(len(group.saes) - len(missing))
             if missing:
                 batch = group.pool.batch(index)
-                zero = _zero_logits(group, batch) if zero is None else zero
-                for name, sums in _predict_batch(group, missing, batch, zero):
+                if ablation is None:
+                    ablation = _Ablation(_zero_logits(group, batch), group.mean_activation())
+                for name, sums in _predict_batch(group, missing, batch, ablation):
                     cache.put(f"{keys[name]}-{number}", sums)
                     found[name] = sums
                     bar.update()
@@ -200,6 +220,13 @@ def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, flo
                 for key, value in sums.items():
                     totals[name][key] = totals[name].get(key, 0.0) + value
     return totals
+
+
+class _Ablation(NamedTuple):
+    """What stands in for the activations when they are ablated."""
+
+    zero_logits: Tensor | None
+    mean_D: Tensor
 
 
 def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
@@ -212,7 +239,7 @@ def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Batch,
-                   zero: Tensor | None) -> Iterator[tuple[str, dict[str, float]]]:
+                   ablation: _Ablation) -> Iterator[tuple[str, dict[str, float]]]:
     """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
     lm, x, tokens = group.lm, batch.acts, batch.tokens
     lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
@@ -222,11 +249,10 @@ def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Bat
         return clean.compare(lm.resume(group.hook, acts, tokens))
 
     kept = lab_mask[..., None]
-    mean_D = x[lab_mask].mean(0)
+    zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
     shared = {
-        **_sums("sae_bench", bench_mask, ablated=clean.compare(zero) if zero is not None else run(torch.zeros_like(x)),
-                clean=(clean.ce, None)),
-        **_sums("lab", lab_mask, zero=run(torch.where(kept, 0.0, x)), mean=run(torch.where(kept, mean_D, x)),
+        **_sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None)),
+        **_sums("lab", lab_mask, zero=run(torch.where(kept, 0.0, x)), mean=run(torch.where(kept, ablation.mean_D, x)),
                 clean=(clean.ce, None)),
     }
     for name, z_all, z_lab in _both_encodings(saes, x, lab_mask):
@@ -270,11 +296,14 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "context_size": group.pool.sequences[0].shape[0], "compute_kl": True, "compute_ce_loss": True,
         "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
         "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
-    # SAE Bench writes -1 where a figure is not a number; JSON has no NaN
-    clean = {category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
-             for category, values in metrics.items()}
-    return output.core_output(bench_config, clean, sparsity["details"], unstructured,
+    return output.core_output(bench_config, _minus_one_for_nan(metrics), sparsity["details"], unstructured,
                               output.envelope(name, sae, "core"))
+
+
+def _minus_one_for_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """SAE Bench's own mark for a figure that is not a number, in its block only: JSON has no NaN."""
+    return {category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
+            for category, values in metrics.items()}
 
 
 def _mean(sums: dict[str, float], definition: str, quantity: str, run: str) -> float:

@@ -84,6 +84,17 @@ class FullProbe(NamedTuple):
         return float(((x @ self.weight + self.bias > 0) == (labels > 0)).mean())
 
 
+def adamw_step(theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int,
+               learning_rate: float) -> None:
+    """One AdamW update of `theta` and its two moments in place, with torch's defaults (betas 0.9 and 0.999, weight
+    decay 0.01). step counts from 1."""
+    first += np.float32(0.1) * (gradient - first)
+    second += np.float32(0.001) * (gradient * gradient - second)
+    theta *= np.float32(1 - learning_rate * 0.01)
+    theta -= np.float32(learning_rate / (1 - 0.9**step)) * first / (
+        np.sqrt(second / np.float32(1 - 0.999**step)) + np.float32(1e-8))
+
+
 def fit_full_probe(x: np.ndarray, labels: np.ndarray, select_x: np.ndarray, select_labels: np.ndarray, seed: int,
                    epochs: int = 100, learning_rate: float = 1e-2, batch_size: int = 250,
                    patience: int = 10) -> tuple[FullProbe, float]:
@@ -109,11 +120,7 @@ def fit_full_probe(x: np.ndarray, labels: np.ndarray, select_x: np.ndarray, sele
             error = (expit(batch @ theta[:-1] + theta[-1]) - y) / np.float32(len(y))
             gradient = np.append(error @ batch, error.sum())
             step += 1
-            first += np.float32(0.1) * (gradient - first)
-            second += np.float32(0.001) * (gradient * gradient - second)
-            theta *= np.float32(1 - learning_rate * 0.01)  # AdamW's default weight decay
-            theta -= np.float32(learning_rate / (1 - 0.9**step)) * first / (
-                np.sqrt(second / np.float32(1 - 0.999**step)) + np.float32(1e-8))
+            adamw_step(theta, gradient, first, second, step, learning_rate)
         accuracy = FullProbe(theta[:-1], float(theta[-1])).accuracy(select_x, select_labels)
         if accuracy > best_accuracy:
             best, best_accuracy, waited = FullProbe(theta[:-1].copy(), float(theta[-1])), accuracy, 0

@@ -12,16 +12,24 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
 from sae_research.evals import inputs, output, probes
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.probes import ProbeTask, draw, full_accuracy, sae_bench_full_accuracy, top_k_accuracy
-from sae_research.lm import (ActivationPool, Batch, LanguageModel, collect, mask, median_activation_norm,
-                             sae_bench_mask, token_mask)
+from sae_research.lm import (
+    ActivationPool,
+    Batch,
+    LanguageModel,
+    collect,
+    mask,
+    median_activation_norm,
+    sae_bench_mask,
+    token_mask,
+)
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
 from sae_research.store import ResultCache, StageFolder, fingerprint
@@ -111,11 +119,13 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
             for class_texts in part.values():
                 for text in class_texts:
                     row_of.setdefault(text, len(row_of))
-    encoded = lm.tokenizer(list(row_of), truncation=True, max_length=config.context_length)["input_ids"]
+    encoded = lm.tokenizer(list(row_of), add_special_tokens=False, truncation=True,
+                           max_length=config.context_length - 1)["input_ids"]
     empty = next((text for text, ids in zip(row_of, encoded, strict=True) if not ids), None)
     if empty is not None:
         raise UserError(f"sparse_probing: the text {empty[:40]!r} has no tokens; remove it from its task")
-    return _Texts([torch.tensor(ids) for ids in encoded],
+    # as in training and in SAE Bench, a text starts with the separator (BOS)
+    return _Texts([torch.tensor([lm.separator_id, *ids]) for ids in encoded],
                   {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks},
                   {task.name: {**task.notes, "classes": list(task.train)} for task in tasks})
 

@@ -45,7 +45,7 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
     """
     where = pick_device(device)
     if name in PACKAGED:
-        folder: str | Path = _dequantised(name)
+        folder: str | Path = packaged_folder(name)
     elif Path(name).is_dir():
         folder = Path(name)
         if not (folder / "config.json").is_file():
@@ -96,7 +96,7 @@ def _model_fingerprint(model: Any, folder: str | Path) -> str:
     return fingerprint({p.name: file_sha256(p) for p in files})
 
 
-def _dequantised(name: str) -> Path:
+def packaged_folder(name: str) -> Path:
     """Folder of a packaged model's weights, dequantised from GGUF on first use (half a minute, 0.5 GB)."""
     distribution, module, file_name = PACKAGED[name]
     spec = importlib.util.find_spec(module)  # located, not imported: the package itself wants llama.cpp
@@ -131,5 +131,8 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     # The weights are plain floats now; transformers refuses to save them while these say otherwise.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
+    # A chat model names a chat token as BOS, which no plain text starts with; documents of its training text do
+    # start with this one, and tools that prepend or skip BOS then agree with ours.
+    tokenizer.bos_token = "<|endoftext|>"
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

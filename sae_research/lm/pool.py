@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -100,12 +101,22 @@ def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, 
             _fill(lm, hook, rows, batch_size, flat, progress)
             write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": d_in})
             del flat
-            temporary.rename(folder)
+            _keep_first(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         prune(root, caching.max_gb, keep=[folder])
     return ActivationPool(rows, _mapped(folder / _FILE, total, d_in, lm.dtype, "r+"), lm.separator_id, lm.device)
+
+
+def _keep_first(temporary: Path, folder: Path) -> None:
+    """Move a finished entry into place; where another process was faster, its equal entry stays."""
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(temporary)
 
 
 def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) -> Tensor:

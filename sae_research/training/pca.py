@@ -32,7 +32,7 @@ class StreamingPCA:
 
 
 def pca_variance_explained(pca: StreamingPCA, x_ND: Tensor, numbers: tuple[int, ...]) -> dict[int, float]:
-    """For each n: `1 - |x - x_hat|^2 / |x - mean(x)|^2` over rows `x_ND`, x_hat from the n leading components.
+    """For each n: `1 - |x - x_hat|^2 / |x - mean(x)|^2` over rows, x_hat from n components.
 
     Numbers above d_in are left out. Same units as the rows that `pca` saw.
     """

@@ -1,4 +1,4 @@
-"""The `train` stage: all SAEs of `params.train.saes` in one pass of the language model, into `trained_saes/`."""
+"""The `train` stage: all SAEs of `params.train.saes` in one pass of the model, into `trained_saes/`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
     lm = load_language_model(params.model.name, params.model.device, params.train.llm_dtype)
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens)
     stream = ActivationStream(lm, contexts.tokens, params)
-    members = [make_member(name, params.train, stream.calibration.rows, params.random_seed)
-               for name in params.train.saes]
+    members = [
+        make_member(name, params.train, stream.calibration.rows, params.random_seed)
+        for name in params.train.saes
+    ]
     n_trained = train_members(stream, members)
     saes = {member.name: _exported(member, lm, params, stream, n_trained) for member in members}
     report = _report(params, n_trained, stream.fraction_kept)
@@ -60,10 +62,19 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
 
 def hyper_parameters(config: TrainedSAE, params: Params) -> dict[str, Any]:
     """What shaped one SAE's training: its own section, and what the run's section says for all."""
-    shared = ("batch_size", "buffer_tokens", "llm_dtype", "warmup_fraction", "sparsity_warmup_fraction",
-              "decay_fraction", "dead_fraction")
-    return {**config.model_dump(exclude={"recipe"}, exclude_none=True),
-            **params.train.model_dump(include=set(shared))}
+    shared = (
+        "batch_size",
+        "buffer_tokens",
+        "llm_dtype",
+        "warmup_fraction",
+        "sparsity_warmup_fraction",
+        "decay_fraction",
+        "dead_fraction",
+    )
+    return {
+        **config.model_dump(exclude={"recipe"}, exclude_none=True),
+        **params.train.model_dump(include=set(shared)),
+    }
 
 
 def curve_tsv(curve: list[CurveRow]) -> str:
@@ -74,45 +85,81 @@ def curve_tsv(curve: list[CurveRow]) -> str:
 
 def held_out_table(report: Report) -> str:
     """The held-out figures as a plain table, PCA below."""
-    lines = [f"\nheld-out text, {report['hook_name']} of {report['model_name']}, {report['tokens']:,} training tokens",
-             f"{'':24s}{'L0':>8s}{'variance explained':>20s}{'alive':>8s}"]
+    lines = [
+        f"\nheld-out text, {report['hook_name']} of {report['model_name']}, "
+        f"{report['tokens']:,} training tokens",
+        f"{'':24s}{'L0':>8s}{'variance explained':>20s}{'alive':>8s}",
+    ]
     for name, entry in report["saes"].items():
         figures = entry["held_out"]
-        lines.append(f"{name:24s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}"
-                     f"{figures['fraction_alive']:8.3f}")
-    lines += [f"{f'PCA, {n} components':24s}{int(n):8d}{value:20.3f}" for n, value in report["pca_reference"].items()]
+        lines.append(
+            f"{name:24s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}"
+            f"{figures['fraction_alive']:8.3f}"
+        )
+    lines += [
+        f"{f'PCA, {n} components':24s}{int(n):8d}{value:20.3f}"
+        for n, value in report["pca_reference"].items()
+    ]
     return "\n".join(lines)
 
 
-def _exported(member: Member, lm: LanguageModel, params: Params, stream: ActivationStream,
-              n_trained: int) -> SparseAutoencoder:
+def _exported(
+    member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, n_trained: int
+) -> SparseAutoencoder:
     config = params.train.saes[member.name]
     cfg = SAEConfig(
-        form=member.recipe.form, d_in=stream.d_in, d_sae=config.d_sae, model_name=params.model.name,
-        hook_name=params.train.hook_name, context_size=params.text.context_size, options=member.recipe.options(),
+        form=member.recipe.form,
+        d_in=stream.d_in,
+        d_sae=config.d_sae,
+        model_name=params.model.name,
+        hook_name=params.train.hook_name,
+        context_size=params.text.context_size,
+        options=member.recipe.options(),
         provenance={
-            "recipe": config.recipe, "tokens": n_trained, "seed": params.random_seed,
-            "text": params.text.dataset, "text_fingerprint": text_fingerprint(params.text, TRAIN_SPLIT),
-            "model_fingerprint": lm.fingerprint, "hyper_parameters": hyper_parameters(config, params)})
+            "recipe": config.recipe,
+            "tokens": n_trained,
+            "seed": params.random_seed,
+            "text": params.text.dataset,
+            "text_fingerprint": text_fingerprint(params.text, TRAIN_SPLIT),
+            "model_fingerprint": lm.fingerprint,
+            "hyper_parameters": hyper_parameters(config, params),
+        },
+    )
     return member.recipe.export(stream.calibration.scale, cfg)
 
 
 def _report(params: Params, tokens: int, fraction_kept: float) -> Report:
-    return {"tokens": tokens, "hook_name": params.train.hook_name, "model_name": params.model.name,
-            "text": params.text.dataset, "seed": params.random_seed, "fraction_tokens_kept": fraction_kept,
-            "saes": {}, "pca_reference": {}}
+    return {
+        "tokens": tokens,
+        "hook_name": params.train.hook_name,
+        "model_name": params.model.name,
+        "text": params.text.dataset,
+        "seed": params.random_seed,
+        "fraction_tokens_kept": fraction_kept,
+        "saes": {},
+        "pca_reference": {},
+    }
 
 
-def _evaluate(report: Report, members: list[Member], saes: dict[str, SparseAutoencoder], stream: ActivationStream,
-              lm: LanguageModel, params: Params) -> None:
+def _evaluate(
+    report: Report,
+    members: list[Member],
+    saes: dict[str, SparseAutoencoder],
+    stream: ActivationStream,
+    lm: LanguageModel,
+    params: Params,
+) -> None:
     """Add every SAE's held-out figures to the report, and PCA's."""
     rows_ND = held_out_rows(lm, params, stream.calibration.median_norm)
     metrics = held_out_metrics({name: sae.to(lm.device) for name, sae in saes.items()}, rows_ND)
     for member in members:
         config = params.train.saes[member.name]
         report["saes"][member.name] = {
-            "recipe": config.recipe, "hyper_parameters": hyper_parameters(config, params),
-            "fraction_silent_at_end": member.fraction_silent, "held_out": metrics[member.name]}
+            "recipe": config.recipe,
+            "hyper_parameters": hyper_parameters(config, params),
+            "fraction_silent_at_end": member.fraction_silent,
+            "held_out": metrics[member.name],
+        }
     explained = pca_variance_explained(stream.pca, rows_ND * stream.calibration.scale, PCA_COMPONENTS)
     report["pca_reference"] = {str(n): value for n, value in explained.items()}
 

@@ -1,6 +1,7 @@
 """Schedules as functions of progress, the fraction of the run that is done (0 at its start, 1 at its end).
 
-Literature gives warm-ups and decays in absolute steps for runs of 10^5 steps; a short run would never leave them.
+Literature gives warm-ups and decays in absolute steps for runs of 10^5 steps; a short run would never leave
+them.
 """
 
 from __future__ import annotations

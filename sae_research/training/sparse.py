@@ -1,9 +1,9 @@
 """The sparse path of an SAE: one dense product to find the active latents, everything after on those alone.
 
-A ReLU or TopK SAE of width F trains with five [B, F] x [D] products a step; at L0 << F, four of them mostly multiply
-zeros. Here a batch's active latents are a `Support` in compressed sparse row (CSR) layout, and decoding, its gradients
-and the encoder's gradients run over those entries only. Seen on 2 CPU cores at B 1024, D 576, F 2304, L0 32: 2 ms for
-a sparse decode against 35 ms for the dense product.
+A ReLU or TopK SAE of width F trains with five [B, F] x [D] products a step; at L0 << F, four of them mostly
+multiply zeros. Here a batch's active latents are a `Support` in compressed sparse row (CSR) layout, and
+decoding, its gradients and the encoder's gradients run over those entries only. Seen on 2 CPU cores at B
+1024, D 576, F 2304, L0 32: 2 ms for a sparse decode against 35 ms for the dense product.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-# torch says once per process that CSR support is in beta. What is used of it is compared with dense autograd in
-# tests/training/test_sparse.py, and the line would land in the middle of a progress bar.
+# torch says once per process that CSR support is in beta. What is used of it is compared with dense autograd
+# in tests/training/test_train_recipes.py, and the line would land in the middle of a progress bar.
 warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
 
 MAX_DENSITY = 0.06
@@ -34,13 +34,15 @@ class Support(NamedTuple):
 
     def matrix(self, values_N: Tensor) -> Tensor:
         """The sparse matrix [B, F] with these values."""
-        return torch.sparse_csr_tensor(self.crow, self.col, values_N, (len(self.crow) - 1, self.n_latents),
-                                       check_invariants=False)
+        return torch.sparse_csr_tensor(
+            self.crow, self.col, values_N, (len(self.crow) - 1, self.n_latents), check_invariants=False
+        )
 
     def transposed(self, values_N: Tensor) -> Tensor:
         """Its transpose [F, B]: the same three tensors read by columns, nothing is moved."""
-        return torch.sparse_csc_tensor(self.crow, self.col, values_N, (self.n_latents, len(self.crow) - 1),
-                                       check_invariants=False)
+        return torch.sparse_csc_tensor(
+            self.crow, self.col, values_N, (self.n_latents, len(self.crow) - 1), check_invariants=False
+        )
 
 
 def fixed_support(col_BK: Tensor, n_latents: int) -> Support:
@@ -53,13 +55,20 @@ def fixed_support(col_BK: Tensor, n_latents: int) -> Support:
 class _Encode(Function):
     """Pre-activations `(x - b_dec) W_enc^T + b_enc` at the support, whose values are known already.
 
-    With g the gradient at the entries and G its sparse [B, F] matrix: dW_enc = G^T (x - b_dec), db_enc = G^T 1, and,
-    x being data, all that is needed of the input's gradient is its sum: db_dec = -db_enc W_enc.
+    With g the gradient at the entries and G its sparse [B, F] matrix: dW_enc = G^T (x - b_dec), db_enc = G^T
+    1, and, x being data, all that is needed of the input's gradient is its sum: db_dec = -db_enc W_enc.
     """
 
     @staticmethod
-    def forward(ctx: Any, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor,
-                support: Support) -> Tensor:
+    def forward(
+        ctx: Any,
+        values_N: Tensor,
+        centred_BD: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_dec_D: Tensor,
+        support: Support,
+    ) -> Tensor:
         ctx.support = support
         ctx.save_for_backward(centred_BD, W_enc_FD)
         return values_N.view_as(values_N)
@@ -75,7 +84,7 @@ class _Encode(Function):
 
 
 class _Decode(Function):
-    """`Z W_dec` for a sparse Z [B, F]; with G = d/d(out): dW_dec = Z^T G, and dZ = G W_dec^T at the entries only."""
+    """`Z W_dec`, Z sparse; with G the output's gradient: dW_dec = Z^T G, dZ = G W_dec^T at the entries."""
 
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, support: Support) -> Tensor:
@@ -93,8 +102,9 @@ class _Decode(Function):
         return grad_N, grad_W_FD, None
 
 
-def encode_at(support: Support, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor,
-              b_dec_D: Tensor) -> Tensor:
+def encode_at(
+    support: Support, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor
+) -> Tensor:
     """Pre-activations at the support [N], tied to the encoder's parameters for the backward pass.
 
     values_N: their values, taken from the dense product. centred_BD: `x - b_dec`, without a graph of its own.

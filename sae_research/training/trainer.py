@@ -62,7 +62,9 @@ def make_member(name: str, train: Train, rows_ND: Tensor, random_seed: int) -> M
     recipe = RECIPES[config.recipe](rows_ND.shape[1], config, train).to(rows_ND.device)
     recipe.initialise(rows_ND, generator)
     # fused: one pass over parameters and moments; 7 times faster than foreach on CPU
-    optimiser = torch.optim.Adam(recipe.parameters(), lr=config.learning_rate, fused=rows_ND.device.type != "mps")
+    optimiser = torch.optim.Adam(
+        recipe.parameters(), lr=config.learning_rate, fused=rows_ND.device.type != "mps"
+    )
     zero = torch.zeros((), device=rows_ND.device)
     return Member(name, recipe, optimiser, zero.clone(), zero.clone().long())
 
@@ -77,8 +79,14 @@ def train_members(stream: ActivationStream, members: list[Member]) -> int:
     Raises `UserError` naming SAE and step when a loss is no longer finite.
     """
     step = n_trained = 0
-    with tqdm(total=stream.tokens.numel(), desc="training", unit="tok", unit_scale=True, mininterval=1,
-              dynamic_ncols=True) as bar:
+    with tqdm(
+        total=stream.tokens.numel(),
+        desc="training",
+        unit="tok",
+        unit_scale=True,
+        mininterval=1,
+        dynamic_ncols=True,
+    ) as bar:
         for batch in stream:
             step, n_trained = step + 1, n_trained + len(batch.acts)
             outputs = [train_step(member, batch, step) for member in members]
@@ -108,8 +116,9 @@ def train_step(member: Member, batch: StreamBatch, step: int) -> StepOutput:
     return output
 
 
-def log_rows(members: Iterable[Member], outputs: Iterable[StepOutput], batch: StreamBatch, step: int,
-             tokens: int) -> None:
+def log_rows(
+    members: Iterable[Member], outputs: Iterable[StepOutput], batch: StreamBatch, step: int, tokens: int
+) -> None:
     """Add a row to every member's curve."""
     members = list(members)
     raise_if_diverged(members)
@@ -117,18 +126,25 @@ def log_rows(members: Iterable[Member], outputs: Iterable[StepOutput], batch: St
     for member, output in zip(members, outputs, strict=True):
         steps = step - (member.curve[-1].step if member.curve else 0)
         explained = 1 - output.residual.square().sum() / variance
-        member.curve.append(CurveRow(step, tokens, float(member.loss_sum) / steps, float(output.l0), float(explained)))
+        member.curve.append(
+            CurveRow(step, tokens, float(member.loss_sum) / steps, float(output.l0), float(explained))
+        )
         member.loss_sum.zero_()
 
 
 def raise_if_diverged(members: Iterable[Member]) -> None:
     for member in members:
         if int(member.bad_step):
-            raise UserError(f"train.saes.{member.name}: the loss at step {int(member.bad_step)} is not finite; lower "
-                            "its learning_rate, or set train.llm_dtype: float32 if activations overflow")
+            raise UserError(
+                f"train.saes.{member.name}: the loss at step {int(member.bad_step)} is not finite; lower "
+                "its learning_rate, or set train.llm_dtype: float32 if activations overflow"
+            )
 
 
 def postfix(members: Iterable[Member]) -> str:
     """`name: loss 0.21 L0 32.0 VE 0.78` for each member, for the progress bar."""
-    return " | ".join(f"{member.name}: loss {row.loss:.3g} L0 {row.l0:.3g} VE {row.variance_explained:.3f}"
-                      for member in members for row in member.curve[-1:])
+    return " | ".join(
+        f"{member.name}: loss {row.loss:.3g} L0 {row.l0:.3g} VE {row.variance_explained:.3f}"
+        for member in members
+        for row in member.curve[-1:]
+    )

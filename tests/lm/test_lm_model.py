@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     BloomConfig,
     Gemma2Config,
@@ -15,7 +16,6 @@ from transformers import (
     LlamaConfig,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, collect, load_language_model, token_mask

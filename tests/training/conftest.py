@@ -32,11 +32,22 @@ def make_params(tiny: tuple[Path, Path]) -> Callable[..., Params]:
     model, text = tiny
 
     def make(**train: Any) -> Params:
-        return Params.model_validate({
-            "model": {"name": str(model), "device": "cpu"},
-            "text": {"dataset": str(text), "context_size": 32},
-            "train": {"hook_name": HOOK, "tokens": 8192, "batch_size": 64, "buffer_tokens": 1024, "llm_dtype": "float32",
-                      "held_out_tokens": 512, "saes": {"standard": STANDARD, "topk": TOP_K}, **train}})
+        return Params.model_validate(
+            {
+                "model": {"name": str(model), "device": "cpu"},
+                "text": {"dataset": str(text), "context_size": 32},
+                "train": {
+                    "hook_name": HOOK,
+                    "tokens": 8192,
+                    "batch_size": 64,
+                    "buffer_tokens": 1024,
+                    "llm_dtype": "float32",
+                    "held_out_tokens": 512,
+                    "saes": {"standard": STANDARD, "topk": TOP_K},
+                    **train,
+                },
+            }
+        )
 
     return make
 

@@ -40,7 +40,9 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
 
 def test_sparse_functions_pass_gradcheck():
     generator = torch.Generator().manual_seed(0)
-    support = sparse.fixed_support(torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(5)]), 6)
+    support = sparse.fixed_support(
+        torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(5)]), 6
+    )
     values = torch.randn(10, dtype=torch.float64, generator=generator, requires_grad=True)
     W_dec = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v, w: sparse.decode_at(support, v, w), (values, W_dec))
@@ -70,7 +72,9 @@ def test_folding_is_exact_and_rows_are_unit(name, planted_rows):
     sae = recipe.export(scale, cfg)
     x = planted_rows[None] / scale
     z = sae.encode(x)
-    torch.testing.assert_close(sae.decode(z)[0] * scale, recipe.reconstruct(planted_rows).x_hat, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sae.decode(z)[0] * scale, recipe.reconstruct(planted_rows).x_hat, rtol=1e-4, atol=1e-5
+    )
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
 
 
@@ -85,10 +89,14 @@ def test_auxiliary_loss_revives_dead_latents(planted_rows):
     def alive_after(coefficient: float) -> int:
         recipe = recipe_of(RECIPES["top_k"], 16, planted_rows, **{**TOP_K, "aux_k_coefficient": coefficient})
         with torch.no_grad():
-            recipe.W_enc[:32] *= 0.05  # half the latents still respond, but too little to enter a token's top k
+            recipe.W_enc[:32] *= (
+                0.05  # half the latents still respond, but too little to enter a token's top k
+            )
         optimiser = torch.optim.Adam(recipe.parameters(), lr=3e-3)
         for step in range(150):
-            x = planted_rows[torch.randint(len(planted_rows), (128,), generator=torch.Generator().manual_seed(step))]
+            x = planted_rows[
+                torch.randint(len(planted_rows), (128,), generator=torch.Generator().manual_seed(step))
+            ]
             optimiser.zero_grad()
             recipe.compute(x, (step + 0.5) / 150).loss.backward()
             recipe.project_gradient()

@@ -20,7 +20,11 @@ from sae_research.training.stream import ActivationStream
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def curve(folder):
@@ -31,15 +35,21 @@ def curve(folder):
 def test_a_run_learns_and_writes_what_it_says(make_params, tmp_path, capsys):
     report = run.train(make_params(), tmp_path / "out")
     assert sorted(files(tmp_path / "out")) == [
-        f"{name}/{file}" for name in ("standard", "topk")
-        for file in ("cfg.json", "sae_weights.safetensors", "training_curve.tsv")] + ["training_report.json"]
+        f"{name}/{file}"
+        for name in ("standard", "topk")
+        for file in ("cfg.json", "sae_weights.safetensors", "training_curve.tsv")
+    ] + ["training_report.json"]
     for name in ("standard", "topk"):
         rows = curve(tmp_path / "out" / name)
         assert 40 <= len(rows) <= 61
         assert rows[-1]["variance_explained"] > rows[0]["variance_explained"] + 0.05
         sae = load_sae(tmp_path / "out" / name)
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
-        assert (sae.cfg.hook_name, sae.cfg.context_size, sae.cfg.role) == ("blocks.1.hook_resid_post", 32, "comparison")
+        assert (sae.cfg.hook_name, sae.cfg.context_size, sae.cfg.role) == (
+            "blocks.1.hook_resid_post",
+            32,
+            "comparison",
+        )
         assert sae.cfg.provenance["tokens"] == report["tokens"] > 6000
     assert curve(tmp_path / "out" / "topk")[-1]["loss"] < curve(tmp_path / "out" / "topk")[0]["loss"]
     written = json.loads((tmp_path / "out" / "training_report.json").read_text())
@@ -64,14 +74,20 @@ def test_an_sae_does_not_depend_on_its_companions(make_params, tmp_path):
 def test_the_seed_matters(make_params, tmp_path):
     run.train(make_params(), tmp_path / "a")
     run.train(make_params().model_copy(update={"random_seed": 1}), tmp_path / "b")
-    assert files(tmp_path / "a")["topk/sae_weights.safetensors"] != files(tmp_path / "b")["topk/sae_weights.safetensors"]
+    assert (
+        files(tmp_path / "a")["topk/sae_weights.safetensors"]
+        != files(tmp_path / "b")["topk/sae_weights.safetensors"]
+    )
 
 
 def test_the_model_reads_each_text_once_for_all_saes(make_params, tmp_path, monkeypatch):
     seen = []
     original = LanguageModel.activations
-    monkeypatch.setattr(LanguageModel, "activations", lambda self, tokens, hook: (
-        seen.append(tokens.numel()), original(self, tokens, hook))[1])
+    monkeypatch.setattr(
+        LanguageModel,
+        "activations",
+        lambda self, tokens, hook: (seen.append(tokens.numel()), original(self, tokens, hook))[1],
+    )
     params = make_params()
     load_language_model(params.model.name, "cpu")
     seen.clear()
@@ -193,4 +209,8 @@ def test_seeds_differ_by_name_and_run():
 def test_standard_config_is_listed(make_params):
     params = make_params()
     listed = run.hyper_parameters(params.train.saes["standard"], params)
-    assert listed["l1_coefficient"] == STANDARD["l1_coefficient"] and "k" not in listed and listed["batch_size"] == 64
+    assert (
+        listed["l1_coefficient"] == STANDARD["l1_coefficient"]
+        and "k" not in listed
+        and listed["batch_size"] == 64
+    )

@@ -41,9 +41,10 @@ class Reconstruction(NamedTuple):
 class Recipe(nn.Module):
     """An SAE in training, on activations normalised to a mean square norm of 1.
 
-    `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A subclass
-    sets `form` (what it is at inference), and defines `select` and `compute`. Decoder rows have unit norm throughout:
-    the gradient's part along a row is removed before a step and the row renormalised after (Bricken et al. 2023).
+    `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A
+    subclass sets `form` (what it is at inference), and defines `select` and `compute`. Decoder rows have unit
+    norm throughout: the gradient's part along a row is removed before a step and the row renormalised after
+    (Bricken et al. 2023).
     """
 
     form: ClassVar[str]
@@ -62,7 +63,8 @@ class Recipe(nn.Module):
     # --- what a recipe defines ---
 
     def select(self, pre_BF: Tensor) -> Support | None:
-        """The latents active on each token, or None for "all positive ones, densely". No graph."""
+        """The latents active on each token, or None to go the dense way. Called on CPU, without a graph; may
+        overwrite the entries of `pre_BF` that are not active."""
         raise NotImplementedError
 
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
@@ -75,22 +77,25 @@ class Recipe(nn.Module):
 
     def learning_rate(self, progress: float) -> float:
         train = self.train_config
-        return self.config.learning_rate * warmup_then_decay(progress, train.warmup_fraction, train.decay_fraction)
+        return self.config.learning_rate * warmup_then_decay(
+            progress, train.warmup_fraction, train.decay_fraction
+        )
 
     # --- start ---
 
     @torch.no_grad()
     def initialise(self, rows_ND: Tensor, generator: torch.Generator) -> None:
-        """Start from normalised activations `rows_ND`: `b_dec` their mean, `W_dec` unit rows, `W_enc` in proportion.
+        """Start from normalised activations `rows_ND`: `b_dec` their mean, `W_dec` unit rows.
 
-        Decoder rows are data rows less the mean (`init: data_rows`) or random directions. The encoder is the
+        Decoder rows are data rows less the mean (`init: data_rows`) or random directions; the encoder is the
         decoder times the factor that fits the reconstruction to the data by least squares: rows are far from
         orthogonal, so that a factor of 1 overshoots several times.
         """
         self.b_dec.copy_(rows_ND.mean(0))
         F, D = self.W_dec.shape
         if self.config.init == "data_rows":
-            # With replacement only where there are fewer rows than latents; copies are then told apart by noise.
+            # With replacement only where there are fewer rows than latents; copies are then told apart by
+            # noise.
             index = torch.randperm(len(rows_ND), generator=generator).repeat(-(-F // len(rows_ND)))[:F]
             W_FD = rows_ND[index.to(rows_ND.device)] - self.b_dec
             if F > len(rows_ND):
@@ -117,13 +122,19 @@ class Recipe(nn.Module):
     def reconstruct(self, x_BD: Tensor) -> Reconstruction:
         """Encode and decode, over active latents only where `select` returned a support."""
         centred_BD = (x_BD - self.b_dec).detach()
+        if (
+            x_BD.device.type != "cpu"
+        ):  # dense products are cheap there, and a support's size would stop the GPU
+            return self._reconstruct_densely(x_BD, centred_BD)
         with torch.no_grad():
             pre_BF = torch.addmm(self.b_enc, centred_BD, self.W_enc.T)
             support = self.select(pre_BF)
         if support is None:
             return self._reconstruct_densely(x_BD, centred_BD)
         rows_N = torch.repeat_interleave(support.crow.diff(), output_size=len(support.col))
-        pre_N = encode_at(support, pre_BF[rows_N, support.col], centred_BD, self.W_enc, self.b_enc, self.b_dec)
+        pre_N = encode_at(
+            support, pre_BF[rows_N, support.col], centred_BD, self.W_enc, self.b_enc, self.b_dec
+        )
         z_N = torch.relu(pre_N)
         active_N = z_N.detach() > 0
         x_hat_BD = decode_at(support, z_N, self.W_dec) + self.b_dec
@@ -136,11 +147,12 @@ class Recipe(nn.Module):
         return Reconstruction(x_hat_BD, z_BF, active_BF.sum() / len(x_BD), active_BF.any(0), centred_BD)
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
-        """The activations [B, F] by plain autograd: the reference, and the path on devices with fast products."""
+        """The activations [B, F] by plain autograd: the reference, and the path of GPUs."""
         return torch.relu(pre_BF)
 
-    def use_sparse(self, x: Tensor, density: float) -> bool:
-        return x.device.type == "cpu" and density <= MAX_DENSITY
+    def use_sparse(self, density: float) -> bool:
+        """Whether this fraction of active latents is small enough for the sparse path."""
+        return density <= MAX_DENSITY
 
     # --- unit rows ---
 
@@ -164,6 +176,12 @@ class Recipe(nn.Module):
 
         `scale * x = z' W_dec + b_dec` and unit rows give `z = z' / scale`: only the biases change.
         """
-        tensors = {"W_enc": self.W_enc.T.contiguous(), "b_enc": self.b_enc / scale, "W_dec": self.W_dec.clone(),
-                   "b_dec": self.b_dec / scale}
-        return form_class(self.form)(cfg=cfg, **{name: t.cpu() for name, t in tensors.items()}, **self.options())
+        tensors = {
+            "W_enc": self.W_enc.T.contiguous(),
+            "b_enc": self.b_enc / scale,
+            "W_dec": self.W_dec.clone(),
+            "b_dec": self.b_dec / scale,
+        }
+        return form_class(self.form)(
+            cfg=cfg, **{name: t.cpu() for name, t in tensors.items()}, **self.options()
+        )

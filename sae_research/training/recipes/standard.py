@@ -19,8 +19,8 @@ class Standard(Recipe):
 
     form = "standard"
     INITIAL_DENSITY = 0.05
-    """Fraction of latents active at the start, set through `b_enc`: from half of them active, a short run spends
-    itself on switching latents off."""
+    """Fraction of latents active at the start, set through `b_enc`: from half of them active, a short run
+    spends itself on switching latents off."""
 
     def __init__(self, d_in: int, config: TrainedSAE, train: Train) -> None:
         super().__init__(d_in, config, train)
@@ -35,8 +35,8 @@ class Standard(Recipe):
         super().fit_encoder(rows_ND)
 
     def select(self, pre_BF: Tensor) -> Support | None:
-        n_active = int(torch.count_nonzero(pre_BF > 0)) if pre_BF.device.type == "cpu" else pre_BF.numel()
-        if not self.use_sparse(pre_BF, n_active / pre_BF.numel()):
+        n_active = int(torch.count_nonzero(pre_BF > 0))
+        if not self.use_sparse(n_active / pre_BF.numel()):
             return None
         matrix = pre_BF.relu_().to_sparse_csr()
         return Support(matrix.crow_indices(), matrix.col_indices(), pre_BF.shape[1])

@@ -1,4 +1,4 @@
-"""Recipe `top_k`: the k largest latents of a token, and an auxiliary loss that revives dead ones (Gao et al. 2024)."""
+"""Recipe `top_k`: a token's k largest latents, and a loss that revives dead ones (Gao et al. 2024)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sae_research.training.sparse import Support, fixed_support
 
 
 class TopK(Recipe):
-    """Minimises `mean over tokens of |x - x_hat|^2 + aux_k_coefficient * aux` (arXiv 2406.04093, section 2.4).
+    """Minimises `mean over tokens of |x - x_hat|^2 + aux_k_coefficient * aux` (arXiv 2406.04093).
 
-    `aux` is the fraction of the residual's variance that the k_aux most active *dead* latents leave unexplained,
-    k_aux = min(d_in / 2, dead). A latent is dead when silent for `dead_fraction` of the run.
+    `aux` is the fraction of the residual's variance that the k_aux most active *dead* latents leave
+    unexplained, k_aux = min(d_in / 2, dead). A latent is dead when silent for `dead_fraction` of the run.
     """
 
     form = "topk"
     REFRESHES = 10
-    """How often the list of dead latents is made afresh per `dead_fraction`: reading it stops a GPU, so not each
-    step."""
+    """How often the list of dead latents is made afresh per `dead_fraction`: reading it stops a GPU, so not
+    each step."""
 
     def __init__(self, d_in: int, config: TrainedSAE, train: Train) -> None:
         super().__init__(d_in, config, train)
@@ -36,7 +36,7 @@ class TopK(Recipe):
         return {"k": self.k}
 
     def select(self, pre_BF: Tensor) -> Support | None:
-        if not self.use_sparse(pre_BF, self.k / pre_BF.shape[1]):
+        if not self.use_sparse(self.k / pre_BF.shape[1]):
             return None
         return fixed_support(pre_BF.topk(self.k, dim=1, sorted=False).indices, pre_BF.shape[1])
 
@@ -63,7 +63,7 @@ class TopK(Recipe):
         self.dead_N = (progress - self.last_fired_F >= window).nonzero().flatten()
 
     def auxiliary_loss(self, centred_BD: Tensor, residual_BD: Tensor) -> Tensor:
-        """How badly dead latents explain the residual, as a fraction of its variance. Neither argument has a graph.
+        """Fraction of the residual's variance that dead latents leave. Neither argument has a graph.
 
         Only the dead rows are touched; `b_dec` gets no gradient from here, it belongs to the living.
         """

@@ -1,0 +1,235 @@
+"""The whole DAG through the real `dvc`, in a clone of this repository with a tiny model and tiny texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+ENV = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
+    "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.com", "GIT_COMMITTER_NAME": "t",
+    "GIT_COMMITTER_EMAIL": "t@example.com", "OMP_NUM_THREADS": "2"}
+ENV.pop("DVC_ROOT", None)
+
+TINY: dict[str, Any] = {
+    "text": {"context_size": 24}, "model": {"device": "cpu", "llm_batch_size": 8},
+    "train": {"hook_name": "blocks.1.hook_resid_post", "tokens": 3000, "held_out_tokens": 240, "batch_size": 256,
+              "buffer_tokens": 1024, "llm_dtype": "float32",
+              "saes": {"standard": {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1},
+                       "topk": {"recipe": "top_k", "d_sae": 64, "k": 4}}},
+    "baseline_sae": {"hook_layer": 1},
+    "sae_variants": {"ihtp": {"k_values": [1]}, "mpsae": {"s_values": [3]}},
+    "comparison_saes": {"python": ["custom_saes.example:AbsTopK"]},
+    "controls": {"s": 4, "pca_components": 8}, "preflight": {"tokens": 240},
+    "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
+    "sparse_probing": {"dataset_names": ["product_sentiment"], "probe_train_set_size": 24, "probe_test_set_size": 16,
+                       "context_length": 32, "k_values": [1, 5]},
+}
+SAES = ["standard", "standard_ihtp_k1", "standard_mpsae_s3", "topk", "abs_topk", "control_random", "control_data_rows",
+        "control_pca"]
+
+
+def run(project: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=project, env=ENV, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        pytest.fail(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def merge(target: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict) and key != "saes":
+            merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def set_params(project: Path, values: dict[str, Any]) -> None:
+    yaml, path = YAML(), project / "params.yaml"
+    params = yaml.load(path.read_text())
+    merge(params, values)
+    with path.open("w") as handle:
+        yaml.dump(params, handle)
+
+
+def read(project: Path, path: str) -> Any:
+    return json.loads((project / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
+    """A repository with this code, run once."""
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                           capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "images/", "METRICS.md", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    set_params(folder, TINY | {"model": TINY["model"] | {"name": str(tiny_inputs / "tiny")},
+                               "text": TINY["text"] | {"dataset": str(tiny_inputs / "texts")}})
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "tiny")
+    run(folder, sys.executable, "-m", "sae_research", "repro")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    return folder
+
+
+def test_every_output_is_there(project: Path) -> None:
+    manifest = read(project, "downloaded_saes/manifest.json")
+    assert manifest["order"][:3] == ["standard", "standard_ihtp_k1", "standard_mpsae_s3"]
+    assert sorted(manifest["order"]) == sorted(SAES)
+    for evaluation in ("core", "sparse_probing"):
+        assert read(project, f"eval_results/{evaluation}/_status.json")["status"] == "ok"
+        for sae in SAES:
+            assert read(project, f"eval_results/{evaluation}/{sae}_eval_results.json")["eval_type_id"] == evaluation
+    for evaluation in ("scr", "tpp", "absorption", "unlearning"):
+        assert read(project, f"eval_results/{evaluation}/_status.json")["status"] == "disabled"
+    metrics = read(project, "metrics/all_metrics.json")
+    assert sorted(metrics) == sorted(SAES)
+    for sae in SAES:
+        assert 0 < metrics[sae]["core"]["l0"] <= 64
+        assert (project / f"eval_results/merged/{sae}.json").is_file()
+        assert not (project / f"downloaded_saes/{sae}/sae_weights.safetensors").exists() or "_k1" not in sae
+        assert sae in (project / "METRICS.md").read_text()
+    assert "NaN" not in (project / "metrics/all_metrics.json").read_text()
+    assert len(list((project / "images").glob("*.png"))) >= 6
+    assert (project / "metrics/results.csv").read_text().count("\n") > 100
+    assert not (project / "downloaded_saes/standard_mpsae_s3/sae_weights.safetensors").exists()
+
+
+def test_nothing_is_left_untracked_or_ignored_wrongly(project: Path) -> None:
+    tracked = run(project, "git", "ls-files").stdout.split()
+    for name in ("dvc.lock", "METRICS.md", "metrics/core.json", "metrics/all_metrics.json", "images/overview.png"):
+        assert name in tracked
+    assert not [name for name in tracked if name.startswith(("eval_results/", "trained_saes/", "downloaded_saes/",
+                                                              ".cache/"))]
+
+
+def test_a_second_run_does_nothing(project: Path) -> None:
+    out = run(project, "dvc", "repro").stdout
+    assert "Running stage" not in out
+    assert run(project, "git", "status", "--porcelain").stdout == ""
+
+
+def test_an_added_variant_is_evaluated_alone(project: Path) -> None:
+    done = run(project, "dvc", "exp", "run", "-n", "more-k", "-S", "sae_variants.ihtp.k_values=[1,3]")
+    assert "Running stage 'train'" not in done.stdout
+    # the progress bars say how much work there was: one SAE
+    assert "1/1" in done.stderr
+    shown = run(project, "dvc", "exp", "diff", "HEAD", "more-k").stdout
+    assert "standard_ihtp_k3" in shown
+    assert "standard_ihtp_k3" in read(project, "metrics/all_metrics.json")
+    run(project, "git", "checkout", "-q", ".")
+    assert "standard_ihtp_k3" not in read(project, "metrics/all_metrics.json")
+    run(project, "dvc", "checkout", "-q", "--force")
+
+
+def test_dvc_reads_metrics_params_and_plots(project: Path) -> None:
+    shown = json.loads(run(project, "dvc", "metrics", "show", "--json").stdout)
+    assert "metrics/core.json" in shown[""]["data"]
+    assert "l0" in run(project, "dvc", "metrics", "diff", "--all").stdout
+    assert "sae_variants" in run(project, "dvc", "params", "diff", "--all").stdout
+    run(project, "dvc", "plots", "show", "-o", "dvc_plots")
+    assert (project / "dvc_plots" / "index.html").is_file()
+    assert "core_eval" in run(project, "dvc", "dag").stdout
+    assert "more-k" in run(project, "dvc", "exp", "show", "--csv", "--no-pager").stdout
+
+
+def test_switching_evaluations_off_leaves_nothing_stale(project: Path) -> None:
+    set_params(project, {"eval_types": {"core": False}})
+    try:
+        run(project, sys.executable, "-m", "sae_research", "repro")
+        metrics = read(project, "metrics/all_metrics.json")
+        assert all("core" not in values and "sparse_probing" in values for values in metrics.values())
+        assert "disabled" in (project / "METRICS.md").read_text()
+        set_params(project, {"eval_types": {"core": False, "sparse_probing": False}})
+        run(project, sys.executable, "-m", "sae_research", "repro")
+        assert all(set(values) <= {"core", "sparse_probing"} for values in
+                   read(project, "metrics/all_metrics.json").values())
+    finally:
+        run(project, "git", "checkout", "-q", "params.yaml")
+        run(project, "dvc", "repro")
+    assert run(project, "git", "status", "--porcelain").stdout == "", "back to the same bytes"
+
+
+def test_an_evaluation_that_fails_stops_no_other(project: Path) -> None:
+    set_params(project, {"eval_types": {"scr": True}})
+    try:
+        done = run(project, sys.executable, "-m", "sae_research", "repro", check=False)
+        assert done.returncode == 1
+        assert "failed: scr: failed: eval_types.scr: this evaluation is not implemented yet" in done.stdout
+        assert "error: eval_types.scr" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert read(project, "eval_results/core/_status.json")["status"] == "ok"
+        assert read(project, "metrics/all_metrics.json")["standard"]["core"]
+    finally:
+        run(project, "git", "checkout", "-q", "params.yaml")
+        run(project, "dvc", "repro")
+
+
+@pytest.mark.parametrize(("values", "stage", "line"), [
+    ({"model": {"nmae": "x"}}, "train", "error: params.yaml: unknown key model.nmae, did you mean name?"),
+    ({"train": {"hook_name": "blocks.77.hook_resid_post"}}, "train", "the model has layers 0 to 2"),
+    ({"baseline_sae": {"name": "absent"}}, "setup", "run the train stage"),
+    ({"text": {"dataset": "empty_folder"}}, "train", "empty_folder"),
+    ({"sparse_probing": {"dataset_names": ["nonsense"]}}, "sparse_probing", "unknown task 'nonsense'"),
+    ({"core_eval": {"n_eval_sparsity_variance_batches": 100_000}}, "core", "ends after"),
+])
+def test_mistakes_are_one_line_and_lose_nothing(project: Path, values: dict[str, Any], stage: str, line: str) -> None:
+    scripts = {"train": "train_saes", "setup": "setup_saes", "core": "run_core_eval", "sparse_probing": "run_sparse_probing"}
+    before = (project / "downloaded_saes/manifest.json").read_bytes()
+    set_params(project, values)
+    try:
+        done = run(project, sys.executable, "-m", f"scripts.{scripts[stage]}", check=False)
+        assert done.returncode == 1
+        errors = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+        assert len(errors) == 1
+        assert line in errors[0]
+        assert "Traceback" not in done.stderr
+        assert (project / "downloaded_saes/manifest.json").read_bytes() == before
+        assert (project / "trained_saes/standard/cfg.json").is_file()
+    finally:
+        run(project, "git", "checkout", "-q", "params.yaml")
+        run(project, "dvc", "checkout", "-q", "--force")
+
+
+def test_damaged_weights_are_one_line(project: Path) -> None:
+    weights = project / "downloaded_saes/topk/sae_weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    try:
+        done = run(project, sys.executable, "scripts/run_core_eval.py", check=False)
+        assert done.returncode == 1
+        assert "damaged weights" in done.stderr.splitlines()[-1]
+        assert read(project, "eval_results/core/_status.json")["status"] == "failed"
+    finally:
+        weights.write_bytes(whole)
+        run(project, "dvc", "checkout", "-q", "--force")
+
+
+def test_a_killed_stage_resumes(project: Path) -> None:
+    """The status says incomplete, and the next run ends with the same bytes."""
+    want = (project / "eval_results/core/standard_eval_results.json").read_bytes()
+    shutil.rmtree(project / ".cache/results", ignore_errors=True)
+    process = subprocess.Popen([sys.executable, "-m", "scripts.run_core_eval"], cwd=project, env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    status = project / "eval_results/core/_status.json"
+    while process.poll() is None and not (status.is_file() and "incomplete" in status.read_text()):
+        pass
+    process.kill()
+    process.wait()
+    assert read(project, "eval_results/core/_status.json")["status"] in ("incomplete", "ok")
+    run(project, sys.executable, "-m", "scripts.run_core_eval")
+    assert (project / "eval_results/core/standard_eval_results.json").read_bytes() == want
