@@ -93,12 +93,13 @@ class IHTPSAE(PursuitSAE):
         x_BSD = first.centred(x)
         mask_BS = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
         dictionary = first.W_dec.double()
-        ranked = [(x_BSD[b][mask_BS[b]] @ first.W_dec.T).abs().topk(k_max, dim=-1).indices for b in range(len(x))]
+        ranked = [(x_BSD[b][mask_BS[b]] @ first.W_dec.T).abs().topk(k_max, dim=-1) for b in range(len(x))]
         for member in members:
             z_BSF = torch.zeros(*x.shape[:-1], first.cfg.d_sae, dtype=x_BSD.dtype, device=x.device)
-            for b, top_TK in enumerate(ranked):
-                if len(top_TK):
-                    support = top_TK[:, :member.k].unique()
+            for b, (values_TK, top_TK) in enumerate(ranked):
+                # an atom that correlates with nothing is named by nobody: among zeros the order would be arbitrary
+                support = top_TK[:, :member.k][values_TK[:, :member.k] > 0].unique()
+                if len(support):
                     tokens = mask_BS[b].nonzero()[:, 0]
                     z_BSF[b, tokens[:, None], support] = _least_squares(x_BSD[b, tokens], dictionary[support])
             yield z_BSF

@@ -183,7 +183,7 @@ def test_an_evaluation_that_fails_stops_no_other(project: Path) -> None:
     ({"model": {"nmae": "x"}}, "train", "error: params.yaml: unknown key model.nmae, did you mean name?"),
     ({"train": {"hook_name": "blocks.77.hook_resid_post"}}, "train", "the model has layers 0 to 2"),
     ({"baseline_sae": {"name": "absent"}}, "setup", "run the train stage"),
-    ({"text": {"dataset": "empty_folder"}}, "train", "empty_folder"),
+    ({"text": {"dataset": "./empty_folder"}}, "train", "empty_folder"),
     ({"sparse_probing": {"dataset_names": ["nonsense"]}}, "sparse_probing", "unknown task 'nonsense'"),
     ({"core_eval": {"n_eval_sparsity_variance_batches": 100_000}}, "core", "ends after"),
 ])

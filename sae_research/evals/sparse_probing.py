@@ -9,6 +9,7 @@ only, hides everything else from the encoder, and picks nothing on test texts. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +211,8 @@ def _accuracies(means: _Means, texts: _Texts, params: Params, prefix: str) -> di
 
 
 def _all_accuracies(means: _Means, texts: _Texts, params: Params, prefix: str) -> dict[str, Accuracies]:
-    kinds = {"sae_bench": (means.sae_bench, sae_bench_full_accuracy), "lab": (means.lab, full_accuracy)}
+    bench_full = partial(sae_bench_full_accuracy, seed=params.random_seed)
+    kinds = {"sae_bench": (means.sae_bench, bench_full), "lab": (means.lab, full_accuracy)}
     return {definition: {task: _task_accuracies(features, classes, full, params, prefix)
                          for task, classes in texts.tasks.items()}
             for definition, (features, full) in kinds.items()}
@@ -223,7 +225,7 @@ def _task_accuracies(features: Tensor, classes: dict[str, ProbeTask], full: Call
                label: top_k_accuracy(features, task.train, task.test, k) for label, task in classes.items()}
            for k in params.sparse_probing.k_values if k <= features.shape[1]}
     return {**top, f"{prefix}_test_accuracy": {
-        label: full(features, task, params.random_seed) for label, task in classes.items()}}
+        label: full(features, task) for label, task in classes.items()}}
 
 
 # --- results ---------------------------------------------------------------------------------

@@ -229,11 +229,12 @@ def controls(run: Run) -> str:
 
 
 def control_findings(rows: Sequence[Row]) -> list[str]:
-    """One line per column and control where the control has the more favourable value."""
+    """One line per column and control where the control has the more favourable value at no higher an L0."""
     lines = []
     for metric in map(headline, COMPARED):
         for control in (row for row in rows if row.is_control):
-            passed = [row for row in rows if row.may_be_marked and _exceeds(control, row, metric)]
+            passed = [row for row in rows
+                      if row.may_be_marked and _exceeds(control, row, metric) and _no_denser(control, row)]
             if passed:
                 listed = ", ".join(f"`{row.name}` ({_at_l0(row, metric)})" for row in passed)
                 lines.append(
@@ -241,9 +242,10 @@ def control_findings(rows: Sequence[Row]) -> list[str]:
                     f"{metric.better} value than {listed}."
                 )
     if not lines and any(row.is_control for row in rows):
-        return ["No control has a more favourable value than an SAE in any of the columns above."]
+        return ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
     return (
-        ["Where a control has the more favourable value (interpolating rows left out):", "", *lines]
+        ["Where a control of the same or a lower L0 has the more favourable value (interpolating rows left out):", "",
+         *lines]
         if lines
         else []
     )
@@ -254,6 +256,12 @@ def _exceeds(one: Row, other: Row, metric: Metric) -> bool:
     if mine is None or theirs is None:
         return False
     return mine > theirs if metric.better == "higher" else mine < theirs
+
+
+def _no_denser(control: Row, row: Row) -> bool:
+    """Whether the control uses no more latents: with more, a more favourable value would be no surprise."""
+    control_l0, l0 = control.value("l0"), row.value("l0")
+    return control_l0 is None or l0 is None or control_l0 <= l0 * 1.05
 
 
 def _at_l0(row: Row, metric: Metric) -> str:

@@ -65,7 +65,8 @@ def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any
     together, _ = run(everything(), lm, params, tmp_path / "a")
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     for name, sae in everything().items():
-        assert run({name: sae}, lm, params, tmp_path / "b")[0][name] == together[name]
+        alone = run({name: sae}, lm, params, tmp_path / "b")[0][name]
+        assert alone == together[name], name
     monkeypatch.delenv("SAE_RESEARCH_NO_CACHE")
     monkeypatch.setattr(sparse_probing, "_accuracies", lambda *_: pytest.fail("computed again although cached"))
     assert run(everything(), lm, params, tmp_path / "c")[0] == together
@@ -109,8 +110,6 @@ def test_dimensions_are_chosen_on_training_texts_alone() -> None:
     train, test = probes.Draw(torch.arange(40), labels), probes.Draw(torch.arange(40, 80), labels)
     assert probes.top_dimensions(features[:40], labels, 1).tolist() == [2]
     assert probes.top_k_accuracy(features, train, test, 1) < 0.75
-    task = probes.ProbeTask(train, test)
-    assert probes.sae_bench_full_accuracy(features, task, 0) >= probes.full_accuracy(features, task, 0)
 
 
 def test_draws_are_balanced_and_paired() -> None:
@@ -143,6 +142,19 @@ def test_full_probe_separates_what_is_separable() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 8)).astype(np.float32)
     y = (x[:, 3] > 0).astype(np.float32)
-    probe, accuracy = probes.fit_full_probe(x[:40], y[:40], x[40:], y[40:], 0)
+    probe, accuracy = probes.fit_full_probe(x[:40], y[:40], x[40:], y[40:], 0, batch_size=4)
     assert accuracy >= 0.9
     assert np.abs(probe.weight).argmax() == 3
+
+
+def test_our_full_probe_is_logistic_regression_on_all_dimensions() -> None:
+    """The fit in the space of texts predicts what scikit-learn predicts from all dimensions."""
+    from sklearn.linear_model import LogisticRegression
+
+    features = torch.randn(120, 300, generator=torch.Generator().manual_seed(0))
+    labels = (features[:, :40].sum(1) > 0).float()
+    task = probes.ProbeTask(probes.Draw(torch.arange(60), labels[:60]), probes.Draw(torch.arange(60, 120), labels[60:]))
+    plain = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(features[:60].numpy(), labels[:60].numpy())
+    want = (plain.predict(features[60:].numpy()) == labels[60:].numpy()).mean()
+    assert abs(probes.full_accuracy(features, task) - want) <= 1 / 60
+    assert want > 0.6

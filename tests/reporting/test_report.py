@@ -58,9 +58,10 @@ def test_a_control_with_the_more_favourable_value_is_named_with_both_numbers():
         in control_findings(rows)
     )
     rows[1] = row("b", role="control", variance_explained=0.5)
-    assert control_findings(rows) == [
-        "No control has a more favourable value than an SAE in any of the columns above."
-    ]
+    none = ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
+    assert control_findings(rows) == none
+    rows[1] = row("b", role="control", variance_explained=0.84, l0=80.0)
+    assert control_findings(rows) == none, "a denser control that explains more is no surprise"
 
 
 def test_report_opens_with_what_ran_and_calls_a_short_run_a_smoke_run(lab: Lab):

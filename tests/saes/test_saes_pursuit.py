@@ -206,3 +206,15 @@ def test_pursuit_refuses_nan() -> None:
         MPSAE(W, b, 2).encode(x, mask)
     mask[1, 1] = False
     assert torch.isfinite(MPSAE(W, b, 2).encode(x, mask)).all()
+
+
+def test_ihtp_of_a_sequence_that_correlates_with_nothing_is_empty() -> None:
+    from sae_research.instance_sae import IHTPSAE
+
+    W = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    sae = IHTPSAE(W, torch.zeros(8), k=2)
+    x = torch.zeros(2, 5, 8)
+    x[1] = 1.0
+    z = sae.encode(x)
+    assert (z[0] == 0).all()
+    assert (z[1] != 0).any()

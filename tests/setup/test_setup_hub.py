@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import tiny_sae
 from hub_server import hub_env, serve_hub
+from tiny_saes import tiny_sae
 
 from sae_research.saes import save_sae
 from sae_research.saes.dictionary_learning import export_dictionary_learning

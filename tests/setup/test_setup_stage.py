@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_IN, D_SAE, HOOK, tiny_sae
+from tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
 from sae_research.errors import UserError
 from sae_research.saes import load_sae, save_sae
