@@ -50,6 +50,8 @@ class _Group(NamedTuple):
     pool: ActivationPool
     params: Params
     median_norm: float
+    lab: bool
+    """Whether our own definitions are computed beside SAE Bench's."""
 
     def mean_activation(self) -> Tensor:
         """Mean over the counted tokens of the sparsity contexts [d_in]: what mean-ablation puts in place."""
@@ -74,12 +76,13 @@ class _Group(NamedTuple):
 
 
 def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             tokens: Tensor | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+             tokens: Tensor | None = None, lab: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `CoreEvalOutput` in plain data.
 
     tokens: [contexts, seq], by default the core_eval split of the configured text. The first
     `n_eval_reconstruction_batches` batches serve predictions, the next `n_eval_sparsity_variance_batches` serve
-    sparsity and variance, as SAE Bench has it. Raises `UserError` for text that runs out or an encoder that fails.
+    sparsity and variance, as SAE Bench has it. `lab=False` leaves our own definitions out, for timings against stock at
+    equal work. Raises `UserError` for text that runs out or an encoder that fails.
     """
     config = params.core_eval
     n_contexts = config.batch_size_prompts * (
@@ -91,19 +94,19 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     for hook, members in by_hook(saes).items():
         pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching, "activations")
         sample = pool.batch(range(min(len(pool), 64)))
-        group = _Group(lm, hook, members, pool, params, median_activation_norm(lm, sample.tokens, sample.acts))
-        keys = {name: _key(sae, lm, params, tokens) for name, sae in members.items()}
+        group = _Group(lm, hook, members, pool, params, median_activation_norm(lm, sample.tokens, sample.acts), lab)
+        keys = {name: _key(sae, lm, params, tokens, lab) for name, sae in members.items()}
         sparsity = _sparsity(group, keys)
         prediction = _predictions(group, keys)
         for name, sae in members.items():
             yield name, _result(name, sae, group, sparsity[name], prediction[name])
 
 
-def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor) -> str:
+def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor, lab: bool) -> str:
     import sae_research.evals.core as this
 
     return result_key(sae, lm, [params.core_eval.model_dump(), params.token_mask.model_dump(),
-                                fingerprint(tokens.tolist())], [this, *_SOURCES])
+                                fingerprint(tokens.tolist()), lab], [this, *_SOURCES])
 
 
 # --- sparsity and variance -------------------------------------------------------------------
@@ -140,23 +143,27 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str,
     for index in group.batches(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
         batch = group.pool.batch(index)
         lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
-        for name, z_all, z_lab in _both_encodings(saes, batch.acts, lab_mask):
+        for name, z_all, z_lab in _encodings(saes, batch.acts, lab_mask if group.lab else None):
             state, sae = states[name], saes[name]
             state.sae_bench.update(sae.target(batch.acts), sae.decode(z_all), z_all, bench_mask)
-            state.lab.update(sae.target(batch.acts), sae.decode(z_lab), z_lab, lab_mask)
-            _count_support(state, sae, z_lab, lab_mask)
+            if z_lab is not None:
+                state.lab.update(sae.target(batch.acts), sae.decode(z_lab), z_lab, lab_mask)
+                _count_support(state, sae, z_lab, lab_mask)
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
 
-def _both_encodings(saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, activations with every token counted, activations under the mask).
+def _encodings(saes: dict[str, SparseAutoencoder], x: Tensor,
+               mask: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, activations with every token counted, activations under the mask, or None without one).
 
     Token by token the second follows from the first; an encoder that sees the sequence must run twice.
     """
     masked = encode_each({n: s for n, s in saes.items() if not s.per_token}, x, mask)
     for name, z in encode_each(saes, x, None):
         sae = saes[name]
-        if sae.per_token:
+        if mask is None:
+            yield name, z, None
+        elif sae.per_token:
             yield name, z, sae.keep(z, mask)
         else:
             masked_name, z_masked = next(masked)
@@ -178,7 +185,7 @@ def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mas
 
 
 def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, Any]:
-    latent = latent_weights(sae)
+    latent, sequences = latent_weights(sae), max(state.sequences, 1)
     bench_density, density = state.sae_bench.density(), state.lab.density
     alive = density[density > 0].log10()
     counts = torch.histc(alive.clamp(_HISTOGRAM_EDGES[0], 0), len(_HISTOGRAM_EDGES) - 1, _HISTOGRAM_EDGES[0], 0)
@@ -186,9 +193,9 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
         "sae_bench": _minus_one_for_nan({**state.sae_bench.metrics(),
                                          "misc_metrics": misc_metrics(bench_density, latent)}),
         "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
-        "lab": {**state.lab.metrics(), "support": state.support / state.sequences,
-                "fraction_tokens_kept": state.kept / state.total},
-        "interpolating_fraction": state.interpolating / state.sequences,
+        "lab": {**state.lab.metrics(), "support": state.support / sequences,
+                "fraction_tokens_kept": state.kept / max(state.total, 1)},
+        "interpolating_fraction": state.interpolating / sequences,
         "density_histogram": {"log10_edges": _HISTOGRAM_EDGES, "counts": [int(c) for c in counts],
                               "dead": int((density == 0).sum())},
     }
@@ -250,16 +257,16 @@ def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Bat
 
     kept = lab_mask[..., None]
     zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
-    shared = {
-        **_sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None)),
-        **_sums("lab", lab_mask, zero=run(torch.where(kept, 0.0, x)), mean=run(torch.where(kept, ablation.mean_D, x)),
-                clean=(clean.ce, None)),
-    }
-    for name, z_all, z_lab in _both_encodings(saes, x, lab_mask):
+    shared = _sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None))
+    if group.lab:
+        shared |= _sums("lab", lab_mask, zero=run(torch.where(kept, 0.0, x)), clean=(clean.ce, None),
+                        mean=run(torch.where(kept, ablation.mean_D, x)))
+    for name, z_all, z_lab in _encodings(saes, x, lab_mask if group.lab else None):
         sae = saes[name]
-        patched_lab = torch.where(kept, sae.decode(z_lab).to(x.dtype), x)
-        yield name, {**shared, **_sums("sae_bench", bench_mask, patched=run(sae.decode(z_all))),
-                     **_sums("lab", lab_mask, patched=run(patched_lab))}
+        sums = shared | _sums("sae_bench", bench_mask, patched=run(sae.decode(z_all)))
+        if z_lab is not None:
+            sums |= _sums("lab", lab_mask, patched=run(torch.where(kept, sae.decode(z_lab).to(x.dtype), x)))
+        yield name, sums
 
 
 def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> dict[str, float]:
@@ -283,7 +290,8 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
                         "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches},
     }
-    lab = {key: value for key, value in {**sparsity["lab"], **_lab_predictions(sums)}.items() if math.isfinite(value)}
+    figures = {**sparsity["lab"], **_lab_predictions(sums)} if group.lab else {}
+    lab = {key: value for key, value in figures.items() if math.isfinite(value)}
     unstructured = {output.LAB: {
         "metrics": lab, "interpolating": sparsity["interpolating_fraction"] >= 0.5,
         "interpolating_fraction": sparsity["interpolating_fraction"],
