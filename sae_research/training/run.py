@@ -123,6 +123,9 @@ def _exported(
             "text_fingerprint": text_fingerprint(params.text, TRAIN_SPLIT),
             "model_fingerprint": lm.fingerprint,
             "hyper_parameters": hyper_parameters(config, params),
+            # what the preflight compares another model's or text's activations with
+            "activation_norm": round_significant(float(
+                stream.calibration.rows.norm(dim=1).mean() / stream.calibration.scale)),
         },
     )
     return member.recipe.export(stream.calibration.scale, cfg)
