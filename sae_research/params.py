@@ -66,6 +66,8 @@ class TrainedSAE(Section):
 
 
 class Train(Section):
+    enabled: bool = True
+    """Whether the pipeline trains SAEs of its own; a baseline from elsewhere needs none."""
     hook_name: str = "blocks.8.hook_resid_post"
     tokens: Positive = 240_000
     """Tokens of text that the language model reads; those that count are trained on."""

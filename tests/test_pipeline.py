@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from sae_research.cli import PRESETS, read_preset
+from sae_research.params import load_params
+
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
@@ -130,6 +133,7 @@ def test_an_added_variant_is_evaluated_alone(project: Path) -> None:
     assert "1/1" in done.stderr
     shown = run(project, "dvc", "exp", "diff", "HEAD", "more-k").stdout
     assert "standard_ihtp_k3" in shown
+    assert "more-k" in run(project, "dvc", "exp", "show", "--csv", "--no-pager").stdout
     assert "standard_ihtp_k3" in read(project, "metrics/all_metrics.json")
     run(project, "git", "checkout", "-q", ".")
     assert "standard_ihtp_k3" not in read(project, "metrics/all_metrics.json")
@@ -144,7 +148,28 @@ def test_dvc_reads_metrics_params_and_plots(project: Path) -> None:
     run(project, "dvc", "plots", "show", "-o", "dvc_plots")
     assert (project / "dvc_plots" / "index.html").is_file()
     assert "core_eval" in run(project, "dvc", "dag").stdout
-    assert "more-k" in run(project, "dvc", "exp", "show", "--csv", "--no-pager").stdout
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / PRESETS).glob("*.txt")))
+def test_presets_mean_to_dvc_what_they_say(project: Path, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every override as DVC itself applies it, in a queued experiment that is then dropped."""
+    monkeypatch.chdir(project)
+    overrides = read_preset(preset)
+    run(project, "dvc", "exp", "run", "--queue", *(part for override in overrides for part in ("-S", override)))
+    queued = project / "queued.yaml"
+    queued.write_text(run(project, "git", "show", "refs/exps/celery/stash:params.yaml").stdout)
+    params = load_params(queued)
+    queued.unlink()
+    run(project, "dvc", "queue", "remove", "--queued")
+    assert params.model.name.startswith(preset)
+    assert not params.train.enabled
+    assert params.comparison_saes.trained == []
+    for override in overrides:
+        where, _, want = override.partition("=")
+        value: Any = params.model_dump()
+        for key in where.split("."):
+            value = value[key]
+        assert str(value).lower().replace("'", "").replace(" ", "") == want.lower()
 
 
 def test_switching_evaluations_off_leaves_nothing_stale(project: Path) -> None:

@@ -34,11 +34,11 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
 
     Raises `UserError` when the text runs out, a loss diverges, or model and hook do not match.
     """
-    if not params.train.saes:
+    if not (params.train.enabled and params.train.saes):
         report = _report(params, tokens=0, fraction_kept=0.0)
         with _replaced(output) as folder:
             write_json(folder / REPORT_FILE, report)
-        print("train.saes is empty: nothing to train")
+        print("nothing to train: train.enabled is false or train.saes is empty")
         return report
     lm = load_language_model(params.model.name, params.model.device, params.train.llm_dtype)
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens)
