@@ -81,6 +81,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path
     set_params(folder, TINY | {"model": TINY["model"] | {"name": str(tiny_inputs / "tiny")},
                                "text": TINY["text"] | {"dataset": str(tiny_inputs / "texts")}})
     run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.name", "t")  # DVC reads the identity from the repository, not the environment
+    run(folder, "git", "config", "user.email", "t@example.com")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "tiny")
     run(folder, sys.executable, "-m", "sae_research", "repro")
