@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import make_tiny_model, make_tiny_text
 from tiny_saes import tiny_sae
 
 from sae_research.params import Params
 from sae_research.saes import save_sae
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def tiny(tiny_inputs: Path) -> Path:
     """A folder that holds `tiny` (model) and `texts`."""
-    folder = tmp_path_factory.mktemp("inputs")
-    make_tiny_model(folder / "tiny")
-    make_tiny_text(folder / "texts", n_documents=1500)
-    return folder
+    return tiny_inputs
 
 
 @pytest.fixture

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_model import make_tiny_model, make_tiny_text
+from training_helpers import HOOK, STANDARD, TOP_K
 
 from sae_research.params import Params
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tiny_model, training_helpers
-
-from training_helpers import HOOK, STANDARD, TOP_K  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(model folder, text folder)"""
-    from tiny_model import make_tiny_model, make_tiny_text
-
     root = tmp_path_factory.mktemp("tiny")
     return make_tiny_model(root / "model"), make_tiny_text(root / "text")
 
