@@ -55,7 +55,6 @@ class LanguageModel:
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
-        self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 30
         self.layers = find_layers(model, self.n_layers)
         self.separator_id = _separator_id(tokenizer)
         self._returns_tuple, self.can_resume = False, True

@@ -48,11 +48,6 @@ class ActivationPool:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    @property
-    def tokens(self) -> Tensor:
-        """All ids end to end [total tokens], as `flat` has them."""
-        return torch.cat(list(self.sequences))
-
     def batch(self, index: Sequence[int]) -> Batch:
         """The sequences `index`, padded to the longest of them, on the model's device."""
         longest = max(len(self.sequences[i]) for i in index)
