@@ -33,13 +33,13 @@ repro: setup
 	@python -m sae_research repro --preset "$(PRESET)"
 
 test: setup
-	@python -m pytest -q
+	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 test-slow: setup
-	@python -m pytest -q -m "slow or not slow"
+	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 bench: setup
-	@python -m benchmarks.against_sae_bench
+	@python -m benchmarks
 
 lint: setup
 	@ruff check .

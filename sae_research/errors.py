@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake or shortage outside the program: says in one line what is wrong and how to mend it."""
 
 
+class NotApplicable(UserError):
+    """What was asked has no meaning for this model or these SAEs: no score, and no failure either."""
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and exit: 0 when done, 1 after one clear line for a `UserError`, 130 on Ctrl-C.
 

@@ -5,6 +5,7 @@ No torch here: the reporting stages import this module and must start in a fract
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sae_research.errors import UserError
+from sae_research.errors import NotApplicable, UserError
 
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
@@ -72,6 +73,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def keep_first(temporary: Path, folder: Path) -> None:
+    """Move a finished folder into place; where another process was faster, its equal folder stays."""
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -182,7 +193,7 @@ class StageFolder:
         self.notes: dict[str, Any] = {}
 
     def set_status(self, status: str, message: str = "") -> None:
-        """`status` is one of disabled, incomplete, failed, ok."""
+        """`status` is one of disabled, incomplete, failed, not_applicable, ok."""
         write_json(self.folder / STATUS_FILE, {
             "status": status, "message": message, "skipped": self.skipped, "notes": self.notes})
 
@@ -199,8 +210,9 @@ class StageFolder:
 def stage_folder(path: str | Path, enabled: bool = True) -> Iterator[StageFolder | None]:
     """Open an evaluation's output folder, emptied; `_status.json` tells at any moment how far it got.
 
-    Yields None when the evaluation is disabled. On an error the status becomes `failed`, with the message, and
-    the error goes on: the stage exits with 1 and what was finished stays in the result cache.
+    Yields None when the evaluation is disabled. `NotApplicable` ends it with that status and without an error. On
+    any other error the status becomes `failed`, with the message, and the error goes on: the stage exits with 1 and
+    what was finished stays in the result cache.
     """
     folder = Path(path)
     if folder.exists():
@@ -214,6 +226,10 @@ def stage_folder(path: str | Path, enabled: bool = True) -> Iterator[StageFolder
     stage.set_status("incomplete", "the stage is running or was killed")
     try:
         yield stage
+    except NotApplicable as reason:
+        stage.set_status("not_applicable", str(reason))
+        print(f"{folder}: not applicable: {reason}", flush=True)
+        return
     except BaseException as error:
         stage.set_status("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
         raise

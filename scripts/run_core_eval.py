@@ -4,10 +4,10 @@ from sae_research.errors import run_main
 
 
 def main() -> None:
-    from sae_research.evals.run import run_core
+    from sae_research.evals.run import run_evaluation
     from sae_research.params import load_params
 
-    run_core(load_params())
+    run_evaluation("core", load_params())
 
 
 if __name__ == "__main__":

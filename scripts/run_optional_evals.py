@@ -1,4 +1,4 @@
-"""Stages `scr_eval`, `tpp_eval`, `absorption_eval`, `unlearning_eval`: `python -m scripts.run_optional_evals scr`."""
+"""The stages of the optional evaluations: `python -m scripts.run_optional_evals scr` writes `eval_results/scr/`."""
 
 import sys
 
@@ -6,12 +6,12 @@ from sae_research.errors import UserError, run_main
 
 
 def main() -> None:
-    from sae_research.evals.run import NOT_YET, run_optional
+    from sae_research.evals.run import OPTIONAL, run_evaluation
     from sae_research.params import load_params
 
-    if len(sys.argv) != 2:
-        raise UserError(f"usage: python -m scripts.run_optional_evals {{{'|'.join(NOT_YET)}}}")
-    run_optional(sys.argv[1], load_params())
+    if len(sys.argv) != 2 or sys.argv[1] not in OPTIONAL:
+        raise UserError(f"usage: python -m scripts.run_optional_evals {{{'|'.join(OPTIONAL)}}}")
+    run_evaluation(sys.argv[1], load_params())
 
 
 if __name__ == "__main__":

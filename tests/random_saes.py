@@ -9,8 +9,10 @@ import torch
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 
 D_IN, D_SAE = 12, 40
-OPTIONS: dict[str, dict[str, Any]] = {"topk": {"k": 5}, "ihtp": {"k": 2}, "matching_pursuit": {"s": 4}}
-OWN_FORMS = ("standard", "linear", "topk", "jumprelu", "gated", "ihtp", "matching_pursuit")
+OPTIONS: dict[str, dict[str, Any]] = {"topk": {"k": 5}, "ihtp": {"k": 2}, "matching_pursuit": {"s": 4},
+    "nonnegative_matching_pursuit": {"s": 4}, "omp": {"s": 4}, "nonnegative_omp": {"s": 4}, "topk_refit": {"k": 3}}
+OWN_FORMS = ("standard", "linear", "topk", "jumprelu", "gated", "ihtp", "matching_pursuit",
+             "nonnegative_matching_pursuit", "omp", "nonnegative_omp", "topk_refit")
 
 
 def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> SparseAutoencoder:

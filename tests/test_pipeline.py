@@ -30,15 +30,15 @@ TINY: dict[str, Any] = {
               "saes": {"standard": {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1},
                        "topk": {"recipe": "top_k", "d_sae": 64, "k": 4}}},
     "baseline_sae": {"hook_layer": 1},
-    "sae_variants": {"ihtp": {"k_values": [1]}, "mpsae": {"s_values": [3]}},
+    "sae_variants": {"ihtp": {"k_values": [1]}, "mpsae": {"s_values": [3]}, "omp": {"s_values": [2]}},
     "comparison_saes": {"python": ["custom_saes.example:AbsTopK"]},
     "controls": {"s": 4, "pca_components": 8}, "preflight": {"tokens": 240},
     "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
     "sparse_probing": {"dataset_names": ["product_sentiment"], "probe_train_set_size": 24, "probe_test_set_size": 16,
                        "context_length": 32, "k_values": [1, 5]},
 }
-SAES = ["standard", "standard_ihtp_k1", "standard_mpsae_s3", "topk", "abs_topk", "control_random", "control_data_rows",
-        "control_pca"]
+SAES = ["standard", "standard_ihtp_k1", "standard_mpsae_s3", "standard_omp_s2", "topk", "abs_topk", "control_random",
+        "control_data_rows", "control_pca"]
 
 
 def run(project: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -12,71 +12,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.evals import inputs, output, sae_bench_stats
+from sae_research.evals import clusters, inputs, output, pool, sae_bench_stats
+from sae_research.evals.clusters import Clusters, ReconstructionSums, clusters_by_context, clusters_of
+from sae_research.evals.core_figures import evidence, lab_predictions, sae_bench_predictions
 from sae_research.evals.inputs import by_hook, result_key
+from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
-from sae_research.lm import (
-    ActivationPool,
-    Batch,
-    LanguageModel,
-    collect,
-    mask,
-    median_activation_norm,
-    sae_bench_mask,
-    token_mask,
-)
+from sae_research.lm import Batch, LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
 from sae_research.stats import CleanPredictions, ReconstructionStats, latent_weights, losses, reconstruction, weights
-from sae_research.store import ResultCache, fingerprint
+from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.stream import token_contexts
 
-_SOURCES = (losses, reconstruction, weights, sae_bench_stats, output, inputs, mask)
+_SOURCES = (losses, reconstruction, weights, sae_bench_stats, output, inputs, mask, pool, clusters)
+Sums = dict[str, float | list[float]]
+"""By quantity; lists hold one number per cluster."""
 _HISTOGRAM_EDGES = [x / 4 for x in range(-20, 1)]  # log10 of density, from 1e-5 to 1
 
 
-class _Group(NamedTuple):
+class _Text(NamedTuple):
+    """What is evaluated on."""
+
+    tokens: Tensor
+    """Ids [contexts, seq]."""
+    predictions: Clusters
+    """Clusters of the contexts that serve predictions."""
+    sparsity: Clusters
+    """Clusters of the contexts that serve sparsity and variance."""
+
+
+class _Group(HookActivations):
     """SAEs that read one hook, and what they share."""
 
-    lm: LanguageModel
-    hook: str
-    saes: dict[str, SparseAutoencoder]
-    pool: ActivationPool
-    params: Params
-    median_norm: float
-    lab: bool
-    """Whether our own definitions are computed beside SAE Bench's."""
+    def __init__(self, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], text: _Text,
+                 params: Params, lab: bool) -> None:
+        super().__init__(lm, hook, text.tokens, params)
+        self.saes = saes
+        self.text = text
+        self.lab = lab
+        """Whether our own definitions are computed beside SAE Bench's."""
 
+    @cached_property
     def mean_activation(self) -> Tensor:
         """Mean over the counted tokens of the sparsity contexts [d_in]: what mean-ablation puts in place."""
         total, count = torch.zeros((), device=self.lm.device), 0
         config = self.params.core_eval
-        for index in self.batches(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+        for index in self.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
             batch = self.pool.batch(index)
             kept = batch.acts[self.lab_mask(batch)]
             total, count = total + kept.sum(0), count + len(kept)
         return total / max(count, 1)
 
-    def lab_mask(self, batch: Batch) -> Tensor:
-        return token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
-
-    def sae_bench_mask(self, batch: Batch) -> Tensor:
-        return sae_bench_mask(self.lm, batch.tokens) & batch.real
-
-    def batches(self, first: int, count: int) -> list[list[int]]:
-        """`count` batches of context numbers from batch `first` on."""
+    def numbers(self, first: int, count: int) -> list[list[int]]:
+        """Numbers of the contexts in `count` batches from batch `first` on."""
         size = self.params.core_eval.batch_size_prompts
         return [list(range(i * size, (i + 1) * size)) for i in range(first, first + count)]
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             tokens: Tensor | None = None, lab: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder | None = None,
+             *, tokens: Tensor | None = None, lab: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `CoreEvalOutput` in plain data.
 
     tokens: [contexts, seq], by default the core_eval split of the configured text. The first
@@ -84,29 +87,34 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     sparsity and variance, as SAE Bench has it. `lab=False` leaves our own definitions out, for timings against stock at
     equal work. Raises `UserError` for text that runs out or an encoder that fails.
     """
-    config = params.core_eval
-    n_contexts = config.batch_size_prompts * (
-        config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches)
-    if tokens is None:
-        tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                                n_contexts * params.text.context_size).tokens
-    tokens = tokens[:n_contexts]
+    text = _text(lm, params, tokens)
     for hook, members in by_hook(saes).items():
-        pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching, "activations")
-        sample = pool.batch(range(min(len(pool), 64)))
-        group = _Group(lm, hook, members, pool, params, median_activation_norm(lm, sample.tokens, sample.acts), lab)
-        keys = {name: _key(sae, lm, params, tokens, lab) for name, sae in members.items()}
+        group = _Group(lm, hook, members, text, params, lab)
+        keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
         sparsity = _sparsity(group, keys)
         prediction = _predictions(group, keys)
         for name, sae in members.items():
             yield name, _result(name, sae, group, sparsity[name], prediction[name])
 
 
-def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor, lab: bool) -> str:
+def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
+    """The contexts of both parts, and what varies together in them."""
+    config = params.core_eval
+    first = config.batch_size_prompts * config.n_eval_reconstruction_batches
+    last = first + config.batch_size_prompts * config.n_eval_sparsity_variance_batches
+    if tokens is not None:
+        tokens = tokens[:last]
+        return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
+    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", last * params.text.context_size)
+    return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
+
+
+def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:
     import sae_research.evals.core as this
 
     return result_key(sae, lm, [params.core_eval.model_dump(), params.token_mask.model_dump(),
-                                fingerprint(tokens.tolist()), lab], [this, *_SOURCES])
+                                fingerprint(text.tokens.tolist()), text.predictions.about,
+                                text.sparsity.about, lab], [this, *_SOURCES])
 
 
 # --- sparsity and variance -------------------------------------------------------------------
@@ -130,24 +138,28 @@ def _sparsity(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
 class _SparsityState:
     """Running statistics of one SAE."""
 
-    def __init__(self, sae: SparseAutoencoder, device: torch.device) -> None:
+    def __init__(self, sae: SparseAutoencoder, clusters: Clusters, device: torch.device) -> None:
         self.sae_bench = SaeBenchStats(sae.cfg.d_sae, device)
         self.lab = ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, device)
+        self.by_cluster = ReconstructionSums(clusters)
         self.support = self.interpolating = self.kept = self.total = self.sequences = 0
 
 
 @torch.no_grad()
 def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str, dict[str, Any]]:
     config = group.params.core_eval
-    states = {name: _SparsityState(sae, group.lm.device) for name, sae in saes.items()}
-    for index in group.batches(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+    states = {name: _SparsityState(sae, group.text.sparsity, group.lm.device) for name, sae in saes.items()}
+    for index in group.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
         batch = group.pool.batch(index)
         lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
         for name, z_all, z_lab in _encodings(saes, batch.acts, lab_mask if group.lab else None):
             state, sae = states[name], saes[name]
-            state.sae_bench.update(sae.target(batch.acts), sae.decode(z_all), z_all, bench_mask)
+            target = sae.target(batch.acts)
+            state.sae_bench.update(target, sae.decode(z_all), z_all, bench_mask)
             if z_lab is not None:
-                state.lab.update(sae.target(batch.acts), sae.decode(z_lab), z_lab, lab_mask)
+                x_hat = sae.decode(z_lab)
+                state.lab.update(target, x_hat, z_lab, lab_mask)
+                state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
                 _count_support(state, sae, z_lab, lab_mask)
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
@@ -195,6 +207,7 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
         "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
         "lab": {**state.lab.metrics(), "support": state.support / sequences,
                 "fraction_tokens_kept": state.kept / max(state.total, 1)},
+        "clusters": state.by_cluster.as_lists(),
         "interpolating_fraction": state.interpolating / sequences,
         "density_histogram": {"log10_edges": _HISTOGRAM_EDGES, "counts": [int(c) for c in counts],
                               "dead": int((density == 0).sum())},
@@ -203,11 +216,11 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
 
 # --- predictions -----------------------------------------------------------------------------
 
-def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, float]]:
+def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, Sums]:
     """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
     cache = ResultCache("core_predictions")
-    totals: dict[str, dict[str, float]] = {name: {} for name in group.saes}
-    batches = group.batches(0, group.params.core_eval.n_eval_reconstruction_batches)
+    totals: dict[str, Sums] = {name: {} for name in group.saes}
+    batches = group.numbers(0, group.params.core_eval.n_eval_reconstruction_batches)
     ablation = None
     with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
               dynamic_ncols=True) as bar:
@@ -218,14 +231,14 @@ def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, flo
             if missing:
                 batch = group.pool.batch(index)
                 if ablation is None:
-                    ablation = _Ablation(_zero_logits(group, batch), group.mean_activation())
+                    ablation = _Ablation(_zero_logits(group, batch), group.mean_activation)
                 for name, sums in _predict_batch(group, missing, batch, ablation):
                     cache.put(f"{keys[name]}-{number}", sums)
                     found[name] = sums
                     bar.update()
             for name, sums in found.items():
                 for key, value in sums.items():
-                    totals[name][key] = totals[name].get(key, 0.0) + value
+                    totals[name][key] = np.add(totals[name].get(key, 0.0), value).tolist()
     return totals
 
 
@@ -246,7 +259,7 @@ def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Batch,
-                   ablation: _Ablation) -> Iterator[tuple[str, dict[str, float]]]:
+                   ablation: _Ablation) -> Iterator[tuple[str, Sums]]:
     """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
     lm, x, tokens = group.lm, batch.acts, batch.tokens
     lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
@@ -259,17 +272,19 @@ def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Bat
     zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
     shared = _sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None))
     if group.lab:
-        shared |= _sums("lab", lab_mask, zero=run(torch.where(kept, 0.0, x)), clean=(clean.ce, None),
-                        mean=run(torch.where(kept, ablation.mean_D, x)))
+        runs = {"zero": run(torch.where(kept, 0.0, x)), "clean": (clean.ce, None),
+                "mean": run(torch.where(kept, ablation.mean_D, x))}
+        shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
     for name, z_all, z_lab in _encodings(saes, x, lab_mask if group.lab else None):
         sae = saes[name]
         sums = shared | _sums("sae_bench", bench_mask, patched=run(sae.decode(z_all)))
         if z_lab is not None:
-            sums |= _sums("lab", lab_mask, patched=run(torch.where(kept, sae.decode(z_lab).to(x.dtype), x)))
+            patched = run(torch.where(kept, sae.decode(z_lab).to(x.dtype), x))
+            sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
         yield name, sums
 
 
-def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> dict[str, float]:
+def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
     """Sums over counted positions, and their number. A prediction counts where its position does."""
     sums = {f"{definition}/ce_tokens": float(mask[:, :-1].sum()), f"{definition}/kl_tokens": float(mask.sum())}
     for name, (ce, kl) in runs.items():
@@ -279,23 +294,38 @@ def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -
     return sums
 
 
+def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
+    """The same by cluster, in our definition."""
+    def add(values: Tensor) -> list[float]:
+        return group.text.predictions.sums(batch.index, mask[:, :values.shape[1]], values).tolist()
+
+    sums: Sums = {"cluster/ce_tokens": add(mask[:, :-1]), "cluster/kl_tokens": add(mask)}
+    for name, (ce, kl) in runs.items():
+        sums[f"cluster/ce_{name}"] = add(ce)
+        if kl is not None:
+            sums[f"cluster/kl_{name}"] = add(kl)
+    return sums
+
+
 # --- results ---------------------------------------------------------------------------------
 
 def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
-            sums: dict[str, float]) -> dict[str, Any]:
+            sums: Sums) -> dict[str, Any]:
     params, config = group.params, group.params.core_eval
     tokens = config.batch_size_prompts * group.pool.sequences[0].shape[0]
     metrics = {
-        **sparsity["sae_bench"], **_sae_bench_predictions(sums),
+        **sparsity["sae_bench"], **sae_bench_predictions(sums),
         "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
                         "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches},
     }
-    figures = {**sparsity["lab"], **_lab_predictions(sums)} if group.lab else {}
+    figures = {**sparsity["lab"], **lab_predictions(sums)} if group.lab else {}
     lab = {key: value for key, value in figures.items() if math.isfinite(value)}
     unstructured = {output.LAB: {
         "metrics": lab, "interpolating": sparsity["interpolating_fraction"] >= 0.5,
         "interpolating_fraction": sparsity["interpolating_fraction"],
-        "density_histogram": sparsity["density_histogram"]}}
+        "density_histogram": sparsity["density_histogram"],
+        **(evidence(sparsity["clusters"], sums, group.text.sparsity.about, group.text.predictions.about,
+                    params.random_seed) if group.lab else {})}}
     bench_config = {
         "model_name": group.lm.name, "llm_dtype": params.model.torch_dtype,
         "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
@@ -312,37 +342,3 @@ def _minus_one_for_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[s
     """SAE Bench's own mark for a figure that is not a number, in its block only: JSON has no NaN."""
     return {category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
             for category, values in metrics.items()}
-
-
-def _mean(sums: dict[str, float], definition: str, quantity: str, run: str) -> float:
-    count = sums[f"{definition}/{quantity}_tokens"]
-    return sums[f"{definition}/{quantity}_{run}"] / count if count else math.nan
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.nan
-
-
-def _sae_bench_predictions(sums: dict[str, float]) -> dict[str, dict[str, float]]:
-    ce = {run: _mean(sums, "sae_bench", "ce", run) for run in ("clean", "ablated", "patched")}
-    kl = {run: _mean(sums, "sae_bench", "kl", run) for run in ("ablated", "patched")}
-    return {
-        "model_behavior_preservation": {
-            "kl_div_score": _ratio(kl["ablated"] - kl["patched"], kl["ablated"]),
-            "kl_div_with_ablation": kl["ablated"], "kl_div_with_sae": kl["patched"]},
-        "model_performance_preservation": {
-            "ce_loss_score": _ratio(ce["ablated"] - ce["patched"], ce["ablated"] - ce["clean"]),
-            "ce_loss_with_ablation": ce["ablated"], "ce_loss_with_sae": ce["patched"],
-            "ce_loss_without_sae": ce["clean"]},
-    }
-
-
-def _lab_predictions(sums: dict[str, float]) -> dict[str, float]:
-    """ΔCE and KL in nats per predicted token; loss recovered as SAE Bench's score, over zero- and mean-ablation."""
-    ce = {run: _mean(sums, "lab", "ce", run) for run in ("clean", "zero", "mean", "patched")}
-    return {
-        "kl": _mean(sums, "lab", "kl", "patched"), "ce_clean": ce["clean"], "ce_patched": ce["patched"],
-        "ce_delta": ce["patched"] - ce["clean"], "ce_zero_ablated": ce["zero"], "ce_mean_ablated": ce["mean"],
-        "loss_recovered": _ratio(ce["zero"] - ce["patched"], ce["zero"] - ce["clean"]),
-        "loss_recovered_mean_ablation": _ratio(ce["mean"] - ce["patched"], ce["mean"] - ce["clean"]),
-    }

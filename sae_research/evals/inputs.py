@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sae_research import instance_sae, pursuit_kernel
+from sae_research import instance_sae, pursuit
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
@@ -52,7 +52,7 @@ def result_key(sae: SparseAutoencoder, lm: LanguageModel, inputs: Any, modules: 
     of the modules that compute it."""
     sources = {*modules, base, inspect.getmodule(type(sae))}
     if isinstance(sae, instance_sae.PursuitSAE):
-        sources |= {instance_sae, pursuit_kernel}
+        sources |= {instance_sae, *pursuit.source_modules()}
     return fingerprint({
         "sae": sae.weights_fingerprint(), "inputs": inputs, "model": lm.fingerprint, "dtype": str(lm.dtype),
         "device": lm.device.type, "torch": torch.__version__,

@@ -59,8 +59,9 @@ def top_dimensions(x: Tensor, labels: Tensor, k: int) -> Tensor:
     return torch.argsort(difference, descending=True)[:k]
 
 
-def top_k_accuracy(features: Tensor, train: Draw, test: Draw, k: int) -> float:
-    """Test accuracy of a logistic regression (L2, C = 1) on the k most different dimensions of `features` [pool, d].
+def top_k_correct(features: Tensor, train: Draw, test: Draw, k: int) -> np.ndarray:
+    """Which test rows a logistic regression (L2, C = 1) on the k most different dimensions of `features` [pool, d] gets
+    right. bool [test rows]
 
     The dimensions are chosen on the training rows alone.
     """
@@ -68,7 +69,12 @@ def top_k_accuracy(features: Tensor, train: Draw, test: Draw, k: int) -> float:
     chosen = top_dimensions(x_train, train.labels, k)
     probe = _logistic(x_train[:, chosen].float().cpu().numpy(), train.labels.numpy())
     predicted = probe.predict(features[test.rows][:, chosen].float().cpu().numpy())
-    return float((predicted == test.labels.numpy()).mean())
+    return predicted == test.labels.numpy()
+
+
+def top_k_accuracy(features: Tensor, train: Draw, test: Draw, k: int) -> float:
+    """Test accuracy of that probe."""
+    return float(top_k_correct(features, train, test, k).mean())
 
 
 class FullProbe(NamedTuple):
@@ -133,8 +139,9 @@ def sae_bench_full_accuracy(features: Tensor, task: ProbeTask, seed: int) -> flo
     return fit_full_probe(x, y, *test, seed)[1]
 
 
-def full_accuracy(features: Tensor, task: ProbeTask) -> float:
-    """Test accuracy of the top-k probes' own logistic regression (L2, C = 1) on all of `features` [pool, d].
+def full_correct(features: Tensor, task: ProbeTask) -> np.ndarray:
+    """Which test rows the top-k probes' own logistic regression (L2, C = 1) on all of `features` [pool, d] gets right.
+    bool [test rows]
 
     An L2 penalty is blind to rotations, so the fit happens in the space of the training texts [texts, texts], which is
     far smaller than d and gives the same predictions.
@@ -146,7 +153,12 @@ def full_accuracy(features: Tensor, task: ProbeTask) -> float:
     axes = vectors[:, used] / np.sqrt(values[used])  # x.T @ axes are orthonormal directions in feature space
     probe = _logistic(x64 @ (x64.T @ axes), y)
     predicted = probe.predict(x_test.astype(np.float64) @ (x64.T @ axes))
-    return float((predicted == y_test).mean())
+    return predicted == y_test
+
+
+def full_accuracy(features: Tensor, task: ProbeTask) -> float:
+    """Test accuracy of that probe."""
+    return float(full_correct(features, task).mean())
 
 
 def _logistic(x: np.ndarray, labels: np.ndarray) -> LogisticRegression:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,40 +17,36 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.store import StageFolder, stage_folder
 
 RESULTS = Path("eval_results")
-NOT_YET = ("scr", "tpp", "absorption", "unlearning")
+
+EVALUATIONS = {
+    "core": "core:evaluate",
+    "sparse_probing": "sparse_probing:evaluate",
+    "scr": "scr_tpp:evaluate_scr",
+    "tpp": "scr_tpp:evaluate_tpp",
+    "absorption": "absorption:evaluate",
+    "unlearning": "unlearning:evaluate",
+    "sparse_probing_sae_probes": "sae_probes:evaluate",
+    "meta_sae": "meta_sae:evaluate",
+    "autointerp": "autointerp:evaluate",
+    "ravel": "ravel:evaluate",
+}
+"""Name (as in `eval_types`, `eval_results/` and `metrics/`) -> function in this package, called with
+(saes, lm, params, stage), which yields (name, result) of every SAE it could score."""
+
+OPTIONAL = tuple(name for name in EVALUATIONS if name not in ("core", "sparse_probing"))
 
 
-def run_core(params: Params) -> None:
-    """Stage `core_eval` -> `eval_results/core/`."""
-    with stage_folder(RESULTS / "core", params.eval_types.core) as stage:
-        if stage is not None:
-            from sae_research.evals import core
-
-            lm, saes = _start(params, stage)
-            _write(stage, core.evaluate(saes, lm, params))
-
-
-def run_sparse_probing(params: Params) -> None:
-    """Stage `sparse_probing_eval` -> `eval_results/sparse_probing/`."""
-    with stage_folder(RESULTS / "sparse_probing", params.eval_types.sparse_probing) as stage:
-        if stage is not None:
-            from sae_research.evals import sparse_probing
-
-            lm, saes = _start(params, stage)
-            _write(stage, sparse_probing.evaluate(saes, lm, params, stage))
-
-
-def run_optional(name: str, params: Params) -> None:
-    """Stages `scr_eval`, `tpp_eval`, `absorption_eval` and `unlearning_eval`.
-
-    Raises `UserError` when one is enabled: it says so rather than writing a number nobody computed.
-    """
-    if name not in NOT_YET:
-        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(NOT_YET)}")
+def run_evaluation(name: str, params: Params) -> None:
+    """One stage: writes `eval_results/<name>/`. Raises `UserError` when nothing could be evaluated."""
+    if name not in EVALUATIONS:
+        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(EVALUATIONS)}")
     with stage_folder(RESULTS / name, getattr(params.eval_types, name)) as stage:
-        if stage is not None:
-            raise UserError(f"eval_types.{name}: this evaluation is not implemented yet; set it to false "
-                            "(SAE Bench itself can evaluate the SAEs of downloaded_saes/ meanwhile)")
+        if stage is None:
+            return
+        module, _, function = EVALUATIONS[name].partition(":")
+        evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
+        lm, saes = _start(params, stage)
+        _write(stage, evaluate(saes, lm, params, stage))
 
 
 def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str, SparseAutoencoder]]:

@@ -8,8 +8,8 @@ only, hides everything else from the encoder, and picks nothing on test texts. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,28 +18,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
-from sae_research.evals import inputs, output, probes
+from sae_research.evals import inputs, output, pool, probes, text_means
 from sae_research.evals.inputs import by_hook, result_key
-from sae_research.evals.probes import ProbeTask, draw, full_accuracy, sae_bench_full_accuracy, top_k_accuracy
-from sae_research.lm import (
-    ActivationPool,
-    Batch,
-    LanguageModel,
-    collect,
-    mask,
-    median_activation_norm,
-    sae_bench_mask,
-    token_mask,
+from sae_research.evals.probes import (
+    ProbeTask,
+    draw,
+    full_correct,
+    sae_bench_full_accuracy,
+    top_k_accuracy,
+    top_k_correct,
 )
+from sae_research.evals.text_means import Means, TextActivations, text_numbers, tokenise
+from sae_research.intervals import accuracy, interval, packed, unpacked
+from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, encode_each, families
-from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.saes import SparseAutoencoder, families
+from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
 
 _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
 
-# accuracies of one set of features: task -> metric -> class -> accuracy
+# of one set of features: task -> metric -> class -> accuracy, or which test rows were right (`intervals.packed`)
 Accuracies = dict[str, dict[str, dict[str, float]]]
+Outcomes = dict[str, dict[str, dict[str, str]]]
 
 
 class _Texts(NamedTuple):
@@ -49,13 +50,6 @@ class _Texts(NamedTuple):
     tasks: dict[str, dict[str, ProbeTask]]
     """task -> class -> rows and labels"""
     notes: dict[str, Any]
-
-
-class _Means(NamedTuple):
-    """One vector per text in both definitions [texts, d]."""
-
-    sae_bench: Tensor
-    lab: Tensor
 
 
 def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
@@ -69,11 +63,11 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     for hook, members in by_hook(saes).items():
         keys = {name: _key(sae, lm, params, texts) for name, sae in members.items()}
         cache = ResultCache("sparse_probing")
-        raw_key = fingerprint(["raw", hook, _inputs(lm, params, texts)])[:40]
+        raw_key = fingerprint(["raw", hook, _inputs(lm, params, texts), source_fingerprint(_sources())])[:40]
         found = {name: cache.get(keys[name]) for name in members}
         raw, missing = cache.get(raw_key), {name: sae for name, sae in members.items() if found[name] is None}
         if missing or raw is None:
-            group = _Group(lm, hook, params, texts)
+            group = TextActivations(lm, hook, texts.tokens, params, params.sparse_probing.context_length)
             if raw is None:
                 raw = _accuracies(group.raw_means(), texts, params, "llm")
                 cache.put(raw_key, raw)
@@ -96,9 +90,13 @@ def _inputs(lm: LanguageModel, params: Params, texts: _Texts) -> list[Any]:
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, texts: _Texts) -> str:
+    return result_key(sae, lm, _inputs(lm, params, texts), _sources())
+
+
+def _sources() -> list[ModuleType]:
     import sae_research.evals.sparse_probing as this
 
-    return result_key(sae, lm, _inputs(lm, params, texts), [this, probes, mask, inputs])
+    return [this, probes, mask, inputs, pool, text_means]
 
 
 # --- texts -----------------------------------------------------------------------------------
@@ -114,19 +112,8 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
     if not tasks:
         raise UserError("sparse_probing.dataset_names: no task is usable: " + "; ".join(
             f"{what}: {why}" for what, why in stage.skipped.items()))
-    row_of: dict[str, int] = {}
-    for task in tasks:
-        for part in (task.train, task.test):
-            for class_texts in part.values():
-                for text in class_texts:
-                    row_of.setdefault(text, len(row_of))
-    encoded = lm.tokenizer(list(row_of), add_special_tokens=False, truncation=True,
-                           max_length=config.context_length - 1)["input_ids"]
-    empty = next((text for text, ids in zip(row_of, encoded, strict=True) if not ids), None)
-    if empty is not None:
-        raise UserError(f"sparse_probing: the text {empty[:40]!r} has no tokens; remove it from its task")
-    # as in training and in SAE Bench, a text starts with the separator (BOS)
-    return _Texts([torch.tensor([lm.separator_id, *ids]) for ids in encoded],
+    row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
+    return _Texts(tokenise(lm, list(row_of), config.context_length),
                   {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks},
                   {task.name: {**task.notes, "classes": list(task.train)} for task in tasks})
 
@@ -138,109 +125,54 @@ def _probe_tasks(task: Task, row_of: dict[str, int], seed: int) -> dict[str, Pro
             for label in task.train}
 
 
-# --- vectors ---------------------------------------------------------------------------------
-
-class _Group:
-    """The texts' activations at one hook, and their means."""
-
-    def __init__(self, lm: LanguageModel, hook: str, params: Params, texts: _Texts) -> None:
-        self.lm, self.params = lm, params
-        self.pool: ActivationPool = collect(lm, hook, texts.tokens, params.model.llm_batch_size,
-                                            params.activation_caching, "activations")
-        sample = self.pool.batch(range(min(len(self.pool), 64)))
-        self.median_norm = median_activation_norm(lm, sample.tokens, sample.acts)
-
-    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(SAE Bench's, ours): bool [batch, seq]."""
-        bench = sae_bench_mask(self.lm, batch.tokens) & batch.real
-        lab = token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
-        return bench, lab
-
-    @torch.no_grad()
-    def raw_means(self) -> _Means:
-        """Mean activation of every text."""
-        means = self._empty(self.pool.flat.shape[1])
-        for batch in self.pool.batches(self.params.model.llm_batch_size):
-            bench, lab = self._masks(batch)
-            means.sae_bench[batch.index] = _masked_mean(batch.acts, bench)
-            means.lab[batch.index] = _masked_mean(batch.acts, lab)
-        return means
-
-    @torch.no_grad()
-    def latent_means(self, saes: dict[str, SparseAutoencoder]) -> Iterator[tuple[str, _Means]]:
-        """(name, mean latents of every text) for SAEs of one family, which encode together."""
-        means = {name: self._empty(sae.cfg.d_sae) for name, sae in saes.items()}
-        per_token = all(sae.per_token for sae in saes.values())
-        for batch in self.pool.batches(self.params.model.llm_batch_size):
-            bench, lab = self._masks(batch)
-            if per_token:
-                for name, z in encode_each(saes, batch.acts, None):
-                    means[name].sae_bench[batch.index] = _masked_mean(z, bench)
-                    means[name].lab[batch.index] = _masked_mean(z, lab)
-                continue
-            for name, z in encode_each(saes, batch.acts, lab):
-                means[name].lab[batch.index] = _masked_mean(z, lab)
-            x_padded, bench = self._as_sae_bench_shows(batch, bench)
-            for name, z in encode_each(saes, x_padded, None):
-                means[name].sae_bench[batch.index] = _masked_mean(z, bench)
-        yield from means.items()
-
-    def _as_sae_bench_shows(self, batch: Batch, bench: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations zeroed at special tokens and padded with zeros to the context length, and their mask."""
-        pad = self.params.sparse_probing.context_length - bench.shape[1]
-        x = batch.acts * bench[..., None]
-        return torch.nn.functional.pad(x, (0, 0, 0, pad)), torch.nn.functional.pad(bench, (0, pad))
-
-    def _empty(self, width: int) -> _Means:
-        return _Means(torch.zeros(len(self.pool), width), torch.zeros(len(self.pool), width))
-
-
-def _masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean over counted tokens [batch, d], zero where none counts, on the CPU. values: [batch, seq, d]."""
-    weight = keep / keep.sum(dim=1, keepdim=True).clamp_min(1)
-    return torch.einsum("bs,bsd->bd", weight.to(values.dtype), values).float().cpu()
-
-
 # --- probes ----------------------------------------------------------------------------------
 
-def _accuracies(means: _Means, texts: _Texts, params: Params, prefix: str) -> dict[str, Accuracies]:
-    """Accuracy of every probe on one kind of features, in both definitions: definition -> task -> metric -> class."""
+def _accuracies(means: Means, texts: _Texts, params: Params, prefix: str) -> dict[str, Accuracies | Outcomes]:
+    """Every probe on one kind of features: accuracies in SAE Bench's definition, in ours which test texts it gets right."""
     # many fits of a few hundred texts: threads would only wait for one another
     with threadpool_limits(1):
-        return _all_accuracies(means, texts, params, prefix)
+        return {
+            "sae_bench": {task: _sae_bench_accuracies(means.sae_bench, classes, params, prefix)
+                          for task, classes in texts.tasks.items()},
+            "lab": {task: _lab_outcomes(means.lab, classes, params, prefix) for task, classes in texts.tasks.items()},
+        }
 
 
-def _all_accuracies(means: _Means, texts: _Texts, params: Params, prefix: str) -> dict[str, Accuracies]:
-    bench_full = partial(sae_bench_full_accuracy, seed=params.random_seed)
-    kinds = {"sae_bench": (means.sae_bench, bench_full), "lab": (means.lab, full_accuracy)}
-    return {definition: {task: _task_accuracies(features, classes, full, params, prefix)
-                         for task, classes in texts.tasks.items()}
-            for definition, (features, full) in kinds.items()}
-
-
-def _task_accuracies(features: Tensor, classes: dict[str, ProbeTask], full: Callable[..., float], params: Params,
-                     prefix: str) -> dict[str, dict[str, float]]:
+def _sae_bench_accuracies(features: Tensor, classes: dict[str, ProbeTask], params: Params,
+                          prefix: str) -> dict[str, dict[str, float]]:
     """metric -> class -> accuracy, for every k no larger than the number of features and for the full probe."""
     top = {f"{prefix}_top_{k}_test_accuracy": {
                label: top_k_accuracy(features, task.train, task.test, k) for label, task in classes.items()}
-           for k in params.sparse_probing.k_values if k <= features.shape[1]}
+           for k in _ks(features, params)}
     return {**top, f"{prefix}_test_accuracy": {
-        label: full(features, task) for label, task in classes.items()}}
+        label: sae_bench_full_accuracy(features, task, params.random_seed) for label, task in classes.items()}}
+
+
+def _lab_outcomes(features: Tensor, classes: dict[str, ProbeTask], params: Params,
+                  prefix: str) -> dict[str, dict[str, str]]:
+    """metric -> class -> which test texts were told right, by our names of metrics."""
+    top = {f"{prefix}_top_{k}_accuracy": {
+               label: packed(top_k_correct(features, task.train, task.test, k)) for label, task in classes.items()}
+           for k in _ks(features, params)}
+    return {**top, f"{prefix}_full_accuracy": {
+        label: packed(full_correct(features, task)) for label, task in classes.items()}}
+
+
+def _ks(features: Tensor, params: Params) -> list[int]:
+    return [k for k in params.sparse_probing.k_values if k <= features.shape[1]]
 
 
 # --- results ---------------------------------------------------------------------------------
 
 def _result(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, texts: _Texts,
-            raw: dict[str, Accuracies], found: dict[str, Accuracies]) -> dict[str, Any]:
+            raw: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     bench = {task: _class_means({**raw["sae_bench"][task], **found["sae_bench"][task]}) for task in texts.tasks}
-    lab = {task: _class_means({**raw["lab"][task], **found["lab"][task]}) for task in texts.tasks}
     averages = _task_means(bench)
     known = {f"{prefix}_top_{k}_test_accuracy" for prefix in ("llm", "sae") for k in _SAE_BENCH_K}
     known |= {"llm_test_accuracy", "sae_test_accuracy"}
     unstructured = {f"{task}_results": {**raw["sae_bench"][task], **found["sae_bench"][task]} for task in texts.tasks}
-    unstructured[output.LAB] = {
-        "metrics": {_lab_name(key): value for key, value in _task_means(lab).items()},
-        "tasks": {task: {_lab_name(key): value for key, value in values.items()} for task, values in lab.items()}}
+    unstructured[output.LAB] = _lab_block(
+        texts, {task: {**raw["lab"][task], **found["lab"][task]} for task in texts.tasks}, params.random_seed)
     config = params.sparse_probing
     return output.sparse_probing_output(
         {"random_seed": params.random_seed, "dataset_names": list(texts.tasks),
@@ -255,6 +187,29 @@ def _result(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params
         unstructured, output.envelope(name, sae, "sparse_probing"))
 
 
+def _lab_block(texts: _Texts, outcomes: Outcomes, seed: int) -> dict[str, Any]:
+    """Our accuracies, their intervals, and every outcome behind them, so that SAEs can be compared text by text."""
+    by_task = {task: _class_means({metric: {label: _share(bits, texts.tasks[task][label]) for label, bits in cells.items()}
+                                   for metric, cells in metrics.items()}) for task, metrics in outcomes.items()}
+    asked = {task: {label: _asked(probe) for label, probe in classes.items()} for task, classes in texts.tasks.items()}
+    correct = {metric: {task: metrics[metric] for task, metrics in outcomes.items()}
+               for metric in sorted({metric for metrics in outcomes.values() for metric in metrics})}
+    intervals = {metric: interval(accuracy(asked, cells), seed) for metric, cells in correct.items()}
+    return {"metrics": _task_means(by_task), "tasks": by_task,
+            "intervals": {metric: list(bounds) for metric, bounds in intervals.items() if bounds is not None},
+            "outcomes": {"asked": asked, "correct": correct, "key": fingerprint(
+                [asked, fingerprint([t.tolist() for t in texts.tokens])])[:16]}}
+
+
+def _asked(task: ProbeTask) -> list[str]:
+    """The numbers of a class's test texts: those of the class, then the others, in the order of the outcomes."""
+    return [" ".join(str(int(row)) for row in task.test.rows[task.test.labels == label]) for label in (1, 0)]
+
+
+def _share(bits: str, task: ProbeTask) -> float:
+    return float(unpacked(bits, len(task.test.rows)).mean())
+
+
 def _class_means(by_metric: dict[str, dict[str, float]]) -> dict[str, float]:
     return {metric: sum(values.values()) / len(values) for metric, values in by_metric.items()}
 
@@ -262,8 +217,3 @@ def _class_means(by_metric: dict[str, dict[str, float]]) -> dict[str, float]:
 def _task_means(by_task: dict[str, dict[str, float]]) -> dict[str, float]:
     metrics = {metric for values in by_task.values() for metric in values}
     return {metric: sum(values[metric] for values in by_task.values()) / len(by_task) for metric in sorted(metrics)}
-
-
-def _lab_name(metric: str) -> str:
-    """`sae_top_5_test_accuracy` -> `sae_top_5_accuracy`, `sae_test_accuracy` -> `sae_full_accuracy`."""
-    return metric.replace("_test_accuracy", "_accuracy" if "_top_" in metric else "_full_accuracy")

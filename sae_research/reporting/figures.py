@@ -36,14 +36,14 @@ from sae_research.reporting.canvas import (
     sheet,
     span,
 )
+from sae_research.reporting.figure_equal_l0 import equal_l0
 from sae_research.reporting.labels import Box, place_labels
-from sae_research.reporting.metrics import PLOTTED, headline
+from sae_research.reporting.metrics import headline
 from sae_research.reporting.plot_data import Point, points, residual_baseline
 from sae_research.reporting.run import Row, Run
 from sae_research.reporting.style import Look, looks, short_names
 
 IMAGES = Path("images")
-OVERVIEW = ("variance_explained", "loss_recovered", "kl", "sae_top_1_accuracy")
 LOG_Y = {"kl"}
 FLOOR = {"variance_explained": -0.25, "loss_recovered": -0.25}
 """Values below are drawn at the floor, the number beside them: one bad control must not flatten the rest."""
@@ -59,15 +59,17 @@ def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: in
     """Write every image under `images/` and delete images that no longer exist. Returns what was written."""
     images = {
         name: root / IMAGES / f"{name}.png"
-        for name in ("overview", "latent_density", "training_curves", *(f"l0_vs_{key}" for key in PLOTTED))
+        for name in ("overview", "equal_l0", "latent_density", "training_curves",
+                     *(f"l0_vs_{key}" for key in run.plotted))
     }
     for path in (root / IMAGES).glob("*.png"):
         if path not in images.values():
             path.unlink()
     pixels = _draw_parts(Artist(run, style), workers)
     # a panel is drawn once: it stands alone beside the legend, and again on the overview sheet
-    pixels |= {f"l0_vs_{key}": beside(pixels[key], pixels["legend_column"]) for key in PLOTTED}
-    pixels["overview"] = below(sheet([pixels[key] for key in OVERVIEW]), pixels["legend_line"])
+    pixels |= {f"l0_vs_{key}": beside(pixels[key], pixels["legend_column"]) for key in run.plotted}
+    shown = ("variance_explained", "loss_recovered", "kl", run.probing_keys[0])
+    pixels["overview"] = below(sheet([pixels[key] for key in shown]), pixels["legend_line"])
     for name, path in images.items():
         save(pixels[name], path, style.dpi)
     return sorted(images.values())
@@ -75,7 +77,7 @@ def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: in
 
 def _draw_parts(artist: Artist, workers: int) -> dict[str, np.ndarray]:
     """Draw all parts, on as many processes as `workers` says: half of the stage's time is drawing."""
-    parts = ("training_curves", "latent_density", "legend_line", "legend_column", *PLOTTED)
+    parts = ("equal_l0", "training_curves", "latent_density", "legend_line", "legend_column", *artist.run.plotted)
     if workers == 1:
         return {part: artist.draw(part) for part in parts}
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -93,7 +95,7 @@ class Artist:
 
     def draw(self, part: str) -> np.ndarray:
         """One part as pixels: a panel by its metric's key, else one of the methods below by its name."""
-        return pixels_of(self.panel(part) if part in PLOTTED else getattr(self, part)())
+        return pixels_of(self.panel(part) if part in self.run.plotted else getattr(self, part)())
 
     def panel(self, key: str) -> Figure:
         """One figure against L0."""
@@ -112,6 +114,11 @@ class Artist:
         figure = self._figure(2 * (1 - LEGEND_SHARE) * self.style.width_inches, 0.4)
         self._legend(figure, loc="center", ncols=8)
         return figure
+
+    def equal_l0(self) -> Figure:
+        """Every architecture's sparsity grid, and where grids can be compared."""
+        figure = self._figure(1.45 * self.style.width_inches, 1.2 * self.style.height_inches)
+        return equal_l0(figure, self.run, self.look)
 
     def latent_density(self) -> Figure:
         """How often latents fire: one small histogram over log10 density per SAE, all on one axis."""
@@ -172,14 +179,17 @@ class Artist:
         drawn = [(point, max(point.y, floor)) for point in shown]
         baseline = residual_baseline(self.run, key)
         log_axis(axes.xaxis, *span([point.x for point in shown], log=True))
-        heights = [y for _, y in drawn] + ([baseline] if baseline is not None else [])
+        bars = _bars(shown, key, min(point.y for point in shown) / 3 if key in LOG_Y else floor)
+        heights = [y for _, y in drawn] + [end for _, low, high in bars for end in (low, high)]
+        heights += [baseline] if baseline is not None else []
         if key in LOG_Y:
             log_axis(axes.yaxis, *span(heights, log=True))
         else:
             axes.set_ylim(*span(heights, log=False))
         self._families(axes, shown, floor)
+        taken = self._intervals(axes, bars)
         self._marks(axes, drawn)
-        taken = [self._baseline(axes, key, baseline)] if baseline is not None else []
+        taken += self._baseline(axes, key, baseline) if baseline is not None else []
         self._label(axes, drawn, floor, taken)
 
     def _marks(self, axes: Axes, drawn: Sequence[tuple[Point, float]]) -> None:
@@ -202,6 +212,17 @@ class Artist:
                 zorder=2.5 if control else 3,
             )
 
+    def _intervals(self, axes: Axes, bars: Sequence[tuple[Point, float, float]]) -> list[Box]:
+        """Intervals as thin upright lines behind the markers; returns their places."""
+        places = []
+        for point, low, high in bars:
+            color = self.look[point.row.group].color
+            axes.plot([point.x, point.x], [low, high], color=color, linewidth=1.1, alpha=0.55, zorder=2.2,
+                      solid_capstyle="butt")
+            (x, bottom), (_, top) = axes.transData.transform([(point.x, low), (point.x, high)])
+            places.append(Box(x - 1, bottom, 2, top - bottom))
+        return places
+
     def _families(self, axes: Axes, shown: Sequence[Point], floor: float) -> None:
         """A thin line through the members of one family (same architecture, same dictionary)."""
         families: dict[tuple[str, str], list[Point]] = {}
@@ -221,8 +242,8 @@ class Artist:
                 zorder=2,
             )
 
-    def _baseline(self, axes: Axes, key: str, baseline: float) -> Box:
-        """The raw residual stream as a dashed line; returns the place of its name."""
+    def _baseline(self, axes: Axes, key: str, baseline: float) -> list[Box]:
+        """The raw residual stream as a dashed line; returns the places of its name and the line."""
         axes.axhline(baseline, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
         y = axes.transData.transform((1, baseline))[1]
         text = f"raw residual stream, {headline(key).label.split()[-1]}"
@@ -238,7 +259,7 @@ class Artist:
             color=MUTED,
         )
         width = 0.55 * size * len(text)
-        return Box(axes.bbox.x1 - width, y, width, 1.4 * size)
+        return [Box(axes.bbox.x1 - width, y, width, 1.4 * size), Box(axes.bbox.x0, y - 1, axes.bbox.width, 2)]
 
     def _label(
         self, axes: Axes, drawn: Sequence[tuple[Point, float]], floor: float, taken: Sequence[Box]
@@ -286,6 +307,9 @@ class Artist:
             handles.append(
                 Line2D([], [], marker="o", markerfacecolor="white", color=MUTED, label=label, **dot)
             )
+        if any(row.interval(key) for row in rows for key in self.run.plotted):
+            label = "bar: 95 % interval," + (" " if "ncols" in where else "\n") + "other text"
+            handles.append(Line2D([], [], marker="|", color=MUTED, label=label, **dot))
         spacing = {"handletextpad": 0.3, "borderaxespad": 0.0, "columnspacing": 1.4}
         figure.legend(handles=handles, frameon=False, fontsize=TEXT, labelcolor=INK, **spacing, **where)
 
@@ -323,6 +347,12 @@ class Artist:
 
     def _pixels(self, typographic_points: float) -> float:
         return typographic_points * self.style.dpi / 72
+
+
+def _bars(shown: Sequence[Point], key: str, floor: float) -> list[tuple[Point, float, float]]:
+    """(point, low, high) of every point with an interval, cut at the floor."""
+    found = [(point, bounds) for point in shown if (bounds := point.row.interval(key)) is not None]
+    return [(point, max(low, floor), max(high, floor)) for point, (low, high) in found]
 
 
 def _leader(axes: Axes, place: tuple[float, float], box: Box, nearest: float) -> None:

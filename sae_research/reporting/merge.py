@@ -1,4 +1,4 @@
-"""Merge the six evaluations into one small file per SAE: `eval_results/merged/<sae>.json`.
+"""Merge all evaluations into one small file per SAE: `eval_results/merged/<sae>.json`.
 
 Beside them `_evaluations.json` keeps what belongs to no single SAE: how each evaluation ended, with which
 settings, and the order of the SAEs.
@@ -23,6 +23,9 @@ MANIFEST = Path("downloaded_saes/manifest.json")
 
 ROLES = ("baseline", "variant", "comparison", "control")
 """The groups of every table, in order."""
+
+EVIDENCE = "cluster_sums"
+"""Sums from which differences between SAEs are taken keep all their digits."""
 
 _VOLATILE = re.compile(r"second|duration|elapsed|time|host|device|date")
 """Notes of such names would make two equal runs differ."""
@@ -74,8 +77,9 @@ def _evaluation(sae: str, name: str, result: dict[str, Any] | None, status: dict
     """One SAE in one evaluation: figures of both definitions, ours in full, no per-latent details."""
     if result is None:
         return _absent(sae, status)
-    extras = {key: value for key, value in lab_block(result).items() if key != "metrics"}
-    record = {"status": "ok", "metrics": EXTRACTORS[name](result), **round_significant(extras)}
+    extras = {key: value if key == EVIDENCE else round_significant(value)
+              for key, value in lab_block(result).items() if key != "metrics"}
+    record = {"status": "ok", "metrics": EXTRACTORS[name](result), **extras}
     if name != "core":  # core's details are per latent, the others' per task or letter
         record["details_sae_bench"] = round_significant(result.get("eval_result_details") or [])
     return record

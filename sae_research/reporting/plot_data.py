@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.reporting.metrics import PLOTTED, RESIDUAL_BASELINE
+from sae_research.reporting.metrics import WANTED_K, residual_key
 from sae_research.reporting.run import Curve, Row, Run
 from sae_research.reporting.style import short_names
 from sae_research.store import round_significant, write_json
@@ -32,7 +32,7 @@ def points(run: Run, key: str) -> list[Point]:
 
 def residual_baseline(run: Run, key: str) -> float | None:
     """What the raw residual stream reaches on a probing figure; it is the same for every SAE of a run."""
-    source = RESIDUAL_BASELINE.get(key)
+    source = residual_key(key)
     values = (row.value(source) for row in run.rows) if source else iter(())
     return next((value for value in values if value is not None), None)
 
@@ -42,7 +42,8 @@ def write_plot_data(run: Run, root: Path = Path(".")) -> None:
 
     A list is empty where nothing was measured, never absent: `dvc plots` then draws the others.
     """
-    for key in PLOTTED:
+    # dvc.yaml names the files of WANTED_K, whichever values of k were measured
+    for key in dict.fromkeys((*run.plotted, *(f"sae_top_{k}_accuracy" for k in WANTED_K))):
         write_json(root / PLOTS / f"{key}.json", plot_rows(run, key))
     rows = [row for curve in run.curves for row in curve_rows(curve)]
     write_json(root / PLOTS / "training_curves.json", rows)
@@ -52,11 +53,17 @@ def plot_rows(run: Run, key: str) -> list[dict[str, Any]]:
     """One row per point: everything a tooltip may show."""
     baseline, labels = residual_baseline(run, key), short_names(run.rows)
     shared = {} if baseline is None else {"residual_stream": baseline}
-    return [{**_figures(point.row), "label": labels[point.row.name], **shared} for point in points(run, key)]
+    return [{**_figures(run, point.row), **_bounds(point, key), "label": labels[point.row.name], **shared}
+            for point in points(run, key)]
 
 
-def _figures(row: Row) -> dict[str, Any]:
-    figures = {key: row.value(key) for key in ("l0", *PLOTTED)}
+def _bounds(point: Point, key: str) -> dict[str, float]:
+    bounds = point.row.interval(key)
+    return {} if bounds is None else {"low": bounds[0], "high": bounds[1]}
+
+
+def _figures(run: Run, row: Row) -> dict[str, Any]:
+    figures = {key: row.value(key) for key in ("l0", *run.plotted)}
     return {
         "sae": row.name,
         "architecture": row.architecture,

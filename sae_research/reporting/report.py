@@ -1,77 +1,48 @@
 """Write METRICS.md: what ran, the table, how to read it, both definitions, and how every evaluation ended.
 
-Every sentence that compares is computed from the numbers, and none claims more than a difference of two
-values: one run has one seed and no intervals.
+Every sentence that compares is computed from the numbers, and none claims more than was tested. The sections stand in
+report_setting.py, report_results.py and report_noise.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sae_research.reporting.merge import ROLES
-from sae_research.reporting.metrics import (
-    EVALS,
-    HEADLINE,
-    METRICS,
-    PLOTTED,
-    RESIDUAL_BASELINE,
-    STOCK_SUFFIX,
-    Metric,
-    headline,
-    metric_named,
-    sort_keys,
-)
-from sae_research.reporting.run import Row, Run
-from sae_research.reporting.tables import ABSENT, count, headline_columns, markdown, number
+from sae_research.reporting.report_noise import differences, equal_l0, intervals, seeds
+from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side
+from sae_research.reporting.report_setting import definitions, images, statuses, what_ran
+from sae_research.reporting.run import Run
 from sae_research.store import write_text
 
+if TYPE_CHECKING:
+    from sae_research.reporting.differences import Comparison
+
 REPORT = Path("METRICS.md")
-FIELD_TOKENS = 50e6
-"""Fewest training tokens in common use; a run below it calls itself a smoke run."""
-
-GROUPS = {
-    "baseline": "Baseline",
-    "variant": "Variants of the baseline's dictionary",
-    "comparison": "Comparison",
-    "control": "Controls",
-}
-COMPARED = (
-    "variance_explained",
-    "loss_recovered",
-    "ce_delta",
-    "kl",
-    "sae_top_1_accuracy",
-    "sae_top_5_accuracy",
-)
-"""Columns in which a control with the more favourable value is worth a sentence."""
-
-SIDE_BY_SIDE = (
-    "l0",
-    "variance_explained",
-    "variance_explained_legacy",
-    "loss_recovered",
-    "kl",
-    "fraction_alive",
-    "sae_top_1_accuracy",
-    "sae_top_5_accuracy",
-)
-SAID_ABOVE = {"model", "hooks", "text"}
-"""Notes of an evaluation that the first section holds already."""
-OPTIONAL = ("scr", "tpp", "absorption", "unlearning")
 
 
 def write_report(run: Run, root: Path = Path(".")) -> None:
-    """Write METRICS.md. The same results give the same bytes."""
-    write_text(root / REPORT, report(run))
+    """Write METRICS.md and metrics/differences.csv. The same results give the same bytes."""
+    from sae_research.reporting.differences import comparisons, write_differences_csv  # numpy, which no other part needs
+
+    found = comparisons(run)
+    write_text(root / REPORT, report(run, found))
+    write_differences_csv(found, root)
 
 
-def report(run: Run) -> str:
-    """The whole text."""
+def report(run: Run, found: list[Comparison] | None = None) -> str:
+    """The whole text. found: all comparisons of the run, made here unless given."""
+    if found is None:
+        from sae_research.reporting.differences import comparisons
+
+        found = comparisons(run)
     sections = (
         what_ran(run),
         results(run),
+        intervals(run),
+        seeds(run),
+        differences(run, found),
+        equal_l0(run),
         controls(run),
         side_by_side(run),
         probing_tasks(run),
@@ -85,361 +56,3 @@ def report(run: Run) -> str:
         "Every figure, tidy: [metrics/results.csv](metrics/results.csv)."
     )
     return "\n\n".join([head, *(section for section in sections if section)]) + "\n"
-
-
-# --- what ran ----------------------------------------------------------------------------------
-
-
-def what_ran(run: Run) -> str:
-    """Model, hook, text, training tokens, contexts: the terms under which the numbers hold."""
-    facts = [
-        ("Language model", _shared(run.rows, "model_name")),
-        ("Hook point", _shared(run.rows, "hook_name")),
-        ("SAEs", str(len(run.rows))),
-        ("Training", _training(run)),
-        ("Core evaluation", _core_setting(run)),
-        ("Sparse probing", _probing_setting(run)),
-    ]
-    lines = [f"- {name}: {text}" for name, text in facts if text]
-    return "\n".join(["## What ran", "", *lines, "", *_caution(run)]).rstrip()
-
-
-def _shared(rows: Iterable[Row], key: str) -> str:
-    values = dict.fromkeys(str(row.cfg[key]) for row in rows if row.cfg.get(key) is not None)
-    return ", ".join(f"`{value}`" for value in values)
-
-
-def _training(run: Run) -> str:
-    tokens, trained = run.training.get("tokens"), run.training.get("saes", {})
-    if not tokens:
-        return "no SAE was trained in this run"
-    return f"{count(tokens)} tokens per SAE ({', '.join(f'`{name}`' for name in trained)})"
-
-
-def _core_setting(run: Run) -> str:
-    config = run.evals["core"].get("config", {})
-    tokens = next((value for row in run.rows if (value := row.value("tokens")) is not None), None)
-    return _listed(
-        [
-            f"text `{config['dataset']}`" if config.get("dataset") else "",
-            f"contexts of {config['context_size']} tokens" if config.get("context_size") else "",
-            f"{count(tokens)} tokens counted" if tokens is not None else "",
-        ]
-    )
-
-
-def _probing_setting(run: Run) -> str:
-    config = run.evals["sparse_probing"].get("config", {})
-    names = config.get("dataset_names") or []
-    return _listed(
-        [
-            ", ".join(f"`{name}`" for name in names),
-            f"{config['probe_train_set_size']} training and {config['probe_test_set_size']} test texts a task"
-            if "probe_train_set_size" in config and "probe_test_set_size" in config
-            else "",
-            f"contexts of {config['context_length']} tokens" if config.get("context_length") else "",
-        ]
-    )
-
-
-def _listed(parts: Iterable[str]) -> str:
-    return "; ".join(part for part in parts if part)
-
-
-def _caution(run: Run) -> list[str]:
-    tokens = run.training.get("tokens")
-    lines = []
-    if tokens and tokens < FIELD_TOKENS:
-        lines.append(
-            f"**This is a smoke run.** Its SAEs saw {count(tokens)} training tokens where the field uses "
-            "50M to 500M: it shows that the pipeline works, not which architecture to prefer."
-        )
-    lines.append(
-        "One seed, no intervals yet: a difference between two rows is a difference of two values and no more."
-    )
-    return lines
-
-
-# --- the table ---------------------------------------------------------------------------------
-
-
-def results(run: Run) -> str:
-    """One row per SAE, grouped by role."""
-    if not run.rows:
-        return (
-            "## Results\n\nNo SAE has a result; see [how each evaluation ended](#how-each-evaluation-ended)."
-        )
-    header, columns = headline_columns(run.rows, HEADLINE)
-    lines = dict(zip((row.name for row in run.rows), zip(*columns, strict=True), strict=True))
-    body = []
-    for title, rows in _groups(run.rows):
-        body.append([f"*{title}*", *[""] * (len(header) + 2)])
-        body += [[f"`{row.name}`", row.architecture, *lines[row.name], ", ".join(row.flags)] for row in rows]
-    table = markdown(["SAE", "Architecture", *header, "Flags"], body, left=2)
-    return "\n".join(
-        [
-            "## Results",
-            "",
-            table,
-            "",
-            "↑ a higher value is wanted, ↓ a lower one; L0 is a price, not a virtue, and has neither. "
-            "**Bold**: the highest (or lowest) value of the column, over SAEs of different L0. Controls and "
-            "rows flagged *interpolating* are never marked. "
-            "*interpolating*: the encoder has as many free coefficients as "
-            "equations, so its reconstruction says nothing. *not causal*: a token's code depends on later "
-            "tokens. *signed*: activations may be negative. "
-            f"{ABSENT}: not measured.",
-        ]
-    )
-
-
-def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    roles = [*ROLES, *sorted({row.role for row in rows} - set(ROLES))]
-    grouped = [(GROUPS.get(role, role), [row for row in rows if row.role == role]) for role in roles]
-    return [(title, members) for title, members in grouped if members]
-
-
-# --- controls ----------------------------------------------------------------------------------
-
-
-def controls(run: Run) -> str:
-    """What the controls are, and where one of them has a more favourable value than an SAE."""
-    names = [row.name for row in run.rows if row.is_control]
-    if not names and not any(run_value(run, source) is not None for source in RESIDUAL_BASELINE.values()):
-        return ""
-    known = {
-        "control_random": "a random dictionary",
-        "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
-        "control_pca": "the leading principal components",
-    }
-    lines = [f"- `{name}`: {known[name]}" if name in known else f"- `{name}`" for name in names]
-    lines.append("- raw residual stream: the probe on the model's own dimensions (probing only)")
-    findings = control_findings(run.rows) + residual_findings(run)
-    return "\n".join(
-        [
-            "## Controls",
-            "",
-            "A figure that a control reaches as well is no evidence that training found anything.",
-            "",
-            *lines,
-            "",
-            *findings,
-        ]
-    )
-
-
-def control_findings(rows: Sequence[Row]) -> list[str]:
-    """One line per column and control where the control has the more favourable value at no higher an L0."""
-    lines = []
-    for metric in map(headline, COMPARED):
-        for control in (row for row in rows if row.is_control):
-            passed = [row for row in rows
-                      if row.may_be_marked and _exceeds(control, row, metric) and _no_denser(control, row)]
-            if passed:
-                listed = ", ".join(f"`{row.name}` ({_at_l0(row, metric)})" for row in passed)
-                lines.append(
-                    f"- {metric.label}: `{control.name}` ({_at_l0(control, metric)}) has a "
-                    f"{metric.better} value than {listed}."
-                )
-    if not lines and any(row.is_control for row in rows):
-        return ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
-    return (
-        ["Where a control of the same or a lower L0 has the more favourable value (interpolating rows left out):", "",
-         *lines]
-        if lines
-        else []
-    )
-
-
-def _exceeds(one: Row, other: Row, metric: Metric) -> bool:
-    mine, theirs = one.value(metric.key), other.value(metric.key)
-    if mine is None or theirs is None:
-        return False
-    return mine > theirs if metric.better == "higher" else mine < theirs
-
-
-def _no_denser(control: Row, row: Row) -> bool:
-    """Whether the control uses no more latents: with more, a more favourable value would be no surprise."""
-    control_l0, l0 = control.value("l0"), row.value("l0")
-    return control_l0 is None or l0 is None or control_l0 <= l0 * 1.05
-
-
-def _at_l0(row: Row, metric: Metric) -> str:
-    l0 = row.value("l0")
-    return number(row.value(metric.key)) + (f" at L0 {number(l0)}" if l0 is not None else "")
-
-
-def residual_findings(run: Run) -> list[str]:
-    """How many SAEs stay at or below the raw residual stream in probing."""
-    lines = []
-    for key, source in RESIDUAL_BASELINE.items():
-        reference = run_value(run, source)
-        measured = [row for row in run.rows if not row.is_control and row.value(key) is not None]
-        if reference is None or not measured:
-            continue
-        below = [row for row in measured if row.value(key) <= reference]
-        lines.append(
-            f"- {headline(key).label}: the raw residual stream reaches {number(reference)}; {len(below)} of "
-            f"{len(measured)} SAEs stay at or below it"
-            + (f" ({', '.join(f'`{row.name}`' for row in below)})." if below else ".")
-        )
-    return ["", *lines] if lines else []
-
-
-def run_value(run: Run, key: str) -> float | None:
-    """A figure that belongs to the run rather than to one SAE: the first row that has it."""
-    return next((value for row in run.rows if (value := row.value(key)) is not None), None)
-
-
-# --- SAE Bench's definitions -------------------------------------------------------------------
-
-
-def side_by_side(run: Run) -> str:
-    """Our figures beside SAE Bench's, for every pair that was measured."""
-    header, columns = ["SAE"], [[f"`{row.name}`" for row in run.rows]]
-    for key in SIDE_BY_SIDE:
-        for full, owner in ((key, "lab"), (key + STOCK_SUFFIX, "SAE Bench")):
-            if run_value(run, full) is not None:
-                header.append(f"{headline(full).label}<br>{owner}")
-                columns.append([number(row.value(full)) for row in run.rows])
-    if not any("SAE Bench" in title for title in header):
-        return ""
-    return "\n".join(
-        [
-            "## Beside SAE Bench's own definitions",
-            "",
-            "*lab* is the definition of this report (`lab_v1`), *SAE Bench* that of its version 0.6.0.",
-            "",
-            markdown(header, list(zip(*columns, strict=True))),
-        ]
-    )
-
-
-# --- probing by task ---------------------------------------------------------------------------
-
-
-def probing_tasks(run: Run) -> str:
-    """Accuracy per task for each k, with the raw residual stream as last rows."""
-    tasks = {row.name: row.evals.get("sparse_probing", {}).get("tasks") or {} for row in run.rows}
-    names = list(dict.fromkeys(task for by_task in tasks.values() for task in by_task))
-    if not names:
-        return ""
-    shown = [
-        key
-        for key in RESIDUAL_BASELINE
-        if any(key in figures for by_task in tasks.values() for figures in by_task.values())
-    ]
-    parts = ["## Sparse probing by task", ""]
-    for key in shown:
-        body = [
-            [f"`{sae}`", *(number(by_task.get(task, {}).get(key)) for task in names)]
-            for sae, by_task in tasks.items()
-            if by_task
-        ]
-        body += [
-            [
-                f"*{metric_named(source, 'sparse_probing').label.lower()}*",
-                *(number(_first(tasks.values(), task, source)) for task in names),
-            ]
-            for source in (RESIDUAL_BASELINE[key], "llm_full_accuracy")
-        ]
-        parts += [f"{headline(key).label} accuracy:", "", markdown(["SAE", *names], body), ""]
-    return "\n".join(parts).rstrip()
-
-
-def _first(by_sae: Iterable[dict[str, Any]], task: str, key: str) -> float | None:
-    return next((by_task[task][key] for by_task in by_sae if key in by_task.get(task, {})), None)
-
-
-# --- the optional evaluations ------------------------------------------------------------------
-
-
-def optional(run: Run) -> str:
-    """One table per optional evaluation that has figures."""
-    parts = []
-    for name in OPTIONAL:
-        keys = sort_keys(
-            {key for row in run.rows for key in row.evals.get(name, {}).get("metrics", {})}, name
-        )
-        if keys:
-            metrics = [metric_named(key, name) for key in keys]
-            body = [[f"`{row.name}`", *(number(row.value(key)) for key in keys)] for row in run.rows]
-            parts += [
-                f"## {EVAL_TITLES[name]}",
-                "",
-                markdown(["SAE", *(metric.label + metric.arrow for metric in metrics)], body),
-                "",
-            ]
-    return "\n".join(parts).rstrip()
-
-
-EVAL_TITLES = {
-    "core": "Core",
-    "sparse_probing": "Sparse probing",
-    "scr": "Spurious correlation removal",
-    "tpp": "Targeted probe perturbation",
-    "absorption": "Feature absorption",
-    "unlearning": "Unlearning",
-}
-
-
-# --- statuses and images -----------------------------------------------------------------------
-
-
-def statuses(run: Run) -> str:
-    """How each evaluation ended, and what was skipped for which reason."""
-    body, details = [], []
-    for name in EVALS:
-        state = run.evals[name]
-        n_saes = sum(1 for row in run.rows if row.evals.get(name, {}).get("status") == "ok")
-        body.append([EVAL_TITLES[name], state["status"], str(n_saes), _one_line(state.get("message", ""))])
-        details += [
-            f"- {EVAL_TITLES[name]}, skipped `{what}`: {_one_line(why)}"
-            for what, why in sorted(state.get("skipped", {}).items())
-        ]
-        details += [
-            f"- {EVAL_TITLES[name]}, {key.replace('_', ' ')}: {_one_line(value)}"
-            for key, value in sorted(state.get("notes", {}).items())
-            if isinstance(value, (str, int, float)) and key not in SAID_ABOVE
-        ]
-    table = markdown(["Evaluation", "Status", "SAEs", "Message"], body, left=4)
-    return "\n".join(["## How each evaluation ended", "", table, "", *details]).rstrip()
-
-
-def _one_line(value: object) -> str:
-    text = number(value) if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def images(run: Run) -> str:
-    """The figures, by relative path."""
-    lines = ["## Figures", "", "![Four figures against L0](images/overview.png)", ""]
-    lines += [f"![{headline(key).label} against L0](images/l0_vs_{key}.png)" for key in PLOTTED]
-    lines += ["", "![Density of latents](images/latent_density.png)"]
-    if run.curves:
-        lines += ["", "![Training curves](images/training_curves.png)"]
-    return "\n".join(lines)
-
-
-# --- definitions -------------------------------------------------------------------------------
-
-
-def definitions(run: Run) -> str:
-    """Every figure of `metrics/` in one sentence, for the evaluations that ran."""
-    ran = [name for name in EVALS if run.unavailable(name) is None]
-    mine = [metric for metric in METRICS if metric.eval in ran and not metric.key.endswith(STOCK_SUFFIX)]
-    theirs = [metric for metric in METRICS if metric.eval in ran and metric.key.endswith(STOCK_SUFFIX)]
-    if not mine:
-        return ""
-    parts = ["## Definitions", "", _definition_table(mine)]
-    if theirs:
-        parts += ["", "SAE Bench 0.6.0, where its definition differs:", "", _definition_table(theirs)]
-    return "\n".join(parts)
-
-
-def _definition_table(metrics: Iterable[Metric]) -> str:
-    body = [
-        [f"`{metric.key.replace('{k}', 'k')}`", metric.label + metric.arrow, metric.definition]
-        for metric in metrics
-    ]
-    return markdown(["Key", "Label", "Definition"], body, left=3).replace("{k}", "*k*")

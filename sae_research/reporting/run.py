@@ -11,7 +11,7 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.reporting.merge import EVALUATIONS_FILE, MERGED
-from sae_research.reporting.metrics import EVALS
+from sae_research.reporting.metrics import CORE_HEADLINE, CORE_PLOTTED, home, leading_ks, top_k
 from sae_research.store import read_json
 
 TRAINED = Path("trained_saes")
@@ -61,15 +61,19 @@ class Row:
         flags += ["not causal"] if self.cfg.get("causal") is False else []
         return flags + (["signed"] if self.cfg.get("signed") else [])
 
-    @cached_property
-    def _figures(self) -> dict[str, float]:
-        return {
-            key: value for name in EVALS for key, value in self.evals.get(name, {}).get("metrics", {}).items()
-        }
+    @property
+    def recipe(self) -> str | None:
+        """What it shares with SAEs trained alike but for the seed; None for what was not trained here."""
+        return (self.cfg.get("provenance") or {}).get("recipe_id")
 
-    def value(self, key: str) -> float | None:
-        """The figure under a metric's key; None where it was not measured."""
-        return self._figures.get(key)
+    def value(self, key: str, eval_name: str | None = None) -> float | None:
+        """The figure under a metric's key, by default of core or sparse probing; None where it was not measured."""
+        return self.evals.get(eval_name or home(key), {}).get("metrics", {}).get(key)
+
+    def interval(self, key: str, eval_name: str | None = None) -> tuple[float, float] | None:
+        """Its 95 % interval (low, high); None where none was computed."""
+        bounds = self.evals.get(eval_name or home(key), {}).get("intervals", {}).get(key)
+        return tuple(bounds) if bounds and self.value(key, eval_name) is not None else None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,26 @@ class Run:
     training: dict[str, Any]
     """`trained_saes/training_report.json`; empty where nothing was trained here."""
     curves: list[Curve]
+
+    @cached_property
+    def ks(self) -> list[int]:
+        """The values of k that sparse probing measured, ascending."""
+        keys = {key for row in self.rows for key in row.evals.get("sparse_probing", {}).get("metrics", {})}
+        return sorted({k for key in keys if (k := top_k(key)) is not None})
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Columns of the report's first table."""
+        return (*CORE_HEADLINE, *self.probing_keys)
+
+    @property
+    def plotted(self) -> tuple[str, ...]:
+        """What is drawn against L0."""
+        return (*CORE_PLOTTED, *self.probing_keys)
+
+    @property
+    def probing_keys(self) -> tuple[str, ...]:
+        return tuple(f"sae_top_{k}_accuracy" for k in leading_ks(self.ks))
 
     def unavailable(self, eval_name: str) -> str | None:
         """Why an evaluation has no figures at all, in words; None when it has some."""

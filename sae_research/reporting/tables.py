@@ -12,7 +12,7 @@ from sae_research.reporting.run import Row, Run
 from sae_research.store import write_text
 
 RESULTS_CSV = Path("metrics/results.csv")
-CSV_COLUMNS = ("sae", "architecture", "role", "eval", "metric", "value", "definition_version", "better")
+CSV_COLUMNS = ("sae", "architecture", "role", "eval", "metric", "value", "low", "high", "definition_version", "better")
 ABSENT = "–"
 
 
@@ -34,6 +34,7 @@ def write_results_csv(run: Run, root: Path = Path(".")) -> None:
                         name,
                         metric.base_key,
                         figures[key],
+                        *(row.interval(key, name) or ("", "")),
                         metric.version,
                         metric.better or "",
                     ]
@@ -59,6 +60,11 @@ def number(value: float | None) -> str:
     return f"{value:.2g}"
 
 
+def with_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
+    """0.763 [0.751, 0.774]; the value alone where there is no interval."""
+    return number(value) if bounds is None else f"{number(value)} [{number(bounds[0])}, {number(bounds[1])}]"
+
+
 def count(value: float) -> str:
     """300000 -> 0.3M, 8128 -> 8,128."""
     if value >= 1e9:
@@ -71,7 +77,7 @@ def extreme(rows: Iterable[Row], metric: Metric) -> str | None:
 
     None where neither direction is a virtue (L0) or nothing may be marked.
     """
-    values = [value for row in rows if row.may_be_marked and (value := row.value(metric.key)) is not None]
+    values = [value for row in rows if row.may_be_marked and (value := row.value(metric.key, metric.eval)) is not None]
     if metric.better is None or not values:
         return None
     return number(max(values) if metric.better == "higher" else min(values))
@@ -80,7 +86,7 @@ def extreme(rows: Iterable[Row], metric: Metric) -> str | None:
 def cells(rows: Sequence[Row], metric: Metric) -> list[str]:
     """One column of a table; equal prints are marked alike, for they are not told apart here."""
     mark = extreme(rows, metric)
-    texts = [(row, number(row.value(metric.key))) for row in rows]
+    texts = [(row, number(row.value(metric.key, metric.eval))) for row in rows]
     return [f"**{text}**" if row.may_be_marked and text == mark else text for row, text in texts]
 
 

@@ -16,6 +16,10 @@ _PLACES = {
     "gated": "sae_research.saes.gated:GatedSAE",
     "ihtp": "sae_research.instance_sae:IHTPSAE",
     "matching_pursuit": "sae_research.instance_sae:MPSAE",
+    "nonnegative_matching_pursuit": "sae_research.instance_sae:NonNegativeMPSAE",
+    "omp": "sae_research.instance_sae:OMPSAE",
+    "nonnegative_omp": "sae_research.instance_sae:NonNegativeOMPSAE",
+    "topk_refit": "sae_research.instance_sae:TopKRefitSAE",
 }
 
 

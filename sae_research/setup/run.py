@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.instance_sae import IHTPSAE, MPSAE
+from sae_research.instance_sae import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, PursuitSAE, TopKRefitSAE
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
+from sae_research.pursuit.dictionary import check_atoms
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant
 from sae_research.saes.sae_lens import matching_saes
 from sae_research.setup import controls, sources
@@ -23,6 +24,15 @@ from sae_research.setup.fits import check_fits, check_tokenizer, fill_in
 from sae_research.setup.preflight import preflight
 from sae_research.store import slugify, write_json
 
+VARIANTS: dict[str, type[PursuitSAE]] = {
+    "ihtp": IHTPSAE,
+    "mpsae": MPSAE,
+    "omp": OMPSAE,
+    "topk_refit": TopKRefitSAE,
+    "nn_mpsae": NonNegativeMPSAE,
+    "nn_omp": NonNegativeOMPSAE,
+}
+"""Sections of `sae_variants` and the encoders they make over the baseline's dictionary."""
 OUTPUT = Path("downloaded_saes")
 MANIFEST = "manifest.json"
 PREFLIGHT = "preflight.json"
@@ -57,6 +67,7 @@ class Setup:
     def plan(self) -> list[Planned]:
         """Everything the comparison holds, in table order. Raises `UserError` where two SAEs claim one
         name."""
+        self._check_dictionary()
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
             *self._variants(),
@@ -77,18 +88,31 @@ class Setup:
 
     def _variants(self) -> Iterator[Planned]:
         variants = self.params.sae_variants
-        for enabled, sizes, cls, label in ((variants.ihtp.enabled, variants.ihtp.k_values, IHTPSAE, "ihtp"),
-                                           (variants.mpsae.enabled, variants.mpsae.s_values, MPSAE, "mpsae")):
-            for size in sizes if enabled else []:
+        for label, cls in VARIANTS.items():
+            section = getattr(variants, label)
+            sizes: list[int] = getattr(section, f"{cls.size_name}_values") if section.enabled else []
+            further = {name: getattr(section, name) for name, default in cls.defaults.items()
+                       if getattr(section, name) != default}
+            if variants.normalise != "note":
+                further["normalise"] = variants.normalise
+            for size in sizes:
                 key = f"sae_variants.{label}.{cls.size_name}_values"
                 if size > self.baseline.cfg.d_sae:
                     raise UserError(f"{key}: {size} is larger than the baseline's d_sae = "
                                     f"{self.baseline.cfg.d_sae}")
                 yield Planned(f"{self.name}_{label}_{cls.size_name}{size}", f"{key} ({size})",
-                              self._variant_writer(cls.form, label, {cls.size_name: size}))
+                              self._variant_writer(cls.form, label, {cls.size_name: size} | further))
+
+    def _check_dictionary(self) -> None:
+        """What pursuit had to assume of the baseline's atoms becomes a warning. Raises `UserError` where
+        params.yaml would rather have them refused."""
+        variants = self.params.sae_variants
+        if any(getattr(variants, label).enabled for label in VARIANTS):
+            notes = check_atoms(self.baseline.W_dec, variants.normalise).notes
+            self.warnings += [f"{self.name}, as a dictionary for pursuit: {note}" for note in notes]
 
     def _variant_writer(
-        self, form: str, architecture: str, options: dict[str, int]
+        self, form: str, architecture: str, options: dict[str, Any]
     ) -> Callable[[Path], None]:
         cfg = self.baseline.cfg.replace(
             form=form, architecture=architecture, role="variant", base=self.name, options=options,

@@ -149,7 +149,7 @@ def _local_path(dataset: str) -> Path | None:
 
 def _packaged_documents() -> Iterator[tuple[str, str]]:
     """The packaged sources in turn, until the last is used up."""
-    speakers = [(source, iter(_source_texts(source))) for source in PACKAGED_SOURCES]
+    speakers = [(source, iter(source_texts(source))) for source in PACKAGED_SOURCES]
     for turn in count():
         if not speakers:
             return
@@ -161,7 +161,7 @@ def _packaged_documents() -> Iterator[tuple[str, str]]:
                 yield content, speaker[0].name
 
 
-def _source_texts(source: PackagedSource) -> list[str]:
+def source_texts(source: PackagedSource) -> list[str]:
     """The source's texts that are long enough, mixed: in the order of a hash that the split does not use."""
     frames = (read_packaged(name) for name in source.files)
     kept = (frame["prompt"] if source.target is None else frame["prompt"][frame["target"] == source.target]

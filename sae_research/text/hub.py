@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from sae_research.errors import UserError
 
@@ -86,3 +86,34 @@ def hub_revision(name: str) -> str:
         from huggingface_hub import HfApi
 
         return str(HfApi().dataset_info(name).sha)
+
+
+class HubName(NamedTuple):
+    """A part of a hub data set."""
+
+    dataset: str
+    config: str | None
+    split: str
+
+
+def parse_hub_name(name: str, split: str) -> HubName:
+    """`owner/data`, `owner/data:config` or `owner/data:config:split`; `split` where none is named.
+
+    Raises `UserError` for anything else.
+    """
+    parts = name.split(":")
+    if len(parts) > 3 or not all(parts[:1] + parts[2:]):
+        raise UserError(f"data set {name!r}: expected owner/data, owner/data:config or owner/data:config:split")
+    return HubName(parts[0], (parts[1:2] or [""])[0] or None, parts[2] if len(parts) == 3 else split)
+
+
+def named_rows(name: HubName) -> Iterator[dict[str, Any]]:
+    """Rows of a part of a hub data set, streamed; call it inside `hub_errors`. Raises `UserError` for a configuration or
+    split it lacks, and for a data set that would run code."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name.dataset, name.config, split=name.split, streaming=True)
+    except ValueError as error:
+        raise UserError(f"hub data set {':'.join(part for part in name if part)!r}: {one_line(error)}") from None
+    yield from dataset

@@ -41,14 +41,22 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     many tokens there were, and whatever `corpus.documents` raises.
     """
     n_contexts = -(-n_tokens // text.context_size)
-    tokens, docs, used = _token_stream(tokenizer, separator_id, documents(text, split),
-                                       n_contexts * (text.context_size - 1))
-    if len(tokens) < n_contexts * (text.context_size - 1):
-        found = len(tokens) // (text.context_size - 1) * text.context_size
+    contexts = pack_documents(tokenizer, separator_id, documents(text, split), text.context_size, n_contexts)
+    if len(contexts.tokens) < n_contexts:
+        found = contexts.tokens.numel()
         raise UserError(
             f"text.dataset {text.dataset}: the split {split} ends after {found:,} of {n_tokens:,} tokens "
-            f"({found / n_tokens:.1%}, {len(used):,} documents); ask for fewer tokens or give more text")
-    return Contexts(_pack(tokens, separator_id, n_contexts), _pack(docs, SEPARATOR_DOC, n_contexts).int(),
+            f"({found / n_tokens:.1%}, {len(contexts.documents):,} documents); ask for fewer tokens or give more text")
+    return contexts
+
+
+def pack_documents(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], context_size: int,
+                   n_contexts: int) -> Contexts:
+    """Contexts of the documents' tokens: `n_contexts`, or as many whole ones as the documents fill."""
+    size = context_size - 1
+    tokens, docs, used = _token_stream(tokenizer, separator_id, texts, n_contexts * size)
+    whole = len(tokens) // size * size
+    return Contexts(_pack(tokens[:whole], separator_id, size), _pack(docs[:whole], SEPARATOR_DOC, size).int(),
                     [document.doc_id for document in used], [document.source for document in used])
 
 
@@ -76,7 +84,7 @@ def _token_stream(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: 
     return np.concatenate([empty, *tokens]), np.concatenate([empty, *docs]), used
 
 
-def _pack(stream: np.ndarray, first: int, n_contexts: int) -> torch.Tensor:
-    """[n_contexts * (size - 1)] -> [n_contexts, size], with `first` in front of every row."""
-    rows = stream.reshape(n_contexts, -1)
-    return torch.from_numpy(np.concatenate([np.full((n_contexts, 1), first, np.int64), rows], axis=1))
+def _pack(stream: np.ndarray, first: int, size: int) -> torch.Tensor:
+    """[n * size] -> [n, size + 1], with `first` in front of every row."""
+    rows = stream.reshape(len(stream) // size, size)
+    return torch.from_numpy(np.concatenate([np.full((len(rows), 1), first, np.int64), rows], axis=1))

@@ -55,7 +55,7 @@ class Task(NamedTuple):
     notes: dict[str, Any]
 
 
-class _Pool(NamedTuple):
+class Pool(NamedTuple):
     """Distinct texts with one label each, by class, in the probing splits, and how many rows fell away."""
 
     train: Texts
@@ -76,12 +76,12 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     if name in PACKAGED_TASKS:
         task = PACKAGED_TASKS[name]
         notes = {"origin": "packaged", "caveat": task.caveat}
-        return _select(name, _pool(_packaged_rows(task)), notes, train_size, test_size, seed)
+        return _select(name, distinct_texts(_packaged_rows(task)), notes, train_size, test_size, seed)
     if name in SAE_BENCH_TASKS:
         return _sae_bench_task(name, train_size, test_size, seed)
     local = find_local(name)
     if local is not None:
-        return _select(name, _pool(_local_rows(local)), {"origin": "local"}, train_size, test_size, seed)
+        return _select(name, distinct_texts(_local_rows(local)), {"origin": "local"}, train_size, test_size, seed)
     raise UserError(_unknown(name))
 
 
@@ -116,7 +116,7 @@ def _local_rows(path: Path) -> Iterator[LabelledRow]:
             yield as_text(text, f"{file}, column 'text'"), str(label)
 
 
-def _pool(rows: Iterable[LabelledRow]) -> _Pool:
+def distinct_texts(rows: Iterable[LabelledRow]) -> Pool:
     """Distinct texts of the probing splits by class. Texts whose copies disagree on the label are dropped."""
     first: dict[str, LabelledRow] = {}
     conflicting: set[str] = set()
@@ -133,12 +133,12 @@ def _pool(rows: Iterable[LabelledRow]) -> _Pool:
         split = split_of_hash(digest)
         if split in parts and digest not in conflicting:
             parts[split][label].append(text)
-    return _Pool(parts[TRAIN], parts[TEST], total - len(first), len(conflicting))
+    return Pool(parts[TRAIN], parts[TEST], total - len(first), len(conflicting))
 
 
 # --- selection -------------------------------------------------------------------------------
 
-def _select(name: str, pool: _Pool, notes: dict[str, Any], train_size: int, test_size: int,
+def _select(name: str, pool: Pool, notes: dict[str, Any], train_size: int, test_size: int,
             seed: int) -> Task:
     """The seed's choice of texts from the pool. Raises `TaskUnavailable` when the pool is too small."""
     available = {label: {"train": len(texts), "test": len(pool.test[label])}
@@ -155,11 +155,12 @@ def _select(name: str, pool: _Pool, notes: dict[str, Any], train_size: int, test
             f"task {name}: each class needs {train_size // 2} train and {test_size // 2} test texts, but "
             f"{'; '.join(short)}: set sizes of at most {most['train']} and {most['test']}")
     counts = {"available": available, "copies_dropped": pool.copies, "conflicting_dropped": pool.conflicting}
-    return Task(name, _pick(pool.train, train_size // 2, seed), _pick(pool.test, test_size // 2, seed),
+    return Task(name, pick(pool.train, train_size // 2, seed), pick(pool.test, test_size // 2, seed),
                 {**notes, **counts})
 
 
-def _pick(texts: Texts, count: int, seed: int) -> Texts:
+def pick(texts: Texts, count: int, seed: int) -> Texts:
+    """The seed's choice of `count` texts of every class; it depends on seed and texts, not on their order."""
     def key(text: str) -> bytes:
         return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
 

@@ -12,7 +12,7 @@ from typing import Any
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params, TrainedSAE
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
-from sae_research.store import round_significant, write_json, write_text
+from sae_research.store import fingerprint, round_significant, write_json, write_text
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.stream import token_contexts
 from sae_research.training.held_out import held_out_metrics, held_out_rows
@@ -44,8 +44,8 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens)
     stream = ActivationStream(lm, contexts.tokens, params)
     members = [
-        make_member(name, params.train, stream.calibration.rows, params.random_seed)
-        for name in params.train.saes
+        make_member(name, params.train, stream.calibration.rows, training_seed(config, params))
+        for name, config in params.train.saes.items()
     ]
     n_trained = train_members(stream, members)
     saes = {member.name: _exported(member, lm, params, stream, n_trained) for member in members}
@@ -72,9 +72,13 @@ def hyper_parameters(config: TrainedSAE, params: Params) -> dict[str, Any]:
         "dead_fraction",
     )
     return {
-        **config.model_dump(exclude={"recipe"}, exclude_none=True),
+        **config.model_dump(exclude={"recipe", "seed"}, exclude_none=True),
         **params.train.model_dump(include=set(shared)),
     }
+
+
+def training_seed(config: TrainedSAE, params: Params) -> int:
+    return params.random_seed if config.seed is None else config.seed
 
 
 def curve_tsv(curve: list[CurveRow]) -> str:
@@ -107,6 +111,14 @@ def _exported(
     member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, n_trained: int
 ) -> SparseAutoencoder:
     config = params.train.saes[member.name]
+    recipe = {
+        "recipe": config.recipe,
+        "tokens": n_trained,
+        "text": params.text.dataset,
+        "text_fingerprint": text_fingerprint(params.text, TRAIN_SPLIT),
+        "model_fingerprint": lm.fingerprint,
+        "hyper_parameters": hyper_parameters(config, params),
+    }
     cfg = SAEConfig(
         form=member.recipe.form,
         d_in=stream.d_in,
@@ -116,13 +128,9 @@ def _exported(
         context_size=params.text.context_size,
         options=member.recipe.options(),
         provenance={
-            "recipe": config.recipe,
-            "tokens": n_trained,
-            "seed": params.random_seed,
-            "text": params.text.dataset,
-            "text_fingerprint": text_fingerprint(params.text, TRAIN_SPLIT),
-            "model_fingerprint": lm.fingerprint,
-            "hyper_parameters": hyper_parameters(config, params),
+            "seed": training_seed(config, params),
+            "recipe_id": fingerprint([recipe, params.train.hook_name, params.token_mask.model_dump()])[:16],
+            **recipe,
             # what the preflight compares another model's or text's activations with
             "activation_norm": round_significant(float(
                 stream.calibration.rows.norm(dim=1).mean() / stream.calibration.scale)),

@@ -15,6 +15,7 @@ from fixtures import make_sae_bench as fixture
 
 from sae_research.evals import core, sparse_probing
 from sae_research.evals.probes import Draw, top_k_accuracy
+from sae_research.evals.text_means import TextActivations
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import SparseAutoencoder
 from sae_research.store import StageFolder
@@ -67,7 +68,7 @@ def test_probes_equal_stock_given_its_draws(form: str, lm: LanguageModel, saes: 
     """Every top-k accuracy, of latents and of raw activations, to one test text."""
     params, tasks, stock = fixture.PARAMS, fixture.load_tasks(), STOCK["sparse_probing"][form]
     texts = sparse_probing._load(lm, params, StageFolder(in_project / "out"))
-    group = sparse_probing._Group(lm, fixture.HOOK, params, texts)
+    group = TextActivations(lm, fixture.HOOK, texts.tokens, params, params.sparse_probing.context_length)
     raw = group.raw_means().sae_bench
     latents = dict(group.latent_means({form: saes[form]}))[form].sae_bench
     row_of = _row_numbers(tasks)

@@ -54,6 +54,41 @@ def test_resume_equals_a_full_run(family: str) -> None:
         assert (patched - lm.logits(tokens)).abs().max() > 1e-4, f"editing {hook} changes nothing"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_edited_activations_and_nothing_else(family: str) -> None:
+    lm, tokens, wanted = make(family), torch.randint(3, 97, (3, 11)), torch.tensor([4, 10])
+    for kind in HOOKS:
+        hook = f"blocks.2.{kind}"
+        acts = lm.activations(tokens, hook).requires_grad_()
+        logits = lm.resume(hook, acts, tokens, wanted)
+        torch.testing.assert_close(logits, lm.logits(tokens)[:, wanted], atol=1e-5, rtol=1e-5)
+        gradient = torch.autograd.grad(logits[:, 0].logsumexp(-1).sum(), acts)[0]
+        assert gradient[:, :5].abs().sum() > 0
+        assert gradient[:, 5:].abs().sum() == 0, "a later token changes no earlier logit"
+        with torch.no_grad():
+            assert not lm.resume(hook, acts, tokens).requires_grad
+    assert not lm.resume(hook, acts.detach(), tokens).requires_grad
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_greedy_and_patches_the_prompt_alone(family: str) -> None:
+    lm, tokens, hook = make(family), torch.randint(3, 97, (4, 7)), "blocks.2.hook_resid_post"
+    shift = 3 * torch.randn(4, 7, 32)
+
+    def whole(edit: bool) -> torch.Tensor:
+        ids = tokens
+        for step in range(5):
+            added = torch.nn.functional.pad(shift, (0, 0, 0, step)) if edit else torch.zeros(())
+            ids = torch.cat([ids, lm.patched_logits(ids, hook, lambda acts, d=added: acts + d)[:, -1:].argmax(-1)], dim=1)
+        return ids[:, 7:]
+
+    assert torch.equal(lm.generate(tokens, 5), whole(edit=False))
+    patched = lm.generate(tokens, 5, hook, lambda acts: acts + shift)
+    assert torch.equal(patched, whole(edit=True))
+    assert not torch.equal(patched, whole(edit=False))
+
+
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_layers_outside_the_needed_ones_do_not_run(family: str) -> None:
     lm, tokens, ran = make(family), torch.randint(3, 97, (2, 7)), []

@@ -8,9 +8,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-EVALS = ("core", "sparse_probing", "scr", "tpp", "absorption", "unlearning")
+from sae_research.intervals import accuracy, interval, packed, ratio, stored
+from sae_research.reporting.metrics import EVALS
 
 # name: (form, architecture, role, base, L0, variance explained, loss recovered, KL, top-1, top-5)
 SAES: dict[str, tuple[str, str, str, str | None, float, float, float, float, float, float]] = {
@@ -111,6 +113,38 @@ def _envelope(name: str, eval_type: str, eval_config: dict[str, Any]) -> dict[st
     }
 
 
+def core_evidence(name: str, figures: dict[str, float], noise: float = 0.01) -> dict[str, Any]:
+    """Intervals and sums over 24 documents, as core evaluation stores them: the text's ups and downs are common to all
+    SAEs, `noise` is an SAE's own."""
+    text, own = np.random.default_rng(1), np.random.default_rng(sum(name.encode()))
+    tokens, ups = text.integers(200, 500, 24), text.normal(0, 0.2, 24)
+    ratios = {}
+    for key, part in (("l0", "sparsity"), ("variance_explained", "sparsity"), ("loss_recovered", "predictions"),
+                      ("ce_delta", "predictions"), ("kl", "predictions")):
+        moved = 1 + 0.1 * ups + own.normal(0, noise, 24)
+        ratios[key] = part, ratio(figures[key] * tokens * moved * tokens.sum() / (tokens * moved).sum(), tokens)
+    about = {"level": "document", "clusters": 24, "documents": 24, "sources": 3}
+    return {
+        "intervals": {key: list(interval(figure, 42)) for key, (_, figure) in ratios.items()},
+        "clusters": {part: {**about, "key": part} for part in ("sparsity", "predictions")},
+        "cluster_sums": {key: stored(figure, part) for key, (part, figure) in ratios.items()},
+    }
+
+
+def probing_evidence(figures: dict[str, float]) -> dict[str, Any]:
+    """Intervals and outcomes of 160 test texts, 40 a task, two classes each; the same texts are hard for every SAE."""
+    asked, correct, texts = {}, {}, np.random.default_rng(2)
+    for index, task in enumerate(TASKS):
+        rows = [" ".join(str(40 * index + 20 * half + i) for i in range(20)) for half in (0, 1)]
+        asked[task] = {"a": rows, "b": rows[::-1]}
+        hard = texts.random(40)
+        for key, value in figures.items():
+            bits = hard < value
+            correct.setdefault(key, {})[task] = {"a": packed(bits), "b": packed(np.roll(bits, 20))}
+    return {"intervals": {key: list(interval(accuracy(asked, cells), 42)) for key, cells in correct.items()},
+            "outcomes": {"key": "texts", "asked": asked, "correct": correct}}
+
+
 def core_result(name: str) -> dict[str, Any]:
     _, _, _, _, l0, explained, recovered, kl, *_ = SAES[name]
     generator = random.Random(name)
@@ -121,6 +155,7 @@ def core_result(name: str) -> dict[str, Any]:
         for edge in edges[:-1]
     ]
     dead = max(0, D_SAE - sum(counts))
+    figures = {"l0": l0, "variance_explained": explained, "loss_recovered": recovered, "ce_delta": 1.02 * kl, "kl": kl}
     return {
         **_envelope(
             name,
@@ -201,6 +236,7 @@ def core_result(name: str) -> dict[str, Any]:
                 "interpolating": name in INTERPOLATING,
                 "interpolating_fraction": float(name in INTERPOLATING),
                 "density_histogram": {"log10_edges": edges, "counts": counts, "dead": dead},
+                **core_evidence(name, figures),
             }
         },
     }
@@ -248,6 +284,7 @@ def probing_result(name: str) -> dict[str, Any]:
             "lab_v1": {
                 "metrics": ours,
                 "tasks": {task: {key: value + shift[task] for key, value in ours.items()} for task in TASKS},
+                **probing_evidence(ours),
             }
         },
     }
@@ -336,7 +373,7 @@ class Lab:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
-    """Core and sparse probing finished for all SAEs, the optional four disabled, two SAEs trained here."""
+    """Core and sparse probing finished for all SAEs, the optional ones disabled, two SAEs trained here."""
     built = Lab(tmp_path)
     built.write("params.yaml", "visualization:\n  dpi: 80\n")
     for name in EVALS:

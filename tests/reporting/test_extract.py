@@ -8,12 +8,7 @@ import math
 import pytest
 
 from sae_research.errors import UserError
-from sae_research.reporting.extract import (
-    aggregate,
-    extract,
-    extract_core_metrics,
-    extract_sparse_probing_metrics,
-)
+from sae_research.reporting.extract import aggregate, extract, extract_core_metrics, extract_table_metrics
 from sae_research.reporting.metrics import METRICS, metric_named
 from tests.reporting.conftest import SAES, Lab, core_result, probing_result
 
@@ -60,7 +55,7 @@ def test_a_file_of_stock_sae_bench_yields_its_own_figures_only():
 
 
 def test_probing_figures_exist_for_every_k_that_was_measured():
-    figures = extract_sparse_probing_metrics(probing_result("topk"))
+    figures = extract_table_metrics("sparse_probing", probing_result("topk"))
     assert figures["sae_top_1_accuracy"] == 0.761
     assert figures["sae_top_5_accuracy_sae_bench"] == 0.843
     assert figures["llm_full_accuracy"] == 0.962
@@ -71,7 +66,7 @@ def test_probing_figures_exist_for_every_k_that_was_measured():
 def test_every_extracted_figure_is_described_in_the_table():
     for name, figures in (
         ("core", extract_core_metrics(core_result("topk"))),
-        ("sparse_probing", extract_sparse_probing_metrics(probing_result("topk"))),
+        ("sparse_probing", extract_table_metrics("sparse_probing", probing_result("topk"))),
     ):
         for key in figures:
             assert "Not described" not in metric_named(key, name).definition, key
@@ -126,9 +121,9 @@ def test_missing_folder_and_damaged_result_are_user_errors(lab: Lab):
 def test_optional_evaluations_are_flattened(lab: Lab):
     lab.evaluate("scr", ["topk"])
     assert run(lab, "scr")["topk"] == {
-        "scr_metric_threshold_2": 0.101,
-        "scr_dir1_threshold_2": 0.09,
-        "scr_dir2_threshold_2": 0.12,
+        "scr_metric_threshold_2_sae_bench": 0.101,
+        "scr_dir1_threshold_2_sae_bench": 0.09,
+        "scr_dir2_threshold_2_sae_bench": 0.12,
     }
 
 

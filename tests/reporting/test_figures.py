@@ -14,7 +14,6 @@ from sae_research.params import Style, Visualization
 from sae_research.reporting.figures import Artist, draw_all
 from sae_research.reporting.labels import Box, place_labels
 from sae_research.reporting.merge import merge
-from sae_research.reporting.metrics import PLOTTED
 from sae_research.reporting.plot_data import CURVE_POINTS, points, write_plot_data
 from sae_research.reporting.run import Row, Run, read_run
 from sae_research.reporting.style import KNOWN, Look, looks, short_names
@@ -41,9 +40,10 @@ def test_images_are_written_not_empty_and_the_same_twice(lab: Lab):
     written = draw_all(run, STYLE, lab.root)
     assert {path.stem for path in written} == {
         "overview",
+        "equal_l0",
         "latent_density",
         "training_curves",
-        *(f"l0_vs_{key}" for key in PLOTTED),
+        *(f"l0_vs_{key}" for key in run.plotted),
     }
     assert {path.name for path in (lab.root / "images").iterdir()} == {path.name for path in written}
     assert all(ink(path) > 0.01 for path in written)
@@ -88,7 +88,7 @@ def test_interpolating_points_are_hollow_and_only_they(lab: Lab):
 
 def test_residual_stream_is_drawn_in_probing_panels_only(lab: Lab):
     artist = Artist(build(lab), STYLE)
-    named = {key: [text.get_text() for text in artist.panel(key).axes[0].texts] for key in PLOTTED}
+    named = {key: [text.get_text() for text in artist.panel(key).axes[0].texts] for key in artist.run.plotted}
     assert "raw residual stream, top-5" in named["sae_top_5_accuracy"]
     assert not any("residual" in text for text in named["kl"])
 

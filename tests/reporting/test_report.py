@@ -9,7 +9,8 @@ import pytest
 
 from sae_research.reporting.merge import merge
 from sae_research.reporting.metrics import headline
-from sae_research.reporting.report import control_findings, report
+from sae_research.reporting.report import report
+from sae_research.reporting.report_results import control_findings
 from sae_research.reporting.run import Row, Run, read_run
 from sae_research.reporting.tables import cells, count, number, write_results_csv
 from tests.reporting.conftest import SAES, Lab
@@ -55,13 +56,13 @@ def test_a_control_with_the_more_favourable_value_is_named_with_both_numbers():
     ]
     assert (
         "- Variance explained: `b` (0.840 at L0 32.0) has a higher value than `a` (0.700 at L0 40.0)."
-        in control_findings(rows)
+        in control_findings(Run(rows, {}, {}, []))
     )
     rows[1] = row("b", role="control", variance_explained=0.5)
     none = ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
-    assert control_findings(rows) == none
+    assert control_findings(Run(rows, {}, {}, [])) == none
     rows[1] = row("b", role="control", variance_explained=0.84, l0=80.0)
-    assert control_findings(rows) == none, "a denser control that explains more is no surprise"
+    assert control_findings(Run(rows, {}, {}, [])) == none, "a denser control that explains more is no surprise"
 
 
 def test_report_opens_with_what_ran_and_calls_a_short_run_a_smoke_run(lab: Lab):

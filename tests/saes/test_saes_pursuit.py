@@ -1,14 +1,26 @@
-"""IHTP and matching pursuit against plain reference loops, and what masks, families and signs promise."""
+"""IHTP and matching pursuit against plain reference loops, and what masks, families, signs and bad input promise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from pursuit_loops import loop_ihtp, loop_matching
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.instance_sae import IHTPSAE, MPSAE
-from sae_research.saes import SAEConfig, encode_each, families
+from sae_research.instance_sae import (
+    IHTPSAE,
+    MPSAE,
+    OMPSAE,
+    NonNegativeMPSAE,
+    NonNegativeOMPSAE,
+    PursuitSAE,
+    TopKRefitSAE,
+)
+from sae_research.pursuit import matching
+from sae_research.saes import SAEConfig, encode_each, families, load_sae, registry, save_sae
 
 D_IN, D_SAE = 24, 100
 
@@ -28,46 +40,12 @@ def masked(x: Tensor) -> Tensor:
     return mask
 
 
-def reference_ihtp(x: Tensor, W: Tensor, b: Tensor, k: int, mask: Tensor) -> Tensor:
-    """Least squares (minimum norm) on the union of each counted token's k best atoms, one sequence at a
-    time."""
-    W = torch.nn.functional.normalize(W.double(), dim=1)
-    z = torch.zeros(*x.shape[:2], len(W), dtype=torch.float64)
-    for i in range(len(x)):
-        kept = mask[i].nonzero()[:, 0]
-        if len(kept) == 0:
-            continue
-        rows = x[i, kept].double() - b.double()
-        support = sorted({int(j) for row in rows for j in (row @ W.T).abs().topk(k).indices})
-        solution = torch.linalg.lstsq(W[support].T, rows.T, driver="gelsd").solution.T
-        for row, position in enumerate(kept):
-            z[i, position, support] = solution[row]
-    return z
-
-
-def reference_pursuit(x: Tensor, W: Tensor, b: Tensor, s: int) -> tuple[Tensor, list[list[int]]]:
-    """The greedy loop as the textbook has it, residual and all, in float64."""
-    W = torch.nn.functional.normalize(W.double(), dim=1)
-    tokens = x.double().reshape(-1, x.shape[-1]) - b.double()
-    z, taken = torch.zeros(len(tokens), len(W), dtype=torch.float64), []
-    for n, residual in enumerate(tokens):
-        atoms = []
-        for _ in range(s):
-            correlations = W @ residual
-            atom = int(correlations.abs().argmax())
-            z[n, atom] += correlations[atom]
-            residual = residual - correlations[atom] * W[atom]
-            atoms.append(atom)
-        taken.append(atoms)
-    return z.reshape(*x.shape[:-1], len(W)), taken
-
-
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_ihtp_is_least_squares_on_the_union(k: int) -> None:
     (W, b), x = dictionary(), activations()
     mask = masked(x)
     z = IHTPSAE(W, b, k=k).encode(x, mask)
-    expected = reference_ihtp(x, W, b, k, mask)
+    expected = loop_ihtp(x - b, W, k, mask)
     assert torch.equal(z != 0, expected != 0)
     torch.testing.assert_close(z.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -86,101 +64,233 @@ def test_ihtp_of_large_support_interpolates_with_minimum_norm() -> None:
     torch.testing.assert_close(coefficients @ projector, coefficients, atol=1e-5, rtol=1e-5)
 
 
-def test_ihtp_survives_duplicate_atoms() -> None:
-    W, b = dictionary(10)
-    W = torch.cat([W, W, -W])
-    x = activations()
-    sae = IHTPSAE(W, b, k=3)
-    z = sae.encode(x)
-    assert torch.isfinite(z).all()
-    alone = IHTPSAE(W[:10], b, k=1)
-    error, error_alone = (sae.decode(z) - x).norm(), (alone.decode(alone.encode(x)) - x).norm()
-    torch.testing.assert_close(error, error_alone, atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize("d_sae", [100, 128])  # below and at a multiple of the compiled kernel's lanes
 def test_pursuit_takes_the_reference_atoms(d_sae: int) -> None:
     (W, b), x = dictionary(d_sae), activations()
     for s in (1, 6):
-        expected, _ = reference_pursuit(x, W, b, s)
-        z = MPSAE(W, b, s=s).encode(x)
+        expected, _ = loop_matching((x - b).reshape(-1, D_IN), W, s)
+        z = MPSAE(W, b, s=s).encode(x).reshape(-1, d_sae)
         assert torch.equal(z != 0, expected != 0)
         torch.testing.assert_close(z.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_compiled_steps_equal_the_torch_steps() -> None:
-    from sae_research.instance_sae import _steps_numba, _steps_torch
+ENCODERS = {
+    "ihtp": lambda W, b, **options: IHTPSAE(W, b, k=3, **options),
+    "ihtp, iterated": lambda W, b, **options: IHTPSAE(W, b, k=1, iterations=3, **options),
+    "topk_refit": lambda W, b, **options: TopKRefitSAE(W, b, k=4, **options),
+    "topk_refit, iterated": lambda W, b, **options: TopKRefitSAE(W, b, k=4, iterations=3, **options),
+    "mpsae": lambda W, b, **options: MPSAE(W, b, s=7, **options),
+    "mpsae, stopping": lambda W, b, **options: MPSAE(W, b, s=7, tolerance=0.5, **options),
+    "nn_mpsae": lambda W, b, **options: NonNegativeMPSAE(W, b, s=7, **options),
+    "omp": lambda W, b, **options: OMPSAE(W, b, s=5, **options),
+    "nn_omp": lambda W, b, **options: NonNegativeOMPSAE(W, b, s=5, **options),
+}
 
-    (W, _), x = dictionary(), activations().reshape(-1, D_IN)
-    W = torch.nn.functional.normalize(W, dim=1)
-    _, expected = reference_pursuit(x, W, torch.zeros(D_IN), 8)
-    for steps in (_steps_numba, _steps_torch):
-        atoms, coefficients = steps(x @ W.T, W @ W.T, 8)
-        assert atoms.tolist() == expected
-        assert coefficients.dtype == torch.float32
-    torch.testing.assert_close(_steps_numba(x @ W.T, W @ W.T, 8)[1], _steps_torch(x @ W.T, W @ W.T, 8)[1])
+
+@pytest.fixture(params=ENCODERS)
+def make(request: pytest.FixtureRequest) -> Callable[..., PursuitSAE]:
+    return ENCODERS[request.param]
 
 
-@pytest.mark.parametrize("make", [lambda W, b: IHTPSAE(W, b, k=3), lambda W, b: MPSAE(W, b, s=7)])
-class TestBoth:
-    def test_flipped_dictionary_flips_the_activations(self, make) -> None:
-        (W, b), x = dictionary(), activations()
-        sae, flipped = make(W, b), make(-W, b)
-        z, z_flipped = sae.encode(x), flipped.encode(x)
-        torch.testing.assert_close(z_flipped, -z)
-        torch.testing.assert_close(flipped.decode(z_flipped), sae.decode(z))
+def test_flipped_dictionary_flips_the_activations(make) -> None:
+    (W, b), x = dictionary(), activations()
+    sae, flipped = make(W, b), make(-W, b)
+    if not sae.signed:  # atoms that point the other way explain the other half
+        z = sae.encode(x)
+        assert (z >= 0).all() and z.any()
+        torch.testing.assert_close(make(-W, -b).encode(-x), z)
+        return
+    z, z_flipped = sae.encode(x), flipped.encode(x)
+    torch.testing.assert_close(z_flipped, -z)
+    torch.testing.assert_close(flipped.decode(z_flipped), sae.decode(z))
 
-    def test_masked_tokens_influence_nothing(self, make) -> None:
-        (W, b), x = dictionary(), activations()
-        mask, sae = masked(x), make(W, b)
-        z = sae.encode(x, mask)
-        other = torch.where(mask[..., None], x, 1000 * torch.randn_like(x))
-        assert not z[~mask].any()
-        torch.testing.assert_close(sae.encode(other, mask), z)
 
-    def test_all_masked(self, make) -> None:
-        (W, b), x = dictionary(), activations()
-        z = make(W, b).encode(x, torch.zeros(x.shape[:2], dtype=torch.bool))
-        assert z.shape == (*x.shape[:2], D_SAE) and not z.any()
+def test_masked_tokens_influence_nothing(make) -> None:
+    (W, b), x = dictionary(), activations()
+    mask, sae = masked(x), make(W, b)
+    z = sae.encode(x, mask)
+    other = torch.where(mask[..., None], x, 1000 * torch.randn_like(x))
+    assert not z[~mask].any() and z[mask].any()
+    torch.testing.assert_close(sae.encode(other, mask), z)
 
-    def test_batch_size_changes_nothing(self, make) -> None:
-        (W, b), x = dictionary(), activations(batch=4)
-        mask, sae = masked(x), make(W, b)
-        whole = sae.encode(x, mask)
-        parts = torch.cat([sae.encode(x[i:i + 1], mask[i:i + 1]) for i in range(len(x))])
-        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
-    def test_b_dec_is_always_subtracted(self, make) -> None:
-        """The dictionary of a JumpReLU SAE that does not centre its input still explains what b_dec
-        leaves."""
-        (W, b), x = dictionary(), activations()
+def test_all_masked(make) -> None:
+    (W, b), x = dictionary(), activations()
+    z = make(W, b).encode(x, torch.zeros(x.shape[:2], dtype=torch.bool))
+    assert z.shape == (*x.shape[:2], D_SAE) and not z.any()
+
+
+def test_batch_size_changes_nothing(make) -> None:
+    (W, b), x = dictionary(), activations(batch=4)
+    mask, sae = masked(x), make(W, b)
+    whole = sae.encode(x, mask)
+    parts = torch.cat([sae.encode(x[i:i + 1], mask[i:i + 1]) for i in range(len(x))])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_b_dec_is_always_subtracted(make) -> None:
+    """The dictionary of a JumpReLU SAE that does not centre its input still explains what b_dec leaves."""
+    (W, b), x = dictionary(), activations()
+    sae = make(W, b)
+    cfg = SAEConfig(form=sae.form, d_in=D_IN, d_sae=D_SAE, apply_b_dec_to_input=False, options=sae.options())
+    other = type(sae).from_tensors(cfg, {"W_dec": W, "b_dec": b})
+    torch.testing.assert_close(other.encode(x), sae.encode(x))
+
+
+def test_files_keep_every_option(make, tmp_path) -> None:
+    (W, b), x = dictionary(), activations()
+    sae = make(W, b)
+    sae.cfg = sae.cfg.replace(options=sae.options())
+    save_sae(sae, tmp_path)
+    loaded = load_sae(tmp_path)
+    assert type(loaded) is type(sae) and loaded.options() == sae.options()
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x))
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+def test_rows_not_of_unit_norm_are_scaled_and_noted_or_refused(make) -> None:
+    (W, b), x = dictionary(), activations()
+    unit = torch.nn.functional.normalize(W, dim=1)
+    assert make(unit, b).notes == []
+    assert make(unit, b, normalise="refuse").options()["normalise"] == "refuse"
+    long = unit.clone()
+    long[[3, 8]] *= torch.tensor([[2.0], [0.5]])
+    sae = make(long, b)
+    assert sae.notes == ["2 of 100 atoms are not of unit norm (0.5 to 2): scaled to it"]
+    torch.testing.assert_close(sae.W_dec, unit)
+    torch.testing.assert_close(sae.encode(x), make(unit, b).encode(x))
+    with pytest.raises(UserError, match=f"{sae.form}: 2 of 100 atoms are not of unit norm .0.5 to 2.; pursuit needs unit"):
+        make(long, b, normalise="refuse")
+    with pytest.raises(UserError, match="normalise must be note or refuse"):
+        make(long, b, normalise="perhaps")
+
+
+def test_zero_atoms_are_never_taken_or_refused(make) -> None:
+    (W, b), x = dictionary(), activations()
+    W[[0, 40]] = 0
+    sae = make(W, b)
+    assert "2 of 100 atoms are zero vectors: never taken" in sae.notes
+    z = sae.encode(x)
+    assert not z[..., [0, 40]].any()
+    rest = [i for i in range(D_SAE) if i not in (0, 40)]
+    torch.testing.assert_close(z[..., rest], make(W[rest], b).encode(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="2 of 100 atoms are zero vectors; pursuit needs unit"):
+        make(torch.nn.functional.normalize(W, dim=1), b, normalise="refuse")
+    with pytest.raises(UserError, match="every atom of the dictionary is a zero vector"):
+        make(torch.zeros_like(W), b)
+
+
+def test_of_equal_or_opposite_atoms_the_first_stands_for_all(make) -> None:
+    (W, b), x = dictionary(), activations()
+    repeated = torch.cat([W, W[:30], 2 * W[30:50]])
+    sae = make(repeated, b)
+    assert sae.notes[-1].startswith("50 atoms repeat another") and sae.notes[-1].endswith(": the first stands for all")
+    if sae.signed:
+        sae = make(torch.cat([repeated, -W[:30]]), b)
+        assert sae.notes[-1] == "80 atoms repeat another up to sign: the first stands for all"
+    z = sae.encode(x)
+    assert not z[..., D_SAE:].any()
+    torch.testing.assert_close(z[..., :D_SAE], make(W, b).encode(x), atol=1e-5, rtol=1e-5)
+
+
+def test_opposite_atoms_make_non_negative_pursuit_signed() -> None:
+    (W, b), x = dictionary(), activations()
+    for cls, signed in ((NonNegativeMPSAE, MPSAE), (NonNegativeOMPSAE, None)):
+        sae = cls(torch.cat([W, -W]), b, 5)
+        assert len(sae.notes) == 1  # their norms
+        z = sae.encode(x)
+        assert z[..., :D_SAE].any() and z[..., D_SAE:].any()
+        if signed:
+            torch.testing.assert_close(z[..., :D_SAE] - z[..., D_SAE:], signed(W, b, 5).encode(x), atol=1e-5, rtol=1e-5)
+
+
+def test_activations_that_are_not_finite(make) -> None:
+    (W, b), x = dictionary(), activations()
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    for bad in (torch.nan, torch.inf):
+        x[1, 1, 1] = bad
         sae = make(W, b)
-        cfg = SAEConfig(
-            form=sae.form, d_in=D_IN, d_sae=D_SAE, apply_b_dec_to_input=False, options=sae.options()
-        )
-        other = type(sae).from_tensors(cfg, {"W_dec": W, "b_dec": b})
-        torch.testing.assert_close(other.encode(x), sae.encode(x))
+        for given in (mask, None):
+            with pytest.raises(UserError, match=f"{sae.form}: the activations hold NaN or infinity"):
+                sae.encode(x, given)
+        without = mask.clone()
+        without[1, 1] = False
+        assert torch.isfinite(sae.encode(x, without)).all()
 
-    def test_dictionary_is_checked(self, make) -> None:
-        W, b = dictionary()
-        W[3] = 0
-        with pytest.raises(UserError, match="1 atoms of the dictionary are zero"):
-            make(W, b)
 
+def test_tokens_that_correlate_with_nothing_have_no_latents(make) -> None:
+    W, b = dictionary()
+    W[:, 0] = 0
+    x = b.expand(2, 3, D_IN).clone()
+    x[0, :, 0] += 5  # orthogonal to every atom
+    x[1, 1] += 1
+    z = make(W, b).encode(x)
+    assert not z[0].any() and z[1, 1].any()
+
+
+@pytest.mark.parametrize("form", ["ihtp", "topk_refit", "matching_pursuit", "nonnegative_matching_pursuit", "omp",
+                                  "nonnegative_omp"])
+@pytest.mark.parametrize("size", [0, D_SAE + 1])
+def test_sizes_are_checked(form: str, size: int) -> None:
+    with pytest.raises(UserError, match=f"{form}: [ks] = {size} must lie between 1 and d_sae = {D_SAE}"):
+        registry[form](*dictionary(), size)
+
+
+def test_the_largest_sizes_work(make) -> None:
+    W, b = dictionary(40)
+    x = activations()
+    sae = type(make(W, b))(W, b, 40)
+    z = sae.encode(x)
+    assert torch.isfinite(z).all()
+    if sae.form in ("ihtp", "topk_refit", "omp"):
+        torch.testing.assert_close(sae.decode(z), x, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("cls", "options", "message"), [
+    (MPSAE, {"tolerance": 1.0}, "tolerance = 1.0 must be at least 0 and less than 1"),
+    (OMPSAE, {"tolerance": -0.1}, "tolerance = -0.1 must be"),
+    (MPSAE, {"gram_dtype": "int8"}, "gram_dtype must be float32 or bfloat16"),
+    (MPSAE, {"refresh": -1}, "refresh = -1 must not be negative"),
+    (IHTPSAE, {"iterations": -1}, "iterations = -1 must not be negative"),
+    (TopKRefitSAE, {"iterations": -2}, "iterations = -2 must not be negative"),
+])
+def test_options_are_checked(cls: type, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cls(*dictionary(), 3, **options)
+
+
+# --- families --------------------------------------------------------------------------------
 
 def test_families_equal_solo_encoding() -> None:
     (W, b), (W2, _), x = dictionary(), dictionary(seed=9), activations()
     mask = masked(x)
     saes = {
-        "i5": IHTPSAE(W, b, 5),
-        "i1": IHTPSAE(W, b, 1),
-        "m9": MPSAE(W, b, 9),
-        "m2": MPSAE(W.clone(), b, 2),
-        "other": MPSAE(W2, b, 2),
+        "i5": IHTPSAE(W, b, 5), "i1": IHTPSAE(W, b, 1),
+        "m9": MPSAE(W, b, 9), "m2": MPSAE(W.clone(), b, 2),
+        "other": MPSAE(W2, b, 2), "stopping": MPSAE(W, b, 2, tolerance=0.3),
+        "n2": NonNegativeMPSAE(W, b, 2), "n6": NonNegativeMPSAE(W, b, 6),
+        "o6": OMPSAE(W, b, 6), "o3": OMPSAE(W, b, 3),
+        "no3": NonNegativeOMPSAE(W, b, 3), "no6": NonNegativeOMPSAE(W, b, 6),
+        "t3": TopKRefitSAE(W, b, 3), "t6": TopKRefitSAE(W, b, 6),
     }
-    assert families(saes) == [["i5", "i1"], ["m9", "m2"], ["other"]]
+    assert families(saes) == [["i5", "i1"], ["m9", "m2"], ["other"], ["stopping"], ["n2", "n6"], ["o6", "o3"],
+                              ["no3", "no6"], ["t3", "t6"]]
     for name, z in encode_each(saes, x, mask):
-        torch.testing.assert_close(z, saes[name].encode(x, mask))
+        torch.testing.assert_close(z, saes[name].encode(x, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_a_family_runs_once_to_its_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    (W, b), x = dictionary(), activations()
+    runs, pursue = [], matching.pursue
+
+    def counted(x_ND, dictionary, steps, **options):
+        runs.append(steps)
+        return pursue(x_ND, dictionary, steps, **options)
+
+    monkeypatch.setattr(matching, "pursue", counted)
+    assert len(list(MPSAE.encode_family([MPSAE(W, b, s) for s in (2, 9, 4)], x, None))) == 3
+    assert runs == [9]
 
 
 def test_dictionaries_that_differ_in_late_rows_are_no_family() -> None:
@@ -188,33 +298,3 @@ def test_dictionaries_that_differ_in_late_rows_are_no_family() -> None:
     W2 = W.clone()
     W2[700:] *= -1
     assert len(families({"a": MPSAE(W, b, 2), "b": MPSAE(W2, b, 2)})) == 2
-
-
-@pytest.mark.parametrize(
-    ("cls", "size"), [(IHTPSAE, 0), (IHTPSAE, D_SAE + 1), (MPSAE, 0), (MPSAE, D_SAE + 1)]
-)
-def test_sizes_are_checked(cls: type, size: int) -> None:
-    with pytest.raises(UserError, match=f"= {size} must lie between 1 and d_sae = {D_SAE}"):
-        cls(*dictionary(), size)
-
-
-def test_pursuit_refuses_nan() -> None:
-    (W, b), x = dictionary(), activations()
-    x[1, 1, 1] = torch.nan
-    mask = torch.ones(x.shape[:2], dtype=torch.bool)
-    with pytest.raises(UserError, match="NaN or infinity"):
-        MPSAE(W, b, 2).encode(x, mask)
-    mask[1, 1] = False
-    assert torch.isfinite(MPSAE(W, b, 2).encode(x, mask)).all()
-
-
-def test_ihtp_of_a_sequence_that_correlates_with_nothing_is_empty() -> None:
-    from sae_research.instance_sae import IHTPSAE
-
-    W = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    sae = IHTPSAE(W, torch.zeros(8), k=2)
-    x = torch.zeros(2, 5, 8)
-    x[1] = 1.0
-    z = sae.encode(x)
-    assert (z[0] == 0).all()
-    assert (z[1] != 0).any()

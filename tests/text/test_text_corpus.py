@@ -33,7 +33,7 @@ ROWS = [f"Document number {number}, about {'rain' if number % 2 else 'sun'}." fo
 def packaged() -> dict[str, list[Document]]:
     """Every packaged document by split; each text is read and hashed once for all four."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_source_texts", functools.cache(corpus._source_texts))
+        patch.setattr(corpus, "source_texts", functools.cache(corpus.source_texts))
         patch.setattr(corpus, "text_hash", functools.cache(corpus.text_hash))
         return {split: list(documents(Text(), split)) for split in SPLITS}
 

@@ -22,6 +22,7 @@ time.sleep = lambda seconds: None  # the client's pauses between retries
 from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.text.corpus import documents, text_fingerprint
+from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.split import SPLITS
 from sae_research.text.tasks import load_task
 
@@ -32,6 +33,12 @@ def texts(name, column="text"):
 def task(name, train, test):
     found = load_task(name, train, test, 1)
     return {"train": found.train, "test": found.test, "notes": found.notes}
+
+def crossed(name, train, test):
+    skipped = {}
+    tasks = load_crossed_tasks(name, train, test, 1, skipped.__setitem__)
+    cells = {task.name: [[list(texts) for texts in part.values()] for part in (task.train, task.test)] for task in tasks}
+    return {"cells": cells, "skipped": skipped, "notes": [task.notes for task in tasks]}
 
 def loaded(name):
     return list(__import__("datasets").load_dataset(name, split="train")["text"])
@@ -74,13 +81,22 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     copies = [(f"Train {label} 0", label) for label in range(4)]  # of train rows, all selected below
     (root / "news" / "train.csv").write_text(csv_of(train))
     (root / "news" / "test.csv").write_text(csv_of(test + copies))
+    (root / "bios").mkdir()
+    jobs = {"professor": 21, "nurse": 13}  # of SAE Bench's four pairs of jobs only this one is here
+    for part, each in (("train", 16), ("test", 10)):
+        rows = "".join(f"{part} {job} {gender} {number},{code},{gender}\n" for job, code in jobs.items()
+                       for gender in (0, 1) for number in range(each))
+        copy = "train professor 0 0,21,0\n" if part == "test" else ""
+        (root / "bios" / f"{part}.csv").write_text("hard_text,profession,gender\n" + copy + rows)
     repos = {"datasets": {"someone/tiny": root / "tiny", "fancyzhx/ag_news": root / "news",
-                          "someone/empty": root / "empty", "someone/testonly": root / "testonly"}}
+                          "LabHC/bias_in_bios": root / "bios", "someone/empty": root / "empty",
+                          "someone/testonly": root / "testonly"}}
     questions = ["texts('someone/tiny')", "loaded('someone/tiny')", FINGERPRINT,
                  "texts('someone/tiny', 'body')", "texts('someone/none')",
                  "texts('someone/empty')", "texts('someone/testonly')",
                  "task('fancyzhx/ag_news', 40, 20)", "task('fancyzhx/ag_news', 400, 20)",
-                 "task('Helsinki-NLP/europarl', 4, 4)"]
+                 "task('Helsinki-NLP/europarl', 4, 4)", "crossed('LabHC/bias_in_bios_class_set1', 32, 16)",
+                 "crossed('canrager/amazon_reviews_mcauley_1and5', 32, 16)"]
     with serve_hub(repos) as url:
         return ask(questions, hub_env(url, root / "home"))
 
@@ -100,6 +116,7 @@ def test_fingerprint_of_a_hub_data_set(answers: dict[str, Any]) -> None:
     ("texts('someone/empty')", "someone/empty"),
     ("texts('someone/testonly')", "Bad split: train"),
     ("task('Helsinki-NLP/europarl', 4, 4)", "'Helsinki-NLP/europarl' doesn't exist on the Hub"),
+    ("crossed('canrager/amazon_reviews_mcauley_1and5', 32, 16)", "scr.dataset_names"),
 ])
 def test_hub_mistakes_are_one_line(answers: dict[str, Any], question: str, message: str) -> None:
     assert answers[question].startswith("UserError: ") and message in answers[question]
@@ -113,6 +130,18 @@ def test_sae_bench_task_from_the_hub(answers: dict[str, Any]) -> None:
     assert task["notes"]["test_copies_of_train_dropped"] == 4
     assert all(text.startswith(f"test {label}") for label, texts in task["test"].items() for text in texts)
     assert sum(len(texts) for texts in task["test"].values()) == 36
+
+
+def test_two_attribute_task_from_the_hub(answers: dict[str, Any]) -> None:
+    """SAE Bench's pairs and quadrants, its texts in its order, less the test text that has a copy in train."""
+    answer = answers["crossed('LabHC/bias_in_bios_class_set1', 32, 16)"]
+    assert list(answer["cells"]) == ["LabHC/bias_in_bios_class_set1_scr_professor_nurse"]
+    assert len(answer["skipped"]) == 3 and all("set sizes of at most 0 and 0" in why for why in answer["skipped"].values())
+    train, test = answer["cells"]["LabHC/bias_in_bios_class_set1_scr_professor_nurse"]
+    assert [len(texts) for texts in train] == [16, 8, 8, 16] and [len(texts) for texts in test] == [8, 4, 4, 8]
+    assert train[1] == [f"train professor 1 {number}" for number in range(8)]
+    assert test[2] == [f"test nurse 0 {number}" for number in range(4)]
+    assert answer["notes"][0]["copies_dropped"] == 1
 
 
 def test_sae_bench_task_too_small(answers: dict[str, Any]) -> None:

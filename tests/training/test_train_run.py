@@ -80,6 +80,15 @@ def test_the_seed_matters(make_params, tmp_path):
     )
 
 
+def test_seeds_of_one_recipe_share_its_id_and_nothing_else_does(make_params, tmp_path):
+    entries = {"a": {**TOP_K, "seed": 1}, "b": {**TOP_K, "seed": 2}, "c": {**TOP_K, "seed": 1, "k": 2}}
+    run.train(make_params(saes=entries), tmp_path / "out")
+    a, b, c = (load_sae(tmp_path / "out" / name) for name in "abc")
+    assert a.cfg.provenance["recipe_id"] == b.cfg.provenance["recipe_id"] != c.cfg.provenance["recipe_id"]
+    assert (a.cfg.provenance["seed"], b.cfg.provenance["seed"]) == (1, 2)
+    assert not torch.equal(a.W_dec, b.W_dec)
+
+
 def test_the_model_reads_each_text_once_for_all_saes(make_params, tmp_path, monkeypatch):
     seen = []
     original = LanguageModel.activations

@@ -1,0 +1,60 @@
+"""k-sparse probing on sae-probes: ours against stock SAE Bench 0.6.0 on the same SAEs, rows and context length."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import stock_sae_probes
+from sae_research.evals import sae_probes
+from sae_research.evals.sae_probes.tasks import TaskRows, chosen_names, read_rows
+from sae_research.lm import LanguageModel
+from sae_research.params import Params, SparseProbingSaeProbes
+from sae_research.saes import SparseAutoencoder
+from sae_research.store import StageFolder
+
+ROW = "sae-probes, both definitions; stock keeps activations"
+
+
+def stock_rows(config: SparseProbingSaeProbes, seed: int) -> dict[str, pd.DataFrame]:
+    """The rows that SAE Bench's split draws from, by task: all that stock is given."""
+    found = {}
+    for name in chosen_names(config):
+        frame = read_rows(name)
+        labels = frame["target"].astype("category").cat.codes.to_numpy()
+        found[name] = frame.iloc[TaskRows(frame["prompt"].tolist(), labels, seed).of_stock(config.max_texts)]
+    return found
+
+
+def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
+            tasks: int | None = None) -> dict[str, tuple[float, float]]:
+    """Row -> (our seconds, stock's), with agreement printed for every SAE. model: the same one as `stock.hooked_model`.
+
+    Counted are tokenising, the model's pass, encoding, all probes and writing results, on either side from nothing; not
+    counted are imports and loading the model. Ours scores its own definition beside SAE Bench's, with the texts that
+    needs beyond stock's. Stock keeps the model's activations for later SAEs and the baseline (its best setting). Only
+    per-token SAEs take part: stock cannot encode sequences. `SAE_RESEARCH_NO_CACHE=1` must be set.
+    """
+    config = params.sparse_probing_sae_probes.model_copy(update={
+        "dataset_names": chosen_names(params.sparse_probing_sae_probes)[:tasks]})
+    params = params.model_copy(update={"sparse_probing_sae_probes": config})
+    saes = {name: sae for name, sae in saes.items() if sae.per_token}
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        stage = StageFolder(Path(folder) / "ours")
+        ours = {}
+        for name, result in sae_probes.evaluate(saes, lm, params, stage):
+            stage.write_result(name, result)
+            ours[name] = result
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        theirs = stock_sae_probes.sae_probes(saes, model, stock_rows(config, params.random_seed), config,
+                                             params.random_seed, Path(folder))
+        stock_seconds = time.perf_counter() - start
+    for name in saes:
+        both = [results[name]["eval_result_metrics"]["sae"] for results in (ours, theirs)]
+        gap = max(abs(both[0][key] - value) for key, value in both[1].items() if value is not None)
+        print(f"sae-probes, {name}: top-1 {both[0]['sae_top_1_test_accuracy']:.3f}, largest difference of a mean {gap:.1e}")
+    return {ROW: (seconds, stock_seconds)}

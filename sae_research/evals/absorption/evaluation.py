@@ -1,0 +1,213 @@
+"""The absorption evaluation: letters that the model itself shows, then every SAE on those letters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from sae_research.errors import NotApplicable
+from sae_research.evals import inputs, pool
+from sae_research.evals.absorption import absorbed, letter_probes, logistic, main_latents, result, word_activations, words
+from sae_research.evals.absorption.absorbed import Absorbed, lab_absorbed, sae_bench_absorbed, usual_activation
+from sae_research.evals.absorption.letter_probes import Probes, f1, one_vs_rest, random_start
+from sae_research.evals.absorption.main_latents import MainLatents, WordLatents, lab_main_latents, sae_bench_main_latents
+from sae_research.evals.absorption.word_activations import WordActivations
+from sae_research.evals.absorption.words import LETTERS, Words, load_words
+from sae_research.evals.inputs import by_hook, result_key
+from sae_research.lm import LanguageModel, continuation, mask
+from sae_research.params import Params
+from sae_research.saes import SparseAutoencoder, families
+from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
+
+MIN_TRAIN_WORDS = 10
+MIN_TEST_WORDS = 5
+"""Letters with fewer words are skipped: their probe would say nothing."""
+_BLOCK = 8_000_000
+"""Largest [words, d_sae] block of dense latents looked at together."""
+
+
+class Letters(NamedTuple):
+    """What the model's own activations at a hook say of the letters."""
+
+    numbers: np.ndarray
+    """The letters that have enough words [letters]."""
+    f1: list[float]
+    """Of their probes on the test words."""
+    probes: Probes
+    why_not: dict[str, str]
+    """Letters that do not qualify, and why."""
+
+    def qualifying(self) -> Letters:
+        keep = [i for i, number in enumerate(self.numbers) if LETTERS[number] not in self.why_not]
+        return Letters(self.numbers[keep], [self.f1[i] for i in keep],
+                       Probes(self.probes.weights[:, keep], self.probes.biases[keep]), self.why_not)
+
+
+def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder, *,
+             prompts: Words | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `AbsorptionEvalOutput` in plain data.
+
+    prompts: the words in their prompts, by default a sample of the tokenizer's alphabetic tokens. A letter counts where
+    a probe on the model's activations finds it on unseen words; the others are skipped with their reason. Raises
+    `UserError` when no word can be used, `NotApplicable` when no letter qualifies at any hook.
+    """
+    prompts = load_words(lm, params.absorption, params.random_seed) if prompts is None else prompts
+    stage.notes["absorption"] = dict(prompts.notes)
+    scored, hooks = 0, by_hook(saes)
+    for hook, members in hooks.items():
+        acts = WordActivations(lm, hook, prompts, params)
+        letters = _letters(acts).qualifying()
+        _report(letters, f" at {hook}" if len(hooks) > 1 else "", params, stage)
+        if not len(letters.numbers):
+            for name in members:
+                stage.skip(name, f"no first letter qualifies at {hook}")
+            continue
+        found = _scores(members, acts, letters)
+        scored += len(found)
+        for name, sae in members.items():
+            yield name, result.result(name, sae, acts, letters, found[name])
+    if not scored:
+        raise NotApplicable(f"absorption: {lm.name} shows no first letter at {', '.join(hooks)} with a probe F1 above "
+                            f"{params.absorption.min_ground_truth_probe_f1}; a larger model is needed (SAE Bench advises "
+                            "2B parameters), or a lower absorption.min_ground_truth_probe_f1")
+
+
+def _report(letters: Letters, where: str, params: Params, stage: StageFolder) -> None:
+    """One line per letter, not per SAE. where: empty with a single hook."""
+    for letter, why in letters.why_not.items():
+        stage.skip(f"letter {letter}{where}", why)
+    notes, count, wanted = stage.notes["absorption"], len(letters.numbers), params.absorption.min_feats_for_eval
+    notes[f"letters{where}"] = {LETTERS[i]: round(value, 4) for i, value in zip(letters.numbers, letters.f1, strict=True)}
+    if count < wanted:
+        notes[f"few_letters{where}"] = (f"{count} of 26 letters qualify; SAE Bench asks for {wanted} and would report "
+                                        "nothing")
+
+
+# --- letters ---------------------------------------------------------------------------------
+
+def _sources() -> list[Any]:
+    import sae_research.evals.absorption.evaluation as this
+
+    return [this, absorbed, letter_probes, logistic, main_latents, word_activations, words, pool, inputs, mask,
+            continuation]
+
+
+def _inputs(acts: WordActivations) -> list[Any]:
+    params = acts.params
+    return [params.absorption.model_dump(), params.token_mask.model_dump(), params.random_seed, acts.words.fingerprint(),
+            acts.hook]
+
+
+def _letters(acts: WordActivations) -> Letters:
+    """Probes on the model's activations, and which letters they find. Kept in the result cache."""
+    lm, params, labels, test = acts.lm, acts.params, acts.words.letters, acts.words.test
+    counts = {part: np.bincount(labels[test == held], minlength=26) for part, held in (("training", False), ("test", True))}
+    enough = (counts["training"] >= MIN_TRAIN_WORDS) & (counts["test"] >= MIN_TEST_WORDS)
+    numbers = np.flatnonzero(enough)
+    why_not = {LETTERS[i]: f"{counts['training'][i]} training and {counts['test'][i]} test words, "
+                           f"fewer than {MIN_TRAIN_WORDS} and {MIN_TEST_WORDS}" for i in np.flatnonzero(~enough)}
+    if not len(numbers):
+        return Letters(numbers, [], Probes(np.zeros((0, 0), np.float32), np.zeros(0, np.float32)), why_not)
+    cache = ResultCache("absorption")
+    key = fingerprint(["letters", _inputs(acts), lm.fingerprint, str(lm.dtype), lm.device.type, torch.__version__,
+                       source_fingerprint(_sources())])[:40]
+    kept = cache.get(key)
+    if kept is None:
+        kept = _ground_truth(acts.vectors.numpy(), labels, test, numbers, params.random_seed)
+        cache.put(key, kept)
+    probes = Probes(np.array(kept["weights"], np.float32), np.array(kept["biases"], np.float32))
+    threshold = params.absorption.min_ground_truth_probe_f1
+    why_not |= {LETTERS[number]: f"the probe on the model's activations has F1 {value:.3f} on {counts['test'][number]} "
+                                 f"test words, not above {threshold}"
+                for number, value in zip(numbers, kept["f1"], strict=True) if value <= threshold}
+    return Letters(numbers, kept["f1"], probes, dict(sorted(why_not.items())))
+
+
+def _ground_truth(x: np.ndarray, labels: np.ndarray, test: np.ndarray, numbers: np.ndarray, seed: int) -> dict[str, Any]:
+    start = random_start(x.shape[1], (seed, 2))
+    start = Probes(start.weights[:, numbers], start.biases[numbers])
+    with threadpool_limits(1):  # thousands of small steps: threads would only wait for one another
+        probes = letter_probes.train(x[~test], one_vs_rest(labels[~test], numbers), start, letter_probes.GROUND_TRUTH,
+                                     (seed, 6))
+    scores = f1(probes.scores(x[test]), one_vs_rest(labels[test], numbers))
+    return {"weights": probes.weights.tolist(), "biases": probes.biases.tolist(), "f1": scores.tolist()}
+
+
+# --- SAEs ------------------------------------------------------------------------------------
+
+def _scores(saes: dict[str, SparseAutoencoder], acts: WordActivations, letters: Letters) -> dict[str, Any]:
+    """Every SAE's scores by letter, from the cache where they are."""
+    cache = ResultCache("absorption")
+    keys = {name: result_key(sae, acts.lm, _inputs(acts), _sources()) for name, sae in saes.items()}
+    found = {name: cache.get(key) for name, key in keys.items()}
+    missing = {name: sae for name, sae in saes.items() if found[name] is None}
+    with tqdm(total=len(missing), desc="encode and score", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:
+        for names in families(missing):
+            for name, latents in acts.latents({n: missing[n] for n in names}).items():
+                found[name] = score(saes[name], latents, acts, letters)
+                cache.put(keys[name], found[name])
+                bar.update()
+    return found
+
+
+def score(sae: SparseAutoencoder, latents: sparse.csr_matrix, acts: WordActivations, letters: Letters) -> dict[str, Any]:
+    """One SAE's scores by letter, in both definitions."""
+    test, labels, config, seed = acts.words.test, acts.words.letters, acts.params.absorption, acts.params.random_seed
+    data = WordLatents(latents[~test], latents[test], labels[~test], labels[test], letters.numbers)
+    main = {"sae_bench": sae_bench_main_latents(data, config, seed), "lab": lab_main_latents(data, config, seed)}
+    view = _view(sae, acts, letters)
+    scores = {}
+    for i, number in enumerate(letters.numbers):
+        hits = np.flatnonzero((data.test_labels == number) & view.found[:, i])
+        usual = usual_activation(data.train[data.train_labels == number][:, main["lab"][i].latents].toarray())
+        parts: dict[str, list[Absorbed]] = {"sae_bench": [], "lab": []}
+        for words_ in np.array_split(hits, math.ceil(len(hits) * sae.cfg.d_sae / _BLOCK) or 1):
+            z = data.test[words_].toarray().astype(np.float64)
+            parts["sae_bench"].append(sae_bench_absorbed(z, view.whole[words_, i], view.cosines[:, i],
+                                                         main["sae_bench"][i].latents))
+            parts["lab"].append(lab_absorbed(z, view.less_bias[words_, i], view.along[:, i], view.cosines[:, i],
+                                             main["lab"][i].latents, usual))
+        scores[LETTERS[number]] = {"words": len(hits), **{
+            definition: _summary(main[definition][i], Absorbed(*map(np.concatenate, zip(*found, strict=True))))
+            for definition, found in parts.items()}}
+    return scores
+
+
+class _View(NamedTuple):
+    """What lies along the letters' directions, unit vectors. float64, the last axis the letters."""
+
+    found: np.ndarray
+    """Whether the probe finds its letter, bool [test words, letters]."""
+    whole: np.ndarray
+    """Of the test words' activations [test words, letters]."""
+    less_bias: np.ndarray
+    """Of the same less the decoder's bias [test words, letters]."""
+    along: np.ndarray
+    """Of the decoder's rows [d_sae, letters]."""
+    cosines: np.ndarray
+    """Between decoder rows and directions [d_sae, letters]."""
+
+
+def _view(sae: SparseAutoencoder, acts: WordActivations, letters: Letters) -> _View:
+    x = acts.vectors[torch.from_numpy(acts.words.test)].to(sae.W_dec.device)
+    directions = torch.from_numpy(letters.probes.weights).to(x)
+    directions = directions / directions.norm(dim=0)
+    rows = sae.W_dec.float()
+    along = rows @ directions
+    found = [along, along / rows.norm(dim=1, keepdim=True).clamp_min(1e-8), x @ directions,
+             (sae.target(x) - sae.b_dec).float() @ directions]
+    along_, cosines, whole, less_bias = (values.double().cpu().numpy() for values in found)
+    return _View(letters.probes.scores(x.cpu().numpy()) > 0, whole, less_bias, along_, cosines)
+
+
+def _summary(main: MainLatents, words_absorbed: Absorbed) -> dict[str, Any]:
+    return {"absorption_fraction": float(words_absorbed.fraction.mean()),
+            "full_absorption": float(words_absorbed.full.mean()), "full_absorption_words": int(words_absorbed.full.sum()),
+            "main_latents": main.latents, "main_latents_f1": main.split_f1, "f1_by_k": main.f1}

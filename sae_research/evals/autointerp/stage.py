@@ -1,0 +1,162 @@
+"""Autointerp: whether a language model can explain a latent from windows of text, and then tell by that explanation which
+other windows the latent fires in. After SAE Bench 0.6.0, with any OpenAI-compatible endpoint as the judge.
+
+One judge's answers serve both definitions. SAE Bench's score takes random windows for inactive even where the latent fires
+in them; ours (`lab_v1`) counts every window as what it is, adds the balanced score (chance is 0.5), and leaves out answers
+that name no window or none that exists. Windows are those of `token_mask`; signed codes are ranked by absolute value.
+
+What is local (windows) is kept by SAE, what is asked by the content of the question: a run that was cut off continues
+without paying twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.errors import UserError
+from sae_research.evals import inputs, pool
+from sae_research.evals.autointerp import judge, results, windows
+from sae_research.evals.autointerp.judge import FAILED, SCORED, Sheet, make_sheets
+from sae_research.evals.autointerp.windows import Windows, collect_windows
+from sae_research.evals.inputs import by_hook, result_key
+from sae_research.evals.pool import HookActivations
+from sae_research.llm_budget import Budget, check_budget
+from sae_research.llm_client import ChatClient
+from sae_research.lm import LanguageModel, mask
+from sae_research.params import Params
+from sae_research.saes import SparseAutoencoder, families
+from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.text.stream import token_contexts
+
+_SELECTION = ("override_latents", "n_latents", "dead_latent_threshold", "buffer", "n_top_ex_for_generation",
+              "n_iw_sampled_ex_for_generation", "n_top_ex_for_scoring", "n_iw_sampled_ex_for_scoring",
+              "n_random_ex_for_scoring")
+"""The parameters that windows depend on."""
+
+
+def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `AutoInterpEvalOutput` in plain data.
+
+    The estimated cost is shown before anything is asked. Raises `UserError` when no endpoint is given, the estimate
+    exceeds a limit, or, after everything that could be scored was yielded, when the endpoint gave out or left more than
+    `max_failed_fraction` of the latents unanswered.
+    """
+    config = params.autointerp
+    client = ChatClient(config, "autointerp")
+    if params.text.context_size <= 2 * config.buffer:
+        raise UserError(f"autointerp.buffer {config.buffer} leaves no window in contexts of {params.text.context_size} "
+                        "tokens; lower it or raise text.context_size")
+    tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens).tokens
+    found = {name: chosen for name, chosen in find_windows(saes, lm, params, tokens).items()
+             if _usable(name, chosen, params, stage)}
+    if not found:
+        return
+    _announce_cost(found, tokens, lm, params, client, stage)
+    counts = Counter()
+    for name in (name for name in saes if name in found):
+        records = _judged(name, make_sheets(found[name], tokens, lm, config, params.random_seed), client, params)
+        counts.update(_state_counts(name, records, stage))
+        if any(record["state"] == SCORED for record in records):
+            yield name, results.result(name, saes[name], found[name], records, lm, params)
+        else:
+            reasons = Counter(record["why"] for record in records).most_common(1)
+            stage.skip(name, f"none of its {len(records)} latents could be scored: {reasons[0][0]}")
+    _conclude(counts, client, params)
+
+
+# --- windows ---------------------------------------------------------------------------------
+
+def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+                 tokens: Tensor) -> dict[str, Windows]:
+    """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]"""
+    cache, config, found = ResultCache("autointerp_windows"), params.autointerp, {}
+    for hook, members in by_hook(saes).items():
+        keys = {name: _key(sae, lm, params, tokens) for name, sae in members.items()}
+        kept = {name: cache.get(key) for name, key in keys.items()}
+        found |= {name: Windows.from_plain(plain, config) for name, plain in kept.items() if plain is not None}
+        missing = {name: sae for name, sae in members.items() if kept[name] is None}
+        if not missing:
+            continue
+        acts = HookActivations(lm, hook, tokens, params)
+        with tqdm(total=len(missing), desc="windows", unit="SAE", dynamic_ncols=True) as bar:
+            for names in families(missing):
+                new = collect_windows({name: missing[name] for name in names}, acts, config, params.random_seed)
+                for name, chosen in new.items():
+                    cache.put(keys[name], chosen.to_plain())
+                found |= new
+                bar.update(len(names))
+    return found
+
+
+def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor) -> str:
+    config = params.autointerp.model_dump()
+    return result_key(sae, lm, [{key: config[key] for key in _SELECTION}, params.token_mask.model_dump(),
+                                params.random_seed, fingerprint(tokens.tolist())], [windows, mask, inputs, pool])
+
+
+def _usable(name: str, chosen: Windows, params: Params, stage: StageFolder) -> bool:
+    config = params.autointerp
+    wanted = config.n_latents if config.override_latents is None else len(set(config.override_latents))
+    if chosen.latents and len(chosen.latents) < wanted:
+        print(f"{name}: {len(chosen.latents)} of {wanted} latents have windows enough ({chosen.alive} fire on more than "
+              f"{config.dead_latent_threshold:g} tokens)", flush=True)
+    if not chosen.latents:
+        n = windows.n_top(config) + windows.n_weighted(config)
+        stage.skip(name, f"no latent to explain: {chosen.alive} fire on more than {config.dead_latent_threshold:g} tokens, "
+                         f"none has {n} windows; raise autointerp.total_tokens")
+    return bool(chosen.latents)
+
+
+# --- the judge -------------------------------------------------------------------------------
+
+def _announce_cost(found: dict[str, Windows], tokens: Tensor, lm: LanguageModel, params: Params, client: ChatClient,
+                   stage: StageFolder) -> None:
+    """Show what is about to be asked; raises `UserError` beyond the limits."""
+    config, everything, new = params.autointerp, Budget(), Budget()
+    for chosen in found.values():
+        for sheet in make_sheets(chosen, tokens, lm, config, params.random_seed):
+            whole, rest = judge.budgets(sheet, client, config)
+            everything, new = (Budget(*map(sum, zip(total, part, strict=True)))
+                               for total, part in ((everything, whole), (new, rest)))
+    stage.notes["judge"] = {"model": config.model, "base_url": config.base_url, "estimate": everything.words(config)}
+    kept = everything.requests - new.requests
+    print(f"autointerp asks {config.model} at {client.url}: {new.words(config)}"
+          + (f"; {kept:,} more are answered already" if kept else ""), flush=True)
+    check_budget(new, config, "autointerp", "lower autointerp.n_latents")
+
+
+def _judged(name: str, sheets: Iterator[Sheet], client: ChatClient, params: Params) -> list[dict[str, Any]]:
+    """One record per latent, in the order of the latents."""
+    listed = list(sheets)
+    answered = client.in_order(lambda sheet: judge.judge(sheet, client, params.autointerp), listed)
+    return list(tqdm(answered, total=len(listed), desc=f"judge {name}", unit="latent", dynamic_ncols=True))
+
+
+def _state_counts(name: str, records: list[dict[str, Any]], stage: StageFolder) -> Counter[str]:
+    """Number of latents by state; what went wrong is shown and noted with an instance."""
+    counts = Counter(record["state"] for record in records)
+    stage.notes.setdefault("latents", {})[name] = dict(sorted(counts.items()))
+    for state in sorted(set(counts) - {SCORED}):
+        why = next(record["why"] for record in records if record["state"] == state)
+        line = f"{counts[state]} of {len(records)} latents {state}, e.g. {why}"
+        stage.notes.setdefault("not_scored", {}).setdefault(name, []).append(line)
+        print(f"{name}: {line}", flush=True)
+    return counts
+
+
+def _conclude(counts: Counter[str], client: ChatClient, params: Params) -> None:
+    asked, failed = sum(counts.values()), counts[FAILED]
+    kept = f"{failed} of {asked} latents got no answer; answers so far are kept: run again to ask only for the rest"
+    if client.down is not None and failed:
+        raise UserError(f"autointerp: {client.url} was given up: {client.down}; {kept}")
+    if failed > params.autointerp.max_failed_fraction * asked:
+        raise UserError(f"autointerp: {client.url} left too much unanswered: {kept}")
+    if not counts[SCORED]:
+        raise UserError(f"autointerp: none of {asked} latents could be scored: the answers of {params.autointerp.model} "
+                        "are no lists of examples; another model, or a larger autointerp.max_tokens_in_prediction, may do")

@@ -1,0 +1,55 @@
+"""Activations of token sequences at one hook, and which tokens count: what every evaluation on text starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from sae_research.lm import (
+    ActivationPool,
+    Batch,
+    LanguageModel,
+    collect,
+    median_activation_norm,
+    sae_bench_mask,
+    token_mask,
+)
+from sae_research.params import Params
+
+_SAMPLE = 64
+"""Sequences that the median norm is measured on."""
+
+
+class HookActivations:
+    """Sequences, their activations at `hook`, and both definitions' masks.
+
+    tokens: 1-D tensors of ids, or one [n, seq] tensor. The outlier rule compares with one median norm for all
+    sequences, so that no mask depends on how sequences are batched.
+    """
+
+    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor] | Tensor, params: Params) -> None:
+        self.lm, self.hook, self.params = lm, hook, params
+        self.pool: ActivationPool = collect(lm, hook, tokens, params.model.llm_batch_size,
+                                            params.activation_caching, "activations")
+        sample = self.pool.batch(range(min(len(self.pool), _SAMPLE)))
+        self.median_norm = median_activation_norm(lm, sample.tokens, sample.acts)
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def d_in(self) -> int:
+        return self.pool.flat.shape[1]
+
+    def lab_mask(self, batch: Batch) -> Tensor:
+        """Tokens that count in our definitions. bool [batch, seq]"""
+        return token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
+
+    def sae_bench_mask(self, batch: Batch) -> Tensor:
+        """Tokens that SAE Bench counts: all but BOS, EOS and padding. bool [batch, seq]"""
+        return sae_bench_mask(self.lm, batch.tokens) & batch.real
+
+    def batches(self) -> Iterator[Batch]:
+        """All sequences, of like length together."""
+        return self.pool.batches(self.params.model.llm_batch_size)

@@ -1,0 +1,114 @@
+"""What a probe reads once some latents are set to zero, without encoding or decoding anything again.
+
+With a linear decoder a text's mean activation loses exactly `mean(f_A) W_A` when the latents A are ablated (the
+reconstruction error stays in place), so a probe's logit loses `mean(f_A) (W_A w)`. The text's mean latents and one
+number per latent and probe are enough for every threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_research.errors import UserError
+from sae_research.evals.probes import Draw
+from sae_research.saes import SparseAutoencoder
+
+Definition = Literal["sae_bench", "lab"]
+
+_CODES = 4
+_CHUNK = 1024
+
+
+class NotLinear(UserError):
+    """The decoder is not linear in the latents, so that ablation cannot be computed from means."""
+
+
+class View(NamedTuple):
+    """One SAE and the probes of one task, in one definition. Texts are rows of the pool of all texts."""
+
+    logits: Tensor
+    """What the probes read of the model's own activations [texts, probes]."""
+    latents: Tensor
+    """Mean latents that effects are measured on [texts, d_sae]."""
+    removed: Tensor
+    """Mean latents that ablation takes away [texts, d_sae]."""
+    pull: Tensor
+    """How much one unit of a latent adds to each probe's logit [d_sae, probes]."""
+
+
+@torch.no_grad()
+def decoder_matrix(sae: SparseAutoencoder) -> Tensor:
+    """What one unit of each latent adds to the reconstruction of its own token [d_sae, d_in], float32 on the CPU.
+
+    `W_dec` for most; read off `decode` where that scales it. Raises `NotLinear` when `decode` is not linear, or mixes
+    tokens: checked on random sparse codes of several magnitudes.
+    """
+    codes = _random_codes(sae)
+    offset = sae.decode(torch.zeros_like(codes[:1, :1]))
+    added = (sae.decode(codes) - offset).float().cpu()
+    matrix = sae.W_dec.float().cpu()
+    if _agree(added, codes.float().cpu() @ matrix, sae.W_dec.dtype):
+        return matrix
+    unit = torch.eye(sae.cfg.d_sae, device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    matrix = torch.cat([(sae.decode(rows[:, None]) - offset)[:, 0] for rows in unit.split(_CHUNK)]).float().cpu()
+    if _agree(added, codes.float().cpu() @ matrix, sae.W_dec.dtype):
+        return matrix
+    raise NotLinear("its decoder is not linear in the latents of each token, so that the effect of an ablation cannot "
+                    "be had from mean activations")
+
+
+def _random_codes(sae: SparseAutoencoder) -> Tensor:
+    """[codes, tokens, d_sae]: sparse, of both signs where the SAE's are, magnitudes from 0.1 to 100."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_CODES, 3, sae.cfg.d_sae)
+    codes = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.2)
+    codes = (codes if sae.signed else codes.abs()) * torch.logspace(-1, 2, _CODES)[:, None, None]
+    return codes.to(sae.W_dec.device, sae.W_dec.dtype)
+
+
+def _agree(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    """Within rounding, relative to each code's own scale."""
+    scale = want.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return bool(((got - want).abs() <= (1e-4 if dtype in (torch.float32, torch.float64) else 5e-2) * scale).all())
+
+
+# --- which latents ---------------------------------------------------------------------------
+
+def effects(view: View, train: Draw, probe: int, kind: Literal["scr", "tpp"], definition: Definition) -> Tensor:
+    """How much each latent helps a probe to tell its classes apart [d_sae].
+
+    The latents' difference of class means over `train`, times what one unit adds to the probe's logit. SCR takes the
+    absolute value. TPP wants the latents of the positive class: SAE Bench drops negative differences, which for
+    signed latents depends on the arbitrary sign of a dictionary row; ours drops latents whose mean is larger in
+    magnitude among the negatives, which for latents that are never negative is the same.
+    """
+    positive = view.latents[train.rows[train.labels == 1]].mean(dim=0)
+    negative = view.latents[train.rows[train.labels == 0]].mean(dim=0)
+    difference = positive - negative
+    if kind == "scr":
+        return (difference * view.pull[:, probe]).abs()
+    if definition == "sae_bench":
+        return difference.clamp_min(0) * view.pull[:, probe]
+    return torch.where(positive.abs() > negative.abs(), difference, 0.0) * view.pull[:, probe]
+
+
+def strongest(effect: Tensor, n: int, definition: Definition) -> Tensor:
+    """Up to `n` latents of largest effect.
+
+    Ours never takes one without a positive effect. SAE Bench counts the latents whose effect is not zero, and takes as
+    many of the largest: where only some of those are positive, latents without any effect come before the negative.
+    """
+    useful = int((effect > 0).sum() if definition == "lab" else (effect != 0).sum())
+    return torch.topk(effect, min(n, useful)).indices
+
+
+# --- what it does ----------------------------------------------------------------------------
+
+def ablated_logits(view: View, rows: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    """Logits after ablating each of the sets `chosen` of latents [sets, rows, probes]."""
+    logits, removed = view.logits[rows], view.removed[rows]
+    return torch.stack([logits - removed[:, latents] @ view.pull[latents] for latents in chosen])

@@ -1,0 +1,188 @@
+"""One vector per text: the mean over its tokens of the latents, or of the raw activations.
+
+Sparse probing, SCR and TPP all read texts this way. SAE Bench 0.6.0's definition counts every token but BOS, EOS and
+padding and shows sequence-level encoders the zeroed padding; ours (`lab_v1`) counts tokens inside `token_mask` only
+and hides everything else from the encoder. Means are kept under `.cache/activations`, so that an SAE encodes a set of
+texts once for all three.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_research.errors import UserError
+from sae_research.evals import inputs, pool
+from sae_research.evals.inputs import result_key
+from sae_research.evals.pool import HookActivations
+from sae_research.lm import Batch, LanguageModel, mask
+from sae_research.params import ActivationCaching, Params
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.store import cache_dir, fingerprint, prune
+
+_LARGEST_SHARE = 0.1
+"""Means that take more than this share of the cache's limit are not kept: they would push activations out of it."""
+
+
+def tokenise(lm: LanguageModel, texts: Sequence[str], context_length: int) -> list[Tensor]:
+    """Ids of every text, cut to `context_length`, each opening with the separator (BOS), as in training and in SAE
+    Bench. Raises `UserError` for a text without tokens."""
+    encoded = lm.tokenizer(list(texts), add_special_tokens=False, truncation=True,
+                           max_length=context_length - 1)["input_ids"] if texts else []
+    empty = next((text for text, ids in zip(texts, encoded, strict=True) if not ids), None)
+    if empty is not None:
+        raise UserError(f"the text {empty[:40]!r} has no tokens; remove it from its task")
+    return [torch.tensor([lm.separator_id, *ids]) for ids in encoded]
+
+
+class Means(NamedTuple):
+    """One vector per text in both definitions [texts, d], float32 on the CPU."""
+
+    sae_bench: Tensor
+    lab: Tensor
+    everywhere: Tensor
+    """As `sae_bench`, but summed over the zeroed special and padding positions too, up to the context length; divided
+    by the counted tokens alone. Latents of these positions enter where SAE Bench ablates."""
+
+
+def text_numbers(parts: Iterable[Iterable[Sequence[str]]]) -> dict[str, int]:
+    """text -> its row, every text once, in the order of `parts` (train and test parts of tasks, class by class)."""
+    row_of: dict[str, int] = {}
+    for part in parts:
+        for class_texts in part:
+            for text in class_texts:
+                row_of.setdefault(text, len(row_of))
+    return row_of
+
+
+class TextActivations(HookActivations):
+    """Texts' activations at one hook, and their means."""
+
+    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], params: Params,
+                 context_length: int) -> None:
+        super().__init__(lm, hook, tokens, params)
+        self.context_length = context_length
+        """What SAE Bench pads every text to: sequence-level encoders see that padding in its definition."""
+
+        self._kept = _KeptMeans(params.activation_caching)
+
+    @torch.no_grad()
+    def raw_means(self) -> Means:
+        """Mean activation of every text."""
+        means = self._empty([self.d_in])[0]
+        for batch in self.batches():
+            means.sae_bench[batch.index] = masked_mean(batch.acts, self.sae_bench_mask(batch))
+            means.lab[batch.index] = masked_mean(batch.acts, self.lab_mask(batch))
+        return means._replace(everywhere=means.sae_bench)  # SAE Bench zeroes the activations it does not count
+
+    def latent_means(self, saes: dict[str, SparseAutoencoder]) -> Iterator[tuple[str, Means]]:
+        """(name, mean latents of every text) for SAEs of one family, which encode together; those kept come first."""
+        keys = {name: self._key(sae) for name, sae in saes.items()}
+        missing = {}
+        for name, sae in saes.items():
+            means = self._kept.get(keys[name])
+            if means is None:
+                missing[name] = sae
+            else:
+                yield name, means
+        if missing:
+            for name, means in self._encoded(missing):
+                self._kept.put(keys[name], means)
+                yield name, means
+
+    @torch.no_grad()
+    def _encoded(self, saes: dict[str, SparseAutoencoder]) -> Iterator[tuple[str, Means]]:
+        means = dict(zip(saes, self._empty([sae.cfg.d_sae for sae in saes.values()]), strict=True))
+        per_token = all(sae.per_token for sae in saes.values())
+        at_zero = self._at_zero(saes) if per_token else {}
+        for batch in self.batches():
+            bench, lab = self.sae_bench_mask(batch), self.lab_mask(batch)
+            if per_token:
+                for name, z in encode_each(saes, batch.acts, None):
+                    means[name].sae_bench[batch.index] = masked_mean(z, bench)
+                    means[name].lab[batch.index] = masked_mean(z, lab)
+                counted = bench.sum(dim=1).cpu()
+                zeroed = ((self.context_length - counted) / counted.clamp_min(1))[:, None]
+                for name, own in means.items():
+                    own.everywhere[batch.index] = own.sae_bench[batch.index] + zeroed * at_zero[name]
+                continue
+            for name, z in encode_each(saes, batch.acts, lab):
+                means[name].lab[batch.index] = masked_mean(z, lab)
+            x_padded, bench = self._as_sae_bench_shows(batch, bench)
+            for name, z in encode_each(saes, x_padded, None):
+                means[name].sae_bench[batch.index] = masked_mean(z, bench)
+                counted = bench.sum(dim=1, keepdim=True).clamp_min(1)
+                means[name].everywhere[batch.index] = (z.sum(dim=1) / counted).float().cpu()
+        yield from means.items()
+
+    def _at_zero(self, saes: dict[str, SparseAutoencoder]) -> dict[str, Tensor]:
+        """Latents of a zeroed position [d_sae], on the CPU: not always zero."""
+        zero = torch.zeros(1, 1, self.d_in, device=self.lm.device)
+        return {name: z[0, 0].float().cpu() for name, z in encode_each(saes, zero, None)}
+
+    def _as_sae_bench_shows(self, batch: Batch, bench: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations zeroed at special tokens and padded with zeros to the context length, and their mask."""
+        pad = self.context_length - bench.shape[1]
+        x = batch.acts * bench[..., None]
+        return torch.nn.functional.pad(x, (0, 0, 0, pad)), torch.nn.functional.pad(bench, (0, pad))
+
+    def _empty(self, widths: Sequence[int]) -> list[Means]:
+        return [Means(*(torch.zeros(len(self), width) for _ in Means._fields)) for width in widths]
+
+    def _key(self, sae: SparseAutoencoder) -> str:
+        this = sys.modules[__name__]
+        tokens = fingerprint([row.tolist() for row in self.pool.sequences])
+        return result_key(sae, self.lm, [self.hook, tokens, self.context_length, self.params.token_mask.model_dump()],
+                          [this, pool, mask, inputs])
+
+
+class _KeptMeans:
+    """Means by key, as safetensors files among the activations, under their limit."""
+
+    def __init__(self, caching: ActivationCaching) -> None:
+        self.caching, self.folder = caching, cache_dir("activations")
+        self.readable = caching.enabled and os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0")
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"means_{key}.safetensors"
+
+    def get(self, key: str) -> Means | None:
+        path = self._path(key)
+        if not self.readable or not path.is_file():
+            return None
+        try:
+            means = Means(**load_file(path))
+        except (SafetensorError, TypeError):  # a file damaged on disk costs time, never correctness
+            path.unlink()
+            return None
+        path.touch()  # the most recently used stay when the cache is pruned
+        return means
+
+    def put(self, key: str, means: Means) -> None:
+        size = sum(tensor.nbytes for tensor in means)
+        if not self.caching.enabled or size > _LARGEST_SHARE * self.caching.max_gb * 1e9:
+            return
+        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".means_")
+        os.close(handle)
+        try:
+            save_file(means._asdict(), temporary)
+            os.replace(temporary, self._path(key))
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        prune(self.folder, self.caching.max_gb, keep=[self._path(key)])
+
+
+def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
+    """Mean over counted tokens [batch, d], zero where none counts, on the CPU. values: [batch, seq, d]."""
+    weight = keep / keep.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.einsum("bs,bsd->bd", weight.to(values.dtype), values).float().cpu()

@@ -1,0 +1,162 @@
+"""Supports of the largest correlations, refitted: per sequence (union over its tokens) and per token.
+
+With iterations this is hard thresholding pursuit (Foucart 2011): choose again by the correlations corrected for the
+fit, `z + (x - z atoms) atoms^T`, and refit, until the support no longer changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sae_research.pursuit.dictionary import Dictionary
+from sae_research.pursuit.least_squares import fit
+
+PADDED_TO = 32
+"""Supports are padded to a multiple of this where those of several sequences are solved together."""
+
+
+class SequenceFit(NamedTuple):
+    """One sequence's support and the coefficients of its tokens on it."""
+
+    support: Tensor
+    """Atoms, ascending [support]"""
+    z: Tensor
+    """[tokens, support]"""
+
+
+def fit_sequences(x: Sequence[Tensor], dictionary: Dictionary, k_values: Sequence[int], *,
+                  iterations: int = 0) -> list[list[SequenceFit]]:
+    """For each k, each sequence's fit on the union of its tokens' k atoms of largest absolute correlation.
+
+    x: the tokens that count of each sequence [tokens, d_in], finite. Correlations and the ranking of atoms are computed
+    once for all k. An atom that correlates with nothing is named by nobody.
+    """
+    found: list[list[SequenceFit]] = [[] for _ in k_values]
+    for chunk in _chunks(x, dictionary):
+        correlations = dictionary.correlations(torch.cat(chunk)).split([len(tokens) for tokens in chunk])
+        ranked = [_ranked(c_TF, max(k_values)) for c_TF in correlations]
+        for fits, k in zip(found, k_values, strict=True):
+            supports = [_union(values, atoms, k) for values, atoms in ranked]
+            done = _fit_together(dictionary, supports, chunk, correlations)
+            fits += _iterate(done, chunk, correlations, dictionary, k, iterations)
+    return found
+
+
+def _chunks(x: Sequence[Tensor], dictionary: Dictionary) -> list[list[Tensor]]:
+    """Sequences whose correlations together keep within the chunk limit."""
+    limit, chunks, size = dictionary.tokens_at_a_time(), [], 0
+    for tokens in x:
+        if not chunks or size + len(tokens) > limit:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(tokens)
+        size += len(tokens)
+    return chunks
+
+
+def _ranked(correlations_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return correlations_TF.abs().topk(k, dim=-1)
+
+
+def _union(values_TK: Tensor, atoms_TK: Tensor, k: int) -> Tensor:
+    # among atoms of zero correlation the order would be arbitrary
+    return atoms_TK[:, :k][values_TK[:, :k] > 0].unique()
+
+
+def _fit_together(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor],
+                  correlations: Sequence[Tensor]) -> list[SequenceFit]:
+    found: list[SequenceFit | None] = [None] * len(x)
+    for group in _groups(dictionary, supports, x):
+        width = max(len(supports[i]) for i in group)
+        support_NU = torch.stack([pad(supports[i], (0, width - len(supports[i])), value=-1) for i in group])
+        rhs_NTU = torch.stack([correlations[i][:, support_NU[row].clamp_min(0)] for row, i in enumerate(group)])
+        z_NTU = fit(dictionary, support_NU, torch.stack([x[i] for i in group]), rhs_NTU)
+        for row, i in enumerate(group):
+            found[i] = SequenceFit(supports[i], z_NTU[row, :, :len(supports[i])])
+    return [item for item in found if item is not None]
+
+
+def _groups(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor]) -> list[list[int]]:
+    """Sequences to be solved together. On the CPU each alone: padding was seen to cost more than it saves there."""
+    if dictionary.atoms.device.type == "cpu":
+        return [[i] for i in range(len(x))]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, support in enumerate(supports):
+        alike.setdefault((-(-len(support) // PADDED_TO), len(x[i])), []).append(i)
+    groups = []
+    for (steps, tokens), members in alike.items():
+        width, d_in = steps * PADDED_TO, dictionary.atoms.shape[1]
+        numbers = width * max(width, d_in) + tokens * (width + d_in)
+        size = max(1, dictionary.max_chunk_bytes // (8 * max(numbers, 1)))
+        groups += [members[start:start + size] for start in range(0, len(members), size)]
+    return groups
+
+
+def _iterate(fits: list[SequenceFit], x: Sequence[Tensor], correlations: Sequence[Tensor], dictionary: Dictionary, k: int,
+             iterations: int) -> list[SequenceFit]:
+    changing = list(range(len(x)))
+    for _ in range(iterations):
+        changed = {}
+        for i in changing:
+            support, z_TU = fits[i]
+            corrected_TF = dictionary.correlations(x[i] - z_TU @ dictionary.atoms[support])
+            corrected_TF[:, support] += z_TU
+            chosen = _union(*_ranked(corrected_TF, k), k)
+            if not torch.equal(chosen, support):
+                changed[i] = chosen
+        if not changed:
+            break
+        changing = list(changed)
+        refitted = _fit_together(dictionary, list(changed.values()), [x[i] for i in changing],
+                                 [correlations[i] for i in changing])
+        for i, item in zip(changing, refitted, strict=True):
+            fits[i] = item
+    return fits
+
+
+def fit_tokens(x_ND: Tensor, dictionary: Dictionary, k_values: Sequence[int], *,
+               iterations: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """For each k: every token's k atoms of largest absolute correlation [tokens, k] and their least-squares
+    coefficients [tokens, k]. Places without an atom, of zero correlation, hold atom 0 and coefficient 0."""
+    empty = {"dtype": x_ND.dtype, "device": x_ND.device}
+    found = [(torch.zeros(len(x_ND), k, dtype=torch.long, device=x_ND.device), torch.zeros(len(x_ND), k, **empty))
+             for k in k_values]
+    gathered = max(k_values) * (max(k_values) + x_ND.shape[1]) * 8
+    size = min(dictionary.tokens_at_a_time(), max(1, dictionary.max_chunk_bytes // gathered))
+    for start in range(0, len(x_ND), size):
+        part = slice(start, start + size)
+        correlations_NF = dictionary.correlations(x_ND[part])
+        values, ranked = _ranked(correlations_NF, max(k_values))
+        for (atoms_NK, z_NK), k in zip(found, k_values, strict=True):
+            support_NK = torch.where(values[:, :k] > 0, ranked[:, :k], -1)
+            support_NK, fitted_NK = _refit_tokens(x_ND[part], dictionary, correlations_NF, support_NK, iterations)
+            atoms_NK[part], z_NK[part] = support_NK.clamp_min(0), fitted_NK
+    return found
+
+
+def _refit_tokens(x_ND: Tensor, dictionary: Dictionary, correlations_NF: Tensor, support_NK: Tensor,
+                  iterations: int) -> tuple[Tensor, Tensor]:
+    def refit(index: Tensor, support: Tensor) -> Tensor:
+        rhs = correlations_NF[index].gather(1, support.clamp_min(0))
+        return fit(dictionary, support, x_ND[index, None], rhs[:, None])[:, 0]
+
+    changing = torch.arange(len(x_ND), device=x_ND.device)
+    z_NK = refit(changing, support_NK)
+    for _ in range(iterations):
+        support, z = support_NK[changing], z_NK[changing]
+        fitted = (z[:, None] @ dictionary.atoms[support.clamp_min(0)])[:, 0]
+        corrected = dictionary.correlations(x_ND[changing] - fitted).scatter_add(1, support.clamp_min(0), z)
+        values, atoms = _ranked(corrected, support.shape[1])
+        chosen = torch.where(values > 0, atoms, -1)
+        moved = (chosen.sort(1).values != support.sort(1).values).any(1)
+        changing = changing[moved]
+        if len(changing) == 0:
+            break
+        support_NK[changing] = chosen[moved]
+        z_NK[changing] = refit(changing, chosen[moved])
+    return support_NK, z_NK
