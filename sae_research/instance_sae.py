@@ -145,6 +145,10 @@ class MPSAE(PursuitSAE):
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return next(self.encode_family([self], x, mask))
 
+    def atoms(self, x_ND: Tensor) -> Tensor:
+        """The atoms that each token takes, in order [tokens, s]. x_ND: [tokens, d_in]."""
+        return _pursue(self.centred(x_ND), self.W_dec, self.gram(), self.s)[0]
+
     @classmethod
     def encode_family(cls, members: Sequence[Self], x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         """One run to the largest s serves every member: a smaller s is a prefix of its steps."""
