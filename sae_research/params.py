@@ -6,18 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from sae_research.errors import UserError
+from sae_research.recipe_params import TrainedSAE, recipe_model
+from sae_research.section import Fraction, Positive, Section
 from sae_research.store import SLUG
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Model(Section):
@@ -43,29 +38,6 @@ class TokenMask(Section):
     drop_first_position: bool = True
     outlier_norm_multiple: Annotated[float, Field(gt=1)] | None = 3.0
     """Tokens whose activation norm exceeds this many times the median are sinks; null keeps them."""
-
-
-class TrainedSAE(Section):
-    recipe: Literal["standard", "top_k"]
-    d_sae: Positive
-    learning_rate: Annotated[float, Field(gt=0)] = 3.0e-3
-    """Adam's at its height: some ten times the literature's, because a run of minutes has some hundred steps."""
-    init: Literal["data_rows", "random"] = "data_rows"
-    """Decoder rows at the start: activations less their mean, or random directions."""
-    l1_coefficient: Annotated[float, Field(ge=0)] | None = None
-    k: Positive | None = None
-    aux_k_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Null takes `random_seed`. Entries that differ in name and seed alone are one recipe, and the report gives their
-    mean and spread; the text and its order are the run's."""
-
-    @model_validator(mode="after")
-    def _needs(self) -> TrainedSAE:
-        if self.recipe == "standard" and self.l1_coefficient is None:
-            raise ValueError("recipe standard needs l1_coefficient")
-        if self.recipe == "top_k" and (self.k is None or self.k > self.d_sae):
-            raise ValueError("recipe top_k needs k, at most d_sae")
-        return self
 
 
 class Train(Section):
@@ -479,11 +451,12 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
 def _explain(item: dict[str, Any]) -> str:
     """One pydantic complaint as a user would say it, with the nearest known key where one is misspelt."""
-    where = ".".join(str(part) for part in item["loc"])
+    in_recipe = item["loc"][:2] == ("train", "saes") and len(item["loc"]) > 3  # its fourth part names the recipe
+    where = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (in_recipe and i == 3))
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg'].removeprefix('Value error, ')}" + (
             f" (got {item['input']!r})" if not isinstance(item["input"], dict) else "")
-    known = _known_keys(item["loc"][:-1])
+    known = sorted(recipe_model(item["loc"][3]).model_fields) if in_recipe else _known_keys(item["loc"][:-1])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
     return f"unknown key {where}" + (f", did you mean {close[0]}?" if close else f"; known: {', '.join(known)}")
 

@@ -35,7 +35,7 @@ def test_the_committed_file_names_every_section_and_key() -> None:
     ("model: {torch_dtype: float8}", r"model\.torch_dtype"),
     ("baseline_sae: {source: hub}", "source: hub needs repo_id"),
     ("train: {saes: {Bad-Name: {recipe: standard, d_sae: 8, l1_coefficient: 1}}}", "Bad-Name"),
-    ("train: {saes: {a: {recipe: top_k, d_sae: 8, k: 9}}}", "top_k needs k"),
+    ("train: {saes: {a: {recipe: top_k, d_sae: 8, k: 9}}}", "k = 9 exceeds d_sae = 8"),
     ("comparison_saes: {sae_regex_pattern: x}", "go together"),
     ("controls: {names: [unknown]}", r"controls\.names"),
     ("model: [", "not valid YAML"),

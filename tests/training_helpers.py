@@ -5,16 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from sae_research.params import Train, TrainedSAE
+from sae_research.params import Train
+from sae_research.recipe_params import TrainedSAE
+from sae_research.training.stream import StreamBatch
+from sae_research.training.trainer import Member, train_step
 
 HOOK = "blocks.1.hook_resid_post"
 STANDARD = {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1, "learning_rate": 0.003}
 TOP_K = {"recipe": "top_k", "d_sae": 64, "k": 4, "learning_rate": 0.003}
+_OWN: dict[str, dict[str, Any]] = {
+    **{name: {"l1_coefficient": 0.05} for name in (
+        "relu", "gated", "gated_rajamanoharan", "standard", "standard_new", "p_anneal")},
+    **{name: {"l0_coefficient": 0.003} for name in ("hard_concrete", "gated_hard_concrete")},
+    **{name: {"k": 4} for name in ("top_k", "batch_top_k", "matryoshka_batch_top_k")},
+    "jump_relu": {"target_l0": 4}, "matching_pursuit": {"s": 4}}
+CONFIGS = {name: {"recipe": name, "d_sae": 64, **own} for name, own in _OWN.items()}
+"""Every recipe, small."""
 
 
 def recipe_of(cls: type, d_in: int, rows: torch.Tensor, seed: int = 0, **config: Any) -> Any:
     """An initialised recipe."""
-    recipe = cls(d_in, TrainedSAE(**config), Train())
+    recipe = cls(d_in, TypeAdapter(TrainedSAE).validate_python(config), Train())
     recipe.initialise(rows, torch.Generator().manual_seed(seed))
+    return recipe
+
+
+def trained(recipe: Any, rows: torch.Tensor, steps: int = 200, batch: int = 128) -> Any:
+    """The recipe after a short run of its own, as the trainer would do it."""
+    optimiser = torch.optim.Adam(recipe.parameters(), lr=recipe.config.learning_rate, betas=recipe.betas)
+    member = Member("sae", recipe, optimiser, torch.zeros(()), torch.zeros((), dtype=torch.long))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        x = rows[torch.randint(len(rows), (batch,), generator=generator)]
+        train_step(member, StreamBatch(x, (step + 0.5) / steps), step + 1)
     return recipe

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sae_research.errors import UserError
@@ -41,15 +42,21 @@ def draw(folder: Path) -> list[Path]:
     return written
 
 
+def _figure(height_inches: float) -> Figure:
+    figure = Figure(figsize=(10.5, height_inches), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 # --- against k and s -------------------------------------------------------------------------
 
 def _by_size(rows: list[Row], metric: str) -> Figure:
     """Six panels, one per encoder; three lines in each, one per dictionary. Interpolating points are hollow."""
-    figure = Figure(figsize=(10.5, 6.0), dpi=DPI, layout="constrained")
+    figure = _figure(6.0)
     panels = figure.subplots(2, 3, sharey=True)
-    for axes, (encoder, (title, letter)) in zip(panels.flat, ENCODERS.items(), strict=True):
+    for number, (axes, (encoder, (title, letter))) in enumerate(zip(panels.flat, ENCODERS.items(), strict=True)):
         mine = [row for row in rows if row["encoder"] == encoder and row["dictionary"]]
-        plain(axes, f"{letter} (log scale)", METRICS[metric])
+        plain(axes, f"{letter} (log scale)", "" if number % 3 else METRICS[metric])
         axes.yaxis.set_label_coords(-0.16, 0.5)
         axes.set_title(title, fontsize=TEXT + 1, color=INK)
         log_axis(axes.xaxis, 0.85, 120)
@@ -90,7 +97,7 @@ def _limits(axes: Axes, rows: Iterable[Row], metric: str) -> None:
 def _by_l0(rows: list[Row]) -> Figure:
     """Variance explained and loss recovered against L0: all encoders over the trained dictionary, matching pursuit over
     the untrained ones, and the trained SAEs with their own encoders."""
-    figure = Figure(figsize=(10.5, 5.0), dpi=DPI, layout="constrained")
+    figure = _figure(5.0)
     panels = figure.subplots(1, 2)
     for axes, metric in zip(panels, ("variance_explained", "loss_recovered"), strict=True):
         plain(axes, "L0 (log scale)", METRICS[metric])
@@ -101,11 +108,11 @@ def _by_l0(rows: list[Row]) -> Figure:
             points = _ordered(rows, key, "mpsae")
             label = f"MPSAE over {DICTIONARIES[key][0]}"
             _line(axes, [row["l0"] for row in points], points, metric, label, "--", marker, "#8C8C8C")
-        for row in rows:
-            if not row["dictionary"]:
-                axes.plot([row["l0"]], [_shown(row[metric], metric)], "*", color=INK, markersize=11, zorder=4)
-                axes.annotate(row["encoder"], (row["l0"], _shown(row[metric], metric)), fontsize=SMALL, color=INK,
-                              xytext=(6, -9), textcoords="offset points")
+        for number, row in enumerate(row for row in rows if not row["dictionary"]):
+            at = row["l0"], _shown(row[metric], metric)
+            axes.plot(*at, "*", color=INK, markersize=11, zorder=4)
+            axes.annotate(row["encoder"], at, xytext=(24, -40 - 14 * number), textcoords="offset points", fontsize=SMALL,
+                          color=INK, arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4})
         drawn = [row for row in rows if row["dictionary"] in ("", "trained") or row["encoder"] == "mpsae"]
         log_axis(axes.xaxis, 0.85, max(row["l0"] for row in drawn) * 1.25)
         _limits(axes, drawn, metric)

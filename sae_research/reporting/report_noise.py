@@ -130,8 +130,8 @@ def _seed_terms(run: Run) -> list[str]:
         "Where a recipe was trained with several seeds their mean is compared, and their spread is part of the error. "
         + (f"At least {SEEDS_FOR_A_CLAIM} seeds stand behind {', '.join(enough)}. " if enough else
            f"No recipe has the {SEEDS_FOR_A_CLAIM} seeds that a claim about recipes would need. ")
-        + (f"{_counted(alone, 'row')} without a second seed: what exceeds noise there does so on this text, and another seed "
-           "may differ." if alone else "")]
+        + (f"{_counted(alone, 'row')} without a second seed: what exceeds noise there does so on this text, and another "
+           "seed may differ." if alone else "")]
 
 
 def _difference_tables(found: Sequence[Comparison]) -> list[str]:

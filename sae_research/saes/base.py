@@ -190,7 +190,8 @@ class SparseAutoencoder(nn.Module):
 
     def _check_shapes(self) -> None:
         cfg = self.cfg
-        expected = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+        expected = {"W_enc": (cfg.d_in, cfg.d_sae), "W_gate": (cfg.d_in, cfg.d_sae),
+                    "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
         for name in self.tensor_names:
             tensor = getattr(self, name)
             shape = expected.get(name, (cfg.d_sae,))

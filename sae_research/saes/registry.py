@@ -14,6 +14,8 @@ _PLACES = {
     "topk": "sae_research.saes.topk:TopKSAE",
     "jumprelu": "sae_research.saes.jumprelu:JumpReLUSAE",
     "gated": "sae_research.saes.gated:GatedSAE",
+    "hard_concrete": "sae_research.saes.hard_concrete:HardConcreteSAE",
+    "gated_hard_concrete": "sae_research.saes.hard_concrete:GatedHardConcreteSAE",
     "ihtp": "sae_research.instance_sae:IHTPSAE",
     "matching_pursuit": "sae_research.instance_sae:MPSAE",
     "nonnegative_matching_pursuit": "sae_research.instance_sae:NonNegativeMPSAE",

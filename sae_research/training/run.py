@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params, TrainedSAE
+from sae_research.params import Params
+from sae_research.recipe_params import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.store import fingerprint, round_significant, write_json, write_text
 from sae_research.text.corpus import text_fingerprint
@@ -60,7 +61,7 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
     return report
 
 
-def hyper_parameters(config: TrainedSAE, params: Params) -> dict[str, Any]:
+def hyper_parameters(config: SAERecipe, params: Params) -> dict[str, Any]:
     """What shaped one SAE's training: its own section, and what the run's section says for all."""
     shared = (
         "batch_size",
@@ -77,7 +78,7 @@ def hyper_parameters(config: TrainedSAE, params: Params) -> dict[str, Any]:
     }
 
 
-def training_seed(config: TrainedSAE, params: Params) -> int:
+def training_seed(config: SAERecipe, params: Params) -> int:
     return params.random_seed if config.seed is None else config.seed
 
 

@@ -66,11 +66,12 @@ class _Encode(Function):
         centred_BD: Tensor,
         W_enc_FD: Tensor,
         b_enc_F: Tensor,
-        b_dec_D: Tensor,
+        b_dec_D: Tensor | None,
         support: Support,
     ) -> Tensor:
         ctx.support = support
         ctx.save_for_backward(centred_BD, W_enc_FD)
+        ctx.reads_b_dec = b_dec_D is not None
         return values_N.view_as(values_N)
 
     @staticmethod
@@ -80,7 +81,8 @@ class _Encode(Function):
         grad_W_FD = ctx.support.transposed(grad_N) @ centred_BD
         grad_b_F = torch.zeros(len(W_enc_FD), dtype=grad_N.dtype, device=grad_N.device)
         grad_b_F.index_add_(0, ctx.support.col, grad_N)
-        return None, None, grad_W_FD, grad_b_F, -(grad_b_F @ W_enc_FD), None
+        grad_b_dec_D = -(grad_b_F @ W_enc_FD) if ctx.reads_b_dec else None
+        return None, None, grad_W_FD, grad_b_F, grad_b_dec_D, None
 
 
 class _Decode(Function):
@@ -103,11 +105,12 @@ class _Decode(Function):
 
 
 def encode_at(
-    support: Support, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor
+    support: Support, values_N: Tensor, centred_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None
 ) -> Tensor:
     """Pre-activations at the support [N], tied to the encoder's parameters for the backward pass.
 
-    values_N: their values, taken from the dense product. centred_BD: `x - b_dec`, without a graph of its own.
+    values_N: their values, taken from the dense product. centred_BD: what the encoder read, without a graph of its own:
+    `x - b_dec`, or x itself where `b_dec_D` is None.
     """
     return _Encode.apply(values_N, centred_BD, W_enc_FD, b_enc_F, b_dec_D, support)
 

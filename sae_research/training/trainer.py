@@ -63,7 +63,7 @@ def make_member(name: str, train: Train, rows_ND: Tensor, random_seed: int) -> M
     recipe.initialise(rows_ND, generator)
     # fused: one pass over parameters and moments; 7 times faster than foreach on CPU
     optimiser = torch.optim.Adam(
-        recipe.parameters(), lr=config.learning_rate, fused=rows_ND.device.type != "mps"
+        recipe.parameters(), lr=config.learning_rate, betas=recipe.betas, fused=rows_ND.device.type != "mps"
     )
     zero = torch.zeros((), device=rows_ND.device)
     return Member(name, recipe, optimiser, zero.clone(), zero.clone().long())
@@ -105,9 +105,14 @@ def train_step(member: Member, batch: StreamBatch, step: int) -> StepOutput:
     output = recipe.compute(batch.acts, batch.progress)
     optimiser.zero_grad(set_to_none=True)
     output.loss.backward()
-    recipe.project_gradient()
+    if recipe.unit_rows:
+        recipe.project_gradient()
+    if recipe.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(recipe.parameters(), recipe.clip_norm)
     optimiser.step()
-    recipe.normalise_rows()
+    if recipe.unit_rows:
+        recipe.normalise_rows()
+    recipe.after_step(optimiser, batch.acts, output, batch.progress)
     loss = output.loss.detach()
     member.loss_sum += loss
     # without branching on a value that may still be on its way from a GPU

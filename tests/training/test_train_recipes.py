@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_helpers import STANDARD, TOP_K, recipe_of
+from training_helpers import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
 from sae_research.saes import SAEConfig
 from sae_research.training import sparse
 from sae_research.training.recipes import RECIPES, Recipe, base
 from sae_research.training.schedules import warmup, warmup_then_decay
 
-CONFIGS = {"standard": STANDARD, "top_k": TOP_K}
+SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "batch_top_k", "matryoshka_batch_top_k")
+"""Recipes that work on active latents only where those are few."""
+DETERMINISTIC = ("relu", "standard", "standard_new", "p_anneal", "gated", "gated_rajamanoharan", "jump_relu",
+                 "matching_pursuit")
+"""Recipes whose inference form does just what training did."""
+
+
+def test_every_recipe_has_its_settings():
+    assert set(CONFIGS) == set(RECIPES)
 
 
 def gradients(recipe: Recipe, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -20,20 +28,23 @@ def gradients(recipe: Recipe, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in recipe.named_parameters()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SPARSE)
 def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, monkeypatch):
     rows = planted_rows.double()
-    recipe = recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name]).double()
-    recipe.dead_N = torch.arange(5)  # the auxiliary loss takes part where there is one
-    recipe._refreshed = 1.0
+    # no schedule may move between the two steps that are compared
+    config = {**CONFIGS[name], **({"anneal_start": 0.9} if name == "p_anneal" else {})}
+    recipe = recipe_of(RECIPES[name], 16, planted_rows, **config).double()
+    if hasattr(recipe, "dead"):  # the auxiliary loss takes part where there is one
+        recipe.dead.index_N, recipe.dead.refreshed = torch.arange(5), 1.0
     chosen = []
     monkeypatch.setattr(base, "decode_at", lambda *args: chosen.append(True) or sparse.decode_at(*args))
     monkeypatch.setattr(base, "MAX_DENSITY", 1.0)
     by_support = gradients(recipe, rows[:100])
-    assert chosen
+    calls = len(chosen)
+    assert calls
     monkeypatch.setattr(base, "MAX_DENSITY", -1.0)
     dense = gradients(recipe, rows[:100])
-    assert len(chosen) == 1
+    assert len(chosen) == calls
     for key, expected in dense.items():
         torch.testing.assert_close(by_support[key], expected, rtol=1e-9, atol=1e-12, msg=key)
 
@@ -64,18 +75,154 @@ def test_more_latents_than_rows_start_apart(planted_rows):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_folding_is_exact_and_rows_are_unit(name, planted_rows):
-    scale = 1 / 137.0
-    recipe = recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name])
-    torch.nn.init.normal_(recipe.b_enc, std=0.05)
-    cfg = SAEConfig(form=recipe.form, d_in=16, d_sae=64, options=recipe.options())
-    sae = recipe.export(scale, cfg)
-    x = planted_rows[None] / scale
+def test_every_recipe_learns_the_planted_directions(name, planted_rows):
+    recipe = trained(recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name]), planted_rows)
+    sae = recipe.export(1.0, SAEConfig(form=recipe.form, d_in=16, d_sae=64))
+    x = planted_rows[None]
     z = sae.encode(x)
-    torch.testing.assert_close(
-        sae.decode(z)[0] * scale, recipe.reconstruct(planted_rows).x_hat, rtol=1e-4, atol=1e-5
-    )
-    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+    explained = 1 - (x - sae.decode(z)).square().sum() / (x - x.mean((0, 1))).square().sum()
+    assert explained > 0.5
+    assert 1 < (z != 0).sum(-1).float().mean() < 24
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_scale_of_training_is_folded_exactly_and_rows_are_unit(name, planted_rows):
+    recipe = trained(recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name]), planted_rows, steps=20)
+    scale = 1 / 137.0
+    cfg = SAEConfig(form=recipe.form, d_in=16, d_sae=64)
+    ours, scaled = recipe.export(1.0, cfg), recipe.export(scale, cfg)
+    z, z_scaled = ours.encode(planted_rows[None]), scaled.encode(planted_rows[None] / scale)
+    assert z.any()
+    torch.testing.assert_close(z_scaled * scale, z, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scaled.decode(z_scaled) * scale, ours.decode(z), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(scaled.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_inference_reconstructs_as_training_did(name, planted_rows):
+    recipe = trained(recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name]), planted_rows, steps=20)
+    output = recipe.compute(planted_rows, 0.9)
+    sae = recipe.export(1.0, SAEConfig(form=recipe.form, d_in=16, d_sae=64))
+    z = sae.encode(planted_rows[None])
+    torch.testing.assert_close(planted_rows - sae.decode(z)[0], output.residual, rtol=1e-3, atol=1e-4)
+    if name != "matching_pursuit":  # whose L0 is read off the first tokens
+        assert float((z != 0).sum(-1).float().mean()) == pytest.approx(float(output.l0), rel=1e-3)
+
+
+def test_top_k_at_inference_by_threshold_or_by_rank(planted_rows):
+    recipe = trained(recipe_of(RECIPES["top_k"], 16, planted_rows, **TOP_K), planted_rows)
+    cfg = SAEConfig(form=recipe.form, d_in=16, d_sae=64)
+    by_threshold = recipe.export(1.0, cfg)
+    ranked_recipe = recipe_of(RECIPES["top_k"], 16, planted_rows, **TOP_K, inference="top_k")
+    ranked_recipe.load_state_dict(recipe.state_dict())
+    by_rank = ranked_recipe.export(1.0, cfg)
+    assert (by_threshold.cfg.form, by_rank.cfg.form) == ("jumprelu", "topk")
+    assert by_threshold.cfg.architecture == by_rank.cfg.architecture == "topk"
+    x = planted_rows[None]
+    assert ((by_rank.encode(x) != 0).sum(-1) <= 4).all()
+    assert float((by_threshold.encode(x) != 0).sum(-1).float().mean()) == pytest.approx(4, rel=0.3)
+    # each latent answers for itself: half of the dictionary gives half of the code
+    half = type(by_threshold)(cfg=cfg.replace(form="jumprelu", d_sae=32), W_enc=by_threshold.W_enc[:, :32].clone(),
+                              b_enc=by_threshold.b_enc[:32], W_dec=by_threshold.W_dec[:32], b_dec=by_threshold.b_dec,
+                              threshold=by_threshold.threshold[:32])
+    torch.testing.assert_close(half.encode(x), by_threshold.encode(x)[..., :32], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["top_k", "batch_top_k"])
+def test_the_threshold_is_what_k_latents_a_token_exceed(name, planted_rows):
+    recipe = recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name])
+    recipe.compute(planted_rows[:64], 0.5)
+    with torch.no_grad():
+        pre = (planted_rows[:64] - recipe.b_dec) @ recipe.W_enc.T + recipe.b_enc
+    assert float(recipe.threshold) == pytest.approx(float(pre.flatten().topk(4 * 64).values.min()), rel=1e-5)
+    assert int((pre >= recipe.threshold * (1 - 1e-6)).sum()) == 4 * 64
+
+
+def test_batch_top_k_keeps_k_a_token_on_average(planted_rows):
+    recipe = recipe_of(RECIPES["batch_top_k"], 16, planted_rows, **CONFIGS["batch_top_k"])
+    code = recipe.reconstruct(planted_rows[:100])
+    assert float(code.l0) == pytest.approx(4)
+    counts = recipe.active((planted_rows[:100] - recipe.b_dec) @ recipe.W_enc.T + recipe.b_enc).sum(1)
+    assert counts.min() < 4 < counts.max()
+
+
+def test_pursuit_gradient_is_that_of_the_unrolled_steps():
+    from sae_research.training.recipes.matching_pursuit import _Pursue
+
+    generator = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=1)
+    x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    atoms = torch.randint(7, (6, 3), generator=generator)
+    assert torch.autograd.gradcheck(lambda x, W: _Pursue.apply(x, W, atoms),
+                                    (x.requires_grad_(), W.requires_grad_()))
+
+
+def test_hard_concrete_gates(planted_rows):
+    """The expected L0 is the mean of sampled ones, and the median gate is open where a random one mostly is."""
+    recipe = recipe_of(RECIPES["hard_concrete"], 16, planted_rows, **CONFIGS["hard_concrete"], initial_beta=0.7)
+    x = planted_rows[:64]
+    with torch.no_grad():
+        log_alpha = recipe.log_alpha(x)
+        samples = torch.stack([recipe.sample(log_alpha, log_alpha.shape) > 0 for _ in range(400)]).float().mean(0)
+        assert float(recipe.expected_l0(log_alpha)) == pytest.approx(float(samples.sum(1).mean()), rel=0.03)
+        sae = recipe.export(1.0, SAEConfig(form="hard_concrete", d_in=16, d_sae=64))
+        gate_open = sae.encode(x[None])[0] > 0
+    magnitude = recipe.magnitudes(x) > 0
+    clear = (samples - 0.5).abs() > 0.1
+    assert torch.equal(gate_open[clear & magnitude], (samples > 0.5)[clear & magnitude])
+
+
+def test_gates_that_ignore_the_input_are_the_same_for_every_token(planted_rows):
+    config = {**CONFIGS["hard_concrete"], "input_dependent_gates": False}
+    recipe = trained(recipe_of(RECIPES["hard_concrete"], 16, planted_rows, **config), planted_rows, steps=20)
+    sae = recipe.export(0.5, SAEConfig(form="hard_concrete", d_in=16, d_sae=64))
+    assert not sae.W_gate.any() and sae.b_gate.unique().numel() > 1
+
+
+def test_beta_is_annealed_geometrically_after_the_warm_up(planted_rows):
+    config = {**CONFIGS["gated_hard_concrete"], "beta_annealing": True, "initial_beta": 1.0, "final_beta": 0.25}
+    recipe = recipe_of(RECIPES["gated_hard_concrete"], 16, planted_rows, **config)
+    start = recipe.train_config.warmup_fraction
+    for progress, beta in ((0.0, 1.0), (start, 1.0), ((1 + start) / 2, 0.5), (1.0, 0.25)):
+        recipe.anneal(progress)
+        assert float(recipe.beta) == pytest.approx(beta, rel=1e-5)
+
+
+def test_p_falls_and_the_penalty_stays_where_it_was(planted_rows):
+    config = {**CONFIGS["p_anneal"], "anneal_start": 0.5, "anneal_end": 1.0, "sparsity_updates": 5, "p_end": 0.5}
+    recipe = recipe_of(RECIPES["p_anneal"], 16, planted_rows, **config)
+    x = planted_rows[:128]
+    code = recipe.reconstruct(x)
+    for progress in (0.4, 0.45):
+        recipe.compute(x, progress)
+    assert int(recipe.updates) == 0 and float(recipe.scale) == 1
+    recipe.compute(x, 0.51)
+    assert int(recipe.updates) == 1 and recipe.p_after(1) == pytest.approx(0.9)
+    z = code.activations.detach()
+    z = z[z > 0]
+    assert float(recipe.scale) == pytest.approx(float(z.sum() / z.pow(0.9).sum()), rel=1e-4)
+
+
+def test_resampling_points_dead_latents_at_badly_reconstructed_tokens(planted_rows):
+    config = {**STANDARD, "resample_every": 0.1, "resample_window": 0.05}
+    recipe = recipe_of(RECIPES["standard"], 16, planted_rows, **config)
+    optimiser = torch.optim.Adam(recipe.parameters(), lr=1e-3)
+    output = recipe.compute(planted_rows[:256], 0.05)
+    output.loss.backward()
+    optimiser.step()
+    with torch.no_grad():
+        recipe.b_enc[:8] = -100.0
+    recipe.last_fired_F.fill_(0.1)
+    recipe.last_fired_F[:8] = 0.0
+    assert recipe.resampling_due(0.09, 0.1) and not recipe.resampling_due(0.1, 0.12)
+    assert not recipe.resampling_due(0.59, 0.61)
+    assert recipe.resample(optimiser, planted_rows[:256], output.residual, 0.1) == 8
+    assert not recipe.b_enc[:8].any() and not optimiser.state[recipe.W_dec]["exp_avg"][:8].any()
+    assert optimiser.state[recipe.W_dec]["exp_avg"][8:].any()
+    directions = torch.nn.functional.normalize(planted_rows[:256] - recipe.b_dec, dim=1)
+    assert torch.allclose((recipe.W_dec[:8] @ directions.T).amax(1), torch.ones(8), atol=1e-5)
+    alive = recipe.W_enc[8:].norm(dim=1).mean()
+    assert torch.allclose(recipe.W_enc[:8].norm(dim=1), 0.2 * alive.expand(8), rtol=1e-4)
 
 
 def test_projected_gradient_is_orthogonal_to_the_rows(planted_rows):
@@ -111,8 +258,8 @@ def test_a_latent_is_dead_once_silent_for_the_window(planted_rows):
     recipe = recipe_of(RECIPES["top_k"], 16, planted_rows, **TOP_K)
     recipe.last_fired_F.fill_(0.5)
     recipe.last_fired_F[3] = 0.35
-    recipe.refresh_dead(0.5)
-    assert recipe.dead_N.tolist() == [3]
+    recipe.dead.refresh(0.5)
+    assert recipe.dead.index_N.tolist() == [3]
 
 
 def test_schedules_are_fractions_of_the_run():

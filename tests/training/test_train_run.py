@@ -53,7 +53,7 @@ def test_a_run_learns_and_writes_what_it_says(make_params, tmp_path, capsys):
         assert sae.cfg.provenance["tokens"] == report["tokens"] > 6000
     assert curve(tmp_path / "out" / "topk")[-1]["loss"] < curve(tmp_path / "out" / "topk")[0]["loss"]
     written = json.loads((tmp_path / "out" / "training_report.json").read_text())
-    assert written["saes"]["topk"]["held_out"]["l0"] == pytest.approx(4, abs=0.2)
+    assert written["saes"]["topk"]["held_out"]["l0"] == pytest.approx(4, abs=0.5)  # by threshold, k on average
     assert written["saes"]["topk"]["held_out"]["variance_explained"] > written["pca_reference"].get("4", 0.2)
     assert 0.9 < written["fraction_tokens_kept"] < 1
     assert "held-out text" in capsys.readouterr().out

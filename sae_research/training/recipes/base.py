@@ -1,4 +1,4 @@
-"""What every recipe shares: parameters, initialisation, unit decoder rows, dead latents, export."""
+"""What every recipe shares: parameters, initialisation, the constraint on decoder rows, dead latents, export."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_research.params import Train, TrainedSAE
+from sae_research.params import Train
+from sae_research.recipe_params import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
-from sae_research.training.schedules import warmup_then_decay
+from sae_research.training.schedules import warmup, warmup_then_decay
 from sae_research.training.sparse import MAX_DENSITY, Support, decode_at, encode_at
 
 
@@ -30,26 +31,34 @@ class Reconstruction(NamedTuple):
     x_hat: Tensor
     """[B, D]"""
     activations: Tensor
-    """Activations of latents, in no particular shape: [N] at the support, or [B, F]."""
+    """Activations of latents: [N] at the support, or [B, F]."""
     l0: Tensor
     fired: Tensor
     """Latents active on any token: indices, with repeats, or a mask [F]."""
     centred: Tensor
-    """`x - b_dec`, without a graph [B, D]."""
+    """What the encoder read, without a graph [B, D]."""
+    support: Support | None
+    """Where `activations` stand, on the sparse path."""
 
 
 class Recipe(nn.Module):
     """An SAE in training, on activations normalised to a mean square norm of 1.
 
     `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A
-    subclass sets `form` (what it is at inference), and defines `select` and `compute`. Decoder rows have unit
-    norm throughout: the gradient's part along a row is removed before a step and the row renormalised after
-    (Bricken et al. 2023).
+    subclass sets `form` (what it is at inference), and defines `select` and `compute`.
     """
 
     form: ClassVar[str]
+    unit_rows: ClassVar[bool] = True
+    """Decoder rows have unit norm throughout: the gradient's part along a row is removed before a step and the row
+    renormalised after (Bricken et al. 2023)."""
+    reads_b_dec: ClassVar[bool] = True
+    """`b_dec` is subtracted before encoding."""
+    clip_norm: ClassVar[float | None] = None
+    """Largest norm of all gradients together."""
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
-    def __init__(self, d_in: int, config: TrainedSAE, train: Train) -> None:
+    def __init__(self, d_in: int, config: SAERecipe, train: Train) -> None:
         super().__init__()
         self.config, self.train_config = config, train
         F, D = config.d_sae, d_in
@@ -81,6 +90,10 @@ class Recipe(nn.Module):
             progress, train.warmup_fraction, train.decay_fraction
         )
 
+    def sparsity_warmup(self, progress: float) -> float:
+        """Factor of the sparsity penalty, linear over the first `sparsity_warmup_fraction` of the run."""
+        return warmup(progress, self.train_config.sparsity_warmup_fraction)
+
     # --- start ---
 
     @torch.no_grad()
@@ -89,8 +102,10 @@ class Recipe(nn.Module):
 
         Decoder rows are data rows less the mean (`init: data_rows`) or random directions; the encoder is the
         decoder times the factor that fits the reconstruction to the data by least squares: rows are far from
-        orthogonal, so that a factor of 1 overshoots several times.
+        orthogonal, so that a factor of 1 overshoots several times. `generator` also draws whatever randomness the
+        recipe needs later.
         """
+        self.generator = generator
         self.b_dec.copy_(rows_ND.mean(0))
         F, D = self.W_dec.shape
         if self.config.init == "data_rows":
@@ -112,39 +127,52 @@ class Recipe(nn.Module):
     def fit_encoder(self, rows_ND: Tensor) -> None:
         """Scale encoder weights and biases so that reconstructions have the right length on these rows."""
         code = self.reconstruct(rows_ND)
-        shape_ND = code.x_hat - self.b_dec
-        factor = (code.centred * shape_ND).sum() / shape_ND.square().sum().clamp_min(1e-12)
+        factor = length_factor(code.x_hat - self.b_dec, rows_ND - self.b_dec)
         self.W_enc.mul_(factor)
         self.b_enc.mul_(factor)
 
+    @torch.no_grad()
+    def sparsify_start(self, rows_ND: Tensor, density: float) -> Tensor:
+        """The pre-activation that a fraction `density` of them exceeds, with biases of zero: from half of the latents
+        active, a short run spends itself on switching latents off."""
+        pre_NF = (rows_ND[:512] - (self.b_dec if self.reads_b_dec else 0)) @ self.W_enc.T
+        n = max(1, int(pre_NF.numel() * density))
+        return pre_NF.flatten().topk(n, sorted=True).values[-1]
+
     # --- forward ---
+
+    def encoder_input(self, x_BD: Tensor) -> Tensor:
+        return x_BD - self.b_dec if self.reads_b_dec else x_BD
+
+    def decoder(self) -> Tensor:
+        """The decoder rows that reconstruct [F, D]."""
+        return self.W_dec
 
     def reconstruct(self, x_BD: Tensor) -> Reconstruction:
         """Encode and decode, over active latents only where `select` returned a support."""
-        centred_BD = (x_BD - self.b_dec).detach()
+        read_BD = self.encoder_input(x_BD).detach()
         if (
             x_BD.device.type != "cpu"
         ):  # dense products are cheap there, and a support's size would stop the GPU
-            return self._reconstruct_densely(x_BD, centred_BD)
+            return self._reconstruct_densely(x_BD, read_BD)
         with torch.no_grad():
-            pre_BF = torch.addmm(self.b_enc, centred_BD, self.W_enc.T)
+            pre_BF = torch.addmm(self.b_enc, read_BD, self.W_enc.T)
             support = self.select(pre_BF)
         if support is None:
-            return self._reconstruct_densely(x_BD, centred_BD)
+            return self._reconstruct_densely(x_BD, read_BD)
         rows_N = torch.repeat_interleave(support.crow.diff(), output_size=len(support.col))
-        pre_N = encode_at(
-            support, pre_BF[rows_N, support.col], centred_BD, self.W_enc, self.b_enc, self.b_dec
-        )
+        pre_N = encode_at(support, pre_BF[rows_N, support.col], read_BD, self.W_enc, self.b_enc,
+                          self.b_dec if self.reads_b_dec else None)
         z_N = torch.relu(pre_N)
         active_N = z_N.detach() > 0
-        x_hat_BD = decode_at(support, z_N, self.W_dec) + self.b_dec
-        return Reconstruction(x_hat_BD, z_N, active_N.sum() / len(x_BD), support.col[active_N], centred_BD)
+        x_hat_BD = decode_at(support, z_N, self.decoder()) + self.b_dec
+        return Reconstruction(x_hat_BD, z_N, active_N.sum() / len(x_BD), support.col[active_N], read_BD, support)
 
-    def _reconstruct_densely(self, x_BD: Tensor, centred_BD: Tensor) -> Reconstruction:
-        z_BF = self.dense_activations(torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T))
+    def _reconstruct_densely(self, x_BD: Tensor, read_BD: Tensor) -> Reconstruction:
+        z_BF = self.dense_activations(torch.addmm(self.b_enc, self.encoder_input(x_BD), self.W_enc.T))
         active_BF = z_BF.detach() > 0
-        x_hat_BD = z_BF @ self.W_dec + self.b_dec
-        return Reconstruction(x_hat_BD, z_BF, active_BF.sum() / len(x_BD), active_BF.any(0), centred_BD)
+        x_hat_BD = z_BF @ self.decoder() + self.b_dec
+        return Reconstruction(x_hat_BD, z_BF, active_BF.sum() / len(x_BD), active_BF.any(0), read_BD, None)
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
         """The activations [B, F] by plain autograd: the reference, and the path of GPUs."""
@@ -168,20 +196,26 @@ class Recipe(nn.Module):
         norm_F1 = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
         self.W_dec.div_(norm_F1)
 
+    def after_step(self, optimiser: torch.optim.Adam, x_BD: Tensor, output: StepOutput, progress: float) -> None:
+        """What a recipe does to itself between steps; nothing by default."""
+
     # --- end ---
+
+    def own_tensors(self, scale: float) -> dict[str, Tensor]:
+        """Tensors of the inference form in the model's own units, `scale` the factor of normalisation.
+
+        `scale * x = z' W_dec + b_dec` with unit rows gives `z = z' / scale`: only the biases change.
+        """
+        return {"W_enc": self.W_enc.T, "b_enc": self.b_enc / scale, "W_dec": self.W_dec, "b_dec": self.b_dec / scale}
 
     @torch.no_grad()
     def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
-        """The SAE in the model's own units; `scale` is the factor its training data were normalised by.
+        """The SAE in the model's own units; `scale` is the factor its training data were normalised by."""
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.own_tensors(scale).items()}
+        cfg = cfg.replace(form=self.form, options=self.options(), apply_b_dec_to_input=self.reads_b_dec)
+        return form_class(self.form)(cfg=cfg, **tensors, **self.options())
 
-        `scale * x = z' W_dec + b_dec` and unit rows give `z = z' / scale`: only the biases change.
-        """
-        tensors = {
-            "W_enc": self.W_enc.T.contiguous(),
-            "b_enc": self.b_enc / scale,
-            "W_dec": self.W_dec.clone(),
-            "b_dec": self.b_dec / scale,
-        }
-        return form_class(self.form)(
-            cfg=cfg, **{name: t.cpu() for name, t in tensors.items()}, **self.options()
-        )
+
+def length_factor(shape_ND: Tensor, wanted_ND: Tensor) -> Tensor:
+    """The factor by which `shape` comes nearest to `wanted` in least squares."""
+    return (wanted_ND * shape_ND).sum() / shape_ND.square().sum().clamp_min(1e-12)

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_research.params import Train, TrainedSAE
-from sae_research.training.recipes.base import Recipe, StepOutput
+from sae_research.params import Train
+from sae_research.recipe_params import KRecipe
+from sae_research.saes import SAEConfig, SparseAutoencoder
+from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
+from sae_research.training.recipes.dead import DeadLatents
 from sae_research.training.sparse import Support, fixed_support
+
+THRESHOLD_WINDOW = 0.02
+"""Fraction of the run over which the threshold is averaged: long enough to be steady, short enough to belong to the
+final weights."""
+THRESHOLD_EVERY = 8
+"""Steps between looks at the threshold, which need a partial sort of the whole batch."""
 
 
 class TopK(Recipe):
@@ -17,60 +26,84 @@ class TopK(Recipe):
 
     `aux` is the fraction of the residual's variance that the k_aux most active *dead* latents leave
     unexplained, k_aux = min(d_in / 2, dead). A latent is dead when silent for `dead_fraction` of the run.
+
+    The pre-activation that k latents a token exceed on average is recorded as a threshold. With `inference: threshold`
+    the SAE that comes out is a JumpReLU SAE with that threshold: each latent then answers for itself, so that any
+    subset can be encoded, and L0 stays k on average. (dictionary_learning records the mean over tokens of the smallest
+    active activation. These are skewed, so that fewer than k latents a token exceed their mean.)
     """
 
-    form = "topk"
-    REFRESHES = 10
-    """How often the list of dead latents is made afresh per `dead_fraction`: reading it stops a GPU, so not
-    each step."""
-
-    def __init__(self, d_in: int, config: TrainedSAE, train: Train) -> None:
+    config: KRecipe
+    unit_rows = True
+    clip_norm = 1.0
+    def __init__(self, d_in: int, config: KRecipe, train: Train) -> None:
         super().__init__(d_in, config, train)
-        assert config.k is not None  # params.py demands it
         self.k = config.k
-        self.k_aux = max(1, d_in // 2)
-        self.dead_N = torch.empty(0, dtype=torch.long)
-        self._refreshed = 0.0
+        self.dead = DeadLatents(self)
+        self.register_buffer("threshold", torch.full((), -1.0))
+        self.register_buffer("observed", torch.zeros(()))  # progress at the last look
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        return "jumprelu" if self.config.inference == "threshold" else "topk"
 
     def options(self) -> dict[str, Any]:
-        return {"k": self.k}
+        return {"k": self.k} if self.form == "topk" else {}
 
     def select(self, pre_BF: Tensor) -> Support | None:
         if not self.use_sparse(self.k / pre_BF.shape[1]):
             return None
+        self.look(pre_BF)
         return fixed_support(pre_BF.topk(self.k, dim=1, sorted=False).indices, pre_BF.shape[1])
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
+        self.look(pre_BF.detach())
         values_BK, index_BK = torch.relu(pre_BF).topk(self.k, dim=1, sorted=False)
         return torch.zeros_like(pre_BF).scatter(1, index_BK, values_BK)
 
+    def look(self, pre_BF: Tensor) -> None:
+        """Note the batch's limit, now and then."""
+        self.limit = self.batch_limit(pre_BF) if int(self.steps) % THRESHOLD_EVERY == 0 else None
+
+    def batch_limit(self, pre_BF: Tensor) -> Tensor:
+        """The smallest of the k * B largest pre-activations of a batch, zero where they are not all positive."""
+        n = min(self.k * len(pre_BF), pre_BF.numel())
+        return pre_BF.flatten().topk(n, sorted=False).values.min().clamp_min(0)
+
+    def reconstruction_loss(self, x_BD: Tensor, code: Reconstruction) -> Tensor:
+        return (x_BD - code.x_hat).square().sum() / len(x_BD)
+
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
         code = self.reconstruct(x_BD)
-        residual_BD = x_BD - code.x_hat
-        loss = residual_BD.square().sum() / len(x_BD)
-        detached_BD = residual_BD.detach()
+        loss = self.reconstruction_loss(x_BD, code)
+        residual_BD = (x_BD - code.x_hat).detach()
         self.last_fired_F[code.fired] = progress
-        self.refresh_dead(progress)
-        if len(self.dead_N) and self.config.aux_k_coefficient > 0:
-            loss = loss + self.config.aux_k_coefficient * self.auxiliary_loss(code.centred, detached_BD)
-        return StepOutput(loss, detached_BD, code.l0)
+        self.follow_threshold(progress)
+        self.dead.refresh(progress)
+        if len(self.dead.index_N) and self.config.aux_k_coefficient > 0:
+            loss = loss + self.config.aux_k_coefficient * self.dead.auxiliary_loss(code.centred, residual_BD)
+        return StepOutput(loss, residual_BD, code.l0)
 
-    def refresh_dead(self, progress: float) -> None:
-        window = self.train_config.dead_fraction
-        if progress - self._refreshed < window / self.REFRESHES:
-            return
-        self._refreshed = progress
-        self.dead_N = (progress - self.last_fired_F >= window).nonzero().flatten()
+    @torch.no_grad()
+    def follow_threshold(self, progress: float) -> None:
+        """Exponential average of the limits that were noted, over a window of the run."""
+        if self.limit is not None:
+            share = torch.where(self.threshold < 0, 1.0, 1 - torch.exp((self.observed - progress) / THRESHOLD_WINDOW))
+            self.threshold.add_(share * (self.limit - self.threshold))
+            self.observed.fill_(progress)
+        self.steps += 1
 
-    def auxiliary_loss(self, centred_BD: Tensor, residual_BD: Tensor) -> Tensor:
-        """Fraction of the residual's variance that dead latents leave. Neither argument has a graph.
+    def own_tensors(self, scale: float) -> dict[str, Tensor]:
+        tensors = super().own_tensors(scale)
+        if self.form == "topk":
+            return tensors
+        return {**tensors, "threshold": torch.full_like(self.b_enc, float(self.threshold.clamp_min(0))) / scale}
 
-        Only the dead rows are touched; `b_dec` gets no gradient from here, it belongs to the living.
-        """
-        W_enc_ND, W_dec_ND = self.W_enc[self.dead_N], self.W_dec[self.dead_N]
-        z_BN = torch.relu(torch.addmm(self.b_enc[self.dead_N], centred_BD, W_enc_ND.T))
-        if len(self.dead_N) > self.k_aux:
-            values_BK, index_BK = z_BN.topk(self.k_aux, dim=1, sorted=False)
-            z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, values_BK)
-        variance = (residual_BD - residual_BD.mean(0)).square().sum().clamp_min(1e-12)
-        return (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
+    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
+        # told apart in tables by how it was trained, not by the form it is written in
+        return super().export(scale, cfg.replace(architecture=ARCHITECTURES[self.config.recipe]))
+
+
+ARCHITECTURES = {"top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk"}
+"""SAELens' names of the architectures these recipes train."""

@@ -1,0 +1,113 @@
+"""Losses and gradients of one step against dictionary_learning and SAELens (tests/fixtures/make_recipes.py)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from fixtures import make_recipes as fixture
+from training_helpers import recipe_of
+
+from sae_research.training.recipes import RECIPES, Recipe
+
+REFERENCE = json.loads(fixture.FIXTURE.read_text())
+L1 = {"l1_coefficient": fixture.L1}
+K = {"k": fixture.K, "aux_k_coefficient": fixture.AUX}
+CONFIG: dict[str, dict[str, Any]] = {
+    "standard": L1, "standard_new": L1, "gated_rajamanoharan": L1, "p_anneal": L1, "top_k": K, "batch_top_k": K,
+    "matryoshka_batch_top_k": {**K, "group_fractions": fixture.GROUPS},
+    "jump_relu": {"target_l0": fixture.TARGET_L0, "bandwidth": fixture.BANDWIDTH}}
+
+
+def one_step(name: str, **config: Any) -> tuple[Recipe, dict[str, float]]:
+    """Our recipe with the fixture's weights on its batch, halfway through a run."""
+    recipe = recipe_of(RECIPES[name], fixture.D, fixture.batch(), recipe=name, d_sae=fixture.F, **CONFIG[name], **config)
+    with torch.no_grad():
+        for key, value in fixture.weights().items():
+            if hasattr(recipe, key):
+                getattr(recipe, key).copy_(value)
+    recipe.last_fired_F.fill_(0.5)
+    recipe.last_fired_F[list(fixture.DEAD)] = 0.0
+    output = recipe.compute(fixture.batch(), 0.5)
+    output.loss.backward()
+    gradients = {key: parameter.grad for key, parameter in recipe.named_parameters() if parameter.grad is not None}
+    return recipe, fixture.summary(output.loss, gradients)
+
+
+def assert_equal(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=2e-5, abs=2e-6), key
+
+
+@pytest.mark.parametrize("name", ["standard", "standard_new", "gated_rajamanoharan", "top_k", "batch_top_k"])
+def test_loss_and_gradients_equal_dictionary_learning(name: str) -> None:
+    _, ours = one_step(name)
+    theirs = dict(REFERENCE["dictionary_learning"][name])
+    if "top_k" in name:  # our auxiliary loss leaves b_dec alone; without dead latents it is compared with SAELens below
+        theirs.pop("b_dec")
+    assert_equal(ours, theirs)
+
+
+def test_p_anneal_equals_dictionary_learning_at_the_same_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RECIPES["p_anneal"], "p_after", lambda self, updates: fixture.P)
+    _, ours = one_step("p_anneal", anneal_start=0.9, anneal_end=1.0)
+    assert_equal(ours, REFERENCE["dictionary_learning"]["p_anneal"])
+
+
+def test_matryoshka_without_auxiliary_loss_is_n_times_dictionary_learning() -> None:
+    """Its mean of already weighted losses is n times smaller; the auxiliary part, computed apart, is the same."""
+    recipe, ours = one_step("matryoshka_batch_top_k")
+    theirs = REFERENCE["dictionary_learning"]["matryoshka_batch_top_k"]
+    code = recipe.reconstruct(fixture.batch())
+    aux = fixture.AUX * recipe.dead.auxiliary_loss(code.centred, (fixture.batch() - code.x_hat).detach()).item()
+    n = len(fixture.GROUPS)
+    assert ours["loss"] - aux == pytest.approx(n * (theirs["loss"] - aux), rel=1e-5)
+
+
+def test_jump_relu_equals_dictionary_learning_where_the_threshold_is_not_concerned() -> None:
+    """dictionary_learning takes the step's estimate on the upper half of its window; weights are not touched by it."""
+    recipe, _ = one_step("jump_relu")
+    recipe.zero_grad()
+    with torch.no_grad():
+        recipe.threshold.fill_(fixture.THRESHOLD)
+    output = recipe.compute(fixture.batch(), 0.5)
+    output.loss.backward()
+    ours = fixture.summary(output.loss, {key: getattr(recipe, key).grad for key in ("W_enc", "W_dec", "b_enc", "b_dec")})
+    # theirs lets negative pre-activations through where the threshold does; with a positive one both are alike
+    assert_equal(ours, REFERENCE["dictionary_learning"]["jump_relu"])
+
+
+def test_loss_and_gradients_equal_sae_lens_where_it_has_the_same_loss() -> None:
+    _, ours = one_step("standard_new")
+    assert_equal(ours, REFERENCE["sae_lens"]["standard_new"])
+    recipe = recipe_of(RECIPES["top_k"], fixture.D, fixture.batch(), recipe="top_k", d_sae=fixture.F, **K)
+    with torch.no_grad():
+        for key, value in fixture.weights().items():
+            if hasattr(recipe, key):
+                getattr(recipe, key).copy_(value)
+    recipe.last_fired_F.fill_(0.5)  # nobody is dead: SAELens' auxiliary loss is another
+    output = recipe.compute(fixture.batch(), 0.5)
+    output.loss.backward()
+    assert_equal(fixture.summary(output.loss, {k: p.grad for k, p in recipe.named_parameters()}),
+                 REFERENCE["sae_lens"]["top_k"])
+
+
+def test_threshold_gradients_follow_the_paper() -> None:
+    """Equations 11 and 12 of arXiv 2407.14435, written out in numpy."""
+    recipe, _ = one_step("jump_relu")
+    recipe.zero_grad()
+    with torch.no_grad():
+        recipe.threshold.fill_(fixture.THRESHOLD)
+    output = recipe.compute(fixture.batch(), 0.5)
+    output.loss.backward()
+    with torch.no_grad():
+        x, theta, epsilon = fixture.batch(), fixture.THRESHOLD, fixture.BANDWIDTH
+        pre = torch.relu(x @ recipe.W_enc.T + recipe.b_enc)
+        window = ((pre - theta).abs() < epsilon / 2).float()
+        d_reconstruction = -2 * output.residual @ recipe.W_dec.T / len(x)
+        l0 = (pre > theta).sum() / len(x)
+        d_l0 = 2 * (l0 / fixture.TARGET_L0 - 1) / fixture.TARGET_L0 / len(x)
+        want = (-(theta / epsilon) * d_reconstruction * window - d_l0 / epsilon * window).sum(0)
+    assert torch.allclose(recipe.threshold.grad, want, rtol=1e-4, atol=1e-6)
