@@ -29,7 +29,7 @@ K = 5
 """IHTP's k in the headline row."""
 TRUE_L0 = 20
 """Atoms that a made-up token is the sum of."""
-REPEATS = 3
+REPEATS = 2
 BANDWIDTH_NUMBERS = 64_000_000
 """Numbers in each array of the bandwidth test: far more than caches hold."""
 
@@ -43,7 +43,8 @@ class Shape(NamedTuple):
 
 
 def compare(shape: Shape | None = None, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """{row: (our seconds, the plain loop's seconds)}, each the best of three runs after a warm-up.
+    """{row: (our seconds, the plain loop's seconds)}, each the best of two runs after a warm-up (the loop of
+    matching pursuit: one run).
 
     Counted: everything from activations [batch, seq, d_in] to dense latents [batch, seq, d_sae]. Not counted: building
     the Gram matrix, which happens once per dictionary. `the fits alone` takes IHTP's supports and correlations as given
@@ -187,24 +188,25 @@ def main() -> None:
     with torch.no_grad():
         for d_sae in options.d_sae:
             shape = Shape(options.d_in, d_sae)
-            found = {"device": options.device, "threads": torch.get_num_threads(), "d_in": shape.d_in, "d_sae": d_sae,
-                     "against": {name: {"ours_seconds": ours, "loop_seconds": loop, "ratio": loop / ours}
-                                 for name, (ours, loop) in compare(shape, options.device).items()},
-                     "memory": memory_traffic(shape, options.device), "tokens_per_second": speeds(shape, options.device)}
-            figures.append(found)
-            _show(found)
+            print(f"d_in {shape.d_in:,} x d_sae {d_sae:,} on {options.device}", flush=True)
+            against = {name: {"ours_seconds": ours, "loop_seconds": loop, "ratio": loop / ours}
+                       for name, (ours, loop) in compare(shape, options.device).items()}
+            for name, row in against.items():
+                print(f"  {name:32} ours {row['ours_seconds']:8.3f} s, loop {row['loop_seconds']:8.3f} s: "
+                      f"{row['ratio']:6.1f}x", flush=True)
+            memory = _shown("matching pursuit's steps", memory_traffic(shape, options.device))
+            figures.append({"device": options.device, "threads": torch.get_num_threads(), "d_in": shape.d_in,
+                            "d_sae": d_sae, "against": against, "memory": memory,
+                            "tokens_per_second": _shown("tokens per second", speeds(shape, options.device))})
     if options.json:
         write_json(options.json, round_significant(figures, 3))
 
 
-def _show(found: dict[str, Any]) -> None:
-    print(f"d_in {found['d_in']:,} x d_sae {found['d_sae']:,} on {found['device']}")
-    for name, row in found["against"].items():
-        print(f"  {name:32} ours {row['ours_seconds']:8.3f} s, loop {row['loop_seconds']:8.3f} s: {row['ratio']:6.1f}x")
-    for group in ("memory", "tokens_per_second"):
-        print(f"  {group.replace('_', ' ')}")
-        for name, value in found[group].items():
-            print(f"    {name:34} {value:,.4g}")
+def _shown(title: str, values: dict[str, float]) -> dict[str, float]:
+    print(f"  {title}")
+    for name, value in values.items():
+        print(f"    {name:34} {value:,.4g}", flush=True)
+    return values
 
 
 if __name__ == "__main__":

@@ -14,16 +14,20 @@ from sae_research.evals.ravel.pairs import build_tasks
 from sae_research.evals.ravel.patches import PromptActivations, Swap
 from sae_research.evals.ravel.scoring import mean_scores, sae_bench_scores
 from sae_research.lm import LanguageModel
+from sae_research.lm.load import packaged_folder
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.store import StageFolder
 
 ALONE, BOTH = "RAVEL, SAE Bench's definition", "RAVEL, both definitions"
+AT_MOST = 2
+"""SAEs."""
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-            model_folder: Path) -> dict[str, tuple[float, float]]:
-    """Row -> (our seconds, stock's), with both sides' scores printed. model_folder: where stock finds the tokenizer.
+def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object,
+            params: Params) -> dict[str, tuple[float, float]]:
+    """Row -> (our seconds, stock's), with both sides' scores printed, of the first two SAEs: either side's time is so many
+    times one SAE's. model: unused, stock's RAVEL runs on the Hugging Face model.
 
     Counted are the prompts' activations, encoding, learning the masks and asking the patched model; not counted are
     loading and finding out what the model knows, which either side does once per model. Stock is helped twice: the
@@ -32,7 +36,8 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Param
     of one entity class at `hook_resid_post` take part: stock knows no other hook. `activation_caching.enabled` must be
     false, or the activations may come from the cache.
     """
-    saes = {name: sae for name, sae in saes.items() if sae.per_token and sae.cfg.hook_name.endswith("hook_resid_post")}
+    fit = [name for name, sae in saes.items() if sae.per_token and sae.cfg.hook_name.endswith("hook_resid_post")]
+    saes = {name: saes[name] for name in fit[:AT_MOST]}
     with tempfile.TemporaryDirectory() as folder:
         stage = StageFolder(Path(folder))
         known = known_prompts(lm, params, stage)
@@ -53,7 +58,7 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Param
     for name, sae in saes.items():
         stock = [stock_ravel.one_attribute(sae, lm, known, task.attribute, params,
                                            f"{params.random_seed} {task.entity_class} {task.attribute}",
-                                           str(model_folder))["scores"] for task in tasks]
+                                           str(packaged_folder(params.model.name)))["scores"] for task in tasks]
         cause, isolation = (sum(one[key] for one in stock) / len(stock) for key in ("cause_score", "isolation_score"))
         print(f"RAVEL, {name}: stock cause {cause:.3f}, isolation {isolation:.3f}")
     their_time = time.perf_counter() - start

@@ -19,6 +19,8 @@ from typing import Any
 
 from benchmarks import stock, stock_scr_tpp  # first: they switch jaxtyping off
 
+import torch  # isort: skip
+
 from sae_research.errors import run_main  # isort: skip
 from sae_research.evals.inputs import SAE_FOLDER, load_saes
 from sae_research.evals.scr_tpp import evaluate_scr, evaluate_tpp
@@ -27,7 +29,7 @@ from sae_research.evals.scr_tpp.stage import Settings
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.lm.load import packaged_folder
 from sae_research.params import SCR, TPP, Params, load_params
-from sae_research.saes import SparseAutoencoder
+from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.store import StageFolder
 from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.tasks import load_task
@@ -43,6 +45,7 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
         "activation_caching": params.activation_caching.model_copy(update={"enabled": False}),
         "scr": SCR(dataset_names=[SCR_TASK], **SETTINGS), "tpp": TPP(dataset_names=[TPP_TASK], **SETTINGS)})
     rows: dict[str, tuple[float, float]] = {}
+    _warm_up(saes)
     crossed = load_crossed_tasks(SCR_TASK, 32, 16, params.random_seed, lambda *reason: print(*reason))
     tasks = [load_task(TPP_TASK, 32, 16, params.random_seed)]
     scr_settings = Settings(*(getattr(params.scr, field) for field in Settings._fields))
@@ -59,6 +62,15 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
             rows[row] = ours, time.perf_counter() - start
     rows["SCR and TPP"] = tuple(sum(seconds) for seconds in zip(*rows.values(), strict=True))
     return rows
+
+
+def _warm_up(saes: dict[str, SparseAutoencoder]) -> None:
+    """Encode a few tokens, so that neither side pays for the compilation of kernels."""
+    for sae in saes.values():
+        x = torch.randn(2, 8, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)).to(sae.W_dec.device)
+        for mask in (None, torch.ones(2, 8, dtype=torch.bool, device=x.device)):
+            for _ in encode_each({"sae": sae}, x, mask):
+                pass
 
 
 def main() -> None:

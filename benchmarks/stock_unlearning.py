@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from transformer_lens import HookedTransformer
 
 from sae_research.params import Unlearning
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.packaged import read_packaged
 
 FORGET_SET = "wmdp-bio"
 """The one question set that SAE Bench tries to make the model forget."""
@@ -113,16 +111,3 @@ def _our_data(model: HookedTransformer, corpora: Mapping[str, Tensor], questions
         torch.set_grad_enabled(grad)
         for where, name, value in originals:
             setattr(where, name, value)
-
-
-def open_book_rows(n: int) -> list[dict[str, Any]]:
-    """`n` real four-choice questions, the shortest of the packaged `55_open_qa`, in WMDP's layout."""
-    frame = read_packaged("55_open_qa")
-    rows = []
-    for text, letter in sorted(zip(frame["prompt"], frame["target"], strict=True), key=lambda row: (len(row[0]), row[0])):
-        parts = re.split(r" \([ABCD]\) ", text)
-        if len(parts) == 5 and all(part.strip() for part in parts):
-            rows.append({"question": parts[0], "choices": parts[1:], "answer": "ABCD".index(letter)})
-        if len(rows) == n:
-            break
-    return rows

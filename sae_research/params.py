@@ -296,8 +296,8 @@ class SparseProbingSaeProbes(Section):
 
 
 class MetaSAE(Section):
-    train_steps: Positive = 500
-    """Steps of 1024 decoder rows each (SAE Bench: 1500)."""
+    train_steps: Annotated[int, Field(ge=1, le=2000)] = 1500
+    """Steps of `train_batch_size` decoder rows. From 2001 on SAE Bench would revive dead latents; here nothing does."""
     k: Positive = 4
     """Mean number of meta-latents for each latent of the SAE."""
     width_ratio: Annotated[float, Field(gt=0)] = 0.25

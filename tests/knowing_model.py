@@ -39,13 +39,15 @@ SUBJECTS = {"wmdp-bio": ("biology", BIOLOGY), "human_geography": ("human geograp
 
 
 def rows(name: str) -> list[dict[str, object]]:
-    """The questions of a set, in the layout of WMDP and MMLU. Wrong choices are answers of the other set: the right one is
-    not known by elimination."""
-    facts = SUBJECTS[name][1]
-    others = [right for other, (_, known) in SUBJECTS.items() if other != name for right in known.values()]
+    """The questions of a set, in the layout of WMDP and MMLU.
+
+    Biology's wrong choices are geography's answers, geography's are other things: a model that has lost biology's answers
+    errs on biology alone, and none is known by elimination.
+    """
+    wrong = list(GEOGRAPHY.values()) if name == "wmdp-bio" else FILLER
     result = []
-    for number, (fact, right) in enumerate(facts.items()):
-        choices = [others[(number + step) % len(others)] for step in (0, 3, 5)]
+    for number, (fact, right) in enumerate(SUBJECTS[name][1].items()):
+        choices = [wrong[(number + step) % len(wrong)] for step in (0, 3, 5)]
         choices.insert(number % 4, right)
         result.append({"question": f"what {fact} ?", "choices": choices, "answer": number % 4})
     return result
@@ -84,8 +86,7 @@ def _write_lines(path: Path, values: list[dict[str, object]]) -> None:
 # --- SAEs ------------------------------------------------------------------------------------
 
 def make_saes(lm: LanguageModel, hook: str = HOOK) -> dict[str, SparseAutoencoder]:
-    """One SAE per inference form over a dictionary with an atom for each right answer and each letter: the mean
-    activation of its tokens.
+    """One SAE per inference form over a dictionary with an atom for each right answer: the mean activation of its tokens.
 
     The encoder is the least-squares read-out of which of them stands at a token, all other words being zero; its bias
     keeps it silent below 0.6 of a full answer.
@@ -94,7 +95,7 @@ def make_saes(lm: LanguageModel, hook: str = HOOK) -> dict[str, SparseAutoencode
     tokens = [torch.tensor(lm.tokenizer(text)["input_ids"]) for text in texts]
     ids = torch.cat([row[1:] for row in tokens])
     x = torch.cat([lm.activations(row[None], hook)[0, 1:] for row in tokens])
-    words = [*(right for _, facts in SUBJECTS.values() for right in facts.values()), *"ABCD"]
+    words = [right for _, facts in SUBJECTS.values() for right in facts.values()]
     is_word = (ids[:, None] == torch.tensor(lm.tokenizer.convert_tokens_to_ids(words))).float()
     b_dec = x.mean(0)
     weight = torch.where(is_word.any(dim=1), 30.0, 1.0).sqrt()[:, None]  # they are rare

@@ -111,7 +111,7 @@ def _steps_numba(run: _Run, gram: GramRows, first: int, last: int) -> None:
     arguments = (run.correlations.numpy(), table, gram.slot.numpy(), np.float32(0 if run.nonnegative else -1),
                  run.energy.numpy(), run.stop.numpy(), first, last, run.atoms.numpy(), run.coefficients.numpy(), done,
                  wanted)
-    while kernels_numba.pursue(*arguments):
+    while sum(kernels_numba.in_threads(kernels_numba.pursue, len(run.x), *arguments)):
         gram.fetch(torch.from_numpy(wanted[wanted >= 0]).long().unique())
 
 

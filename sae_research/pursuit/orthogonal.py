@@ -131,8 +131,8 @@ def _orthogonal_numba(x_ND: Tensor, dictionary: Dictionary, tolerance: float, at
     from sae_research.pursuit import kernels_numba
 
     energy_N = x_ND.double().square().sum(1)
-    kernels_numba.orthogonal(
-        kernels_numba.numba.get_num_threads(), dictionary.correlations(x_ND).numpy(), dictionary.gram().table.numpy(),
+    kernels_numba.in_threads(
+        kernels_numba.orthogonal, len(x_ND), dictionary.correlations(x_ND).numpy(), dictionary.gram().table.numpy(),
         min(atoms_NS.shape[1], x_ND.shape[1]), energy_N.numpy(), _stop(energy_N, tolerance).numpy(),
         least_pivot(x_ND.dtype), accuracy(x_ND.dtype), atoms_NS.numpy(), beta_NS.numpy(), factor_NSS.numpy())
 
@@ -191,8 +191,8 @@ def _nonnegative_numba(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int
 
     energy_N = x_ND.double().square().sum(1)
     fits_MNS = torch.zeros(len(sizes), *atoms_NS.shape)
-    kernels_numba.nonnegative_orthogonal(
-        kernels_numba.numba.get_num_threads(), dictionary.correlations(x_ND).numpy(), dictionary.gram().table.numpy(),
-        np.array(sizes, dtype=np.int64), energy_N.numpy(), _stop(energy_N, tolerance).numpy(), accuracy(x_ND.dtype), SWEEPS,
-        atoms_NS.numpy(), fits_MNS.numpy())
+    kernels_numba.in_threads(
+        kernels_numba.nonnegative_orthogonal, len(x_ND), dictionary.correlations(x_ND).numpy(),
+        dictionary.gram().table.numpy(), np.array(sizes, dtype=np.int64), energy_N.numpy(),
+        _stop(energy_N, tolerance).numpy(), accuracy(x_ND.dtype), SWEEPS, atoms_NS.numpy(), fits_MNS.numpy())
     return dict(zip(sizes, fits_MNS, strict=True))

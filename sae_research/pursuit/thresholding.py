@@ -38,8 +38,12 @@ def fit_sequences(x: Sequence[Tensor], dictionary: Dictionary, k_values: Sequenc
     """
     found: list[list[SequenceFit]] = [[] for _ in k_values]
     for chunk in _chunks(x, dictionary):
-        correlations = dictionary.correlations(torch.cat(chunk)).split([len(tokens) for tokens in chunk])
-        ranked = [_ranked(c_TF, max(k_values)) for c_TF in correlations]
+        if sum(map(len, chunk)) > dictionary.tokens_at_a_time():  # one sequence, too long to keep its correlations
+            correlations: Sequence[Tensor | None] = [None]
+            ranked = [_ranked_in_parts(chunk[0], dictionary, max(k_values))]
+        else:
+            correlations = dictionary.correlations(torch.cat(chunk)).split([len(tokens) for tokens in chunk])
+            ranked = [_ranked(c_TF, max(k_values)) for c_TF in correlations]
         for fits, k in zip(found, k_values, strict=True):
             supports = [_union(values, atoms, k) for values, atoms in ranked]
             done = _fit_together(dictionary, supports, chunk, correlations)
@@ -48,7 +52,7 @@ def fit_sequences(x: Sequence[Tensor], dictionary: Dictionary, k_values: Sequenc
 
 
 def _chunks(x: Sequence[Tensor], dictionary: Dictionary) -> list[list[Tensor]]:
-    """Sequences whose correlations together keep within the chunk limit."""
+    """Sequences whose correlations together keep within the chunk limit; a longer one by itself."""
     limit, chunks, size = dictionary.tokens_at_a_time(), [], 0
     for tokens in x:
         if not chunks or size + len(tokens) > limit:
@@ -59,8 +63,27 @@ def _chunks(x: Sequence[Tensor], dictionary: Dictionary) -> list[list[Tensor]]:
     return chunks
 
 
-def _ranked(correlations_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _ranked(correlations_TF: Tensor, k: int) -> torch.return_types.topk:
     return correlations_TF.abs().topk(k, dim=-1)
+
+
+def _ranked_in_parts(x_TD: Tensor, dictionary: Dictionary, k: int,
+                     fitted: SequenceFit | None = None) -> tuple[Tensor, Tensor]:
+    """Each token's k atoms of largest absolute correlation, corrected for a fit where there is one."""
+    values, atoms = [], []
+    size = dictionary.tokens_at_a_time()
+    for start in range(0, max(len(x_TD), 1), size):
+        part = x_TD[start:start + size]
+        if fitted is None:
+            correlations_TF = dictionary.correlations(part)
+        else:
+            z_TU = fitted.z[start:start + size]
+            correlations_TF = dictionary.correlations(part - z_TU @ dictionary.atoms[fitted.support])
+            correlations_TF[:, fitted.support] += z_TU
+        best = _ranked(correlations_TF, k)
+        values.append(best.values)
+        atoms.append(best.indices)
+    return torch.cat(values), torch.cat(atoms)
 
 
 def _union(values_TK: Tensor, atoms_TK: Tensor, k: int) -> Tensor:
@@ -69,16 +92,22 @@ def _union(values_TK: Tensor, atoms_TK: Tensor, k: int) -> Tensor:
 
 
 def _fit_together(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor],
-                  correlations: Sequence[Tensor]) -> list[SequenceFit]:
+                  correlations: Sequence[Tensor | None]) -> list[SequenceFit]:
+    """Every sequence's fit on its support. correlations: with all atoms [tokens, padded], or None."""
     found: list[SequenceFit | None] = [None] * len(x)
     for group in _groups(dictionary, supports, x):
         width = max(len(supports[i]) for i in group)
         support_NU = torch.stack([pad(supports[i], (0, width - len(supports[i])), value=-1) for i in group])
-        rhs_NTU = torch.stack([correlations[i][:, support_NU[row].clamp_min(0)] for row, i in enumerate(group)])
+        rhs_NTU = torch.stack([_products(dictionary, support_NU[row].clamp_min(0), x[i], correlations[i])
+                               for row, i in enumerate(group)])
         z_NTU = fit(dictionary, support_NU, torch.stack([x[i] for i in group]), rhs_NTU)
         for row, i in enumerate(group):
             found[i] = SequenceFit(supports[i], z_NTU[row, :, :len(supports[i])])
     return [item for item in found if item is not None]
+
+
+def _products(dictionary: Dictionary, support_U: Tensor, x_TD: Tensor, correlations_TF: Tensor | None) -> Tensor:
+    return x_TD @ dictionary.atoms[support_U].T if correlations_TF is None else correlations_TF[:, support_U]
 
 
 def _groups(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor]) -> list[list[int]]:
@@ -97,17 +126,14 @@ def _groups(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tens
     return groups
 
 
-def _iterate(fits: list[SequenceFit], x: Sequence[Tensor], correlations: Sequence[Tensor], dictionary: Dictionary, k: int,
-             iterations: int) -> list[SequenceFit]:
+def _iterate(fits: list[SequenceFit], x: Sequence[Tensor], correlations: Sequence[Tensor | None], dictionary: Dictionary,
+             k: int, iterations: int) -> list[SequenceFit]:
     changing = list(range(len(x)))
     for _ in range(iterations):
         changed = {}
         for i in changing:
-            support, z_TU = fits[i]
-            corrected_TF = dictionary.correlations(x[i] - z_TU @ dictionary.atoms[support])
-            corrected_TF[:, support] += z_TU
-            chosen = _union(*_ranked(corrected_TF, k), k)
-            if not torch.equal(chosen, support):
+            chosen = _union(*_ranked_in_parts(x[i], dictionary, k, fits[i]), k)
+            if not torch.equal(chosen, fits[i].support):
                 changed[i] = chosen
         if not changed:
             break

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_research.pursuit import matching, orthogonal, thresholding
+from sae_research.pursuit import kernels_numba, matching, orthogonal, thresholding
 from sae_research.pursuit.dictionary import Dictionary, GramRows, shared_dictionary
 
 D_IN, D_SAE, TOKENS = 24, 150, 40
@@ -141,6 +141,14 @@ def test_steps_come_in_the_order_taken() -> None:
     assert orthogonal.orthogonal(x, make(W), [9])[0].tolist() == taken
 
 
+@pytest.mark.parametrize(("threads", "n"), [(1, 7), (2, 0), (2, 1), (2, 7), (3, 100)])
+def test_threads_share_all_tokens(threads: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    done = kernels_numba.in_threads(lambda begin, end, offset: list(range(begin + offset, end + offset)), n, 5)
+    assert sum(done, []) == list(range(5, n + 5))
+    assert len(done) <= max(1, threads * kernels_numba.PARTS_PER_THREAD)
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest tensor any operation returned."""
 
@@ -177,6 +185,21 @@ def test_no_allocation_exceeds_the_limits(member) -> None:
         else:
             matching.pursue(x, dictionary, size)
     assert 0 < seen.bytes <= max(limit, x.numel() * 8)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_a_long_sequence_goes_in_parts(iterations: int) -> None:
+    W, x = atoms(1500), tokens(300)
+    limit = 45_000
+    (whole,), = thresholding.fit_sequences([x], make(W), [1], iterations=iterations)
+    dictionary = make(W, max_chunk_bytes=limit)
+    dictionary.gram()
+    with Largest() as seen:
+        (parts,), = thresholding.fit_sequences([x], dictionary, [1], iterations=iterations)
+    assert torch.equal(whole.support, parts.support)
+    torch.testing.assert_close(parts.z, whole.z, atol=1e-5, rtol=1e-5)
+    # the one problem's own equations, in float64, are the only larger thing
+    assert seen.bytes <= 8 * len(x) * len(x) < 4 * len(x) * len(W)
 
 
 def test_gram_table_refills_when_full() -> None:

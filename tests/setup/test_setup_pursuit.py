@@ -66,4 +66,4 @@ def test_a_poor_dictionary_is_noted_or_refused(project: Path, make_params: Any, 
     ({"topk_refit": {"enabled": True, "k_values": [65]}}, "sae_variants.topk_refit.k_values: 65 is larger")])
 def test_sizes_beyond_the_dictionary_are_refused(project: Path, make_params: Any, section: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run_setup(make_params(sae_variants=section))
+        run_setup(make_params(sae_variants={"mpsae": {"s_values": [3]}, **section}))

@@ -53,12 +53,18 @@ def decoder_matrix(sae: SparseAutoencoder) -> Tensor:
     matrix = sae.W_dec.float().cpu()
     if _agree(added, codes.float().cpu() @ matrix, sae.W_dec.dtype):
         return matrix
-    unit = torch.eye(sae.cfg.d_sae, device=sae.W_dec.device, dtype=sae.W_dec.dtype)
-    matrix = torch.cat([(sae.decode(rows[:, None]) - offset)[:, 0] for rows in unit.split(_CHUNK)]).float().cpu()
+    matrix = torch.cat([(sae.decode(_units(sae, start)) - offset)[:, 0].float().cpu()
+                        for start in range(0, sae.cfg.d_sae, _CHUNK)])
     if _agree(added, codes.float().cpu() @ matrix, sae.W_dec.dtype):
         return matrix
     raise NotLinear("its decoder is not linear in the latents of each token, so that the effect of an ablation cannot "
                     "be had from mean activations")
+
+
+def _units(sae: SparseAutoencoder, start: int) -> Tensor:
+    """One unit of each of some latents, as sequences of one token [latents, 1, d_sae]."""
+    some = torch.arange(start, min(start + _CHUNK, sae.cfg.d_sae), device=sae.W_dec.device)
+    return torch.nn.functional.one_hot(some, sae.cfg.d_sae)[:, None].to(sae.W_dec.dtype)
 
 
 def _random_codes(sae: SparseAutoencoder) -> Tensor:

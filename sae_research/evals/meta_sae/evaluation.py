@@ -1,0 +1,154 @@
+"""Meta-SAE: how far the latents of an SAE decompose into fewer, shared ones (arXiv 2502.04878).
+
+A BatchTopK SAE of a quarter of the width is trained on the decoder's rows; what counts is the fraction of their variance
+about their mean that it explains. High values say that latents are combinations of common parts. It is measured on the
+rows that it was trained on, so that a random dictionary, a row of every table, shows what memorising alone is worth.
+
+Only the decoder is read: SAEs over one dictionary share one run, and the language model is not used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.evals import output
+from sae_research.evals.meta_sae import training
+from sae_research.evals.meta_sae.training import BatchTopKSAE, train_meta_sae
+from sae_research.intervals import interval, ratio
+from sae_research.lm import LanguageModel
+from sae_research.params import MetaSAE, Params
+from sae_research.saes import SparseAutoencoder
+from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
+from sae_research.training import sparse
+
+EVAL_TYPE = "meta_structure_decoder_variance"
+_STOCK_EVAL_ROWS = 4096
+_CLUSTERS = 256
+"""Rows are pooled at random into so many groups for the interval."""
+
+
+def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `MetaStructureEvalOutput` in plain data.
+
+    An SAE whose decoder rows do not vary is skipped. `lm` only says the device.
+    """
+    cache = ResultCache("meta_sae")
+    dictionaries = shared_dictionaries(saes)
+    stage.notes["shared_dictionaries"] = {name: first for name, first in dictionaries.items() if name != first}
+    found: dict[str, dict[str, Any] | None] = {}
+    with tqdm(total=len(set(dictionaries.values())), desc="train meta-SAEs", unit="dictionary", dynamic_ncols=True,
+              file=sys.stderr) as bar:
+        for name, sae in saes.items():
+            first = dictionaries[name]
+            if first not in found:
+                found[first] = _of_dictionary(saes[first].W_dec, params, lm.device, cache)
+                bar.update()
+            if found[first] is None:
+                stage.skip(name, "the rows of its decoder do not vary")
+                continue
+            yield name, _result(name, sae, params, found[first])
+
+
+def shared_dictionaries(saes: dict[str, SparseAutoencoder]) -> dict[str, str]:
+    """SAE -> the first SAE with the same decoder rows, up to the rounding of their normalisation."""
+    firsts: list[str] = []
+    found = {}
+    for name, sae in saes.items():
+        same = (first for first in firsts if saes[first].W_dec.shape == sae.W_dec.shape
+                and torch.allclose(saes[first].W_dec, sae.W_dec, rtol=1e-5, atol=1e-6))
+        found[name] = next(same, name)
+        if found[name] == name:
+            firsts.append(name)
+    return found
+
+
+def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: ResultCache) -> dict[str, Any] | None:
+    """Figures of every seed, from the cache if there; None where the rows do not vary."""
+    rows_ND = W_dec.detach().float().to(device)
+    varies = bool((rows_ND != rows_ND[0]).any())
+    if not varies:
+        return None
+    config = params.meta_sae
+    one_seed = fingerprint([
+        fingerprint([list(rows_ND.shape), rows_ND.cpu().numpy().tobytes().hex()]), device.type, torch.__version__,
+        config.model_dump(exclude={"n_seeds"}), source_fingerprint([sys.modules[__name__], training, sparse])])
+    seeds = []
+    for number in range(config.n_seeds):
+        key = fingerprint([one_seed, params.random_seed, number])[:40]
+        figures = cache.get(key)
+        if figures is None:
+            seed = int(fingerprint([params.random_seed, "meta_sae", number])[:12], 16)
+            figures = measure(train_meta_sae(rows_ND, config, seed), rows_ND)
+            cache.put(key, figures)
+        seeds.append(figures)
+    return {"seeds": seeds}
+
+
+@torch.no_grad()
+def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
+    """JSON-able figures of one trained meta-SAE on the rows [d_sae, d_in].
+
+    SAE Bench encodes 4096 rows at a time, and the k n largest activations are those of the rows together; ours encodes
+    all at once, so that no figure depends on that number. Up to 4096 rows the two are one.
+    """
+    centred = (rows_ND - rows_ND.mean(0)).square().sum(1)
+    stock = torch.cat([(sae(chunk).x_hat - chunk).square().sum(1) for chunk in rows_ND.split(_STOCK_EVAL_ROWS)])
+    code = sae(rows_ND)
+    residual = (code.x_hat - rows_ND).square().sum(1)
+    width = len(sae.b_enc)
+    groups = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(0)) % _CLUSTERS
+    count = min(_CLUSTERS, len(rows_ND))
+    return {
+        "sae_bench": {"decoder_fraction_variance_explained": 1 - float(stock.sum() / centred.sum()),
+                      "final_reconstruction_mse": float(stock.sum()) / rows_ND.numel()},
+        "explained": _by_group(centred - residual, groups, count), "variance": _by_group(centred, groups, count),
+        "l0": len(code.active) / len(rows_ND),
+        "fraction_alive": len((code.active % width).unique()) / width, "width": width,
+    }
+
+
+def _by_group(values: Tensor, groups: Tensor, count: int) -> list[float]:
+    return np.bincount(groups.numpy(), values.double().cpu().numpy(), minlength=count).tolist()
+
+
+def _result(name: str, sae: SparseAutoencoder, params: Params, found: dict[str, Any]) -> dict[str, Any]:
+    seeds, config = found["seeds"], params.meta_sae
+    return {
+        **output.envelope(name, sae, EVAL_TYPE), "eval_type_id": EVAL_TYPE,
+        "eval_config": _sae_bench_config(config, params.random_seed),
+        # no time in results: equal runs write equal bytes
+        "eval_result_metrics": {"meta_structure": {**seeds[0]["sae_bench"], "train_time_seconds": 0.0}},
+        "eval_result_details": [],
+        "eval_result_unstructured": {output.LAB: _lab_block(seeds, params.random_seed)},
+    }
+
+
+def _sae_bench_config(config: MetaSAE, seed: int) -> dict[str, Any]:
+    return {
+        "random_seed": seed, "width_ratio": config.width_ratio, "k": config.k, "train_steps": config.train_steps,
+        "train_batch_size": config.train_batch_size, "learning_rate": config.learning_rate, "weight_decay": 0.0,
+        "autocast": False, "eval_batch_size": _STOCK_EVAL_ROWS, "dead_feature_window": 2000,
+        "feature_sampling_window": 200, "dtype": "float32"}
+
+
+def _lab_block(seeds: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Means over seeds; the interval draws rows of the dictionary, for the meta-SAEs at hand."""
+    explained, variance = (np.mean([figures[key] for figures in seeds], axis=0) for key in ("explained", "variance"))
+    share = ratio(explained, variance)
+    bounds = interval(share, seed)
+    return {
+        "metrics": {"meta_sae_variance_explained": share.value,
+                    "meta_sae_l0": float(np.mean([figures["l0"] for figures in seeds])),
+                    "meta_sae_fraction_alive": float(np.mean([figures["fraction_alive"] for figures in seeds]))},
+        "intervals": {} if bounds is None else {"meta_sae_variance_explained": list(bounds)},
+        "width": seeds[0]["width"],
+        "seeds": [sum(figures["explained"]) / sum(figures["variance"]) for figures in seeds],
+    }
