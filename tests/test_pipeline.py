@@ -192,15 +192,31 @@ def test_switching_evaluations_off_leaves_nothing_stale(project: Path) -> None:
 
 
 def test_an_evaluation_that_fails_stops_no_other(project: Path) -> None:
-    set_params(project, {"eval_types": {"scr": True}})
+    set_params(project, {"eval_types": {"autointerp": True}})  # without an endpoint
     try:
         done = run(project, sys.executable, "-m", "sae_research", "repro", check=False)
         assert done.returncode == 1
-        assert "failed: scr: failed: eval_types.scr: this evaluation is not implemented yet" in done.stdout
-        assert "error: eval_types.scr" in done.stderr
+        assert "failed: autointerp: failed: autointerp.base_url" in done.stdout
+        assert "error: autointerp.base_url" in done.stderr
         assert "Traceback" not in done.stderr
         assert read(project, "eval_results/core/_status.json")["status"] == "ok"
         assert read(project, "metrics/all_metrics.json")["standard"]["core"]
+    finally:
+        run(project, "git", "checkout", "-q", "params.yaml")
+        run(project, "dvc", "repro")
+
+
+def test_optional_evaluations_reach_metrics_and_report(project: Path) -> None:
+    set_params(project, {"eval_types": {"tpp": True, "meta_sae": True}, "tpp": {"probe_epochs": 2, "n_values": [2, 5]},
+                         "meta_sae": {"train_steps": 5, "train_batch_size": 32}})
+    try:
+        run(project, sys.executable, "-m", "sae_research", "repro")
+        metrics = read(project, "metrics/all_metrics.json")
+        report = (project / "METRICS.md").read_text()
+        for evaluation in ("tpp", "meta_sae"):
+            assert read(project, f"eval_results/{evaluation}/_status.json")["status"] == "ok"
+            assert metrics["topk"][evaluation]
+        assert "2605.18229" in report
     finally:
         run(project, "git", "checkout", "-q", "params.yaml")
         run(project, "dvc", "repro")

@@ -156,8 +156,61 @@ METRICS: tuple[Metric, ...] = (
            "`mean_num_split_features`: picked by F1 on the test words.", "mean.mean_num_split_features"),
     # --- unlearning ----------------------------------------------------------------------------------
     Metric("unlearning_score", "Unlearning", "unlearning", "higher",
-           "Knowledge removed from the targeted field while the rest of the model's accuracy is kept.",
-           "unlearning.unlearning_score"),
+           "1 − the least share of known questions of one field still answered rightly after clamping a few latents, over "
+           "the settings that keep at least 99 % of the other fields' known answers; 0 where none does. With the packaged "
+           "questions (the default) a stand-in for WMDP and MMLU, not comparable with published scores."),
+    Metric("unlearning_score_held_out", "Unlearning, held out", "unlearning", "higher",
+           "The same with the setting chosen on one half of the questions and measured on the other: the mean over 20 "
+           "halvings, both ways. The score itself is the best of many settings on its own questions."),
+    Metric("retain_accuracy_held_out", "Kept answers, held out", "unlearning", "higher",
+           "Share of the other fields' known answers kept, likewise on the halves that chose nothing."),
+    Metric("forget_questions", "Questions to forget", "unlearning", None,
+           "Questions of the targeted field that the model knows and is asked again."),
+    Metric("retain_questions", "Questions to keep", "unlearning", None,
+           "The same of the other fields."),
+    Metric("unlearning_score_sae_bench", "Unlearning", "unlearning", "higher",
+           "A latent is active above zero only, special tokens but the first are edited too, and densities count every "
+           "token but BOS, EOS and padding. By default on the same stand-in.", "unlearning.unlearning_score"),
+    # --- k-sparse probing on sae-probes --------------------------------------------------------------
+    Metric("sae_probes_top_{k}_accuracy", "sae-probes top-{k}", "sparse_probing_sae_probes", "higher",
+           "Mean test accuracy over binary tasks of an l1 logistic probe on {k} latents at a text's last token that counts; "
+           "no text, nor a copy of it, is in both train and test."),
+    Metric("sae_probes_top_{k}_auc", "sae-probes top-{k} AUC", "sparse_probing_sae_probes", "higher",
+           "The same probe's area under the ROC curve: how well it orders texts, wherever it draws the line."),
+    Metric("sae_probes_top_{k}_f1", "sae-probes top-{k} F1", "sparse_probing_sae_probes", "higher",
+           "The same probe's F1, averaged over both classes."),
+    Metric("sae_probes_llm_accuracy", "sae-probes, residual stream", "sparse_probing_sae_probes", None,
+           "Mean test accuracy over the same tasks of an l2 logistic probe on the whole raw activation."),
+    Metric("sae_probes_llm_auc", "sae-probes, residual stream AUC", "sparse_probing_sae_probes", None,
+           "The same probe's area under the ROC curve."),
+    Metric("sae_probes_llm_f1", "sae-probes, residual stream F1", "sparse_probing_sae_probes", None,
+           "The same probe's F1, averaged over both classes."),
+    Metric("sae_probes_top_{k}_accuracy_sae_bench", "sae-probes top-{k}", "sparse_probing_sae_probes", "higher",
+           "On SAE Bench's random split of rows, where many test texts have a copy in train, at the very last token.",
+           "sae.sae_top_{k}_test_accuracy"),
+    Metric("sae_probes_top_{k}_auc_sae_bench", "sae-probes top-{k} AUC", "sparse_probing_sae_probes", "higher",
+           "The same probe's area under the ROC curve, by probabilities in single precision.",
+           "sae.sae_top_{k}_test_auc"),
+    Metric("sae_probes_top_{k}_f1_sae_bench", "sae-probes top-{k} F1", "sparse_probing_sae_probes", "higher",
+           "The same probe's F1, averaged over both classes.", "sae.sae_top_{k}_test_f1"),
+    Metric("sae_probes_llm_accuracy_sae_bench", "sae-probes, residual stream", "sparse_probing_sae_probes", None,
+           "The probe on the whole raw activation, on SAE Bench's split and stopped as early as its solver stops.",
+           "llm.llm_test_accuracy"),
+    Metric("sae_probes_llm_auc_sae_bench", "sae-probes, residual stream AUC", "sparse_probing_sae_probes", None,
+           "The same probe's area under the ROC curve.", "llm.llm_test_auc"),
+    Metric("sae_probes_llm_f1_sae_bench", "sae-probes, residual stream F1", "sparse_probing_sae_probes", None,
+           "The same probe's F1, averaged over both classes.", "llm.llm_test_f1"),
+    # --- meta-SAE ------------------------------------------------------------------------------------
+    Metric("meta_sae_variance_explained", "Meta-SAE variance explained", "meta_sae", None,
+           "Fraction of the variance of decoder rows that an SAE of a quarter of the width, trained on them, explains: how "
+           "far latents are combinations of common parts. Measured on the rows trained on, so compare with the controls."),
+    Metric("meta_sae_l0", "Meta-SAE L0", "meta_sae", None,
+           "Mean number of meta-latents that stand for one latent."),
+    Metric("meta_sae_fraction_alive", "Meta-SAE fraction alive", "meta_sae", None,
+           "Fraction of meta-latents that stand for at least one latent."),
+    Metric("meta_sae_variance_explained_sae_bench", "Meta-SAE variance explained", "meta_sae", None,
+           "Of the first seed, rows encoded 4096 at a time: what is active depends on which rows share a batch.",
+           "meta_structure.decoder_fraction_variance_explained"),
     # --- autointerp ----------------------------------------------------------------------------------
     Metric("autointerp_score", "Autointerp", "autointerp", "higher",
            "Mean over latents of the fraction of windows of text that a language model tells apart, active or not, by the "

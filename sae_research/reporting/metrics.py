@@ -49,7 +49,10 @@ EVAL_TITLES = {
 
 _UNRELIABLE = ("What the literature holds of it: at its canonical settings this metric fails and should not be relied on, "
                "while k-sparse probing on the tasks of sae-probes was the most reliable (arXiv 2605.18229).")
-EVAL_NOTES = {"scr": _UNRELIABLE, "tpp": _UNRELIABLE}
+_STAND_IN = ("With the packaged corpora and questions (the default) this is a stand-in for WMDP and MMLU: biomedical "
+             "against other science questions, one-word answers against three other answers. Its scores compare SAEs with "
+             "one another, not with published ones.")
+EVAL_NOTES = {"scr": _UNRELIABLE, "tpp": _UNRELIABLE, "unlearning": _STAND_IN}
 """What stands above an evaluation's figures."""
 
 

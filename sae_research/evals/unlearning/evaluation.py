@@ -76,7 +76,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         keys = {name: _key(sae, lm, params, material) for name, sae in members.items()}
         found = {name: cache.get(keys[name]) for name in members}
         missing = {name: sae for name, sae in members.items() if found[name] is None}
-        for name, record in _measure(missing, lm, hook, params, material):
+        for name, record in measure(missing, lm, hook, params, material):
             found[name] = record
             cache.put(keys[name], record)
         for name, sae in members.items():
@@ -155,7 +155,7 @@ def _contexts(lm: LanguageModel, params: Params, name: str) -> Tensor:
 
 # --- measuring -------------------------------------------------------------------------------
 
-def _measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, params: Params,
+def measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, params: Params,
              material: Material) -> Iterator[tuple[str, Record]]:
     if not saes:
         return

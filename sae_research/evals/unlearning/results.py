@@ -59,7 +59,8 @@ def _lab_block(record: list[dict[str, Any]], forget: np.ndarray, retain: np.ndar
     held_out, kept = scores.held_out(forget, retain, bar, seed)
     return {
         "metrics": {"unlearning_score": scores.unlearning_score(forget, retain, bar),
-                    "unlearning_score_held_out": held_out, "retain_accuracy_held_out": kept},
+                    "unlearning_score_held_out": held_out, "retain_accuracy_held_out": kept,
+                    "forget_questions": forget.shape[1], "retain_questions": retain.shape[1]},
         "intervals": {"unlearning_score": scores.interval(forget, retain, bar, seed)},
         "best_configuration": scores.best_configuration(forget, retain, bar),
         "configurations": [{**figures, "forget_right": entry["forget"], "retain_right": entry["retain"]}
