@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.errors import NotApplicable, UserError
+from sae_research.errors import UserError
 from sae_research.evals import unlearning
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.unlearning import scores
@@ -151,7 +151,7 @@ def test_too_few_known_questions_are_no_score(lm: LanguageModel, saes: SAEs, mak
 def test_a_corpus_shorter_than_a_context(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
     text = "the blood carries oxygen and the heart pumps the blood around"
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": text}))
-    with pytest.raises(NotApplicable, match="shorter than one context of 24 tokens"):
+    with pytest.raises(UserError, match="shorter than one context of 24 tokens"):
         load_material(lm, make_params(forget_corpus=str(tmp_path / "short.jsonl")), StageFolder(Path("out")))
 
 
@@ -261,6 +261,16 @@ def test_the_stand_in_says_so(lm: LanguageModel, saes: SAEs, make_params: Any) -
     result = dict(unlearning.evaluate({"topk": saes["topk"]}, lm, params, stage))["topk"]
     assert stage.notes["stand_in"].startswith("stand-in")
     assert lab(result)["stand_in"] == result["eval_result_unstructured"]["stand_in"] == stage.notes["stand_in"]
+
+
+def test_nothing_to_clamp_scores_nothing_and_says_so(lm: LanguageModel, saes: SAEs, make_params: Any) -> None:
+    own = saes["standard"]
+    silent = StandardSAE(own.cfg, W_enc=own.W_enc, b_enc=own.b_enc - 1000, W_dec=own.W_dec, b_dec=own.b_dec)
+    stage = StageFolder(Path("out"))
+    result = dict(unlearning.evaluate({"silent": silent}, lm, make_params(), stage))["silent"]
+    assert result["eval_result_metrics"]["unlearning"]["unlearning_score"] == 0
+    assert lab(result)["metrics"]["unlearning_score"] == 0 and lab(result)["best_configuration"] is None
+    assert "scores 0" in stage.notes["nothing_to_clamp"]["silent"]
 
 
 def test_one_sae_as_among_many_warm_as_cold_and_any_batch_size(lm: LanguageModel, saes: SAEs,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import NotApplicable
+from sae_research.errors import NotApplicable, UserError
 from sae_research.evals import inputs, pool
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
@@ -40,6 +40,8 @@ CHARACTERS_PER_TOKEN = 5
 """About what English needs: a document is cut to one context's worth of text."""
 STAND_IN = ("stand-in for WMDP and MMLU: packaged biomedical against general text, one-word science questions with three "
             "other answers as distractors; not comparable with published unlearning scores")
+NOTHING_TO_CLAMP = ("no latent fires on the forget corpus and stays below a retain threshold: nothing was clamped, which "
+                    "scores 0")
 
 
 class Material(NamedTuple):
@@ -80,6 +82,8 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
             found[name] = record
             cache.put(keys[name], record)
         for name, sae in members.items():
+            if not any(entry["latents"] for entry in found[name]["lab"]):
+                stage.notes.setdefault("nothing_to_clamp", {})[name] = NOTHING_TO_CLAMP
             yield name, result(name, sae, lm.name, params, material.asked(), found[name],
                                STAND_IN if stands_in(params) else None)
 
@@ -149,7 +153,8 @@ def _contexts(lm: LanguageModel, params: Params, name: str) -> Tensor:
     documents = topic_documents(name, config.corpus_column, CHARACTERS_PER_TOKEN * config.seq_len, params.random_seed)
     tokens = pack_documents(lm.tokenizer, lm.separator_id, iter(documents), config.seq_len, config.dataset_size).tokens
     if not len(tokens):
-        raise NotApplicable(f"unlearning: corpus {name} is shorter than one context of {config.seq_len} tokens")
+        raise UserError(f"unlearning: corpus {name} is shorter than one context of {config.seq_len} tokens; "
+                        "give more text or a smaller unlearning.seq_len")
     return tokens
 
 
@@ -157,6 +162,7 @@ def _contexts(lm: LanguageModel, params: Params, name: str) -> Tensor:
 
 def measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, params: Params,
              material: Material) -> Iterator[tuple[str, Record]]:
+    """(name, which questions every configuration leaves right) of SAEs at one hook, families together."""
     if not saes:
         return
     corpora = {side: HookActivations(lm, hook, tokens, params) for side, tokens in material.corpora.items()}
