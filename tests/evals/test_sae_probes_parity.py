@@ -62,8 +62,9 @@ def test_figures_equal_stock(config: str, ours: dict[str, Any]) -> None:
             for key, value in record.items():
                 if not isinstance(value, float):
                     continue
-                # the probe on all dimensions is scikit-learn's own on either side
-                most = 1e-5 if key.startswith("llm") else 2.5 * ONE_TEXT
+                # the probe on all dimensions is scikit-learn's own on either side; activations round differently with the
+                # number of threads, which may swap a pair of texts in the order that the AUC counts
+                most = 0.25 * ONE_TEXT if key.startswith("llm") else 2.5 * ONE_TEXT
                 assert got[key] == pytest.approx(value, abs=most), f"{name} {record['dataset_name']} {key}"
                 gaps.append(abs(got[key] - value))
         for k, metrics in stock["sae_metrics_by_k"].items():
