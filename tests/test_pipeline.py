@@ -207,8 +207,8 @@ def test_an_evaluation_that_fails_stops_no_other(project: Path) -> None:
 
 
 def test_optional_evaluations_reach_metrics_and_report(project: Path) -> None:
-    set_params(project, {"eval_types": {"tpp": True, "meta_sae": True}, "tpp": {"dataset_names": ["news_section"], "train_set_size": 24,
-                                                                       "test_set_size": 16, "n_values": [2, 5]},
+    small = {"dataset_names": ["news_section"], "train_set_size": 24, "test_set_size": 16, "n_values": [2, 5]}
+    set_params(project, {"eval_types": {"tpp": True, "meta_sae": True}, "tpp": small,
                          "meta_sae": {"train_steps": 5, "train_batch_size": 32}})
     try:
         run(project, sys.executable, "-m", "sae_research", "repro")

@@ -112,7 +112,8 @@ def _by_l0(rows: list[Row]) -> Figure:
             at = row["l0"], _shown(row[metric], metric)
             axes.plot(*at, "*", color=INK, markersize=11, zorder=4)
             axes.annotate(row["encoder"], at, xytext=(-66, -58 - 16 * number), textcoords="offset points",
-                          fontsize=SMALL, color=INK, arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4})
+                          fontsize=SMALL, color=INK, arrowprops={
+                              "arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4})
         drawn = [row for row in rows if row["dictionary"] in ("", "trained") or row["encoder"] == "mpsae"]
         log_axis(axes.xaxis, 0.85, max(row["l0"] for row in drawn) * 1.25)
         _limits(axes, drawn, metric)
