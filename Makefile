@@ -39,7 +39,7 @@ test-slow: setup
 	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 bench: setup
-	@python -m benchmarks
+	@python -m benchmarks && python -m benchmarks.pursuit
 
 lint: setup
 	@ruff check .

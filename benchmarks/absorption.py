@@ -1,11 +1,10 @@
 """Seconds for first-letter absorption of several SAEs: ours against stock SAE Bench 0.6.0.
 
-Run `python -m benchmarks.absorption [--saes 8] [--words 20]`.
+Run `python -m benchmarks absorption`.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -14,19 +13,16 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks import stock, stock_absorption
-from sae_research.errors import run_main
+from benchmarks import stock_absorption
 from sae_research.evals.absorption import evaluate, evaluation
 from sae_research.evals.absorption.words import LETTERS, alphabetic_words, in_prompts
-from sae_research.evals.inputs import SAE_FOLDER, load_saes
-from sae_research.lm import LanguageModel, load_language_model
-from sae_research.lm.load import packaged_folder
-from sae_research.params import Params, load_params
+from sae_research.lm import LanguageModel
+from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.store import StageFolder
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
             words_per_letter: int = 20) -> dict[str, tuple[float, float]]:
     """(our seconds, stock's) for all `saes` together, from words to results, nothing cached beforehand.
 
@@ -45,7 +41,6 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Param
     for letter in LETTERS:
         of_letter = [word for word in vocabulary if word.strip().lower().startswith(letter)]
         reduced += [of_letter[i] for i in generator.permutation(len(of_letter))[:words_per_letter]]
-    model = stock.hooked_model(packaged_folder(params.model.name))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         words = in_prompts(lm, sorted(reduced), params.absorption, params.random_seed)
@@ -57,19 +52,3 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Param
         theirs = time.perf_counter() - start
     letters = len(next(iter(results.values()))["eval_result_details"])
     return {f"absorption, {len(chosen)} SAEs, {len(words.texts)} words, {letters} letters": (ours, theirs)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saes", type=int, default=8, help="how many token-level SAEs, in the manifest's order")
-    parser.add_argument("--words", type=int, default=20, help="words of each letter")
-    options = parser.parse_args()
-    params = load_params()
-    lm = load_language_model(params.model.name, "cpu")
-    saes = {name: sae for name, sae in load_saes(SAE_FOLDER, lm).items() if sae.per_token}
-    for row, (ours, theirs) in compare(dict(list(saes.items())[:options.saes]), lm, params, options.words).items():
-        print(f"{row}: ours {ours:.1f} s, stock {theirs:.1f} s, {theirs / ours:.1f}x")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,11 +1,10 @@
 """Seconds for unlearning of several SAEs: ours against stock SAE Bench 0.6.0.
 
-Run `python -m benchmarks.unlearning [--saes 8] [--questions 4]`.
+Run `python -m benchmarks unlearning`.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -14,16 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import stock, stock_unlearning
+from benchmarks import stock_unlearning
 from benchmarks.open_book import open_book_rows
-from sae_research.errors import run_main
-from sae_research.evals.inputs import SAE_FOLDER, by_hook, load_saes
+from sae_research.evals.inputs import by_hook
 from sae_research.evals.unlearning.evaluation import Material, measure
 from sae_research.evals.unlearning.prompts import Known, Prompt, find_known, question_text
 from sae_research.evals.unlearning.results import Record
-from sae_research.lm import LanguageModel, load_language_model
-from sae_research.lm.load import packaged_folder
-from sae_research.params import Params, load_params
+from sae_research.lm import LanguageModel
+from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.text.questions import Question
 from sae_research.text.stream import pack_documents
@@ -33,8 +30,8 @@ PROMPT_FORMAT = "<|endoftext|>{prompt}\n"
 SETS = {stock_unlearning.FORGET_SET: "biology", "other_science": "other science"}
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, questions: int = 4,
-            contexts: int = 16) -> dict[str, tuple[float, float]]:
+def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
+            questions: int = 4, contexts: int = 16) -> dict[str, tuple[float, float]]:
     """(our seconds, stock's) for all `saes` together, from densities to every configuration's answers, nothing cached
     beforehand.
 
@@ -51,7 +48,6 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Param
         ("forget", config.forget_corpus), ("retain", config.retain_corpus))}
     asked, material = _questions(lm, questions, params, corpora)
     known = {name: list(range(questions)) for name in asked}
-    model = stock.hooked_model(packaged_folder(params.model.name))
     start = time.perf_counter()
     ours = {name: record for hook, members in by_hook(saes).items()
             for name, record in measure(members, lm, hook, params, material)}
@@ -109,19 +105,3 @@ def _agreement(ours: Record, theirs: dict[str, Any], sets: list[str]) -> str:
         same += sum(a == b for a, b in zip(judged, correct, strict=True))
         total += len(correct)
     return f"{same} of {total} answers judged alike"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saes", type=int, default=8)
-    parser.add_argument("--questions", type=int, default=4, help="of each of two sets")
-    options = parser.parse_args()
-    params = load_params()
-    lm = load_language_model(params.model.name, "cpu")
-    saes = dict(list(load_saes(SAE_FOLDER, lm).items())[:options.saes])
-    for name, (ours, theirs) in compare(saes, lm, params, options.questions).items():
-        print(f"{name:55}{ours:8.1f}s{theirs:8.1f}s{theirs / ours:7.1f}x")
-
-
-if __name__ == "__main__":
-    run_main(main)

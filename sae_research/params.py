@@ -290,9 +290,9 @@ class SparseProbingSaeProbes(Section):
     max_texts: Annotated[int, Field(ge=132)] | None = 300
     """Rows of a task that SAE Bench's split draws from, half of either class: 99 to test on, at most 1024 to train on.
     null takes all (up to 5000), as stock does."""
-    probe_train_set_size: Annotated[int, Field(ge=32)] = 160
+    probe_train_set_size: Annotated[int, Field(ge=32)] = 140
     """Distinct texts in our split, half of either class; fewer where a task has no more."""
-    probe_test_set_size: Annotated[int, Field(ge=16)] = 80
+    probe_test_set_size: Annotated[int, Field(ge=16)] = 70
 
 
 class MetaSAE(Section):

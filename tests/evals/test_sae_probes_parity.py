@@ -28,10 +28,10 @@ ONE_TEXT = 1 / 99
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    lm = load_language_model(fixture.params("folds").model.name, "cpu")  # from the project's own cache
     patch = pytest.MonkeyPatch()
     patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
     try:
-        lm = load_language_model(fixture.params("folds").model.name, "cpu")
         saes = fixture.make_saes(lm)
         return {config: dict(sae_probes.evaluate(saes, lm, fixture.params(config), StageFolder(
             tmp_path_factory.mktemp(config)))) for config in fixture.CONFIGS}
