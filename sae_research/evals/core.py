@@ -29,14 +29,21 @@ from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, m
 from sae_research.lm import Batch, LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
-from sae_research.stats import CleanPredictions, ReconstructionStats, latent_weights, losses, reconstruction, weights
+from sae_research.stats import (
+    CleanPredictions,
+    ReconstructionStats,
+    density_histogram,
+    latent_weights,
+    losses,
+    reconstruction,
+    weights,
+)
 from sae_research.store import ResultCache, StageFolder, fingerprint
-from sae_research.text.stream import token_contexts
+from sae_research.text.stream import Contexts, token_contexts
 
 _SOURCES = (losses, reconstruction, weights, sae_bench_stats, output, inputs, mask, pool, clusters)
 Sums = dict[str, float | list[float]]
 """By quantity; lists hold one number per cluster."""
-_HISTOGRAM_EDGES = [x / 4 for x in range(-20, 1)]  # log10 of density, from 1e-5 to 1
 
 
 class _Text(NamedTuple):
@@ -82,10 +89,11 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
              *, tokens: Tensor | None = None, lab: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `CoreEvalOutput` in plain data.
 
-    tokens: [contexts, seq], by default the core_eval split of the configured text. The first
-    `n_eval_reconstruction_batches` batches serve predictions, the next `n_eval_sparsity_variance_batches` serve
-    sparsity and variance, as SAE Bench has it. `lab=False` leaves our own definitions out, for timings against stock at
-    equal work. Raises `UserError` for text that runs out or an encoder that fails.
+    tokens: [contexts, seq], by default the core_eval split of the configured text, from all over which the contexts for
+    predictions are taken. The first `n_eval_reconstruction_batches` batches serve predictions, the next
+    `n_eval_sparsity_variance_batches` serve sparsity and variance, as SAE Bench has it. `lab=False` leaves our own
+    definitions out, for timings against stock at equal work. Raises `UserError` for text that runs out or an encoder
+    that fails.
     """
     text = _text(lm, params, tokens)
     for hook, members in by_hook(saes).items():
@@ -105,8 +113,17 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     if tokens is not None:
         tokens = tokens[:last]
         return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
-    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", last * params.text.context_size)
+    contexts = _spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
+                                      last * params.text.context_size), first)
     return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
+
+
+def _spread(contexts: Contexts, n: int) -> Contexts:
+    """The same contexts in another order: first `n` that are spread evenly over the text, then the others. Contexts that
+    follow one another are often of one document; predictions are costly, and are better made on many documents."""
+    chosen = np.linspace(0, len(contexts.tokens) - 1, n).round().astype(int)
+    order = np.concatenate([chosen, np.setdiff1d(np.arange(len(contexts.tokens)), chosen)])
+    return contexts._replace(tokens=contexts.tokens[order], doc_ids=contexts.doc_ids[order])
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:
@@ -199,8 +216,6 @@ def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mas
 def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, Any]:
     latent, sequences = latent_weights(sae), max(state.sequences, 1)
     bench_density, density = state.sae_bench.density(), state.lab.density
-    alive = density[density > 0].log10()
-    counts = torch.histc(alive.clamp(_HISTOGRAM_EDGES[0], 0), len(_HISTOGRAM_EDGES) - 1, _HISTOGRAM_EDGES[0], 0)
     return {
         "sae_bench": _minus_one_for_nan({**state.sae_bench.metrics(),
                                          "misc_metrics": misc_metrics(bench_density, latent)}),
@@ -209,8 +224,7 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
                 "fraction_tokens_kept": state.kept / max(state.total, 1)},
         "clusters": state.by_cluster.as_lists(),
         "interpolating_fraction": state.interpolating / sequences,
-        "density_histogram": {"log10_edges": _HISTOGRAM_EDGES, "counts": [int(c) for c in counts],
-                              "dead": int((density == 0).sum())},
+        "density_histogram": density_histogram(density),
     }
 
 

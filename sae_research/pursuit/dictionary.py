@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ MAX_GRAM_BYTES = 2 * 2**30
 first taken. On CUDA the limit is a quarter of the device's memory."""
 NORM_TOLERANCE = 1e-3
 """A row whose norm differs from 1 by more is no unit atom but for rounding."""
+MAX_PRECISE_BYTES = 512 * 2**20
+"""Largest Gram matrix kept in float64."""
 WIDTH_MULTIPLE = 64
 """Dictionaries are padded with zero atoms to a multiple of this, which compiled kernels ask for."""
 
@@ -134,6 +137,8 @@ class Dictionary:
         self.max_chunk_bytes = MAX_CHUNK_BYTES if max_chunk_bytes is None else max_chunk_bytes
         self.max_gram_bytes = _gram_limit(atoms_FD.device) if max_gram_bytes is None else max_gram_bytes
         self._rows: dict[torch.dtype, GramRows] = {}
+        self.rounded: tuple[Tensor, float, float] | None = None
+        """What `screening` keeps of the atoms."""
 
     def gram(self, dtype: torch.dtype | None = None) -> GramRows:
         """Gram rows in `dtype` (the atoms' own by default), made when first asked for."""
@@ -146,6 +151,27 @@ class Dictionary:
     def gram_fits(self) -> bool:
         """Whether the whole Gram matrix, in the atoms' precision, keeps within the limit."""
         return len(self.atoms) ** 2 * self.atoms.dtype.itemsize <= self.max_gram_bytes
+
+    @cached_property
+    def precise_gram(self) -> Tensor | None:
+        """The Gram matrix in float64 [padded, padded], on the CPU and within the limits; else None. Least squares on
+        chosen atoms then gather its entries, which takes a fraction of the time of multiplying the atoms again."""
+        if self.atoms.device.type != "cpu" or 8 * len(self.atoms) ** 2 > min(MAX_PRECISE_BYTES, self.max_gram_bytes):
+            return None
+        atoms = self.atoms.double()
+        return atoms @ atoms.T
+
+    @cached_property
+    def coherence(self) -> float:
+        """Largest absolute cosine of two different usable atoms, where the Gram matrix fits; else 0."""
+        if not self.gram_fits:
+            return 0.0
+        highest = 0.0
+        for start in range(0, len(self.atoms), 256):
+            rows = self.gram().table[start:start + 256].abs()
+            rows.diagonal(start).zero_()
+            highest = max(highest, float(rows.max()))
+        return highest
 
     def correlations(self, x_ND: Tensor) -> Tensor:
         """Products with every atom [tokens, padded]."""

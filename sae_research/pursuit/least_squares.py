@@ -7,6 +7,9 @@ from torch import Tensor
 
 from sae_research.pursuit.dictionary import Dictionary
 
+COHERENT = 0.9
+"""Largest cosine of two atoms above which a dictionary's Gram matrices are not even tried in float32: with a trained
+dictionary nearly every support of a sequence holds such a pair, and the attempt would be lost."""
 WELL_CONDITIONED = 0.02
 """Smallest squared Cholesky pivot of a Gram matrix of unit atoms (1 for orthogonal ones) that is trusted in float32:
 errors of coefficients stay near 1e-5."""
@@ -20,9 +23,10 @@ def fit(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor, correlations_
     """Coefficients [problems, tokens, support] of minimum norm that minimise `|x - z atoms|`.
 
     support_NU: different atoms of each problem, -1 where it has fewer than others. x_NTD: its tokens.
-    correlations_NTU: their products with the support's atoms. Normal equations by Cholesky, in float32 where its pivots
-    say that is safe, else in float64; the dual equations where a support has d_in atoms or more; a singular value
-    decomposition, problem by problem, where those are singular. Coefficients at -1 are zero.
+    correlations_NTU: their products with the support's atoms. Normal equations by Cholesky, in float32 where the
+    dictionary is incoherent and the pivots say that is safe, else in float64; the dual equations where a support has d_in
+    atoms or more; a singular value decomposition, problem by problem, where those are singular. Coefficients at -1 are
+    zero.
     """
     valid_NU = support_NU >= 0
     z_NTU = torch.zeros_like(correlations_NTU)
@@ -32,12 +36,12 @@ def fit(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor, correlations_
     rhs_NTU = torch.where(valid_NU[:, None], correlations_NTU, 0.0)
     left = torch.arange(len(support_NU), device=support_NU.device)
     wide = valid_NU.sum(1) >= x_NTD.shape[2]
-    if rhs_NTU.dtype == torch.float32:
+    if rhs_NTU.dtype == torch.float32 and dictionary.coherence < COHERENT:
         left = _attempt(z_NTU, left[~wide], lambda i: _normal_float32(dictionary, support_NU[i], rhs_NTU[i]))
         left = torch.cat([left, wide.nonzero()[:, 0]])
     for wanted, solve in ((~wide, _normal_float64), (wide, _dual_float64)):
         def attempt(i: Tensor, solve=solve) -> tuple[Tensor, Tensor]:
-            return solve(_gathered(dictionary, support_NU[i]), valid_NU[i], x_NTD[i].double())
+            return solve(dictionary, support_NU[i], x_NTD[i].double())
 
         remaining = _attempt(z_NTU, left[wanted[left]], attempt)
         for i in remaining.tolist():
@@ -72,12 +76,19 @@ def _normal_float32(dictionary: Dictionary, support_NU: Tensor, rhs_NTU: Tensor)
     return _cholesky(gram_NUU, support_NU >= 0, rhs_NTU, WELL_CONDITIONED**0.5)
 
 
-def _normal_float64(atoms_NUD: Tensor, valid_NU: Tensor, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
-    return _cholesky(atoms_NUD @ atoms_NUD.mT, valid_NU, x_NTD @ atoms_NUD.mT, SINGULAR)
+def _normal_float64(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
+    atoms_NUD = _gathered(dictionary, support_NU)
+    if dictionary.precise_gram is None:
+        gram_NUU = atoms_NUD @ atoms_NUD.mT
+    else:
+        index_NU = support_NU.clamp_min(0)
+        gram_NUU = dictionary.precise_gram[index_NU[:, :, None], index_NU[:, None, :]]
+    return _cholesky(gram_NUU, support_NU >= 0, x_NTD @ atoms_NUD.mT, SINGULAR)
 
 
-def _dual_float64(atoms_NUD: Tensor, valid_NU: Tensor, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
+def _dual_float64(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum norm where atoms span everything: `z = x (A^T A)^-1 A^T`."""
+    atoms_NUD = _gathered(dictionary, support_NU)
     every = torch.ones(len(atoms_NUD), atoms_NUD.shape[2], dtype=torch.bool, device=atoms_NUD.device)
     solved, good = _cholesky(atoms_NUD.mT @ atoms_NUD, every, x_NTD, SINGULAR)
     return solved @ atoms_NUD.mT, good

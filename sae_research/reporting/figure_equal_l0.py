@@ -14,7 +14,7 @@ from sae_research.reporting.canvas import INK, MUTED, SMALL, TEXT, log_axis, pla
 from sae_research.reporting.equal_l0 import Curve, Grid, at, common_l0, common_range, grids
 from sae_research.reporting.metrics import Metric, headline
 from sae_research.reporting.run import Run
-from sae_research.reporting.style import Look
+from sae_research.reporting.style import Look, marker_size
 
 LOG_Y = {"kl", "ce_delta"}
 STEPS = 12
@@ -58,8 +58,8 @@ def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Ma
         style = look[grid.group]
         if curve:
             axes.plot(*zip(*_drawn(curve), strict=True), color=style.color, linestyle=line, linewidth=1.4, zorder=2.8)
-            axes.plot(*zip(*curve, strict=True), linestyle="none", color=style.color, marker=style.marker, markersize=6,
-                      markeredgecolor="white", markeredgewidth=0.6, zorder=3)
+            axes.plot(*zip(*curve, strict=True), linestyle="none", color=style.color, marker=style.marker,
+                      markersize=marker_size(style, 6.0), markeredgecolor="white", markeredgewidth=0.6, zorder=3)
         ticks = [(x, y) for x in places if len(curve) > 1 and (y := at(curve, x)) is not None]
         if ticks:
             axes.plot(*zip(*ticks, strict=True), linestyle="none", marker="|", markersize=7, color=style.color, zorder=2.5)
@@ -85,7 +85,8 @@ def _legend(figure: Figure, found: Sequence[Grid], look: Mapping[str, Look]) -> 
     for grid, line in zip(found, _line_styles(found), strict=True):
         style, alone = look[grid.group], len(grid.curve(headline("l0"))) < 2
         handles.append(Line2D([], [], color=style.color, linestyle="none" if alone else line, marker=style.marker,
-                              markeredgecolor="white", label=grid.label + (" (one point)" if alone else "")))
+                              markersize=marker_size(style, 6.0), markeredgecolor="white",
+                              label=grid.label + (" (one point)" if alone else "")))
     wide = [grid for grid in found if len(grid.curve(headline("l0"))) > 1]
     if wide:
         handles.append(Line2D([], [], color=MUTED, linestyle="none", marker="|", markersize=7, label="interpolated"))

@@ -41,7 +41,7 @@ from sae_research.reporting.labels import Box, place_labels
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.plot_data import Point, points, residual_baseline
 from sae_research.reporting.run import Row, Run
-from sae_research.reporting.style import Look, looks, short_names
+from sae_research.reporting.style import Look, looks, marker_size, short_names
 
 IMAGES = Path("images")
 LOG_Y = {"kl"}
@@ -51,8 +51,6 @@ FLOOR = {"variance_explained": -0.25, "loss_recovered": -0.25}
 MARKER = 7.0
 LEGEND_SHARE = 0.24
 """Part of a single image's width that holds the legend."""
-SMALLER = {"D": 0.85, "s": 0.92, "*": 1.5}
-"""Markers that look larger or smaller than a circle of the same size."""
 
 
 def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: int = 1) -> list[Path]:
@@ -204,7 +202,7 @@ class Artist:
                 *zip(*places, strict=True),
                 linestyle="none",
                 marker=look.marker,
-                markersize=_size(look),
+                markersize=marker_size(look, MARKER),
                 color=look.color,
                 markerfacecolor=face,
                 markeredgecolor=edge,
@@ -300,7 +298,7 @@ class Artist:
         handles = []
         for name in dict.fromkeys(row.group for row in rows):
             look = self.look[name]
-            style = {**dot, **edge, "marker": look.marker, "color": look.color, "markersize": _size(look)}
+            style = {**dot, **edge, "marker": look.marker, "color": look.color, "markersize": marker_size(look, MARKER)}
             handles.append(Line2D([], [], label=name, **style))
         if any(row.interpolating for row in rows):
             label = "hollow: interpolates," + (" " if "ncols" in where else "\n") + "not comparable"
@@ -383,7 +381,3 @@ def _checked(architecture: str, chosen: Style) -> Look:
     if not is_color_like(chosen.color):
         raise UserError(f"{key}: unknown color {chosen.color!r}; a name such as red, or #RRGGBB")
     return Look(chosen.marker, chosen.color)
-
-
-def _size(look: Look) -> float:
-    return MARKER * SMALLER.get(look.marker, 1.0)

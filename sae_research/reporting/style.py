@@ -22,6 +22,7 @@ KNOWN: dict[str, Look] = {
     "topk": Look("s", "#D55E00"),
     "ihtp": Look("^", "#009E73"),
     "mpsae": Look("v", "#CC79A7"),
+    "omp": Look("*", "#000000"),
     "gated": Look("P", "#E69F00"),
     "jumprelu": Look("X", "#56B4E9"),
     "batchtopk": Look("p", "#A6761D"),
@@ -37,6 +38,14 @@ _SPARE = (
     Look("H", "#8B3A62"),
     Look("p", "#2F4F4F"),
 )
+
+_SIZES = {"D": 0.85, "s": 0.92, "*": 1.5}
+"""Markers that look larger or smaller than a circle of the same size."""
+
+
+def marker_size(look: Look, circle: float) -> float:
+    """Points at which a look's marker appears as large as a circle of `circle` points."""
+    return circle * _SIZES.get(look.marker, 1.0)
 
 
 def looks(architectures: Iterable[str], chosen: Mapping[str, Look] | None = None) -> dict[str, Look]:

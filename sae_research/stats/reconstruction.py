@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+HISTOGRAM_EDGES = [x / 4 for x in range(-20, 1)]
+"""log10 of density, from 1e-5 to 1"""
+
+
+def density_histogram(density_F: Tensor) -> dict[str, Any]:
+    """Latents by the decimal logarithm of the fraction of tokens they fire on [d_sae]; those that never do apart."""
+    alive = density_F[density_F > 0].log10()
+    counts = torch.histc(alive.clamp(HISTOGRAM_EDGES[0], 0), len(HISTOGRAM_EDGES) - 1, HISTOGRAM_EDGES[0], 0)
+    return {"log10_edges": HISTOGRAM_EDGES, "counts": [int(c) for c in counts], "dead": int((density_F == 0).sum())}
 
 
 class ReconstructionStats:

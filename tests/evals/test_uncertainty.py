@@ -58,6 +58,14 @@ def test_only_the_contexts_asked_for_belong_and_other_tokens_are_another_key() -
     assert clusters.clusters_of(text, 0, 1).about == first.about
 
 
+def test_contexts_for_predictions_come_from_all_over_the_text() -> None:
+    text = contexts([[-1, doc, doc] for doc in range(4) for _ in range(3)], ["x"] * 4)
+    spread = core._spread(text, 4)
+    assert spread.doc_ids[:4, 1].tolist() == [0, 1, 2, 3]
+    assert clusters.clusters_of(spread, 0, 4).about["documents"] == 4 > clusters.clusters_of(text, 0, 4).about["documents"]
+    assert sorted(map(tuple, spread.tokens.tolist())) == sorted(map(tuple, text.tokens.tolist()))
+
+
 def test_very_many_documents_are_pooled() -> None:
     found = clusters.clusters_of(contexts([list(range(2000))], ["x"] * 2000), 0, 1)
     assert found.count <= clusters.MAX_CLUSTERS

@@ -15,7 +15,7 @@ from tests.reporting.conftest import SAES, Lab
 PROJECT = Path(__file__).parents[2]
 CORE = ["extract_metrics", "core", "eval_results/core", "metrics/core.json"]
 COMMANDS = (CORE, ["process_results"], ["visualize_results"], ["generate_report"])
-SECONDS, DRAWING_SECONDS = 0.6, 2.5
+SECONDS, DRAWING_SECONDS = 0.6, 4.0
 """Processor time a command may take with compiled bytecode: an import of torch alone costs 2 to 3 s."""
 
 
@@ -87,13 +87,13 @@ def imported(watched: set[str], *modules: str) -> set[str]:
 
 
 def test_commands_are_quick(lab: Lab, environment: dict[str, str]):
-    """Processor seconds, the least of three: a wall clock would measure whoever shares the machine."""
+    """Processor seconds, the least of up to three: a wall clock would measure whoever shares the machine."""
     for command in COMMANDS:
-        spent = []
-        for _ in range(3):
+        limit = DRAWING_SECONDS if command[0] == "visualize_results" else SECONDS
+        spent: list[float] = []
+        while len(spent) < 3 and (not spent or spent[-1] >= limit):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             assert start(lab, command, environment).returncode == 0
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        limit = DRAWING_SECONDS if command[0] == "visualize_results" else SECONDS
         assert min(spent) < limit, (command[0], spent)

@@ -193,7 +193,7 @@ def test_a_long_sequence_goes_in_parts(iterations: int) -> None:
     limit = 45_000
     (whole,), = thresholding.fit_sequences([x], make(W), [1], iterations=iterations)
     dictionary = make(W, max_chunk_bytes=limit)
-    dictionary.gram()
+    _ = dictionary.gram(), dictionary.coherence, dictionary.precise_gram  # once per dictionary, within their own limits
     with Largest() as seen:
         (parts,), = thresholding.fit_sequences([x], dictionary, [1], iterations=iterations)
     assert torch.equal(whole.support, parts.support)
@@ -314,3 +314,25 @@ def test_badly_conditioned_supports_are_solved_with_minimum_norm() -> None:
     assert z.abs().max() < 50
     expected = loops.relative_error(x, ihtp_loop(x, W[:10], 10), W[:10])
     np.testing.assert_allclose(loops.relative_error(x, ihtp_z(x, make(W), 20), W), expected, atol=1e-6)
+
+
+def test_coherence_is_the_largest_cosine_of_two_atoms() -> None:
+    W = atoms(300)
+    cosines = (W @ W.T).abs().fill_diagonal_(0)
+    assert make(W).coherence == pytest.approx(float(cosines.max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_coherent_supports_are_solved_in_float64(precise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of atoms of cosine 0.9999: float32 equations would be off by percents; with and without a kept Gram matrix."""
+    g = torch.Generator().manual_seed(4)
+    base = torch.randn(8, D_IN, generator=g)
+    W = torch.nn.functional.normalize(torch.cat([base, base + 0.01 * torch.randn(8, D_IN, generator=g)]), dim=1)
+    d = make(W)
+    assert d.coherence > 0.999
+    if not precise:
+        monkeypatch.setattr(type(d), "precise_gram", None)
+    x = torch.randn(5, D_IN, generator=g)
+    (fitted,), = thresholding.fit_sequences([x], d, [len(W)])
+    wanted = torch.linalg.lstsq(W.double().T, x.double().T).solution.T
+    torch.testing.assert_close(fitted.z.double(), wanted, rtol=1e-4, atol=1e-4)
