@@ -39,7 +39,7 @@ from sae_research.stats import (
     weights,
 )
 from sae_research.store import ResultCache, StageFolder, fingerprint
-from sae_research.text.stream import Contexts, token_contexts
+from sae_research.text.stream import spread, token_contexts
 
 _SOURCES = (losses, reconstruction, weights, sae_bench_stats, output, inputs, mask, pool, clusters)
 Sums = dict[str, float | list[float]]
@@ -113,17 +113,9 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     if tokens is not None:
         tokens = tokens[:last]
         return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
-    contexts = _spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                                      last * params.text.context_size), first)
+    contexts = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
+                                     last * params.text.context_size), first)
     return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
-
-
-def _spread(contexts: Contexts, n: int) -> Contexts:
-    """The same contexts in another order: first `n` that are spread evenly over the text, then the others. Contexts that
-    follow one another are often of one document; predictions are costly, and are better made on many documents."""
-    chosen = np.linspace(0, len(contexts.tokens) - 1, n).round().astype(int)
-    order = np.concatenate([chosen, np.setdiff1d(np.arange(len(contexts.tokens)), chosen)])
-    return contexts._replace(tokens=contexts.tokens[order], doc_ids=contexts.doc_ids[order])
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:

@@ -30,7 +30,7 @@ from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import CleanPredictions, ReconstructionStats
 from sae_research.store import round_significant
-from sae_research.text.stream import token_contexts
+from sae_research.text.stream import spread, token_contexts
 
 LOSS_CONTEXTS = 4
 STATISTICS_CONTEXTS = 16
@@ -74,8 +74,8 @@ def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
     own = {Member("", name, 0): sae for name, sae in saes.items()
            if sae.cfg.role in ("baseline", "comparison") and sae.cfg.hook_name == hook}
     found = own | dict(_members({"trained": baseline} | {key: saes[name] for key, name in CONTROLS.items()}))
-    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                              (LOSS_CONTEXTS + STATISTICS_CONTEXTS) * params.text.context_size)
+    contexts = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
+                                     (LOSS_CONTEXTS + STATISTICS_CONTEXTS) * params.text.context_size), LOSS_CONTEXTS)
     acts = HookActivations(lm, hook, contexts.tokens, params)
     rows = [member._asdict() | figures for member, figures in _measure(found, acts).items()]
     return round_significant({

@@ -50,6 +50,51 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     return contexts
 
 
+def spread(contexts: Contexts, n: int) -> Contexts:
+    """The same contexts in another order: first `n` that are spread evenly over the text, then the others.
+
+    Contexts that follow one another are often of one document; what is costly is better measured on many documents.
+    """
+    chosen = np.linspace(0, len(contexts.tokens) - 1, n).round().astype(int)
+    order = np.concatenate([chosen, np.setdiff1d(np.arange(len(contexts.tokens)), chosen)])
+    return contexts._replace(tokens=contexts.tokens[order], doc_ids=contexts.doc_ids[order])
+
+
+def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str, n_tokens: int,
+                   chunk_contexts: int) -> Iterator[Contexts]:
+    """The contexts of `token_contexts`, `chunk_contexts` at a time, with memory that does not grow with `n_tokens`.
+
+    `doc_ids` count through the whole stream; `documents` and `sources` list those met so far. Raises `UserError` when
+    the text runs out, once all of it was handed out.
+    """
+    size, wanted, made = text.context_size - 1, -(-n_tokens // text.context_size), 0
+    names: list[str] = []
+    sources: list[str] = []
+    texts = documents(text, split)
+    held_tokens, held_docs = np.empty(0, np.int64), np.empty(0, np.int64)
+    while made < wanted:
+        rows = min(chunk_contexts, wanted - made)
+        parts = [(held_tokens, held_docs)]
+        missing = rows * size - len(held_tokens)
+        while missing > 0 and (batch := list(islice(texts, TOKENIZER_BATCH))):
+            for part in _encoded(tokenizer, separator_id, batch, len(names)):
+                parts.append(part)
+                missing -= len(part[0])
+            names += [document.doc_id for document in batch]
+            sources += [document.source for document in batch]
+        held_tokens, held_docs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        whole = min(len(held_tokens) // size, rows)
+        if whole:
+            cut = whole * size
+            yield Contexts(_pack(held_tokens[:cut], separator_id, size),
+                           _pack(held_docs[:cut], SEPARATOR_DOC, size).int(), names, sources)
+            held_tokens, held_docs = held_tokens[cut:], held_docs[cut:]
+            made += whole
+        if whole < rows:
+            raise UserError(f"text.dataset {text.dataset}: the split {split} ends after {made * text.context_size:,} of "
+                            f"{n_tokens:,} tokens; ask for fewer tokens or give more text")
+
+
 def pack_documents(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], context_size: int,
                    n_contexts: int) -> Contexts:
     """Contexts of the documents' tokens: `n_contexts`, or as many whole ones as the documents fill."""
@@ -68,20 +113,28 @@ def _token_stream(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: 
     used: list[Document] = []
     total = 0
     while batch := list(islice(texts, TOKENIZER_BATCH)):
-        encoded = tokenizer([document.text for document in batch], add_special_tokens=False,
-                            return_attention_mask=False, verbose=False)["input_ids"]
-        for document, ids in zip(batch, encoded, strict=True):
-            separated = [*([separator_id] if used else []), *ids]
-            ids_of_docs = np.full(len(separated), len(used), np.int64)
-            ids_of_docs[:len(separated) - len(ids)] = SEPARATOR_DOC
-            tokens.append(np.asarray(separated, np.int64))
+        for document, (ids, ids_of_docs) in zip(
+                batch, _encoded(tokenizer, separator_id, batch, len(used)), strict=True):
+            tokens.append(ids)
             docs.append(ids_of_docs)
             used.append(document)
-            total += len(separated)
+            total += len(ids)
             if total >= length:
                 return np.concatenate(tokens)[:length], np.concatenate(docs)[:length], used
     empty = np.empty(0, np.int64)
     return np.concatenate([empty, *tokens]), np.concatenate([empty, *docs]), used
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, separator_id: int, batch: list[Document],
+             first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, document indices) of documents numbered from `first` on, each but document 0 led by a separator."""
+    encoded = tokenizer([document.text for document in batch], add_special_tokens=False,
+                        return_attention_mask=False, verbose=False)["input_ids"]
+    for number, ids in enumerate(encoded, first):
+        lead = [separator_id] if number else []
+        docs = np.full(len(lead) + len(ids), number, np.int64)
+        docs[:len(lead)] = SEPARATOR_DOC
+        yield np.asarray([*lead, *ids], np.int64), docs
 
 
 def _pack(stream: np.ndarray, first: int, size: int) -> torch.Tensor:

@@ -129,6 +129,7 @@ def test_parsing_equals_stock() -> None:
     assert prompts.parse_predictions("²") is None, "SAE Bench stops with an error here"
 
 
+@pytest.mark.slow
 def test_scores_agree_with_stock_within_its_own_spread(lm: LanguageModel, settings: Params, tmp_path: Path) -> None:
     """The whole evaluation against the same judge by rule, over the same ten seeds; draws differ."""
     tokens = fixture.tokens_of(lm, settings)

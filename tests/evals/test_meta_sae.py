@@ -40,6 +40,7 @@ def assert_same_distribution(ours: np.ndarray, stock: np.ndarray) -> None:
     assert 0.25 < ours.std(ddof=1) / stock.std(ddof=1) < 4
 
 
+@pytest.mark.slow
 def test_figures_lie_within_stocks_spread() -> None:
     stock = np.array(STOCK["decoder_fraction_variance_explained"])
     assert_same_distribution(explained(range(5)), stock)

@@ -7,17 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from fixtures import make_sae_bench as fixture
+from torch import Tensor
 
 from sae_research.evals import core, sparse_probing
 from sae_research.evals.probes import Draw, top_k_accuracy
 from sae_research.evals.text_means import TextActivations
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.saes import SparseAutoencoder
+from sae_research.saes import SparseAutoencoder, families
 from sae_research.store import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
@@ -39,7 +40,29 @@ def ours(lm: LanguageModel, saes: dict[str, SparseAutoencoder], tmp_path_factory
     patch = pytest.MonkeyPatch()
     patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
     try:
-        return dict(core.evaluate(saes, lm, fixture.PARAMS, tokens=fixture.core_tokens(lm)))
+        return dict(core.evaluate(saes, lm, fixture.PARAMS, tokens=fixture.core_tokens(lm), lab=False))
+    finally:
+        patch.undo()
+
+
+class Probed(NamedTuple):
+    """What probing reads: pooled features of the model and of every SAE, and each text's row."""
+
+    raw: Tensor
+    latents: dict[str, Tensor]
+    tasks: list[Any]
+
+
+@pytest.fixture(scope="module")
+def probed(lm: LanguageModel, saes: dict[str, SparseAutoencoder], tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    patch, params, folder = pytest.MonkeyPatch(), fixture.PARAMS, tmp_path_factory.mktemp("project")
+    patch.setenv("DVC_ROOT", str(folder))
+    try:
+        texts = sparse_probing._load(lm, params, StageFolder(folder / "out"))
+        group = TextActivations(lm, fixture.HOOK, texts.tokens, params, params.sparse_probing.context_length)
+        return Probed(group.raw_means().sae_bench, {name: means.sae_bench for names in families(saes)
+                                                        for name, means in group.latent_means({n: saes[n] for n in names})},
+                      fixture.load_tasks())
     finally:
         patch.undo()
 
@@ -63,20 +86,15 @@ def test_latent_records_equal_stock(form: str, ours: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_probes_equal_stock_given_its_draws(form: str, lm: LanguageModel, saes: dict[str, SparseAutoencoder],
-                                            in_project: Path) -> None:
+def test_probes_equal_stock_given_its_draws(form: str, probed: Probed) -> None:
     """Every top-k accuracy, of latents and of raw activations, to one test text."""
-    params, tasks, stock = fixture.PARAMS, fixture.load_tasks(), STOCK["sparse_probing"][form]
-    texts = sparse_probing._load(lm, params, StageFolder(in_project / "out"))
-    group = TextActivations(lm, fixture.HOOK, texts.tokens, params, params.sparse_probing.context_length)
-    raw = group.raw_means().sae_bench
-    latents = dict(group.latent_means({form: saes[form]}))[form].sae_bench
+    params, tasks, stock = fixture.PARAMS, probed.tasks, STOCK["sparse_probing"][form]
     row_of = _row_numbers(tasks)
     one_text = 1.0 / params.sparse_probing.probe_test_set_size + 1e-9
     draws = iter(stock["draws"])
     ks = params.sparse_probing.k_values
     for task in tasks:
-        for prefix, features in (("llm", raw), ("sae", latents)):
+        for prefix, features in (("llm", probed.raw), ("sae", probed.latents[form])):
             for k in (None, *ks):  # the order in which SAE Bench fits; None is its full probe
                 for label in task.train:
                     train, test = (_draw(next(draws), row_of[task.name][split], label) for split in ("train", "test"))

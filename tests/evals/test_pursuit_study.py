@@ -77,7 +77,7 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
     """The study's figures on its contexts equal the core evaluation's on the same ones."""
     from sae_research.evals import core
     from sae_research.evals.pool import HookActivations
-    from sae_research.text.stream import token_contexts
+    from sae_research.text.stream import spread, token_contexts
 
     params = make_params(core_eval={"batch_size_prompts": 4, "n_eval_reconstruction_batches": 1,
                                     "n_eval_sparsity_variance_batches": 4})
@@ -87,7 +87,8 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
         sae.cfg = sae.cfg.replace(hook_name=HOOK)
     expected = {name: result["eval_result_unstructured"]["lab_v1"]["metrics"]
                 for name, result in core.evaluate(saes, lm, params)}
-    tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 20 * params.text.context_size).tokens
+    tokens = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
+                                   20 * params.text.context_size), 4).tokens
     members = {pursuit_study.Member("trained", name, 1): sae for name, sae in saes.items()}
     for member, figures in pursuit_study._measure(members, HookActivations(lm, HOOK, tokens, params)).items():
         for key in ("l0", "variance_explained", "loss_recovered", "support"):

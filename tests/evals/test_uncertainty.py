@@ -15,6 +15,7 @@ from sae_research.evals import clusters, core, sparse_probing
 from sae_research.intervals import accuracy, difference, ratio
 from sae_research.lm import LanguageModel
 from sae_research.store import StageFolder
+from sae_research.text import stream
 from sae_research.text.split import split_of
 from sae_research.text.stream import Contexts
 
@@ -60,10 +61,10 @@ def test_only_the_contexts_asked_for_belong_and_other_tokens_are_another_key() -
 
 def test_contexts_for_predictions_come_from_all_over_the_text() -> None:
     text = contexts([[-1, doc, doc] for doc in range(4) for _ in range(3)], ["x"] * 4)
-    spread = core._spread(text, 4)
-    assert spread.doc_ids[:4, 1].tolist() == [0, 1, 2, 3]
-    assert clusters.clusters_of(spread, 0, 4).about["documents"] == 4 > clusters.clusters_of(text, 0, 4).about["documents"]
-    assert sorted(map(tuple, spread.tokens.tolist())) == sorted(map(tuple, text.tokens.tolist()))
+    found = stream.spread(text, 4)
+    assert found.doc_ids[:4, 1].tolist() == [0, 1, 2, 3]
+    assert clusters.clusters_of(found, 0, 4).about["documents"] == 4 > clusters.clusters_of(text, 0, 4).about["documents"]
+    assert sorted(map(tuple, found.tokens.tolist())) == sorted(map(tuple, text.tokens.tolist()))
 
 
 def test_very_many_documents_are_pooled() -> None:
