@@ -22,7 +22,8 @@ from sae_research.lm import load_language_model
 from sae_research.lm.load import packaged_folder
 from sae_research.params import load_params
 
-PARTS = ("core_probing", "scr_tpp", "absorption", "sae_probes", "unlearning", "ravel", "autointerp")
+PARTS = ("core_probing", "scr_tpp", "absorption", "sae_probes", "unlearning", "ravel", "autointerp", "training", "transfer",
+         "analysis")
 """Modules of this package, each with `compare(saes, lm, model, params) -> {row: (our seconds, theirs)}`."""
 
 

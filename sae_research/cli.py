@@ -6,8 +6,11 @@ import argparse
 import subprocess
 from pathlib import Path
 
+from sae_research.analysis.cli import add_verb as add_analyze
 from sae_research.errors import UserError
+from sae_research.experiments import commands as experiments
 from sae_research.reporting import check
+from sae_research.sae_commands import add_verbs
 
 PRESETS = Path("presets")
 
@@ -20,7 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
                              description="Example: python -m sae_research repro --preset pythia-70m")
     repro.add_argument("--preset", default="", help="a file of presets/, one -S override a line")
     verbs.add_parser("check", help="say what failed in the last run", description="Example: python -m sae_research check")
+    add_verbs(verbs)
+    experiments.add_verbs(verbs)
+    add_analyze(verbs)
     options = parser.parse_args(arguments)
+    if "run" in options:
+        return options.run(options)
     if options.verb == "check":
         return check.report(compare=True)
     return run_pipeline(options.preset)

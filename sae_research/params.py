@@ -9,10 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
+from sae_research.analysis_params import Analysis
+from sae_research.dashboard_params import Dashboards
 from sae_research.errors import UserError
 from sae_research.recipe_params import TrainedSAE, recipe_model
 from sae_research.section import Fraction, Positive, Section
 from sae_research.store import SLUG
+from sae_research.tracking_params import Tracking
+from sae_research.transfer_params import Transfer
 
 
 class Model(Section):
@@ -48,23 +52,62 @@ class Train(Section):
     """Tokens of text that the language model reads; those that count are trained on."""
     batch_size: Positive = 512
     """Activations per optimiser step."""
+    accumulation_steps: Positive = 1
+    """A step's batch goes through in this many equal parts whose gradients add up: the same step in less memory. What
+    a recipe takes over a batch (BatchTopK's limit, JumpReLU's L0, the auxiliary loss's variance) it takes over a part."""
     buffer_tokens: Positive = 65_536
-    """Activations held and shuffled at a time."""
+    """Activations held and shuffled at a time, for each hook."""
     llm_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     held_out_tokens: Positive = 8_192
+    evaluate_tokens: Annotated[int, Field(ge=0)] = 1_024
+    """Held-out tokens on which predictions are compared with the reconstruction in place; 0 leaves that out."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of every SAE that gives none of its own; null: its recipe's default."""
     warmup_fraction: Fraction = 0.05
     sparsity_warmup_fraction: Fraction = 0.1
     decay_fraction: Fraction = 0.3
     dead_fraction: Fraction = 0.05
     """A latent silent for this fraction of the run counts as dead (auxiliary loss of the TopK family)."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] | None = None
+    """Where SAEs and the shuffled activations live; null: where the language model is (`model.device`)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; parameters, moments and losses stay float32."""
+    checkpoint_seconds: Annotated[float, Field(gt=0)] | None = 60.0
+    """Time between checkpoints under .cache/train/, from which an interrupted run goes on; null: none by time."""
+    checkpoint_steps: Positive | None = None
+    """The same in optimiser steps."""
+    saved_checkpoints: Annotated[int, Field(ge=0, le=20)] = 0
+    """SAEs of this many moments are kept beside the finished one, in checkpoints/step_N/: the first step's start, then
+    fractions of the run half a decade apart that end at 10^-0.5 (7: 0, 0.1 %, 0.3 %, 1 %, 3 %, 10 % and 32 %)."""
     saes: dict[str, TrainedSAE] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _share_learning_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("learning_rate") is not None and isinstance(values.get("saes"), dict):
+            shared = {"learning_rate": values["learning_rate"]}
+            saes = {name: shared | sae if isinstance(sae, dict) else sae for name, sae in values["saes"].items()}
+            return {**values, "saes": saes}
+        return values
+
     @model_validator(mode="after")
-    def _slugs(self) -> Train:
+    def _sound(self) -> Train:
         for name in self.saes:
             if not SLUG.match(name):
                 raise ValueError(f"saes: the name {name!r} must be made of a-z, 0-9 and _")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation_steps "
+                             f"{self.accumulation_steps} equal parts")
         return self
+
+    def hook_of(self, name: str) -> str:
+        """The hook that an SAE of `saes` is trained at."""
+        return self.saes[name].hook_name or self.hook_name
+
+    @property
+    def hooks(self) -> list[str]:
+        """Every hook an SAE is trained at, in order of first use."""
+        return list(dict.fromkeys(self.hook_of(name) for name in self.saes))
 
 
 class BaselineSAE(Section):
@@ -180,6 +223,9 @@ class EvalTypes(Section):
     meta_sae: bool = False
     autointerp: bool = False
     ravel: bool = False
+    transfer: bool = False
+    dashboards: bool = False
+    """A site to look at latents with, in dashboards/."""
 
 
 class CoreEval(Section):
@@ -424,6 +470,10 @@ class Params(Section):
     meta_sae: MetaSAE = MetaSAE()
     autointerp: Autointerp = Autointerp()
     ravel: Ravel = Ravel()
+    transfer: Transfer = Transfer()
+    analysis: Analysis = Analysis()
+    dashboards: Dashboards = Dashboards()
+    tracking: Tracking = Tracking()
     activation_caching: ActivationCaching = ActivationCaching()
     visualization: Visualization = Visualization()
 
@@ -442,11 +492,16 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as `model:` and `eval_types:`")
+    return check_params(values, str(path))
+
+
+def check_params(values: dict[str, Any], where: str) -> Params:
+    """Parameters from nested values. Raises `UserError` that begins with `where` and names the key that is wrong."""
     try:
         return Params.model_validate(values)
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
-        raise UserError(f"{path}: " + "; ".join(lines)) from None
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
 
 
 def _explain(item: dict[str, Any]) -> str:

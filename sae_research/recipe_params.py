@@ -17,6 +17,8 @@ class SAERecipe(Section):
 
     recipe: str
     d_sae: Positive
+    hook_name: str | None = None
+    """Where in the model; null takes `train.hook_name`. All hooks of a run are read in one pass."""
     learning_rate: Annotated[float, Field(gt=0)] = 3.0e-3
     """Adam's at its height: some ten times the literature's, because a run of minutes has some hundred steps."""
     init: Literal["data_rows", "random"] = "data_rows"

@@ -12,6 +12,7 @@ from pathlib import Path
 from sae_research.errors import run_main
 from sae_research.reporting.extract import aggregate, extract
 from sae_research.reporting.metrics import EVALS
+from sae_research.reporting.transfer_metrics import extract_transfer
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in EVALS:
+    for name in (*EVALS, "transfer"):
         command = commands.add_parser(name, help=f"metrics of the {name} evaluation")
         command.add_argument("results", type=Path, help="folder of *_eval_results.json")
         command.add_argument("output", type=Path)
@@ -29,6 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "aggregate":
         aggregate(arguments.inputs, arguments.output)
+    elif arguments.command == "transfer":
+        extract_transfer(arguments.results, arguments.output)
     else:
         extract(arguments.command, arguments.results, arguments.output)
 

@@ -12,6 +12,7 @@ from sae_research.params import load_params  # noqa: E402
 from sae_research.reporting.figures import draw_all  # noqa: E402
 from sae_research.reporting.plot_data import write_plot_data  # noqa: E402
 from sae_research.reporting.run import read_run  # noqa: E402
+from sae_research.reporting.transfer_figures import draw_transfer  # noqa: E402
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     run = read_run()
     write_plot_data(run)
     workers = 2 if sys.platform == "linux" else 1  # forking after matplotlib's import is safe on Linux only
-    print(f"drew {len(draw_all(run, style, workers=workers))} images")
+    print(f"drew {len(draw_all(run, style, workers=workers)) + len(draw_transfer(style))} images")
 
 
 if __name__ == "__main__":

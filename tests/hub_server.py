@@ -7,10 +7,14 @@
 gets `endpoint=url` where its function takes one (`hf_hub_download`, `snapshot_download`, `HfApi`). Served:
 repository info, refs, tree, paths-info, and files by HEAD and GET with ranges. Everything else, and every
 unknown repository, revision or file, answers 404 with the error code the client looks for.
+
+With `uploads` it takes commits as well, from whoever bears its token: repositories are made on request, large files
+come by LFS, small ones inside the commit.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -41,6 +45,17 @@ class Repo(NamedTuple):
                       for file in self.folder.rglob("*") if file.is_file())
 
 
+class Uploads:
+    """Where commits go: a folder of repositories, and what is needed to write to it."""
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self.folder, self.token = folder, token
+        self.large: dict[str, bytes] = {}
+        """Files sent by LFS, by SHA-256, that no commit has named yet."""
+        self.failing: set[str] = set()
+        """Steps that are refused: preupload, lfs, commit."""
+
+
 class NotFound(Exception):
     """What the client asked for is not there; `code` is the hub's X-Error-Code."""
 
@@ -51,18 +66,19 @@ class NotFound(Exception):
 
 @contextmanager
 def serve_hub(repos: Mapping[str, Mapping[str, str | Path]],
-              requests: list[str] | None = None) -> Iterator[str]:
+              requests: list[str] | None = None, uploads: Uploads | None = None) -> Iterator[str]:
     """Serve folders as repositories on a free port of 127.0.0.1; yields the endpoint's URL.
 
     `repos` maps `models` and `datasets` to folders by repository name. `requests`, if given, collects a line
-    `METHOD path` for each request. Folders are read at each request, so files may be added while serving.
+    `METHOD path` for each request. Folders are read at each request, so files may be added while serving. `uploads`
+    takes commits to model repositories.
     """
     unknown = set(repos) - set(KINDS)
     if unknown:
         raise ValueError(f"unknown kind of repository {sorted(unknown)}; known: {KINDS}")
     served = {kind: {name: Repo(name, Path(folder), _commit(kind, name))
                      for name, folder in repos.get(kind, {}).items()} for kind in KINDS}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, served, requests))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, served, requests, uploads))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -136,8 +152,9 @@ def _paths_info(repo: Repo, paths: list[str]) -> list[dict[str, Any]]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, repos: dict[str, dict[str, Repo]], requests: list[str] | None, *args: Any) -> None:
-        self.repos, self.requests = repos, requests
+    def __init__(self, repos: dict[str, dict[str, Repo]], requests: list[str] | None, uploads: Uploads | None,
+                 *args: Any) -> None:
+        self.repos, self.requests, self.uploads = repos, requests, uploads
         super().__init__(*args)  # handles the request: the fields must be there before
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -152,11 +169,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
+    def do_PUT(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
     def _answer(self, body: bytes) -> None:
         url = urlsplit(self.path)
         if self.requests is not None:
             self.requests.append(f"{self.command} {self.path}")
         try:
+            if self.uploads is not None and self._upload(self.uploads, url.path, body):
+                return
             if url.path.startswith("/api/"):
                 self._api(url.path.removeprefix("/api/"), parse_qs(url.query), body)
             else:
@@ -164,6 +186,70 @@ class _Handler(BaseHTTPRequestHandler):
         except NotFound as error:
             self._send(json.dumps({"error": error.code}).encode(), HTTPStatus.NOT_FOUND,
                        {"X-Error-Code": error.code, "Content-Type": "application/json"})
+
+    # --- commits ---
+
+    def _upload(self, uploads: Uploads, path: str, body: bytes) -> bool:
+        """Answer one of the requests that a commit is made of; False for any other."""
+        if self.command == "PUT" and path.startswith("/lfs/"):  # a signed address: it carries no token
+            uploads.large[path.rpartition("/")[2]] = body
+            self._send(b"", HTTPStatus.OK, {})
+            return True
+        if self.command != "POST":
+            return False
+        if path == "/api/validate-yaml":  # the card's head
+            self._send_json({"errors": [], "warnings": []})
+            return True
+        step = ("create" if path == "/api/repos/create" else "lfs" if path.endswith(".git/info/lfs/objects/batch")
+                else next((name for name in ("preupload", "commit") if f"/{name}/" in path), None))
+        if step is None:
+            return False
+        if self.headers.get("Authorization") != f"Bearer {uploads.token}":
+            self._send_json({"error": "Invalid credentials"}, HTTPStatus.UNAUTHORIZED)
+        elif step in uploads.failing:
+            self._send_json({"error": "out of order"}, HTTPStatus.BAD_REQUEST)
+        elif step == "create":
+            asked = json.loads(body)
+            name = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
+            (uploads.folder / name).mkdir(parents=True, exist_ok=True)
+            self.repos["models"].setdefault(name, Repo(name, uploads.folder / name, _commit("models", name)))
+            self._send_json({"url": f"{self._own_address()}/{name}", "name": name, "id": name})
+        elif step == "preupload":
+            self._send_json({"files": [{
+                "path": file["path"], "shouldIgnore": False,
+                "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".pt")) else "regular"}
+                for file in json.loads(body)["files"]]})
+        elif step == "lfs":
+            self._send_json({"transfer": "basic", "objects": [{**wanted, "actions": {
+                "upload": {"href": f"{self._own_address()}/lfs/{wanted['oid']}"}}}
+                for wanted in json.loads(body)["objects"]]}, content_type="application/vnd.git-lfs+json")
+        else:
+            self._commit(uploads, unquote(path.removeprefix("/api/models/")).partition("/commit/")[0], body)
+        return True
+
+    def _commit(self, uploads: Uploads, name: str, body: bytes) -> None:
+        """Write every file that a commit names, once all are there."""
+        found: dict[str, bytes] = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                found[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                data = uploads.large[value["oid"]]
+                if hashlib.sha256(data).hexdigest() != value["oid"] or len(data) != value["size"]:
+                    raise ValueError(f"{value['path']} arrived damaged")
+                found[value["path"]] = data
+        for path, data in found.items():
+            place = uploads.folder / name / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+        self._send_json({"success": True, "commitUrl": f"{self._own_address()}/{name}/commit/{_commit('models', name)}",
+                         "commitOid": _commit("models", name), "hookOutput": ""})
+
+    def _own_address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    # --- reading ---
 
     def _api(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
         kind, _, rest = path.partition("/")
@@ -226,8 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
             return [paths] if isinstance(paths, str) else paths
         return parse_qs(body.decode()).get("paths", [])
 
-    def _send_json(self, value: Any) -> None:
-        self._send(json.dumps(value).encode(), HTTPStatus.OK, {"Content-Type": "application/json"})
+    def _send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK, content_type: str = "application/json") -> None:
+        self._send(json.dumps(value).encode(), status, {"Content-Type": content_type})
 
     def _send(self, data: bytes, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)

@@ -298,3 +298,20 @@ def test_a_killed_stage_resumes(project: Path) -> None:
     assert read(project, "eval_results/core/_status.json")["status"] in ("incomplete", "ok")
     run(project, sys.executable, "-m", "scripts.run_core_eval")
     assert (project / "eval_results/core/standard_eval_results.json").read_bytes() == want
+
+
+@pytest.mark.slow
+def test_transfer_through_dvc(project: Path) -> None:
+    """The offline pair: the tiny model and a finetune of it that the stage makes."""
+    set_params(project, {"eval_types": {"transfer": True}, "transfer": {
+        "hooks": ["blocks.0.hook_resid_post"], "tokens": 1000, "patched_tokens": 240,
+        "own_finetune": {"source": None, "steps": 3}, "controls": {"tokens": 480, "patched_tokens": 96},
+        "repair": {"tokens": 480, "held_out_tokens": 240}}})
+    try:
+        run(project, sys.executable, "-m", "sae_research", "repro")
+        metrics = read(project, "metrics/transfer.json")
+        assert metrics["_status"] == {"status": "ok", "pairs": 3} and metrics["control_self"]["cosine"] == 1
+        assert "## Transfer to a finetuned model" in (project / "METRICS.md").read_text()
+        assert (project / "images/transfer/quality.png").is_file() and (project / "images/overview.png").is_file()
+    finally:
+        run(project, "git", "checkout", "-q", ".")

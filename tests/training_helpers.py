@@ -39,5 +39,5 @@ def trained(recipe: Any, rows: torch.Tensor, steps: int = 200, batch: int = 128)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         x = rows[torch.randint(len(rows), (batch,), generator=generator)]
-        train_step(member, StreamBatch(x, (step + 0.5) / steps), step + 1)
+        train_step(member, StreamBatch(x, (step + 0.5) / steps))
     return recipe

@@ -4,7 +4,7 @@ from sae_research.lm.continuation import Openings
 from sae_research.lm.load import PACKAGED, load_language_model, pick_device
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
-from sae_research.lm.pool import ActivationPool, Batch, collect
+from sae_research.lm.pool import ActivationPool, Batch, collect, collect_hooks
 
-__all__ = ["PACKAGED", "ActivationPool", "Batch", "LanguageModel", "Openings", "collect", "load_language_model",
-           "median_activation_norm", "pick_device", "sae_bench_mask", "token_mask"]
+__all__ = ["PACKAGED", "ActivationPool", "Batch", "LanguageModel", "Openings", "collect", "collect_hooks",
+           "load_language_model", "median_activation_norm", "pick_device", "sae_bench_mask", "token_mask"]

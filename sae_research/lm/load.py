@@ -26,7 +26,10 @@ _ORGANISATIONS = {"pythia": "EleutherAI", "gpt-neo": "EleutherAI", "gemma": "goo
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU. Raises `UserError` when the device asked for is not there."""
+    """`auto` is what `$SAE_RESEARCH_DEVICE` says (a sweep's workers), else CUDA, then MPS, then CPU. Raises `UserError`
+    when the device asked for is not there."""
+    if device == "auto":
+        device = os.environ.get("SAE_RESEARCH_DEVICE", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device.startswith("cuda"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,6 +107,29 @@ class LanguageModel:
         raise UserError(f"hook {hook} never fired in {type(self.model).__name__}")
 
     @torch.no_grad()
+    def activations_at(self, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """Activations at several hooks, [batch, seq, d_in] each, from one pass that ends at the last of them."""
+        taken: dict[str, Tensor] = {}
+
+        def taker(hook: str) -> Callable[[Tensor], Tensor]:
+            def take(value: Tensor) -> Tensor:
+                taken[hook] = value
+                if len(taken) == len(set(hooks)):
+                    raise _Stop
+                return value
+            return take
+
+        with ExitStack() as edits:
+            for hook in dict.fromkeys(hooks):
+                edits.enter_context(self._edit(locate(self.layers, hook), taker(hook)))
+            try:
+                self._forward(tokens)
+            except _Stop:
+                return taken
+        missing = ", ".join(hook for hook in hooks if hook not in taken)
+        raise UserError(f"hook {missing} never fired in {type(self.model).__name__}")
+
+    @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Next-token logits [batch, seq, vocab] in the model's precision; with `positions` [n], only theirs
         [batch, n, vocab]."""
@@ -117,6 +140,19 @@ class LanguageModel:
         """Logits of a full run in which `edit` replaces the activations at `hook` [batch, seq, d_in]."""
         with self._counted_edit(hook, edit):
             return self._forward(tokens)
+
+    def edited_logits(self, tokens: Tensor, edits: Mapping[str, Callable[[Tensor], Tensor]],
+                      positions: Tensor | None = None, past: Any = None) -> Tensor:
+        """Logits [batch, seq, vocab] (or of `positions` [n] only) of a run in which the activations at each hook
+        [batch, seq, d_in] pass through its edit. Every edit is checked to have happened once.
+
+        Gradients flow back to what an edit returns, where that requires them. past: a `transformers` cache of what
+        comes before `tokens`; this run adds to it.
+        """
+        with ExitStack() as stack:
+            for hook, edit in edits.items():
+                stack.enter_context(self._counted_edit(hook, edit))
+            return self._forward(tokens, past, positions)
 
     def resume(self, hook: str, activations: Tensor, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [batch, seq, vocab] as if the model had computed `activations` [batch, seq, d_in] at `hook`.

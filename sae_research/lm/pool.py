@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -78,62 +80,99 @@ def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, 
     `progress` names a progress bar. With `openings` the sequences continue those, which run once each; the pool holds
     the sequences' own tokens only. Raises `UserError` for a hook the model lacks.
     """
+    return collect_hooks(lm, [hook], sequences, batch_size, caching, progress, openings)[hook]
+
+
+def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[Tensor] | Tensor, batch_size: int,
+                  caching: ActivationCaching, progress: str | None = None,
+                  openings: Openings | None = None) -> dict[str, ActivationPool]:
+    """As `collect`, at several hooks: one pass of the model for all whose activations are not in the cache.
+
+    A hook's entry is the one that `collect` makes and reads. With `openings` the model runs once for each hook.
+    """
     rows = [row.to("cpu") for row in sequences]
-    d_in, total = lm.d_in(hook), sum(len(row) for row in rows)
-    key = fingerprint([lm.fingerprint, hook, str(lm.dtype), lm.device.type, torch.__version__,
-                       fingerprint([row.tolist() for row in rows]),
-                       *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
+    widths, total = {hook: lm.d_in(hook) for hook in hooks}, sum(len(row) for row in rows)
+
+    def pools(flats: dict[str, Tensor]) -> dict[str, ActivationPool]:
+        return {hook: ActivationPool(rows, flat, lm.separator_id, lm.device) for hook, flat in flats.items()}
+
     if not caching.enabled:
-        flat = torch.empty(total, d_in, dtype=lm.dtype)
-        _fill(lm, hook, rows, batch_size, flat, progress, openings)
-        return ActivationPool(rows, flat, lm.separator_id, lm.device)
-    root = cache_dir("activations")
-    folder = root / key
-    if folder.is_dir():
-        (folder / _FILE).touch()  # the most recently used stay when the cache is pruned
-    else:
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}."))
-        try:
-            flat = _mapped(temporary / _FILE, total, d_in, lm.dtype, "w+")
-            _fill(lm, hook, rows, batch_size, flat, progress, openings)
-            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": d_in})
-            del flat
-            keep_first(temporary, folder)
-        except BaseException:
+        flats = {hook: torch.empty(total, width, dtype=lm.dtype) for hook, width in widths.items()}
+        _fill(lm, rows, batch_size, flats, progress, openings)
+        return pools(flats)
+    root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
+    folders = {hook: root / fingerprint(
+        [lm.fingerprint, hook, str(lm.dtype), lm.device.type, torch.__version__, about_rows,
+         *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
+        for hook in hooks}
+    temporaries: dict[str, Path] = {}
+    try:
+        for hook, folder in folders.items():
+            if folder.is_dir():
+                (folder / _FILE).touch()  # the most recently used stay when the cache is pruned
+            else:
+                temporaries[hook] = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
+        flats = {hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+")
+                 for hook, temporary in temporaries.items()}
+        _fill(lm, rows, batch_size, flats, progress, openings)
+        for hook, temporary in temporaries.items():
+            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
+        flats.clear()
+        for hook, temporary in temporaries.items():
+            keep_first(temporary, folders[hook])
+    except BaseException:
+        for temporary in temporaries.values():
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        prune(root, caching.max_gb, keep=[folder])
-    return ActivationPool(rows, _mapped(folder / _FILE, total, d_in, lm.dtype, "r+"), lm.separator_id, lm.device)
+        raise
+    if temporaries:
+        prune(root, caching.max_gb, keep=list(folders.values()))
+    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "r+") for hook, folder in folders.items()})
 
 
 def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) -> Tensor:
     """A tensor over a file. numpy knows no bfloat16, so 16-bit types travel as integers."""
     plain = np.float32 if dtype == torch.float32 else np.int16
     mapped = np.memmap(path, dtype=plain, mode=mode, shape=(total, d_in))
+    if mode == "w+" and hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as handle:  # a disk that fills up while a map is written ends the process without a word
+            os.posix_fallocate(handle.fileno(), 0, max(1, mapped.nbytes))
     tensor = torch.from_numpy(mapped)
     return tensor if dtype == torch.float32 else tensor.view(dtype)
 
 
-def _fill(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int, flat: Tensor,
+def _fill(lm: LanguageModel, rows: Sequence[Tensor], batch_size: int, flats: dict[str, Tensor],
           progress: str | None, openings: Openings | None) -> None:
-    """Compute activations into `flat`."""
+    """Compute activations into the tensors `flats`, by hook."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    batches = (_plain(lm, hook, rows, batch_size) if openings is None
-               else continued(lm, hook, rows, openings, batch_size))
-    with tqdm(total=int(offsets[-1]), desc=progress, unit="tok", unit_scale=True, disable=progress is None,
+    if not flats:
+        return
+    passes = ([_plain(lm, list(flats), rows, batch_size)] if openings is None else
+              [_continued(lm, hook, rows, batch_size, openings) for hook in flats])
+    with tqdm(total=int(offsets[-1]) * len(passes), desc=progress, unit="tok", unit_scale=True, disable=progress is None,
               mininterval=2, dynamic_ncols=True) as bar:
-        for chosen, acts in batches:
-            acts = acts.to("cpu")
-            for row, i in enumerate(chosen):
-                flat[offsets[i]:offsets[i + 1]] = acts[row, :len(rows[i])]
+        for chosen, found in itertools.chain.from_iterable(passes):
+            for hook, acts in found.items():
+                on_cpu = acts.to("cpu")
+                for row, i in enumerate(chosen):
+                    flats[hook][offsets[i]:offsets[i + 1]] = on_cpu[row, :len(rows[i])]
             bar.update(sum(len(rows[i]) for i in chosen))
 
 
-def _plain(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """(which rows, their activations [batch, seq, d_in]), rows of like length together."""
+def _plain(lm: LanguageModel, hooks: Sequence[str], rows: Sequence[Tensor],
+           batch_size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(which rows, their activations [batch, seq, d_in] by hook), rows of like length together."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
         tokens = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
-                                                 padding_value=lm.separator_id)
-        yield chosen, lm.activations(tokens.to(lm.device), hook)
+                                                 padding_value=lm.separator_id).to(lm.device)
+        if len(hooks) == 1:
+            yield chosen, {hooks[0]: lm.activations(tokens, hooks[0])}
+        else:
+            yield chosen, lm.activations_at(tokens, hooks)
+
+
+def _continued(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int,
+               openings: Openings) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    for chosen, acts in continued(lm, hook, rows, openings, batch_size):
+        yield chosen, {hook: acts}

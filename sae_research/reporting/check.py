@@ -23,6 +23,12 @@ def failures(root: Path = Path(".")) -> list[str]:
         status = read_status(root / "eval_results" / name)
         if status["status"] not in ("ok", "disabled", "not_applicable"):
             lines.append(f"{name}: {status['status']}: {status['message']}")
+    transfer = read_status(root / "eval_results/transfer")
+    if transfer["status"] in ("failed", "incomplete"):
+        lines.append(f"transfer: {transfer['status']}: {transfer['message']}")
+    dashboards = read_status(root / "dashboards")
+    if dashboards["status"] in ("failed", "incomplete"):
+        lines.append(f"dashboards: {dashboards['status']}: {dashboards['message']}")
     if not (root / "METRICS.md").is_file():
         lines.append("METRICS.md was not written")
     return lines

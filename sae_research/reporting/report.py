@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from sae_research.reporting.report_noise import differences, equal_l0, intervals, seeds
 from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side
 from sae_research.reporting.report_setting import definitions, images, statuses, what_ran
+from sae_research.reporting.report_training import training
 from sae_research.reporting.run import Run
+from sae_research.reporting.transfer_report import transfer
 from sae_research.store import write_text
 
 if TYPE_CHECKING:
@@ -26,12 +28,12 @@ def write_report(run: Run, root: Path = Path(".")) -> None:
     from sae_research.reporting.differences import comparisons, write_differences_csv  # numpy, which no other part needs
 
     found = comparisons(run)
-    write_text(root / REPORT, report(run, found))
+    write_text(root / REPORT, report(run, found, root))
     write_differences_csv(found, root)
 
 
-def report(run: Run, found: list[Comparison] | None = None) -> str:
-    """The whole text. found: all comparisons of the run, made here unless given."""
+def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".")) -> str:
+    """The whole text. found: all comparisons of the run, made here unless given. root: the project's folder."""
     if found is None:
         from sae_research.reporting.differences import comparisons
 
@@ -47,6 +49,8 @@ def report(run: Run, found: list[Comparison] | None = None) -> str:
         side_by_side(run),
         probing_tasks(run),
         optional(run),
+        training(run),
+        transfer(root),
         statuses(run),
         images(run),
         definitions(run),

@@ -3,10 +3,13 @@
 | dict_class | becomes | note |
 |---|---|---|
 | `AutoEncoder` | `standard` | decoder norms folded |
+| `AutoEncoderNew` | `standard` | likewise; does not subtract `b_dec` before encoding |
 | `AutoEncoderTopK` | `topk` | its `threshold` is off by default there, left out |
-| `BatchTopKSAE`, `MatryoshkaBatchTopKSAE` | `jumprelu` | one threshold for all, as their `encode` |
+| `BatchTopKSAE`, `MatryoshkaBatchTopKSAE` | `jumprelu` | one threshold for all; `architecture` tells them apart |
 | `JumpReluAutoEncoder` | `jumprelu` | does not subtract `b_dec` before encoding |
 | `GatedAutoEncoder` | `gated` | |
+
+`dictionary_learning_export` is the way back.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.folding import fold_decoder_norms
 from sae_research.saes.registry import form_class
-from sae_research.store import read_json, write_json
+from sae_research.store import read_json
 
 WEIGHTS_FILE = "ae.pt"
 CONFIG_FILE = "config.json"
@@ -39,6 +42,11 @@ class Layout(NamedTuple):
     extra: tuple[str, ...] = ()
     """Further keys that may be there."""
     trainer_class: str = ""
+    """What SAE Bench chooses its loader by."""
+    architecture: str = ""
+    """Group in tables and plots; the form where empty."""
+    subtracts_b_dec: bool = True
+    """`b_dec` is subtracted before encoding."""
 
 
 _LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
@@ -49,6 +57,14 @@ LAYOUTS: dict[str, Layout] = {
         {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "bias"},
         ("W_enc", "W_dec"),
         trainer_class="StandardTrainer",
+    ),
+    # SAE Bench and SAELens read April-update SAEs as `AutoEncoder`; this class exists in dictionary_learning alone
+    "AutoEncoderNew": Layout(
+        "standard",
+        {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "decoder.bias"},
+        ("W_enc", "W_dec"),
+        trainer_class="StandardTrainerAprilUpdate",
+        subtracts_b_dec=False,
     ),
     "AutoEncoderTopK": Layout(
         "topk",
@@ -62,9 +78,19 @@ LAYOUTS: dict[str, Layout] = {
         {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "b_dec", "threshold": "threshold"},
         ("W_enc", "W_dec"),
         ("k",),
+        "BatchTopKTrainer",
+        "batchtopk",
     ),
-    "MatryoshkaBatchTopKSAE": Layout("jumprelu", _PLAIN, extra=("k", "group_sizes")),
-    "JumpReluAutoEncoder": Layout("jumprelu", _PLAIN, trainer_class="JumpReluTrainer"),
+    "MatryoshkaBatchTopKSAE": Layout(
+        "jumprelu",
+        _PLAIN,
+        extra=("k", "group_sizes"),
+        trainer_class="MatryoshkaBatchTopKTrainer",
+        architecture="matryoshka_batchtopk",
+    ),
+    "JumpReluAutoEncoder": Layout(
+        "jumprelu", _PLAIN, trainer_class="JumpReluTrainer", subtracts_b_dec=False
+    ),
     "GatedAutoEncoder": Layout(
         "gated",
         {**_LINEAR, "b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"},
@@ -102,9 +128,11 @@ def read_checkpoint(weights: Path, config: Path) -> SparseAutoencoder:
     cfg = SAEConfig(
         form=layout.form, d_in=d_in, d_sae=d_sae, model_name=str(trainer["lm_name"]),
         hook_name=hook_name(trainer, config), context_size=context_size,
-        apply_b_dec_to_input=trainer["dict_class"] != "JumpReluAutoEncoder", options=options,
+        apply_b_dec_to_input=layout.subtracts_b_dec, options=options, architecture=layout.architecture,
         provenance={"format": "dictionary_learning", "dict_class": trainer["dict_class"],
-                    **({} if k is None else {"held_out": {"l0": float(k)}})})
+                    **{key: trainer[key] for key in ("trainer_class",) if trainer.get(key)},
+                    **({} if k is None else {"held_out": {"l0": float(k)}}),
+                    **({"group_sizes": state["group_sizes"].tolist()} if "group_sizes" in state else {})})
     try:
         return form_class(layout.form).from_tensors(cfg, tensors)
     except UserError as error:
@@ -188,76 +216,3 @@ def _integer(value: Any, key: str, config: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise UserError(f"{config}: {key} must be a whole number, not {value!r}")
     return int(value)
-
-
-# --- the way back ----------------------------------------------------------------------------
-
-_CLASS_OF_FORM = {"standard": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder",
-                  "gated": "GatedAutoEncoder"}
-
-
-def export_dictionary_learning(sae: SparseAutoencoder, folder: str | Path) -> None:
-    """Write an SAE as `ae.pt` and `config.json`, for dictionary_learning, SAE Bench and SAELens.
-
-    Raises `UserError` for a form or an input treatment their classes do not have.
-    """
-    form, folder = sae.cfg.form, Path(folder)
-    if form not in _CLASS_OF_FORM:
-        raise UserError(f"dictionary_learning has no class for the form {form}; it has "
-                        f"{', '.join(_CLASS_OF_FORM)}")
-    if sae.cfg.center_input:
-        raise UserError("dictionary_learning cannot express an SAE that reads a centred residual stream")
-    layout = LAYOUTS[_CLASS_OF_FORM[form]]
-    tensors = _as_they_subtract(sae)
-    state = {key: (tensors[name].T if name in layout.transposed else tensors[name]).contiguous().clone()
-             for name, key in layout.keys.items()}
-    if form == "topk":
-        state["k"] = torch.tensor(sae.options()["k"], dtype=torch.int32)
-        state["threshold"] = torch.tensor(-1.0)  # never learnt
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / WEIGHTS_FILE)
-    write_json(folder / CONFIG_FILE, _config(sae, layout.trainer_class))
-
-
-def _as_they_subtract(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """Tensors on the CPU, with encoder biases for their convention: `b_dec` is subtracted, except before
-    JumpReLU."""
-    tensors = {name: tensor.detach().cpu().float() for name, tensor in sae.tensors().items()}
-    theirs = sae.cfg.form != "jumprelu"
-    if sae.cfg.apply_b_dec_to_input == theirs:
-        return tensors
-    shift_F = (tensors["b_dec"] @ tensors["W_enc"]) * (1 if theirs else -1)
-    if sae.cfg.form == "gated":
-        return {**tensors, "b_gate": tensors["b_gate"] + shift_F,
-                "b_mag": tensors["b_mag"] + shift_F * tensors["r_mag"].exp()}
-    return {**tensors, "b_enc": tensors["b_enc"] + shift_F}
-
-
-def _config(sae: SparseAutoencoder, trainer_class: str) -> dict[str, Any]:
-    cfg = sae.cfg
-    kind = cfg.hook_name.rpartition(".")[2].removeprefix("hook_")
-    return {
-        "trainer": {
-            "dict_class": _CLASS_OF_FORM[cfg.form],
-            "trainer_class": trainer_class,
-            "activation_dim": cfg.d_in,
-            "dict_size": cfg.d_sae,
-            "layer": cfg.hook_layer,
-            "lm_name": cfg.model_name,
-            "device": "cpu",
-            "lr": None,
-            "seed": None,
-            "wandb_name": trainer_class,
-            "submodule_name": f"{kind}_layer_{cfg.hook_layer}",
-            **sae.options(),
-        },
-        "buffer": {
-            "d_submodule": cfg.d_in,
-            "io": "out",
-            "n_ctxs": None,
-            "ctx_len": cfg.context_size,
-            "refresh_batch_size": None,
-            "out_batch_size": None,
-            "device": "cpu",
-        },
-    }

@@ -21,17 +21,42 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 # SAELens discards nested metadata unless it believes a version of its own from 6.0.0 on wrote the file.
 SAE_LENS_VERSION = "6.54.12"
+SAE_LENS_FORMS = ("standard", "gated", "jumprelu", "topk", "matching_pursuit")
+"""Architectures that this version reads as we mean them."""
 
 
 def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
     """Write an SAE whose weights are its own; the same SAE gives the same bytes.
 
-    Where SAELens has the form, `SAE.load_from_disk(folder)` reads it.
+    Where SAELens has the form, `SAE.load_from_disk(folder)` reads it; where not, it refuses the architecture's name and
+    `sae_lens_lacks` says why.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.tensors().items()}
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
     write_json(folder / CONFIG_FILE, _to_json(sae.cfg, sae.options()))
+
+
+def sae_lens_lacks(sae: SparseAutoencoder) -> str:
+    """Why SAELens cannot read this SAE's folder, in a line; empty where it can."""
+    name, _ = _as_sae_lens_has_it(sae.cfg.form, sae.options())
+    if name in SAE_LENS_FORMS:
+        return ""
+    return f"SAELens {SAE_LENS_VERSION} has no form {sae.cfg.form}; sae_research alone reads it"
+
+
+def _as_sae_lens_has_it(form: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(architecture, options) under which SAELens computes the same; a name it refuses where it cannot.
+
+    Its matching pursuit takes positive correlations only, as our non-negative one; read as that, our signed one would
+    give other latents without a word.
+    """
+    if form == "topk":  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
+        return form, {"rescale_acts_by_decoder_norm": False}
+    if form == "nonnegative_matching_pursuit" and set(options) == {"s"}:
+        return "matching_pursuit", {"max_iterations": options["s"], "residual_threshold": 0.0,
+                                    "stop_on_duplicate_support": False}
+    return ("signed_matching_pursuit" if form == "matching_pursuit" else form), {}
 
 
 def save_variant(cfg: SAEConfig, options: dict[str, Any], folder: str | Path, weights_from: Path) -> None:
@@ -102,11 +127,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
-    # A TopK SAE of ours has unit decoder rows folded in, so SAELens must not weigh activations by norms
-    # again.
-    lens_options = {"rescale_acts_by_decoder_norm": False} if cfg.form == "topk" else {}
+    architecture, lens_options = _as_sae_lens_has_it(cfg.form, options)
     return {
-        "architecture": cfg.form, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": cfg.dtype, "device": "cpu",
+        "architecture": architecture, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": cfg.dtype, "device": "cpu",
         "apply_b_dec_to_input": cfg.apply_b_dec_to_input, "normalize_activations": "none",
         "reshape_activations": "none", **options, **lens_options,
         "metadata": {
@@ -115,7 +138,8 @@ def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
             "model_from_pretrained_kwargs": {"center_writing_weights": True} if cfg.center_input else {},
             "sae_research": {
                 "architecture": cfg.architecture, "role": cfg.role, "base": cfg.base, "options": options,
-                "center_input": cfg.center_input, "provenance": cfg.provenance},
+                "center_input": cfg.center_input, "provenance": cfg.provenance,
+                **({} if architecture == cfg.form else {"form": cfg.form})},
         },
     }
 
@@ -127,7 +151,7 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
     try:
         ours = metadata["sae_research"]
         cfg = SAEConfig(
-            form=values["architecture"],
+            form=ours.get("form", values["architecture"]),
             d_in=int(values["d_in"]),
             d_sae=int(values["d_sae"]),
             dtype=values["dtype"],

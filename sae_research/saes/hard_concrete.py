@@ -43,6 +43,18 @@ class HardConcreteSAE(_Gates):
         return self.keep(gate * torch.relu(x @ self.W_enc + self.b_enc), mask)
 
 
+class SignedHardConcreteSAE(HardConcreteSAE):
+    """`z = gate * (x W_enc + b_enc)`: magnitudes without a ReLU, as SAE-Interpretability trains them."""
+
+    form = "signed_hard_concrete"
+    signed = True
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.centred(x)
+        gate = stretched_gate(x @ self.W_gate + self.b_gate, self.beta, self.stretch)
+        return self.keep(gate * (x @ self.W_enc + self.b_enc), mask)
+
+
 class GatedHardConcreteSAE(_Gates):
     """`z = gate * ReLU(exp(r_mag) pi + b_mag)`, `pi = (x - b_dec) W_enc`, the gate's logits `sharpness * pi + b_gate`."""
 

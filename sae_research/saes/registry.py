@@ -15,6 +15,7 @@ _PLACES = {
     "jumprelu": "sae_research.saes.jumprelu:JumpReLUSAE",
     "gated": "sae_research.saes.gated:GatedSAE",
     "hard_concrete": "sae_research.saes.hard_concrete:HardConcreteSAE",
+    "signed_hard_concrete": "sae_research.saes.hard_concrete:SignedHardConcreteSAE",
     "gated_hard_concrete": "sae_research.saes.hard_concrete:GatedHardConcreteSAE",
     "ihtp": "sae_research.instance_sae:IHTPSAE",
     "matching_pursuit": "sae_research.instance_sae:MPSAE",

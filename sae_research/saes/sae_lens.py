@@ -173,15 +173,21 @@ class ReleasedSAE(NamedTuple):
 
 
 @cache
-def released_saes() -> tuple[ReleasedSAE, ...]:
-    """Every SAE that SAELens knows by release and id, read from the list inside its package."""
+def release_directory() -> dict[str, dict[str, Any]]:
+    """SAELens' list of releases as its package holds it: model, repo_id and saes (id, path; where known neuronpedia, l0,
+    variance_explained) by release."""
     spec = importlib.util.find_spec("sae_lens")  # located, not imported
     if spec is None or not spec.submodule_search_locations:
         raise UserError("sae_lens is not installed; run `make setup`")
     with (Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml").open("rb") as stream:
-        directory = yaml.load(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.load(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+@cache
+def released_saes() -> tuple[ReleasedSAE, ...]:
+    """Every SAE that SAELens knows by release and id."""
     return tuple(ReleasedSAE(release, str(entry["id"]), value["repo_id"], _card(entry))
-                 for release, value in directory.items() for entry in value["saes"])
+                 for release, value in release_directory().items() for entry in value["saes"])
 
 
 def _card(entry: dict[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.saes import SparseAutoencoder
 
-_SAME_MODEL = {"gpt2-small": "gpt2"}
+_SAME_MODEL = {"gpt2-small": "gpt2", "mistral-7b": "mistral-7b-v0.1"}
 """TransformerLens names whose last part is not the hub's."""
 
 

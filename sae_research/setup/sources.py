@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sae_research.errors import UserError
 from sae_research.params import BaselineSAE
-from sae_research.saes import SparseAutoencoder, form_class, load_sae
+from sae_research.saes import SparseAutoencoder, exchange, form_class, load_sae
 from sae_research.saes import dictionary_learning as dl
 from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
 from sae_research.saes.sae_lens import from_release
@@ -59,16 +59,12 @@ def trained_names() -> list[str]:
 
 
 def read_folder(folder: Path) -> SparseAutoencoder:
-    """A local folder: ours, SAELens', or dictionary_learning's `ae.pt` with `config.json`."""
-    if (folder / CONFIG_FILE).is_file():
-        sae = load_sae(folder)
-    elif (folder / dl.WEIGHTS_FILE).is_file():
-        sae = dl.load_dictionary_learning(folder)
-    else:
-        raise UserError(f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, or "
-                        f"{dl.WEIGHTS_FILE} "
-                        f"with {dl.CONFIG_FILE}")
-    return _from(sae, source="folder", name=folder.name)
+    """A local folder: ours, SAELens', dictionary_learning's, or a run of SAE-Interpretability with one hook."""
+    saes = exchange.read_folder(folder)
+    if len(saes) > 1:
+        raise UserError(f"{folder}: holds {len(saes)} SAEs ({', '.join(saes)}); split it with "
+                        f"`python -m sae_research import {folder} OUT` and name those folders")
+    return _from(next(iter(saes.values())), source="folder", name=folder.name)
 
 
 def matching_folders(pattern: str) -> list[Path]:

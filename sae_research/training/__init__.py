@@ -1,5 +1,19 @@
 """SAE training: one activation stream, many SAEs; recipes (losses) and schedules."""
 
-from sae_research.training.recipes import RECIPES, Recipe
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_research.training.recipes import RECIPES, Recipe
 
 __all__ = ["RECIPES", "Recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    """Recipes when first asked for: whoever only watches a run (`training.progress`) needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sae_research.training import recipes
+
+    return getattr(recipes, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.lm import LanguageModel, collect, token_mask
+from sae_research.lm import LanguageModel, collect_hooks, token_mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import ReconstructionStats
@@ -25,24 +27,42 @@ KEPT = (
 BATCH = 1024
 
 
-def held_out_rows(lm: LanguageModel, params: Params, median_norm: float) -> Tensor:
-    """Counted activations of the held-out split [n, d_in], model units, float32, on the model's device."""
+class HeldOut(NamedTuple):
+    """Held-out contexts and their activations at some hooks, in the model's units and precision."""
+
+    tokens: Tensor
+    """[contexts, context_size]"""
+    acts: dict[str, Tensor]
+    """By hook [contexts, context_size, d_in], on the CPU; may be memory-mapped."""
+    mask: dict[str, Tensor]
+    """By hook, True where a token counts [contexts, context_size]."""
+
+    def rows(self, hook: str) -> Tensor:
+        """Activations of the tokens that count [n, d_in], float32."""
+        return self.acts[hook][self.mask[hook]].float()
+
+
+def read_held_out(lm: LanguageModel, params: Params, median_norms: dict[str, float]) -> HeldOut:
+    """The held-out split at each hook of `median_norms`, which are those of training.
+
+    Raises `UserError` when no token of it counts.
+    """
     contexts = token_contexts(
         lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens
     )
-    pool = collect(
-        lm, params.train.hook_name, contexts.tokens, params.model.llm_batch_size, params.activation_caching
+    pools = collect_hooks(
+        lm, list(median_norms), contexts.tokens, params.model.llm_batch_size, params.activation_caching
     )
-    acts = pool.flat.view(*contexts.tokens.shape, -1)
-    rows = acts[token_mask(lm, contexts.tokens, acts, params.token_mask, median_norm)].to(lm.device).float()
-    if len(rows) == 0:
+    acts = {hook: pool.flat.view(*contexts.tokens.shape, -1) for hook, pool in pools.items()}
+    mask = {hook: token_mask(lm, contexts.tokens, acts[hook], params.token_mask, median_norms[hook]) for hook in acts}
+    if not all(part.any() for part in mask.values()):
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
-    return rows
+    return HeldOut(contexts.tokens, acts, mask)
 
 
 @torch.no_grad()
-def held_out_metrics(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[str, dict[str, float]]:
-    """`ReconstructionStats` of every SAE on rows in the model's units, those named in KEPT."""
+def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[str, ReconstructionStats]:
+    """Statistics of every SAE on rows in the model's units."""
     stats = {
         name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()
     }
@@ -51,7 +71,9 @@ def held_out_metrics(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dic
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for name, z in encode_each(saes, x, mask):
             stats[name].update(x, saes[name].decode(z), z, mask)
-    return {
-        name: {key: value for key, value in stat.metrics().items() if key in KEPT}
-        for name, stat in stats.items()
-    }
+    return stats
+
+
+def kept(stats: ReconstructionStats) -> dict[str, float]:
+    """The figures that the training report shows."""
+    return {key: value for key, value in stats.metrics().items() if key in KEPT}

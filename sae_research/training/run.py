@@ -9,17 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sae_research.errors import Interrupted, UserError
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.recipe_params import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
+from sae_research.stats import ReconstructionStats
 from sae_research.store import fingerprint, round_significant, write_json, write_text
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.stream import token_contexts
-from sae_research.training.held_out import held_out_metrics, held_out_rows
+from sae_research.training.after import EVAL_FILE, Results, after_training, finding_lines
+from sae_research.training.checkpoint import remove_checkpoints
+from sae_research.training.held_out import held_out_stats, kept, read_held_out
 from sae_research.training.pca import pca_variance_explained
+from sae_research.training.progress import ProgressFile, progress_path
+from sae_research.training.session import open_session, training_seed
+from sae_research.training.signals import Stop, StopSignals
+from sae_research.training.snapshots import Snapshots
 from sae_research.training.stream import ActivationStream
-from sae_research.training.trainer import CurveRow, Member, make_member, train_members
+from sae_research.training.tracking import Tracker, tracked
+from sae_research.training.trainer import CurveRow, Member, Trainer
 
 OUTPUT = Path("trained_saes")
 REPORT_FILE = "training_report.json"
@@ -33,39 +44,92 @@ Report = dict[str, Any]
 def train(params: Params, output: Path = OUTPUT) -> Report:
     """Run the stage; `output` is replaced whole when everything is done, and left alone if anything fails.
 
-    Raises `UserError` when the text runs out, a loss diverges, or model and hook do not match.
+    The run can be followed in `progress.progress_path(params)`. A run that was interrupted goes on from its last
+    checkpoint and ends with the same bytes on a CPU. Raises `UserError` when the text runs out, a loss diverges, model
+    and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C, after saving a checkpoint.
     """
     if not (params.train.enabled and params.train.saes):
-        report = _report(params, tokens=0, fraction_kept=0.0)
+        report = _report(params, tokens=0)
         with _replaced(output) as folder:
             write_json(folder / REPORT_FILE, report)
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
+    progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
+    with tracked(params) as tracker, StopSignals() as signals, _reported(progress):
+        report = _train(params, output, progress, signals, tracker)
+    print(held_out_table(report))
+    return report
+
+
+def _train(params: Params, output: Path, progress: ProgressFile, signals: StopSignals, tracker: Tracker) -> Report:
     lm = load_language_model(params.model.name, params.model.device, params.train.llm_dtype)
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens)
-    stream = ActivationStream(lm, contexts.tokens, params)
-    members = [
-        make_member(name, params.train, stream.calibration.rows, training_seed(config, params))
-        for name, config in params.train.saes.items()
-    ]
-    n_trained = train_members(stream, members)
-    saes = {member.name: _exported(member, lm, params, stream, n_trained) for member in members}
-    report = _report(params, n_trained, stream.fraction_kept)
-    _evaluate(report, members, saes, stream, lm, params)
+    session = open_session(lm, contexts.tokens, params)
+    stream, members = session.stream, session.members
+    progress.values |= {"checkpoint_step": session.resumed_at, "device": str(members[0].loss_sum.device)}
+    text = text_fingerprint(params.text, TRAIN_SPLIT)
+
+    def export(member: Member) -> SparseAutoencoder:
+        return _exported(member, lm, params, stream, text)
+
+    snapshots = Snapshots(session.folder / "saved", params.train.saved_checkpoints, members, export,
+                          None if session.resumed_at is None else stream.fraction)
+
+    def at_step(fraction: float) -> None:
+        snapshots.at_step(fraction)
+        tracker.update(members)
+
+    Trainer(stream, members, params.train, progress, signals, session.save, at_step).run()
+    saes = {member.name: export(member) for member in members}
+    report = _report(params, max(member.tokens for member in members))
+    results = _evaluate(report, members, saes, stream, lm, params)
     with _replaced(output) as folder:
         for member in members:
             save_sae(saes[member.name], folder / member.name)
             write_text(folder / member.name / CURVE_FILE, curve_tsv(member.curve))
+            write_json(folder / member.name / EVAL_FILE, results[member.name])
+        snapshots.move_into(folder)
         write_json(folder / REPORT_FILE, round_significant(report))
-    print(held_out_table(report))
+    remove_checkpoints(session.folder)
+    shutil.rmtree(snapshots.folder, ignore_errors=True)
+    tracker.finish(results, finding_lines(report))
     return report
+
+
+@contextmanager
+def _reported(progress: ProgressFile) -> Iterator[None]:
+    """Leave in the progress file how the run ended, and turn what ends it from outside into one line."""
+    try:
+        yield
+    except Stop as stop:
+        step = progress.values["checkpoint_step"]
+        message = ("before the first step: nothing to keep" if step is None else
+                   f"the checkpoint of step {step} is kept; start the same run again to go on from there")
+        progress.end("interrupted", message)
+        raise Interrupted(message, stop.number) from None
+    except torch.AcceleratorError as error:
+        message = (f"the device failed ({str(error).strip().partition(chr(10))[0]}); the last checkpoint is kept, start "
+                   "the same run again to go on from there")
+        progress.end("failed", message)
+        raise UserError(message) from None
+    except torch.OutOfMemoryError as error:
+        message = (f"out of device memory ({str(error).strip().partition('. ')[0]}); raise train.accumulation_steps, or "
+                   "lower train.batch_size, train.buffer_tokens or model.llm_batch_size")
+        progress.end("failed", message)
+        raise UserError(message) from None
+    except BaseException as error:
+        progress.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+    progress.end("finished")
 
 
 def hyper_parameters(config: SAERecipe, params: Params) -> dict[str, Any]:
     """What shaped one SAE's training: its own section, and what the run's section says for all."""
     shared = (
         "batch_size",
+        "accumulation_steps",
         "buffer_tokens",
+        "precision",
         "llm_dtype",
         "warmup_fraction",
         "sparsity_warmup_fraction",
@@ -73,13 +137,9 @@ def hyper_parameters(config: SAERecipe, params: Params) -> dict[str, Any]:
         "dead_fraction",
     )
     return {
-        **config.model_dump(exclude={"recipe", "seed"}, exclude_none=True),
+        **config.model_dump(exclude={"recipe", "seed", "hook_name"}, exclude_none=True),
         **params.train.model_dump(include=set(shared)),
     }
-
-
-def training_seed(config: SAERecipe, params: Params) -> int:
-    return params.random_seed if config.seed is None else config.seed
 
 
 def curve_tsv(curve: list[CurveRow]) -> str:
@@ -89,67 +149,60 @@ def curve_tsv(curve: list[CurveRow]) -> str:
 
 
 def held_out_table(report: Report) -> str:
-    """The held-out figures as a plain table, PCA below."""
-    lines = [
-        f"\nheld-out text, {report['hook_name']} of {report['model_name']}, "
-        f"{report['tokens']:,} training tokens",
-        f"{'':24s}{'L0':>8s}{'variance explained':>20s}{'alive':>8s}",
-    ]
-    for name, entry in report["saes"].items():
-        figures = entry["held_out"]
-        lines.append(
-            f"{name:24s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}"
-            f"{figures['fraction_alive']:8.3f}"
-        )
-    lines += [
-        f"{f'PCA, {n} components':24s}{int(n):8d}{value:20.3f}"
-        for n, value in report["pca_reference"].items()
-    ]
+    """The held-out figures as a plain table, by hook, PCA below each."""
+    lines = [f"\nheld-out text, {report['model_name']}, {report['tokens']:,} training tokens"]
+    for hook, at_hook in report["hooks"].items():
+        lines.append(f"{hook:32s}{'L0':>8s}{'variance explained':>20s}{'alive':>8s}")
+        for name, entry in report["saes"].items():
+            if entry["hook_name"] == hook:
+                figures = entry["held_out"]
+                lines.append(f"{name:32s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}"
+                             f"{figures['fraction_alive']:8.3f}")
+        lines += [f"{f'PCA, {n} components':32s}{int(n):8d}{value:20.3f}" for n, value in at_hook["pca_reference"].items()]
     return "\n".join(lines)
 
 
 def _exported(
-    member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, n_trained: int
+    member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, text: str
 ) -> SparseAutoencoder:
-    config = params.train.saes[member.name]
+    """The SAE as it stands, in the model's own units; `text` identifies the training text."""
+    config, buffer = params.train.saes[member.name], stream.buffers[member.hook]
     recipe = {
         "recipe": config.recipe,
-        "tokens": n_trained,
+        "tokens": member.tokens,
         "text": params.text.dataset,
-        "text_fingerprint": text_fingerprint(params.text, TRAIN_SPLIT),
+        "text_fingerprint": text,
         "model_fingerprint": lm.fingerprint,
         "hyper_parameters": hyper_parameters(config, params),
     }
     cfg = SAEConfig(
         form=member.recipe.form,
-        d_in=stream.d_in,
+        d_in=buffer.d_in,
         d_sae=config.d_sae,
         model_name=params.model.name,
-        hook_name=params.train.hook_name,
+        hook_name=member.hook,
         context_size=params.text.context_size,
         options=member.recipe.options(),
         provenance={
             "seed": training_seed(config, params),
-            "recipe_id": fingerprint([recipe, params.train.hook_name, params.token_mask.model_dump()])[:16],
+            "recipe_id": fingerprint([recipe, member.hook, params.token_mask.model_dump()])[:16],
             **recipe,
             # what the preflight compares another model's or text's activations with
-            "activation_norm": round_significant(float(
-                stream.calibration.rows.norm(dim=1).mean() / stream.calibration.scale)),
+            "activation_norm": round_significant(buffer.calibration.mean_norm),
         },
     )
-    return member.recipe.export(stream.calibration.scale, cfg)
+    return member.recipe.export(buffer.calibration.scale, cfg)
 
 
-def _report(params: Params, tokens: int, fraction_kept: float) -> Report:
+def _report(params: Params, tokens: int) -> Report:
     return {
         "tokens": tokens,
         "hook_name": params.train.hook_name,
         "model_name": params.model.name,
         "text": params.text.dataset,
         "seed": params.random_seed,
-        "fraction_tokens_kept": fraction_kept,
         "saes": {},
-        "pca_reference": {},
+        "hooks": {},
     }
 
 
@@ -160,20 +213,29 @@ def _evaluate(
     stream: ActivationStream,
     lm: LanguageModel,
     params: Params,
-) -> None:
-    """Add every SAE's held-out figures to the report, and PCA's."""
-    rows_ND = held_out_rows(lm, params, stream.calibration.median_norm)
-    metrics = held_out_metrics({name: sae.to(lm.device) for name, sae in saes.items()}, rows_ND)
-    for member in members:
-        config = params.train.saes[member.name]
-        report["saes"][member.name] = {
-            "recipe": config.recipe,
-            "hyper_parameters": hyper_parameters(config, params),
-            "fraction_silent_at_end": member.fraction_silent,
-            "held_out": metrics[member.name],
-        }
-    explained = pca_variance_explained(stream.pca, rows_ND * stream.calibration.scale, PCA_COMPONENTS)
-    report["pca_reference"] = {str(n): value for n, value in explained.items()}
+) -> Results:
+    """Add every SAE's held-out figures to the report, PCA's at every hook, and what they show; returns what
+    `eval_results.json` of each SAE holds."""
+    held_out = read_held_out(lm, params, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()})
+    stats: dict[str, ReconstructionStats] = {}
+    for hook, buffer in stream.buffers.items():
+        rows_ND = held_out.rows(hook).to(buffer.device)
+        here = [member for member in members if member.hook == hook]
+        stats |= held_out_stats({member.name: saes[member.name].to(buffer.device) for member in here}, rows_ND)
+        for member in here:
+            config = params.train.saes[member.name]
+            report["saes"][member.name] = {
+                "recipe": config.recipe,
+                "hook_name": hook,
+                "tokens": member.tokens,
+                "hyper_parameters": hyper_parameters(config, params),
+                "fraction_silent_at_end": member.fraction_silent,
+                "held_out": kept(stats[member.name]),
+            }
+        explained = pca_variance_explained(buffer.pca, rows_ND * buffer.calibration.scale, PCA_COMPONENTS)
+        report["hooks"][hook] = {"fraction_tokens_kept": buffer.fraction_kept,
+                                 "pca_reference": {str(n): value for n, value in explained.items()}}
+    return after_training(report, stats, saes, members, held_out, lm, params)
 
 
 @contextmanager

@@ -1,15 +1,16 @@
-"""The activation stream: contexts through the language model, in chunks, shuffled in a bounded buffer."""
+"""The activation stream: contexts through the language model in chunks, at one or more hooks, each hook's activations
+shuffled in a bounded buffer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
+from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.params import Params, TokenMask
 from sae_research.store import fingerprint
 from sae_research.training.pca import StreamingPCA
@@ -17,6 +18,9 @@ from sae_research.training.pca import StreamingPCA
 CHUNK_TOKENS = 16_384
 """Tokens per entry of the activation cache: an interrupted run loses at most this much work, and a longer run
 reuses a shorter one's chunks."""
+PCA_EVERY = 4
+"""Only every so many batches are added to PCA, which costs as much as a small SAE otherwise."""
+_COUNTS = ("tokens_read", "rows_read", "rows_served", "held", "cursor", "served_of_order")
 
 
 class Calibration(NamedTuple):
@@ -28,8 +32,8 @@ class Calibration(NamedTuple):
     scale: float
     """Factor to normalised activations: `scale^2 * mean |x|^2 = 1` over counted tokens (the convention of
     dictionary_learning, whose L1 coefficients therefore carry over)."""
-    rows: Tensor
-    """The chunk's counted activations, normalised [n, d_in]: for initialisation."""
+    mean_norm: float
+    """Mean norm of the chunk's counted activations, model units."""
 
 
 class StreamBatch(NamedTuple):
@@ -39,22 +43,29 @@ class StreamBatch(NamedTuple):
     """Fraction of the run done at the middle of this batch: above 0, below 1, so no step has a zero rate."""
 
 
-class ActivationStream:
-    """Batches of normalised activations, each counted token once. Deterministic from `params.random_seed`.
+class HookBuffer:
+    """One hook's activations, shuffled: each counted token once, deterministic from `params.random_seed`.
 
-    tokens: contexts [n, context_size]. How many tokens the norm rule drops is only known at the end, so
-    progress is measured against an estimate: tokens kept so far plus the rest of the text at the same rate.
-    It is exact once the last chunk is read.
+    It knows nothing of other hooks, so that an SAE's batches are those of a run with its hook alone. Which tokens
+    count is decided by this hook's own norms. How many tokens that rule drops is only known at the end, so progress is
+    measured against an estimate: tokens kept so far plus the rest of the text at the same rate. It is exact once the
+    last chunk is read.
     """
 
-    def __init__(self, lm: LanguageModel, tokens: Tensor, params: Params) -> None:
-        self.lm, self.tokens, self.params = lm, tokens, params
-        chunk_tokens = min(CHUNK_TOKENS, params.train.buffer_tokens // 2)
-        self.chunk_contexts = max(1, chunk_tokens // tokens.shape[1])
-        self.d_in = lm.d_in(params.train.hook_name)
-        self.tokens_read = self.rows_read = self.rows_served = 0
-        self.calibration = self._calibrate()
-        self.pca = StreamingPCA(self.d_in, lm.device)
+    def __init__(self, lm: LanguageModel, hook: str, params: Params, tokens: Tensor, chunk_tokens: int,
+                 device: torch.device) -> None:
+        self.lm, self.hook, self.params, self.device = lm, hook, params, device
+        self.d_in, self.n_tokens = lm.d_in(hook), tokens.numel()
+        self.tokens_read = self.rows_read = self.rows_served = self.held = 0
+        self.order: Tensor | None = None
+        """The permutation of the rows held that is being served: `cursor` of `served_of_order` rows so far."""
+        self.cursor = self.served_of_order = 0
+        self.generator = torch.Generator().manual_seed(int(fingerprint([params.random_seed, "stream"])[:12], 16))
+        self.full = max(params.train.buffer_tokens, 2 * params.train.batch_size)
+        # In the model's precision: half the memory in bfloat16, and nothing is lost.
+        self.bank = torch.empty(self.full + chunk_tokens, self.d_in, dtype=lm.dtype, device=device)
+        self.pca = StreamingPCA(self.d_in, device)
+        self.calibration: Calibration
 
     @property
     def fraction_kept(self) -> float:
@@ -64,86 +75,175 @@ class ActivationStream:
     @property
     def expected_rows(self) -> float:
         """Counted tokens of the whole run, as far as can be told by now."""
-        return self.rows_read + self.fraction_kept * (self.tokens.numel() - self.tokens_read)
+        return self.rows_read + self.fraction_kept * (self.n_tokens - self.tokens_read)
 
-    def __iter__(self) -> Iterator[StreamBatch]:
-        """Fill the buffer, serve a random half, refill; at the end serve what is left in whole batches."""
-        train = self.params.train
-        self.tokens_read = self.rows_read = self.rows_served = 0
-        self.pca = StreamingPCA(self.d_in, self.lm.device)
-        generator = torch.Generator().manual_seed(
-            int(fingerprint([self.params.random_seed, "stream"])[:12], 16)
-        )
-        full = max(train.buffer_tokens, 2 * train.batch_size)
-        capacity = full + self.chunk_contexts * self.tokens.shape[1]
-        # In the model's precision: half the memory in bfloat16, and nothing is lost.
-        bank = torch.empty(capacity, self.d_in, dtype=self.lm.dtype, device=self.lm.device)
-        held = 0
-        for start in range(0, len(self.tokens), self.chunk_contexts):
-            rows = self._read(start)
-            bank[held : held + len(rows)] = rows.to(bank.device)
-            held += len(rows)
-            if held >= full:
-                order = torch.randperm(held, generator=generator).to(bank.device)
-                served = held // 2 // train.batch_size * train.batch_size
-                yield from self._serve(bank, order[:served])
-                rest = bank[order[served:]]
-                held = len(rest)
-                bank[:held] = rest
-        yield from self._serve(bank, torch.randperm(held, generator=generator).to(bank.device))
-        if self.rows_served == 0:
-            raise UserError(
-                f"train.tokens: only {self.rows_read:,} of {self.tokens_read:,} tokens count, fewer than "
-                f"one batch of {train.batch_size:,}; raise train.tokens or lower train.batch_size"
-            )
+    def calibrate(self, tokens: Tensor, acts: Tensor) -> Tensor:
+        """Measure on the first chunk; returns its counted activations, normalised [n, d_in], to start SAEs from.
 
-    def _read(self, start: int) -> Tensor:
-        """Counted activations of the chunk that begins at context `start` [n, d_in], model units."""
-        if start == 0:
-            rows, n_tokens = self._first_rows, self.tokens[: self.chunk_contexts].numel()
-        else:
-            tokens, acts = self._chunk(start)
-            mask = token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)
-            rows, n_tokens = acts[mask], tokens.numel()
-        self.tokens_read += n_tokens
-        self.rows_read += len(rows)
-        return rows
-
-    def _serve(self, bank: Tensor, order: Tensor) -> Iterator[StreamBatch]:
-        size = self.params.train.batch_size
-        for start in range(0, len(order) - size + 1, size):
-            acts = bank[order[start : start + size]].float().mul_(self.calibration.scale)
-            self.pca.update(acts)
-            progress = (self.rows_served + size / 2) / self.expected_rows
-            self.rows_served += size
-            yield StreamBatch(acts, progress)
-
-    def _chunk(self, start: int) -> tuple[Tensor, Tensor]:
-        tokens = self.tokens[start : start + self.chunk_contexts]
-        pool = collect(
-            self.lm,
-            self.params.train.hook_name,
-            tokens,
-            self.params.model.llm_batch_size,
-            self.params.activation_caching,
-        )
-        return tokens, pool.flat.view(*tokens.shape, -1)
-
-    def _calibrate(self) -> Calibration:
-        """Raises `UserError` when no token of the first chunk counts or the hook gives zeros there."""
-        tokens, acts = self._chunk(0)
+        Raises `UserError` when no token counts or the hook gives zeros there.
+        """
         if not token_mask(self.lm, tokens, acts, TokenMask(outlier_norm_multiple=None)).any():
-            raise UserError(
-                "train.tokens: no token of the first contexts counts; give more text or longer contexts"
-            )
+            raise UserError("train.tokens: no token of the first contexts counts; give more text or longer contexts")
         median = median_activation_norm(self.lm, tokens, acts)
-        self._first_rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, median)]
-        rows = self._first_rows.to(self.lm.device).float()
+        rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, median)].to(self.device).float()
         mean_square = float(rows.square().sum(1).mean())
         if not 0 < mean_square < float("inf"):
-            raise UserError(
-                f"{self.params.train.hook_name}: the mean squared activation norm is {mean_square}; the "
-                "model's activations are damaged (try train.llm_dtype: float32)"
-            )
+            raise UserError(f"{self.hook}: the mean squared activation norm is {mean_square}; the model's activations "
+                            "are damaged (try train.llm_dtype: float32)")
         scale = mean_square**-0.5
-        return Calibration(median, scale, rows * scale)
+        self.calibration = Calibration(median, scale, float(rows.norm(dim=1).mean()))
+        return rows * scale
+
+    def feed(self, tokens: Tensor, acts: Tensor) -> None:
+        """Take in a chunk: tokens [n, context_size], activations [n, context_size, d_in] in the model's units."""
+        rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)]
+        self.tokens_read += tokens.numel()
+        self.rows_read += len(rows)
+        self.bank[self.held:self.held + len(rows)] = rows.to(self.device)
+        self.held += len(rows)
+        if self.held >= self.full:
+            self._shuffle(self.held // 2)
+
+    def finish(self) -> None:
+        """No more chunks: serve what is left, in whole batches. Raises `UserError` if that never made a batch."""
+        self._shuffle(self.held)
+        if self.rows_served + self.served_of_order == 0:
+            raise UserError(
+                f"train.tokens: only {self.rows_read:,} of {self.tokens_read:,} tokens count, fewer than "
+                f"one batch of {self.params.train.batch_size:,}; raise train.tokens or lower train.batch_size")
+
+    def next_batch(self) -> StreamBatch | None:
+        """The next batch, or None when more must be fed first."""
+        size = self.params.train.batch_size
+        while self.order is not None and self.cursor >= self.served_of_order:
+            rest = self.bank[self.order[self.served_of_order:]]
+            self.held, self.order = len(rest), None
+            self.bank[:self.held] = rest
+            if self.held >= self.full:  # a chunk larger than the buffer: there would be no room for the next
+                self._shuffle(self.held // 2)
+        if self.order is None:
+            return None
+        acts = self.bank[self.order[self.cursor:self.cursor + size]].float().mul_(self.calibration.scale)
+        if self.rows_served // size % PCA_EVERY == 0:
+            self.pca.update(acts)
+        progress = (self.rows_served + size / 2) / self.expected_rows
+        self.cursor += size
+        self.rows_served += size
+        return StreamBatch(acts, progress)
+
+    def _shuffle(self, serve: int) -> None:
+        """Draw a new order of all rows held, the first `serve` of which will be served, in whole batches."""
+        size = self.params.train.batch_size
+        self.order = torch.randperm(self.held, generator=self.generator).to(self.device)
+        self.served_of_order, self.cursor = serve // size * size, 0
+
+    # --- checkpoints ---
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(plain values, tensors) from which `restore` goes on exactly here."""
+        values = {key: getattr(self, key) for key in _COUNTS}
+        values |= {"calibration": self.calibration._asdict(), "pca_n": self.pca.n, "serving": self.order is not None}
+        tensors = {"bank": self.bank[:self.held], "generator": self.generator.get_state(), "pca_sum_D": self.pca.sum_D,
+                   "pca_products_DD": self.pca.products_DD}
+        return values, tensors if self.order is None else {**tensors, "order": self.order}
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for key in _COUNTS:
+            setattr(self, key, values[key])
+        self.calibration = Calibration(**values["calibration"])
+        self.bank[:self.held] = tensors["bank"].to(self.device)
+        self.order = tensors["order"].to(self.device) if values["serving"] else None
+        self.generator.set_state(tensors["generator"])
+        self.pca.n = values["pca_n"]
+        self.pca.sum_D.copy_(tensors["pca_sum_D"])
+        self.pca.products_DD.copy_(tensors["pca_products_DD"])
+
+
+class ActivationStream:
+    """Chunks of text through one pass of the language model into a buffer for every hook.
+
+    tokens: contexts [n, context_size]. Call `calibrate` or `restore` first; then, for each chunk of `chunks_left`,
+    `read` and `feed`, and serve `rounds` before the first, after each, and after `finish`.
+    """
+
+    def __init__(self, lm: LanguageModel, tokens: Tensor, params: Params, device: torch.device | None = None) -> None:
+        self.lm, self.tokens, self.params = lm, tokens, params
+        device = lm.device if device is None else device
+        chunk_tokens = min(CHUNK_TOKENS, params.train.buffer_tokens // 2)
+        self.chunk_contexts = max(1, chunk_tokens // tokens.shape[1])
+        self.next_chunk = 0
+        self.buffers = {
+            hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], device)
+            for hook in params.train.hooks}
+        self._first: dict[str, Tensor] | None = None
+
+    @property
+    def n_chunks(self) -> int:
+        return -(-len(self.tokens) // self.chunk_contexts)
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the run that is done, over all hooks."""
+        return sum(b.rows_served / max(1.0, b.expected_rows) for b in self.buffers.values()) / len(self.buffers)
+
+    def calibrate(self) -> dict[str, Tensor]:
+        """Read the first chunk and measure every hook on it; returns normalised rows [n, d_in] by hook."""
+        tokens, self._first = self._chunk_tokens(0), self.read(0)
+        return {hook: buffer.calibrate(tokens, self._first[hook]) for hook, buffer in self.buffers.items()}
+
+    def read(self, chunk: int) -> dict[str, Tensor]:
+        """Activations of a chunk by hook [n, context_size, d_in], from the cache or the model. Changes nothing here."""
+        if chunk == 0 and self._first is not None:
+            return self._first
+        tokens = self._chunk_tokens(chunk)
+        pools = collect_hooks(self.lm, list(self.buffers), tokens, self.params.model.llm_batch_size,
+                              self.params.activation_caching)
+        return {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
+
+    def feed(self, acts: dict[str, Tensor]) -> None:
+        """Take in what `read` gave of the next chunk."""
+        for hook, buffer in self.buffers.items():
+            buffer.feed(self._chunk_tokens(self.next_chunk), acts[hook])
+        self.next_chunk += 1
+        self._first = None
+
+    def finish(self) -> None:
+        """No more chunks."""
+        self.next_chunk = self.n_chunks + 1
+        for buffer in self.buffers.values():
+            buffer.finish()
+
+    def rounds(self) -> Iterator[dict[str, StreamBatch]]:
+        """A batch of each hook that has one, until none has."""
+        while found := {hook: batch for hook, buffer in self.buffers.items()
+                        if (batch := buffer.next_batch()) is not None}:
+            yield found
+
+    def __iter__(self) -> Iterator[dict[str, StreamBatch]]:
+        """All rounds that are left."""
+        yield from self.rounds()
+        while self.next_chunk < self.n_chunks:
+            self.feed(self.read(self.next_chunk))
+            yield from self.rounds()
+        if self.next_chunk == self.n_chunks:
+            self.finish()
+        yield from self.rounds()
+
+    def _chunk_tokens(self, chunk: int) -> Tensor:
+        return self.tokens[chunk * self.chunk_contexts:(chunk + 1) * self.chunk_contexts]
+
+    # --- checkpoints ---
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values: dict[str, Any] = {"next_chunk": self.next_chunk, "hooks": {}}
+        tensors: dict[str, Tensor] = {}
+        for hook, buffer in self.buffers.items():
+            values["hooks"][hook], own = buffer.state()
+            tensors |= {f"{hook}/{key}": tensor for key, tensor in own.items()}
+        return values, tensors
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.next_chunk = values["next_chunk"]
+        for hook, buffer in self.buffers.items():
+            own = {key.removeprefix(f"{hook}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{hook}/")}
+            buffer.restore(values["hooks"][hook], own)

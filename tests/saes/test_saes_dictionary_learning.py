@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from random_saes import D_IN, D_SAE, make_sae, random_activations
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.saes.dictionary_learning import export_dictionary_learning, load_dictionary_learning
+from sae_research.saes.dictionary_learning import load_dictionary_learning
+from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 
 G = torch.Generator()
 
@@ -30,6 +32,7 @@ def random_state(dict_class: str) -> dict[str, Tensor]:
     scalar = {"k": torch.tensor(4, dtype=torch.int32), "threshold": torch.tensor(0.7)}
     return {
         "AutoEncoder": {**linear, "encoder.bias": r(D_SAE), "bias": r(D_IN)},
+        "AutoEncoderNew": {**linear, "encoder.bias": r(D_SAE), "decoder.bias": r(D_IN)},
         "AutoEncoderTopK": {**linear, "encoder.bias": r(D_SAE), "b_dec": r(D_IN), **scalar},
         "BatchTopKSAE": {**linear, "encoder.bias": r(D_SAE), "b_dec": r(D_IN), **scalar},
         "MatryoshkaBatchTopKSAE": {**plain, **scalar, "group_sizes": torch.tensor([10, 30])},
@@ -46,6 +49,8 @@ def reconstruct(dict_class: str, s: dict[str, Tensor], x: Tensor) -> Tensor:
             torch.relu((x - s["bias"]) @ s["encoder.weight"].T + s["encoder.bias"]) @ s["decoder.weight"].T
             + s["bias"]
         )
+    if dict_class == "AutoEncoderNew":
+        return torch.relu(x @ s["encoder.weight"].T + s["encoder.bias"]) @ s["decoder.weight"].T + s["decoder.bias"]
     if dict_class == "GatedAutoEncoder":
         pi = (x - s["decoder_bias"]) @ s["encoder.weight"].T
         f = (pi + s["gate_bias"] > 0) * torch.relu(s["r_mag"].exp() * pi + s["mag_bias"])
@@ -77,6 +82,7 @@ def write(folder: Path, dict_class: str, state: dict[str, Tensor], **trainer: An
     ("dict_class", "form"),
     [
         ("AutoEncoder", "standard"),
+        ("AutoEncoderNew", "standard"),
         ("AutoEncoderTopK", "topk"),
         ("BatchTopKSAE", "jumprelu"),
         ("MatryoshkaBatchTopKSAE", "jumprelu"),
@@ -118,21 +124,89 @@ def test_export_round_trip(form: str, config: dict[str, Any], tmp_path: Path) ->
     assert (back.cfg.hook_name, back.cfg.model_name) == (sae.cfg.hook_name, sae.cfg.model_name)
 
 
-@pytest.mark.parametrize("form", ["standard", "topk"])
-def test_stock_sae_bench_reads_the_export(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sae_bench.custom_saes.relu_sae as relu
-    import sae_bench.custom_saes.topk_sae as topk
+LIKE_BATCHTOPK = {"architecture": "batchtopk", "provenance": {"hyper_parameters": {"k": 6}}}
+LIKE_MATRYOSHKA = {"architecture": "matryoshka_batchtopk",
+                   "provenance": {"hyper_parameters": {"k": 6, "group_fractions": [0.25, 0.75]}}}
+STOCK = {
+    "standard": ("relu_sae", "relu", "StandardTrainer"),
+    "standard_new": ("relu_sae", "relu", "StandardTrainerAprilUpdate"),
+    "p_anneal": ("relu_sae", "relu", "PAnnealTrainer"),
+    "topk": ("topk_sae", "topk", "TopKTrainer"),
+    "batchtopk": ("batch_topk_sae", "batch_topk", "BatchTopKTrainer"),
+    "matryoshka_batchtopk": ("batch_topk_sae", "matryoshka_batch_topk", "MatryoshkaBatchTopKTrainer"),
+    "jumprelu": ("jumprelu_sae", "jump_relu", "JumpReluTrainer"),
+    "gated": ("gated_sae", "gated", "GatedSAETrainer"),
+}
 
-    sae, x = make_sae(form, hook_name="blocks.4.hook_resid_post"), random_activations()
+
+def exported_kind(kind: str) -> Any:
+    """A random SAE as the recipe `kind` leaves it."""
+    config: dict[str, Any] = {"hook_name": "blocks.4.hook_resid_post"}
+    if kind in ("standard_new", "p_anneal"):
+        return make_sae("standard", provenance={"recipe": kind}, **config)
+    if kind in ("batchtopk", "matryoshka_batchtopk"):
+        sae = make_sae("jumprelu", **config, **(LIKE_BATCHTOPK if kind == "batchtopk" else LIKE_MATRYOSHKA))
+        sae.threshold.fill_(0.4)
+        return sae
+    return make_sae(kind, **config)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_stock_sae_bench_reads_the_export(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module_name, loader, trainer_class = STOCK[kind]
+    module = importlib.import_module(f"sae_bench.custom_saes.{module_name}")
+    sae, x = exported_kind(kind), random_activations()
     export_dictionary_learning(sae, tmp_path)
-    module, load = ((relu, relu.load_dictionary_learning_relu_sae) if form == "standard"
-                    else (topk, topk.load_dictionary_learning_topk_sae))
+    assert json.loads((tmp_path / "config.json").read_text())["trainer"]["trainer_class"] == trainer_class
     monkeypatch.setattr(module, "hf_hub_download", lambda filename, **_: str(tmp_path / Path(filename).name))
+    load = getattr(module, f"load_dictionary_learning_{loader}_sae")
     theirs = load("org/repo", "some/ae.pt", "tiny", torch.device("cpu"), torch.float32, layer=4)
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode(x), sae.encode(x))
         torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)))
-    assert theirs.cfg.architecture == form
+
+
+@pytest.mark.parametrize(("kind", "dict_class"), [
+    ("batchtopk", "BatchTopKSAE"), ("matryoshka_batchtopk", "MatryoshkaBatchTopKSAE"), ("jumprelu", "JumpReluAutoEncoder"),
+    ("standard", "AutoEncoderNew"), ("standard_new", "AutoEncoder")])
+def test_class_and_group_survive_two_round_trips(kind: str, dict_class: str, tmp_path: Path) -> None:
+    sae, x = exported_kind(kind), random_activations()
+    wanted = dict_class if dict_class == "AutoEncoderNew" else None
+    assert export_dictionary_learning(sae, tmp_path / "a", wanted) == dict_class
+    back = load_dictionary_learning(tmp_path / "a")
+    torch.testing.assert_close(back.encode(x), sae.encode(x))
+    assert back.cfg.architecture == sae.cfg.architecture
+    assert export_dictionary_learning(back, tmp_path / "b", wanted) == dict_class
+    first, second = (json.loads((tmp_path / n / "config.json").read_text())["trainer"] for n in "ab")
+    assert {key: first[key] for key in ("trainer_class", *(k for k in ("k", "group_sizes") if k in first))} == {
+        key: second[key] for key in ("trainer_class", *(k for k in ("k", "group_sizes") if k in second))}
+    if kind == "matryoshka_batchtopk":
+        assert second["group_sizes"] == [10, 30] and second["k"] == 6
+
+
+def test_topk_with_a_threshold(tmp_path: Path) -> None:
+    """By default as what encodes alike; by name as their own trainer writes it, with k and the threshold."""
+    sae, x = exported_kind("batchtopk"), random_activations()
+    sae.cfg = sae.cfg.replace(architecture="topk")
+    assert export_dictionary_learning(sae, tmp_path / "a") == "JumpReluAutoEncoder"
+    torch.testing.assert_close(load_dictionary_learning(tmp_path / "a").encode(x), sae.encode(x))
+    assert export_dictionary_learning(sae, tmp_path / "b", "AutoEncoderTopK") == "AutoEncoderTopK"
+    state = torch.load(tmp_path / "b" / "ae.pt", weights_only=True)
+    assert (int(state["k"]), float(state["threshold"])) == (6, pytest.approx(0.4))
+    with pytest.raises(UserError, match="cannot be a GatedAutoEncoder; possible: JumpReluAutoEncoder"):
+        export_dictionary_learning(sae, tmp_path, "GatedAutoEncoder")
+    with pytest.raises(UserError, match="one threshold for all latents"):
+        export_dictionary_learning(make_sae("jumprelu"), tmp_path, "BatchTopKSAE")
+    bare = exported_kind("batchtopk")
+    bare.cfg = bare.cfg.replace(provenance={})
+    with pytest.raises(UserError, match="k this SAE was trained with is not recorded"):
+        export_dictionary_learning(bare, tmp_path)
+
+
+def test_equal_saes_give_equal_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        export_dictionary_learning(make_sae("standard"), tmp_path / name)
+    assert (tmp_path / "a" / "ae.pt").read_bytes() == (tmp_path / "b" / "ae.pt").read_bytes()
 
 
 @pytest.mark.parametrize(("submodule", "hook"), [
@@ -151,8 +225,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             load_dictionary_learning(folder)
         assert "\n" not in str(caught.value)
 
-    refused(write(tmp_path / "a", "AutoEncoderNew", {}), "dict_class 'AutoEncoderNew' is not supported; "
-                                                         "known: ")
+    refused(write(tmp_path / "a", "IdentityDict", {}), "dict_class 'IdentityDict' is not supported; known: ")
     refused(write(tmp_path / "b", "GatedAutoEncoder", random_state("AutoEncoder")),
             "not the weights of GatedAutoEncoder, which config.json names: lacks decoder_bias.*also holds "
             "bias")

@@ -11,6 +11,7 @@ from random_saes import D_IN, D_SAE, make_sae, random_activations
 
 from sae_research.errors import UserError
 from sae_research.saes import load_sae, save_sae
+from sae_research.saes.files import sae_lens_lacks
 from sae_research.saes.sae_lens import centres_input, convert, from_sae_lens, matching_saes, released_saes
 
 sae_lens = pytest.importorskip("sae_lens")
@@ -44,6 +45,37 @@ def test_sae_lens_reads_ours(form: str, config: dict[str, Any], tmp_path: Path) 
         torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)))
     metadata = theirs.cfg.metadata
     assert (metadata.model_name, metadata.hook_name) == (sae.cfg.model_name, sae.cfg.hook_name)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk", "topk"])
+def test_sae_lens_reads_trained_thresholds_as_jumprelu(architecture: str, tmp_path: Path) -> None:
+    sae, x = make_sae("jumprelu", architecture=architecture), random_activations()
+    sae.threshold.fill_(0.4)
+    save_sae(sae, tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), sae.encode(x))
+    assert theirs.cfg.architecture() == "jumprelu" and load_sae(tmp_path).cfg.architecture == architecture
+    assert sae_lens_lacks(sae) == ""
+
+
+def test_matching_pursuit_is_read_alike_or_refused(tmp_path: Path) -> None:
+    """SAELens takes positive correlations only: our signed pursuit must not pass for it."""
+    sae, x = make_sae("nonnegative_matching_pursuit"), random_activations()
+    save_sae(sae, tmp_path / "nonnegative")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "nonnegative")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)), atol=1e-5, rtol=1e-5)
+    for form in ("matching_pursuit", "omp", "linear"):
+        sae = make_sae(form)
+        save_sae(sae, tmp_path / form)
+        assert f"no form {form}" in sae_lens_lacks(sae)
+        with pytest.raises(KeyError):
+            sae_lens.SAE.load_from_disk(tmp_path / form)
+        back = load_sae(tmp_path / form)
+        assert back.cfg.form == form
+        torch.testing.assert_close(back.encode(x), sae.encode(x))
 
 
 @pytest.mark.parametrize(("form", "config"), [

@@ -14,7 +14,7 @@ from hub_server import hub_env, serve_hub
 from tiny_saes import tiny_sae
 
 from sae_research.saes import save_sae
-from sae_research.saes.dictionary_learning import export_dictionary_learning
+from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 
 CLIENT = """
 import json, sys, time

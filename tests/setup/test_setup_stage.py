@@ -13,7 +13,7 @@ from tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
 from sae_research.errors import UserError
 from sae_research.saes import load_sae, save_sae
-from sae_research.saes.dictionary_learning import export_dictionary_learning
+from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 from sae_research.setup import run_setup
 
 ORDER = ["standard", "standard_ihtp_k1", "standard_ihtp_k2", "standard_mpsae_s3", "standard_mpsae_s5", "topk",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from sae_research.params import Train
 from sae_research.recipe_params import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
+from sae_research.training import products
 from sae_research.training.schedules import warmup, warmup_then_decay
-from sae_research.training.sparse import MAX_DENSITY, Support, decode_at, encode_at
+from sae_research.training.sparse import MAX_DENSITY, Support, decode_at, encode_at, products_at
 
 
 class StepOutput(NamedTuple):
@@ -144,6 +145,19 @@ class Recipe(nn.Module):
     def encoder_input(self, x_BD: Tensor) -> Tensor:
         return x_BD - self.b_dec if self.reads_b_dec else x_BD
 
+    @property
+    def bfloat16(self) -> bool:
+        return self.train_config.precision == "bfloat16"
+
+    def encode(self, x_BD: Tensor, known_BF: Tensor | None = None) -> Tensor:
+        """Pre-activations [B, F]; `known_BF` are their values where they have been computed already."""
+        return products.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.reads_b_dec else None, self.bfloat16,
+                               known_BF)
+
+    def decode(self, z_BF: Tensor, W_FD: Tensor) -> Tensor:
+        """`z W` [B, D]; `b_dec` is not added."""
+        return products.product(z_BF, W_FD, self.bfloat16)
+
     def decoder(self) -> Tensor:
         """The decoder rows that reconstruct [F, D]."""
         return self.W_dec
@@ -156,22 +170,29 @@ class Recipe(nn.Module):
         ):  # dense products are cheap there, and a support's size would stop the GPU
             return self._reconstruct_densely(x_BD, read_BD)
         with torch.no_grad():
-            pre_BF = torch.addmm(self.b_enc, read_BD, self.W_enc.T)
+            pre_BF = products.linear(read_BD, self.W_enc, self.b_enc, self.bfloat16)
             support = self.select(pre_BF)
         if support is None:
-            return self._reconstruct_densely(x_BD, read_BD)
-        rows_N = torch.repeat_interleave(support.crow.diff(), output_size=len(support.col))
-        pre_N = encode_at(support, pre_BF[rows_N, support.col], read_BD, self.W_enc, self.b_enc,
+            return self._reconstruct_densely(x_BD, read_BD, pre_BF)
+        pre_N = encode_at(support, self._values_at(support, pre_BF, read_BD), read_BD, self.W_enc, self.b_enc,
                           self.b_dec if self.reads_b_dec else None)
         z_N = torch.relu(pre_N)
         active_N = z_N.detach() > 0
         x_hat_BD = decode_at(support, z_N, self.decoder()) + self.b_dec
         return Reconstruction(x_hat_BD, z_N, active_N.sum() / len(x_BD), support.col[active_N], read_BD, support)
 
-    def _reconstruct_densely(self, x_BD: Tensor, read_BD: Tensor) -> Reconstruction:
-        z_BF = self.dense_activations(torch.addmm(self.b_enc, self.encoder_input(x_BD), self.W_enc.T))
+    @torch.no_grad()
+    def _values_at(self, support: Support, pre_BF: Tensor, read_BD: Tensor) -> Tensor:
+        """Pre-activations at the support [N], in float32 whatever chose it."""
+        if self.bfloat16:
+            return products_at(support, read_BD, self.W_enc) + self.b_enc[support.col]
+        rows_N = torch.repeat_interleave(support.crow.diff(), output_size=len(support.col))
+        return pre_BF[rows_N, support.col]
+
+    def _reconstruct_densely(self, x_BD: Tensor, read_BD: Tensor, pre_BF: Tensor | None = None) -> Reconstruction:
+        z_BF = self.dense_activations(self.encode(x_BD, pre_BF))
         active_BF = z_BF.detach() > 0
-        x_hat_BD = z_BF @ self.decoder() + self.b_dec
+        x_hat_BD = self.decode(z_BF, self.decoder()) + self.b_dec
         return Reconstruction(x_hat_BD, z_BF, active_BF.sum() / len(x_BD), active_BF.any(0), read_BD, None)
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
@@ -198,6 +219,18 @@ class Recipe(nn.Module):
 
     def after_step(self, optimiser: torch.optim.Adam, x_BD: Tensor, output: StepOutput, progress: float) -> None:
         """What a recipe does to itself between steps; nothing by default."""
+
+    # --- checkpoints ---
+
+    generator: torch.Generator
+    """Of whatever randomness the recipe needs on the way."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside parameters, buffers and `generator`, as plain values."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
 
     # --- end ---
 

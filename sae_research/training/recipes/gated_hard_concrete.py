@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_research.params import Train
 from sae_research.recipe_params import HardConcreteRecipe
 from sae_research.saes.hard_concrete import stretched_gate
+from sae_research.training import products
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 from sae_research.training.recipes.hard_concrete import INITIAL_OPEN, HardConcrete
 
@@ -51,16 +52,16 @@ class GatedHardConcrete(HardConcrete):
             self.log_sharpness.sub_(factor.clamp_min(1e-6).log())
 
     def _gate_and_magnitude(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-        pi_BF = self.encoder_input(x_BD) @ self.W_enc.T
+        pi_BF = products.encode(x_BD, self.W_enc, None, self.b_dec, self.bfloat16)
         return (self.log_sharpness.exp() * pi_BF + self.b_enc, torch.relu(self.r_mag.exp() * pi_BF + self.b_mag))
 
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
         self.anneal(progress)
         log_alpha_BF, magnitude_BF = self._gate_and_magnitude(x_BD)
         z_BF = magnitude_BF * self.sample(log_alpha_BF, magnitude_BF.shape)
-        residual_BD = x_BD - (z_BF @ self.W_dec + self.b_dec)
+        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         gate_BF = torch.relu(log_alpha_BF) * torch.exp(-self.log_sharpness)
-        gate_error_BD = x_BD - (gate_BF @ self.W_dec.detach() + self.b_dec.detach())
+        gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
         penalty = self.config.l0_coefficient * self.sparsity_warmup(progress)
         loss = ((residual_BD.square().sum() + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(x_BD)
                 + penalty * self.expected_l0(log_alpha_BF))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sae_research.params import Train
 from sae_research.recipe_params import GatedRecipe
+from sae_research.training import products
 from sae_research.training.recipes.base import StepOutput, length_factor
 from sae_research.training.recipes.l1 import INITIAL_DENSITY, L1Family
 
@@ -39,15 +40,15 @@ class GatedRajamanoharan(L1Family):
 
     def _encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(ReLU of the gate, activations, which are active) [B, F]."""
-        pi_BF = (x_BD - self.b_dec) @ self.W_enc.T
+        pi_BF = products.encode(x_BD, self.W_enc, None, self.b_dec, self.bfloat16)
         gate_BF = pi_BF + self.b_enc
         z_BF = (gate_BF > 0) * torch.relu(self.r_mag.exp() * pi_BF + self.b_mag)
         return torch.relu(gate_BF), z_BF, z_BF.detach() > 0
 
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
         gate_BF, z_BF, active_BF = self._encode(x_BD)
-        residual_BD = x_BD - (z_BF @ self.W_dec + self.b_dec)
-        gate_error_BD = x_BD - (gate_BF @ self.W_dec.detach() + self.b_dec.detach())
+        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
+        gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
         loss = (residual_BD.square().sum() + self.penalty(progress) * gate_BF.sum()
                 + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(x_BD)
         self.last_fired_F[active_BF.any(0)] = progress

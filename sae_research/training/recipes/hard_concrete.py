@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_research.params import Train
 from sae_research.recipe_params import HardConcreteRecipe
 from sae_research.saes.hard_concrete import stretched_gate
+from sae_research.training import products
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 
 INITIAL_OPEN = 0.3
@@ -61,13 +62,13 @@ class HardConcrete(Recipe):
             self.b_enc.mul_(factor)
 
     def magnitudes(self, x_BD: Tensor) -> Tensor:
-        return torch.relu(torch.addmm(self.b_enc, self.encoder_input(x_BD), self.W_enc.T))
+        return torch.relu(self.encode(x_BD))
 
     def log_alpha(self, x_BD: Tensor) -> Tensor:
         """[B, F], or [F] where gates do not depend on the input."""
         if not self.config.input_dependent_gates:
             return self.b_gate
-        return torch.addmm(self.b_gate, self.encoder_input(x_BD), self.W_gate.T)
+        return products.encode(x_BD, self.W_gate, self.b_gate, None, self.bfloat16)
 
     def anneal(self, progress: float) -> None:
         config, start = self.config, self.train_config.warmup_fraction
@@ -90,7 +91,7 @@ class HardConcrete(Recipe):
         self.anneal(progress)
         magnitude_BF, log_alpha = self.magnitudes(x_BD), self.log_alpha(x_BD)
         z_BF = magnitude_BF * self.sample(log_alpha, magnitude_BF.shape)
-        residual_BD = x_BD - (z_BF @ self.W_dec + self.b_dec)
+        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         penalty = self.config.l0_coefficient * self.sparsity_warmup(progress)
         loss = residual_BD.square().sum() / len(x_BD) + penalty * self.expected_l0(log_alpha)
         active_BF = z_BF.detach() > 0

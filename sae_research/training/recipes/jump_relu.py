@@ -75,12 +75,12 @@ class JumpReLU(Recipe):
 
     def _encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(pre-activations, activations) [B, F]."""
-        pre_BF = torch.relu(torch.addmm(self.b_enc, x_BD, self.W_enc.T))
+        pre_BF = torch.relu(self.encode(x_BD))
         return pre_BF, _JumpReLU.apply(pre_BF, self.threshold, self.config.bandwidth)
 
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
         pre_BF, z_BF = self._encode(x_BD)
-        residual_BD = x_BD - (z_BF @ self.W_dec + self.b_dec)
+        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         l0 = _Step.apply(pre_BF, self.threshold, self.config.bandwidth).sum() / len(x_BD)
         penalty = self.config.sparsity_coefficient * self.sparsity_warmup(progress)
         loss = residual_BD.square().sum() / len(x_BD) + penalty * (l0 / self.config.target_l0 - 1).square()

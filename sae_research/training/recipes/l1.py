@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,12 @@ class L1Family(Recipe):
         if self.resampling_due(self.looked, progress):
             self.resample(optimiser, x_BD, output.residual, progress)
         self.looked = progress
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"looked": self.looked}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.looked = state["looked"]
 
     def resampling_due(self, before: float, now: float) -> bool:
         """Whether a multiple of `resample_every` lies in (before, now]."""

@@ -43,8 +43,8 @@ class MatryoshkaBatchTopK(BatchTopK):
     def _part(self, code: Reconstruction, start: int, end: int) -> Tensor:
         """What latents `start` to `end` add to the reconstruction [B, D]."""
         if code.support is None:
-            return code.activations[:, start:end] @ self.W_dec[start:end]
-        crow, col, width = code.support
+            return self.decode(code.activations[:, start:end], self.W_dec[start:end])
+        crow, col, width = code.support.crow, code.support.col, code.support.n_latents
         inside_N = (col >= start) & (col < end)
         counts = torch.cat([inside_N.new_zeros(1, dtype=torch.long), inside_N.long().cumsum(0)])
         return decode_at(Support(counts[crow], col[inside_N], width), code.activations[inside_N], self.W_dec)

@@ -94,6 +94,13 @@ class TopK(Recipe):
             self.observed.fill_(progress)
         self.steps += 1
 
+    def extra_state(self) -> dict[str, Any]:
+        return {"dead": self.dead.index_N.tolist(), "refreshed": self.dead.refreshed}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.dead.index_N = torch.tensor(state["dead"], dtype=torch.long, device=self.W_dec.device)
+        self.dead.refreshed = state["refreshed"]
+
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         tensors = super().own_tensors(scale)
         if self.form == "topk":

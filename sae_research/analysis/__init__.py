@@ -1,0 +1,1 @@
+"""Inside an SAE: latent statistics, runs with SAEs in place, steering, ablation, attribution, descriptors."""

@@ -1,0 +1,65 @@
+"""Dashboards of SAEs: statistics collected or reused, then written as a site."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sae_research.analysis.dashboard.comparison import compare
+from sae_research.analysis.dashboard.latents import Shown
+from sae_research.analysis.dashboard.neuronpedia_batch import write_batches
+from sae_research.analysis.dashboard.site import write_site
+from sae_research.analysis.sources import Lab
+from sae_research.dashboard_params import Dashboards
+from sae_research.errors import UserError
+from sae_research.lm import LanguageModel, load_language_model
+from sae_research.store import slugify
+
+NEURONPEDIA = "neuronpedia"
+"""Folder of a site with Neuronpedia's JSON."""
+
+
+def write_dashboard(lab: Lab, folder: str | Path, settings: Dashboards | None = None,
+                    pairs: Iterable[Sequence[str]] | None = None, figures: Mapping[str, Mapping[str, float]] | None = None,
+                    progress: bool = False) -> Path:
+    """Write the site of all SAEs in `lab`; returns its first page, to be opened in a browser from disk.
+
+    settings, pairs: by default those of the parameters' section `dashboards`. figures: of an evaluation, by SAE, for the
+    start pages. Raises `UserError` for a pair of unknown names or SAEs that cannot be compared.
+    """
+    settings = settings or lab.params.dashboards
+    wanted = [tuple(pair) for pair in (settings.compare if pairs is None else pairs)]
+    folder = Path(folder)
+    shown = {name: Shown(name, sae, lab.lm, lab.stats(name, progress), settings, dict((figures or {}).get(name, {})))
+             for name, sae in lab.saes.items()}
+    if settings.other_model is not None:
+        for name, beside in _on_other_model(lab, settings, progress).items():
+            wanted.append((name, beside.name))
+            shown[beside.name] = beside
+    unknown = sorted({name for pair in wanted for name in pair} - shown.keys())
+    if unknown:
+        raise UserError(f"cannot compare {', '.join(unknown)}: not among {', '.join(shown)}")
+    comparisons = [compare(shown[one], shown[other]) for one, other in wanted]
+    page = write_site(folder, list(shown.values()), comparisons)
+    if settings.neuronpedia:
+        for name, one in shown.items():
+            write_batches(one, folder / NEURONPEDIA / name)
+    return page
+
+
+def _on_other_model(lab: Lab, settings: Dashboards, progress: bool) -> dict[str, Shown]:
+    """Every SAE of `lab` on the second model, by its name on the first."""
+    assert settings.other_model is not None
+    lm = load_language_model(settings.other_model, lab.params.model.device, lab.params.model.torch_dtype)
+    moved = {f"{name}_on_{slugify(Path(lm.name).name)}": _moved(sae, lm) for name, sae in lab.saes.items()}
+    there = Lab.of(moved, lm, lab.params)
+    return {name: Shown(other, sae, lm, there.stats(other, progress), settings)
+            for name, (other, sae) in zip(lab.saes, moved.items(), strict=True)}
+
+
+def _moved(sae, lm: LanguageModel):
+    """The same weights, said to belong to another model."""
+    twin = copy.copy(sae)
+    twin.cfg = sae.cfg.replace(model_name=lm.name)
+    return twin

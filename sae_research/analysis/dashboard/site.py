@@ -1,0 +1,158 @@
+"""Writes the site: pages from templates, data as scripts.
+
+A page opened from disk may not `fetch` anything, so each data file is a script that hands its content to `lab.put`.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import orjson
+
+from sae_research.analysis.dashboard.comparison import Comparison
+from sae_research.analysis.dashboard.contexts import significant
+from sae_research.analysis.dashboard.histograms import density_bars
+from sae_research.analysis.dashboard.latents import QUANTILES, Shown, latent_files
+from sae_research.analysis.directory import EMBED, neuronpedia_source
+from sae_research.errors import UserError
+from sae_research.store import SLUG, write_bytes, write_text
+
+HERE = Path(__file__).parent
+MARK = ".dashboard"
+"""Lies in every folder that a site may replace."""
+COLUMNS = ("density", "cah", "max", "mean")
+FIGURES = {"variance_explained": "Variance explained", "loss_recovered": "Loss recovered", "ce_delta": "Cross-entropy added",
+           "kl": "KL divergence"}
+"""Figures of the core evaluation that the start page shows, where they are known."""
+
+
+def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Comparison] = ()) -> Path:
+    """Write or refresh a site; returns its first page. Raises `UserError` for names that make no folders."""
+    wrong = [one.name for one in shown if not SLUG.match(one.name)]
+    if wrong:
+        raise UserError(f"the names {', '.join(wrong)} must be made of a-z, 0-9 and _ to become folders")
+    for source in sorted((HERE / "static").iterdir()):
+        write_bytes(folder / "static" / source.name, source.read_bytes())
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True,
+                               lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    pages.filters |= {"number": number, "percent": lambda x: f"{x:.2%}"}
+    summaries = [summary(one) for one in shown]
+    for one, known in zip(shown, summaries, strict=True):
+        _write_sae(folder / one.name, one, known, pages)
+    for one in comparisons:
+        target = folder / "compare" / one.name
+        _empty(target)
+        write_script(target / "data.js", one.name, one.content)
+        _page(pages, "compare.html", target / "index.html", root="../../", pair=one)
+    _page(pages, "home.html", folder / "index.html", root="", saes=summaries, comparisons=comparisons)
+    return folder / "index.html"
+
+
+def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.Environment) -> None:
+    _empty(folder)
+    for number, content in latent_files(shown):
+        write_script(folder / "data" / f"{number:05d}.js", f"{shown.name}/{number:05d}", content)
+    write_script(folder / "data" / "about.js", f"{shown.name}/about", {
+        "name": shown.name, "n": shown.stats.d_sae, "per_file": shown.settings.latents_per_file, "quantiles": QUANTILES,
+        "levels": shown.stats.about["settings"]["sample_levels"], "tokens": shown.stats.tokens,
+        "neuronpedia": known["neuronpedia"], "embed": EMBED,
+        "no_logits": "" if shown.logits else f"{shown.sae.cfg.hook_name} is not in the residual stream: its latents promote "
+        "no tokens directly"})
+    write_index(folder / "data" / "index.js", shown.name,
+                {name: getattr(shown.stats, name) for name in COLUMNS}, shown.stats.kind, shown.labels, shown.promoted,
+                density_bars(shown.stats))
+    _page(pages, "sae.html", folder / "index.html", root="../", sae=known)
+    _page(pages, "latent.html", folder / "latent.html", root="../", sae=known)
+
+
+KINDS = ("dead", "rare", "between", "dense")
+
+
+def write_index(path: Path, name: str, columns: dict[str, np.ndarray], kind: np.ndarray, labels: Sequence[str],
+                promoted: Sequence[str], bars: dict[str, Any]) -> None:
+    """The table of latents: numbers as base64 of little-endian arrays, strings joined by line breaks."""
+    packed = {column: pack(values.astype("<f4")) for column, values in columns.items()}
+    codes = np.select([kind == one for one in KINDS], range(len(KINDS))).astype(np.uint8)
+    write_script(path, f"{name}/index", {
+        "n": len(labels), "columns": packed, "kind": pack(codes), "kinds": KINDS, "labels": "\n".join(labels),
+        "promoted": "\n".join(promoted), "bars": bars})
+
+
+def pack(values: np.ndarray) -> str:
+    """Base64 of an array's bytes."""
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def write_script(path: Path, key: str, content: Any) -> None:
+    """A data file: content under a key."""
+    data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    write_bytes(path, b"lab.put(" + orjson.dumps(key) + b"," + data + b");\n")
+
+
+def summary(shown: Shown) -> dict[str, Any]:
+    """What the pages say about an SAE as a whole."""
+    stats, cfg, about = shown.stats, shown.sae.cfg, shown.stats.about
+    kind = stats.kind
+    share = {one: float((kind == one).mean()) for one in KINDS}
+    figures = [
+        ("L0", number(stats.count.sum() / max(stats.tokens, 1)), "latents that fire on a token, mean"),
+        ("Dead", f"{share['dead']:.1%}", "never fired on this text"),
+        ("Dense", f"{share['dense']:.1%}", "fire on 1 % of tokens or more"),
+        ("Median density", number(float(np.median(stats.density))), "fraction of tokens on which a latent fires"),
+        *((label, number(shown.figures[key]), "core evaluation") for key, label in FIGURES.items() if key in shown.figures)]
+    text, mask = about["text"], about["mask"]
+    sources = [
+        ("SAE", f"{cfg.architecture or cfg.form}, {cfg.d_in:,} dimensions, {cfg.d_sae:,} latents"),
+        ("Weights", about["sae"]["fingerprint"]), ("Model", f"{about['model']['name']} ({about['model']['dtype']})"),
+        ("Model's weights", about["model"]["fingerprint"]), ("Hook", about["hook"]),
+        ("Text", f"{text['dataset']}, {text['split']}, {about['contexts']:,} contexts of {about['context_size']} tokens"),
+        ("Text's fingerprint", text["fingerprint"]), ("Tokens that count", f"{stats.tokens:,} of {about['tokens']:,}"),
+        ("Left out", f"special tokens{', the first of every context' if mask['drop_first_position'] else ''}"
+         + (f", norms above {mask['outlier_norm_multiple']:g} times the median" if mask["outlier_norm_multiple"] else "")),
+        ("Seed", str(about["seed"])),
+        *((f"Provenance: {key}", _plain(value)) for key, value in sorted(cfg.provenance.items()))]
+    return {"name": shown.name, "d_sae": cfg.d_sae, "hook": cfg.hook_name, "model": about["model"]["name"],
+            "architecture": cfg.architecture or cfg.form, "figures": figures, "sources": sources,
+            "tokens": stats.tokens, "neuronpedia": _hosted(shown), "unexplained": shown.unexplained}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in sorted(value.items()))
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _hosted(shown: Shown) -> str:
+    """`MODEL/SOURCE` where Neuronpedia shows this SAE, else nothing."""
+    known = shown.sae.cfg.provenance
+    if not known.get("release") or not known.get("sae_id"):
+        return ""
+    try:
+        return neuronpedia_source(known["release"], known["sae_id"])
+    except UserError:  # a release that Neuronpedia does not have
+        return ""
+
+
+def number(value: float) -> str:
+    """Four significant digits at most, as on every page."""
+    return f"{significant(float(value)):.4g}"
+
+
+def _page(pages: jinja2.Environment, template: str, path: Path, **values: Any) -> None:
+    write_text(path, pages.get_template(template).render(**values))
+
+
+def _empty(folder: Path) -> None:
+    """Files of an earlier site with more latents must not stay. Raises `UserError` for a folder that is not of a site."""
+    if folder.exists():
+        if not (folder / MARK).is_file():
+            raise UserError(f"{folder} is there already and is no part of a dashboard; choose another --out")
+        shutil.rmtree(folder)
+    write_text(folder / MARK, "")
+

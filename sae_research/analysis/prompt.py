@@ -1,0 +1,179 @@
+"""A prompt with and without SAEs: next tokens, the latents that fire, and latents searched by what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_research.analysis.patching import Internals, run_with_saes
+from sae_research.analysis.sources import Lab
+from sae_research.errors import UserError
+from sae_research.lm.unembedding import unembedding
+from sae_research.saes import SparseAutoencoder
+
+CHUNK_LATENTS = 512
+
+
+class NextToken(NamedTuple):
+    """One row of a next-token table, at the prompt's last position."""
+
+    token: str
+    probability: dict[str, float]
+    """By run: `plain`, `error_term`, `reconstruction`."""
+    rank: dict[str, int]
+    """0 is the likeliest."""
+
+
+class ActiveLatent(NamedTuple):
+    """A latent that fires on a token."""
+
+    position: int
+    token: str
+    latent: int
+    activation: float
+    share_of_max: float | None
+    """Of the largest activation in the statistics; None without them."""
+
+
+class PromptRuns(NamedTuple):
+    """What `run_prompt` found."""
+
+    tokens: list[str]
+    """The prompt's tokens, the separator in front."""
+    next_tokens: list[NextToken]
+    answer: NextToken | None
+    kl: dict[str, float]
+    """KL(plain || run) of the last position's prediction, nats."""
+    cross_entropy: dict[str, float]
+    """Mean over the prompt's tokens, nats."""
+    saes: dict[str, Internals]
+    """Inside each SAE, in the run without error terms."""
+
+
+def run_prompt(lab: Lab, prompt: str, answer: str | None = None, n_tokens: int = 10) -> PromptRuns:
+    """Run a prompt plain, with all SAEs and their error terms, and with their reconstructions alone.
+
+    Raises `UserError` for an empty prompt, an answer that is not one token, two SAEs at one hook.
+    """
+    tokens = lab.tokens(prompt)
+    wanted = None if answer is None else lab.token(answer)
+    patched = run_with_saes(lab, tokens, error_term=False)
+    logits = {"plain": lab.lm.logits(tokens), "error_term": run_with_saes(lab, tokens).logits,
+              "reconstruction": patched.logits}
+    log_p = {name: value[0].float().log_softmax(-1) for name, value in logits.items()}
+    last = {name: value[-1] for name, value in log_p.items()}
+    order = {name: value.argsort(descending=True).argsort() for name, value in last.items()}
+
+    def row(token: int) -> NextToken:
+        return NextToken(lab.lm.tokenizer.decode([token]), {name: float(value[token].exp()) for name, value in last.items()},
+                         {name: int(value[token]) for name, value in order.items()})
+
+    shown = dict.fromkeys(token for value in last.values() for token in value.topk(n_tokens).indices.tolist())
+    ranked = sorted(shown, key=lambda token: -float(last["plain"][token]))
+    plain = last["plain"]
+    return PromptRuns(
+        [lab.lm.tokenizer.decode([i]) for i in tokens[0].tolist()], [row(token) for token in ranked],
+        None if wanted is None else row(wanted),
+        {name: max(0.0, float((plain.exp() * (plain - value)).sum())) for name, value in last.items()},
+        {name: float(-value[:-1].gather(1, tokens[0, 1:, None]).mean()) for name, value in log_p.items()}, patched.saes)
+
+
+def top_latents(lab: Lab, name: str, internals: Internals, tokens: Sequence[str], k: int = 5) -> list[ActiveLatent]:
+    """The k latents of largest absolute activation on every token, strongest first."""
+    stats = lab.stats_at_hand(name)
+    found = []
+    z = internals.post[0]
+    for position, token in enumerate(tokens):
+        values = z[position]
+        for latent in values.abs().topk(min(k, len(values))).indices.tolist():
+            value = float(values[latent])
+            if value:
+                share = None if stats is None else value / max(float(stats.max[latent]), 1e-12)
+                found.append(ActiveLatent(position, token, latent, value, share))
+    return found
+
+
+# --- search ------------------------------------------------------------------------------------
+
+class FoundLatent(NamedTuple):
+    latent: int
+    score: float
+    tokens: list[str]
+    """What it fires on in the prompt, or the tokens it promotes most."""
+
+
+def search_by_prompt(lab: Lab, prompt: str, k: int = 10) -> list[FoundLatent]:
+    """Latents that a prompt activates most, by their largest activation relative to their largest in the statistics, so
+    that latents strong everywhere do not crowd out those that mean this text."""
+    name, sae = lab.only
+    stats = lab.stats(name)
+    tokens = lab.tokens(prompt)
+    acts = lab.lm.activations(tokens, sae.cfg.hook_name).float()
+    z = sae.encode(acts, lab.mask(tokens, acts))[0].abs().cpu()
+    largest, position = z.max(0)
+    scale = np.maximum(np.abs(stats.max), np.abs(stats.min))
+    score = np.where(scale > 0, largest.numpy() / np.maximum(scale, 1e-12), 0)
+    best = [int(i) for i in np.argsort(-score, kind="stable")[:k] if score[i] > 0]
+    return [FoundLatent(i, float(score[i]), [lab.lm.tokenizer.decode([int(tokens[0, position[i]])])]) for i in best]
+
+
+def search_by_promoted(lab: Lab, texts: Sequence[str], k: int = 10) -> list[FoundLatent]:
+    """Latents whose directions raise some tokens' logits most: the mean over them of the logit less that of all tokens, in
+    standard deviations over the vocabulary."""
+    if not texts:
+        raise UserError("name at least one token, with its leading space: ' Paris'")
+    _, sae = lab.only
+    wanted = torch.tensor([lab.token(text) for text in texts])
+    score = torch.cat([_standardised(part)[:, wanted].mean(1) for part in _logit_parts(lab, sae, range(sae.cfg.d_sae))])
+    best = score.topk(min(k, len(score))).indices.tolist()
+    promoted = promoted_tokens(lab, sae, best, 5)
+    return [FoundLatent(i, float(score[i]), [token for token, _ in row.raised])
+            for i, row in zip(best, promoted, strict=True)]
+
+
+class Promoted(NamedTuple):
+    """What a latent's direction does to the next token, to first order and without the layers between."""
+
+    raised: list[tuple[str, float]]
+    """(token, logit of a unit activation less the mean over the vocabulary), largest first."""
+    lowered: list[tuple[str, float]]
+    """Smallest first."""
+    raised_ids: list[int]
+
+
+def promoted_tokens(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int], k: int = 10) -> list[Promoted]:
+    """Tokens that latents raise and lower: `W_dec W_U` with the final norm's gain folded in, as a logit lens does."""
+    names = lab.lm.tokenizer
+    rows: list[Promoted] = []
+    for part in _logit_parts(lab, sae, latents):
+        sides = [(part - part.mean(1, keepdim=True)).topk(k, largest=largest) for largest in (True, False)]
+        for values_up, tokens_up, values_down, tokens_down in zip(
+                sides[0].values, sides[0].indices, sides[1].values, sides[1].indices, strict=True):
+            rows.append(Promoted(
+                [(names.decode([t]), v) for t, v in zip(tokens_up.tolist(), values_up.tolist(), strict=True)],
+                [(names.decode([t]), v) for t, v in zip(tokens_down.tolist(), values_down.tolist(), strict=True)],
+                tokens_up.tolist()))
+    return rows
+
+
+def direct_logits(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int]) -> Tensor:
+    """Logits that a unit of each latent adds directly [len(latents), vocab], on the CPU."""
+    return torch.cat(list(_logit_parts(lab, sae, latents)))
+
+
+@torch.no_grad()
+def _logit_parts(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int]) -> Iterator[Tensor]:
+    """Logits of latents, some at a time [n, vocab], on the CPU."""
+    if sae.cfg.d_in != lab.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
+        raise UserError(f"{sae.cfg.hook_name} is not in the residual stream: its latents promote no tokens directly")
+    out = unembedding(lab.lm)
+    for part in torch.as_tensor(list(latents), device=sae.W_dec.device).split(CHUNK_LATENTS):
+        yield out.logits(sae.W_dec[part]).cpu()
+
+
+def _standardised(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp_min(1e-12)

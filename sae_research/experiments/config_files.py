@@ -1,0 +1,108 @@
+"""Configuration files of two kinds, read and overridden: overrides of `params.yaml`, and SAE-Interpretability's own."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from sae_research.errors import UserError
+from sae_research.params import Params
+
+Values = dict[str, Any]
+PARAMS = Path("params.yaml")
+
+
+def read_yaml(path: str | Path) -> Values:
+    """A mapping from a YAML 1.2 file (`1e-4` is a number). Raises `UserError` when it is missing, damaged or none."""
+    path = Path(path)
+    try:
+        values = YAML(typ="safe").load(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def write_yaml(path: Path, values: Values) -> None:
+    """Write a mapping in the order given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yaml = YAML()
+    yaml.default_flow_style = False
+    with path.open("w") as handle:
+        yaml.dump(values, handle)
+
+
+def names_sections(values: Values) -> bool:
+    """Whether a file overrides `params.yaml`: every key is a section, or starts with one and a dot."""
+    return bool(values) and all(str(key).split(".")[0] in Params.model_fields for key in values)
+
+
+def flatten(values: Values, stop: Iterable[str] = ()) -> Values:
+    """Nested mappings as dotted keys; an empty mapping, and what stands at a key in `stop`, stay whole.
+
+    Keys may be dotted already: `{"train.saes": {"topk": {"k": 4}}}` -> `{"train.saes.topk.k": 4}`.
+    """
+    flat: Values = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value and key not in stop:
+            flat |= {f"{key}.{inner}": item for inner, item in flatten(value).items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def with_values(values: Values, overrides: Values) -> Values:
+    """A copy with dotted keys set; mappings on the way are made where there are none."""
+    result = copy.deepcopy(values)
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        here = result
+        for part in path:
+            if not isinstance(here.get(part), dict):
+                here[part] = {}
+            here = here[part]
+        here[last] = copy.deepcopy(value)
+    return result
+
+
+def over(params_yaml: Values, overrides: Values) -> Values:
+    """`params.yaml` under a file's overrides, nested or dotted. A file that defines SAEs, each by its `recipe`, trains
+    those it names and no others; one that only changes settings of SAEs leaves the rest as they are."""
+    flat = flatten(overrides)
+    named = {key.split(".")[2]: None for key in flat if key.startswith("train.saes.")}
+    if any(key.startswith("train.saes.") and key.endswith(".recipe") for key in flat):
+        present = params_yaml.get("train", {}).get("saes", {})
+        params_yaml = with_values(params_yaml, {"train.saes": {name: present.get(name, {}) for name in named}})
+    return with_values(params_yaml, flat)
+
+
+def parse_overrides(lines: Iterable[str]) -> Values:
+    """`KEY=VALUE` arguments, values read as YAML: `lr=3e-4`, `saes.sae_positions=[blocks.2.hook_resid_pre]`.
+
+    Raises `UserError` for a line without `=` or a value that is no YAML.
+    """
+    overrides: Values = {}
+    for line in lines:
+        key, sign, value = line.partition("=")
+        if not (sign and key):
+            raise UserError(f"{line!r}: expected KEY=VALUE, such as saes.sparsity_coeff=0.03")
+        try:
+            overrides[key.removeprefix("--")] = YAML(typ="safe").load(value)
+        except YAMLError:
+            raise UserError(f"{line!r}: the value is not valid YAML") from None
+    return overrides
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """`, did you mean X?`, or the list of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, n=1)
+    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"

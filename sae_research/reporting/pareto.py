@@ -1,0 +1,174 @@
+"""L0 against loss recovered for every recipe of one or more folders of trained SAEs, in one picture.
+
+    python -m sae_research pareto trained_saes other_run=before --out pareto.png
+
+Reads the `eval_results.json` beside each SAE. A panel for every hook; in it a marker and colour for each recipe, a line
+through its sparsities, and in grey the frontier: SAEs that no other beats in both at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sae_research.errors import UserError
+from sae_research.reporting.canvas import INK, MUTED, SMALL, TEXT, log_axis, pixels_of, plain, save, span
+from sae_research.reporting.style import Look, looks
+from sae_research.store import read_json
+
+EVAL_FILE = "eval_results.json"
+METRICS = {
+    "loss_recovered": "Loss recovered",
+    "variance_explained": "Variance explained",
+    "fraction_alive": "Fraction of latents alive",
+}
+LOOKS_LIKE = {
+    "top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk", "jump_relu": "jumprelu",
+    "matching_pursuit": "mpsae", "relu": "ihtp", "p_anneal": "omp",
+}
+"""Recipe -> the architecture whose marker it borrows, so that a recipe looks the same in every picture."""
+LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
+"""One for each folder; the first one's markers are filled, the others' hollow."""
+PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, DPI = 5.4, 4.4, 2.3, 110
+MARKER = 7.0
+
+
+class Point(NamedTuple):
+    """One SAE in the picture."""
+
+    name: str
+    recipe: str
+    label: str
+    """Of the folder it comes from; empty where there is one folder."""
+    hook: str
+    l0: float
+    value: float
+
+
+def draw_pareto(folders: Sequence[str], path: Path, metric: str = "loss_recovered") -> list[Point]:
+    """Draw the picture; the same results give the same bytes. folders: `FOLDER` or `FOLDER=LABEL`.
+
+    Raises `UserError` for a folder without results and for an unknown metric.
+    """
+    if metric not in METRICS:
+        raise UserError(f"--metric {metric}: unknown; known: {', '.join(METRICS)}")
+    if path.suffix != ".png":
+        raise UserError(f"--out {path}: must end with .png")
+    found = read_points(folders, metric)
+    save(pixels_of(_figure(found, metric)), path, DPI)
+    return found
+
+
+def read_points(folders: Sequence[str], metric: str) -> list[Point]:
+    """One point for each `eval_results.json` below the folders that holds the metric and an L0 above zero."""
+    found = []
+    for given in folders:
+        place, _, label = given.partition("=")
+        folder = Path(place)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        label = label or (folder.resolve().name if len(folders) > 1 else "")
+        files = sorted(folder.rglob(EVAL_FILE))
+        points = [point for file in files if (point := _point(file, label, metric)) is not None]
+        if not points:
+            raise UserError(f"{folder}: no {EVAL_FILE} with an L0 and {metric} below it; train with "
+                            "train.evaluate_tokens above 0" if not files else
+                            f"{folder}: none of {len(files)} {EVAL_FILE} holds an L0 above zero and {metric}")
+        found += points
+    return found
+
+
+def _point(file: Path, label: str, metric: str) -> Point | None:
+    values: dict[str, Any] = read_json(file)
+    l0, value = values.get("l0"), values.get(metric)
+    if not (_number(l0) and l0 > 0 and _number(value)):
+        return None
+    return Point(file.parent.name, str(values.get("recipe") or values.get("form") or "unknown"), label,
+                 str(values.get("hook_name", "")), float(l0), float(value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """The points that no other equals or beats in both L0 (lower) and value (higher), by L0."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.l0, -point.value)):
+        if not best or point.value > best[-1].value:
+            best.append(point)
+    return best
+
+
+def _figure(points: Sequence[Point], metric: str) -> Figure:
+    hooks = sorted({point.hook for point in points}, key=_hook_order)
+    labels = list(dict.fromkeys(point.label for point in points))
+    look = _recipe_looks(point.recipe for point in points)
+    columns = min(3, len(hooks))
+    rows = -(-len(hooks) // columns)
+    width, height = columns * PANEL_WIDTH + LEGEND_WIDTH, rows * PANEL_HEIGHT
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    for index, hook in enumerate(hooks):
+        row, column = divmod(index, columns)
+        left, bottom = column * PANEL_WIDTH + 0.75, height - (row + 1) * PANEL_HEIGHT + 0.6
+        axes = figure.add_axes((left / width, bottom / height, (PANEL_WIDTH - 1.0) / width, (PANEL_HEIGHT - 1.0) / height))
+        _panel(axes, [point for point in points if point.hook == hook], labels, look, metric)
+        axes.set_title(hook, fontsize=TEXT, color=MUTED, loc="left")
+    _legend(figure, look, labels, 1 - LEGEND_WIDTH / width)
+    return figure
+
+
+def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], look: dict[str, Look], metric: str) -> None:
+    plain(axes, "L0 (latents per token, log scale)", METRICS[metric] + " ↑")
+    log_axis(axes.xaxis, *span([point.l0 for point in points], log=True))
+    axes.set_ylim(*span([point.value for point in points], log=False))
+    best = frontier(points)
+    axes.plot([point.l0 for point in best], [point.value for point in best], color="#C8C8C8", linewidth=4,
+              solid_capstyle="round", zorder=1)
+    for recipe, shown in look.items():
+        for number, label in enumerate(labels):
+            line = sorted((p for p in points if (p.recipe, p.label) == (recipe, label)), key=lambda p: p.l0)
+            if line:
+                axes.plot([p.l0 for p in line], [p.value for p in line], **_style(shown, number), zorder=3)
+
+
+def _style(look: Look, number: int) -> dict[str, Any]:
+    """How a recipe of the folder with this number is drawn."""
+    face = look.color if number == 0 else "white"
+    return {"color": look.color, "marker": look.marker, "markersize": MARKER, "linewidth": 1.2,
+            "linestyle": LINES[number % len(LINES)], "markerfacecolor": face,
+            "markeredgecolor": "white" if number == 0 else look.color, "markeredgewidth": 0.6 if number == 0 else 1.3}
+
+
+def _legend(figure: Figure, look: dict[str, Look], labels: Sequence[str], left: float) -> None:
+    handles = [Line2D([], [], label=recipe, **_style(shown, 0)) for recipe, shown in look.items()]
+    if len(labels) > 1:
+        grey = Look("o", MUTED)
+        handles += [Line2D([], [], label=label, **_style(grey, number)) for number, label in enumerate(labels)]
+    handles.append(Line2D([], [], color="#C8C8C8", linewidth=4, label="frontier: beaten\nin both by none"))
+    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(left, 0.5), frameon=False, fontsize=SMALL + 1,
+                  labelcolor=INK, handlelength=2.6, labelspacing=0.8)
+
+
+def _recipe_looks(recipes: Iterable[str]) -> dict[str, Look]:
+    """A look for every recipe, by name; two that would borrow the same one get spare ones."""
+    names = sorted(set(recipes))
+    borrowed: dict[str, str] = {}
+    for name in names:
+        like = LOOKS_LIKE.get(name, name)
+        borrowed[name] = like if like not in borrowed.values() else name
+    found = looks(borrowed.values())
+    return {name: found[borrowed[name]] for name in names}
+
+
+def _hook_order(hook: str) -> tuple[int, str]:
+    layer = next((int(part) for part in hook.split(".") if part.isdigit()), -1)
+    return layer, hook

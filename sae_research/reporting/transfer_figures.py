@@ -1,0 +1,314 @@
+"""Draw `images/transfer/*.png`: two models' activations, what an SAE makes of them, and its latents on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sae_research.params import Visualization
+from sae_research.reporting.canvas import INK, MUTED, SMALL, TEXT, pixels_of, plain, save, say
+from sae_research.reporting.transfer_data import MODELS, NAMES, TransferRun, at, read_transfer
+
+IMAGES = Path("images/transfer")
+BASE, FINETUNED, NULL, HALVES = "#0072B2", "#D55E00", "#8C8C8C", "#CC79A7"
+COLORS = {"base": BASE, "finetuned": FINETUNED}
+PAIR_COLORS = {"finetuned": FINETUNED, "control_self": BASE, "control_perturbed": NULL}
+LINES = ("-", "--", ":", "-.")
+
+
+def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
+    """Write every picture of a finished run and delete those of an earlier one. Returns what was written."""
+    run, folder = read_transfer(root), root / IMAGES
+    wanted = {} if run is None else {folder / f"{name}.png": draw for name, draw in PICTURES.items()}
+    for path in folder.glob("*.png") if folder.is_dir() else ():
+        if path not in wanted:
+            path.unlink()
+    for path, draw in wanted.items():
+        save(pixels_of(draw(run, style)), path, style.dpi)
+    return sorted(wanted)
+
+
+def _figure(style: Visualization, columns: int, rows: int = 1, height: float = 0.85) -> Figure:
+    """Panels of equal size: their width is 0.75 of a single picture's."""
+    figure = Figure(figsize=(0.75 * style.width_inches * columns, height * style.height_inches * rows), dpi=style.dpi,
+                    facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panel(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    plain(axes, x_label, y_label)
+    axes.yaxis.set_label_coords(-0.13, 0.5)
+    axes.set_title(title, fontsize=TEXT + 1, color=INK)
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, **options)
+
+
+def _stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **options: Any) -> None:
+    """A histogram as shares of its own total."""
+    edges = histogram.get("edges") or histogram["log10_edges"]
+    counts = np.asarray(histogram["counts"], float)
+    if counts.sum():
+        axes.stairs(counts / counts.sum(), edges, label=label, color=color, linewidth=1.3, **options)
+
+
+def _trim(axes: Axes, histograms: Sequence[dict[str, Any]]) -> None:
+    """Limit x to where any histogram holds something."""
+    filled = [(edges[index], edges[index + 1]) for histogram in histograms
+              for edges in [histogram.get("edges") or histogram["log10_edges"]]
+              for index, number in enumerate(histogram["counts"]) if number]
+    if filled:
+        low, high = min(low for low, _ in filled), max(high for _, high in filled)
+        margin = 0.03 * (high - low)
+        axes.set_xlim(low - margin, high + margin)
+
+
+def _short(hook: str) -> str:
+    return hook.removeprefix("blocks.").replace(".hook_", " ").replace("_", " ")
+
+
+# --- activations -----------------------------------------------------------------------------
+
+def similarity_heat_maps(run: TransferRun, style: Visualization) -> Figure:
+    """Cosine of every token of the first prompts, one panel a hook."""
+    hooks = run.main["similarity"]
+    figure = _figure(style, len(hooks), height=0.9)
+    maps = {hook: np.array([[np.nan if cell is None else cell for cell in row] for row in values["heat_map"]], float)
+            for hook, values in hooks.items()}
+    widest = max(grid.shape[1] for grid in maps.values())
+    low = min(float(np.nanpercentile(grid, 1)) for grid in maps.values())
+    for axes, (hook, grid) in zip(figure.subplots(1, len(hooks), squeeze=False)[0], maps.items(), strict=True):
+        _panel(axes, _short(hook), "Position", "Prompt")
+        axes.grid(visible=False)
+        shown = axes.imshow(grid, aspect="auto", vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest",
+                            extent=(-0.5, widest - 0.5, len(grid) - 0.5, -0.5))
+        axes.set_facecolor("#EEEEEE")
+    bar = figure.colorbar(shown, ax=figure.axes, fraction=0.03)
+    bar.ax.tick_params(labelsize=SMALL, colors=MUTED)
+    bar.set_label("Cosine, base and finetuned (grey: does not count)", fontsize=SMALL, color=INK)
+    return figure
+
+
+def similarity_histograms(run: TransferRun, style: Visualization) -> Figure:
+    """Cosine of tokens, distance of tokens, mean cosine of prompts: a line for every hook."""
+    figure = _figure(style, 3)
+    panels = figure.subplots(1, 3)
+    found = run.main["similarity"]
+    kinds = (("Tokens", "Cosine", lambda values: values["profile"]["cosine_histogram"]),
+             ("Tokens", "log10 of the euclidean distance", lambda values: values["profile"]["euclidean_histogram"]),
+             ("Prompts", "Mean cosine of a prompt", lambda values: values["prompt_means"]))
+    for axes, (title, label, pick) in zip(panels, kinds, strict=True):
+        _panel(axes, title, label, "Share")
+        for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
+            _stairs(axes, pick(values), _short(hook), color)
+        _trim(axes, [pick(values) for values in found.values()])
+    _legend(panels[0], loc="upper left")
+    return figure
+
+
+def _hook_colors(n: int) -> list[str]:
+    spare = ["#009E73", "#E69F00", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#A6761D", "#7A5195"]
+    return [spare[index % len(spare)] for index in range(n)]
+
+
+def similarity_by_position(run: TransferRun, style: Visualization) -> Figure:
+    """Means by position in the context, at every hook."""
+    figure = _figure(style, 3)
+    panels = figure.subplots(1, 3)
+    kinds = (("cosine", "Cosine"), ("euclidean", "Euclidean distance"), ("relative_error", "Relative error"))
+    found = run.main["similarity"]
+    for axes, (key, label) in zip(panels, kinds, strict=True):
+        _panel(axes, label, "Position", "")
+        for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
+            _line(axes, values["profile"]["by_position"][key], color, "-", _short(hook))
+            if key == "cosine":
+                _line(axes, values["profile"]["by_position"]["cosine_shuffled"], color, ":", None)
+    panels[0].plot([], [], ":", color=MUTED, label="with another token's")
+    _legend(panels[0], loc="best")
+    return figure
+
+
+def _line(axes: Axes, values: list[float | None], color: str, line: str, label: str | None) -> None:
+    axes.plot(range(len(values)), [np.nan if value is None else value for value in values], line, color=color, linewidth=1.2,
+              label=label)
+
+
+def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
+    """Norms of both models' activations at the SAE's hook, and every rule's limit."""
+    figure = _figure(style, 1, height=1.0)
+    axes, found = figure.subplots(), run.main["outliers"]
+    _panel(axes, f"Norms at {_short(run.hook)}", "log10 of the norm", "Tokens (log scale)")
+    histogram = found["norm_histogram"]
+    for model in MODELS:
+        axes.stairs(np.asarray(histogram[model], float), histogram["log10_edges"], label=model, color=COLORS[model],
+                    linewidth=1.3, linestyle="-" if model == "base" else "--")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
+    _trim(axes, [{"log10_edges": histogram["log10_edges"], "counts": histogram[model]} for model in MODELS])
+    for (rule, limit), line in zip(found["limits"].items(), LINES, strict=False):
+        shares = [100 * found["fraction_removed"][model][rule] for model in MODELS]
+        axes.axvline(np.log10(limit), color=MUTED, linestyle=line, linewidth=1.1,
+                     label=f"{rule} rule: removes {shares[0]:.2g} % / {shares[1]:.2g} %")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, max(high, *(float(np.log10(limit)) + 0.05 for limit in found["limits"].values())))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False, labelcolor=INK)
+    return figure
+
+
+# --- the SAE ---------------------------------------------------------------------------------
+
+def quality(run: TransferRun, style: Visualization) -> Figure:
+    """Four figures on the base and the finetuned model, for the pair and its controls."""
+    kinds = (("Variance explained", ("quality", "base", None, "kept", "variance_explained"), False),
+             ("L0", ("quality", "base", None, "kept", "l0"), False),
+             ("Loss recovered", ("losses", "models", None, "kept", "saes", "base", "loss_recovered"), True),
+             ("KL (nats)", ("losses", "models", None, "kept", "saes", "base", "kl"), True))
+    figure = _figure(style, 2, 2, height=0.7)
+    panels = figure.subplots(2, 2)
+    for axes, (label, path, bounded) in zip(panels.flat, kinds, strict=True):
+        _panel(axes, label, "", "")
+        axes.grid(visible=False, axis="x")
+        for place, result in enumerate(run.results.values()):
+            for shift, model in ((-0.19, "base"), (0.19, "finetuned")):
+                _bar(axes, place + shift, at(result, *(model if part is None else part for part in path)), model, bounded)
+        axes.set_xticks(range(len(run.results)), [NAMES.get(name, name) for name in run.results], fontsize=SMALL)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.margins(y=0.12)
+    for model in MODELS:
+        panels.flat[0].bar([np.nan], [np.nan], color=COLORS[model], label="on the base model" if model == "base"
+                           else "on the pair's other model")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=TEXT, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _bar(axes: Axes, x: float, found: Any, model: str, bounded: bool) -> None:
+    value = found.get("value") if bounded and isinstance(found, dict) else found
+    if value is None:
+        return
+    axes.bar([x], [value], width=0.36, color=COLORS[model])
+    top = value
+    if bounded and found.get("low") is not None:
+        axes.plot([x, x], [found["low"], found["high"]], color=INK, linewidth=1.0)
+        top = max(value, found["high"])
+    axes.annotate(f"{value:.3g}", (x, max(top, 0)), ha="center", va="bottom", fontsize=SMALL, color=INK,
+                  xytext=(0, 1), textcoords="offset points")
+
+
+def activations(run: TransferRun, style: Visualization) -> Figure:
+    """Sizes of the non-zero activations of all latents."""
+    figure = _figure(style, 1)
+    axes, found = figure.subplots(), run.main["quality"]["base"]
+    _panel(axes, "Non-zero activations of all latents", "log10 of the size", "Share")
+    for model in MODELS:
+        _stairs(axes, found[model]["activation_histogram"], model, COLORS[model], linestyle="-" if model == "base" else "--")
+    _trim(axes, [found[model]["activation_histogram"] for model in MODELS])
+    _legend(axes)
+    return figure
+
+
+# --- latents ---------------------------------------------------------------------------------
+
+def _column(run: TransferRun, name: str) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in run.table.get(name, [])], float)
+
+
+def densities(run: TransferRun, style: Visualization) -> Figure:
+    """Each latent's density in both models with the regression, and both histograms; silent latents stand at the edge."""
+    figure = _figure(style, 2, height=1.0)
+    scatter, histogram = figure.subplots(1, 2)
+    base, other = (_column(run, f"{model}_density") for model in MODELS)
+    if not len(base) or not (base > 0).any():
+        return say(scatter, "no latent fired")
+    floor = min(float(values[values > 0].min()) for values in (base, other) if (values > 0).any()) / 3
+    logs = [np.log10(np.where(values > 0, values, floor)) for values in (base, other)]
+    _panel(scatter, "Density of every latent", "log10 density, base", "log10 density, finetuned")
+    moved = _column(run, "pearson")
+    points = scatter.scatter(*logs, c=np.where(np.isnan(moved), 0, moved), cmap="viridis", vmin=0, vmax=1, s=6, linewidths=0)
+    span = [float(np.log10(floor)) - 0.1, float(max(part.max() for part in logs)) + 0.1]
+    scatter.plot(span, span, color=MUTED, linewidth=0.9, linestyle="--", label="equal")
+    line = at(run.main, "latents", "base", "density_shift", "regression")
+    if line:
+        x = np.array(span)
+        scatter.plot(x, line["intercept"] + line["slope"] * x, color=FINETUNED, linewidth=1.2,
+                     label=f"regression: r = {line['r']:.3f}, slope {line['slope']:.2f}")
+    scatter.set(xlim=span, ylim=span)
+    _legend(scatter, loc="upper left")
+    bar = figure.colorbar(points, ax=scatter, fraction=0.05)
+    bar.set_label("Pearson on the same tokens", fontsize=SMALL, color=INK)
+    bar.ax.tick_params(labelsize=SMALL, colors=MUTED)
+    _panel(histogram, "Densities", "log10 density", "Latents")
+    edges = np.linspace(*span, 41)
+    for model, values, line_style in zip(MODELS, (base, other), ("-", "--"), strict=True):
+        alive = values > 0
+        histogram.stairs(np.histogram(np.log10(values[alive]), edges)[0], edges, color=COLORS[model], linewidth=1.3,
+                         linestyle=line_style, label=f"{model}: {int((~alive).sum())} of {len(values)} silent")
+    _legend(histogram, loc="upper left")
+    return figure
+
+
+def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
+    """Correlation of latents against both nulls, against density, and how alike their logits are."""
+    figure = _figure(style, 3)
+    panels = figure.subplots(1, 3)
+    found = run.main["latents"]["base"]["pearson_histograms"]
+    _panel(panels[0], "Correlation on the same tokens", "Pearson", "Share of latents (log scale)")
+    for key, label, color in (("models", "base and finetuned", FINETUNED), ("shuffled", "null: another token", NULL),
+                              ("halves", "null: base, other text", HALVES)):
+        _stairs(panels[0], found[key], label, color)
+    panels[0].set_yscale("log")
+    _legend(panels[0], loc="upper left")
+    density, pearson = _column(run, "base_density"), _column(run, "pearson")
+    alive = (density > 0) & ~np.isnan(pearson)
+    _panel(panels[1], "Rare latents and common ones", "log10 density, base", "Pearson")
+    for column, color, label in (("pearson", FINETUNED, "base and finetuned"),
+                                 ("pearson_shuffled", NULL, "null: another token")):
+        panels[1].scatter(np.log10(density[alive]), _column(run, column)[alive], s=5, color=color, alpha=0.4, linewidths=0,
+                          label=label)
+    _legend(panels[1], loc="center left", markerscale=2)
+    logits = _column(run, "logit_correlation")
+    _panel(panels[2], "Logit weights", "Pearson over shared tokens", "Latents")
+    if np.isfinite(logits).any():
+        panels[2].hist(logits[np.isfinite(logits)], bins=np.linspace(min(0.9, float(np.nanmin(logits))), 1, 41), color=BASE)
+    else:
+        say(panels[2], "not defined at this hook", keep_labels=True)
+    return figure
+
+
+def repair(run: TransferRun, style: Visualization) -> Figure:
+    """Variance explained against tokens of further training, and L0."""
+    figure = _figure(style, 2)
+    panels = figure.subplots(1, 2)
+    found = run.main.get("repair") or {}
+    if found.get("status") != "ok":
+        panels[1].set_axis_off()
+        return say(panels[0], f"repair: {found.get('message', 'not run')}")
+    kinds = (("finetuned", "finetuned", FINETUNED, "-", "trained on and read on the finetuned model"),
+             ("finetuned", "base", FINETUNED, ":", "the same SAE on the base model"),
+             ("base", "base", BASE, "--", "control: trained as long on the base model"))
+    for axes, key, label in zip(panels, ("variance_explained", "l0"), ("Variance explained at equal L0", "L0 of its own"),
+                                strict=True):
+        _panel(axes, label, "Tokens of further training", "")
+        for arm, model, color, line, words in kinds:
+            rows = found["curves"][arm]
+            axes.plot([row["tokens"] for row in rows], [row[f"{key}_on_{model}"] for row in rows], line, color=color,
+                      linewidth=1.4, marker="o", markersize=3, label=words)
+    half = found.get("tokens_to_half")
+    if half is not None:
+        panels[0].axvline(half, color=MUTED, linewidth=1.0, linestyle="-.", label=f"half of the gap: {half:,.0f} tokens")
+    _legend(panels[0], loc="best")
+    return figure
+
+
+PICTURES: dict[str, Callable[[TransferRun, Visualization], Figure]] = {
+    picture.__name__: picture for picture in (quality, similarity_by_position, similarity_histograms, similarity_heat_maps,
+                                              outlier_norms, densities, latent_transfer, activations, repair)}

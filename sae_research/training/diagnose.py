@@ -1,0 +1,298 @@
+"""What a training run's curves and held-out figures show to be wrong, with the parameter to change.
+
+Every rule is a function of figures that the report holds, every limit stands in `LIMITS`. A run of minutes breaks some
+of them rightly: it is short. Nothing here changes a run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from sae_research.recipe_params import SAERecipe
+
+
+class Limits(NamedTuple):
+    """Where a figure becomes a finding. Set on SAEs of the packaged model trained at learning rates from 1e-5 to 0.1
+    (docs/training.md has the figures)."""
+
+    l0_low: float = 0.005
+    """L0 below this share of d_in: too sparse to reconstruct from."""
+    l0_high: float = 0.25
+    """L0 above this share of d_in: hardly sparse."""
+    l0_off: float = 1.5
+    """L0 this many times off the k or target that was asked for, either way."""
+    dead: float = 0.05
+    """Fraction of latents silent for the last `DEAD_TOKENS` training tokens, or half the run if that is shorter."""
+    dense: float = 0.5
+    """Share of L0 that comes from latents firing on more than `DENSE_FROM` of held-out tokens."""
+    still_falling: float = 0.05
+    """Fall of the loss, as a share of it, from 40 % of the run to the beginning of the decay."""
+    rising: float = 0.05
+    """Rise of the loss before the decay above its lowest stretch so far."""
+    spike: float = 1.5
+    """A row of the curve this many times the median of its neighbours, or above the first row."""
+    decay_drop: float = 0.10
+    """Fall of the loss while the learning rate decays ..."""
+    decay_ratio: float = 5.0
+    """... where that is this many times the fall before it: the rate was too high for the loss to settle."""
+    narrow_l0: float = 0.10
+    """L0 of at least this share of d_in ..."""
+    narrow_variance: float = 0.60
+    """... that explains less than this: the dictionary lacks directions."""
+    narrow_width: float = 16.0
+    """No dictionary this many times wider than d_in is called narrow."""
+    chance: float = 0.70
+    """Cross-entropy of the language model on the text, as a share of a uniform guess's: it does not know this text."""
+    suspicious: float = 0.45
+    """The same share from which on the model is asked about another text for comparison."""
+    text_gap: float = 1.0
+    """Nats by which cross-entropy on the text exceeds that on the packaged text."""
+
+
+LIMITS = Limits()
+DEAD_TOKENS = 100_000
+DENSE_FROM = 0.2
+MIN_ROWS = 12
+"""Rows a curve needs before its shape says anything."""
+
+
+class CurvePoint(NamedTuple):
+    """One row of a training curve."""
+
+    progress: float
+    """Fraction of the run done."""
+    loss: float
+
+
+class Seen(NamedTuple):
+    """What is known of one SAE once it is trained."""
+
+    config: SAERecipe
+    curve: Sequence[CurvePoint]
+    d_in: int
+    l0: float
+    variance_explained: float
+    fraction_silent: float
+    """Of latents, over the last `DEAD_TOKENS` tokens or half of the run."""
+    dense_share: float
+    """Share of L0 from latents that fire on more than `DENSE_FROM` of the tokens."""
+    pca: dict[int, float]
+    """Variance explained by so many principal components at the same hook."""
+    decay_fraction: float
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong."""
+
+    what: str
+    """l0_too_high, l0_too_low, l0_off_target, dead_latents, dense_latents, learning_rate_too_low,
+    learning_rate_too_high, too_narrow or wrong_text."""
+    says: str
+    figure: str
+    """What `value` is."""
+    value: float
+    limit: float
+    change: str
+    """The parameter and which way."""
+
+
+def diagnose(name: str, seen: Seen, limits: Limits = LIMITS) -> list[Finding]:
+    """Everything that is wrong with one SAE, the gravest kind of fault first."""
+    place = f"train.saes.{name}"
+    found = [*_sparsity(place, seen, limits), *_learning_rate(place, seen, limits), *_latents(place, seen, limits)]
+    if not any(finding.what == "learning_rate_too_low" for finding in found):
+        found += _width(place, seen, limits)
+    return found
+
+
+def diagnose_text(ce: float, ce_elsewhere: float | None, vocab_size: int, dataset: str,
+                  limits: Limits = LIMITS) -> list[Finding]:
+    """Whether the language model knows the text at all. ce: its cross-entropy on held-out documents of the text, in
+    nats a token; ce_elsewhere: on the packaged text, where that was measured."""
+    uniform = math.log(vocab_size)
+    if ce > limits.chance * uniform:
+        return [Finding("wrong_text", f"the language model predicts {dataset} barely better than chance",
+                        "cross-entropy as a share of a uniform guess's", ce / uniform, limits.chance,
+                        "text.dataset: text of the language and kind that the model was trained on")]
+    if ce_elsewhere is not None and ce - ce_elsewhere > limits.text_gap:
+        return [Finding("wrong_text", f"the language model predicts {dataset} far worse than the packaged text "
+                        f"({ce:.2f} against {ce_elsewhere:.2f} nats a token)", "cross-entropy above the packaged text's",
+                        ce - ce_elsewhere, limits.text_gap,
+                        "text.dataset: text of the language and kind that the model was trained on")]
+    return []
+
+
+def needs_comparison(ce: float, vocab_size: int, limits: Limits = LIMITS) -> bool:
+    """Whether `diagnose_text` should be told the cross-entropy elsewhere."""
+    return limits.suspicious < ce / math.log(vocab_size) <= limits.chance
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+
+def _sparsity(place: str, seen: Seen, limits: Limits) -> list[Finding]:
+    config, share = seen.config, seen.l0 / seen.d_in
+    asked = getattr(config, "k", None) or getattr(config, "target_l0", None)
+    if asked and not asked / limits.l0_off <= seen.l0 <= asked * limits.l0_off:
+        if not hasattr(config, "target_l0"):
+            change = "train.tokens: raise, so that the threshold settles"
+        elif seen.l0 < asked:
+            change = f"{place}.learning_rate: lower (now {config.learning_rate:g}), so that thresholds do not overshoot"
+        else:
+            change = f"{place}.sparsity_coefficient: raise, or train.tokens"
+        return [Finding("l0_off_target", f"L0 is {seen.l0:.4g} on held-out text where {asked:g} were asked for",
+                        "L0 / asked", seen.l0 / asked, limits.l0_off, change)]
+    if share > limits.l0_high:
+        return [Finding("l0_too_high", f"{seen.l0:.4g} latents a token, {share:.0%} of d_in: hardly sparse", "L0 / d_in",
+                        share, limits.l0_high, _knob(place, config, down=True))]
+    if share < limits.l0_low or seen.l0 < 1:
+        return [Finding("l0_too_low", f"{seen.l0:.3g} latents a token cannot reconstruct {seen.d_in} dimensions",
+                        "L0 / d_in", share, limits.l0_low, _knob(place, config, down=False))]
+    return []
+
+
+def _learning_rate(place: str, seen: Seen, limits: Limits) -> list[Finding]:
+    rate = f"{place}.learning_rate"
+    now = f"(now {seen.config.learning_rate:g})"
+    found = []
+    below = _below_pca(seen)
+    shape = curve_shape(seen.curve, seen.decay_fraction)
+    if shape is not None and max(shape.spike, shape.overshoot) > limits.spike:
+        found.append(Finding("learning_rate_too_high", "the loss jumps", "highest row against its neighbours or the first",
+                             max(shape.spike, shape.overshoot), limits.spike, f"{rate}: lower {now}"))
+    elif shape is not None and shape.rise > limits.rising:
+        found.append(Finding("learning_rate_too_high", "the loss rises again", "rise above its lowest stretch", shape.rise,
+                             limits.rising, f"{rate}: lower {now}"))
+    elif (shape is not None and shape.drop > limits.decay_drop
+          and shape.drop > limits.decay_ratio * max(shape.fall, 0.0)):
+        found.append(Finding("learning_rate_too_high", f"the loss fell by {shape.fall:.1%} in the run's middle and by "
+                             f"{shape.drop:.1%} once the rate decayed", "fall during the decay", shape.drop,
+                             limits.decay_drop, f"{rate}: lower {now}"))
+    elif shape is not None and shape.fall > limits.still_falling:
+        found.append(Finding("learning_rate_too_low", f"the loss was still falling, by {shape.fall:.1%} from 40 % of the "
+                             "run to the decay", "fall before the decay", shape.fall, limits.still_falling,
+                             f"{rate}: raise {now}, or train.tokens"))
+    elif below is not None:
+        n, pca = below
+        found.append(Finding("learning_rate_too_low", f"it explains less variance than {n} principal components with "
+                             f"{seen.l0:.4g} latents a token: it has not learnt yet", "variance explained",
+                             seen.variance_explained, pca, f"{rate}: raise {now}, or train.tokens"))
+    return found
+
+
+def _latents(place: str, seen: Seen, limits: Limits) -> list[Finding]:
+    found = []
+    if seen.fraction_silent > limits.dead:
+        if hasattr(seen.config, "resample_every") and seen.config.resample_every == 0:
+            change = f"{place}.resample_every: 0.1"
+        elif hasattr(seen.config, "aux_k_coefficient"):
+            change = f"{place}.aux_k_coefficient: raise (now {seen.config.aux_k_coefficient:g}), or learning_rate: lower"
+        else:
+            change = f"{place}.learning_rate: lower (now {seen.config.learning_rate:g}), or d_sae"
+        found.append(Finding("dead_latents", f"{seen.fraction_silent:.1%} of latents did not fire any more at the end",
+                             "fraction of latents silent", seen.fraction_silent, limits.dead, change))
+    if seen.dense_share > limits.dense and seen.l0 <= limits.l0_high * seen.d_in:  # where all is dense, L0 says so
+        found.append(Finding("dense_latents", f"{seen.dense_share:.0%} of L0 comes from latents that fire on more than "
+                             f"{DENSE_FROM:.0%} of tokens", "share of L0 from dense latents", seen.dense_share,
+                             limits.dense, _knob(place, seen.config, down=True)))
+    return found
+
+
+def _width(place: str, seen: Seen, limits: Limits) -> list[Finding]:
+    width = seen.config.d_sae
+    if (seen.l0 < limits.narrow_l0 * seen.d_in or seen.variance_explained >= limits.narrow_variance
+            or width >= limits.narrow_width * seen.d_in):
+        return []
+    return [Finding("too_narrow", f"{seen.l0:.4g} latents a token explain only {seen.variance_explained:.1%}",
+                    "variance explained", seen.variance_explained, limits.narrow_variance,
+                    f"{place}.d_sae: raise (now {width})")]
+
+
+def _knob(place: str, config: SAERecipe, down: bool) -> str:
+    """What to change for a lower L0 (`down`) or a higher one."""
+    for key, direct in (("k", True), ("target_l0", True), ("s", True), ("l1_coefficient", False),
+                        ("l0_coefficient", False)):
+        if hasattr(config, key):
+            return f"{place}.{key}: {'lower' if direct == down else 'raise'} (now {getattr(config, key):g})"
+    raise ValueError(f"the recipe {config.recipe} has no parameter of sparsity")
+
+
+def _below_pca(seen: Seen) -> tuple[int, float] | None:
+    """(components, what they explain) where the SAE explains less with at least as many latents a token."""
+    fewer = [n for n in seen.pca if n <= seen.l0]
+    if fewer and seen.variance_explained < seen.pca[max(fewer)]:
+        return max(fewer), seen.pca[max(fewer)]
+    return None
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """A curve in five numbers, shares of the loss."""
+
+    fall: float
+    """From around 40 % of the run to the last tenth before the decay."""
+    drop: float
+    """From there to the last twentieth of the run; 0 without a decay."""
+    rise: float
+    """Of the last tenth before the decay above the lowest tenth since 15 % of the run."""
+    spike: float
+    """Largest row since 15 % of the run against the median of its six neighbours."""
+    overshoot: float
+    """Largest row against the first."""
+
+
+def curve_shape(curve: Sequence[CurvePoint], decay_fraction: float) -> Shape | None:
+    """None for a curve too short to judge, without a flat stretch of learning rate after its middle, or with a loss that
+    is not positive."""
+    decay_from = 1.0 - decay_fraction
+    if len(curve) < MIN_ROWS or decay_from < 0.6 or not all(point.loss > 0 for point in curve):
+        return None
+    middle, before = _mean(curve, 0.35, 0.45), _mean(curve, decay_from - 0.1, decay_from)
+    end = _mean(curve, 0.95, 1.01)
+    if middle is None or before is None or end is None:
+        return None
+    tenths = [value for start in range(15, round(100 * decay_from) - 9, 5)
+              if (value := _mean(curve, start / 100, start / 100 + 0.1)) is not None]
+    late = [point.loss for point in curve if point.progress > 0.15]
+    spikes = [value / median(around) for i, value in enumerate(late)
+              if (around := late[max(0, i - 3):i] + late[i + 1:i + 4])]
+    return Shape(fall=1 - before / middle, drop=1 - end / before if decay_fraction > 0 else 0.0,
+                 rise=before / min(tenths) - 1, spike=max(spikes), overshoot=max(p.loss for p in curve) / curve[0].loss)
+
+
+def _mean(curve: Sequence[CurvePoint], start: float, end: float) -> float | None:
+    inside = [point.loss for point in curve if start <= point.progress < end]
+    return mean(inside) if inside else None
+
+
+# --- in words --------------------------------------------------------------------------------
+
+
+def as_json(finding: Finding) -> dict[str, Any]:
+    return finding._asdict()
+
+
+def lines(found: dict[str, list[Finding]]) -> list[str]:
+    """For the terminal: a line a finding, `name: what it says (figure 0.21, limit 0.05); change this`; a fault that
+    several SAEs share is one line with all their figures."""
+    shared: dict[tuple[str, str, str], list[tuple[str, Finding]]] = {}
+    for name, findings in found.items():
+        for finding in findings:
+            change = re.sub(r" \(now [^)]*\)", "", finding.change.replace(f"train.saes.{name}.", "train.saes.*."))
+            shared.setdefault((finding.what, finding.figure, change), []).append((name, finding))
+    written = []
+    for (what, figure, change), cases in shared.items():
+        name, finding = cases[0]
+        if len(cases) == 1:
+            written.append(f"{name}: {finding.says} ({figure} {finding.value:.3g}, limit {finding.limit:.3g}); "
+                           f"{finding.change}")
+        else:
+            values = ", ".join(f"{name} {finding.value:.3g}" for name, finding in cases)
+            written.append(f"{what.replace('_', ' ')} ({figure}, limit {finding.limit:.3g}): {values}; {change}")
+    return written

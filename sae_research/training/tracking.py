@@ -1,0 +1,133 @@
+"""Curves to Weights & Biases while a run trains, one W&B run for each SAE. Whatever fails there, the training goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import string
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sae_research.environment import redacted, secret
+from sae_research.errors import UserError
+from sae_research.params import Params
+from sae_research.recipe_params import SAERecipe
+from sae_research.store import project_root
+from sae_research.training.trainer import Member
+
+KEY = "WANDB_API_KEY"
+LOGGED = ("loss", "l0", "variance_explained")
+INIT_SECONDS = 30
+"""How long to wait for the service to answer before a run goes untracked."""
+
+
+class Tracker:
+    """What a training run tells Weights & Biases. Without a project every method does nothing."""
+
+    def __init__(self, params: Params, runs: Mapping[str, Any]) -> None:
+        self.params, self.runs = params, dict(runs)
+        self.logged = dict.fromkeys(self.runs, 0)
+
+    def update(self, members: Sequence[Member]) -> None:
+        """Log the rows of every curve that are new since the last call; nearly free where there are none."""
+        for member in members:
+            if member.name in self.runs and len(member.curve) > self.logged[member.name]:
+                new = member.curve[self.logged[member.name]:]
+                self.logged[member.name] = len(member.curve)
+                self._try("logging", member.name, lambda run, rows=new: [
+                    run.log({**{f"train/{key}": getattr(row, key) for key in LOGGED}, "tokens": row.tokens}, step=row.step)
+                    for row in rows])
+
+    def finish(self, results: Mapping[str, Mapping[str, Any]], findings: Mapping[str, Sequence[str]]) -> None:
+        """Held-out figures and what was diagnosed as each run's summary, and the end of the runs."""
+        for name in list(self.runs):
+            figures = {f"eval/{key}": value for key, value in results.get(name, {}).items()
+                       if isinstance(value, int | float) and not isinstance(value, bool)}
+            summary = {**figures, "diagnose": list(findings.get(name, []))}
+            self._try("the summary", name, lambda run, values=summary: run.summary.update(values))
+        self.close(0)
+
+    def close(self, exit_code: int) -> None:
+        """End all runs; `exit_code` other than 0 marks them as failed."""
+        for name in list(self.runs):
+            self._try("the end", name, lambda run: run.finish(exit_code=exit_code))
+            self.runs.pop(name, None)
+
+    def _try(self, what: str, name: str, act: Any) -> None:
+        """Do one thing with one run; a failure costs that run's tracking, and a line."""
+        try:
+            act(self.runs[name])
+        except Exception as error:  # noqa: BLE001  (another library's trouble must never cost a training)
+            _say(f"{name} is no longer tracked: {what} failed", error)
+            self.runs.pop(name, None)
+
+
+@contextmanager
+def tracked(params: Params) -> Iterator[Tracker]:
+    """A tracker for the SAEs of `params`; an error or signal inside marks its runs as failed.
+
+    Raises `UserError` before anything is trained when a project is named and wandb is missing, or the name's template
+    is wrong. A service that cannot be reached costs the tracking only.
+    """
+    tracking = params.tracking
+    if tracking.project is None:
+        yield Tracker(params, {})
+        return
+    names = {sae: run_name(tracking.name, sae, config, params) for sae, config in params.train.saes.items()}
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("tracking.project is set but wandb is not installed: `uv pip install -e '.[wandb]'`, or "
+                        "tracking.project: null")
+    tracker = Tracker(params, _start(params, names))
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(1)
+        raise
+
+
+def run_name(template: str, sae: str, config: SAERecipe, params: Params) -> str:
+    """`{recipe}_lr_{learning_rate}` filled in. Raises `UserError` naming what may stand in braces."""
+    values = {**config.model_dump(), "sae": sae, "model": params.model.name, "hook": params.train.hook_of(sae),
+              "seed": params.random_seed if config.seed is None else config.seed, "tokens": params.train.tokens}
+    known = {key for other in params.train.saes.values() for key in other.model_dump()} | set(values)
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        unknown = [field for field in fields if field not in known]
+        if unknown:
+            raise UserError(f"tracking.name: unknown {{{unknown[0]}}}; known: {', '.join(sorted(known))}")
+        return template.format(**{key: values.get(key, "") for key in known})
+    except (ValueError, IndexError) as error:
+        raise UserError(f"tracking.name: {template!r} is no template ({error})") from None
+
+
+def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
+    """W&B runs by SAE; none where the first cannot be made, since the others would fail alike."""
+    key = secret(KEY)
+    runs: dict[str, Any] = {}
+    tracking = params.tracking
+    try:
+        import wandb
+
+        settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True, disable_git=True,
+                                  disable_code=True, x_disable_stats=True, **({"api_key": key} if key else {}))
+        for sae, config in params.train.saes.items():
+            runs[sae] = wandb.init(
+                project=tracking.project, entity=tracking.entity or secret("WANDB_ENTITY"), name=names[sae],
+                tags=tracking.tags, dir=str(project_root()), settings=settings, reinit="create_new",
+                mode=None if os.environ.get("WANDB_MODE") else tracking.mode,
+                config={"sae": sae, "model_name": params.model.name, "hook_name": params.train.hook_of(sae),
+                        "text": params.text.dataset, "random_seed": params.random_seed, **config.model_dump(),
+                        "train": params.train.model_dump(exclude={"saes"})})
+    except Exception as error:  # noqa: BLE001  (no service, no key, no disk: the training does not need any of them)
+        _say("Weights & Biases cannot be used, the training goes on without it", error, key)
+        for run in runs.values():
+            run.finish(exit_code=1)
+        return {}
+    return runs
+
+
+def _say(what: str, error: Exception, key: str | None = None) -> None:
+    reason = redacted(" ".join(str(error).split())[:200], key, secret(KEY))
+    print(f"warning: {what} ({type(error).__name__}: {reason})", file=sys.stderr, flush=True)

@@ -1,0 +1,218 @@
+"""What either model loses with an SAE's reconstruction in place of its activations: a second pass, on fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.intervals import Ratio, interval
+from sae_research.lm import LanguageModel
+from sae_research.saes import SparseAutoencoder
+from sae_research.stats import CleanPredictions
+from sae_research.transfer.sweep import MODELS, Masks, Pair, Statistics, masks
+from sae_research.transfer.text import batches
+
+BLOCKS = 24
+"""The text is cut into this many stretches, which intervals draw from: few numbers, however long the text."""
+FILTERS = ("kept", "all")
+"""Without outliers (they are neither patched nor counted), and with them."""
+
+Sums = dict[str, np.ndarray]
+"""By quantity, one number a block."""
+
+
+class _Totals:
+    """Sums by block, made where they are first added to."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        self.blocks = np.zeros(0, np.int64)
+        """Of each row of the batch at hand."""
+
+    def add(self, key: str, by_row: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """by_row: one number for each of `rows`."""
+        chosen = self.blocks[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        np.add.at(self.sums.setdefault(key, np.zeros(BLOCKS)), chosen, by_row.double().cpu().numpy())
+
+
+def patched_losses(pair: Pair, statistics: Statistics, n_tokens: int, progress: str | None = None) -> dict[str, Any]:
+    """Figures by model, for every SAE and both filters; `clean_kl` compares the two models' own predictions.
+
+    For a prediction made at a position that counts, with x replaced where tokens count: `ce_clean`, `ce_patched`, `ce_zero`
+    (zeros in place), `ce_mean` (the mean activation of tokens that count in place), in nats;
+    `loss_recovered` = (ce_zero - ce_patched) / (ce_zero - ce_clean), `loss_recovered_mean` the same with ce_mean;
+    `kl` = KL(clean || patched). Ablations run on one context out of `ablate_every`: they are no more than a scale, and loss
+    recovered takes all its three terms from those contexts. With tokenizers of their own also bits per byte of all text.
+    """
+    totals = {model: _Totals() for model in MODELS}
+    shared = _Totals()
+    config, limit, read = pair.params.transfer, statistics.hooks[pair.hook].limit, 0
+    means = _means(statistics)
+    with tqdm(total=n_tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None, mininterval=2,
+              dynamic_ncols=True) as bar:
+        for batch in batches(pair.base, pair.finetuned, pair.source, n_tokens, config.patched_batch_size):
+            sides = batch.sides
+            acts = {model: lm.activations(sides[model].tokens, pair.hook).float() for model, lm in pair.models.items()}
+            found = masks(pair, batch, acts, limit)
+            before = read + np.arange(len(batch.base.tokens)) * batch.n_tokens / len(batch.base.tokens)
+            for total in (*totals.values(), shared):
+                total.blocks = np.minimum(BLOCKS - 1, before * BLOCKS // n_tokens).astype(np.int64)
+            logits = {model: lm.resume(pair.hook, acts[model], sides[model].tokens) for model, lm in pair.models.items()}
+            _compare_models(pair, logits, sides["base"].tokens, found, shared)
+            for model, lm in pair.models.items():
+                clean = CleanPredictions(logits.pop(model), sides[model].tokens)
+                runs = _Runs(lm, pair.hook, sides[model].tokens, acts[model], clean, found.kept[model], found.counted[model])
+                _add(runs, pair, sides[model].real, means[model], batch.text_bytes, totals[model])
+            read += batch.n_tokens
+            bar.update(batch.n_tokens)
+    figures = {model: _figures(totals[model].sums, pair.saes, pair.params.random_seed) for model in MODELS}
+    return {"models": figures, **({"clean_kl": _interval_of(shared.sums, "kl", "tokens", pair.params.random_seed)}
+                                  if shared.sums else {})}
+
+
+def _means(statistics: Statistics) -> dict[str, Tensor]:
+    """Mean activation of kept tokens [d_in] by model: what mean-ablation puts in place."""
+    stats = statistics.saes["base"].kept
+    return {model: (stats[model].sum_D / max(stats[model].tokens, 1)).float() for model in MODELS}
+
+
+class _Runs(NamedTuple):
+    """Some contexts through the layers above the hook."""
+
+    lm: LanguageModel
+    hook: str
+    tokens: Tensor
+    acts: Tensor
+    clean: CleanPredictions
+    kept: Tensor
+    counted: Tensor
+
+    def part(self, rows: Tensor) -> _Runs:
+        """Some of the contexts."""
+        clean = copy.copy(self.clean)
+        clean.batch = len(rows)
+        clean.log_p_NV = self.clean.log_p_NV.view(self.clean.batch, self.clean.seq, -1)[rows].flatten(0, 1)
+        clean.targets_N = self.clean.targets_N.view(self.clean.batch, self.clean.seq)[rows].flatten()
+        return _Runs(self.lm, self.hook, self.tokens[rows], self.acts[rows], clean, self.kept[rows], self.counted[rows])
+
+    def both(self, put: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """(cross-entropy [rows, seq - 1], KL [rows, seq]) with `put` [rows, seq, d_in] in place at kept tokens, and at all
+        that count; contexts in which these are the same tokens run once."""
+        found = {"kept": self._run(put, self.kept)}
+        rows = (self.kept != self.counted).any(dim=1).nonzero()[:, 0]
+        ce, kl = (value.clone() for value in found["kept"])
+        if len(rows):
+            part = self.part(rows) if len(rows) < len(self.tokens) else self
+            ce[rows], kl[rows] = part._run(put[rows], part.counted)
+        return found | {"all": (ce, kl)}
+
+    def _run(self, put: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        acts = torch.where(mask[..., None], put, self.acts)
+        return self.clean.compare(self.lm.resume(self.hook, acts, self.tokens))
+
+
+@torch.no_grad()
+def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
+    predicts = real[:, 1:]
+    results: dict[str, dict[str, tuple[Tensor, Tensor | None]]] = {
+        "clean": {name: (runs.clean.ce, None) for name in FILTERS}}
+    for role, sae in pair.saes.items():
+        results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))
+    rows = torch.arange(0, len(runs.tokens), pair.params.transfer.ablate_every, device=runs.tokens.device)
+    part = runs.part(rows)
+    ablated = {"zero": part.both(torch.zeros_like(part.acts)), "mean": part.both(mean.expand_as(part.acts))}
+    for name, mask in (("kept", runs.kept), ("all", runs.counted)):
+        chosen = mask[:, :-1] & predicts
+        totals.add(f"{name}/tokens", mask.sum(1))
+        totals.add(f"{name}/predictions", chosen.sum(1))
+        totals.add(f"{name}/scale_predictions", chosen[rows].sum(1), rows)
+        for run, by_filter in results.items():
+            ce, kl = by_filter[name]
+            totals.add(f"{name}/ce_{run}", _summed(ce, chosen))
+            totals.add(f"{name}/scale_{run}", _summed(ce[rows], chosen[rows]), rows)
+            if kl is not None:
+                totals.add(f"{name}/kl_{run}", _summed(kl, mask))
+            if text_bytes is not None:
+                totals.add(f"{name}/nats_{run}", _summed(ce, predicts & (text_bytes > 0).to(ce.device)[:, None]))
+        for run, by_filter in ablated.items():
+            totals.add(f"{name}/scale_{run}", _summed(by_filter[name][0], chosen[rows]), rows)
+    if text_bytes is not None:
+        totals.add("bytes", text_bytes)
+
+
+def _summed(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the positions of each row where the mask holds [rows]."""
+    return torch.where(mask, values, 0.0).double().sum(1) if values.device.type != "mps" else torch.where(
+        mask, values, 0.0).sum(1)
+
+
+def _compare_models(pair: Pair, logits: dict[str, Tensor], tokens: Tensor, found: Masks, totals: _Totals) -> None:
+    """KL(base || finetuned) of the two models' own predictions, where they share ids; over those that both have."""
+    shared_ids = logits["base"].shape[-1]
+    if pair.source.own or logits["finetuned"].shape[-1] < shared_ids:
+        return
+    clean = CleanPredictions(logits["base"].clone(), tokens)
+    kl = clean.compare(logits["finetuned"][..., :shared_ids].contiguous())[1]
+    totals.add("kl", _summed(kl, found.kept["base"]))
+    totals.add("tokens", found.kept["base"].sum(1))
+
+
+# --- from sums to figures --------------------------------------------------------------------
+
+def _figures(sums: Sums, saes: dict[str, SparseAutoencoder], seed: int) -> dict[str, Any]:
+    """By filter: figures shared by all SAEs, and each SAE's by role."""
+    return {name: {**_shared_figures(sums, name, seed),
+                   "saes": {role: _sae_figures(sums, name, role, seed) for role in saes}} for name in FILTERS}
+
+
+def _shared_figures(sums: Sums, name: str, seed: int) -> dict[str, Any]:
+    found = {"ce_clean": _interval_of(sums, f"{name}/ce_clean", f"{name}/predictions", seed)}
+    found |= {f"ce_{run}": _interval_of(sums, f"{name}/scale_{run}", f"{name}/scale_predictions", seed)
+              for run in ("zero", "mean")}
+    if "bytes" in sums:
+        found["bits_per_byte_clean"] = _bits(sums, f"{name}/nats_clean", seed)
+    return {"predictions": float(sums[f"{name}/predictions"].sum()), **_present(found)}
+
+
+def _sae_figures(sums: Sums, name: str, role: str, seed: int) -> dict[str, Any]:
+    patched, clean = sums[f"{name}/ce_patched_{role}"], sums[f"{name}/ce_clean"]
+    counts = sums[f"{name}/predictions"]
+    found = {"ce_patched": _interval_of(sums, f"{name}/ce_patched_{role}", f"{name}/predictions", seed),
+             "ce_delta": _with_interval(Ratio(patched - clean, counts), seed),
+             "kl": _interval_of(sums, f"{name}/kl_patched_{role}", f"{name}/tokens", seed)}
+    patched, clean = sums[f"{name}/scale_patched_{role}"], sums[f"{name}/scale_clean"]
+    for run, key in (("zero", "loss_recovered"), ("mean", "loss_recovered_mean")):
+        ablated = sums[f"{name}/scale_{run}"]
+        if (ablated - clean).sum() > 0:  # where ablation costs nothing there is nothing to recover
+            found[key] = _with_interval(Ratio(ablated - patched, ablated - clean), seed)
+    if "bytes" in sums:
+        found["bits_per_byte_patched"] = _bits(sums, f"{name}/nats_patched_{role}", seed)
+    return _present(found)
+
+
+def _interval_of(sums: Sums, above: str, below: str, seed: int) -> dict[str, float] | None:
+    return _with_interval(Ratio(sums[above], sums[below]), seed)
+
+
+def _bits(sums: Sums, nats: str, seed: int) -> dict[str, float] | None:
+    return _with_interval(Ratio(sums[nats] / math.log(2), sums["bytes"]), seed)
+
+
+def _with_interval(figure: Ratio, seed: int) -> dict[str, float] | None:
+    """{value, low, high}; bounds only where there are blocks enough, None where the figure is not defined."""
+    kept = figure.denominator != 0
+    figure = Ratio(figure.numerator[kept], figure.denominator[kept])
+    if not math.isfinite(figure.value):
+        return None
+    bounds = interval(figure, seed)
+    return {"value": figure.value} | ({} if bounds is None else {"low": bounds[0], "high": bounds[1]})
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

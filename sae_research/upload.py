@@ -1,0 +1,94 @@
+"""Folders of SAEs to a hub repository, in one commit: `python -m sae_research upload FOLDER... --hf_repo_id ORG/NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_research.environment import redacted, secret
+from sae_research.errors import UserError
+from sae_research.store import read_json
+
+TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ACCESS_TOKEN")
+CARD = "README.md"
+_COLUMNS = ("l0", "variance_explained", "loss_recovered", "fraction_alive")
+
+
+def upload(folders: Sequence[Path], repo_id: str, private: bool = False) -> str:
+    """Send every file of the folders, each under its folder's own name, and return the commit's address.
+
+    The repository is made where there is none. A card that lists the SAEs goes along unless the repository has one.
+    Either everything arrives, or nothing. Raises `UserError` for a missing folder, token or permission, and when the hub
+    cannot be reached.
+    """
+    files = _files(folders)
+    token = secret(*TOKEN_NAMES)
+    if token is None:
+        raise UserError(f"upload needs a token with write access: set {TOKEN_NAMES[0]} in the environment or in .env")
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        if CARD not in files and not api.file_exists(repo_id, CARD):
+            operations.append(CommitOperationAdd(CARD, card(files, repo_id).encode()))
+        commit = api.create_commit(repo_id, operations, commit_message=f"{len(files)} files of "
+                                   f"{', '.join(folder.resolve().name for folder in folders)}")
+    except HfHubHTTPError as error:
+        raise UserError(redacted(f"{repo_id}: {_reason(error)}", token)) from None
+    except HFValidationError as error:
+        raise UserError(f"--hf_repo_id {repo_id}: {str(error).partition(chr(10))[0]}") from None
+    except (HTTPError, OSError, RuntimeError) as error:  # lost connections, and uploads that a thread gave up
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200]
+        raise UserError(redacted(f"{repo_id}: the upload failed ({type(cause).__name__}: {reason}); nothing was "
+                                 "committed, run it again", token)) from None
+    return commit.commit_url
+
+
+def _files(folders: Sequence[Path]) -> dict[str, Path]:
+    """Path in the repository -> file; hidden files stay behind."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        inside = sorted(path for path in folder.rglob("*") if path.is_file()
+                        and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        if not inside:
+            raise UserError(f"{folder}: holds no files")
+        for path in inside:
+            name = f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"
+            if name in found:
+                raise UserError(f"two folders are called {folder.resolve().name}; rename one")
+            found[name] = path
+    return found
+
+
+def card(files: dict[str, Path], repo_id: str) -> str:
+    """A model card: which SAEs, their held-out figures, how to load them."""
+    saes = sorted(name.removesuffix("/cfg.json") for name in files if name.endswith("/cfg.json"))
+    rows = []
+    for sae in saes:
+        results = files.get(f"{sae}/eval_results.json")
+        figures: dict[str, Any] = read_json(results) if results else {}
+        cells = [f"{figures[key]:.4g}" if isinstance(figures.get(key), int | float) else "–" for key in _COLUMNS]
+        rows.append(f"| `{sae}` | {' | '.join(cells)} |")
+    head = ["---", "library_name: sae_lens", "tags:", "- sparse-autoencoder", "---", "", "# Sparse autoencoders", "",
+            "Trained with sae_research; held-out figures, sinks left out.", ""]
+    table = ["| SAE | L0 | variance explained | loss recovered | fraction alive |", "|---|--:|--:|--:|--:|", *rows]
+    load = ["", "```python", "from sae_lens import SAE", "",
+            f'sae = SAE.from_pretrained("{repo_id}", "{saes[0]}")', "```"] if saes else []
+    return "\n".join([*head, *(table if saes else []), *load]) + "\n"
+
+
+def _reason(error: Any) -> str:
+    """One line for a refusal of the hub."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub does not accept the token (401); make a new one with write access"
+    if status == 403:
+        return "the token may not write to this repository (403)"
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,9 @@
+"""Six sparsities of each recipe: `python -m scripts.demo --save_dir saes --layers 8 --architectures top_k`."""
+
+from __future__ import annotations
+
+from sae_research.errors import run_main
+from sae_research.experiments.demo import main
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,14 @@
+"""The stage `dashboards`: a static site to browse latents with. Writes `dashboards/`."""
+
+from sae_research.errors import run_main
+
+
+def main() -> None:
+    from sae_research.analysis.dashboard.stage import run_stage
+    from sae_research.params import load_params
+
+    run_stage(load_params())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,14 @@
+"""The stage `transfer_eval`: does an SAE of a base model serve a finetuned one? Writes `eval_results/transfer/`."""
+
+from sae_research.errors import run_main
+
+
+def main() -> None:
+    from sae_research.params import load_params
+    from sae_research.transfer.entry import run_stage
+
+    run_stage(load_params())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,263 @@
+"""The site in a real browser, opened from disk: headless Chromium (Debian's package), driven by Playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dashboards import content, small
+from tiny_saes import tiny_sae
+
+from sae_research.analysis.dashboard.make import write_dashboard
+from sae_research.analysis.dashboard.site import write_index
+from sae_research.analysis.layout import load_stats
+from sae_research.analysis.sources import Lab
+from sae_research.lm import load_language_model
+from sae_research.params import Params
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None,
+                                reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM")
+COLOURS = """['backgroundColor', 'color'].map(
+    one => getComputedStyle(document.body)[one].match(/\\d+/g).slice(0, 3).map(Number))"""
+
+
+@pytest.fixture(scope="module")
+def site(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site of two SAEs, one with signed activations, and their compare view."""
+    folder = tmp_path_factory.mktemp("site")
+    params = Params(text={"dataset": str(tiny_inputs / "texts"), "context_size": 32}, model={"llm_batch_size": 8},
+                    analysis={"tokens": 2_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3,
+                              "samples_per_level": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(folder))
+        lm = load_language_model(str(tiny_inputs / "tiny"), "cpu")
+        plain, signed = tiny_sae("standard"), tiny_sae("linear", seed=1)
+        plain.b_enc[:3] -= 1000  # dead
+        lab = Lab.of({"plain": plain, "signed": signed}, lm, params)
+        write_dashboard(lab, folder / "out", small(), pairs=[("plain", "signed")])
+        (folder / "out/store").symlink_to(lab.stats("plain").folder)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        # --no-sandbox: the sandbox refuses root, as in containers
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: sync_api.Browser) -> Iterator[sync_api.Page]:
+    """A page that fails the test for an error, a warning, or anything asked for outside the disk."""
+    trouble: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else trouble.append(request.url))
+    page.on("requestfailed", lambda request: trouble.append(f"failed: {request.url}"))
+    yield page
+    context.close()
+    assert trouble == []
+
+
+def ready(page: sync_api.Page, what: str) -> None:
+    page.wait_for_function("what => document.body.dataset.ready === what", arg=what)
+
+
+def rows(page: sync_api.Page) -> list[int]:
+    return [int(row) for row in page.locator("tr[data-row]").evaluate_all("rows => rows.map(row => row.dataset.row)")]
+
+
+def test_pages_work_from_disk(site: Path, page: sync_api.Page) -> None:
+    """The quick one: every kind of page, search, sort, keys."""
+    page.goto((site / "index.html").as_uri())
+    assert page.locator(".card h2").all_inner_texts() == ["plain", "signed"]
+    page.get_by_role("link", name="plain", exact=True).click()
+    ready(page, "yes")
+    stats = load_stats(site / "store")
+    assert page.locator("#status").inner_text() == "64 latents" and rows(page)[:3] == [0, 1, 2]
+    page.get_by_role("button", name="Density").click()
+    assert rows(page)[0] == stats.density.argmax()
+    page.get_by_role("button", name="Density").click()
+    assert rows(page)[:3] == [0, 1, 2]  # the dead ones
+    page.get_by_label("dead").check()
+    assert page.locator("#status").inner_text() == "3 of 64 latents"
+    page.get_by_label("dead").uncheck()
+    page.keyboard.press("/")
+    page.keyboard.type("17")
+    assert 17 in rows(page)
+    page.keyboard.press("Control+a")
+    word = content(site / "plain/data/index.js")["labels"].split("\n")[20].split()[0]
+    page.keyboard.type(word.upper())
+    assert 20 in rows(page) and len(rows(page)) < 64
+    first = rows(page)[0]
+    page.keyboard.press("Enter")
+    ready(page, str(first))
+    assert page.url.endswith(f"latent.html#latent={first}")
+    page.goto((site / "plain/latent.html").as_uri() + "#latent=20")
+    ready(page, "20")
+    page.keyboard.press("j")
+    ready(page, "21")
+    page.keyboard.press("ArrowLeft")
+    ready(page, "20")
+    best = stats.top(20)[0]
+    shown = page.locator(".contexts li").first
+    assert float(shown.locator("b").inner_text()) == pytest.approx(best.value, rel=0.01)
+    peak = shown.locator("mark.peak")
+    assert peak.inner_text().strip() == best.tokens[best.position].strip()
+    peak.hover()
+    assert float(page.locator("#tip").inner_text()) == pytest.approx(best.value, rel=1e-3)
+    assert page.locator(".tokens caption").all_inner_texts()[:2] == ["raised", "lowered"]
+    assert page.locator("section:has(h2:text('Activations')) rect").count() > 1
+
+
+@pytest.mark.slow
+def test_keys_reach_everything(site: Path, page: sync_api.Page) -> None:
+    page.goto((site / "plain/index.html").as_uri())
+    ready(page, "yes")
+    for _ in range(3):
+        page.keyboard.press("j")
+    page.keyboard.press("k")
+    assert page.evaluate("document.activeElement.textContent") == "1"
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.textContent") == "63"
+    assert page.locator("tr.active").is_visible()
+    page.keyboard.press("Enter")
+    ready(page, "63")
+    page.keyboard.press("j")  # there is no 64
+    page.keyboard.press("g")
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    ready(page, "5")
+    page.keyboard.press("?")
+    assert page.get_by_role("dialog").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.get_by_role("dialog").is_visible()
+    page.keyboard.press("/")
+    ready(page, "yes")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.keyboard.press("Escape")
+    page.keyboard.press("Tab")
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+@pytest.mark.slow
+def test_signed_latents_and_a_latent_that_never_fires(site: Path, page: sync_api.Page) -> None:
+    page.goto((site / "signed/latent.html").as_uri() + "#latent=9")
+    ready(page, "9")
+    assert page.locator("rect.negative").count() and page.locator("mark.negative").count()
+    page.goto((site / "plain/latent.html").as_uri() + "#latent=1")
+    ready(page, "1")
+    assert "never fired" in page.locator(".words").inner_text()
+    page.goto((site / "plain/latent.html").as_uri() + "#latent=64")
+    page.get_by_text("plain has latents 0 to 63").wait_for()
+
+
+@pytest.mark.slow
+def test_compare_view_shows_both_sides(site: Path, page: sync_api.Page) -> None:
+    page.goto((site / "compare/plain_and_signed/index.html").as_uri() + "#latent=12")
+    ready(page, "12")
+    partner = content(site / "compare/plain_and_signed/data.js")["partner"]
+    assert page.locator("#one-link").inner_text() == "latent 12"
+    assert page.locator("#other-link").inner_text() == f"latent {partner[12]}"
+    assert page.locator("#one .contexts li").count() and page.locator("#other .contexts li").count()
+    page.get_by_role("button", name="correlation").click()
+    row = rows(page)[0]
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    ready(page, str(row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_on_a_phone_and_by_day_and_night(site: Path, browser: sync_api.Browser, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page = context.new_page()
+    for address, what in (("index.html", None), ("plain/index.html", "yes"), ("plain/latent.html#latent=20", "20"),
+                          ("compare/plain_and_signed/index.html#latent=20", "20")):
+        page.goto(f"{site.as_uri()}/{address}")
+        if what:
+            ready(page, what)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, f"{address} scrolls sideways"
+        ground, ink = page.evaluate(COLOURS)
+        lighter, darker = sorted((luminance(ground), luminance(ink)), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) > 7, "contrast"
+        assert (luminance(ground) > 0.5) == (scheme == "light")
+    context.close()
+
+
+def luminance(rgb: list[int]) -> float:
+    """Relative luminance by WCAG."""
+    parts = [c / 255 for c in rgb]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+@pytest.mark.slow
+def test_65_000_latents_browse_smoothly(site: Path, page: sync_api.Page, tmp_path: Path) -> None:
+    """Opening, scrolling, sorting and searching the table, and few rows held at any moment."""
+    wide, n = tmp_path / "site", 65_536
+    shutil.copytree(site, wide, symlinks=True)
+    rng = np.random.default_rng(0)
+    words = np.array([f"word{i}" for i in range(5_000)])
+    labels = [" ".join(row) for row in words[rng.integers(0, 5_000, (n, 4))]]
+    labels[40_000] = "needle"
+    density = np.exp(rng.normal(-6, 2, n)).clip(0, 1).astype(np.float32)
+    columns = {"density": density, "cah": density * 9, "max": density * 7, "mean": density * 3}
+    kind = np.select([density < 1e-5, density > 1e-2], ["rare", "dense"], "between")
+    write_index(wide / "plain/data/index.js", "plain", columns, kind, labels, labels[::-1],
+                {"dead": 0, "edges": [-2.0, -1.0, 0.0], "counts": [1, 2], "rare": -5.0, "dense": -2.0})
+    started = time.perf_counter()
+    page.goto((wide / "plain/index.html").as_uri())
+    ready(page, "yes")
+    assert time.perf_counter() - started < 3
+    assert page.locator("#status").inner_text() == "65,536 latents"
+    milliseconds = page.evaluate("""async () => {
+        const box = document.querySelector(".scroller"), frame = () => new Promise(requestAnimationFrame);
+        const times = [];
+        for (let i = 1; i <= 30; i++) {
+            const start = performance.now();
+            box.scrollTop = box.scrollHeight * i / 31;
+            await frame(); await frame();
+            times.push(performance.now() - start);
+        }
+        return times.sort((a, b) => a - b)[15];
+    }""")
+    assert milliseconds < 100
+    assert page.locator("tr[data-row]").count() < 80
+    page.get_by_role("button", name="Density").click()
+    assert rows(page)[0] == density.argmax()
+    page.keyboard.press("/")
+    started = time.perf_counter()
+    page.keyboard.type("needle")
+    assert rows(page)[:1] == [40_000] and time.perf_counter() - started < 3
+    page.keyboard.press("Control+a")
+    page.keyboard.press("Delete")
+    page.locator(".scroller").focus()
+    page.keyboard.press("End")
+    assert page.locator("tr.active").get_attribute("data-row") == str(density.argmin())
+
+
+@pytest.mark.slow
+def test_a_latents_page_opens_in_300_milliseconds(site: Path, page: sync_api.Page) -> None:
+    """From the address to the drawn page, best of three: the machine may be busy."""
+    times = []
+    for latent in (5, 25, 45):
+        page.goto("about:blank")
+        started = time.perf_counter()
+        page.goto((site / "plain/latent.html").as_uri() + f"#latent={latent}")
+        ready(page, str(latent))
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.3

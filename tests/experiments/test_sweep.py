@@ -1,0 +1,100 @@
+"""Real sweeps through DVC's own queue, in a clone of the pipeline with a tiny model: a minute or two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from experiments_helpers import ENV, run, verb
+from ruamel.yaml import YAML
+
+pytestmark = pytest.mark.slow
+
+
+def sweep_file(project: Path, name: str, text: str) -> str:
+    """Outside the repository, whose untracked files DVC would look at."""
+    path = project.parent / f"{name}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_points_are_run_once_and_failures_are_failures(pipeline: Path) -> None:
+    """Two runs on two workers: one is finished, one runs out of text; the next call tries the failed one alone."""
+    before = (pipeline / "params.yaml").read_bytes()
+    config = sweep_file(pipeline, "grid", "train.saes.topk.k: [4, 8]\ntrain.tokens: [3000, 99000000]\n")
+    call = ("sweep", "--sweep_config", config, "--devices", "cpu,cpu", "--output_dir", str(pipeline.parent / "copies"))
+    done = verb(pipeline, *call)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "4 of 4 points, 6 SAEs in 2 runs; 0 SAEs are finished" in done.stdout
+    assert "1 of 2 jobs failed" in done.stdout and "ends after" in done.stdout and "Traceback" not in done.stderr
+    assert (pipeline / "params.yaml").read_bytes() == before
+    assert run(pipeline, "git", "status", "--porcelain").stdout == ""
+    rows = json.loads(run(pipeline, "dvc", "exp", "show", "--json").stdout)[-1]["experiments"]
+    shown = {row["name"]: row["revs"][0]["data"] for row in rows if row["revs"][0].get("data")}
+    (name, data), = ((name, data) for name, data in shown.items()
+                     if "data" in (data["metrics"] or {}).get("metrics/core.json", {}))
+    metrics = data["metrics"]["metrics/core.json"]["data"]
+    assert {"standard", "topk_k_4", "topk_k_8"} <= set(metrics) and metrics["topk_k_8"]["l0"] > 0
+    assert data["metrics"]["metrics/sparse_probing.json"]["data"]["_status"]["status"] == "disabled"
+    copies = pipeline.parent / "copies"
+    assert YAML(typ="safe").load(run(pipeline, "git", "show", f"{data['rev']}:params.yaml").stdout)["train"]["saes"] == \
+        YAML(typ="safe").load((copies / f"{name}.yaml").read_text())["train"]["saes"]
+    assert (copies / "results.csv").read_text().count(name) == 3
+    assert json.loads((copies / "outcome.json").read_text())["done"] == [name]
+
+    longer = sweep_file(pipeline, "grid", "train.saes.topk.k: [4, 8, 16]\ntrain.tokens: [3000]\n")
+    planned = verb(pipeline, "sweep", "--sweep_config", longer, "--devices", "cpu", "--dry_run").stdout
+    assert "4 SAEs in 1 runs; 3 SAEs are finished, 1 to train in 1 runs" in planned
+    again = verb(pipeline, "sweep", "--sweep_config", sweep_file(
+        pipeline, "grid", "train.saes.topk.k: [4, 8]\ntrain.tokens: [3000]\n"), "--devices", "cpu")
+    assert again.returncode == 0 and "0 to train in 0 runs" in again.stdout and "topk_k_8" in again.stdout
+    watched = verb(pipeline, "monitor").stdout
+    assert f"done     {name}" in watched and "failed   grid-" in watched and "ends after" in watched
+    (pipeline / "scripts" / "train_saes.py").write_text((pipeline / "scripts" / "train_saes.py").read_text() + "\n")
+    changed = verb(pipeline, "sweep", "--sweep_config", longer, "--devices", "cpu", "--dry_run").stdout
+    assert "0 SAEs are finished, 4 to train" in changed, "other code, other results"
+    run(pipeline, "git", "checkout", "-q", ".")
+
+
+def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
+    """`monitor --kill JOB` ends one job of two; Ctrl-C ends the sweep and all of its processes, and no others."""
+    config = sweep_file(pipeline, "long", "train.tokens: [60000, 61000]\ntrain.batch_size: 4\ntrain.saes.topk.d_sae: 4096\n"
+                                          "train.checkpoint_steps: 200\n")
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    log = (pipeline.parent / "log").open("w")
+    sweep = subprocess.Popen([sys.executable, "-m", "sae_research", "sweep", "--sweep_config", config, "--devices",
+                              "cpu,cpu"], cwd=pipeline, env=ENV, stdout=log, stderr=log)
+    try:
+        running: list[str] = []
+        deadline = time.monotonic() + 300
+        while len(running) < 2 and time.monotonic() < deadline:
+            time.sleep(2)
+            running = [line for line in verb(pipeline, "monitor").stdout.splitlines() if line.startswith("running  long-")
+                       and "step 0" not in line and "cpu  step" in line]
+        assert len(running) == 2, (pipeline.parent / "log").read_text()
+        second = verb(pipeline, "sweep", "--sweep_config", config, "--devices", "cpu")
+        assert second.returncode == 1 and "a sweep is at work in this project" in second.stderr
+        victim, survivor = (line.split()[1] for line in running)
+        assert verb(pipeline, "monitor", "--kill", victim).returncode == 0
+        shown = ""
+        while f"failed   {victim}" not in shown and time.monotonic() < deadline:
+            shown = verb(pipeline, "monitor").stdout
+        assert f"failed   {victim}" in shown and f"running  {survivor}" in shown and "checkpoint" in shown
+        ours = [process.pid for process in psutil.Process(sweep.pid).children(recursive=True)]
+        sweep.send_signal(2)
+        assert sweep.wait(timeout=90) == 130
+        assert not [pid for pid in ours if psutil.pid_exists(pid)]
+        assert stranger.poll() is None
+    finally:
+        sweep.kill()
+        stranger.kill()
+        stranger.wait()
+    assert "Queued" not in run(pipeline, "dvc", "queue", "status").stdout
+    resumed = verb(pipeline, "sweep", "--sweep_config", config, "--devices", "cpu", "--sequential", "--limit", "1")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "going on from the checkpoint of step" in resumed.stdout

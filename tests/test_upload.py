@@ -1,0 +1,115 @@
+"""Uploads with the real `huggingface_hub` client to the loopback hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Uploads, hub_env, serve_hub
+from random_saes import make_sae, random_activations
+
+from sae_research.environment import redacted, secret
+from sae_research.errors import UserError
+from sae_research.saes import load_sae, save_sae
+from sae_research.upload import card, upload
+
+TOKEN = "hf_" + "loopback" * 4
+
+
+@pytest.fixture
+def trained(in_project: Path) -> Path:
+    """Two SAEs, one with figures; a hidden file that must stay behind."""
+    folder = in_project / "trained_saes"
+    for form in ("standard", "topk"):
+        save_sae(make_sae(form), folder / form)
+    (folder / "topk" / "eval_results.json").write_text(json.dumps({"l0": 5.0, "loss_recovered": 0.9}))
+    (folder / ".secret").write_text("not for others")
+    return folder
+
+
+def run_upload(url: str, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | hub_env(url, home / "hf")
+    if token:
+        env["HF_TOKEN"] = token
+    return subprocess.run([sys.executable, "-m", "sae_research", "upload", *arguments], env=env, capture_output=True,
+                          text=True, check=False)
+
+
+def test_everything_arrives_and_can_be_read_back(trained: Path, tmp_path: Path) -> None:
+    requests: list[str] = []
+    hub = Uploads(tmp_path / "hub", TOKEN)
+    with serve_hub({"models": {}}, requests, hub) as url:
+        done = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith("/org/saes/commit/" + done.stdout.strip()[-40:])
+        assert TOKEN not in done.stdout + done.stderr
+        arrived = tmp_path / "hub" / "org" / "saes"
+        names = sorted(path.relative_to(arrived).as_posix() for path in arrived.rglob("*") if path.is_file())
+        assert names == ["README.md", "trained_saes/standard/cfg.json", "trained_saes/standard/sae_weights.safetensors",
+                         "trained_saes/topk/cfg.json", "trained_saes/topk/eval_results.json",
+                         "trained_saes/topk/sae_weights.safetensors"]
+        assert (load_sae(arrived / "trained_saes" / "topk").encode(random_activations())
+                == make_sae("topk").encode(random_activations())).all()
+        assert any("/lfs/" in line for line in requests) and sum("/commit/" in line for line in requests) == 1
+        (arrived / "README.md").write_text("mine")
+        again = run_upload(url, tmp_path, str(trained / "topk"), "--hf_repo_id", "org/saes")
+        assert again.returncode == 0 and (arrived / "README.md").read_text() == "mine"
+        assert (arrived / "topk" / "cfg.json").is_file()
+
+
+@pytest.mark.slow
+def test_sae_lens_reads_what_was_uploaded(trained: Path, tmp_path: Path) -> None:
+    """As the card says. The library takes many seconds to import."""
+    code = ("from sae_lens import SAE; sae = SAE.from_pretrained('org/saes', 'trained_saes/topk'); "
+            "print(sae.cfg.architecture(), sae.cfg.k)")
+    with serve_hub({"models": {}}, None, Uploads(tmp_path / "hub", TOKEN)) as url:
+        assert run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes").returncode == 0
+        read = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | hub_env(url, tmp_path / "hf"),
+                              capture_output=True, text=True, check=False)
+    assert read.stdout.split() == ["topk", "5"], read.stderr
+
+
+def test_refusals_are_one_line_and_leave_nothing(trained: Path, tmp_path: Path) -> None:
+    hub = Uploads(tmp_path / "hub", TOKEN)
+    with serve_hub({"models": {}}, None, hub) as url:
+        wrong = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes", token="hf_wrong")
+        assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "does not accept the token" in wrong.stderr
+        hub.failing = {"commit"}
+        failed = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes")
+        assert failed.returncode == 1 and failed.stderr.startswith("error: org/saes: ")
+        assert TOKEN not in failed.stderr and "Traceback" not in failed.stderr
+    gone = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes")  # nobody listens there any more
+    assert gone.returncode == 1 and "the upload failed" in gone.stderr and gone.stderr.count("\n") == 1
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+
+def test_what_is_missing_is_said_before_anything_is_sent(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ACCESS_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="set HF_TOKEN in the environment or in .env"):
+        upload([trained], "org/saes")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        upload([Path("nowhere")], "org/saes")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no files"):
+        upload([Path("empty")], "org/saes")
+
+
+def test_secrets(in_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    assert secret("SOME_KEY") is None
+    (in_project / ".env").write_text("# keys\nSOME_KEY='from file'\n")
+    assert secret("OTHER_KEY", "SOME_KEY") == "from file"
+    monkeypatch.setenv("SOME_KEY", "from environment")
+    assert secret("SOME_KEY") == "from environment"
+    assert redacted("sent abc to abc", "abc", None) == "sent *** to ***"
+
+
+def test_the_card_lists_what_is_there(trained: Path) -> None:
+    text = card({f"saes/{path.relative_to(trained).as_posix()}": path for path in trained.rglob("*") if path.is_file()},
+                "org/saes")
+    assert "| `saes/topk` | 5 | – | 0.9 | – |" in text and 'SAE.from_pretrained("org/saes", "saes/standard")' in text

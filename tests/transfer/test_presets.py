@@ -1,0 +1,39 @@
+"""The presets of the three published pairs name SAEs and hooks that fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from sae_research.cli import read_preset
+from sae_research.params import Params
+from sae_research.saes.sae_lens import released_saes
+from sae_research.setup.fits import same_model
+from sae_research.transfer.outliers import Norms, chosen_limit, limits
+
+ROOT = Path(__file__).parents[2]
+PAIRS = {"transfer-gpt2-portuguese": "gpt2-small", "transfer-gemma-2b-python": "gemma-2b",
+         "transfer-mistral-7b-metamath": "mistral-7b"}
+
+
+@pytest.mark.parametrize("preset", PAIRS)
+def test_preset(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    values: dict = {}
+    for override in read_preset(preset):
+        where, _, text = override.partition("=")
+        section = values
+        *parents, last = where.split(".")
+        for key in parents:
+            section = section.setdefault(key, {})
+        section[last] = YAML(typ="safe").load(text)
+    params = Params.model_validate(values)
+    config = params.transfer
+    assert params.eval_types.transfer and config.sae.source == "sae_lens" and config.finetuned_model
+    assert (config.sae.release, config.sae.sae_id) in {(sae.release, sae.sae_id) for sae in released_saes()}
+    assert same_model(params.model.name, PAIRS[preset]), "the SAE's card names its model so"
+    assert config.sae.sae_id == params.train.hook_name and config.sae.release == params.baseline_sae.release
+    known = limits(config.outliers, params.model.name, 2048, Norms(1.0, 1.0))
+    assert chosen_limit(config.outliers, known, params.model.name) > 100, "the file of outliers knows the model"
