@@ -23,7 +23,7 @@ from sae_research.lm.load import packaged_folder
 from sae_research.params import load_params
 
 PARTS = ("core_probing", "scr_tpp", "absorption", "sae_probes", "unlearning", "ravel", "autointerp", "training", "transfer",
-         "analysis")
+         "analysis", "dashboards")
 """Modules of this package, each with `compare(saes, lm, model, params) -> {row: (our seconds, theirs)}`."""
 
 

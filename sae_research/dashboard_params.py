@@ -26,7 +26,7 @@ class Dashboards(Section):
     """Nearest latents listed, by decoder cosine."""
     explain: bool = True
     """Describe and score latents without labels; off saves some milliseconds a latent."""
-    latents_per_file: Positive = 32
+    latents_per_file: Positive = 16
     """A page loads one file of this many latents."""
     neuronpedia: bool = False
     """Write Neuronpedia's JSON beside the site too."""

@@ -1,5 +1,4 @@
-"""What the experiment tests share besides fixtures: a small params.yaml, and SAE-Interpretability's published examples
-(with a text data set in place of one of token ids)."""
+"""What the experiment tests share besides fixtures: a small params.yaml, and SAE-Interpretability's published examples."""
 
 from __future__ import annotations
 
@@ -56,10 +55,8 @@ gradient_accumulation_steps: 20
 warmup_samples: 20_000
 max_grad_norm: 1.0
 data:
-  dataset_name: "org/text"
+  dataset_name: "org/tokens"
   tokenizer_name: "roneneldan/TinyStories"
-  is_tokenized: false
-  column_name: text
   context_length: 1024
   n_train_samples: 100_000
   train_batch_size: 20

@@ -315,3 +315,20 @@ def test_transfer_through_dvc(project: Path) -> None:
         assert (project / "images/transfer/quality.png").is_file() and (project / "images/overview.png").is_file()
     finally:
         run(project, "git", "checkout", "-q", ".")
+
+
+@pytest.mark.slow
+def test_dashboards_through_dvc(project: Path) -> None:
+    assert read(project, "dashboards/_status.json")["status"] == "disabled"
+    set_params(project, {"eval_types": {"dashboards": True}, "analysis": {"tokens": 1000},
+                         "dashboards": {"saes": ["standard", "topk"], "compare": [["standard", "topk"]]}})
+    try:
+        run(project, sys.executable, "-m", "sae_research", "repro")
+        assert read(project, "dashboards/_status.json")["notes"]["saes"] == ["standard", "topk"]
+        assert "Variance explained" in (project / "dashboards/topk/index.html").read_text()
+        assert (project / "dashboards/compare/standard_and_topk/data.js").is_file()
+        assert run(project, "git", "status", "--porcelain", "dashboards").stdout == "", "DVC keeps it, Git does not"
+        assert "up to date" in run(project, "dvc", "status", "dashboards").stdout
+    finally:
+        run(project, "git", "checkout", "-q", ".")
+        run(project, "dvc", "repro")

@@ -54,9 +54,13 @@ def joined(parts: list[Firings], offsets: list[int]) -> Firings:
 
 
 class Best:
-    """For every latent the `size` entries of smallest rank, at most one of each document."""
+    """For every latent the `size` entries of smallest rank, at most one of each document.
+
+    Offered entries wait until there are many, and are then sorted in together; `settle` does so at once.
+    """
 
     FIELDS = ("rank", "value", "token", "document")
+    MIN_WAITING = 100_000
 
     def __init__(self, d_sae: int, size: int) -> None:
         self.size = size
@@ -64,18 +68,27 @@ class Best:
         self.value = np.zeros((d_sae, size), np.float32)
         self.token = np.full((d_sae, size), -1, np.int64)
         self.document = np.full((d_sae, size), -1, np.int64)
+        self._waiting: list[tuple[np.ndarray, ...]] = []
 
     def add(self, latent: np.ndarray, rank: np.ndarray, value: np.ndarray, token: np.ndarray, document: np.ndarray) -> None:
         """Offer entries; those that do not get in cost next to nothing."""
         near = rank <= self.rank[latent, -1]
-        if not near.any():
+        self._waiting.append(tuple(column[near] for column in (latent, rank, value, token, document)))
+        if sum(len(part[0]) for part in self._waiting) > max(self.MIN_WAITING, self.rank.size // 4):
+            self.settle()
+
+    def settle(self) -> None:
+        """Sort in what waits."""
+        if not self._waiting:
             return
-        touched = np.unique(latent[near])
+        new, *fresh = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
+        self._waiting = []
+        touched = np.unique(new)
         held, column = np.nonzero(np.isfinite(self.rank[touched]))
         old = touched[held]
-        latents = np.concatenate([old, latent[near]])
-        columns = [np.concatenate([getattr(self, name)[old, column], new[near]])
-                   for name, new in zip(self.FIELDS, (rank, value, token, document), strict=True)]
+        latents = np.concatenate([old, new])
+        columns = [np.concatenate([getattr(self, name)[old, column], values])
+                   for name, values in zip(self.FIELDS, fresh, strict=True)]
         ranks, _, tokens, documents = columns
         order = np.lexsort((tokens, ranks, documents, latents))
         first = _starts(latents[order], documents[order])
@@ -142,6 +155,8 @@ class Accumulator:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything, as arrays by name."""
+        self.top.settle()
+        self.sampled.settle()
         return {name: getattr(self, name) for name in self.ARRAYS} | {
             f"{kind}_{name}": getattr(getattr(self, kind), name) for kind in ("top", "sampled") for name in Best.FIELDS}
 
@@ -155,6 +170,8 @@ class Accumulator:
 
     def finished(self, levels: int, per_level: int) -> dict[str, np.ndarray]:
         """The arrays of the store (docs/analysis.md), by file name."""
+        self.top.settle()
+        self.sampled.settle()
         alive = self.count > 0
         low, high = np.where(alive, self.min, 0).astype(np.float32), np.where(alive, self.max, 0).astype(np.float32)
         arrays = {name: getattr(self, name) for name in self.ARRAYS} | {"max": high, "min": low, "edges": self.edges}

@@ -171,7 +171,9 @@ class Explainer:
 
     def _scored(self, numbers: np.ndarray, fired: np.ndarray, density: float) -> dict[str, Rule]:
         """Each rule's P(fires | feature), learnt on training documents, ranks the held-out tokens."""
-        truth = np.isin(self._test, numbers)
+        fires = np.zeros(len(self._tokens), bool)
+        fires[numbers] = True
+        truth = fires[self._test]
         if truth.sum() < MIN_TEST_FIRINGS or truth.all():
             return {}
         features = {"token": self._tokens, "previous token": self._previous, "position": self._bins}

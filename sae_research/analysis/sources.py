@@ -60,10 +60,11 @@ class Lab:
     _stats: dict[str, LatentStats] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, references: Sequence[str], params: Params | None = None, lm: LanguageModel | None = None) -> Lab:
-        """Read SAEs and load the model that `params` names. Raises `UserError` for one that does not fit the model."""
+    def open(cls, references: str | Sequence[str], params: Params | None = None, lm: LanguageModel | None = None) -> Lab:
+        """Read SAEs (what `open_sae` takes) and load the model that `params` names. Raises `UserError` for one that does
+        not fit the model."""
         params = params or Params()
-        opened = [open_sae(reference) for reference in references]
+        opened = [open_sae(one) for one in ([references] if isinstance(references, str) else references)]
         lm = lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
         saes: dict[str, SparseAutoencoder] = {}
         for name, sae in opened:
@@ -149,10 +150,13 @@ def adapt(sae: Any, lm: LanguageModel, hook: str | None = None) -> SparseAutoenc
     if type(sae).__module__.startswith("sae_lens"):
         try:
             return from_sae_lens(sae)
-        except UserError:  # what cannot be folded into weights runs as it is
-            metadata = sae.cfg.metadata
-            hook, model_name = metadata.hook_name or hook, metadata.model_name or ""
-            return ForeignSAE.around(sae, lm.d_in(hook or ""), hook or "", model_name)
+        except UserError:
+            scaled = (getattr(sae.cfg, "normalize_activations", None) or "none") != "none"
+            if scaled or hasattr(sae.cfg, "d_out"):
+                raise  # its decoder rescales by what its encoder last saw, or writes elsewhere than it reads (transcoders)
+            metadata = sae.cfg.metadata  # an architecture that this project lacks runs as it is
+            hook = metadata.hook_name or hook
+            return ForeignSAE.around(sae, lm.d_in(hook or ""), hook or "", metadata.model_name or "")
     if hook is None:
         raise UserError(f"{type(sae).__name__} does not say which hook it reads: give hook=, e.g. blocks.8.hook_resid_post")
     return ForeignSAE.around(sae, lm.d_in(hook), hook)

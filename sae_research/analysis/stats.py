@@ -86,7 +86,7 @@ def collect_stats(saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, para
 def store_folder(sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> Path:
     """Where the statistics of an SAE lie or will lie: addressed by weights, code, model, text and settings."""
     chosen = params.analysis
-    modules = {accumulate, layout, base, inspect.getmodule(type(sae)), inspect.getmodule(collect_stats)}
+    modules = {accumulate, layout, base, *map(inspect.getmodule, (type(sae), collect_stats, token_mask, context_chunks))}
     if isinstance(sae, instance_sae.PursuitSAE):
         modules |= {instance_sae, *pursuit.source_modules()}
     key = fingerprint({

@@ -125,6 +125,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("give --prompt, --search-prompt or --search-promoted")
     lab = open_lab(options)
     if options.search_prompt is not None:
+        lab.stats(lab.only[0], progress=True)
         print("latents that the text activates most, relative to their largest activation\n" + table(
             row._asdict() for row in prompt.search_by_prompt(lab, options.search_prompt)))
     if options.search_promoted:
@@ -169,6 +170,11 @@ def steer(options: argparse.Namespace) -> None:
     if options.sae is None:
         raise UserError("--engine local needs --sae")
     lab = open_lab(options)
+    name, sae = lab.only
+    steering.check_steerable(name, sae)
+    check_latents([options.latent], sae.cfg.d_sae)
+    if options.maximum is None:
+        lab.stats(name, progress=True)
     found = steering.steer(lab, options.prompt, options.latent, options.strengths, options.method, range(options.seeds),
                            options.length, options.targets, options.temperature, options.top_p, options.neutral_tokens,
                            options.maximum)

@@ -125,7 +125,7 @@ def _monitor(options: argparse.Namespace) -> int:
 
 def main(verb: str, arguments: list[str] | None = None) -> int:
     """One verb as a command of its own, for the scripts."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="python -m sae_research")
     add_verbs(parser.add_subparsers(dest="verb", required=True))
     options = parser.parse_args([verb, *(sys.argv[1:] if arguments is None else arguments)])
     return options.run(options)

@@ -47,7 +47,7 @@ LADDERS = {
     "p_anneal": Ladder("p_anneal", "l1_coefficient", (0.006, 0.008, 0.01, 0.015, 0.02, 0.025)),
     "matryoshka_batch_top_k": Ladder("matryoshka_batch_top_k", "k", _L0),
     "relu": Ladder("relu", "l1_coefficient", _L1),
-    "hard_concrete": Ladder("hard_concrete", "l0_coefficient", (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005)),
+    "hard_concrete": Ladder("hard_concrete", "l0_coefficient", (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)),
     "gated_hard_concrete": Ladder("gated_hard_concrete", "l0_coefficient", (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005)),
     "matching_pursuit": Ladder("matching_pursuit", "s", (10, 20, 40, 80, 160, 320)),
 }

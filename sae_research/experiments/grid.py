@@ -72,6 +72,9 @@ def expand(base: Values, sweep: Values, params_yaml: Values, changes: Changes, m
     else:
         given = foreign.canonical(base, where[0])
         axes, notes = _foreign_axes(given, sweep, where)
+        for key, flag in (("tlens_model_name", "model"), ("data.dataset_name", "text"), ("data.n_train_samples", "tokens")):
+            if getattr(changes, flag) is not None and len(axes.get(key, [])) > 1:
+                raise UserError(f"{where[1]}: {key} takes several values, --{flag} sets one for all; leave one of them out")
     total = math.prod(len(values) for values in axes.values())
     chosen = [dict(zip(axes, values, strict=True))
               for values in itertools.islice(itertools.product(*axes.values()), limit or file_limit)]

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+from ruamel.yaml import YAML
+
 from sae_research.errors import Interrupted, UserError
 from sae_research.experiments import dvc_queue, processes
 from sae_research.experiments.config_files import PARAMS, Values, read_yaml, write_yaml
@@ -28,7 +31,7 @@ CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
 """What an experiment's figures depend on beside its parameters."""
 METRICS = "metrics/core.json"
 COLUMNS = ("l0", "variance_explained", "loss_recovered", "fraction_alive")
-SECONDS = 1.0
+SECONDS = 2.0
 MAX_STARTS = 3
 """A worker that ends while jobs wait is started again, but no more often than this in all."""
 
@@ -66,8 +69,6 @@ def _figures(root: Path, experiment: Experiment) -> dict[str, Any]:
 
 
 def _keys(root: Path, experiment: Experiment) -> dict[str, str]:
-    from ruamel.yaml import YAML
-
     text = dvc_queue.file_at(root, experiment.revision, str(PARAMS))
     try:
         return sae_keys(check_params(YAML(typ="safe").load(text or ""), experiment.name)) if text else {}
@@ -107,10 +108,10 @@ class Runner:
         out of the queue: the same call goes on where this one ended."""
         with _only_one() as lock, _terminated_as_interrupted():
             self._tidy()
-            for slot in self.slots:
-                self.leases[slot] = Lease(slot, f"sweep {self.name} (process {os.getpid()})")
             workspace = read_yaml(self.root / PARAMS)
             try:
+                for slot in self.slots:
+                    self.leases[slot] = Lease(slot, f"sweep {self.name} (process {os.getpid()})")
                 for job in self.jobs:
                     self.queue.put(job, set_params(workspace, job.values))
                     print(f"queued   {job.name}: {len(job.saes)} SAE{'s' * (len(job.saes) > 1)}", flush=True)
@@ -235,8 +236,6 @@ def _on_record() -> set[str]:
 
 
 def _alive(entry: Entry) -> bool:
-    import psutil
-
     if entry.pid is None:
         return False
     try:  # the queue notes no start time: a number used again is told by what it runs

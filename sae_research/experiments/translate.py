@@ -45,7 +45,7 @@ def translate(config: Config, given: Iterable[str], changes: Changes, measure: M
     Raises `UserError` where a setting has no counterpart and cannot be left out.
     """
     given = set(given)
-    _refuse(config, given, changes)
+    _refuse(config, changes)
     model = changes.model or config.tlens_model_name or config.tlens_model_path
     overrides = {"model.name": model, **_text(config, changes), **_run(config, changes), **_tracking(config)}
     scales = measure(overrides, config.saes.sae_positions)
@@ -58,7 +58,7 @@ def translate(config: Config, given: Iterable[str], changes: Changes, measure: M
     return Translation({**overrides, "train.saes": saes}, notes)
 
 
-def _refuse(config: Config, given: set[str], changes: Changes) -> None:
+def _refuse(config: Config, changes: Changes) -> None:
     saes, data = config.saes, config.data
     if saes.pretrained_sae_paths or saes.retrain_saes:
         raise UserError("saes.pretrained_sae_paths and saes.retrain_saes: training goes on from its own checkpoints alone; "
@@ -69,15 +69,6 @@ def _refuse(config: Config, given: set[str], changes: Changes) -> None:
     if config.max_grad_norm is not None and config.max_grad_norm != 1.0:
         raise UserError(f"max_grad_norm: {config.max_grad_norm}: the four recipes clip gradients to a norm of 1.0, and no "
                         "setting changes that; set max_grad_norm: 1.0")
-    if "data.is_tokenized" in given and data.is_tokenized and changes.text is None and not _reads_tokens():
-        raise UserError("data.is_tokenized: true: texts are tokenised here, with the model's own tokenizer; name the data "
-                        "set's text column in data.column_name with is_tokenized: false, or give text with --text")
-
-
-def _reads_tokens() -> bool:
-    from sae_research.params import Text
-
-    return "tokenized" in Text.model_fields
 
 
 def _text(config: Config, changes: Changes) -> Values:
@@ -178,10 +169,11 @@ NOTES = {
     "log_every_n_grad_steps": "changes no result; curves have 60 rows",
     "data.streaming": "changes no result",
     "data.eval_batch_size": "changes no result",
-    "data.train_batch_size": "times gradient_accumulation_steps and context_length, the activations of one step; the "
-                             "model reads model.llm_batch_size contexts at a time",
+    "data.train_batch_size": "with gradient_accumulation_steps and context_length, the activations of one step; the model "
+                             "reads model.llm_batch_size contexts at a time",
     "data.seed": "not used: documents come in one order, their tokens are shuffled by random_seed",
     "data.tokenizer_name": "not used: a model reads through its own tokenizer",
+    "data.is_tokenized": "not used: a column's lists are token ids, of the model's own tokenizer; anything else is text",
     "min_lr_factor": "not used: the decay ends at 0",
     "saes.init_decoder_orthogonal": "random directions of unit length",
     "seed": "of the SAE's start and draws; the order of text follows random_seed of params.yaml",

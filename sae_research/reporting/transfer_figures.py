@@ -18,7 +18,6 @@ from sae_research.reporting.transfer_data import MODELS, NAMES, TransferRun, at,
 IMAGES = Path("images/transfer")
 BASE, FINETUNED, NULL, HALVES = "#0072B2", "#D55E00", "#8C8C8C", "#CC79A7"
 COLORS = {"base": BASE, "finetuned": FINETUNED}
-PAIR_COLORS = {"finetuned": FINETUNED, "control_self": BASE, "control_perturbed": NULL}
 LINES = ("-", "--", ":", "-.")
 
 
@@ -50,6 +49,12 @@ def _panel(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 def _legend(axes: Axes, **options: Any) -> None:
     axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, **options)
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """One panel's legend under all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False, labelcolor=INK)
 
 
 def _stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **options: Any) -> None:
@@ -159,8 +164,7 @@ def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
                      label=f"{rule} rule: removes {shares[0]:.2g} % / {shares[1]:.2g} %")
     low, high = axes.get_xlim()
     axes.set_xlim(low, max(high, *(float(np.log10(limit)) + 0.05 for limit in found["limits"].values())))
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False, labelcolor=INK)
+    _legend_below(figure, axes)
     return figure
 
 
@@ -186,8 +190,7 @@ def quality(run: TransferRun, style: Visualization) -> Figure:
     for model in MODELS:
         panels.flat[0].bar([np.nan], [np.nan], color=COLORS[model], label="on the base model" if model == "base"
                            else "on the pair's other model")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=TEXT, frameon=False, labelcolor=INK)
+    _legend_below(figure, panels.flat[0])
     return figure
 
 
@@ -305,7 +308,7 @@ def repair(run: TransferRun, style: Visualization) -> Figure:
     half = found.get("tokens_to_half")
     if half is not None:
         panels[0].axvline(half, color=MUTED, linewidth=1.0, linestyle="-.", label=f"half of the gap: {half:,.0f} tokens")
-    _legend(panels[0], loc="best")
+    _legend_below(figure, panels[0])
     return figure
 
 

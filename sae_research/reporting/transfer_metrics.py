@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.reporting.extract import STATUS_KEY, Figures, is_figure
-from sae_research.reporting.transfer_data import MAIN, MODELS, at
+from sae_research.reporting.transfer_data import MODELS, at
 from sae_research.store import read_results, read_status, round_significant, write_json
 
 QUALITY = ("variance_explained", "r2_flattened", "l0", "fraction_dead", "mse")
@@ -58,6 +58,3 @@ def pair_figures(result: dict[str, Any]) -> Figures:
     found |= {f"repair_{key}": at(result, "repair", key) for key in (
         "gap", "gap_closed", "tokens_to_half", "gap_after_equal_training")}
     return {key: round_significant(float(value)) for key, value in found.items() if is_figure(value)}
-
-
-__all__ = ["MAIN", "extract_transfer", "pair_figures"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_research.reporting.tables import ABSENT, count, markdown, number
-from sae_research.reporting.transfer_data import MAIN, MODELS, NAMES, TransferRun, at, read_transfer
+from sae_research.reporting.transfer_data import FOLDER, MAIN, MODELS, NAMES, TransferRun, at, read_transfer
+from sae_research.store import read_status
 
 IMAGES = {"quality": "SAE quality on both models", "similarity_by_position": "Similarity by position",
           "similarity_histograms": "Similarity of activations", "similarity_heat_maps": "Cosine by prompt and position",
@@ -27,10 +28,17 @@ def transfer(root: Path = Path(".")) -> str:
     """The section, or nothing."""
     run = read_transfer(root)
     if run is None:
-        return ""
+        return _ended(read_status(root / FOLDER))
     parts = [_setting(run), _tokenizers(run), _similarity(run), _quality(run), _latents(run), _samples(run), _repair(run)]
     images = [f"![{title}](images/transfer/{name}.png)" for name, title in IMAGES.items()]
     return "\n\n".join(["## Transfer to a finetuned model", *(part for part in parts if part), "\n".join(images)]).rstrip()
+
+
+def _ended(status: dict[str, Any]) -> str:
+    """Why there is nothing to show, where that is not by choice."""
+    if status["status"] in ("disabled", "missing"):
+        return ""
+    return f"## Transfer to a finetuned model\n\n{status['status']}: {' '.join(status['message'].split())}"
 
 
 def _setting(run: TransferRun) -> str:

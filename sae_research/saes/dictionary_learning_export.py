@@ -42,6 +42,8 @@ CLASSES_OF_FORM = {
 """What each form may be written as, the usual class first."""
 _CLASS_OF_ARCHITECTURE = {"batchtopk": "BatchTopKSAE", "matryoshka_batchtopk": "MatryoshkaBatchTopKSAE"}
 _TRAINER_OF_RECIPE = {"standard_new": "StandardTrainerAprilUpdate", "p_anneal": "PAnnealTrainer"}
+SUBMODULES = ("resid_post", "resid_pre", "mlp_out", "attn_out")
+"""Kinds of hook that a checkpoint's `submodule_name` can name."""
 EVAL_FILE = "eval_results.json"
 THEIR_FIGURES = {
     "l0": "l0",
@@ -157,6 +159,9 @@ def _as_they_subtract(sae: SparseAutoencoder, theirs: bool) -> dict[str, Tensor]
 def _config(sae: SparseAutoencoder, dict_class: str, further: dict[str, Any]) -> dict[str, Any]:
     cfg, provenance = sae.cfg, sae.cfg.provenance
     kind = cfg.hook_name.rpartition(".")[2].removeprefix("hook_")
+    if kind not in SUBMODULES:
+        raise UserError(f"dictionary_learning has no name for the hook {cfg.hook_name!r}; it has "
+                        f"{', '.join(SUBMODULES)}")
     trainer_class = LAYOUTS[dict_class].trainer_class
     if cfg.form == "standard":
         trainer_class = _TRAINER_OF_RECIPE.get(provenance.get("recipe", ""), provenance.get("trainer_class", trainer_class))

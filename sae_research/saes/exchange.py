@@ -53,25 +53,31 @@ def import_saes(source: Path, output: Path) -> list[Path]:
 def export_saes(source: Path, output: Path, layout: str, dict_class: str | None = None) -> list[Path]:
     """Write every SAE of `source` for another library; held-out figures go along for dictionary_learning.
 
-    Raises `UserError` for a form that the library does not have.
+    Raises `UserError` naming those whose form the library does not have, once all others are written.
     """
     if layout not in FORMATS:
         raise UserError(f"unknown format {layout!r}; known: {', '.join(FORMATS)}")
     if dict_class and layout != "dictionary_learning":
         raise UserError("--dict_class belongs to --format dictionary_learning")
-    found = _read_all(source)
-    for place, (origin, sae) in found.items():
+    written, refused = [], []
+    for place, (origin, sae) in _read_all(source).items():
         try:
             if layout == "dictionary_learning":
                 note = export_dictionary_learning(sae, output / place, dict_class, origin / EVAL_FILE)
+                if not sae.cfg.hook_name.endswith("hook_resid_post"):
+                    note += "; SAE Bench's loaders would put it at hook_resid_post of its layer"
             elif note := sae_lens_lacks(sae):
                 raise UserError(note)
             else:
                 save_sae(sae, output / place)
         except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
+            refused.append(f"{origin}: {error}")
+            continue
         _say(output / place, sae, note)
-    return [output / place for place in found]
+        written.append(output / place)
+    if refused:
+        raise UserError("; ".join(refused) + (f"; the other {len(written)} are written" if written else ""))
+    return written
 
 
 def _read_all(source: Path) -> dict[Path, tuple[Path, SparseAutoencoder]]:

@@ -10,6 +10,7 @@ from sae_research.saes.base import SparseAutoencoder
 
 _PLACES = {
     "standard": "sae_research.saes.standard:StandardSAE",
+    "standard_norm_rescaled": "sae_research.saes.norm_rescaled:NormRescaledSAE",
     "linear": "sae_research.saes.linear:LinearSAE",
     "topk": "sae_research.saes.topk:TopKSAE",
     "jumprelu": "sae_research.saes.jumprelu:JumpReLUSAE",

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.folding import fold_decoder_norms
+from sae_research.saes.norm_rescaled import NormRescaledSAE
 from sae_research.saes.registry import form_class
 
 FORMS = {"standard": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated",
@@ -25,7 +26,7 @@ FORMS = {"standard": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated"
 threshold."""
 _UNFOLDABLE = {
     "layer_norm": "every token is scaled by its own norm",
-    "constant_norm_rescale": "every token is scaled by its own norm",
+    "constant_norm_rescale": "every token is scaled by its own norm, which is supported for standard SAEs alone",
     "covariance_whitening": "SAELens folds its whitening when it saves for inference; save it so",
     "expected_average_only_in": "the factor it multiplied activations by is not recorded with the weights",
 }
@@ -59,10 +60,12 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
     if missing:
         raise UserError(f"{where}: weights lack {', '.join(missing)} for the architecture "
                         f"{values['architecture']}")
+    if _rescales_tokens(values):
+        cls, tensors = NormRescaledSAE, NormRescaledSAE.widened(tensors)
     hook = str(metadata.get("hook_name") or "")
     try:
         cfg = SAEConfig(
-            form=form, d_in=int(values["d_in"]), d_sae=int(values["d_sae"]),
+            form=cls.form, d_in=int(values["d_in"]), d_sae=int(values["d_sae"]) + _rescales_tokens(values),
             model_name=str(metadata.get("model_name") or ""), hook_name=hook,
             context_size=int(metadata.get("context_size") or 128),
             prepend_bos=bool(metadata.get("prepend_bos", True)),
@@ -123,9 +126,14 @@ def _modern(values: dict[str, Any]) -> dict[str, Any]:
             "metadata": {renamed.get(key, key): value for key, value in values.items()}}
 
 
+def _rescales_tokens(values: dict[str, Any]) -> bool:
+    return values.get("normalize_activations") == "constant_norm_rescale" and values["architecture"] == "standard"
+
+
 def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: float | None) -> None:
     normalisation = values.get("normalize_activations") or "none"
-    if normalisation != "none" and not (normalisation == "expected_average_only_in" and scaling_factor):
+    if normalisation != "none" and not _rescales_tokens(values) and not (
+            normalisation == "expected_average_only_in" and scaling_factor):
         why = _UNFOLDABLE.get(normalisation, "unknown")
         raise UserError(f"{where}: normalize_activations = {normalisation} cannot be folded into the "
                         f"weights: {why}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,10 @@ class Document(NamedTuple):
     text: str
     doc_id: str
     source: str
+
+
+Decode = Callable[[list[int]], str]
+"""Token ids to text. Raises `ValueError` for ids that are not the tokenizer's."""
 
 
 class PackagedSource(NamedTuple):
@@ -85,7 +89,7 @@ PACKAGED_SOURCES: tuple[PackagedSource, ...] = (
 )
 
 
-def documents(text: Text, split: str) -> Iterator[Document]:
+def documents(text: Text, split: str, decode: Decode | None = None) -> Iterator[Document]:
     """The documents of one split, without duplicates, in an order that never changes.
 
     The packaged sources take turns; local files come in order of their names, hub rows as the hub streams
@@ -93,12 +97,13 @@ def documents(text: Text, split: str) -> Iterator[Document]:
     too soon.
 
     Raises `UserError` at the first document asked for: no such folder, no readable file, no such column, hub
-    out of reach; and at the end if the data set held no document in any split.
+    out of reach; and at the end if the data set held no document in any split. Where the column holds lists of token
+    ids, `decode` makes text of them, so that they are split and packed as any text is.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     seen: set[str] = set()
-    for content, source in _raw_documents(text):
+    for content, source in _raw_documents(text, decode):
         digest = text_hash(content)
         if digest in seen:
             continue
@@ -128,12 +133,12 @@ def text_fingerprint(text: Text, split: str) -> str:
     return fingerprint({"dataset": text.dataset, "data": data, "split": split, "shares": SHARES})
 
 
-def _raw_documents(text: Text) -> Iterator[tuple[str, str]]:
+def _raw_documents(text: Text, decode: Decode | None) -> Iterator[tuple[str, str]]:
     """(text, source) of every candidate document, duplicates included, empty ones left out."""
     if text.dataset == PACKAGED:
         return _packaged_documents()
     local = _local_path(text.dataset)
-    rows = _hub_documents(text) if local is None else _local_documents(local, text.column_name)
+    rows = _hub_documents(text, decode) if local is None else _local_documents(local, text.column_name, decode)
     return ((content, source) for content, source in rows if content.strip())
 
 
@@ -177,16 +182,27 @@ def _mixing_key(content: str) -> bytes:
 
 # --- local and hub ---------------------------------------------------------------------------
 
-def _local_documents(path: Path, column: str) -> Iterator[tuple[str, str]]:
+def _local_documents(path: Path, column: str, decode: Decode | None) -> Iterator[tuple[str, str]]:
     root = path if path.is_dir() else path.parent
     for file in local_files(path):
         for (value,) in read_rows(file, [column]):
-            yield as_text(value, f"{file}, column {column!r}"), file.relative_to(root).as_posix()
+            yield _content(value, f"{file}, column {column!r}", decode), file.relative_to(root).as_posix()
 
 
-def _hub_documents(text: Text) -> Iterator[tuple[str, str]]:
+def _hub_documents(text: Text, decode: Decode | None) -> Iterator[tuple[str, str]]:
     for row in stream_rows(text.dataset):
         check_columns(f"hub data set {text.dataset!r}", [text.column_name], list(row))
         value = row[text.column_name]
         if value is not None:
-            yield as_text(value, f"hub data set {text.dataset!r}, column {text.column_name!r}"), text.dataset
+            yield _content(value, f"hub data set {text.dataset!r}, column {text.column_name!r}", decode), text.dataset
+
+
+def _content(value: Any, where: str, decode: Decode | None) -> str:
+    """The text of a row, tokenised or not. Raises `UserError` for anything else."""
+    if decode is not None and isinstance(value, list) and all(isinstance(token, int) for token in value):
+        try:
+            return decode(value)
+        except (IndexError, OverflowError, ValueError) as error:
+            raise UserError(f"{where} holds token ids that are not this model's ({error}); name a column of text, or "
+                            "a data set that was tokenised for it") from None
+    return as_text(value, where)

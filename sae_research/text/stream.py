@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_research.errors import UserError
 from sae_research.params import Text
-from sae_research.text.corpus import Document, documents
+from sae_research.text.corpus import Decode, Document, documents
 
 TOKENIZER_BATCH = 64
 """Documents per tokenizer call: enough for a fast tokenizer to use its threads, few enough to stay lazy."""
@@ -41,7 +41,8 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     many tokens there were, and whatever `corpus.documents` raises.
     """
     n_contexts = -(-n_tokens // text.context_size)
-    contexts = pack_documents(tokenizer, separator_id, documents(text, split), text.context_size, n_contexts)
+    texts = documents(text, split, decoder(tokenizer))
+    contexts = pack_documents(tokenizer, separator_id, texts, text.context_size, n_contexts)
     if len(contexts.tokens) < n_contexts:
         found = contexts.tokens.numel()
         raise UserError(
@@ -70,7 +71,7 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     size, wanted, made = text.context_size - 1, -(-n_tokens // text.context_size), 0
     names: list[str] = []
     sources: list[str] = []
-    texts = documents(text, split)
+    texts = documents(text, split, decoder(tokenizer))
     held_tokens, held_docs = np.empty(0, np.int64), np.empty(0, np.int64)
     while made < wanted:
         rows = min(chunk_contexts, wanted - made)
@@ -93,6 +94,18 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
         if whole < rows:
             raise UserError(f"text.dataset {text.dataset}: the split {split} ends after {made * text.context_size:,} of "
                             f"{n_tokens:,} tokens; ask for fewer tokens or give more text")
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    """What makes text of a tokenised data set's rows; separators and other special tokens are left out."""
+    size = len(tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        if ids and not (min(ids) >= 0 and max(ids) < size):
+            raise ValueError(f"ids {min(ids)} to {max(ids)}, the vocabulary has {size}")
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode
 
 
 def pack_documents(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], context_size: int,

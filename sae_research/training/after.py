@@ -191,7 +191,7 @@ def _seen(member: Member, report: Report, stats: ReconstructionStats, params: Pa
     end = member.curve[-1].tokens if member.curve else 1
     return Seen(
         config=params.train.saes[member.name],
-        curve=[CurvePoint(row.tokens / end, row.loss) for row in member.curve],
+        curve=[CurvePoint(row.tokens / end, row.loss, row.variance_explained) for row in member.curve],
         d_in=stats.sum_D.shape[0],
         l0=entry["held_out"]["l0"],
         variance_explained=entry["held_out"].get("variance_explained", 0.0),
@@ -199,6 +199,7 @@ def _seen(member: Member, report: Report, stats: ReconstructionStats, params: Pa
         dense_share=dense / total if total else 0.0,
         pca={int(n): value for n, value in report["hooks"][member.hook]["pca_reference"].items()},
         decay_fraction=params.train.decay_fraction,
+        sparsity_warmup_fraction=params.train.sparsity_warmup_fraction,
     )
 
 

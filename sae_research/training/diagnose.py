@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import mean, median
 from typing import Any, NamedTuple
 
@@ -34,7 +35,9 @@ class Limits(NamedTuple):
     rising: float = 0.05
     """Rise of the loss before the decay above its lowest stretch so far."""
     spike: float = 1.5
-    """A row of the curve this many times the median of its neighbours, or above the first row."""
+    """A row of the curve this many times the median of its neighbours."""
+    collapse: float = 0.5
+    """Fall of variance explained below its best so far."""
     decay_drop: float = 0.10
     """Fall of the loss while the learning rate decays ..."""
     decay_ratio: float = 5.0
@@ -66,6 +69,7 @@ class CurvePoint(NamedTuple):
     progress: float
     """Fraction of the run done."""
     loss: float
+    variance_explained: float
 
 
 class Seen(NamedTuple):
@@ -83,6 +87,8 @@ class Seen(NamedTuple):
     pca: dict[int, float]
     """Variance explained by so many principal components at the same hook."""
     decay_fraction: float
+    sparsity_warmup_fraction: float
+    """While a penalty comes in, the loss may rise."""
 
 
 class Finding(NamedTuple):
@@ -160,10 +166,13 @@ def _learning_rate(place: str, seen: Seen, limits: Limits) -> list[Finding]:
     now = f"(now {seen.config.learning_rate:g})"
     found = []
     below = _below_pca(seen)
-    shape = curve_shape(seen.curve, seen.decay_fraction)
-    if shape is not None and max(shape.spike, shape.overshoot) > limits.spike:
-        found.append(Finding("learning_rate_too_high", "the loss jumps", "highest row against its neighbours or the first",
-                             max(shape.spike, shape.overshoot), limits.spike, f"{rate}: lower {now}"))
+    shape = curve_shape(seen.curve, seen.decay_fraction, seen.sparsity_warmup_fraction)
+    if shape is not None and shape.collapse > limits.collapse:
+        found.append(Finding("learning_rate_too_high", f"variance explained fell by {shape.collapse:.2g} on the way",
+                             "fall of variance explained", shape.collapse, limits.collapse, f"{rate}: lower {now}"))
+    elif shape is not None and shape.spike > limits.spike:
+        found.append(Finding("learning_rate_too_high", "the loss jumps", "highest row against its neighbours", shape.spike,
+                             limits.spike, f"{rate}: lower {now}"))
     elif shape is not None and shape.rise > limits.rising:
         found.append(Finding("learning_rate_too_high", "the loss rises again", "rise above its lowest stretch", shape.rise,
                              limits.rising, f"{rate}: lower {now}"))
@@ -233,37 +242,43 @@ def _below_pca(seen: Seen) -> tuple[int, float] | None:
 
 
 class Shape(NamedTuple):
-    """A curve in five numbers, shares of the loss."""
+    """A curve in five numbers, all but the last shares of the loss."""
 
     fall: float
     """From around 40 % of the run to the last tenth before the decay."""
     drop: float
     """From there to the last twentieth of the run; 0 without a decay."""
     rise: float
-    """Of the last tenth before the decay above the lowest tenth since 15 % of the run."""
+    """Of the last tenth before the decay above the lowest tenth since the curve settled."""
     spike: float
-    """Largest row since 15 % of the run against the median of its six neighbours."""
-    overshoot: float
-    """Largest row against the first."""
+    """Largest row since the curve settled against the median of its six neighbours."""
+    collapse: float
+    """Largest fall of variance explained below its best so far."""
 
 
-def curve_shape(curve: Sequence[CurvePoint], decay_fraction: float) -> Shape | None:
-    """None for a curve too short to judge, without a flat stretch of learning rate after its middle, or with a loss that
-    is not positive."""
-    decay_from = 1.0 - decay_fraction
-    if len(curve) < MIN_ROWS or decay_from < 0.6 or not all(point.loss > 0 for point in curve):
+SETTLED = 0.15
+"""Fraction of the run after which a curve is judged, or later where the sparsity penalty comes in longer."""
+
+
+def curve_shape(curve: Sequence[CurvePoint], decay_fraction: float, sparsity_warmup_fraction: float = 0.0) -> Shape | None:
+    """None for a curve too short to judge, without a flat stretch of learning rate and penalty in its middle, or with a
+    loss that is not positive."""
+    decay_from, settled = 1.0 - decay_fraction, max(SETTLED, sparsity_warmup_fraction)
+    if len(curve) < MIN_ROWS or decay_from < 0.6 or settled > 0.35 or not all(point.loss > 0 for point in curve):
         return None
     middle, before = _mean(curve, 0.35, 0.45), _mean(curve, decay_from - 0.1, decay_from)
     end = _mean(curve, 0.95, 1.01)
     if middle is None or before is None or end is None:
         return None
-    tenths = [value for start in range(15, round(100 * decay_from) - 9, 5)
+    tenths = [value for start in range(round(100 * settled), round(100 * decay_from) - 9, 5)
               if (value := _mean(curve, start / 100, start / 100 + 0.1)) is not None]
-    late = [point.loss for point in curve if point.progress > 0.15]
+    late = [point.loss for point in curve if point.progress > settled]
     spikes = [value / median(around) for i, value in enumerate(late)
               if (around := late[max(0, i - 3):i] + late[i + 1:i + 4])]
+    best = accumulate((point.variance_explained for point in curve), max)
+    collapse = max(top - point.variance_explained for top, point in zip(best, curve, strict=True))
     return Shape(fall=1 - before / middle, drop=1 - end / before if decay_fraction > 0 else 0.0,
-                 rise=before / min(tenths) - 1, spike=max(spikes), overshoot=max(p.loss for p in curve) / curve[0].loss)
+                 rise=before / min(tenths) - 1, spike=max(spikes), collapse=collapse)
 
 
 def _mean(curve: Sequence[CurvePoint], start: float, end: float) -> float | None:

@@ -68,8 +68,8 @@ class Tracker:
 def tracked(params: Params) -> Iterator[Tracker]:
     """A tracker for the SAEs of `params`; an error or signal inside marks its runs as failed.
 
-    Raises `UserError` before anything is trained when a project is named and wandb is missing, or the name's template
-    is wrong. A service that cannot be reached costs the tracking only.
+    Raises `UserError` before anything is trained when a project is named and wandb or its key is missing, or the name's
+    template is wrong. A service that cannot be reached costs the tracking only.
     """
     tracking = params.tracking
     if tracking.project is None:
@@ -107,19 +107,26 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
     key = secret(KEY)
     runs: dict[str, Any] = {}
     tracking = params.tracking
+    mode = os.environ.get("WANDB_MODE") or tracking.mode
     try:
         import wandb
 
+        # without a key the client would ask at the terminal, and wait
+        if mode == "online" and key is None and not wandb.login(prompt=False):
+            raise UserError(f"tracking.project is set but there is no key: set {KEY} in the environment or in .env, or "
+                            "tracking.mode: offline")
         settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True, disable_git=True,
                                   disable_code=True, x_disable_stats=True, **({"api_key": key} if key else {}))
         for sae, config in params.train.saes.items():
             runs[sae] = wandb.init(
                 project=tracking.project, entity=tracking.entity or secret("WANDB_ENTITY"), name=names[sae],
                 tags=tracking.tags, dir=str(project_root()), settings=settings, reinit="create_new",
-                mode=None if os.environ.get("WANDB_MODE") else tracking.mode,
+                mode=mode,
                 config={"sae": sae, "model_name": params.model.name, "hook_name": params.train.hook_of(sae),
                         "text": params.text.dataset, "random_seed": params.random_seed, **config.model_dump(),
                         "train": params.train.model_dump(exclude={"saes"})})
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001  (no service, no key, no disk: the training does not need any of them)
         _say("Weights & Biases cannot be used, the training goes on without it", error, key)
         for run in runs.values():

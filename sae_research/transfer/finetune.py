@@ -22,8 +22,8 @@ from sae_research.lm.hooks import find_layers, parse_hook
 from sae_research.params import Text
 from sae_research.stats import CleanPredictions
 from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, prune, write_json
-from sae_research.text.corpus import Document, documents, text_fingerprint
-from sae_research.transfer.text import contexts
+from sae_research.text.corpus import text_fingerprint
+from sae_research.transfer.text import TextSource, contexts, documents_of
 from sae_research.transfer_params import OwnFinetune
 
 SPLIT = "sae_train"
@@ -83,10 +83,8 @@ def _trained_layers(base: LanguageModel, hook: str, config: OwnFinetune) -> int:
 
 def _rows(base: LanguageModel, config: OwnFinetune, text: Text) -> Iterator[list[int]]:
     """Contexts of the chosen source, over again where there are fewer than the steps need."""
-    def wanted() -> Iterator[Document]:
-        return (d for d in documents(text, SPLIT) if config.source is None or d.source == config.source)
-
-    found = list(islice(contexts(base.tokenizer, base.separator_id, wanted(), text.context_size),
+    texts = documents_of(TextSource(text, SPLIT, own=False, kind=config.source), base.tokenizer)
+    found = list(islice(contexts(base.tokenizer, base.separator_id, texts, text.context_size),
                         config.steps * config.batch_size))
     if not found:
         raise UserError(f"transfer.own_finetune.source: {text.dataset} has no context of {text.context_size} tokens from "

@@ -63,11 +63,14 @@ def patched_losses(pair: Pair, statistics: Statistics, n_tokens: int, progress: 
             before = read + np.arange(len(batch.base.tokens)) * batch.n_tokens / len(batch.base.tokens)
             for total in (*totals.values(), shared):
                 total.blocks = np.minimum(BLOCKS - 1, before * BLOCKS // n_tokens).astype(np.int64)
-            logits = {model: lm.resume(pair.hook, acts[model], sides[model].tokens) for model, lm in pair.models.items()}
-            _compare_models(pair, logits, sides["base"].tokens, found, shared)
+            clean: dict[str, CleanPredictions] = {}
             for model, lm in pair.models.items():
-                clean = CleanPredictions(logits.pop(model), sides[model].tokens)
-                runs = _Runs(lm, pair.hook, sides[model].tokens, acts[model], clean, found.kept[model], found.counted[model])
+                tokens = sides[model].tokens
+                logits = lm.resume(pair.hook, acts[model], tokens)
+                if model == "finetuned" and not pair.source.own:
+                    _compare_models(clean["base"], logits, found, shared)
+                clean[model] = CleanPredictions(logits, tokens)
+                runs = _Runs(lm, pair.hook, tokens, acts[model], clean[model], found.kept[model], found.counted[model])
                 _add(runs, pair, sides[model].real, means[model], batch.text_bytes, totals[model])
             read += batch.n_tokens
             bar.update(batch.n_tokens)
@@ -152,13 +155,13 @@ def _summed(values: Tensor, mask: Tensor) -> Tensor:
         mask, values, 0.0).sum(1)
 
 
-def _compare_models(pair: Pair, logits: dict[str, Tensor], tokens: Tensor, found: Masks, totals: _Totals) -> None:
-    """KL(base || finetuned) of the two models' own predictions, where they share ids; over those that both have."""
-    shared_ids = logits["base"].shape[-1]
-    if pair.source.own or logits["finetuned"].shape[-1] < shared_ids:
+def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals: _Totals) -> None:
+    """KL(base || finetuned) of the two models' own predictions, over the base model's ids. logits: the finetuned model's;
+    where it has fewer ids there is no such figure."""
+    shared_ids = base.log_p_NV.shape[-1]
+    if logits.shape[-1] < shared_ids:
         return
-    clean = CleanPredictions(logits["base"].clone(), tokens)
-    kl = clean.compare(logits["finetuned"][..., :shared_ids].contiguous())[1]
+    kl = base.compare(logits[..., :shared_ids].contiguous())[1]
     totals.add("kl", _summed(kl, found.kept["base"]))
     totals.add("tokens", found.kept["base"].sum(1))
 

@@ -6,6 +6,7 @@ Everything is generated as it is needed: nothing here grows with the number of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,8 +17,11 @@ from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.params import Text
 from sae_research.text.corpus import Document, documents
+from sae_research.text.stream import decoder
 
 SPLIT = "core_eval"
+HEAD_DOCUMENTS = 512
+"""Documents of a source that stay in memory: about 200,000 tokens of the packaged text."""
 MAX_STRETCH = 4
 """With tokenizers of their own, the other model's window may be this many times as long in tokens; beyond it is cut."""
 
@@ -62,8 +66,7 @@ class TextSource(NamedTuple):
 def batches(base: LanguageModel, finetuned: LanguageModel, source: TextSource, n_tokens: int,
             batch_size: int) -> Iterator[PairBatch]:
     """Batches of contexts until `n_tokens` base tokens are read. Raises `UserError` when the text runs out before."""
-    texts = (document for document in documents(source.text, source.split)
-             if source.kind is None or document.source == source.kind)
+    texts = documents_of(source, base.tokenizer)
     rows: Iterator[Any] = (windows(base, finetuned, texts, source.text.context_size) if source.own
                            else contexts(base.tokenizer, base.separator_id, texts, source.text.context_size))
     make = _own_batch if source.own else _shared_batch
@@ -77,6 +80,25 @@ def batches(base: LanguageModel, finetuned: LanguageModel, source: TextSource, n
         batch = make(base, finetuned, chunk)
         read += batch.n_tokens
         yield batch
+
+
+def documents_of(source: TextSource, tokenizer: Any) -> Iterator[Document]:
+    """The source's documents: the first from memory, for opening the packaged text takes seconds and several passes read
+    little of it. tokenizer: what a tokenised data set was made with."""
+    parts = source.text, source.split, source.kind, tokenizer
+    head = _head(*parts)
+    yield from head
+    if len(head) == HEAD_DOCUMENTS:
+        yield from islice(_stream(*parts), HEAD_DOCUMENTS, None)
+
+
+@lru_cache(maxsize=4)
+def _head(text: Text, split: str, kind: str | None, tokenizer: Any) -> tuple[Document, ...]:
+    return tuple(islice(_stream(text, split, kind, tokenizer), HEAD_DOCUMENTS))
+
+
+def _stream(text: Text, split: str, kind: str | None, tokenizer: Any) -> Iterator[Document]:
+    return (document for document in documents(text, split, decoder(tokenizer)) if kind is None or document.source == kind)
 
 
 # --- one tokenizer for both ------------------------------------------------------------------

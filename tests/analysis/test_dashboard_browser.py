@@ -14,7 +14,7 @@ from dashboards import content, small
 from tiny_saes import tiny_sae
 
 from sae_research.analysis.dashboard.make import write_dashboard
-from sae_research.analysis.dashboard.site import write_index
+from sae_research.analysis.dashboard.site import write_index, write_script
 from sae_research.analysis.layout import load_stats
 from sae_research.analysis.sources import Lab
 from sae_research.lm import load_language_model
@@ -40,6 +40,7 @@ def site(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         lm = load_language_model(str(tiny_inputs / "tiny"), "cpu")
         plain, signed = tiny_sae("standard"), tiny_sae("linear", seed=1)
         plain.b_enc[:3] -= 1000  # dead
+        plain.cfg = plain.cfg.replace(provenance={"release": "gpt2-small-res-jb", "sae_id": "blocks.6.hook_resid_pre"})
         lab = Lab.of({"plain": plain, "signed": signed}, lm, params)
         write_dashboard(lab, folder / "out", small(), pairs=[("plain", "signed")])
         (folder / "out/store").symlink_to(lab.stats("plain").folder)
@@ -91,9 +92,9 @@ def test_pages_work_from_disk(site: Path, page: sync_api.Page) -> None:
     assert rows(page)[0] == stats.density.argmax()
     page.get_by_role("button", name="Density").click()
     assert rows(page)[:3] == [0, 1, 2]  # the dead ones
-    page.get_by_label("dead").check()
+    page.get_by_role("checkbox", name="dead").check()
     assert page.locator("#status").inner_text() == "3 of 64 latents"
-    page.get_by_label("dead").uncheck()
+    page.get_by_role("checkbox", name="dead").uncheck()
     page.keyboard.press("/")
     page.keyboard.type("17")
     assert 17 in rows(page)
@@ -163,6 +164,23 @@ def test_signed_latents_and_a_latent_that_never_fires(site: Path, page: sync_api
     assert "never fired" in page.locator(".words").inner_text()
     page.goto((site / "plain/latent.html").as_uri() + "#latent=64")
     page.get_by_text("plain has latents 0 to 63").wait_for()
+
+
+@pytest.mark.slow
+def test_neuronpedia_is_asked_only_after_a_click(site: Path, browser: sync_api.Browser) -> None:
+    asked: list[str] = []
+    context = browser.new_context()
+    context.route(lambda address: address.startswith("http"), lambda route: (asked.append(route.request.url), route.abort()))
+    page = context.new_page()
+    page.goto((site / "plain/latent.html").as_uri() + "#latent=20")
+    ready(page, "20")
+    address = "https://www.neuronpedia.org/gpt2-small/6-res-jb/20"
+    assert page.get_by_role("link", name="its page there").get_attribute("href") == address and asked == []
+    page.get_by_role("button", name="show it here").click()
+    page.wait_for_selector("iframe")
+    page.wait_for_timeout(500)
+    assert len(asked) == 1 and asked[0].startswith(f"{address}?embed=true")
+    context.close()
 
 
 @pytest.mark.slow
@@ -242,7 +260,7 @@ def test_65_000_latents_browse_smoothly(site: Path, page: sync_api.Page, tmp_pat
     page.keyboard.press("/")
     started = time.perf_counter()
     page.keyboard.type("needle")
-    assert rows(page)[:1] == [40_000] and time.perf_counter() - started < 3
+    assert sorted(rows(page)) == [n - 1 - 40_000, 40_000] and time.perf_counter() - started < 3
     page.keyboard.press("Control+a")
     page.keyboard.press("Delete")
     page.locator(".scroller").focus()
@@ -252,12 +270,22 @@ def test_65_000_latents_browse_smoothly(site: Path, page: sync_api.Page, tmp_pat
 
 @pytest.mark.slow
 def test_a_latents_page_opens_in_300_milliseconds(site: Path, page: sync_api.Page) -> None:
-    """From the address to the drawn page, best of three: the machine may be busy."""
+    """From the address to the painted page, with files as large as those of a real SAE; best of five, for the machine
+    may be busy."""
+    for number in range(4):
+        path = site / f"plain/data/{number:05d}.js"
+        file = content(path)
+        for latent in file["latents"]:
+            for context in latent["contexts"]:
+                context["t"] = (context["t"] * 10)[:49]
+            latent["contexts"] = (latent["contexts"] * 45)[:45]
+        write_script(path, f"plain/{number:05d}", file)
+    assert path.stat().st_size > 250_000
     times = []
-    for latent in (5, 25, 45):
+    for latent in (5, 15, 25, 35, 45):
         page.goto("about:blank")
-        started = time.perf_counter()
         page.goto((site / "plain/latent.html").as_uri() + f"#latent={latent}")
         ready(page, str(latent))
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.3
+        page.wait_for_function("document.body.dataset.opened !== undefined")
+        times.append(int(page.evaluate("document.body.dataset.opened")))
+    assert min(times) < 300, times

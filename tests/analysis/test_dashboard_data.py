@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from dashboards import content, small
+from tiny_model import make_tiny_model
+from tiny_saes import tiny_sae
 
 from sae_research.analysis.dashboard.comparison import compare
 from sae_research.analysis.dashboard.contexts import significant
 from sae_research.analysis.dashboard.latents import Shown
-from sae_research.analysis.dashboard.make import NEURONPEDIA, write_dashboard
+from sae_research.analysis.dashboard.make import write_dashboard
 from sae_research.analysis.dashboard.neighbours import match_by_activation, match_by_decoder, nearest
 from sae_research.analysis.dashboard.neuronpedia_batch import Batch
+from sae_research.analysis.dashboard.site import NEURONPEDIA
 from sae_research.analysis.dashboard.stage import run_stage
 from sae_research.analysis.layout import LatentStats
 from sae_research.analysis.sources import Lab
@@ -92,6 +95,8 @@ def test_equal_runs_write_equal_bytes_and_foreign_folders_stay(lab: Lab, in_proj
     with pytest.raises(UserError, match="no part of a dashboard"):
         write_dashboard(lab, in_project / "three", small())
     assert mine.read_text() == "mine"
+    with pytest.raises(UserError, match="none of static, compare"):
+        write_dashboard(Lab.of({"compare": lab.saes["late"]}, lab.lm, lab.params), in_project / "four", small())
 
 
 def test_matches_are_the_plain_ones(two: Lab) -> None:
@@ -129,6 +134,32 @@ def test_comparisons_need_text_or_a_hook_in_common(two: Lab, lm: LanguageModel, 
     assert same.content["partner"].tolist() == list(range(64)) and same.content["score"] == [None] * 64
     with pytest.raises(UserError, match="cannot compare nobody"):
         write_dashboard(two, "site", settings, pairs=[("late", "nobody")])
+
+
+@pytest.mark.slow
+def test_latents_outside_the_residual_stream_have_no_logits(lm: LanguageModel, params: Params, in_project: Path) -> None:
+    sae = tiny_sae("standard", hook_name="blocks.1.attn.hook_z")
+    write_dashboard(Lab.of({"heads": sae}, lm, params), in_project / "site", small(neuronpedia=True))
+    about = content(in_project / "site/heads/data/about.js")
+    assert about["no_logits"].startswith("blocks.1.attn.hook_z is not in the residual stream")
+    latents = content(in_project / "site/heads/data/00000.js")["latents"]
+    assert all(latent["logits"] is None and latent["contexts"] for latent in latents)
+    batch = Batch.model_validate_json((in_project / "site" / NEURONPEDIA / "heads/batch-0.json").read_text())
+    assert batch.features[0].pos_str == []
+
+
+@pytest.mark.slow
+def test_one_sae_on_two_models_side_by_side(lab: Lab, in_project: Path) -> None:
+    other = make_tiny_model(in_project / "twin", seed=1)
+    write_dashboard(lab, in_project / "site", small(other_model=str(other)))
+    pair = content(in_project / "site/compare/late_and_late_on_twin/data.js")
+    assert pair["partner"] == list(range(64)) and (in_project / "site/late_on_twin/latent.html").is_file()
+    there = LatentStats(next(path.parent for path in (in_project / ".cache/latents").glob("*/about.json")
+                             if json.loads(path.read_text())["sae"]["name"] == "late_on_twin"))
+    here, both = lab.stats("late"), np.asarray(there.counted & lab.stats("late").counted).reshape(-1)
+    for latent in np.flatnonzero((here.count > 9) & (there.count > 9))[::7]:
+        plain = np.corrcoef(dense(here)[latent, both], dense(there)[latent, both])[0, 1]
+        assert pair["score"][latent] == pytest.approx(plain, abs=1e-3)
 
 
 def test_neuronpedia_files_keep_its_schema(two: Lab, in_project: Path) -> None:

@@ -14,6 +14,7 @@ from sae_research.analysis.accumulate import Accumulator, firings, joined
 from sae_research.analysis.layout import N_BINS, histogram_quantile
 from sae_research.analysis.stats import LatentStats, collect_stats, load_stats, store_folder
 from sae_research.errors import UserError
+from sae_research.instance_sae import IHTPSAE
 from sae_research.lm import LanguageModel, token_mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
@@ -134,6 +135,19 @@ def test_chunks_are_the_contexts(lm: LanguageModel, params: Params) -> None:
     assert chunks[-1].documents[:len(whole.documents)] == whole.documents
     with pytest.raises(UserError, match="the split sae_train ends after"):
         list(context_chunks(lm.tokenizer, lm.separator_id, params.text, "sae_train", 10_000_000, 64))
+
+
+def test_an_encoder_over_whole_sequences(lm: LanguageModel, params: Params, in_project: Path) -> None:
+    """IHTP: signed, neither per token nor causal; it is given whole contexts."""
+    base = biased("standard")
+    sae = IHTPSAE(base.W_dec, base.b_dec, 2, base.cfg.replace(form="ihtp", options={"k": 2}))
+    stats = collect_stats({"ihtp": sae}, lm, params)["ihtp"]
+    z, mask = plain(sae, lm, params, stats)
+    np.testing.assert_array_equal(stats.count, (z != 0).sum((0, 1)))
+    assert stats.signed and not stats.about["sae"]["causal"] and (stats.min < 0).any()
+    latent = int(np.argmin(stats.min))
+    strongest = np.abs(z[..., latent]).max()
+    assert abs(stats.top(latent, 1)[0].value) == pytest.approx(strongest, rel=1e-4), "signed latents rank by magnitude"
 
 
 def test_joined_firings_are_those_of_the_whole() -> None:

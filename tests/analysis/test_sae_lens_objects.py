@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sae_research.analysis.patching import run_with_saes
-from sae_research.analysis.sources import Lab
+from sae_research.analysis.sources import ForeignSAE, Lab
+from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 
 from .conftest import LATE
@@ -14,20 +17,36 @@ from .conftest import LATE
 PROMPT = "the time that people use water"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
-def test_a_sae_lens_object_computes_what_it_computes_there(lm: LanguageModel, normalisation: str, in_project: object) -> None:
-    """With layer_norm it cannot be folded into weights of ours and runs as it is; its decoder then is not affine over
-    several inputs, which is refused."""
-    from sae_lens import StandardSAE, StandardSAEConfig
+def made(architecture: str, **options: Any) -> Any:
+    import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
-    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64, normalize_activations=normalisation, metadata=SAEMetadata(
-        hook_name=LATE, model_name="tiny", context_size=32, prepend_bos=True)))
-    torch.nn.init.normal_(sae.W_enc)
+    config = getattr(sae_lens, f"{architecture}Config")(d_in=32, d_sae=64, metadata=SAEMetadata(
+        hook_name=LATE, model_name="tiny", context_size=32, prepend_bos=True), **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sae = getattr(sae_lens, architecture)(config)
+        torch.nn.init.normal_(sae.W_enc)
+        sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data.T, dim=1)
+    return sae
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture, options, ours", [("StandardSAE", {}, True), ("AbsTopKSAE", {"k": 4}, False)])
+def test_it_computes_what_it_computes_there(lm: LanguageModel, in_project: object, architecture: str,
+                                            options: dict[str, Any], ours: bool) -> None:
+    """Converted where this project has the form, run as it is where not."""
+    sae = made(architecture, **options)
     lab = Lab.of({"theirs": sae}, lm)
-    tokens = lab.tokens(PROMPT)
-    seen = run_with_saes(lab, tokens).saes["theirs"]
+    assert isinstance(lab.saes["theirs"], ForeignSAE) != ours
+    seen = run_with_saes(lab, lab.tokens(PROMPT)).saes["theirs"]
     mask = seen.mask[..., None]
     with torch.no_grad():
         torch.testing.assert_close(seen.reconstruction * mask, sae(seen.input) * mask, atol=1e-4, rtol=1e-4)
+    assert lab.saes["theirs"].signed == (architecture == "AbsTopKSAE") and lab.saes["theirs"].per_token
+
+
+@pytest.mark.slow
+def test_a_scaled_input_is_refused(lm: LanguageModel, in_project: object) -> None:
+    with pytest.raises(UserError, match="every token is scaled by its own norm"):
+        Lab.of({"theirs": made("StandardSAE", normalize_activations="layer_norm")}, lm)

@@ -22,7 +22,7 @@ from sae_research.saes import save_sae
 from .conftest import EARLY, SIZE, biased
 
 PROMPT = "the time that people use water"
-VERBS = ("saes", "stats", "run", "steer", "ablate", "attribute", "subspace", "explain")
+VERBS = ("saes", "stats", "run", "steer", "ablate", "attribute", "subspace", "explain", "dashboard")
 
 
 @pytest.fixture
@@ -86,6 +86,9 @@ def test_the_other_verbs(project: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "component 3" in out and (project / "analysis_results/subspace/subspace.png").is_file()
     out = said(capsys, "explain", "--sae", "late", "--latents", "60", "61")
     assert "mean held-out AUC" in out
+    out = said(capsys, "dashboard", "--sae", "late", "early", "--compare", "late", "early", "--neuronpedia")
+    assert "index.html in a browser" in out
+    assert (project / "analysis_results/dashboard/neuronpedia/late/batch-0.json").is_file()
 
 
 @pytest.mark.slow
@@ -108,8 +111,6 @@ def test_two_equal_runs_write_equal_bytes(project: Path, capsys: pytest.CaptureF
     (["steer", "--latent", "1", "--prompt", PROMPT, "--engine", "neuronpedia", "--source", "gpt2-small/7-res-jb",
       "--base-url", "http://127.0.0.1:9"], "cannot be reached"),
     (["attribute", "--sae", "late", "--prompt", PROMPT, "--against", "the"], "--against needs --answer"),
-    (["saes", "--search", "no such model"], "no release of SAELens matches"),
-    (["saes", "--describe", "gpt2-small-res-j"], "did you mean gpt2-small-res-jb"),
 ])
 def test_mistakes_are_one_clear_line(project: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as refusal:
@@ -133,7 +134,14 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"Example: python -m sae_research analyze {verb} " in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_directory_of_releases() -> None:
+@pytest.mark.slow
+def test_the_directory_of_releases(in_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slow: the list in SAELens' package takes seconds to read."""
+    assert "gpt2-small-res-jb" in said(capsys, "saes", "--search", "gpt2-small")
+    with pytest.raises(UserError, match="no release of SAELens matches"):
+        main(["analyze", "saes", "--search", "no such model"])
+    with pytest.raises(UserError, match="did you mean gpt2-small-res-jb"):
+        main(["analyze", "saes", "--describe", "gpt2-small-res-j"])
     rows = directory.list_releases("gpt2-small-res-jb$")
     assert [row["release"] for row in rows] == ["gpt2-small-res-jb"] and rows[0]["model"] == "gpt2-small"
     saes = directory.list_saes("gpt2-small-res-jb", "blocks.7")

@@ -47,11 +47,11 @@ def test_points_are_run_once_and_failures_are_failures(pipeline: Path) -> None:
     assert (copies / "results.csv").read_text().count(name) == 3
     assert json.loads((copies / "outcome.json").read_text())["done"] == [name]
 
-    longer = sweep_file(pipeline, "grid", "train.saes.topk.k: [4, 8, 16]\ntrain.tokens: [3000]\n")
+    longer = sweep_file(pipeline, "longer", "train.saes.topk.k: [4, 8, 16]\ntrain.tokens: [3000]\n")
     planned = verb(pipeline, "sweep", "--sweep_config", longer, "--devices", "cpu", "--dry_run").stdout
     assert "4 SAEs in 1 runs; 3 SAEs are finished, 1 to train in 1 runs" in planned
     again = verb(pipeline, "sweep", "--sweep_config", sweep_file(
-        pipeline, "grid", "train.saes.topk.k: [4, 8]\ntrain.tokens: [3000]\n"), "--devices", "cpu")
+        pipeline, "again", "train.saes.topk.k: [4, 8]\ntrain.tokens: [3000]\n"), "--devices", "cpu")
     assert again.returncode == 0 and "0 to train in 0 runs" in again.stdout and "topk_k_8" in again.stdout
     watched = verb(pipeline, "monitor").stdout
     assert f"done     {name}" in watched and "failed   grid-" in watched and "ends after" in watched
@@ -85,16 +85,23 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
         while f"failed   {victim}" not in shown and time.monotonic() < deadline:
             shown = verb(pipeline, "monitor").stdout
         assert f"failed   {victim}" in shown and f"running  {survivor}" in shown and "checkpoint" in shown
-        ours = [process.pid for process in psutil.Process(sweep.pid).children(recursive=True)]
+        ours = psutil.Process(sweep.pid).children(recursive=True)
         sweep.send_signal(2)
         assert sweep.wait(timeout=90) == 130
-        assert not [pid for pid in ours if psutil.pid_exists(pid)]
+        _, left = psutil.wait_procs(ours, timeout=10)
+        assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
         assert stranger.poll() is None
     finally:
         sweep.kill()
         stranger.kill()
         stranger.wait()
     assert "Queued" not in run(pipeline, "dvc", "queue", "status").stdout
-    resumed = verb(pipeline, "sweep", "--sweep_config", config, "--devices", "cpu", "--sequential", "--limit", "1")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "going on from the checkpoint of step" in resumed.stdout
+    resumed = subprocess.Popen([sys.executable, "-m", "sae_research", "sweep", "--sweep_config", config, "--devices", "cpu",
+                                "--sequential", "--limit", "1"], cwd=pipeline, env=ENV, stdout=subprocess.PIPE, text=True)
+    said = ""
+    for line in resumed.stdout or ():
+        said += line
+        if "going on from the checkpoint of step" in line:
+            resumed.terminate()
+    assert resumed.wait(timeout=90) == 143, said
+    assert "going on from the checkpoint of step" in said

@@ -40,7 +40,7 @@ def test_the_published_example_becomes_parameters() -> None:
     values = with_values(read((ROOT / "params.yaml").read_text()), result.overrides)
     params = check_params(values, "translated")
     assert params.model.name == "roneneldan/TinyStories-1M"
-    assert params.text.dataset == "org/text" and params.text.column_name == "text"
+    assert params.text.dataset == "org/tokens" and params.text.column_name == "input_ids"
     assert params.text.context_size == 1024
     assert params.train.tokens == 100_000 * 1024
     assert params.train.batch_size == 20 * 20 * 1024 and params.train.accumulation_steps == 20
@@ -99,7 +99,6 @@ def test_a_shorter_run_keeps_its_steps_and_fractions() -> None:
     (["max_grad_norm=5"], "set max_grad_norm: 1.0"),
     (["saes.retrain_saes=true"], "comparison_saes.folders"),
     (["data.split=validation"], "data.split"),
-    (["data.is_tokenized=true"], "data.is_tokenized"),
     (["warmup_samples=200000"], "more than data.n_train_samples"),
     (["data.n_train_samples=100"], "one step takes"),
     (["tlens_model_path=here"], "give one of tlens_model_name"),
@@ -131,6 +130,8 @@ def test_the_published_sweep_expands_in_the_file_s_order() -> None:
         check_params(point.values, point.label)
     limited = expand(read(README_CONFIG), read(README_SWEEP), params_yaml, Changes(), scales, limit=3)
     assert [point.swept for point in limited.points] == [point.swept for point in grid.points[:3]]
+    with pytest.raises(UserError, match="--tokens sets one for all"):
+        expand(read(README_CONFIG), read(README_SWEEP), params_yaml, Changes(tokens=5000), scales)
     with pytest.raises(UserError, match="changes no SAE"):
         expand(read(README_CONFIG), {"data": {"eval_batch_size": [1, 2]}}, params_yaml, Changes(), scales)
 

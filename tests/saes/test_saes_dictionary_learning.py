@@ -258,5 +258,7 @@ def test_a_file_of_old_torch_is_read(tmp_path: Path) -> None:
 def test_forms_without_a_class_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no class for the form matching_pursuit"):
         export_dictionary_learning(make_sae("matching_pursuit"), tmp_path)
+    with pytest.raises(UserError, match="no name for the hook 'blocks.1.attn.hook_z'"):
+        export_dictionary_learning(make_sae("standard", hook_name="blocks.1.attn.hook_z"), tmp_path)
     with pytest.raises(UserError, match="centred"):
         export_dictionary_learning(make_sae("standard", center_input=True), tmp_path)

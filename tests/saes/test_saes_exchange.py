@@ -123,12 +123,14 @@ def test_runs_that_are_refused(tmp_path: Path) -> None:
 
 def test_export_and_import_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = random_activations()
-    for name in ("standard", "gated"):
-        save_sae(make_sae(name), tmp_path / "trained" / name)
+    save_sae(make_sae("standard"), tmp_path / "trained" / "standard")
+    save_sae(make_sae("gated", hook_name="blocks.1.hook_mlp_out"), tmp_path / "trained" / "gated")
     figures = {"l0": 3.2, "loss_recovered": 0.91, "variance_explained": 0.5, "tokens": 512}
     (tmp_path / "trained" / "standard" / "eval_results.json").write_text(json.dumps(figures))
     assert main(["export", str(tmp_path / "trained"), str(tmp_path / "out"), "--format", "dictionary_learning"]) == 0
-    assert "GatedAutoEncoder" in capsys.readouterr().out
+    gated, standard = capsys.readouterr().out.splitlines()
+    assert gated.endswith("GatedAutoEncoder; SAE Bench's loaders would put it at hook_resid_post of its layer")
+    assert standard.endswith("AutoEncoder")
     for name in ("standard", "gated"):
         torch.testing.assert_close(load_dictionary_learning(tmp_path / "out" / name).encode(x), make_sae(name).encode(x))
     theirs = json.loads((tmp_path / "out" / "standard" / "eval_results.json").read_text())
@@ -147,6 +149,11 @@ def test_what_cannot_go_out(tmp_path: Path) -> None:
         export_saes(tmp_path / "omp", tmp_path / "x", "sae_lens")
     with pytest.raises(UserError, match="omp: dictionary_learning has no class for the form omp"):
         export_saes(tmp_path / "omp", tmp_path / "x", "dictionary_learning")
+    save_sae(make_sae("gated"), tmp_path / "mixed" / "gated")
+    save_sae(make_sae("linear"), tmp_path / "mixed" / "linear")
+    with pytest.raises(UserError, match="mixed/linear: .* has no form linear; .*; the other 1 are written"):
+        export_saes(tmp_path / "mixed", tmp_path / "x", "sae_lens")
+    assert load_sae(tmp_path / "x" / "gated").cfg.form == "gated" and not (tmp_path / "x" / "linear").exists()
     with pytest.raises(UserError, match="unknown format 'gguf'"):
         export_saes(tmp_path / "omp", tmp_path / "x", "gguf")
     (tmp_path / "empty").mkdir()

@@ -127,9 +127,24 @@ def test_normalisation_is_folded_or_refused(tmp_path: Path) -> None:
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 3.0}')
     sae = load_sae(tmp_path)
     torch.testing.assert_close(sae.decode(sae.encode(x)), expected, atol=1e-4, rtol=1e-4)
-    for other in ("layer_norm", "constant_norm_rescale", "covariance_whitening"):
+    for form, other in (("standard", "layer_norm"), ("topk", "constant_norm_rescale"), ("standard", "covariance_whitening")):
         with pytest.raises(UserError, match=f"{other} cannot be folded"):
-            from_sae_lens(lens_sae("standard", normalize_activations=other))
+            from_sae_lens(lens_sae(form, normalize_activations=other))
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_tokens_of_one_norm(apply_b_dec_to_input: bool, tmp_path: Path) -> None:
+    """`constant_norm_rescale` (mistral-7b-res-wg): the bias that grows with a token is one latent more."""
+    theirs, x = lens_sae("standard", normalize_activations="constant_norm_rescale",
+                         apply_b_dec_to_input=apply_b_dec_to_input), 7 * random_activations()
+    sae = from_sae_lens(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(sae.decode(sae.encode(x)), theirs(x), atol=1e-4, rtol=1e-4)
+        fires = theirs.encode(x) > 0
+    z = sae.encode(x)
+    assert torch.equal(z[..., :-1] > 0, fires) and (z[..., -1] > 0).all() and sae.cfg.d_sae == D_SAE + 1
+    save_sae(sae, tmp_path)
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), z)
 
 
 def test_how_the_model_was_loaded() -> None:

@@ -28,7 +28,7 @@ def results_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_figures_equal_a_plain_recomputation(make_params, tmp_path):
     saes = {"standard": STANDARD, "upper": {**TOP_K, "hook_name": UPPER}, "gates": CONFIGS["hard_concrete"]}
-    params = make_params(saes=saes, evaluate_tokens=256, held_out_tokens=1024)
+    params = make_params(saes=saes, tokens=2048, evaluate_tokens=256, held_out_tokens=1024)
     report = run.train(params, tmp_path / "out")
     results = results_of(tmp_path / "out")
     assert set(results) == set(saes)
@@ -105,7 +105,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeRun]:
 
 def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp_path, fake_runs, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "abc123secret")
-    run.train(with_tracking(make_params(), project="p"), tmp_path / "tracked")
+    run.train(with_tracking(make_params(tokens=2048), project="p"), tmp_path / "tracked")
     curve = (tmp_path / "tracked" / "standard" / "training_curve.tsv").read_text().splitlines()[1:]
     standard, topk = fake_runs["standard"], fake_runs["topk"]
     assert [row["step"] for row in standard.rows] == [int(line.split("\t")[0]) for line in curve]
@@ -115,7 +115,7 @@ def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp
     assert len(topk.rows) == 3 and topk.exit_code is None
     warning = capsys.readouterr().err
     assert "topk is no longer tracked: logging failed" in warning and "abc123secret" not in warning
-    run.train(make_params(), tmp_path / "plain")
+    run.train(make_params(tokens=2048), tmp_path / "plain")
     assert {p.name: p.read_bytes() for p in (tmp_path / "plain" / "topk").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "tracked" / "topk").iterdir()}
 
@@ -138,8 +138,14 @@ def test_a_service_that_cannot_be_used_costs_the_tracking_only(make_params, monk
     def refuse(**_: Any) -> None:
         raise OSError("no route to host")
 
-    module = SimpleNamespace(Settings=lambda **_: None, init=refuse, __spec__=object())
+    module = SimpleNamespace(Settings=lambda **_: None, init=refuse, login=lambda prompt: False, __spec__=object())
     monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with (pytest.raises(UserError, match="there is no key: set WANDB_API_KEY"),
+          tracking.tracked(with_tracking(make_params(), project="p"))):
+        pytest.fail("trained without a key")
+    monkeypatch.setenv("WANDB_API_KEY", "k")
     with tracking.tracked(with_tracking(make_params(), project="p")) as tracker:
         assert tracker.runs == {}
     assert "the training goes on without it (OSError: no route to host)" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def made_curve(late_fall: float = 0.02, decay_drop: float = 0.05) -> list[CurveP
         loss = 1.0 + 0.6 * math.exp(-progress / 0.05)
         loss *= 1 - late_fall / 0.25 * max(0.0, min(progress, 0.7) - 0.2)
         loss *= 1 - decay_drop / 0.3 * max(0.0, progress - 0.7)
-        points.append(CurvePoint(progress, loss))
+        points.append(CurvePoint(progress, loss, 1 - loss / 2))
     return points
 
 
@@ -44,7 +44,7 @@ def seen(recipe: dict[str, Any] = STANDARD, curve: list[CurvePoint] | None = Non
     return Seen(**{"config": TypeAdapter(TrainedSAE).validate_python({**recipe, "d_sae": 256}),
                    "curve": made_curve() if curve is None else curve, "d_in": D_IN, "l0": 8.0,
                    "variance_explained": 0.8, "fraction_silent": 0.01, "dense_share": 0.1, "pca": {4: 0.4, 16: 0.6},
-                   "decay_fraction": 0.3, **figures})
+                   "decay_fraction": 0.3, "sparsity_warmup_fraction": 0.1, **figures})
 
 
 def found(name: str = "sae", **given: Any) -> list[tuple[str, str]]:
@@ -91,9 +91,11 @@ def test_jumps_and_rises() -> None:
     spiky[40] = spiky[40]._replace(loss=2.0)
     rising = [point._replace(loss=point.loss * (1 + max(0.0, point.progress - 0.3))) for point in made_curve()]
     blown = made_curve()
-    blown[3] = blown[3]._replace(loss=9.0)
+    blown[6] = blown[6]._replace(variance_explained=-0.7)
     for curve in (spiky, rising, blown):
         assert found(curve=curve) == [("learning_rate_too_high", "train.saes.sae.learning_rate: lower (now 0.003)")]
+    warming = [point._replace(loss=point.loss * (1 + min(point.progress / 0.1, 1.0))) for point in made_curve()]
+    assert found(curve=warming) == []  # a penalty that comes in raises the loss, and is no fault
 
 
 def test_wide_dictionaries_and_short_curves_are_not_judged() -> None:
@@ -103,6 +105,7 @@ def test_wide_dictionaries_and_short_curves_are_not_judged() -> None:
     assert diagnose("sae", narrow._replace(config=config)) == []
     assert curve_shape(made_curve()[:8], 0.3) is None
     assert curve_shape(made_curve(), 0.6) is None  # hardly a stretch at full rate
+    assert curve_shape(made_curve(), 0.3, 0.5) is None  # nor at full penalty
     assert curve_shape([point._replace(loss=-1.0) for point in made_curve()], 0.3) is None
 
 

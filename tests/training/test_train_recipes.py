@@ -6,9 +6,11 @@ import pytest
 import torch
 from training_helpers import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
+from sae_research.params import Train
 from sae_research.saes import SAEConfig
-from sae_research.training import sparse
+from sae_research.training import products, sparse
 from sae_research.training.recipes import RECIPES, Recipe, base
+from sae_research.training.rows_top_k import largest
 from sae_research.training.schedules import warmup, warmup_then_decay
 
 SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "batch_top_k", "matryoshka_batch_top_k")
@@ -34,6 +36,7 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
     # no schedule may move between the two steps that are compared
     config = {**CONFIGS[name], **({"anneal_start": 0.9} if name == "p_anneal" else {})}
     recipe = recipe_of(RECIPES[name], 16, planted_rows, **config).double()
+    recipe.W_enc.data += 1e-6 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))  # no two latents alike
     if hasattr(recipe, "dead"):  # the auxiliary loss takes part where there is one
         recipe.dead.index_N, recipe.dead.refreshed = torch.arange(5), 1.0
     chosen = []
@@ -57,6 +60,55 @@ def test_sparse_functions_pass_gradcheck():
     values = torch.randn(10, dtype=torch.float64, generator=generator, requires_grad=True)
     W_dec = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v, w: sparse.decode_at(support, v, w), (values, W_dec))
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 300])
+def test_the_largest_of_a_row_are_those_of_torch(k):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 300, generator=generator)
+    for values in (rows, rows.bfloat16().float(), torch.relu(rows - 2), -rows.abs().double()):  # ties, zeros, no positive
+        found = largest(values, k)
+        assert (found.sort(1).values.diff(dim=1) > 0).all()
+        assert torch.equal(values.gather(1, found).sort(1).values, values.topk(k, 1).values.sort(1).values)
+    assert largest(torch.full((3, 300), torch.nan), k).shape == (3, k)
+
+
+def test_a_support_is_torchs_and_so_are_its_products():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.relu(torch.randn(9, 20, generator=generator) - 1)
+    matrix, support = values.to_sparse_csr(), sparse.support_of(values > 0)
+    assert torch.equal(support.crow, matrix.crow_indices()) and torch.equal(support.col, matrix.col_indices())
+    other = torch.randn(9, 5, generator=generator)
+    torch.testing.assert_close(support.transposed(matrix.values()) @ other, values.T @ other)
+
+
+def test_the_encoders_product_has_the_gradients_of_plain_autograd():
+    generator = torch.Generator().manual_seed(0)
+    x, W, b, c = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((7, 3), (5, 3), (5,), (3,)))
+    ways = (lambda W, b, c: (x - c) @ W.T + b, lambda W, b, c: products.encode(x, W, b, c, False),
+            lambda W, b, c: products.encode(x, W, b, c, False, known_BF=((x - c) @ W.T + b).detach()))
+    found = []
+    for way in ways:
+        parameters = [tensor.clone().requires_grad_() for tensor in (W, b, c)]
+        out = way(*parameters)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), parameters)])
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bfloat16_products_lose_little(name, planted_rows):
+    """One loss in both precisions; sparse recipes compute their active latents in float32 either way."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        recipe = recipe_of(RECIPES[name], 16, planted_rows, **CONFIGS[name])
+        recipe.train_config = Train(precision=precision)
+        output = recipe.compute(planted_rows[:256], 0.5)
+        output.loss.backward()
+        assert recipe.W_dec.grad.dtype == torch.float32
+        losses.append(float(output.loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_initial_decoder_rows_are_unit_data_rows_and_the_encoder_fits(planted_rows):
@@ -267,3 +319,13 @@ def test_schedules_are_fractions_of_the_run():
     assert warmup(0.0, 0.0) == 1.0
     assert [warmup_then_decay(p, 0.2, 0.5) for p in (0.1, 0.2, 0.5, 0.75, 1.0)] == [0.5, 1.0, 1.0, 0.5, 0.0]
     assert warmup_then_decay(0.5, 1.0, 1.0) == 0.5
+
+
+def test_jump_relu_starts_with_twice_its_target_active(planted_rows):
+    """However far the encoder's scale is from 1: few directions for many latents, whose rows add up."""
+    for target in (2.0, 6.0):
+        recipe = recipe_of(RECIPES["jump_relu"], 16, planted_rows, recipe="jump_relu", d_sae=256, target_l0=target)
+        with torch.no_grad():
+            z = recipe._encode(planted_rows)[1]
+        assert recipe.W_enc.norm(dim=1).max() < 0.8
+        assert float((z > 0).float().sum(1).mean()) == pytest.approx(2 * target, rel=0.25)

@@ -282,3 +282,15 @@ def test_standard_config_is_listed(make_params):
         and "k" not in listed
         and listed["batch_size"] == 64
     )
+
+
+@pytest.mark.gpu
+def test_saes_on_another_device_than_the_model_learn_the_same(make_params, tmp_path):
+    here = run.train(make_params(), tmp_path / "here")
+    there = run.train(make_params(device="cuda:0"), tmp_path / "there")
+    for name in ("standard", "topk"):
+        for key, tolerance in (("l0", 0.5), ("variance_explained", 0.02)):
+            assert there["saes"][name]["held_out"][key] == pytest.approx(
+                here["saes"][name]["held_out"][key], abs=tolerance), (name, key)
+        assert curve(tmp_path / "there" / name)[0]["loss"] == pytest.approx(
+            curve(tmp_path / "here" / name)[0]["loss"], rel=1e-4)

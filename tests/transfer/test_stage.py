@@ -72,7 +72,7 @@ def check_report_and_pictures(root: Path) -> None:
     stale = root / "images/transfer/gone.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"")
-    written = transfer_figures.draw_transfer(Params().visualization.model_copy(update={"dpi": 40}), root)
+    written = transfer_figures.draw_transfer(Params().visualization.model_copy(update={"dpi": 30}), root)
     assert {path.stem for path in written} == set(transfer_figures.PICTURES) and not stale.exists()
     for path in written:
         assert np.asarray(Image.open(path)).std() > 5, f"{path.name} is blank"
@@ -107,6 +107,7 @@ def test_own_sae_of_the_finetuned_model(make_params: Any, in_project: Path, mode
     assert "Latents of the finetuned model's SAE" in transfer(in_project)
 
 
+@pytest.mark.slow
 def test_other_tokenizer_end_to_end(make_params: Any, in_project: Path, models_folder: Path) -> None:
     run_stage(make_params(finetuned_model=str(models_folder / "other_tokenizer"), controls={"names": ["self"]},
                           tokens=480, patched_tokens=96))
@@ -123,6 +124,7 @@ def test_models_of_other_shapes(make_params: Any, in_project: Path, shape: dict[
     with pytest.raises(UserError, match=message):
         run_stage(make_params(finetuned_model=str(other)))
     assert read(in_project / RESULTS / "_status.json")["status"] == "failed"
+    assert "failed: " in transfer(in_project) and message in transfer(in_project)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -80,6 +80,11 @@ def test_matched_tokens_stand_for_the_same_text(make_pair: Any) -> None:
     assert len(row.ids[0]) <= 23 and row.n_bytes == len(pair.base.tokenizer.decode(row.ids[0]).encode())
 
 
+def test_equal_tokenizers_of_their_own_match_every_token(make_pair: Any) -> None:
+    tokens = sweep(make_pair("near", own=True), 300).tokens
+    assert tokens["aligned"] == tokens["counted_base"] > 200 and tokens["base"] == tokens["finetuned"]
+
+
 def test_own_tokenizers_bits_per_byte(make_pair: Any) -> None:
     pair = make_pair("other_tokenizer", own=True)
     statistics = sweep(pair, 700)

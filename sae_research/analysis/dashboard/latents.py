@@ -35,6 +35,8 @@ class Shown:
     settings: Dashboards
     figures: dict[str, float] = field(default_factory=dict)
     """Of an evaluation, by name; shown on the start page as they are."""
+    unexplained: str = ""
+    """Why no latent is described, where text is too short."""
 
     @property
     def n_files(self) -> int:
@@ -59,9 +61,6 @@ class Shown:
         except UserError as short_text:
             self.unexplained = str(short_text)
             return None
-
-    unexplained: str = ""
-    """Why no latent is described, where text is too short."""
 
     @cached_property
     def explanations(self) -> list[Explanation | None]:

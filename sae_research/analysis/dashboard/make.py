@@ -9,15 +9,13 @@ from pathlib import Path
 from sae_research.analysis.dashboard.comparison import compare
 from sae_research.analysis.dashboard.latents import Shown
 from sae_research.analysis.dashboard.neuronpedia_batch import write_batches
-from sae_research.analysis.dashboard.site import write_site
+from sae_research.analysis.dashboard.site import NEURONPEDIA, write_site
 from sae_research.analysis.sources import Lab
 from sae_research.dashboard_params import Dashboards
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, load_language_model
+from sae_research.saes import SparseAutoencoder
 from sae_research.store import slugify
-
-NEURONPEDIA = "neuronpedia"
-"""Folder of a site with Neuronpedia's JSON."""
 
 
 def write_dashboard(lab: Lab, folder: str | Path, settings: Dashboards | None = None,
@@ -58,7 +56,7 @@ def _on_other_model(lab: Lab, settings: Dashboards, progress: bool) -> dict[str,
             for name, (other, sae) in zip(lab.saes, moved.items(), strict=True)}
 
 
-def _moved(sae, lm: LanguageModel):
+def _moved(sae: SparseAutoencoder, lm: LanguageModel) -> SparseAutoencoder:
     """The same weights, said to belong to another model."""
     twin = copy.copy(sae)
     twin.cfg = sae.cfg.replace(model_name=lm.name)

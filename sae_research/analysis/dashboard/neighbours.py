@@ -14,6 +14,8 @@ from sae_research.analysis.layout import LatentStats
 from sae_research.saes import SparseAutoencoder
 
 CHUNK_LATENTS = 1024
+CORRELATIONS = 8_000_000
+"""Held at a time."""
 
 
 class Matches(NamedTuple):
@@ -57,8 +59,9 @@ def match_by_activation(one: LatentStats, other: LatentStats) -> Matches:
     (mean_a, sd_a), (mean_b, sd_b) = _moments(a), _moments(b)
     transposed = b.T.tocsr()
     partner, score = np.full(a.shape[0], -1), np.zeros(a.shape[0])
-    for first in range(0, a.shape[0], CHUNK_LATENTS):
-        rows = slice(first, first + CHUNK_LATENTS)
+    step = max(1, CORRELATIONS // b.shape[0])
+    for first in range(0, a.shape[0], step):
+        rows = slice(first, first + step)
         covariance = (a[rows] @ transposed).toarray() / n - np.outer(mean_a[rows], mean_b)
         scale = np.outer(sd_a[rows], sd_b)
         correlation = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)

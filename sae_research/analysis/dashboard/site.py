@@ -24,6 +24,9 @@ from sae_research.errors import UserError
 from sae_research.store import SLUG, write_bytes, write_text
 
 HERE = Path(__file__).parent
+NEURONPEDIA = "neuronpedia"
+"""Folder of a site with Neuronpedia's JSON."""
+OWN_FOLDERS = ("static", "compare", NEURONPEDIA)
 MARK = ".dashboard"
 """Lies in every folder that a site may replace."""
 COLUMNS = ("density", "cah", "max", "mean")
@@ -34,9 +37,10 @@ FIGURES = {"variance_explained": "Variance explained", "loss_recovered": "Loss r
 
 def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Comparison] = ()) -> Path:
     """Write or refresh a site; returns its first page. Raises `UserError` for names that make no folders."""
-    wrong = [one.name for one in shown if not SLUG.match(one.name)]
+    wrong = [one.name for one in shown if not SLUG.match(one.name) or one.name in OWN_FOLDERS]
     if wrong:
-        raise UserError(f"the names {', '.join(wrong)} must be made of a-z, 0-9 and _ to become folders")
+        raise UserError(f"{', '.join(wrong)}: names become folders of the site, so they are made of a-z, 0-9 and _ and are "
+                        f"none of {', '.join(OWN_FOLDERS)}")
     for source in sorted((HERE / "static").iterdir()):
         write_bytes(folder / "static" / source.name, source.read_bytes())
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True,

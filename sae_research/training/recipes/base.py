@@ -73,8 +73,7 @@ class Recipe(nn.Module):
     # --- what a recipe defines ---
 
     def select(self, pre_BF: Tensor) -> Support | None:
-        """The latents active on each token, or None to go the dense way. Called on CPU, without a graph; may
-        overwrite the entries of `pre_BF` that are not active."""
+        """The latents active on each token, or None to go the dense way. Called on CPU, without a graph."""
         raise NotImplementedError
 
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:

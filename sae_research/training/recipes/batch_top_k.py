@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_research.training.recipes.top_k import TopK
-from sae_research.training.sparse import Support
+from sae_research.training.sparse import Support, support_of
 
 
 class BatchTopK(TopK):
@@ -19,8 +19,7 @@ class BatchTopK(TopK):
     def select(self, pre_BF: Tensor) -> Support | None:
         if not self.use_sparse(self.k / pre_BF.shape[1]):
             return None
-        matrix = (pre_BF * self.active(pre_BF)).to_sparse_csr()
-        return Support(matrix.crow_indices(), matrix.col_indices(), pre_BF.shape[1])
+        return support_of(self.active(pre_BF))
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
         return torch.relu(pre_BF) * self.active(pre_BF.detach())

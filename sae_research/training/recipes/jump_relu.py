@@ -69,9 +69,12 @@ class JumpReLU(Recipe):
     def fit_encoder(self, rows_ND: Tensor) -> None:
         """Twice the wanted L0 at the start, so that thresholds have something to raise themselves over."""
         density = min(0.5, 2 * self.config.target_l0 / self.config.d_sae)
-        self.b_enc.copy_(self.threshold - self.sparsify_start(rows_ND, density))
+        exceeded = self.sparsify_start(rows_ND, density)
+        self.b_enc.copy_(self.threshold - exceeded)
         z_NF = self._encode(rows_ND)[1]
-        self.W_enc.mul_(length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec))
+        factor = length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec)
+        self.W_enc.mul_(factor)
+        self.b_enc.copy_(self.threshold - factor * exceeded)  # the same latents stay above their thresholds
 
     def _encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(pre-activations, activations) [B, F]."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_research.recipe_params import L1Recipe as L1Config
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
-from sae_research.training.sparse import Support
+from sae_research.training.sparse import Support, support_of
 
 INITIAL_DENSITY = 0.05
 """Fraction of latents active at the start, set through `b_enc`."""
@@ -27,11 +27,8 @@ class L1Family(Recipe):
     """Progress when resampling was last considered."""
 
     def select(self, pre_BF: Tensor) -> Support | None:
-        n_active = int(torch.count_nonzero(pre_BF > 0))
-        if not self.use_sparse(n_active / pre_BF.numel()):
-            return None
-        matrix = pre_BF.relu_().to_sparse_csr()
-        return Support(matrix.crow_indices(), matrix.col_indices(), pre_BF.shape[1])
+        support = support_of(pre_BF > 0)
+        return support if self.use_sparse(len(support.col) / pre_BF.numel()) else None
 
     @torch.no_grad()
     def fit_encoder(self, rows_ND: Tensor) -> None:

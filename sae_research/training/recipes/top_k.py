@@ -12,6 +12,7 @@ from sae_research.recipe_params import KRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
 from sae_research.training.recipes.dead import DeadLatents
+from sae_research.training.rows_top_k import largest
 from sae_research.training.sparse import Support, fixed_support
 
 THRESHOLD_WINDOW = 0.02
@@ -55,7 +56,7 @@ class TopK(Recipe):
         if not self.use_sparse(self.k / pre_BF.shape[1]):
             return None
         self.look(pre_BF)
-        return fixed_support(pre_BF.topk(self.k, dim=1, sorted=False).indices, pre_BF.shape[1])
+        return fixed_support(largest(pre_BF, self.k), pre_BF.shape[1])
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
         self.look(pre_BF.detach())

@@ -16,7 +16,7 @@
       {title: "Density", name: "figure less", sort: row => data.density_one[row], value: row => number(data.density_one[row])},
       {title: "There", name: "figure less", sort: row => data.density_other[row], value: row => number(data.density_other[row])},
       {title: "Fires on", name: "tokens", value: row => data.labels_one[row]},
-      {title: "There fires on", name: "tokens", value: row => data.labels_other[row]},
+      {title: "There fires on", name: "tokens less", value: row => data.labels_other[row]},
     ],
   });
 

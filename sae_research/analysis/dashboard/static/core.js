@@ -66,7 +66,7 @@ const lab = (() => {
   function keys(actions) {
     document.addEventListener("keydown", event => {
       if (event.ctrlKey || event.altKey || event.metaKey || document.getElementById("help").open) return;
-      const typing = event.target.matches("input, textarea, select");
+      const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
       if (typing && event.key === "Escape") event.target.blur();
       if (typing && !(event.target.type === "search" && ["ArrowDown", "Enter"].includes(event.key))) return;
       if (event.key === "Enter" && event.target.closest("a, button, summary")) return;

@@ -106,7 +106,7 @@ lab.latent = (() => {
     const page = `https://www.neuronpedia.org/${about.neuronpedia}/${found.id}`;
     const box = section("Neuronpedia", el("p", {class: "bar"}, el("a", {href: page, rel: "noopener"}, "its page there ↗"),
       el("button", {type: "button", click: event => event.target.replaceWith(
-        el("iframe", {src: page + about.embed, title: `Neuronpedia's view of latent ${found.id}`, loading: "lazy"}))}, "show it here (loads from the network)")));
+        el("iframe", {src: page + about.embed, title: `Neuronpedia's view of latent ${found.id}`}))}, "show it here (loads from the network)")));
     return box;
   }
 

@@ -9,7 +9,6 @@
   const go = latent => { location.hash = `latent=${Math.max(0, Math.min(last, latent))}`; };
 
   async function show() {
-    const started = performance.now();
     const asked = Number(lab.hash().latent ?? 0);
     try {
       await lab.latent(box, sae, "", asked);
@@ -30,7 +29,8 @@
     status.textContent = `Latent ${asked}`;
     scrollTo(0, 0);
     document.body.dataset.ready = String(asked);
-    document.body.dataset.milliseconds = String(performance.now() - started);
+    // once painted: since the page was asked for, at its first latent
+    requestAnimationFrame(() => setTimeout(() => { document.body.dataset.opened ??= String(Math.round(performance.now())); }));
   }
 
   document.getElementById("go").addEventListener("submit", event => { event.preventDefault(); go(field.valueAsNumber); field.blur(); });

@@ -11,8 +11,8 @@ lab.Table = class {
     this.heads = columns.map((column, i) => column.sort
       ? el("th", {scope: "col", class: column.name}, el("button", {type: "button", click: () => this.sort(i)}, column.title))
       : el("th", {scope: "col", class: column.name}, column.title));
-    this.above = el("tr", {class: "spacer", "aria-hidden": "true"}, el("td", {colspan: columns.length}));
-    this.below = el("tr", {class: "spacer", "aria-hidden": "true"}, el("td", {colspan: columns.length}));
+    this.above = el("tr", {class: "spacer", "aria-hidden": "true"}, el("td"));
+    this.below = el("tr", {class: "spacer", "aria-hidden": "true"}, el("td"));
     this.body = el("tbody", {}, this.above, this.below);
     this.table = el("table", {"aria-label": label, class: "virtual"},
                     el("thead", {}, el("tr", {"aria-rowindex": 1}, this.heads)), this.body);
