@@ -25,7 +25,7 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.text.stream import token_contexts
 from sae_research.text.vocabulary import token_strings
 
-TOKENS = 16_384
+TOKENS = 32_768
 LATENTS_PER_BATCH = 128
 """SAEDashboard's default for Neuronpedia."""
 BATCHES_TIMED = 2
@@ -35,11 +35,11 @@ BINS, GROUPS, PER_GROUP, TOP, LOGITS = 50, 5, 5, 20, 10
 def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params
             ) -> dict[str, tuple[float, float]]:
     """Ours: the statistics of all latents of the first SAE in one pass, and the whole site written; a second row counts the
-    site alone, from statistics at hand; both without descriptions of latents, which the loop lacks. Theirs: SAEDashboard's plan with this project's model and SAE (the package itself
-    does not install beside current ones), so that the plans are compared and not the libraries below: for every batch of 128
-    latents the model runs over all tokens, the SAE encodes, and a loop over latents makes histograms, top and interval
-    sequences and logit tables and writes JSON. Its batches cost the same, so two are timed and the sum reckoned. Text
-    is tokenised before on both sides; reading it counts for ours, inside the pass."""
+    site alone, from statistics at hand. Both without descriptions of latents, which the loop lacks. Theirs: SAEDashboard's
+    plan with this project's model and SAE (the package itself does not install beside current ones), so that plans are
+    compared and not the libraries below: for every batch of 128 latents the model runs over all tokens, the SAE encodes,
+    and a loop over latents makes histograms, top and interval sequences and logit tables and writes JSON. Its batches cost
+    the same, so two are timed and the sum reckoned. Reading and tokenising text counts for ours alone, inside the pass."""
     name, sae = next(iter(saes.items()))
     params = params.model_copy(update={"analysis": params.analysis.model_copy(update={"tokens": TOKENS})})
     tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, params.analysis.split, TOKENS).tokens

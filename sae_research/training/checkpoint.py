@@ -36,18 +36,19 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write it, then delete older ones. Raises `OSError` on a full disk; the last good checkpoint then stays."""
     target = folder / f"checkpoint_{checkpoint.step}"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))
-        try:
-            _write_tensors(temporary / TENSORS_FILE, checkpoint.tensors)
-            write_json(temporary / STATE_FILE, {
-                "identity": checkpoint.identity, "state": checkpoint.state,
-                "sha256": file_sha256(temporary / TENSORS_FILE)})
-            temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))
+    try:
+        _write_tensors(temporary / TENSORS_FILE, checkpoint.tensors)
+        write_json(temporary / STATE_FILE, {
+            "identity": checkpoint.identity, "state": checkpoint.state,
+            "sha256": file_sha256(temporary / TENSORS_FILE)})
+        if target.exists():  # one that was passed over when this run started: damaged, or of other code
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for _, other in saved_checkpoints(folder):
         if other != target:
             shutil.rmtree(other)

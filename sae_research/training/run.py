@@ -21,7 +21,7 @@ from sae_research.store import fingerprint, round_significant, write_json, write
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.stream import token_contexts
 from sae_research.training.after import EVAL_FILE, Results, after_training, finding_lines
-from sae_research.training.checkpoint import remove_checkpoints
+from sae_research.training.checkpoint import remove_checkpoints, saved_checkpoints
 from sae_research.training.held_out import held_out_stats, kept, read_held_out
 from sae_research.training.pca import pca_variance_explained
 from sae_research.training.progress import ProgressFile, progress_path
@@ -102,9 +102,9 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
     try:
         yield
     except Stop as stop:
-        step = progress.values["checkpoint_step"]
-        message = ("before the first step: nothing to keep" if step is None else
-                   f"the checkpoint of step {step} is kept; start the same run again to go on from there")
+        kept = saved_checkpoints(progress.path.parent)
+        message = (f"the checkpoint of step {kept[0][0]} is kept; start the same run again to go on from there" if kept
+                   else "before the first step: nothing to keep")
         progress.end("interrupted", message)
         raise Interrupted(message, stop.number) from None
     except torch.AcceleratorError as error:

@@ -240,6 +240,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Keep this moment. Never a diverged one; on a full disk the last good one stays and the run goes on."""
         raise_if_diverged(self.members)
+        if self.progress.values["checkpoint_step"] == self.step:
+            return
         try:
             self.save()
             self.progress.values["checkpoint_step"] = self.step

@@ -148,12 +148,27 @@ def test_a_damaged_checkpoint_is_said_to_be_and_the_run_starts_afresh(halfway, t
     assert load_sae(tmp_path / "out" / "topk").cfg.provenance["tokens"] > 3000
 
 
-def test_a_checkpoint_of_other_code_or_settings_is_not_used(halfway, make_params, tmp_path, capsys):
+def test_an_interrupted_start_says_what_is_there_already(halfway, make_params, tmp_path, monkeypatch):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "load_language_model", stop)
+    with pytest.raises(Interrupted, match="step 30 is kept"):
+        run.train(halfway, tmp_path / "out")
+    with pytest.raises(Interrupted, match="before the first step: nothing to keep"):
+        run.train(make_params(tokens=2048), tmp_path / "out")
+
+
+def test_a_checkpoint_of_other_code_or_settings_is_not_used(halfway, make_params, tmp_path, capsys, monkeypatch):
     [path] = run_folder(halfway).glob("checkpoint_*/state.json")
     written = json.loads(path.read_text())
     path.write_text(json.dumps({**written, "identity": {**written["identity"], "training code": "earlier"}}))
-    run.train(halfway, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 30 is kept"):
+        stop_at(30, signal.SIGTERM, patch)
+        run.train(halfway, tmp_path / "out")
     assert "step 30 is not used: it was made with another training code" in capsys.readouterr().out
+    run.train(halfway, tmp_path / "out")  # the new one of that step has taken its place
+    assert "going on from the checkpoint of step 30" in capsys.readouterr().out
     run.train(make_params(saes={"topk": {**TOP_K, "k": 3}}, tokens=4096), tmp_path / "out")
     assert "going on" not in capsys.readouterr().out
 
