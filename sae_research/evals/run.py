@@ -1,20 +1,22 @@
-"""The evaluation stages: read the prepared SAEs, load the model once, write one result per SAE and a status."""
+"""The evaluation stages: read the prepared SAEs, load the model once, write one result per SAE and a status.
+
+What computes is imported only once an evaluation is known to be on: ten stages that are off would wait for torch.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sae_research.errors import UserError
-from sae_research.evals.inputs import SAE_FOLDER, announce, by_hook, load_saes
-from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder
 from sae_research.store import StageFolder, stage_folder
+
+if TYPE_CHECKING:
+    from sae_research.lm import LanguageModel
+    from sae_research.saes import SparseAutoencoder
 
 RESULTS = Path("eval_results")
 
@@ -50,6 +52,11 @@ def run_evaluation(name: str, params: Params) -> None:
 
 
 def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str, SparseAutoencoder]]:
+    import torch
+
+    from sae_research.evals.inputs import SAE_FOLDER, announce, by_hook, load_saes
+    from sae_research.lm import load_language_model
+
     torch.manual_seed(params.random_seed)
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
     saes = load_saes(SAE_FOLDER, lm)

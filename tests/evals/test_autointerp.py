@@ -19,8 +19,9 @@ from sae_research.errors import UserError
 from sae_research.evals import autointerp
 from sae_research.evals.autointerp import windows
 from sae_research.evals.autointerp.windows import Windows, collect_windows
+from sae_research.evals.inputs import SAE_FOLDER
 from sae_research.evals.pool import HookActivations
-from sae_research.evals.run import SAE_FOLDER, run_evaluation
+from sae_research.evals.run import run_evaluation
 from sae_research.instance_sae import MPSAE
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
