@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -12,6 +12,15 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused, values never change."""
+    """Unknown keys are refused, values never change. A list may be emptied by null: DVC's writer (ruamel.yaml) damages a
+    file it wrote before when `dvc exp run -S` sets a list with a comment to `[]`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_empties_lists(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+        return {key: [] if value is None and key in lists else value for key, value in values.items()}

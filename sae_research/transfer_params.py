@@ -71,6 +71,12 @@ class Sampling(Section):
     dead_below: float = -8.0
     """log10 of the density."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Sampling:
+        if not self.dense_interval[0] < self.dense_interval[1]:
+            raise ValueError(f"dense_interval: {list(self.dense_interval)} holds no density; write the lower bound first")
+        return self
+
 
 class Repair(Section):
     """A short finetune of the base SAE on the other model's activations."""

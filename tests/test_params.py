@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from sae_research.cli import read_preset
 from sae_research.errors import UserError
 from sae_research.params import Params, load_params
+from sae_research.visualization_params import load_visualization
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +66,16 @@ def test_unknown_preset_names_the_known(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="pythia-70m"):
         read_preset("nothing")
+
+
+def test_the_drawing_stage_reads_its_section_as_the_others_do(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("visualization: {dpi: 72}\n")
+    assert load_visualization(path) == load_params(path).visualization
+    path.write_text("random_seed: 1\n")
+    assert load_visualization(path) == load_params(path).visualization
+    path.write_text("visualization: {dpii: 72}\n")
+    with pytest.raises(UserError, match=r"unknown key visualization\.dpii, did you mean dpi\?"):
+        load_visualization(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_visualization(tmp_path / "other.yaml")
