@@ -18,10 +18,12 @@ from sae_research.lm import LanguageModel, collect, median_activation_norm, toke
 from sae_research.params import Params, Train
 from sae_research.saes import SparseAutoencoder
 from sae_research.text.stream import token_contexts
+from sae_research.training.member import Member, make_member, start, train_step
 from sae_research.training.progress import ProgressFile
 from sae_research.training.signals import StopSignals
 from sae_research.training.stream import ActivationStream, StreamBatch
-from sae_research.training.trainer import Member, Trainer, make_member, start, train_step
+from sae_research.training.team import Team
+from sae_research.training.trainer import Trainer
 
 BATCH, TOKENS, D_SAE = 512, 6_144, 2_304
 STEPS, STEPS_TOGETHER, UNTIMED = 40, 10, 3
@@ -90,12 +92,12 @@ def _whole_against_parts(lm: LanguageModel, params: Params) -> tuple[float, floa
     parts = time.perf_counter() - began
     fresh = [_started(name, train, rows) for name in entries]
     n_steps = members[0].step
-    for i in range(n_steps):
-        batch = StreamBatch(rows[i * BATCH % (len(rows) - BATCH):][:BATCH], (i + 0.5) / n_steps)
-        began = time.perf_counter()
-        for member in fresh:
-            train_step(member, batch)
-        parts += time.perf_counter() - began
+    with Team(len(fresh), torch.device("cpu")) as team:
+        for i in range(n_steps):
+            batch = StreamBatch(rows[i * BATCH % (len(rows) - BATCH):][:BATCH], (i + 0.5) / n_steps)
+            began = time.perf_counter()
+            team.map(lambda member, batch=batch: train_step(member, batch), fresh)
+            parts += time.perf_counter() - began
     return whole, parts
 
 
@@ -110,17 +112,18 @@ def _race(row: str, entries: list[dict[str, Any]], stock: Callable[[Member, int]
     members = [_member(entry, x_ND, params) for entry in entries]
     theirs = [stock(member, n_steps + UNTIMED) for member in members]
     spent, apart, l0s = [0.0, 0.0], 0.0, [0.0] * len(members)
-    for i in range(n_steps + UNTIMED):
-        first = i * BATCH % (len(x_ND) // BATCH * BATCH)
-        batch = StreamBatch(x_ND[first:first + BATCH], 0.5)
-        for which, (member, stock_step) in enumerate(zip(members, theirs, strict=True)):
+    with Team(len(members), torch.device("cpu")) as team:
+        for i in range(n_steps + UNTIMED):
+            first = i * BATCH % (len(x_ND) // BATCH * BATCH)
+            batch = StreamBatch(x_ND[first:first + BATCH], 0.5)
             began = time.perf_counter()
-            output = train_step(member, batch)
-            ours, l0s[which] = float(output.loss), float(output.l0)
+            outputs = team.map(lambda member, batch=batch: train_step(member, batch), members)
             between = time.perf_counter()
-            their_loss = stock_step(batch.acts)
+            their_losses = [stock_step(batch.acts) for stock_step in theirs]
             ended = time.perf_counter()
-            apart = max(apart, abs(ours - their_loss) / their_loss)
+            l0s = [float(output.l0) for output in outputs]
+            apart = max(apart, *(abs(float(output.loss) - other) / other
+                                 for output, other in zip(outputs, their_losses, strict=True)))
             if i >= UNTIMED:
                 spent = [spent[0] + between - began, spent[1] + ended - between]
     print(f"{row}: losses part by at most {apart:.2g} of themselves; last L0 "

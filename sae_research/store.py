@@ -6,6 +6,7 @@ No torch here: the reporting stages import this module and must start in a fract
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import inspect
 import json
@@ -14,8 +15,9 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,9 +56,21 @@ def file_sha256(path: Path) -> str:
 
 
 def source_fingerprint(modules: Iterable[ModuleType]) -> str:
-    """SHA-256 over the source text of modules: results computed by other code are other results."""
-    sources = {module.__name__: inspect.getsource(module) for module in modules}
-    return fingerprint(sources)
+    """SHA-256 over the source text of modules: results computed by other code are other results.
+
+    A package stands for all its files, so that none is forgotten: also those that this machine could not import.
+    """
+    return fingerprint({module.__name__: _source(module) for module in modules})
+
+
+def _source(module: ModuleType) -> str | dict[str, str]:
+    if not hasattr(module, "__path__"):
+        try:
+            return inspect.getsource(module)
+        except (OSError, TypeError):  # a notebook's cells: unread code is never taken for code seen before
+            return uuid.uuid4().hex
+    return {path.relative_to(folder).as_posix(): path.read_text()
+            for folder in map(Path, module.__path__) for path in sorted(folder.rglob("*.py"))}
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -163,23 +177,63 @@ class ResultCache:
 def prune(folder: Path, max_gb: float, keep: Iterable[Path] = ()) -> list[Path]:
     """Delete the least recently used entries of `folder` until it holds at most `max_gb` gigabytes (1e9 bytes).
 
-    Entries named in `keep` stay. Returns what was deleted.
+    Entries named in `keep` stay, and those that a process holds. Returns what was deleted.
     """
     entries = []
     for entry in folder.iterdir():
-        files = [entry] if entry.is_file() else [f for f in entry.rglob("*") if f.is_file()]
-        stats = [f.stat() for f in files]
+        stats = []
+        for file in [entry] if entry.is_file() else [f for f in entry.rglob("*") if f.is_file()]:
+            with suppress(FileNotFoundError):  # another process replaces it
+                stats.append(file.stat())
         entries.append((max((s.st_mtime for s in stats), default=0.0), sum(s.st_size for s in stats), entry))
     total, deleted, kept = sum(size for _, size, _ in entries), [], set(keep)
     for _, size, entry in sorted(entries, key=lambda item: (item[0], item[2].name)):
         if total <= max_gb * 1e9:
             break
-        if entry in kept:
+        if entry in kept or not remove_unheld(entry):
             continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         total -= size
         deleted.append(entry)
     return deleted
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep `folder`, made where it is missing, from `prune` and `remove_unheld` of any process during the block. The
+    system lets go of it when this process ends, whatever ends it. Several may hold the same."""
+    descriptor = _hold(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _hold(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process removes it: make it again
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    return descriptor
+            os.close(descriptor)
+
+
+def remove_unheld(path: Path) -> bool:
+    """Delete a file or folder unless a process holds it; whether it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 # --- stage folders ---------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 
 from sae_research.params import Train
 from sae_research.recipe_params import TrainedSAE
+from sae_research.training.member import Member, train_step
 from sae_research.training.stream import StreamBatch
-from sae_research.training.trainer import Member, train_step
 
 HOOK = "blocks.1.hook_resid_post"
 STANDARD = {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1, "learning_rate": 0.003}

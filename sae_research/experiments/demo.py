@@ -47,8 +47,8 @@ LADDERS = {
     "p_anneal": Ladder("p_anneal", "l1_coefficient", (0.006, 0.008, 0.01, 0.015, 0.02, 0.025)),
     "matryoshka_batch_top_k": Ladder("matryoshka_batch_top_k", "k", _L0),
     "relu": Ladder("relu", "l1_coefficient", _L1),
-    "hard_concrete": Ladder("hard_concrete", "l0_coefficient", (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)),
-    "gated_hard_concrete": Ladder("gated_hard_concrete", "l0_coefficient", (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005)),
+    "hard_concrete": Ladder("hard_concrete", "l0_coefficient", (0.00012, 0.0002, 0.0004, 0.0006, 0.0012, 0.0024)),
+    "gated_hard_concrete": Ladder("gated_hard_concrete", "l0_coefficient", (0.0005, 0.0008, 0.0015, 0.003, 0.006, 0.01)),
     "matching_pursuit": Ladder("matching_pursuit", "s", (10, 20, 40, 80, 160, 320)),
 }
 """By name on the command line. The first eight are dictionary_learning's, with the sparsities of its demo and of SAE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
@@ -30,6 +31,8 @@ MIN_CHARACTERS = 200
 MAX_CHARACTERS = 4_000
 """Packaged documents are cut here, so that no single one fills a batch."""
 DOC_ID_DIGITS = 12
+HASHES_IN_MEMORY = 2**18
+"""About 25 MB; the packaged text has fewer."""
 
 
 class Document(NamedTuple):
@@ -102,18 +105,38 @@ def documents(text: Text, split: str, decode: Decode | None = None) -> Iterator[
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    seen: set[str] = set()
+    seen, empty = _Seen(), True
     for content, source in _raw_documents(text, decode):
-        digest = text_hash(content)
-        if digest in seen:
-            continue
-        seen.add(digest)
-        if split_of_hash(digest) == split:
+        digest, empty = text_hash(content), False
+        if split_of_hash(digest) == split and seen.add(digest):
             kept = content[:MAX_CHARACTERS] if text.dataset == PACKAGED else content
             yield Document(kept, digest[:DOC_ID_DIGITS], source)
-    if not seen:
+    if empty:
         raise UserError(f"text.dataset {text.dataset}: the data set is empty; looked for text in column "
                         f"{text.column_name!r}")
+
+
+class _Seen:
+    """Texts met so far, by hash: up to `HASHES_IN_MEMORY`, then in a database that SQLite keeps on disk and deletes."""
+
+    def __init__(self) -> None:
+        self.recent: set[bytes] = set()
+        self.older: sqlite3.Connection | None = None
+
+    def add(self, digest: str) -> bool:
+        """Whether it is new."""
+        key = bytes.fromhex(digest)
+        if key in self.recent or (self.older and self.older.execute("SELECT 1 FROM seen WHERE key = ?", [key]).fetchone()):
+            return False
+        self.recent.add(key)
+        if len(self.recent) == HASHES_IN_MEMORY:
+            if self.older is None:
+                self.older = sqlite3.connect("", check_same_thread=False)  # a generator may end in another thread
+                self.older.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
+            self.older.executemany("INSERT INTO seen VALUES (?)", ([key] for key in sorted(self.recent)))
+            self.older.commit()
+            self.recent.clear()
+        return True
 
 
 def text_fingerprint(text: Text, split: str) -> str:

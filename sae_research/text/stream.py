@@ -62,13 +62,13 @@ def spread(contexts: Contexts, n: int) -> Contexts:
 
 
 def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str, n_tokens: int,
-                   chunk_contexts: int) -> Iterator[Contexts]:
+                   chunk_contexts: int, keep_names: bool = True) -> Iterator[Contexts]:
     """The contexts of `token_contexts`, `chunk_contexts` at a time, with memory that does not grow with `n_tokens`.
 
-    `doc_ids` count through the whole stream; `documents` and `sources` list those met so far. Raises `UserError` when
-    the text runs out, once all of it was handed out.
+    `doc_ids` count through the whole stream; `documents` and `sources` list those met so far, which alone grows: with
+    `keep_names` false they stay empty. Raises `UserError` when the text runs out, once all of it was handed out.
     """
-    size, wanted, made = text.context_size - 1, -(-n_tokens // text.context_size), 0
+    size, wanted, made, met = text.context_size - 1, -(-n_tokens // text.context_size), 0, 0
     names: list[str] = []
     sources: list[str] = []
     texts = documents(text, split, decoder(tokenizer))
@@ -78,12 +78,15 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
         parts = [(held_tokens, held_docs)]
         missing = rows * size - len(held_tokens)
         while missing > 0 and (batch := list(islice(texts, TOKENIZER_BATCH))):
-            for part in _encoded(tokenizer, separator_id, batch, len(names)):
+            for part in _encoded(tokenizer, separator_id, batch, met):
                 parts.append(part)
                 missing -= len(part[0])
-            names += [document.doc_id for document in batch]
-            sources += [document.source for document in batch]
-        held_tokens, held_docs = (np.concatenate(column) for column in zip(*parts, strict=True))
+            met += len(batch)
+            if keep_names:
+                names += [document.doc_id for document in batch]
+                sources += [document.source for document in batch]
+        if len(parts) > 1:
+            held_tokens, held_docs = (np.concatenate(column) for column in zip(*parts, strict=True))
         whole = min(len(held_tokens) // size, rows)
         if whole:
             cut = whole * size

@@ -19,7 +19,7 @@ from sae_research.text.stream import token_contexts
 from sae_research.training import diagnose
 from sae_research.training.diagnose import CurvePoint, Finding, Seen
 from sae_research.training.held_out import HELD_OUT_SPLIT, HeldOut
-from sae_research.training.trainer import Member
+from sae_research.training.member import Member
 
 EVAL_FILE = "eval_results.json"
 LOGITS = 2**28

@@ -1,6 +1,7 @@
 """Checkpoints of a run: `.cache/train/<run key>/checkpoint_<step>/`, tensors as safetensors, all else as JSON.
 
-A checkpoint appears whole or not at all, and the one before it goes only then.
+A checkpoint appears whole or not at all, and the one before it goes only then. Those of runs that nobody goes on with
+are kept up to a size.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.store import file_sha256, read_json, write_json
+from sae_research.store import file_sha256, held, prune, read_json, write_json
 
 STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
 _NAME = re.compile(r"^checkpoint_(\d+)$")
@@ -31,6 +34,19 @@ class Checkpoint(NamedTuple):
     """What the run depends on that its settings do not say: weights, text, code, versions."""
     state: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+@contextmanager
+def in_use(folder: Path, max_gb: float) -> Iterator[None]:
+    """Hold a run's folder during the block, for nobody to remove, and first make room beside it: of runs that ended
+    early, those that were at work longest ago go until no more than `max_gb` gigabytes are left. Says so in a line."""
+    with held(folder):
+        finished = [run for run in folder.parent.iterdir() if not any(path.is_dir() for path in run.glob("*"))]
+        removed = prune(folder.parent, max_gb, keep=[folder, *finished])
+        if removed:
+            print(f"removed the checkpoints of {len(removed)} unfinished run{'s' * (len(removed) > 1)}: .cache/train held "
+                  f"more than {max_gb:g} GB (activation_caching.max_gb)", flush=True)
+        yield
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -12,13 +12,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are any faster there: elsewhere they are emulated, and slow."""
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def product(left: Tensor, right: Tensor, bfloat16: bool) -> Tensor:
     """`left right`, with autograd."""
     return (left.bfloat16() @ right.bfloat16()).float() if bfloat16 else left @ right
@@ -39,12 +32,18 @@ class _Encode(Function):
     out g W [B, D] for the last, a fifth of all work, only to sum it over tokens.
     """
 
+    generate_vmap_rule = True  # `training.stack` maps recipes over SAEs
+
     @staticmethod
-    def forward(ctx: Any, read_BD: Tensor, W_FD: Tensor, bias_F: Tensor | None, b_dec_D: Tensor | None,
+    def forward(read_BD: Tensor, W_FD: Tensor, bias_F: Tensor | None, b_dec_D: Tensor | None,
                 known_BF: Tensor | None, bfloat16: bool) -> Tensor:
+        return linear(read_BD, W_FD, bias_F, bfloat16) if known_BF is None else known_BF.view_as(known_BF)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        read_BD, W_FD, bias_F, b_dec_D, _, bfloat16 = inputs
         ctx.save_for_backward(read_BD, W_FD)
         ctx.bfloat16, ctx.has_bias, ctx.reads_b_dec = bfloat16, bias_F is not None, b_dec_D is not None
-        return linear(read_BD, W_FD, bias_F, bfloat16) if known_BF is None else known_BF.view_as(known_BF)
 
     @staticmethod
     def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -7,13 +7,14 @@ vector units do best: 3 ms for either.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research import numba_cache  # noqa: F401  (says where compiled code is kept)
+from sae_research import numba_cache  # noqa: F401  (before numba: says where compiled code is kept)
 from sae_research.pursuit.kernels_numba import in_threads
+
+import numba  # isort: skip
 
 STEPS = 64
 """Of the bisection, at most: by then the limits are neighbours among float32 numbers."""

@@ -19,18 +19,19 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.stats import ReconstructionStats
 from sae_research.store import fingerprint, round_significant, write_json, write_text
 from sae_research.text.corpus import text_fingerprint
-from sae_research.text.stream import token_contexts
+from sae_research.text.stored import long_contexts
 from sae_research.training.after import EVAL_FILE, Results, after_training, finding_lines
-from sae_research.training.checkpoint import remove_checkpoints, saved_checkpoints
+from sae_research.training.checkpoint import in_use, remove_checkpoints, saved_checkpoints
 from sae_research.training.held_out import held_out_stats, kept, read_held_out
+from sae_research.training.member import CurveRow, Member
 from sae_research.training.pca import pca_variance_explained
-from sae_research.training.progress import ProgressFile, progress_path
+from sae_research.training.progress import ProgressFile, progress_path, run_folder
 from sae_research.training.session import open_session, training_seed
 from sae_research.training.signals import Stop, StopSignals
 from sae_research.training.snapshots import Snapshots
 from sae_research.training.stream import ActivationStream
 from sae_research.training.tracking import Tracker, tracked
-from sae_research.training.trainer import CurveRow, Member, Trainer
+from sae_research.training.trainer import Trainer
 
 OUTPUT = Path("trained_saes")
 REPORT_FILE = "training_report.json"
@@ -55,7 +56,8 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
     progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
-    with tracked(params) as tracker, StopSignals() as signals, _reported(progress):
+    with in_use(run_folder(params), params.activation_caching.max_gb), tracked(params) as tracker, \
+            StopSignals() as signals, _reported(progress):
         report = _train(params, output, progress, signals, tracker)
     print(held_out_table(report))
     return report
@@ -63,11 +65,12 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
 
 def _train(params: Params, output: Path, progress: ProgressFile, signals: StopSignals, tracker: Tracker) -> Report:
     lm = load_language_model(params.model.name, params.model.device, params.train.llm_dtype)
-    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens)
-    session = open_session(lm, contexts.tokens, params)
+    text = text_fingerprint(params.text, TRAIN_SPLIT)
+    contexts = long_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text,
+                             params.activation_caching.max_gb)
+    session = open_session(lm, contexts, params)
     stream, members = session.stream, session.members
     progress.values |= {"checkpoint_step": session.resumed_at, "device": str(members[0].loss_sum.device)}
-    text = text_fingerprint(params.text, TRAIN_SPLIT)
 
     def export(member: Member) -> SparseAutoencoder:
         return _exported(member, lm, params, stream, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from sae_research.lm import LanguageModel, pick_device
 from sae_research.params import Params
+from sae_research.precision import has_bfloat16
 from sae_research.recipe_params import SAERecipe
 from sae_research.store import file_sha256, fingerprint
+from sae_research.text.stored import StoredContexts, contexts_sha256
 from sae_research.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sae_research.training.products import has_bfloat16
+from sae_research.training.member import Member, make_member, start
 from sae_research.training.progress import run_folder
 from sae_research.training.stream import ActivationStream
-from sae_research.training.trainer import Member, make_member, start
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Session:
         save_checkpoint(self.folder, Checkpoint(step, self.identity, state, everything))
 
 
-def open_session(lm: LanguageModel, tokens: Tensor, params: Params) -> Session:
+def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params) -> Session:
     """Start a run, or go on from its last good checkpoint, bit for bit where the device computes so.
 
     tokens: contexts [n, context_size]. A checkpoint that was made with other weights, text or code is not used, and a
@@ -81,13 +81,13 @@ def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
 
 
-def _identity(lm: LanguageModel, tokens: Tensor, device: torch.device, precision: str) -> dict[str, str]:
+def _identity(lm: LanguageModel, tokens: Tensor | StoredContexts, device: torch.device, precision: str) -> dict[str, str]:
     """What a run depends on besides its settings, under the words a user would use."""
     package = Path(__file__).parent
     code = {path.relative_to(package).as_posix(): file_sha256(path) for path in sorted(package.rglob("*.py"))}
     return {
         "language model": lm.fingerprint,
-        "text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "text": contexts_sha256(tokens),
         "training code": fingerprint(code),
         "version of torch": torch.__version__,
         "kind of device": f"{lm.device.type}, {device.type}, {precision}",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sae_research.saes import SparseAutoencoder, save_sae
-from sae_research.training.trainer import Member
+from sae_research.training.member import Member
 
 FOLDER = "checkpoints"
 """Below an SAE's own folder, where nothing looks for SAEs unasked."""

@@ -13,6 +13,7 @@ from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.params import Params, TokenMask
 from sae_research.store import fingerprint
+from sae_research.text.stored import StoredContexts
 from sae_research.training.pca import StreamingPCA
 
 CHUNK_TOKENS = 16_384
@@ -52,7 +53,7 @@ class HookBuffer:
     last chunk is read.
     """
 
-    def __init__(self, lm: LanguageModel, hook: str, params: Params, tokens: Tensor, chunk_tokens: int,
+    def __init__(self, lm: LanguageModel, hook: str, params: Params, tokens: Tensor | StoredContexts, chunk_tokens: int,
                  device: torch.device) -> None:
         self.lm, self.hook, self.params, self.device = lm, hook, params, device
         self.d_in, self.n_tokens = lm.d_in(hook), tokens.numel()
@@ -166,14 +167,16 @@ class ActivationStream:
     `read` and `feed`, and serve `rounds` before the first, after each, and after `finish`.
     """
 
-    def __init__(self, lm: LanguageModel, tokens: Tensor, params: Params, device: torch.device | None = None) -> None:
+    def __init__(
+        self, lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params, device: torch.device | None = None,
+    ) -> None:
         self.lm, self.tokens, self.params = lm, tokens, params
-        device = lm.device if device is None else device
+        self.device = lm.device if device is None else device
         chunk_tokens = min(CHUNK_TOKENS, params.train.buffer_tokens // 2)
         self.chunk_contexts = max(1, chunk_tokens // tokens.shape[1])
         self.next_chunk = 0
         self.buffers = {
-            hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], device)
+            hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], self.device)
             for hook in params.train.hooks}
         self._first: dict[str, Tensor] | None = None
 

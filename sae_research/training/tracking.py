@@ -15,7 +15,7 @@ from sae_research.errors import UserError
 from sae_research.params import Params
 from sae_research.recipe_params import SAERecipe
 from sae_research.store import project_root
-from sae_research.training.trainer import Member
+from sae_research.training.member import Member
 
 KEY = "WANDB_API_KEY"
 LOGGED = ("loss", "l0", "variance_explained")

@@ -5,147 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
 from sae_research.params import Train
-from sae_research.store import fingerprint
+from sae_research.training.member import CurveRow, Member, train_step
 from sae_research.training.progress import ProgressFile
-from sae_research.training.recipes import RECIPES, Recipe, StepOutput
+from sae_research.training.recipes import StepOutput
 from sae_research.training.signals import Stop, StopSignals
+from sae_research.training.stack import Stack, grouped
 from sae_research.training.stream import ActivationStream, StreamBatch
+from sae_research.training.team import Team
 
 CURVE_ROWS = 60
 """Rows of a training curve, spread evenly over the run; only at these does the loop wait for the device."""
-
-
-class CurveRow(NamedTuple):
-    """One row of `training_curve.tsv`."""
-
-    step: int
-    tokens: int
-    loss: float
-    """Mean over the steps since the last row."""
-    l0: float
-    """On this step's batch, as is the next."""
-    variance_explained: float
-
-
-@dataclass
-class Member:
-    """One SAE in training: its recipe, its optimiser, and what is noted on the way."""
-
-    name: str
-    recipe: Recipe
-    optimiser: torch.optim.Adam
-    loss_sum: Tensor
-    """Of the steps since the last row of the curve."""
-    bad_step: Tensor
-    """First step whose loss was not finite, 0 while there is none."""
-    hook: str = ""
-    step: int = 0
-    tokens: int = 0
-    """Trained on so far."""
-    curve: list[CurveRow] = field(default_factory=list)
-
-    @property
-    def fraction_silent(self) -> float:
-        """Fraction of latents that did not fire in the last `dead_fraction` of the run."""
-        since = self.recipe.last_fired_F.max() - self.recipe.train_config.dead_fraction
-        return float((self.recipe.last_fired_F < since).float().mean())
-
-    # --- checkpoints ---
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(plain values, tensors) from which `restore` goes on exactly here."""
-        values = {"step": self.step, "tokens": self.tokens, "curve": [list(row) for row in self.curve],
-                  "recipe": self.recipe.extra_state()}
-        tensors = {f"recipe/{key}": tensor for key, tensor in self.recipe.state_dict().items()}
-        tensors |= {"loss_sum": self.loss_sum, "generator": self.recipe.generator.get_state()}
-        for key, parameter in self.recipe.named_parameters():
-            tensors |= {f"adam/{key}/{moment}": tensor for moment, tensor in self.optimiser.state[parameter].items()}
-        return values, tensors
-
-    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.step, self.tokens = values["step"], values["tokens"]
-        self.curve = [CurveRow(*row) for row in values["curve"]]
-        self.recipe.load_state_dict({key.removeprefix("recipe/"): tensor for key, tensor in tensors.items()
-                                     if key.startswith("recipe/")})
-        self.recipe.load_extra_state(values["recipe"])
-        self.recipe.generator.set_state(tensors["generator"])
-        self.loss_sum.copy_(tensors["loss_sum"])
-        for key, parameter in self.recipe.named_parameters():
-            prefix = f"adam/{key}/"
-            for name, tensor in tensors.items():
-                if name.startswith(prefix):
-                    like = torch.zeros((), device=parameter.device) if tensor.dim() == 0 else torch.zeros_like(parameter)
-                    self.optimiser.state[parameter][name.removeprefix(prefix)] = like.copy_(tensor)
-
-
-def make_member(name: str, train: Train, d_in: int, device: torch.device | str = "cpu") -> Member:
-    """An SAE and its optimiser; call `start` or `Member.restore` next."""
-    config = train.saes[name]
-    recipe = RECIPES[config.recipe](d_in, config, train).to(device)
-    recipe.generator = torch.Generator()
-    # fused: one pass over parameters and moments; 7 times faster than foreach on CPU
-    optimiser = torch.optim.Adam(
-        recipe.parameters(), lr=config.learning_rate, betas=recipe.betas, fused=torch.device(device).type != "mps")
-    zero = torch.zeros((), device=device)
-    return Member(name, recipe, optimiser, zero.clone(), zero.clone().long(), train.hook_of(name))
-
-
-def start(member: Member, rows_ND: Tensor, random_seed: int) -> None:
-    """Initialise from normalised activations `rows_ND`.
-
-    Its randomness comes from `random_seed` and its own name, so that other SAEs in the run change nothing.
-    """
-    member.recipe.initialise(rows_ND, torch.Generator().manual_seed(sae_seed(member.name, random_seed)))
-
-
-def sae_seed(name: str, random_seed: int) -> int:
-    return int(fingerprint([random_seed, "sae", name])[:12], 16)
-
-
-def train_step(member: Member, batch: StreamBatch) -> StepOutput:
-    """Loss, gradient, and an Adam step that keeps the decoder's rows at unit norm where the recipe asks for it."""
-    recipe, optimiser = member.recipe, member.optimiser
-    optimiser.param_groups[0]["lr"] = recipe.learning_rate(batch.progress)
-    optimiser.zero_grad(set_to_none=True)
-    output = _gradients(recipe, batch)
-    if recipe.unit_rows:
-        recipe.project_gradient()
-    if recipe.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(recipe.parameters(), recipe.clip_norm)
-    optimiser.step()
-    if recipe.unit_rows:
-        recipe.normalise_rows()
-    recipe.after_step(optimiser, batch.acts, output, batch.progress)
-    member.step += 1
-    member.tokens += len(batch.acts)
-    member.loss_sum += output.loss
-    # without branching on a value that may still be on its way from a GPU
-    bad = ~torch.isfinite(output.loss) & (member.bad_step == 0)
-    member.bad_step.masked_fill_(bad, member.step)
-    return output
-
-
-def _gradients(recipe: Recipe, batch: StreamBatch) -> StepOutput:
-    """Gradients of the mean loss over the parts of a batch, and what the recipe says of it, without a graph."""
-    n_parts = recipe.train_config.accumulation_steps
-    outputs = []
-    for part_BD in batch.acts.chunk(n_parts):
-        output = recipe.compute(part_BD, batch.progress)
-        (output.loss if n_parts == 1 else output.loss / n_parts).backward()
-        outputs.append(output._replace(loss=output.loss.detach()))
-    if n_parts == 1:
-        return outputs[0]
-    losses, residuals, l0s = zip(*outputs, strict=True)
-    return StepOutput(torch.stack(losses).mean(), torch.cat(residuals), torch.stack(l0s).mean())
 
 
 def log_row(member: Member, output: StepOutput, batch: StreamBatch) -> None:
@@ -185,7 +61,10 @@ class Trainer:
         """All steps that are left. Raises `UserError` naming SAE and step when a loss is no longer finite, and `Stop`,
         with a checkpoint written, when a signal came."""
         self.saved_at, self.saved_step = time.monotonic(), self.step
-        with self.signals.deferred(), tqdm(
+        groups = grouped(self.members, self.train)
+        self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
+        self.team = Team(len(self.units), self.stream.device)
+        with self.team, self.signals.deferred(), tqdm(
             total=self.stream.tokens.numel(), initial=int(self.stream.fraction * self.stream.tokens.numel()),
             desc="training", unit="tok", unit_scale=True, mininterval=1, dynamic_ncols=True,
         ) as bar:
@@ -218,12 +97,10 @@ class Trainer:
         for batches in self.stream.rounds():
             if self.step == 0:
                 self.at_step(0.0)
-            for member in self.members:
-                if (batch := batches.get(member.hook)) is not None:
-                    output = train_step(member, batch)
-                    if int(batch.progress * CURVE_ROWS) > len(member.curve) - 1:
-                        log_row(member, output, batch)
-                        bar.set_postfix_str(postfix(self.members), refresh=False)
+            for member, output, batch in self._step(batches):
+                if int(batch.progress * CURVE_ROWS) > len(member.curve) - 1:
+                    log_row(member, output, batch)
+                    bar.set_postfix_str(postfix(self.members), refresh=False)
             fraction = self.stream.fraction
             self.at_step(fraction)
             bar.update(int(fraction * bar.total) - bar.n)
@@ -231,6 +108,17 @@ class Trainer:
             if self._due():
                 self.save_checkpoint()
             self.signals.check()
+
+    def _step(self, batches: dict[str, StreamBatch]) -> list[tuple[Member, StepOutput, StreamBatch]]:
+        """A step of every SAE whose hook has a batch."""
+        def step(unit: Member | Stack) -> list[tuple[Member, StepOutput, StreamBatch]]:
+            batch = batches[unit.hook]
+            if isinstance(unit, Member):
+                return [(unit, train_step(unit, batch), batch)]
+            return [(member, output, batch) for member, output in zip(unit.members, unit.step(batch), strict=True)]
+
+        done = self.team.map(step, [unit for unit in self.units if unit.hook in batches])
+        return [each for unit in done for each in unit]
 
     def _due(self) -> bool:
         by_steps, by_time = self.train.checkpoint_steps, self.train.checkpoint_seconds

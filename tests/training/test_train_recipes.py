@@ -38,7 +38,7 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
     recipe = recipe_of(RECIPES[name], 16, planted_rows, **config).double()
     recipe.W_enc.data += 1e-6 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))  # no two latents alike
     if hasattr(recipe, "dead"):  # the auxiliary loss takes part where there is one
-        recipe.dead.index_N, recipe.dead.refreshed = torch.arange(5), 1.0
+        recipe.dead.index_N, recipe.host["refreshed"] = torch.arange(5), 1.0
     chosen = []
     monkeypatch.setattr(base, "decode_at", lambda *args: chosen.append(True) or sparse.decode_at(*args))
     monkeypatch.setattr(base, "MAX_DENSITY", 1.0)
@@ -215,7 +215,7 @@ def test_hard_concrete_gates(planted_rows):
     x = planted_rows[:64]
     with torch.no_grad():
         log_alpha = recipe.log_alpha(x)
-        samples = torch.stack([recipe.sample(log_alpha, log_alpha.shape) > 0 for _ in range(400)]).float().mean(0)
+        samples = torch.stack([recipe.sample(log_alpha, recipe.draw(len(x))) > 0 for _ in range(400)]).float().mean(0)
         assert float(recipe.expected_l0(log_alpha)) == pytest.approx(float(samples.sum(1).mean()), rel=0.03)
         sae = recipe.export(1.0, SAEConfig(form="hard_concrete", d_in=16, d_sae=64))
         gate_open = sae.encode(x[None])[0] > 0
@@ -229,6 +229,19 @@ def test_gates_that_ignore_the_input_are_the_same_for_every_token(planted_rows):
     recipe = trained(recipe_of(RECIPES["hard_concrete"], 16, planted_rows, **config), planted_rows, steps=20)
     sae = recipe.export(0.5, SAEConfig(form="hard_concrete", d_in=16, d_sae=64))
     assert not sae.W_gate.any() and sae.b_gate.unique().numel() > 1
+
+
+def test_gates_of_dead_latents_are_drawn_open_and_no_others(planted_rows):
+    config = {**CONFIGS["hard_concrete"], "l0_coefficient": 0.3}
+    recipe = recipe_of(RECIPES["hard_concrete"], 16, planted_rows, **config)
+    with torch.no_grad():
+        recipe.b_gate[:5] -= 100 / recipe.log_sharpness.exp()  # closed for good, where a sigmoid has no gradient
+        recipe.last_fired_F.fill_(0.5)
+    recipe.compute(planted_rows[:128], 0.52).loss.backward()
+    assert not recipe.b_gate.grad[:5].any() and float(recipe.last_fired_F[:5].max()) == 0.5
+    recipe.zero_grad()
+    recipe.compute(planted_rows[:128], 0.56).loss.backward()
+    torch.testing.assert_close(recipe.b_gate.grad[:5], -0.3 * recipe.log_sharpness.exp().detach().expand(5))
 
 
 def test_beta_is_annealed_geometrically_after_the_warm_up(planted_rows):
@@ -247,9 +260,9 @@ def test_p_falls_and_the_penalty_stays_where_it_was(planted_rows):
     code = recipe.reconstruct(x)
     for progress in (0.4, 0.45):
         recipe.compute(x, progress)
-    assert int(recipe.updates) == 0 and float(recipe.scale) == 1
+    assert recipe.host["updates"] == 0 and float(recipe.scale) == 1
     recipe.compute(x, 0.51)
-    assert int(recipe.updates) == 1 and recipe.p_after(1) == pytest.approx(0.9)
+    assert recipe.host["updates"] == 1 and recipe.p_after(1) == pytest.approx(0.9)
     z = code.activations.detach()
     z = z[z > 0]
     assert float(recipe.scale) == pytest.approx(float(z.sum() / z.pow(0.9).sum()), rel=1e-4)

@@ -30,6 +30,9 @@ def one_step(name: str, **config: Any) -> tuple[Recipe, dict[str, float]]:
                 getattr(recipe, key).copy_(value)
     recipe.last_fired_F.fill_(0.5)
     recipe.last_fired_F[list(fixture.DEAD)] = 0.0
+    if name.endswith("top_k"):  # the references count latents that fire on this batch as alive; we look before a batch
+        with torch.no_grad():
+            recipe.last_fired_F[recipe.reconstruct(fixture.batch()).fired] = 0.5
     output = recipe.compute(fixture.batch(), 0.5)
     output.loss.backward()
     gradients = {key: parameter.grad for key, parameter in recipe.named_parameters() if parameter.grad is not None}

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -18,8 +19,10 @@ from training_helpers import CONFIGS, HOOK, STANDARD, TOP_K
 
 from sae_research.errors import Interrupted, UserError, run_main
 from sae_research.saes import load_sae
+from sae_research.store import held
+from sae_research.text import stored
 from sae_research.training import checkpoint, run, trainer
-from sae_research.training.progress import progress_path, run_folder
+from sae_research.training.progress import PROGRESS_FILE, progress_path, run_folder
 from sae_research.training.recipes.standard import Standard
 
 MANY = {
@@ -224,3 +227,46 @@ def test_the_exit_code_is_the_signals(capsys):
     with pytest.raises(SystemExit) as exit_:
         run_main(main)
     assert exit_.value.code == 143 and capsys.readouterr().err == "interrupted: the checkpoint of step 3 is kept\n"
+
+
+# --- what runs leave in `.cache/` -----------------------------------------------------------
+
+def test_a_run_from_a_token_file_is_the_same_run(make_params, tmp_path, monkeypatch, capsys):
+    params = make_params(saes={"topk": TOP_K}, tokens=3072)
+    run.train(params, tmp_path / "in_memory")
+    monkeypatch.setattr(stored, "IN_MEMORY_TOKENS", 1000)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(20, signal.SIGTERM, patch)
+        run.train(params, tmp_path / "out")
+    [path] = (tmp_path / ".cache/tokens").iterdir()
+    monkeypatch.setattr(stored, "context_chunks", None)  # made once
+    run.train(params, tmp_path / "out")
+    assert "going on from the checkpoint of step 20" in capsys.readouterr().out
+    assert path.stat().st_size == 3072 * 4 and files(tmp_path / "out") == files(tmp_path / "in_memory")
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> dict[str, Path]:
+    """Run folders of 1,000 bytes each, one of them of a run that was finished."""
+    root = tmp_path / ".cache/train"
+    for name in ("first", "second", "third", "finished"):
+        folder = root / name / "checkpoint_5"
+        folder.mkdir(parents=True)
+        (folder / "tensors.safetensors").write_bytes(bytes(1000))
+        (root / name / PROGRESS_FILE).write_text("{}")
+    shutil.rmtree(root / "finished" / "checkpoint_5")
+    return {path.name: path for path in root.iterdir()}
+
+
+def test_checkpoints_nobody_goes_on_with_are_bounded(interrupted, make_params, tmp_path, capsys):
+    with held(interrupted["first"]), checkpoint.in_use(interrupted["third"], 2.1e-6):
+        assert set(tmp_path.joinpath(".cache/train").iterdir()) == set(interrupted.values()) - {interrupted["second"]}
+        assert capsys.readouterr().out == ("removed the checkpoints of 1 unfinished run: .cache/train held more than "
+                                           "2.1e-06 GB (activation_caching.max_gb)\n")
+        with checkpoint.in_use(tmp_path / ".cache/train/new", 1e-6):
+            assert checkpoint.saved_checkpoints(interrupted["first"]) and checkpoint.saved_checkpoints(interrupted["third"])
+    params = make_params(saes={"topk": TOP_K}, tokens=2048).model_copy(
+        update={"activation_caching": make_params().activation_caching.model_copy(update={"max_gb": 1e-6})})
+    run.train(params, tmp_path / "out")
+    assert not interrupted["first"].exists() and not interrupted["third"].exists()
+    assert interrupted["finished"].exists() and progress_path(params).is_file() and run_folder(params).is_dir()

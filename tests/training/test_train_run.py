@@ -16,7 +16,7 @@ from sae_research.params import Train
 from sae_research.recipe_params import TrainedSAE
 from sae_research.saes import load_sae
 from sae_research.text.stream import token_contexts
-from sae_research.training import run, trainer
+from sae_research.training import member, run
 from sae_research.training.pca import StreamingPCA, pca_variance_explained
 from sae_research.training.recipes.standard import Standard
 from sae_research.training.stream import ActivationStream, StreamBatch
@@ -146,7 +146,7 @@ def test_a_step_in_parts_is_the_same_step(make_params, planted_rows, tmp_path):
         config = TypeAdapter(TrainedSAE).validate_python(STANDARD)
         recipe = Standard(16, config, Train(batch_size=96, accumulation_steps=parts))
         recipe.initialise(planted_rows, torch.Generator().manual_seed(0))
-        output = trainer._gradients(recipe, batch)
+        output = member._gradients(recipe, batch)
         gradients.append([output.loss, output.residual, output.l0, *(p.grad for p in recipe.parameters())])
     for whole, part in zip(*gradients, strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)
@@ -271,7 +271,7 @@ def test_sae_lens_reads_the_folders(make_params, tmp_path):
 
 
 def test_seeds_differ_by_name_and_run():
-    assert len({trainer.sae_seed(name, seed) for name in ("a", "b") for seed in (0, 1)}) == 4
+    assert len({member.sae_seed(name, seed) for name in ("a", "b") for seed in (0, 1)}) == 4
 
 
 def test_standard_config_is_listed(make_params):

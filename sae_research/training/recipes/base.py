@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ class StepOutput(NamedTuple):
     """`x - x_hat`, detached [B, D]."""
     l0: Tensor
     """Active latents a token, mean over the batch."""
+    fired: Tensor
+    """Latents active on any token: indices, with repeats, or a mask [F]."""
+    noted: Tensor | None = None
+    """What the recipe follows from batch to batch, see `Recipe.follow`."""
 
 
 class Reconstruction(NamedTuple):
@@ -35,7 +40,7 @@ class Reconstruction(NamedTuple):
     """Activations of latents: [N] at the support, or [B, F]."""
     l0: Tensor
     fired: Tensor
-    """Latents active on any token: indices, with repeats, or a mask [F]."""
+    """As in `StepOutput`."""
     centred: Tensor
     """What the encoder read, without a graph [B, D]."""
     support: Support | None
@@ -46,7 +51,10 @@ class Recipe(nn.Module):
     """An SAE in training, on activations normalised to a mean square norm of 1.
 
     `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A
-    subclass sets `form` (what it is at inference), and defines `select` and `compute`.
+    subclass sets `form` (what it is at inference), and defines `select` and `forward`.
+
+    `forward` is a function of the parameters, the batch and `draw`'s numbers alone: what a recipe remembers changes in
+    `prepare` and `follow`. So one call can serve a whole stack of SAEs (`training.stack`).
     """
 
     form: ClassVar[str]
@@ -58,10 +66,16 @@ class Recipe(nn.Module):
     clip_norm: ClassVar[float | None] = None
     """Largest norm of all gradients together."""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    stackable: ClassVar[bool] = True
+    """`forward` can be mapped over many SAEs at once."""
 
     def __init__(self, d_in: int, config: SAERecipe, train: Train) -> None:
         super().__init__()
         self.config, self.train_config = config, train
+        self.in_stack = False
+        """This is a stack's template: `forward` sees many SAEs at once."""
+        self.host: dict[str, Any] = {}
+        """Plain values a resumed run needs beside parameters, buffers and `generator`: counters, the last look."""
         F, D = config.d_sae, d_in
         self.W_enc = nn.Parameter(torch.zeros(F, D))
         self.b_enc = nn.Parameter(torch.zeros(F))
@@ -76,9 +90,27 @@ class Recipe(nn.Module):
         """The latents active on each token, or None to go the dense way. Called on CPU, without a graph."""
         raise NotImplementedError
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
-        """Loss and figures of one batch at `progress` through the run."""
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        """Loss and figures of one batch at `progress` through the run; `noise` is what `draw` gave."""
         raise NotImplementedError
+
+    def prepare(self, progress: float) -> None:
+        """What moves with the run's progress, before a batch; nothing by default."""
+
+    def draw(self, n_rows: int) -> Tensor | None:
+        """The random numbers a batch of so many tokens needs; none by default."""
+        return None
+
+    def follow(self, output: StepOutput, progress: float) -> None:
+        """Remember what a batch showed."""
+        self.last_fired_F[output.fired] = progress
+
+    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+        """One batch, with all that is remembered of it."""
+        self.prepare(progress)
+        output = self.forward(x_BD, progress, self.draw(len(x_BD)))
+        self.follow(output, progress)
+        return output
 
     def options(self) -> dict[str, Any]:
         """Scalars of the inference form."""
@@ -164,9 +196,8 @@ class Recipe(nn.Module):
     def reconstruct(self, x_BD: Tensor) -> Reconstruction:
         """Encode and decode, over active latents only where `select` returned a support."""
         read_BD = self.encoder_input(x_BD).detach()
-        if (
-            x_BD.device.type != "cpu"
-        ):  # dense products are cheap there, and a support's size would stop the GPU
+        if x_BD.device.type != "cpu" or self.in_stack:
+            # dense products are cheap there, and a support's size would stop the GPU
             return self._reconstruct_densely(x_BD, read_BD)
         with torch.no_grad():
             pre_BF = products.linear(read_BD, self.W_enc, self.b_enc, self.bfloat16)
@@ -207,17 +238,24 @@ class Recipe(nn.Module):
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Remove from each decoder row's gradient its part along the row, which renormalising would undo."""
-        grad_FD = self.W_dec.grad
-        along_F1 = torch.mul(grad_FD, self.W_dec, out=self._scratch_FD).sum(1, keepdim=True)
-        grad_FD.addcmul_(self.W_dec, along_F1, value=-1)
+        project_rows(self.W_dec.grad, self.W_dec, self._scratch_FD)
 
     @torch.no_grad()
     def normalise_rows(self) -> None:
-        norm_F1 = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
-        self.W_dec.div_(norm_F1)
+        unit_rows(self.W_dec)
 
     def after_step(self, optimiser: torch.optim.Adam, x_BD: Tensor, output: StepOutput, progress: float) -> None:
         """What a recipe does to itself between steps; nothing by default."""
+
+    # --- stacks: one `forward` for many SAEs of a shape (`training.stack`) ---
+
+    @classmethod
+    def shared_inputs(cls, recipes: Sequence[Recipe]) -> dict[str, Tensor]:
+        """What `forward` reads besides parameters, buffers and settings, one entry an SAE along the first dimension."""
+        return {}
+
+    def take_inputs(self, inputs: dict[str, Tensor]) -> None:
+        """Take one SAE's share of `shared_inputs`."""
 
     # --- checkpoints ---
 
@@ -226,10 +264,11 @@ class Recipe(nn.Module):
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs beside parameters, buffers and `generator`, as plain values."""
-        return {}
+        return dict(self.host)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
+        self.host = {key: state[key] for key in self.host}
 
     # --- end ---
 
@@ -251,3 +290,14 @@ class Recipe(nn.Module):
 def length_factor(shape_ND: Tensor, wanted_ND: Tensor) -> Tensor:
     """The factor by which `shape` comes nearest to `wanted` in least squares."""
     return (wanted_ND * shape_ND).sum() / shape_ND.square().sum().clamp_min(1e-12)
+
+
+def project_rows(gradient: Tensor, rows: Tensor, scratch: Tensor | None = None) -> None:
+    """Remove in place the part of a gradient [..., F, D] that lies along unit rows."""
+    along = torch.mul(gradient, rows, out=scratch).sum(-1, keepdim=True)
+    gradient.addcmul_(rows, along, value=-1)
+
+
+def unit_rows(rows: Tensor) -> None:
+    """Rows [..., F, D] to unit norm, in place."""
+    rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))

@@ -19,12 +19,14 @@ class DeadLatents:
         self.window = recipe.train_config.dead_fraction
         self.k_aux = max(1, recipe.W_dec.shape[1] // 2)
         self.index_N = torch.empty(0, dtype=torch.long)
-        self.refreshed = 0.0
+        self.valid_N: Tensor | None = None
+        """Where lists of several SAEs are filled up to one length: which entries count."""
+        recipe.host["refreshed"] = 0.0
 
     def refresh(self, progress: float) -> None:
-        if progress - self.refreshed < self.window / REFRESHES:
+        if progress - self.recipe.host["refreshed"] < self.window / REFRESHES:
             return
-        self.refreshed = progress
+        self.recipe.host["refreshed"] = progress
         self.index_N = (progress - self.recipe.last_fired_F >= self.window).nonzero().flatten()
 
     def auxiliary_loss(self, centred_BD: Tensor, residual_BD: Tensor) -> Tensor:
@@ -36,8 +38,11 @@ class DeadLatents:
         recipe = self.recipe
         W_enc_ND, W_dec_ND = recipe.W_enc[self.index_N], recipe.W_dec[self.index_N]
         z_BN = torch.relu(torch.addmm(recipe.b_enc[self.index_N], centred_BD, W_enc_ND.T))
+        if self.valid_N is not None:
+            z_BN = z_BN * self.valid_N
         if len(self.index_N) > self.k_aux:
             values_BK, index_BK = z_BN.topk(self.k_aux, dim=1, sorted=False)
             z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, values_BK)
         variance = (residual_BD - residual_BD.mean(0)).square().sum().clamp_min(1e-12)
-        return (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
+        unexplained = (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
+        return unexplained if self.valid_N is None else unexplained * self.valid_N.any()

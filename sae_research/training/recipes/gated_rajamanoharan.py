@@ -45,14 +45,13 @@ class GatedRajamanoharan(L1Family):
         z_BF = (gate_BF > 0) * torch.relu(self.r_mag.exp() * pi_BF + self.b_mag)
         return torch.relu(gate_BF), z_BF, z_BF.detach() > 0
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         gate_BF, z_BF, active_BF = self._encode(x_BD)
         residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
         loss = (residual_BD.square().sum() + self.penalty(progress) * gate_BF.sum()
                 + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(x_BD)
-        self.last_fired_F[active_BF.any(0)] = progress
-        return StepOutput(loss, residual_BD.detach(), active_BF.sum() / len(x_BD))
+        return StepOutput(loss, residual_BD.detach(), active_BF.sum() / len(x_BD), active_BF.any(0))
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         return {"W_enc": self.W_enc.T, "W_dec": self.W_dec, "b_dec": self.b_dec / scale, "b_gate": self.b_enc / scale,

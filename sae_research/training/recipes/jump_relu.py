@@ -13,14 +13,23 @@ from sae_research.recipe_params import JumpReLURecipe
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 
 
-class _JumpReLU(Function):
+class _Kernel(Function):
+    """What the two estimates below share."""
+
+    generate_vmap_rule = True  # `training.stack` maps recipes over SAEs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pre_BF, threshold_F, ctx.bandwidth = inputs
+        ctx.save_for_backward(pre_BF, threshold_F)
+
+
+class _JumpReLU(_Kernel):
     """`z = pre * 1[pre > threshold]`; the threshold's gradient is a kernel estimate over a window around it
     (arXiv 2407.14435, equation 11)."""
 
     @staticmethod
-    def forward(ctx: Any, pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre_BF, threshold_F)
-        ctx.bandwidth = bandwidth
+    def forward(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
         return pre_BF * (pre_BF > threshold_F)
 
     @staticmethod
@@ -31,13 +40,11 @@ class _JumpReLU(Function):
         return grad_BF * (pre_BF > threshold_F), grad_threshold_F, None
 
 
-class _Step(Function):
+class _Step(_Kernel):
     """`1[pre > threshold]`, whose gradient goes to the threshold alone (equation 12)."""
 
     @staticmethod
-    def forward(ctx: Any, pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre_BF, threshold_F)
-        ctx.bandwidth = bandwidth
+    def forward(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
         return (pre_BF > threshold_F).to(pre_BF.dtype)
 
     @staticmethod
@@ -81,14 +88,13 @@ class JumpReLU(Recipe):
         pre_BF = torch.relu(self.encode(x_BD))
         return pre_BF, _JumpReLU.apply(pre_BF, self.threshold, self.config.bandwidth)
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         pre_BF, z_BF = self._encode(x_BD)
         residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         l0 = _Step.apply(pre_BF, self.threshold, self.config.bandwidth).sum() / len(x_BD)
         penalty = self.config.sparsity_coefficient * self.sparsity_warmup(progress)
         loss = residual_BD.square().sum() / len(x_BD) + penalty * (l0 / self.config.target_l0 - 1).square()
-        self.last_fired_F[(z_BF.detach() > 0).any(0)] = progress
-        return StepOutput(loss, residual_BD.detach(), l0.detach())
+        return StepOutput(loss, residual_BD.detach(), l0.detach(), (z_BF.detach() > 0).any(0))
 
     @torch.no_grad()
     def after_step(self, optimiser: torch.optim.Adam, x_BD: Tensor, output: StepOutput, progress: float) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from sae_research.params import Train
 from sae_research.recipe_params import L1Recipe as L1Config
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
 from sae_research.training.sparse import Support, support_of
@@ -23,8 +22,10 @@ class L1Family(Recipe):
     """ReLU latents, kept few by a penalty."""
 
     config: L1Config
-    looked = 0.0
-    """Progress when resampling was last considered."""
+
+    def __init__(self, d_in: int, config: L1Config, train: Train) -> None:
+        super().__init__(d_in, config, train)
+        self.host |= {"looked": 0.0}  # progress when resampling was last considered
 
     def select(self, pre_BF: Tensor) -> Support | None:
         support = support_of(pre_BF > 0)
@@ -47,15 +48,9 @@ class L1Family(Recipe):
     # --- resampling ---
 
     def after_step(self, optimiser: torch.optim.Adam, x_BD: Tensor, output: StepOutput, progress: float) -> None:
-        if self.resampling_due(self.looked, progress):
+        if self.resampling_due(self.host["looked"], progress):
             self.resample(optimiser, x_BD, output.residual, progress)
-        self.looked = progress
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"looked": self.looked}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.looked = state["looked"]
+        self.host["looked"] = progress
 
     def resampling_due(self, before: float, now: float) -> bool:
         """Whether a multiple of `resample_every` lies in (before, now]."""

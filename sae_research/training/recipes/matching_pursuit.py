@@ -55,6 +55,7 @@ class MatchingPursuit(Recipe):
 
     form = "matching_pursuit"
     clip_norm = 1.0
+    stackable = False
     config: MatchingPursuitRecipe
 
     def __init__(self, d_in: int, config: MatchingPursuitRecipe, train: Train) -> None:
@@ -72,14 +73,13 @@ class MatchingPursuit(Recipe):
     def fit_encoder(self, rows_ND: Tensor) -> None:
         """Nothing to fit."""
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         with torch.no_grad():
             pursuit = MPSAE(self.W_dec, self.b_dec, self.config.s)
             atoms_BS, _ = next(pursuit.chosen(pursuit.centred(x_BD), [self.config.s]))
         residual_BD = _Pursue.apply(x_BD - self.b_dec, self.W_dec, atoms_BS)
-        self.last_fired_F[atoms_BS.flatten()] = progress
         l0 = (torch.nn.functional.one_hot(atoms_BS[:64], len(self.W_dec)).amax(1).sum() / len(atoms_BS[:64]))
-        return StepOutput(residual_BD.square().sum() / len(x_BD), residual_BD.detach(), l0)
+        return StepOutput(residual_BD.square().sum() / len(x_BD), residual_BD.detach(), l0, atoms_BS.flatten())
 
     @torch.no_grad()
     def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:

@@ -26,42 +26,44 @@ class PAnneal(L1Family):
         super().__init__(d_in, config, train)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("queue_Q2", torch.full((config.queue_length, 2), torch.nan))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.host |= {"updates": 0, "seen": 0}
 
     def p_after(self, updates: int) -> float:
         """p once so many updates are done: 1 before the first, `p_end` after the last."""
         return 1.0 - (1.0 - self.config.p_end) * min(updates, self.config.sparsity_updates) / self.config.sparsity_updates
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
-        self._update(progress)
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
         residual_BD = x_BD - code.x_hat
-        updates = int(self.updates)
+        updates = self.host["updates"]
         penalty = power_sum(code, self.p_after(updates)) / len(x_BD)
-        with torch.no_grad():
-            following = power_sum(code, self.p_after(updates + 1)) / len(x_BD)
-            self.queue_Q2[int(self.seen) % len(self.queue_Q2)] = torch.stack([penalty.detach(), following])
-            self.seen += 1
+        following = power_sum(code, self.p_after(updates + 1)) / len(x_BD)
         loss = residual_BD.square().sum() / len(x_BD) + self.penalty(progress) * self.scale * penalty
-        self.last_fired_F[code.fired] = progress
-        return StepOutput(loss, residual_BD.detach(), code.l0)
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired, torch.stack([penalty, following]).detach())
 
-    def _update(self, progress: float) -> None:
+    def follow(self, output: StepOutput, progress: float) -> None:
+        super().follow(output, progress)
+        self.queue_Q2[self.host["seen"] % len(self.queue_Q2)] = output.noted
+        self.host["seen"] += 1
+
+    def prepare(self, progress: float) -> None:
         """Lower p when a step of the schedule is reached."""
         config = self.config
         span = max(config.anneal_end - config.anneal_start, 1e-9)
         due = int((progress - config.anneal_start) / span * config.sparsity_updates) + 1 if (
             progress >= config.anneal_start) else 0
-        if min(due, config.sparsity_updates) > int(self.updates) and int(self.seen):
+        if min(due, config.sparsity_updates) > self.host["updates"] and self.host["seen"]:
             now, following = self.queue_Q2.nanmean(0)
             self.scale.mul_(now / following.clamp_min(1e-12))
-            self.updates += 1
+            self.host["updates"] += 1
             self.queue_Q2.fill_(torch.nan)
-            self.seen.zero_()
+            self.host["seen"] = 0
 
 
 def power_sum(code: Reconstruction, p: float) -> Tensor:
     """`sum z^p` over the active latents of a batch; zeros are left out, where the power has no slope."""
-    z = code.activations[code.activations > 0]
-    return z.sum() if p == 1.0 else z.pow(p).sum()
+    z = code.activations
+    if p == 1.0:
+        return z.sum()
+    active = z > 0
+    return (torch.where(active, z, 1.0).pow(p) * active).sum()

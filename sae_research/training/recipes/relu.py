@@ -24,12 +24,11 @@ class Relu(L1Family):
     def decoder(self) -> Tensor:
         return torch.nn.functional.normalize(self.W_dec, dim=1)
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
         residual_BD = x_BD - code.x_hat
         loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / x_BD.numel()
-        self.last_fired_F[code.fired] = progress
-        return StepOutput(loss, residual_BD.detach(), code.l0)
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         return {**super().own_tensors(scale), "W_dec": self.decoder()}

@@ -16,9 +16,8 @@ class Standard(L1Family):
 
     form = "standard"
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
         residual_BD = x_BD - code.x_hat
         loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / len(x_BD)
-        self.last_fired_F[code.fired] = progress
-        return StepOutput(loss, residual_BD.detach(), code.l0)
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)

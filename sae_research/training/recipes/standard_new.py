@@ -22,13 +22,12 @@ class StandardNew(L1Family):
     unit_rows = False
     clip_norm = 1.0
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
         residual_BD = x_BD - code.x_hat
         weighted = (code.activations * self.row_norms(code)).sum()
         loss = (residual_BD.square().sum() + self.penalty(progress) * weighted) / len(x_BD)
-        self.last_fired_F[code.fired] = progress
-        return StepOutput(loss, residual_BD.detach(), code.l0)
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
 
     @torch.no_grad()
     def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:

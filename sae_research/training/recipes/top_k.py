@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,13 +38,19 @@ class TopK(Recipe):
     config: KRecipe
     unit_rows = True
     clip_norm = 1.0
+
     def __init__(self, d_in: int, config: KRecipe, train: Train) -> None:
         super().__init__(d_in, config, train)
-        self.k = config.k
+        self.largest_k = config.k
+        """In a stack the largest of its SAEs' k; each keeps its own of so many."""
+        self.host["steps"] = 0
         self.dead = DeadLatents(self)
         self.register_buffer("threshold", torch.full((), -1.0))
         self.register_buffer("observed", torch.zeros(()))  # progress at the last look
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def k(self) -> int:
+        return self.config.k
 
     @property
     def form(self) -> str:  # type: ignore[override]
@@ -60,47 +67,72 @@ class TopK(Recipe):
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
         self.look(pre_BF.detach())
-        values_BK, index_BK = torch.relu(pre_BF).topk(self.k, dim=1, sorted=False)
+        if isinstance(self.k, int):
+            values_BK, index_BK = torch.relu(pre_BF).topk(self.k, dim=1, sorted=False)
+        else:
+            values_BK, index_BK = torch.relu(pre_BF).topk(self.largest_k, dim=1, sorted=True)
+            values_BK = values_BK * (torch.arange(self.largest_k, device=pre_BF.device) < self.k)
         return torch.zeros_like(pre_BF).scatter(1, index_BK, values_BK)
 
     def look(self, pre_BF: Tensor) -> None:
         """Note the batch's limit, now and then."""
-        self.limit = self.batch_limit(pre_BF) if int(self.steps) % THRESHOLD_EVERY == 0 else None
+        self.limit = self.batch_limit(pre_BF) if self.host["steps"] % THRESHOLD_EVERY == 0 else None
 
     def batch_limit(self, pre_BF: Tensor) -> Tensor:
         """The smallest of the k * B largest pre-activations of a batch, zero where they are not all positive."""
-        n = min(self.k * len(pre_BF), pre_BF.numel())
-        return pre_BF.flatten().topk(n, sorted=False).values.min().clamp_min(0)
+        n = min(self.largest_k * len(pre_BF), pre_BF.numel())
+        if isinstance(self.k, int):
+            return pre_BF.flatten().topk(n, sorted=False).values.min().clamp_min(0)
+        last = (self.k * len(pre_BF)).clamp_max(n) - 1
+        return pre_BF.flatten().topk(n, sorted=True).values.gather(0, last[None])[0].clamp_min(0)
 
     def reconstruction_loss(self, x_BD: Tensor, code: Reconstruction) -> Tensor:
         return (x_BD - code.x_hat).square().sum() / len(x_BD)
 
-    def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
+    def prepare(self, progress: float) -> None:
+        self.dead.refresh(progress)
+
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
         loss = self.reconstruction_loss(x_BD, code)
         residual_BD = (x_BD - code.x_hat).detach()
-        self.last_fired_F[code.fired] = progress
-        self.follow_threshold(progress)
-        self.dead.refresh(progress)
         if len(self.dead.index_N) and self.config.aux_k_coefficient > 0:
             loss = loss + self.config.aux_k_coefficient * self.dead.auxiliary_loss(code.centred, residual_BD)
-        return StepOutput(loss, residual_BD, code.l0)
+        return StepOutput(loss, residual_BD, code.l0, code.fired, self.limit)
 
     @torch.no_grad()
-    def follow_threshold(self, progress: float) -> None:
+    def follow(self, output: StepOutput, progress: float) -> None:
         """Exponential average of the limits that were noted, over a window of the run."""
-        if self.limit is not None:
+        super().follow(output, progress)
+        if output.noted is not None:
             share = torch.where(self.threshold < 0, 1.0, 1 - torch.exp((self.observed - progress) / THRESHOLD_WINDOW))
-            self.threshold.add_(share * (self.limit - self.threshold))
+            self.threshold.add_(share * (output.noted - self.threshold))
             self.observed.fill_(progress)
-        self.steps += 1
+        self.host["steps"] += 1
 
     def extra_state(self) -> dict[str, Any]:
-        return {"dead": self.dead.index_N.tolist(), "refreshed": self.dead.refreshed}
+        return {**super().extra_state(), "dead": self.dead.index_N.tolist()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
         self.dead.index_N = torch.tensor(state["dead"], dtype=torch.long, device=self.W_dec.device)
-        self.dead.refreshed = state["refreshed"]
+
+    # --- stacks ---
+
+    @classmethod
+    def shared_inputs(cls, recipes: Sequence[TopK]) -> dict[str, Tensor]:  # type: ignore[override]
+        """The lists of dead latents, filled up to the longest [M, N]; nothing where no SAE has any."""
+        lists = [recipe.dead.index_N for recipe in recipes]
+        lengths = [len(index_N) for index_N in lists]
+        if not any(lengths):
+            return {}
+        index_MN = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+        places_N, length_M = torch.arange(max(lengths)), torch.tensor(lengths)
+        return {"dead_index": index_MN, "dead_valid": (places_N < length_M[:, None]).to(index_MN.device)}
+
+    def take_inputs(self, inputs: dict[str, Tensor]) -> None:
+        self.dead.index_N = inputs.get("dead_index", self.dead.index_N[:0])
+        self.dead.valid_N = inputs.get("dead_valid")
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         tensors = super().own_tensors(scale)

@@ -1,0 +1,169 @@
+"""Several SAEs in one step: stacks equal their members alone, and so do SAEs side by side on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from training_helpers import CONFIGS, STANDARD, TOP_K
+
+from sae_research.params import Train
+from sae_research.training import run, stack
+from sae_research.training.member import Member, make_member, start, train_step
+from sae_research.training.recipes import RECIPES
+from sae_research.training.stack import Stack, grouped
+from sae_research.training.stream import StreamBatch
+from sae_research.training.team import Team
+
+SPARSITIES = {"l1_coefficient": [0.05, 0.1, 0.02], "l0_coefficient": [0.003, 0.006, 0.001], "k": [2, 6, 4],
+              "target_l0": [4, 2, 6]}
+STACKABLE = [name for name, recipe in RECIPES.items() if recipe.stackable]
+STEPS = 15
+
+
+def trio(name: str, **train: Any) -> Train:
+    """Three SAEs of one recipe that differ in sparsity, seed and learning rate."""
+    config = CONFIGS[name]
+    key = next(key for key in SPARSITIES if key in config)
+    extra = {"resample_every": 0.1, "resample_window": 0.05} if key == "l1_coefficient" else {}
+    saes = {f"s{i}": {**config, **extra, key: value, "seed": i, "learning_rate": (3e-3, 3e-3, 1e-3)[i]}
+            for i, value in enumerate(SPARSITIES[key])}
+    return Train(saes=saes, batch_size=128, stack="always", dead_fraction=0.05, **train)
+
+
+def members_of(train: Train, rows: torch.Tensor) -> list[Member]:
+    """In double precision: what differs is then arithmetic, not the order of sums."""
+    members = [make_member(name, train, rows.shape[1]) for name in train.saes]
+    for i, member in enumerate(members):
+        member.recipe.double()
+        start(member, rows, i)
+        with torch.no_grad():  # no pre-activation right at a limit that was read off these rows, no two latents alike
+            for parameter in member.recipe.parameters():
+                parameter += 1e-4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            member.recipe.normalise_rows()
+    return members
+
+
+def batches(rows: torch.Tensor, first: int, last: int) -> list[StreamBatch]:
+    generators = [torch.Generator().manual_seed(step) for step in range(last)]
+    return [StreamBatch(rows[torch.randint(len(rows), (128,), generator=generators[step])], (step + 0.5) / STEPS)
+            for step in range(first, last)]
+
+
+def tensors(members: list[Member]) -> list[torch.Tensor]:
+    return [tensor.clone() for member in members for tensor in member.state()[1].values()]
+
+
+@pytest.mark.parametrize(("name", "parts"), [*((name, 1) for name in STACKABLE), ("top_k", 2), ("hard_concrete", 2)])
+def test_a_stack_takes_the_steps_its_members_would(name, parts, planted_rows):
+    rows = planted_rows.double()
+    train = trio(name, accumulation_steps=parts)
+    alone, together = members_of(train, rows), members_of(train, rows)
+    (group,) = grouped(together, train)
+    stacked = Stack(group)
+    for batch in batches(rows, 0, STEPS):
+        outputs = [train_step(member, batch) for member in alone]
+        for ours, theirs in zip(stacked.step(batch), outputs, strict=True):
+            torch.testing.assert_close(ours.loss, theirs.loss.detach(), rtol=1e-7, atol=0)
+            torch.testing.assert_close(ours.l0, theirs.l0)
+    for member, other in zip(together, alone, strict=True):
+        assert member.state()[0] == other.state()[0]  # steps, dead latents, counters
+        assert member.recipe.generator.get_state().equal(other.recipe.generator.get_state())
+        for (key, ours), theirs in zip(member.recipe.state_dict().items(), other.recipe.state_dict().values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=key, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["standard", "top_k", "gated_hard_concrete"])
+def test_a_stack_goes_on_from_a_checkpoint_bit_for_bit(name, planted_rows):
+    train, rows = trio(name), planted_rows.double()
+    whole, first, rest = (members_of(train, rows) for _ in range(3))
+    stacked, beginning = Stack(whole), Stack(first)
+    for batch in batches(rows, 0, STEPS):
+        stacked.step(batch)
+    for batch in batches(rows, 0, 6):
+        beginning.step(batch)
+    for member, before in zip(rest, first, strict=True):
+        values, saved = before.state()
+        member.restore(values, {key: tensor.clone() for key, tensor in saved.items()})
+    ending = Stack(rest)
+    for batch in batches(rows, 6, STEPS):
+        ending.step(batch)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors(rest), tensors(whole), strict=True))
+
+
+def test_only_what_has_one_shape_and_one_loss_is_stacked(planted_rows, monkeypatch):
+    saes = {"a": TOP_K, "b": {**TOP_K, "k": 9, "seed": 3, "learning_rate": 0.1}, "wide": {**TOP_K, "d_sae": 128},
+            "c": {**TOP_K, "aux_k_coefficient": 0.5}, "elsewhere": {**TOP_K, "hook_name": "blocks.0.hook_resid_post"},
+            "d": STANDARD, "e": {**STANDARD, "l1_coefficient": 0.3}, "m": CONFIGS["matching_pursuit"],
+            "n": CONFIGS["matching_pursuit"], "f": TOP_K}
+
+    def names(how: str) -> list[list[str]]:
+        train = Train(saes=saes, batch_size=128, stack=how)
+        return [[member.name for member in group]
+                for group in grouped([make_member(name, train, 16) for name in saes], train)]
+
+    together = [["a", "b", "f"], ["wide"], ["c"], ["elsewhere"], ["d", "e"], ["m"], ["n"]]
+    assert names("always") == together
+    assert names("auto") == names("never") == [[name] for name in saes]
+    monkeypatch.setattr(stack, "LARGEST", 2 * 128 * 64)
+    assert names("always") == [["a", "b"], ["f"], *together[1:]]
+
+
+def test_stacks_in_a_run_learn_what_single_saes_learn(make_params, tmp_path):
+    saes = {"k4": TOP_K, "k2": {**TOP_K, "k": 2}, "k3": {**TOP_K, "k": 3}, "one": STANDARD}
+    for how in ("always", "never"):
+        run.train(make_params(saes=saes, stack=how, tokens=4096), tmp_path / how)
+    for name in saes:
+        rows = [[[float(value) for value in line.split("\t")] for line in
+                 (tmp_path / how / name / "training_curve.tsv").read_text().splitlines()[1:]] for how in ("always", "never")]
+        assert rows[0][:3] == [pytest.approx(row, rel=1e-3) for row in rows[1][:3]]
+        assert rows[0][-1] == pytest.approx(rows[1][-1], rel=0.05)
+
+
+def test_saes_side_by_side_are_those_of_one_at_a_time(planted_rows):
+    torch.set_num_threads(2)  # put back by the fixture
+    train = trio("top_k")
+    weights = []
+    for team in (Team(1, torch.device("cpu")), Team(3, torch.device("cpu"))):
+        assert (team.pool is None) == (not weights)
+        members = members_of(train, planted_rows.double())
+        with team:
+            for batch in batches(planted_rows.double(), 0, STEPS):
+                team.map(lambda member, batch=batch: train_step(member, batch), members)
+        weights.append(tensors(members))
+        assert torch.get_num_threads() == 2
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_an_error_in_one_item_waits_for_the_others_and_is_raised():
+    torch.set_num_threads(2)
+    done = []
+
+    def work(item: int) -> int:
+        if item == 0:
+            raise ValueError("zero")
+        done.append(item)
+        return item
+
+    with Team(4, torch.device("cpu")) as team, pytest.raises(ValueError, match="zero"):
+        team.map(work, range(4))
+    assert sorted(done) == [1, 2, 3] and torch.get_num_threads() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STACKABLE)
+def test_a_stack_on_a_gpu_takes_the_steps_its_members_would(name, planted_rows):
+    train, rows = trio(name), planted_rows.cuda()
+    sides = []
+    for _ in range(2):
+        members = [make_member(key, train, 16, "cuda") for key in train.saes]
+        for i, member in enumerate(members):
+            start(member, rows, i)
+        sides.append(members)
+    stacked = Stack(sides[1])
+    for batch in batches(rows, 0, 5):
+        outputs = [train_step(member, batch) for member in sides[0]]
+        for ours, theirs in zip(stacked.step(batch), outputs, strict=True):
+            torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-3, atol=1e-5)
