@@ -27,7 +27,7 @@ def read_yaml(path: str | Path) -> Values:
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+        raise UserError(f"{path}: expected keys and values, found {'nothing' if values is None else type(values).__name__}")
     return values
 
 

@@ -48,7 +48,8 @@ def make_jobs(points: list[Point], stages: list[str], sweep_name: str, where: st
     """Jobs in the order of the points. stages: evaluations asked for, `core` among them.
 
     saes_per_run: a stream serves no more SAEs than this, so that their weights fit in memory; further ones make another
-    job. Raises `UserError` where two different SAEs would have one name, or an evaluation is unknown.
+    job. Raises `UserError` where two different SAEs would have one name, a swept key changes nothing, or an evaluation is
+    unknown.
     """
     known = set(EvalTypes.model_fields)
     for stage in stages:
@@ -65,8 +66,21 @@ def make_jobs(points: list[Point], stages: list[str], sweep_name: str, where: st
                 raise UserError(f"{where}: two different SAEs would be called {name}; sweep fewer keys, or values that "
                                 "differ more")
         members.append(point)
-    return [_job(members[0].values, dict(part), members, stages, sweep_name, where)
+    jobs = [_job(members[0].values, dict(part), members, stages, sweep_name, where)
             for saes, members in groups.values() for part in _parts(list(saes.items()), saes_per_run)]
+    _check_distinct(jobs, where)
+    return jobs
+
+
+def _check_distinct(jobs: list[Job], where: str) -> None:
+    """Raises `UserError` where two runs would train and measure the same, and so have one name."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        one, other = (each.points[0].swept for each in (first.setdefault(job.name, job), job))
+        idle = [key for key in one if one[key] != other[key]]
+        if idle:
+            raise UserError(f"{where}: {', '.join(idle)} changes no SAE and no figure of the evaluations asked for; leave "
+                            "it out, or name its evaluation with --stages")
 
 
 def _stream_key(values: Values) -> str:
@@ -90,7 +104,7 @@ def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list
     baseline = values.get("baseline_sae", {})
     if not (baseline.get("source", "trained") == "trained" and baseline.get("name") in saes):
         values["baseline_sae"] = {**baseline, "source": "trained", "name": next(iter(saes))}
-    values["comparison_saes"] = {"trained": ["all"]}  # keys left out are empty; DVC's writer damages some files by `[]`
+    values["comparison_saes"] = {"trained": ["all"]}
     variants = values.get("sae_variants", {})
     values["sae_variants"] = {name: {**section, "enabled": False} if isinstance(section, dict) else section
                               for name, section in variants.items()}
@@ -134,7 +148,9 @@ def set_params(workspace: Values, wanted: Values) -> list[str]:
     # an SAE that goes, goes whole: mappings that deletions would leave empty are deleted instead
     # Hydra does not see a null to delete; null and left out are the same to us
     tops = [key for key in _highest(gone, after) if before.get(key, key) is not None]
-    return [*(f"~{key}" for key in tops), *(f"++{key}={hydra(after[key])}" for key in changed)]
+    # null empties a list too, and DVC's writer damages some files by `[]` (see `Section`)
+    written = {key: hydra(None if after[key] == [] else after[key]) for key in changed}
+    return [*(f"~{key}" for key in tops), *(f"++{key}={value}" for key, value in written.items())]
 
 
 def _highest(gone: list[str], kept: Values) -> list[str]:

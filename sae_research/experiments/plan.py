@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from pathlib import Path
 
 from sae_research.errors import UserError
 from sae_research.experiments import sweep
@@ -19,6 +21,9 @@ from sae_research.store import project_root
 
 def carry_out(options: argparse.Namespace, changes: Changes) -> int:
     """The sweep that the flags describe. Returns 1 where a job failed."""
+    for flag in ("limit", "saes_per_run"):
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise UserError(f"--{flag} must be above 0")
     root = project_root()
     params_yaml = read_yaml(root / PARAMS)
     name = re.sub(r"[^a-zA-Z0-9_-]+", "-", options.name or options.sweep_config.stem).strip("-") or "sweep"
@@ -35,8 +40,6 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         write_wandb_sweep(options.wandb_sweep, grid.points, grid.total, options.base_config, flags, options.wandb_project)
         print(f"wrote {options.wandb_sweep}: wandb sweep {options.wandb_sweep}, then wandb agent on each machine")
         return 0
-    if options.saes_per_run < 1:
-        raise UserError("--saes_per_run must be above 0")
     stages = list(dict.fromkeys(["core", *(part.strip() for part in options.stages.split(",") if part.strip())]))
     jobs = make_jobs(grid.points, stages, name, where[1], options.saes_per_run)
     finished = sweep.finished_saes(root)
@@ -44,6 +47,8 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
     _say(grid.total, len(grid.points), jobs, left, [slot.device for slot in slots])
     if options.dry_run:
         return 0
+    if options.output_dir:
+        _make(options.output_dir)
     outcome = sweep.Runner(name, left, slots, options.sequential).run() if left else None
     finished = sweep.finished_saes(root)
     print(f"\n{sweep.results_table(jobs, finished)}")
@@ -56,6 +61,16 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         return 1
     print("\nalso: dvc exp show --only-changed; dvc exp apply NAME brings an experiment's SAEs into trained_saes/")
     return 0
+
+
+def _make(folder: Path) -> None:
+    """The folder for copies, before hours are spent. Raises `UserError` where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder}: no permission to write there")
 
 
 def _say(total: int, chosen: int, jobs: list[Job], left: list[Job], devices: list[str]) -> None:

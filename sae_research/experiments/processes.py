@@ -75,6 +75,15 @@ def stop(processes: list[psutil.Process], patience: float = 30.0) -> None:
     psutil.wait_procs(left, timeout=5)
 
 
+def stop_tree(process: psutil.Process) -> None:
+    """End a process and all below it, the deepest first: the stage at work keeps a checkpoint, its callers then end by
+    themselves."""
+    everyone = [process, *descendants(process)]
+    stop([one for one in everyone if not descendants(one)])
+    psutil.wait_procs(everyone, timeout=10)
+    stop([one for one in everyone if one.is_running()])
+
+
 def stop_workers(workers: list[psutil.Process], patience: float = 30.0) -> None:
     """End workers of DVC's queue and their jobs: they take no new one, the stages at work keep a checkpoint and end, and
     each worker notes how. Whatever has not ended in time is killed."""

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,7 +156,11 @@ class Runner:
         orphans = [name for name in names if name in entries and entries[name].state == "running"
                    and entries[name].pid is not None and not _alive(entries[name])
                    and not any(worker.process for worker in self.workers.values())]  # a live one may be collecting it
-        self.queue.give_up(orphans)
+        abandoned = self._abandoned(entries, names)
+        for name in abandoned:  # on a GPU it would meet its worker's successor
+            with suppress(psutil.NoSuchProcess):
+                processes.stop_tree(psutil.Process(entries[name].pid))
+        self.queue.give_up([*orphans, *abandoned])
         waiting = [name for name in names if name not in entries or entries[name].state == "queued"]
         for slot in self.slots:
             worker = self.workers.get(slot)
@@ -171,6 +175,15 @@ class Runner:
             self.workers[slot] = processes.record("worker", slot.name, pid, device=slot.device, sweep=self.name,
                                                   log=str(log))
             self.starts += 1
+
+    def _abandoned(self, entries: dict[str, Entry], names: list[str]) -> list[str]:
+        """Jobs at work whose worker was killed: no live one awaits how they end."""
+        live = [process for worker in self.workers.values() if (process := worker.process)]
+        if len(live) == len(self.workers):
+            return []
+        awaited = {child.pid for process in live for child in processes.descendants(process)}
+        return [name for name in names if name in entries and entries[name].state == "running" and _alive(entries[name])
+                and entries[name].pid not in awaited]
 
     def _tell(self, states: dict[str, str], entries: dict[str, Entry]) -> None:
         """A line for each change; with `follow_logs` also what the jobs say."""

@@ -7,11 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sae_research.errors import UserError
 from sae_research.experiments import monitor, processes
 from sae_research.experiments.devices import DEVICE_VARIABLE, Found, Lease, Slot, holder, parse
+from sae_research.experiments.dvc_queue import Entry
+from sae_research.experiments.sweep import Runner
 from sae_research.lm.load import pick_device
 from sae_research.store import write_json
 
@@ -87,6 +90,28 @@ def test_only_what_is_on_record_is_ended(in_project: Path, capsys: pytest.Captur
     others.wait()
     with pytest.raises(UserError, match="nothing is running as ours"):
         monitor.kill("ours")
+
+
+def test_a_job_whose_worker_was_killed_is_told_from_others(in_project: Path) -> None:
+    job = [*SLEEP, "exec-run"]
+    dead, left = subprocess.Popen(SLEEP), subprocess.Popen(job)
+    live = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.run({job})"])
+    runner = Runner.__new__(Runner)
+    runner.workers = {Slot("cpu", number): processes.record("worker", str(number), worker.pid)
+                      for number, worker in enumerate((dead, live))}
+    while not (children := psutil.Process(live.pid).children()):
+        time.sleep(0.01)
+    entries = {"left": Entry("left", "running", left.pid, None), "other": Entry("other", "running", children[0].pid, None)}
+    while any("exec-run" not in psutil.Process(entry.pid).cmdline() for entry in entries.values()):
+        time.sleep(0.01)
+    assert runner._abandoned(entries, ["left", "other"]) == []
+    dead.kill()
+    dead.wait()
+    assert runner._abandoned(entries, ["left", "other"]) == ["left"]
+    for worker in (left, live):
+        processes.stop_tree(psutil.Process(worker.pid))
+        worker.wait(timeout=10)
+    assert not children[0].is_running()
 
 
 def test_a_log_is_followed_to_its_end(tmp_path: Path) -> None:

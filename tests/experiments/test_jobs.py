@@ -11,7 +11,7 @@ from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from sae_research.errors import UserError
-from sae_research.experiments.config_files import names_sections, over
+from sae_research.experiments.config_files import names_sections, over, with_values
 from sae_research.experiments.grid import Grid, expand
 from sae_research.experiments.jobs import hydra, make_jobs, sae_keys, set_params, without
 from sae_research.experiments.translate import Changes
@@ -77,6 +77,7 @@ def test_a_file_that_defines_saes_trains_no_others(params_yaml: dict[str, Any]) 
     ({"train.saes.topk.k": [0]}, "train.saes.topk.k"),
     ({"train.saes.topk.learning_rate": [1e-3, 1.00000001e-3]}, "two different SAEs would be called"),
     ({"train.tokens": [1000], "max_experiments": "many"}, "max_experiments"),
+    ({"train.tokens": [1000, 2000], "controls.names": [[], ["random"]]}, "controls.names changes no SAE and no figure"),
 ])
 def test_what_cannot_be_swept_is_one_line(params_yaml: dict[str, Any], sweep: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
@@ -103,6 +104,26 @@ def test_dvc_makes_of_the_overrides_what_was_meant(tmp_path: Path, params_yaml: 
         assert load_params(copied) == job.params
         assert list(load_params(copied).train.saes) == ["my_sae"]
     assert hydra({"a": [1, None, True, "x'y"]}) == "{a:[1,null,true,'x\\'y']}"
+
+
+def test_any_list_can_be_emptied_in_a_file_that_dvc_wrote_before(tmp_path: Path, params_yaml: dict[str, Any]) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text())
+    apply_overrides(path, ["train.tokens=1000"])  # block lists now stand at their key's own indentation
+    written = path.read_text()
+    for key in ("comparison_saes.trained", "sae_variants.ihtp.k_values"):
+        apply_overrides(path, [f"{key}=[]"])
+        with pytest.raises(UserError, match=r"not valid YAML.*write KEY=null"):  # if not, `[]` will do again
+            load_params(path)
+        path.write_text(written)
+    emptied = ["comparison_saes.trained", "sae_variants.ihtp.k_values", "controls.names"]
+    wanted = with_values(params_yaml, {"train.tokens": 1000, **{key: [] for key in emptied}})
+    overrides = set_params(YAML(typ="safe").load(written), wanted)
+    assert sorted(overrides) == sorted(f"++{key}=null" for key in emptied)
+    apply_overrides(path, overrides)
+    found = load_params(path)
+    assert found.comparison_saes.trained == [] == found.sae_variants.ihtp.k_values and found.train.tokens == 1000
+    assert check_params(wanted, "x") == found
 
 
 def test_finished_saes_are_told_by_all_that_shaped_them(params_yaml: dict[str, Any]) -> None:

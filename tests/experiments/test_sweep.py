@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -67,8 +68,10 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
                                           "train.checkpoint_steps: 200\n")
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     log = (pipeline.parent / "log").open("w")
+    # a shell's background jobs, and all they start, ignore Ctrl-C
     sweep = subprocess.Popen([sys.executable, "-m", "sae_research", "sweep", "--sweep_config", config, "--devices",
-                              "cpu,cpu"], cwd=pipeline, env=ENV, stdout=log, stderr=log)
+                              "cpu,cpu"], cwd=pipeline, env=ENV, stdout=log, stderr=log,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         running: list[str] = []
         deadline = time.monotonic() + 300
@@ -86,13 +89,14 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
             shown = verb(pipeline, "monitor").stdout
         assert f"failed   {victim}" in shown and f"running  {survivor}" in shown and "checkpoint" in shown
         ours = psutil.Process(sweep.pid).children(recursive=True)
-        sweep.send_signal(2)
+        sweep.send_signal(signal.SIGINT)
         assert sweep.wait(timeout=90) == 130
         _, left = psutil.wait_procs(ours, timeout=10)
         assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
         assert stranger.poll() is None
     finally:
-        sweep.kill()
+        sweep.terminate()  # where an assertion failed: its workers would go on without it
+        sweep.wait(timeout=90)
         stranger.kill()
         stranger.wait()
     assert "Queued" not in run(pipeline, "dvc", "queue", "status").stdout
