@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sae_research.params import Visualization
-from sae_research.reporting.canvas import INK, MUTED, SMALL, TEXT, pixels_of, plain, save, say
-from sae_research.reporting.transfer_data import MODELS, NAMES, TransferRun, at, read_transfer
+from sae_research.reporting.canvas import INK, MUTED, SMALL, pixels_of, save, say
+from sae_research.reporting.transfer_data import MAIN, MODELS, NAMES, TransferRun, at, read_transfer
+from sae_research.reporting.transfer_panels import legend, legend_below, new_figure, panel, short, stairs, trim
+from sae_research.visualization_params import Visualization
 
 IMAGES = Path("images/transfer")
-BASE, FINETUNED, NULL, HALVES = "#0072B2", "#D55E00", "#8C8C8C", "#CC79A7"
+BASE, FINETUNED, NULL, HALVES, PERTURBED = "#0072B2", "#D55E00", "#8C8C8C", "#CC79A7", "#009E73"
 COLORS = {"base": BASE, "finetuned": FINETUNED}
 LINES = ("-", "--", ":", "-.")
+EQUAL = 1e-5
+"""Correlations this near to 1 are 1: the table holds 6 digits."""
 
 
 def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
@@ -33,89 +35,44 @@ def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
     return sorted(wanted)
 
 
-def _figure(style: Visualization, columns: int, rows: int = 1, height: float = 0.85) -> Figure:
-    """Panels of equal size: their width is 0.75 of a single picture's."""
-    figure = Figure(figsize=(0.75 * style.width_inches * columns, height * style.height_inches * rows), dpi=style.dpi,
-                    facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _panel(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    plain(axes, x_label, y_label)
-    axes.yaxis.set_label_coords(-0.13, 0.5)
-    axes.set_title(title, fontsize=TEXT + 1, color=INK)
-
-
-def _legend(axes: Axes, **options: Any) -> None:
-    axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, **options)
-
-
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    """One panel's legend under all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False, labelcolor=INK)
-
-
-def _stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **options: Any) -> None:
-    """A histogram as shares of its own total."""
-    edges = histogram.get("edges") or histogram["log10_edges"]
-    counts = np.asarray(histogram["counts"], float)
-    if counts.sum():
-        axes.stairs(counts / counts.sum(), edges, label=label, color=color, linewidth=1.3, **options)
-
-
-def _trim(axes: Axes, histograms: Sequence[dict[str, Any]]) -> None:
-    """Limit x to where any histogram holds something."""
-    filled = [(edges[index], edges[index + 1]) for histogram in histograms
-              for edges in [histogram.get("edges") or histogram["log10_edges"]]
-              for index, number in enumerate(histogram["counts"]) if number]
-    if filled:
-        low, high = min(low for low, _ in filled), max(high for _, high in filled)
-        margin = 0.03 * (high - low)
-        axes.set_xlim(low - margin, high + margin)
-
-
-def _short(hook: str) -> str:
-    return hook.removeprefix("blocks.").replace(".hook_", " ").replace("_", " ")
-
-
 # --- activations -----------------------------------------------------------------------------
 
 def similarity_heat_maps(run: TransferRun, style: Visualization) -> Figure:
     """Cosine of every token of the first prompts, one panel a hook."""
     hooks = run.main["similarity"]
-    figure = _figure(style, len(hooks), height=0.9)
+    figure = new_figure(style, len(hooks))
     maps = {hook: np.array([[np.nan if cell is None else cell for cell in row] for row in values["heat_map"]], float)
             for hook, values in hooks.items()}
     widest = max(grid.shape[1] for grid in maps.values())
     low = min(float(np.nanpercentile(grid, 1)) for grid in maps.values())
     for axes, (hook, grid) in zip(figure.subplots(1, len(hooks), squeeze=False)[0], maps.items(), strict=True):
-        _panel(axes, _short(hook), "Position", "Prompt")
+        panel(axes, short(hook), "Position", "Prompt")
         axes.grid(visible=False)
         shown = axes.imshow(grid, aspect="auto", vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest",
                             extent=(-0.5, widest - 0.5, len(grid) - 0.5, -0.5))
-        axes.set_facecolor("#EEEEEE")
-    bar = figure.colorbar(shown, ax=figure.axes, fraction=0.03)
+        axes.set_facecolor("#A8A8A8")
+    bar = figure.colorbar(shown, ax=figure.axes, fraction=0.03, extend="min")
     bar.ax.tick_params(labelsize=SMALL, colors=MUTED)
-    bar.set_label("Cosine, base and finetuned (grey: does not count)", fontsize=SMALL, color=INK)
+    bar.set_label("Cosine (grey: does not count)", fontsize=SMALL, color=INK)
     return figure
 
 
 def similarity_histograms(run: TransferRun, style: Visualization) -> Figure:
     """Cosine of tokens, distance of tokens, mean cosine of prompts: a line for every hook."""
-    figure = _figure(style, 3)
+    figure = new_figure(style, 3)
     panels = figure.subplots(1, 3)
     found = run.main["similarity"]
-    kinds = (("Tokens", "Cosine", lambda values: values["profile"]["cosine_histogram"]),
-             ("Tokens", "log10 of the euclidean distance", lambda values: values["profile"]["euclidean_histogram"]),
-             ("Prompts", "Mean cosine of a prompt", lambda values: values["prompt_means"]))
-    for axes, (title, label, pick) in zip(panels, kinds, strict=True):
-        _panel(axes, title, label, "Share")
+    kinds = (("Cosine", "Cosine of a token", "tokens", lambda values: values["profile"]["cosine_histogram"]),
+             ("Euclidean distance", "log10 of a token's distance", "tokens",
+              lambda values: values["profile"]["euclidean_histogram"]),
+             ("Cosine by prompt", "Mean cosine of a prompt", "prompts", lambda values: values["prompt_means"]))
+    for axes, (title, label, counted, pick) in zip(panels, kinds, strict=True):
+        panel(axes, title, label, f"Share of {counted} (log scale)")
         for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
-            _stairs(axes, pick(values), _short(hook), color)
-        _trim(axes, [pick(values) for values in found.values()])
-    _legend(panels[0], loc="upper left")
+            stairs(axes, pick(values), short(hook), color)
+        axes.set_yscale("log")
+        trim(axes, [pick(values) for values in found.values()])
+    legend_below(figure, panels[0], len(found))
     return figure
 
 
@@ -126,18 +83,19 @@ def _hook_colors(n: int) -> list[str]:
 
 def similarity_by_position(run: TransferRun, style: Visualization) -> Figure:
     """Means by position in the context, at every hook."""
-    figure = _figure(style, 3)
+    figure = new_figure(style, 3)
     panels = figure.subplots(1, 3)
     kinds = (("cosine", "Cosine"), ("euclidean", "Euclidean distance"), ("relative_error", "Relative error"))
     found = run.main["similarity"]
     for axes, (key, label) in zip(panels, kinds, strict=True):
-        _panel(axes, label, "Position", "")
+        panel(axes, label, "Position in the context", label if key != "euclidean" else "Distance (model's units)")
         for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
-            _line(axes, values["profile"]["by_position"][key], color, "-", _short(hook))
+            _line(axes, values["profile"]["by_position"][key], color, "-", short(hook))
             if key == "cosine":
                 _line(axes, values["profile"]["by_position"]["cosine_shuffled"], color, ":", None)
-    panels[0].plot([], [], ":", color=MUTED, label="with another token's")
-    _legend(panels[0], loc="best")
+        axes.set_ylim(bottom=0)
+    panels[0].plot([], [], ":", color=MUTED, label="null: with another token's")
+    legend_below(figure, panels[0], len(found) + 1)
     return figure
 
 
@@ -148,23 +106,23 @@ def _line(axes: Axes, values: list[float | None], color: str, line: str, label: 
 
 def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
     """Norms of both models' activations at the SAE's hook, and every rule's limit."""
-    figure = _figure(style, 1, height=1.0)
+    figure = new_figure(style, 1, legend=0.3)
     axes, found = figure.subplots(), run.main["outliers"]
-    _panel(axes, f"Norms at {_short(run.hook)}", "log10 of the norm", "Tokens (log scale)")
+    panel(axes, f"Norms of activations at {short(run.hook)}", "log10 of a token's norm", "Tokens (log scale)")
     histogram = found["norm_histogram"]
     for model in MODELS:
         axes.stairs(np.asarray(histogram[model], float), histogram["log10_edges"], label=model, color=COLORS[model],
                     linewidth=1.3, linestyle="-" if model == "base" else "--")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
-    _trim(axes, [{"log10_edges": histogram["log10_edges"], "counts": histogram[model]} for model in MODELS])
+    trim(axes, [{"log10_edges": histogram["log10_edges"], "counts": histogram[model]} for model in MODELS])
     for (rule, limit), line in zip(found["limits"].items(), LINES, strict=False):
         shares = [100 * found["fraction_removed"][model][rule] for model in MODELS]
         axes.axvline(np.log10(limit), color=MUTED, linestyle=line, linewidth=1.1,
-                     label=f"{rule} rule: removes {shares[0]:.2g} % / {shares[1]:.2g} %")
+                     label=f"{rule} rule: {shares[0]:.2g} % of base, {shares[1]:.2g} % of finetuned above")
     low, high = axes.get_xlim()
     axes.set_xlim(low, max(high, *(float(np.log10(limit)) + 0.05 for limit in found["limits"].values())))
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -173,25 +131,33 @@ def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
 def quality(run: TransferRun, style: Visualization) -> Figure:
     """Four figures on the base and the finetuned model, for the pair and its controls."""
     kinds = (("Variance explained", ("quality", "base", None, "kept", "variance_explained"), False),
-             ("L0", ("quality", "base", None, "kept", "l0"), False),
+             ("L0 (latents per token)", ("quality", "base", None, "kept", "l0"), False),
              ("Loss recovered", ("losses", "models", None, "kept", "saes", "base", "loss_recovered"), True),
              ("KL (nats)", ("losses", "models", None, "kept", "saes", "base", "kl"), True))
-    figure = _figure(style, 2, 2, height=0.7)
+    figure = new_figure(style, 2, 2, height=0.62, legend=0.2)
     panels = figure.subplots(2, 2)
     for axes, (label, path, bounded) in zip(panels.flat, kinds, strict=True):
-        _panel(axes, label, "", "")
+        panel(axes, label, "", "")
         axes.grid(visible=False, axis="x")
         for place, result in enumerate(run.results.values()):
             for shift, model in ((-0.19, "base"), (0.19, "finetuned")):
                 _bar(axes, place + shift, at(result, *(model if part is None else part for part in path)), model, bounded)
-        axes.set_xticks(range(len(run.results)), [NAMES.get(name, name) for name in run.results], fontsize=SMALL)
+        axes.set_xticks(range(len(run.results)), [_with_tokens(name, result, bounded)
+                                                  for name, result in run.results.items()], fontsize=SMALL)
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.margins(y=0.12)
     for model in MODELS:
         panels.flat[0].bar([np.nan], [np.nan], color=COLORS[model], label="on the base model" if model == "base"
                            else "on the pair's other model")
-    _legend_below(figure, panels.flat[0])
+    legend_below(figure, panels.flat[0])
     return figure
+
+
+def _with_tokens(name: str, result: dict[str, Any], patched: bool) -> str:
+    """A pair's name over the tokens that its bars rest on: controls read fewer."""
+    number = (at(result, "losses", "models", "base", "kept", "predictions") if patched
+              else at(result, "quality", "base", "base", "kept", "tokens"))
+    return NAMES.get(name, name) + (f"\n{int(number):,} tokens" if number is not None else "")
 
 
 def _bar(axes: Axes, x: float, found: Any, model: str, bounded: bool) -> None:
@@ -201,7 +167,8 @@ def _bar(axes: Axes, x: float, found: Any, model: str, bounded: bool) -> None:
     axes.bar([x], [value], width=0.36, color=COLORS[model])
     top = value
     if bounded and found.get("low") is not None:
-        axes.plot([x, x], [found["low"], found["high"]], color=INK, linewidth=1.0)
+        reach = [[max(0.0, value - found["low"])], [max(0.0, found["high"] - value)]]
+        axes.errorbar([x], [value], reach, color=INK, linewidth=1.0, capsize=2)
         top = max(value, found["high"])
     axes.annotate(f"{value:.3g}", (x, max(top, 0)), ha="center", va="bottom", fontsize=SMALL, color=INK,
                   xytext=(0, 1), textcoords="offset points")
@@ -209,13 +176,13 @@ def _bar(axes: Axes, x: float, found: Any, model: str, bounded: bool) -> None:
 
 def activations(run: TransferRun, style: Visualization) -> Figure:
     """Sizes of the non-zero activations of all latents."""
-    figure = _figure(style, 1)
+    figure = new_figure(style, 1)
     axes, found = figure.subplots(), run.main["quality"]["base"]
-    _panel(axes, "Non-zero activations of all latents", "log10 of the size", "Share")
+    panel(axes, "Non-zero activations of all latents", "log10 of an activation's size", "Share of activations")
     for model in MODELS:
-        _stairs(axes, found[model]["activation_histogram"], model, COLORS[model], linestyle="-" if model == "base" else "--")
-    _trim(axes, [found[model]["activation_histogram"] for model in MODELS])
-    _legend(axes)
+        stairs(axes, found[model]["activation_histogram"], model, COLORS[model], linestyle="-" if model == "base" else "--")
+    trim(axes, [found[model]["activation_histogram"] for model in MODELS])
+    legend(axes)
     return figure
 
 
@@ -227,16 +194,21 @@ def _column(run: TransferRun, name: str) -> np.ndarray:
 
 def densities(run: TransferRun, style: Visualization) -> Figure:
     """Each latent's density in both models with the regression, and both histograms; silent latents stand at the edge."""
-    figure = _figure(style, 2, height=1.0)
+    figure = new_figure(style, 2, height=0.8)
     scatter, histogram = figure.subplots(1, 2)
     base, other = (_column(run, f"{model}_density") for model in MODELS)
     if not len(base) or not (base > 0).any():
         return say(scatter, "no latent fired")
     floor = min(float(values[values > 0].min()) for values in (base, other) if (values > 0).any()) / 3
     logs = [np.log10(np.where(values > 0, values, floor)) for values in (base, other)]
-    _panel(scatter, "Density of every latent", "log10 density, base", "log10 density, finetuned")
-    moved = _column(run, "pearson")
-    points = scatter.scatter(*logs, c=np.where(np.isnan(moved), 0, moved), cmap="viridis", vmin=0, vmax=1, s=6, linewidths=0)
+    panel(scatter, "Density of every latent", "log10 density, base", "log10 density, finetuned")
+    pearson = _column(run, "pearson")
+    known = ~np.isnan(pearson)
+    if not known.all():
+        scatter.scatter(*(part[~known] for part in logs), color=NULL, s=10, linewidths=0,
+                        label="silent in one or both (at the edge)")
+    points = scatter.scatter(*(part[known] for part in logs), c=pearson[known], cmap="viridis", vmin=0, vmax=1, s=6,
+                             linewidths=0)
     span = [float(np.log10(floor)) - 0.1, float(max(part.max() for part in logs)) + 0.1]
     scatter.plot(span, span, color=MUTED, linewidth=0.9, linestyle="--", label="equal")
     line = at(run.main, "latents", "base", "density_shift", "regression")
@@ -245,51 +217,73 @@ def densities(run: TransferRun, style: Visualization) -> Figure:
         scatter.plot(x, line["intercept"] + line["slope"] * x, color=FINETUNED, linewidth=1.2,
                      label=f"regression: r = {line['r']:.3f}, slope {line['slope']:.2f}")
     scatter.set(xlim=span, ylim=span)
-    _legend(scatter, loc="upper left")
+    legend(scatter, loc="upper left")
     bar = figure.colorbar(points, ax=scatter, fraction=0.05)
     bar.set_label("Pearson on the same tokens", fontsize=SMALL, color=INK)
     bar.ax.tick_params(labelsize=SMALL, colors=MUTED)
-    _panel(histogram, "Densities", "log10 density", "Latents")
+    panel(histogram, "Densities", "log10 density", "Latents")
     edges = np.linspace(*span, 41)
     for model, values, line_style in zip(MODELS, (base, other), ("-", "--"), strict=True):
         alive = values > 0
         histogram.stairs(np.histogram(np.log10(values[alive]), edges)[0], edges, color=COLORS[model], linewidth=1.3,
                          linestyle=line_style, label=f"{model}: {int((~alive).sum())} of {len(values)} silent")
-    _legend(histogram, loc="upper left")
+    histogram.set_ylim(top=1.25 * histogram.get_ylim()[1])
+    legend(histogram, loc="upper left")
     return figure
 
 
 def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
-    """Correlation of latents against both nulls, against density, and how alike their logits are."""
-    figure = _figure(style, 3)
-    panels = figure.subplots(1, 3)
-    found = run.main["latents"]["base"]["pearson_histograms"]
-    _panel(panels[0], "Correlation on the same tokens", "Pearson", "Share of latents (log scale)")
-    for key, label, color in (("models", "base and finetuned", FINETUNED), ("shuffled", "null: another token", NULL),
-                              ("halves", "null: base, other text", HALVES)):
-        _stairs(panels[0], found[key], label, color)
-    panels[0].set_yscale("log")
-    _legend(panels[0], loc="upper left")
+    """Correlation and overlap of latents against the nulls and the perturbed model, correlation against density, and how
+    alike their logits are."""
+    figure = new_figure(style, 2, 2, height=0.72)
+    correlations, overlaps, rarity, logits = figure.subplots(2, 2).flat
+    found = {name: at(result, "latents", "base", "pearson_histograms") for name, result in run.results.items()}
+    own = found.pop(MAIN)
+    drawn = [(own["models"], "base and finetuned", FINETUNED, "-"), (own["shuffled"], "null: another token", NULL, "-"),
+             (own["halves"], "null: base, other text", HALVES, "-")]
+    if found.get("control_perturbed"):
+        drawn.append((found["control_perturbed"]["models"], "control: perturbed", PERTURBED, "--"))
+    panel(correlations, "Correlation on the same tokens", "Pearson", "Share of latents (log scale)")
+    for histogram, label, color, line in drawn:
+        stairs(correlations, histogram, label, color, linestyle=line)
+    correlations.set_yscale("log")
+    trim(correlations, [histogram for histogram, *_ in drawn])
+    panel(overlaps, "Overlap of firing", "Jaccard", "Share of latents (log scale)")
+    edges = np.linspace(0, 1, 41)
+    for column, color in (("jaccard", FINETUNED), ("jaccard_shuffled", NULL), ("jaccard_halves", HALVES)):
+        values = _column(run, column)
+        counts = np.histogram(values[np.isfinite(values)], edges)[0]
+        stairs(overlaps, {"edges": edges, "counts": counts}, "", color)
+    overlaps.set_yscale("log")
+    _rarity(run, rarity)
+    _logits(run, logits)
+    legend_below(figure, correlations, len(drawn))
+    return figure
+
+
+def _rarity(run: TransferRun, axes: Axes) -> None:
+    panel(axes, "Rare latents and common ones", "log10 density, base", "Pearson")
     density, pearson = _column(run, "base_density"), _column(run, "pearson")
     alive = (density > 0) & ~np.isnan(pearson)
-    _panel(panels[1], "Rare latents and common ones", "log10 density, base", "Pearson")
-    for column, color, label in (("pearson", FINETUNED, "base and finetuned"),
-                                 ("pearson_shuffled", NULL, "null: another token")):
-        panels[1].scatter(np.log10(density[alive]), _column(run, column)[alive], s=5, color=color, alpha=0.4, linewidths=0,
-                          label=label)
-    _legend(panels[1], loc="center left", markerscale=2)
-    logits = _column(run, "logit_correlation")
-    _panel(panels[2], "Logit weights", "Pearson over shared tokens", "Latents")
-    if np.isfinite(logits).any():
-        panels[2].hist(logits[np.isfinite(logits)], bins=np.linspace(min(0.9, float(np.nanmin(logits))), 1, 41), color=BASE)
+    for column, color in (("pearson", FINETUNED), ("pearson_shuffled", NULL)):
+        axes.scatter(np.log10(density[alive]), _column(run, column)[alive], s=5, color=color, alpha=0.4, linewidths=0)
+
+
+def _logits(run: TransferRun, axes: Axes) -> None:
+    panel(axes, "Logit weights", "Pearson over shared tokens", "Latents")
+    values = _column(run, "logit_correlation")
+    values = values[np.isfinite(values)]
+    if not len(values):
+        say(axes, "not defined at this hook", keep_labels=True)
+    elif values.min() > 1 - EQUAL:
+        say(axes, "1 for every latent: both models have the same unembedding", keep_labels=True)
     else:
-        say(panels[2], "not defined at this hook", keep_labels=True)
-    return figure
+        axes.hist(values, bins=np.linspace(min(0.9, float(values.min())), 1, 41), color=BASE)
 
 
 def repair(run: TransferRun, style: Visualization) -> Figure:
     """Variance explained against tokens of further training, and L0."""
-    figure = _figure(style, 2)
+    figure = new_figure(style, 2, height=0.72, legend=0.3)
     panels = figure.subplots(1, 2)
     found = run.main.get("repair") or {}
     if found.get("status") != "ok":
@@ -298,17 +292,19 @@ def repair(run: TransferRun, style: Visualization) -> Figure:
     kinds = (("finetuned", "finetuned", FINETUNED, "-", "trained on and read on the finetuned model"),
              ("finetuned", "base", FINETUNED, ":", "the same SAE on the base model"),
              ("base", "base", BASE, "--", "control: trained as long on the base model"))
-    for axes, key, label in zip(panels, ("variance_explained", "l0"), ("Variance explained at equal L0", "L0 of its own"),
+    for axes, key, label in zip(panels, ("variance_explained", "l0"),
+                                (("At equal L0", "Variance explained"), ("At its own biases", "L0 (latents per token)")),
                                 strict=True):
-        _panel(axes, label, "Tokens of further training", "")
+        panel(axes, label[0], "Tokens of further training (thousands)", label[1])
         for arm, model, color, line, words in kinds:
             rows = found["curves"][arm]
-            axes.plot([row["tokens"] for row in rows], [row[f"{key}_on_{model}"] for row in rows], line, color=color,
+            axes.plot([row["tokens"] / 1000 for row in rows], [row[f"{key}_on_{model}"] for row in rows], line, color=color,
                       linewidth=1.4, marker="o", markersize=3, label=words)
     half = found.get("tokens_to_half")
     if half is not None:
-        panels[0].axvline(half, color=MUTED, linewidth=1.0, linestyle="-.", label=f"half of the gap: {half:,.0f} tokens")
-    _legend_below(figure, panels[0])
+        panels[0].axvline(half / 1000, color=MUTED, linewidth=1.0, linestyle="-.",
+                          label=f"half of the gap closed: {half:,.0f} tokens")
+    legend_below(figure, panels[0])
     return figure
 
 

@@ -6,18 +6,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_research.reporting.tables import ABSENT, count, markdown, number
+from sae_research.reporting.tables import ABSENT, markdown, number
 from sae_research.reporting.transfer_data import FOLDER, MAIN, MODELS, NAMES, TransferRun, at, read_transfer
 from sae_research.store import read_status
 
-IMAGES = {"quality": "SAE quality on both models", "similarity_by_position": "Similarity by position",
-          "similarity_histograms": "Similarity of activations", "similarity_heat_maps": "Cosine by prompt and position",
-          "outlier_norms": "Norms of activations", "densities": "Densities of latents",
-          "latent_transfer": "Transfer of latents", "activations": "Sizes of activations", "repair": "Repair"}
+CAPTIONS = {
+    "quality": ("SAE quality on both models",
+                "Outliers left out. Marks: 95 % intervals over stretches of text; controls read too few for any, and fewer "
+                "tokens altogether: compare each with its own base bar. Loss recovered rests on ablated contexts alone."),
+    "similarity_by_position": ("Similarity by position",
+                               "Means over tokens, outliers left out; the first position never counts."),
+    "similarity_histograms": ("Similarity of activations",
+                              "Single tokens without outliers, and means of whole prompts with them."),
+    "similarity_heat_maps": ("Cosine by prompt and position",
+                             "The first prompts read, outliers included; colours end at the 1st percentile."),
+    "outlier_norms": ("Norms of activations", "Both models at the SAE's hook, with every rule's limit; one was applied."),
+    "densities": ("Densities of latents",
+                  "One point a latent. Tokens of one text are not independent: densities are less sure than their number "
+                  "suggests."),
+    "latent_transfer": ("Transfer of latents",
+                        "All latents that have the figure. Nulls: the base model's activation with the finetuned model's on "
+                        "another token, and with its own in other text. The perturbed control was read on fewer tokens."),
+    "activations": ("Sizes of activations", "Outliers left out."),
+    "repair": ("Repair", "Held-out text. Left: with the L0 that the base SAE has on its own model."),
+}
+"""Title and caption of every picture."""
 TOKENIZER_ROWS = ("Base Tokenizer Size", "Fine-tune Tokenizer Size", "Keys only in Base", "Keys only in Fine-tune",
                   "Keys with Mismatched Token IDs", "Good Tokens in Base (%)", "Good Tokens in Fine-tune (%)")
 """In the order of the published check."""
 SHOWN_OUTLIERS = 6
+BITS = ("bits per byte, clean", "bits per byte, patched")
 INTERVALS = {"alive": "fires in both models", "both_dead": "silent in both", "base_dead": "silent in the base model",
              "finetuned_dead": "silent in the finetuned model", "below_1e-4": "density below 1e-4",
              "1e-4_to_1e-3": "1e-4 to 1e-3", "1e-3_to_1e-2": "1e-3 to 1e-2", "1e-2_to_1e-1": "1e-2 to 1e-1",
@@ -30,8 +48,9 @@ def transfer(root: Path = Path(".")) -> str:
     if run is None:
         return _ended(read_status(root / FOLDER))
     parts = [_setting(run), _tokenizers(run), _similarity(run), _quality(run), _latents(run), _samples(run), _repair(run)]
-    images = [f"![{title}](images/transfer/{name}.png)" for name, title in IMAGES.items()]
-    return "\n\n".join(["## Transfer to a finetuned model", *(part for part in parts if part), "\n".join(images)]).rstrip()
+    images = [f"![{title}](images/transfer/{name}.png)\n\n*{title}.* {caption}"
+              for name, (title, caption) in CAPTIONS.items()]
+    return "\n\n".join(["## Transfer to a finetuned model", *(part for part in parts if part), *images])
 
 
 def _ended(status: dict[str, Any]) -> str:
@@ -44,13 +63,15 @@ def _ended(status: dict[str, Any]) -> str:
 def _setting(run: TransferRun) -> str:
     setting, coverage, moved = run.main["setting"], run.main["coverage"], run.main["moved"]
     lines = [f"The SAE `{setting['sae']}` of {setting['base_model']} at {setting['hook']} (d_sae {setting['d_sae']:,}), "
-             f"read on {setting['finetuned_model']}; text `{setting['dataset']}`, {count(coverage['tokens_base'])} tokens "
+             f"read on {setting['finetuned_model']}; text `{setting['dataset']}`, {coverage['tokens_base']:,} tokens "
              f"for statistics. Outlier rule: {setting['outlier_rule']}. `control: itself` compares the base model with "
              "itself, `control: perturbed` with itself after strong noise on its weights."]
     weights = number(at(moved, "weights", "relative_change"))
     lines.append(f"How far the finetuned model moved: weights by {weights} of their norm"
                  + _outputs(at(moved, "outputs"), "this text")
                  + _outputs(at(moved, "outputs_on_finetuned_text"), "held-out text of the kind it was finetuned on") + ".")
+    lines += [f"Skipped, {NAMES.get(name, name)}: {' '.join(reason.split())}."
+              for name, reason in run.status["skipped"].items()]
     return "\n\n".join(lines)
 
 
@@ -68,11 +89,15 @@ def _tokenizers(run: TransferRun) -> str:
     agrees = ", ".join(f"{part.replace('_', ' ')} {'not known' if same is None else 'same' if same else 'different'}"
                        for part, same in check["agrees"].items())
     special = ", ".join(check["special_tokens"]) or "none"
-    table = markdown(["Tokenizers", ""], [[key, f"{check['table'][key]:.5g}"] for key in TOKENIZER_ROWS])
+    table = markdown(["Tokenizers", ""], [[key, _figure(check["table"][key])] for key in TOKENIZER_ROWS])
     rows, coverage = check["embedding_rows"], run.main["coverage"]
     return (f"{table}\n\nFurther: {agrees}; special tokens that differ: {special}; embedding rows {rows[0]:,} and "
             f"{rows[1]:,}. Read with {coverage['tokenizers']}; {number(coverage['matched_fraction'])} of the tokens that "
             "count stand in the same place for both.")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.5g}"
 
 
 def _similarity(run: TransferRun) -> str:
@@ -108,24 +133,27 @@ def _quoted(text: str) -> str:
 
 
 def _quality(run: TransferRun) -> str:
-    header = ["Pair", "Model", "SAE of", "variance explained", "R² flattened", "L0", "dead [95 %]", "CE clean", "CE patched",
-              "loss recovered", "KL", "bits per byte, clean", "patched"]
-    body = []
-    for name, result in run.results.items():
-        for role in result["quality"]:
-            for model in _models(name):
-                body.append([NAMES.get(name, name), model, role, *_quality_cells(result, role, model, "kept")])
-    outliers = [[NAMES.get(name, name), model, role, *_quality_cells(result, role, model, "all")]
-                for name, result in run.results.items() if any(
-                    values["fraction_removed"] for values in result["similarity"].values())
-                for role in result["quality"] for model in _models(name)]
-    parts = ["### The SAE on both models", markdown(header, body, left=3)]
-    if outliers:
-        parts += ["The same with outliers counted and patched:", markdown(header, outliers, left=3)]
-    parts.append("`R² flattened` is the published comparison's figure, about one mean over tokens and dimensions together: "
-                 "a constant vector already scores high there. Brackets: 95 % intervals, over stretches of text, of dead "
-                 "latents by Wilson's formula over latents.")
+    parts = ["### The SAE on both models", _quality_table(run, "kept")]
+    if any(values["fraction_removed"] for result in run.results.values() for values in result["similarity"].values()):
+        parts += ["The same with outliers counted and patched:", _quality_table(run, "all")]
+    every = at(run.main, "losses", "ablate_every")
+    parts.append("CE zero and mean: with zeros and with the mean activation in place"
+                 + (f", on one context out of {every}" if every and every > 1 else "") + "; loss recovered is scaled by the "
+                 "former. `R² flattened` is the published comparison's figure, about one mean over tokens and dimensions "
+                 "together: a constant vector already scores high there. Brackets: 95 % intervals, over stretches of text, "
+                 "of dead latents by Wilson's formula over latents.")
     return "\n\n".join(parts)
+
+
+def _quality_table(run: TransferRun, kind: str) -> str:
+    """kind: `kept`, without outliers, or `all`."""
+    header = ["Pair", "Model", "SAE of", "variance explained", "R² flattened", "L0", "dead [95 %]", "CE clean", "CE patched",
+              "CE zero", "CE mean", "loss recovered", "KL", *BITS]
+    body = [[NAMES.get(name, name), model, role, *_quality_cells(result, role, model, kind)]
+            for name, result in run.results.items() for role in result["quality"] for model in _models(name)]
+    if all(row[-1] == row[-2] == ABSENT for row in body):  # one tokenizer for both: nats a token compare
+        header, body = header[:-len(BITS)], [row[:-len(BITS)] for row in body]
+    return markdown(header, body, left=3)
 
 
 def _models(pair: str) -> tuple[str, ...]:
@@ -141,7 +169,8 @@ def _quality_cells(result: dict[str, Any], role: str, model: str, kind: str) -> 
         dead += f" [{number(quality['fraction_dead_low'])}, {number(quality['fraction_dead_high'])}]"
     sae = at(losses, "saes", role)
     return [number(at(quality, "variance_explained")), number(at(quality, "r2_flattened")), number(at(quality, "l0")), dead,
-            number(at(losses, "ce_clean", "value")), number(at(sae, "ce_patched", "value")), _bounded(sae, "loss_recovered"),
+            number(at(losses, "ce_clean", "value")), number(at(sae, "ce_patched", "value")),
+            number(at(losses, "ce_zero", "value")), number(at(losses, "ce_mean", "value")), _bounded(sae, "loss_recovered"),
             _bounded(sae, "kl"), number(at(losses, "bits_per_byte_clean", "value")),
             number(at(sae, "bits_per_byte_patched", "value"))]
 

@@ -63,6 +63,7 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
     if _rescales_tokens(values):
         cls, tensors = NormRescaledSAE, NormRescaledSAE.widened(tensors)
     hook = str(metadata.get("hook_name") or "")
+    text = {"text": str(metadata["dataset_path"])} if metadata.get("dataset_path") else {}
     try:
         cfg = SAEConfig(
             form=cls.form, d_in=int(values["d_in"]), d_sae=int(values["d_sae"]) + _rescales_tokens(values),
@@ -71,7 +72,7 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
             prepend_bos=bool(metadata.get("prepend_bos", True)),
             apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
             center_input=centres_input(metadata.get("model_from_pretrained_kwargs") or {}, hook, where),
-            options={name: int(values[name]) for name in cls.option_names}, provenance={"format": "sae_lens"})
+            options={name: int(values[name]) for name in cls.option_names}, provenance={"format": "sae_lens", **text})
         return cls.from_tensors(cfg, {name: tensors[name] for name in cls.tensor_names})
     except KeyError as error:
         raise UserError(f"{where}: the configuration lacks {error}") from None

@@ -87,8 +87,9 @@ def _rows(base: LanguageModel, config: OwnFinetune, text: Text) -> Iterator[list
     found = list(islice(contexts(base.tokenizer, base.separator_id, texts, text.context_size),
                         config.steps * config.batch_size))
     if not found:
-        raise UserError(f"transfer.own_finetune.source: {text.dataset} has no context of {text.context_size} tokens from "
-                        f"{config.source!r} in the split {SPLIT}")
+        kind = "" if config.source is None else f" of the source {config.source!r} (transfer.own_finetune.source)"
+        raise UserError(f"transfer: {text.dataset} has no context of {text.context_size} tokens{kind} in the split {SPLIT}; "
+                        "give more text or a smaller transfer.context_size")
     for number in range(config.steps * config.batch_size):
         yield found[number % len(found)]
 

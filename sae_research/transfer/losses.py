@@ -15,7 +15,8 @@ from sae_research.intervals import Ratio, interval
 from sae_research.lm import LanguageModel
 from sae_research.saes import SparseAutoencoder
 from sae_research.stats import CleanPredictions
-from sae_research.transfer.sweep import MODELS, Masks, Pair, Statistics, masks
+from sae_research.transfer.pair import MODELS, Masks, Pair, masks
+from sae_research.transfer.sweep import FirstPass
 from sae_research.transfer.text import batches
 
 BLOCKS = 24
@@ -41,7 +42,7 @@ class _Totals:
         np.add.at(self.sums.setdefault(key, np.zeros(BLOCKS)), chosen, by_row.double().cpu().numpy())
 
 
-def patched_losses(pair: Pair, statistics: Statistics, n_tokens: int, progress: str | None = None) -> dict[str, Any]:
+def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | None = None) -> dict[str, Any]:
     """Figures by model, for every SAE and both filters; `clean_kl` compares the two models' own predictions.
 
     For a prediction made at a position that counts, with x replaced where tokens count: `ce_clean`, `ce_patched`, `ce_zero`
@@ -52,14 +53,13 @@ def patched_losses(pair: Pair, statistics: Statistics, n_tokens: int, progress: 
     """
     totals = {model: _Totals() for model in MODELS}
     shared = _Totals()
-    config, limit, read = pair.params.transfer, statistics.hooks[pair.hook].limit, 0
-    means = _means(statistics)
+    config, read = pair.params.transfer, 0
     with tqdm(total=n_tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None, mininterval=2,
               dynamic_ncols=True) as bar:
         for batch in batches(pair.base, pair.finetuned, pair.source, n_tokens, config.patched_batch_size):
             sides = batch.sides
             acts = {model: lm.activations(sides[model].tokens, pair.hook).float() for model, lm in pair.models.items()}
-            found = masks(pair, batch, acts, limit)
+            found = masks(pair, batch, acts, first.limit)
             before = read + np.arange(len(batch.base.tokens)) * batch.n_tokens / len(batch.base.tokens)
             for total in (*totals.values(), shared):
                 total.blocks = np.minimum(BLOCKS - 1, before * BLOCKS // n_tokens).astype(np.int64)
@@ -71,18 +71,12 @@ def patched_losses(pair: Pair, statistics: Statistics, n_tokens: int, progress: 
                     _compare_models(clean["base"], logits, found, shared)
                 clean[model] = CleanPredictions(logits, tokens)
                 runs = _Runs(lm, pair.hook, tokens, acts[model], clean[model], found.kept[model], found.counted[model])
-                _add(runs, pair, sides[model].real, means[model], batch.text_bytes, totals[model])
+                _add(runs, pair, sides[model].real, first.means[model], batch.text_bytes, totals[model])
             read += batch.n_tokens
             bar.update(batch.n_tokens)
     figures = {model: _figures(totals[model].sums, pair.saes, pair.params.random_seed) for model in MODELS}
-    return {"models": figures, **({"clean_kl": _interval_of(shared.sums, "kl", "tokens", pair.params.random_seed)}
-                                  if shared.sums else {})}
-
-
-def _means(statistics: Statistics) -> dict[str, Tensor]:
-    """Mean activation of kept tokens [d_in] by model: what mean-ablation puts in place."""
-    stats = statistics.saes["base"].kept
-    return {model: (stats[model].sum_D / max(stats[model].tokens, 1)).float() for model in MODELS}
+    clean_kl = _interval_of(shared.sums, "kl", "tokens", pair.params.random_seed) if shared.sums else None
+    return _present({"models": figures, "ablate_every": config.ablate_every, "clean_kl": clean_kl})
 
 
 class _Runs(NamedTuple):

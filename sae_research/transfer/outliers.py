@@ -40,7 +40,7 @@ def limits(config: Outliers, model_name: str, d_in: int, norms: Norms) -> dict[s
       multiple from `config_file` where it names the model.
     - `absolute`: a norm, given or from `config_file`.
     """
-    known = _known(config, model_name)
+    known = known_values(config, model_name)
     found = {"median": config.median_multiple * norms.median}
     scalar = known.get("norm_scalar", math.sqrt(d_in) / norms.mean if norms.mean else math.inf)
     base = known.get("base_threshhold", math.sqrt(d_in))
@@ -59,7 +59,7 @@ def chosen_limit(config: Outliers, found: dict[str, float], model_name: str) -> 
     return found[config.rule]
 
 
-def _known(config: Outliers, model_name: str) -> dict[str, float]:
+def known_values(config: Outliers, model_name: str) -> dict[str, float]:
     """What the file says of a model, by the file's own keys."""
     path = Path(config.config_file)
     if not path.is_file():

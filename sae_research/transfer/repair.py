@@ -24,7 +24,7 @@ from sae_research.stats import ReconstructionStats
 from sae_research.training.recipes.base import Recipe
 from sae_research.training.recipes.standard import Standard
 from sae_research.training.recipes.top_k import TopK
-from sae_research.transfer.sweep import MODELS, Pair, Statistics, masks
+from sae_research.transfer.pair import MODELS, Pair, masks
 from sae_research.transfer.text import batches
 
 TRAIN_SPLIT = "sae_train"
@@ -53,26 +53,27 @@ class HeldL0(Standard):
         self.coefficient *= math.exp(_HOLD_RATE * max(-1.0, min(1.0, l0 / self.target - 1)))
 
 
-def repair(pair: Pair, statistics: Statistics) -> dict[str, Any]:
+def repair(pair: Pair, limit: float) -> dict[str, Any]:
     """Variance explained at equal L0, and L0 before that was made equal, on held-out text after every batch of tokens.
 
-    `finetuned`: trained on the finetuned model's activations, measured on both models'; `base`: trained on the base model's,
-    measured on those. `tokens_to_half`: tokens read until half of the gap between the base SAE on its own model and on the
-    finetuned one is closed (between two measurements, interpolated); None where that did not happen.
+    limit: largest norm at the SAE's hook that is no outlier. `finetuned`: trained on the finetuned model's activations,
+    measured on both models'; `base`: trained on the base model's, measured on those. `tokens_to_half`: tokens read until
+    half of the gap between the base SAE on its own model and on the finetuned one is closed (between two measurements,
+    interpolated); None where that did not happen.
     """
     sae, config = pair.saes["base"], pair.params.transfer.repair
     if sae.form not in FORMS:
         return {"status": "not_applicable", "message": f"the form {sae.form} cannot be trained further here; "
                                                        f"{' and '.join(FORMS)} can"}
     held_out = {model: torch.cat(rows) for model, rows in
-                _gathered(pair, statistics, config.held_out_tokens, pair.source.split).items()}
+                _gathered(pair, limit, config.held_out_tokens, pair.source.split).items()}
     target = figures(sae, held_out["base"], None)["l0"]
     before = {model: figures(sae, rows, target) for model, rows in held_out.items()}
     arms: dict[str, _Arm] = {}
     curves: dict[str, list[dict[str, float]]] = {"finetuned": [_row(0, before, MODELS)], "base": [_row(0, before, ["base"])]}
     generator, read = torch.Generator().manual_seed(pair.params.random_seed), 0
     with tqdm(total=config.tokens, desc="repair", unit="tok", unit_scale=True, mininterval=2, dynamic_ncols=True) as bar:
-        for n_tokens, rows in _rows(pair, statistics, config.tokens, TRAIN_SPLIT):
+        for n_tokens, rows in _rows(pair, limit, config.tokens, TRAIN_SPLIT):
             read += n_tokens
             for model in ("finetuned", "base"):
                 if model not in arms:
@@ -113,18 +114,18 @@ def _gap(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 # --- activations -----------------------------------------------------------------------------
 
-def _rows(pair: Pair, statistics: Statistics, n_tokens: int, split: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def _rows(pair: Pair, limit: float, n_tokens: int, split: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(tokens read, activations of either model's kept tokens [n, d_in]) batch by batch."""
-    limit, source = statistics.hooks[pair.hook].limit, pair.source._replace(split=split)
+    source = pair.source._replace(split=split)
     for batch in batches(pair.base, pair.finetuned, source, n_tokens, pair.params.transfer.batch_size):
         acts = {m: lm.activations(batch.sides[m].tokens, pair.hook).float() for m, lm in pair.models.items()}
         kept = masks(pair, batch, acts, limit).kept
         yield batch.n_tokens, {model: acts[model][kept[model]] for model in MODELS}
 
 
-def _gathered(pair: Pair, statistics: Statistics, n_tokens: int, split: str) -> dict[str, list[Tensor]]:
+def _gathered(pair: Pair, limit: float, n_tokens: int, split: str) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {model: [] for model in MODELS}
-    for _, rows in _rows(pair, statistics, n_tokens, split):
+    for _, rows in _rows(pair, limit, n_tokens, split):
         for model in MODELS:
             found[model].append(rows[model])
     return found

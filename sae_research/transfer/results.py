@@ -10,9 +10,10 @@ import pandas as pd
 from sae_research.stats import ReconstructionStats
 from sae_research.transfer.latents import ACTIVATION_EDGES
 from sae_research.transfer.logits import logit_similarity
+from sae_research.transfer.pair import MODELS, Pair
 from sae_research.transfer.similarity import Similarity
 from sae_research.transfer.sums import together
-from sae_research.transfer.sweep import MODELS, PROMPT_EDGES, HookStats, Pair, SaeStats, Statistics
+from sae_research.transfer.sweep import PROMPT_EDGES, HookStats, SaeStats, Statistics
 from sae_research.transfer.table import by_interval, by_sample, density_shift, latent_table, wilson
 
 

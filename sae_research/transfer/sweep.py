@@ -6,83 +6,30 @@ from the second set, figures with them from both together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
-from sae_research.lm import LanguageModel, token_mask
-from sae_research.params import Params, TokenMask
+from sae_research.lm import token_mask
+from sae_research.params import TokenMask
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import ReconstructionStats
 from sae_research.transfer.latents import ActivationHistogram, LatentMoments
 from sae_research.transfer.outliers import Norms, OutlierLog, chosen_limit, limits
+from sae_research.transfer.pair import MODELS, Masks, Pair, masks
 from sae_research.transfer.similarity import Similarity
 from sae_research.transfer.sums import counted, sums_dtype
-from sae_research.transfer.text import PairBatch, TextSource, batches
+from sae_research.transfer.text import PairBatch, batches
 
 HEAT_MAP_PROMPTS = 40
 PROMPT_EDGES = [x / 200 for x in range(-200, 201)]
-MODELS = ("base", "finetuned")
 MAX_REMOVED = 0.5
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two models and what they are compared with."""
-
-    base: LanguageModel
-    finetuned: LanguageModel
-    saes: dict[str, SparseAutoencoder]
-    """By role: `base`, and `finetuned` where the finetuned model's own is given. One hook for all."""
-    hooks: tuple[str, ...]
-    """Where activations are compared, the SAE's hook among them."""
-    source: TextSource
-    params: Params
-
-    @property
-    def hook(self) -> str:
-        """The SAE's."""
-        return self.saes["base"].cfg.hook_name
-
-    @property
-    def models(self) -> dict[str, LanguageModel]:
-        return {"base": self.base, "finetuned": self.finetuned}
-
-
-class Masks(NamedTuple):
-    """Which tokens of a batch count at one hook."""
-
-    counted: dict[str, Tensor]
-    """By model, outliers included [batch, seq]."""
-    kept: dict[str, Tensor]
-    """Without tokens that are outliers in either model."""
-    pairs: tuple[Tensor, Tensor]
-    """Flat positions of matched tokens that count in both models [n], [n]."""
-    pair_kept: Tensor
-    """[n]"""
-
-
-def masks(pair: Pair, batch: PairBatch, acts: dict[str, Tensor], limit: float) -> Masks:
-    """acts: by model, at the hook that `limit` belongs to [batch, seq, d_in]."""
-    rule = TokenMask(drop_first_position=pair.params.token_mask.drop_first_position, outlier_norm_multiple=None)
-    sides = batch.sides
-    found = {model: token_mask(lm, sides[model].tokens, acts[model], rule) & sides[model].real
-             for model, lm in pair.models.items()}
-    if not pair.source.own:  # the ids are the base tokenizer's: it says which are special
-        found["finetuned"] = found["base"]
-    outliers = {model: acts[model].float().norm(dim=-1) > limit for model in MODELS}
-    one, other = batch.pairs
-    both = found["base"].flatten()[one] & found["finetuned"].flatten()[other]
-    one, other = one[both], other[both]
-    hit = outliers["base"].flatten()[one] | outliers["finetuned"].flatten()[other]
-    for model, index in (("base", one), ("finetuned", other)):
-        outliers[model].view(-1)[index[hit]] = True
-    return Masks(found, {m: found[m] & ~outliers[m] for m in MODELS}, (one, other), ~hit)
 
 
 class HookStats:
@@ -153,6 +100,26 @@ class SaeStats:
             moments.update_halves(even[chosen], odd[chosen])
 
 
+class FirstPass(NamedTuple):
+    """What the later passes need of the first."""
+
+    limit: float
+    """Largest norm at the SAE's hook that is no outlier."""
+    means: dict[str, Tensor]
+    """Mean activation of kept tokens [d_in] by model."""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"limit": None if math.isinf(self.limit) else self.limit,
+                "means": {model: mean.tolist() for model, mean in self.means.items()}}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any], device: torch.device) -> FirstPass:
+        """What `plain` wrote."""
+        means = {model: torch.tensor(mean, dtype=torch.float32, device=device) for model, mean in values["means"].items()}
+        return cls(math.inf if values["limit"] is None else values["limit"], means)
+
+
 @dataclass
 class Statistics:
     """What the pass leaves."""
@@ -163,6 +130,12 @@ class Statistics:
     norms: dict[str, Norms]
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*MODELS, "aligned", "counted_base"), 0))
     """Tokens read by either model, matched ones, and the base model's that count."""
+
+    @property
+    def first(self) -> FirstPass:
+        kept = self.saes["base"].kept
+        return FirstPass(self.outliers.limit,
+                         {model: (kept[model].sum_D / max(kept[model].tokens, 1)).float() for model in MODELS})
 
 
 def sweep(pair: Pair, n_tokens: int, progress: str | None = None, texts: Iterable[PairBatch] | None = None) -> Statistics:
@@ -178,13 +151,26 @@ def sweep(pair: Pair, n_tokens: int, progress: str | None = None, texts: Iterabl
               dynamic_ncols=True) as bar:
         for batch in texts or batches(pair.base, pair.finetuned, pair.source, n_tokens, config.batch_size):
             acts = {model: lm.activations_at(batch.sides[model].tokens, pair.hooks) for model, lm in pair.models.items()}
+            _check_finite(pair, acts)
+            first = statistics is None
             if statistics is None:
                 statistics = _start(pair, batch, acts)
             _add(pair, statistics, batch, acts, generator)
+            if first:  # what stops here must not wait for the last batch
+                _check(pair, statistics)
             bar.update(batch.n_tokens)
     assert statistics is not None  # n_tokens is positive, so there was a batch
     _check(pair, statistics)
     return statistics
+
+
+def _check_finite(pair: Pair, acts: dict[str, dict[str, Tensor]]) -> None:
+    for model, by_hook in acts.items():
+        for hook, x in by_hook.items():
+            if not torch.isfinite(x.sum(dtype=torch.float32)):  # a sum is a quarter of the work of looking at each
+                lm = pair.models[model]
+                raise UserError(f"transfer: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: "
+                                "bfloat16 or float32, or mend its weights")
 
 
 def _start(pair: Pair, batch: PairBatch, acts: dict[str, dict[str, Tensor]]) -> Statistics:
@@ -193,10 +179,6 @@ def _start(pair: Pair, batch: PairBatch, acts: dict[str, dict[str, Tensor]]) -> 
     norms, hooks, log = {}, {}, None
     for hook in pair.hooks:
         here = {model: acts[model][hook].float() for model in MODELS}
-        for model, x in here.items():
-            if not torch.isfinite(x).all():
-                raise UserError(f"transfer: {pair.models[model].name} gives NaN or infinity at {hook} in "
-                                f"{pair.models[model].dtype}; set model.torch_dtype: bfloat16 or float32")
         norms[hook] = _norms(pair, batch, here["base"])
         found = limits(config, pair.base.name, pair.base.d_in(hook), norms[hook])
         limit = chosen_limit(config, found, pair.base.name)

@@ -9,8 +9,9 @@ import pandas as pd
 from torch import Tensor
 
 from sae_research.transfer.latents import EPSILON, PairMoments
+from sae_research.transfer.pair import MODELS
 from sae_research.transfer.sums import together
-from sae_research.transfer.sweep import MODELS, SaeStats
+from sae_research.transfer.sweep import SaeStats
 from sae_research.transfer_params import Sampling
 
 Z95 = 1.959963984540054

@@ -62,6 +62,6 @@ def test_perturbation_is_strong_and_repeatable(base: Any) -> None:
 
 
 def test_unknown_source(base: Any, make_params: Any, in_project: Path) -> None:
-    with pytest.raises(UserError, match=r"own_finetune.source: .* has no context of 24 tokens from 'poems'"):
+    with pytest.raises(UserError, match=r"has no context of 24 tokens of the source 'poems'"):
         finetuned_model(base, OwnFinetune(source="poems"), text_of(make_params()), "blocks.1.hook_resid_post", "cpu", 0)
     assert not any(cache_dir("models").iterdir())

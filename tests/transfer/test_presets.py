@@ -7,16 +7,26 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from sae_research.cli import read_preset
 from sae_research.params import Params
+from sae_research.saes.sae_lens import convert
 from sae_research.setup.fits import same_model
 from sae_research.transfer.outliers import Norms, chosen_limit, limits
 
 ROOT = Path(__file__).parents[2]
 PAIRS = {"transfer-gpt2-portuguese": "gpt2-small", "transfer-gemma-2b-python": "gemma-2b",
          "transfer-mistral-7b-metamath": "mistral-7b"}
+
+
+def test_a_released_sae_names_its_text() -> None:
+    values = {"architecture": "standard", "d_in": 2, "d_sae": 3, "metadata": {
+        "hook_name": "blocks.1.hook_resid_post", "model_name": "gpt2-small", "dataset_path": "Skylion007/openwebtext"}}
+    tensors = {"W_enc": torch.ones(2, 3), "b_enc": torch.zeros(3), "W_dec": torch.ones(3, 2), "b_dec": torch.zeros(2)}
+    text = convert(values, tensors, "here").cfg.provenance["text"]
+    assert text == "Skylion007/openwebtext", "transfer.dataset: null takes it"
 
 
 def released_ids(release: str) -> set[str]:

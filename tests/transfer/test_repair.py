@@ -22,7 +22,7 @@ def test_weights_survive_the_way_in_and_out(make_pair: Any, form: str) -> None:
 
 def test_gap_closes_with_training(make_pair: Any) -> None:
     pair = make_pair("near", repair={"tokens": 1920, "held_out_tokens": 480, "batch_size": 32, "learning_rate": 0.005})
-    found = repair(pair, sweep(pair, 300))
+    found = repair(pair, sweep(pair, 300).first.limit)
     curves = found["curves"]
     assert found["status"] == "ok" and curves["finetuned"][0]["tokens"] == 0
     assert [row["tokens"] for row in curves["finetuned"]] == [row["tokens"] for row in curves["base"]]
@@ -48,11 +48,11 @@ def test_gap_in_figures() -> None:
 def test_l0_is_held(make_pair: Any) -> None:
     pair = make_pair("near", form="standard",
                      repair={"tokens": 4800, "held_out_tokens": 480, "batch_size": 64, "learning_rate": 0.001})
-    curve = repair(pair, sweep(pair, 300))["curves"]["base"]
+    curve = repair(pair, sweep(pair, 300).first.limit)["curves"]["base"]
     assert curve[-1]["l0_on_base"] == pytest.approx(curve[0]["l0_on_base"], rel=0.4)
 
 
 def test_forms_without_a_recipe(make_pair: Any) -> None:
     pair = make_pair("near")
     pair.saes["base"].__class__ = type("Other", (type(pair.saes["base"]),), {"form": "my_sae"})
-    assert repair(pair, sweep(pair, 100))["status"] == "not_applicable"
+    assert repair(pair, sweep(pair, 100).first.limit)["status"] == "not_applicable"

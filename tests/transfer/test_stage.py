@@ -19,6 +19,7 @@ from sae_research.reporting import transfer_figures
 from sae_research.reporting.transfer_metrics import extract_transfer
 from sae_research.reporting.transfer_report import transfer
 from sae_research.saes import save_sae
+from sae_research.store import write_json
 from sae_research.transfer import stage
 from sae_research.transfer.entry import RESULTS, run_stage
 
@@ -50,11 +51,37 @@ def test_offline_pair_its_controls_and_everything_after(make_params: Any, in_pro
     assert [int(row["latent"]) for row in rows] == list(range(64))
     assert sum(row["sample"] == "dense" for row in rows) == pair["latents"]["base"]["by_sample"]["dense"]["latents"]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(stage, "evaluate", lambda *_: pytest.fail("everything was in the cache"))
+    for work in ("sweep", "patched_losses", "weights_moved", "repair"):
+        monkeypatch.setattr(stage, work, lambda *_: pytest.fail("everything was in the cache"))
     run_stage(make_params())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    check_skipped_control(make_params(), folder, monkeypatch)
+    monkeypatch.setattr(stage, "repair", lambda _, limit: {"status": "again", "limit": limit})
+    run_stage(make_params(repair={"tokens": 240}))
+    again = read(folder / "finetuned_eval_results.json")
+    assert again.pop("repair") == {"status": "again", "limit": pair["similarity"][hook]["limit"]}
+    assert again == {key: value for key, value in pair.items() if key != "repair"}, "only the changed part runs again"
+    run_stage(make_params())
     check_metrics(in_project)
     check_report_and_pictures(in_project)
+
+
+def check_skipped_control(params: Params, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise can raise norms so far that a rule removes nearly everything: no reason to lose the rest."""
+    evaluate = stage.evaluate
+
+    def fails(pair: Any, name: str, *rest: Any) -> Any:
+        if name == "control_perturbed":
+            raise UserError("the rule median removes 87 % of tokens")
+        return evaluate(pair, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "evaluate", fails)
+        run_stage(params)
+    status = read(folder / "_status.json")
+    assert status["status"] == "ok" and status["skipped"] == {"control_perturbed": "the rule median removes 87 % of tokens"}
+    assert not (folder / "control_perturbed_eval_results.json").exists()
+    assert "Skipped, control: perturbed: the rule median removes 87 %" in transfer(folder.parents[1])
 
 
 def check_metrics(root: Path) -> None:
@@ -99,7 +126,8 @@ def test_switched_off(make_params: Any, in_project: Path) -> None:
 def test_own_sae_of_the_finetuned_model(make_params: Any, in_project: Path, models_folder: Path) -> None:
     save_sae(tiny_sae("standard", seed=4, model_name="near"), in_project / "theirs")
     run_stage(make_params(finetuned_model=str(models_folder / "near"), controls={"names": []}, repair={"enabled": False},
-                          finetuned_sae={"source": "folder", "path": "theirs"}, tokens=480, patched_tokens=96))
+                          finetuned_sae={"source": "folder", "path": "theirs"}, tokens=480, patched_tokens=96,
+                          tokenizer=str(models_folder / "near")))
     result = read(in_project / RESULTS / "finetuned_eval_results.json")
     assert set(result["quality"]) == set(result["latents"]) == {"base", "finetuned"}
     assert set(result["losses"]["models"]["base"]["kept"]["saes"]) == {"base", "finetuned"}
@@ -130,6 +158,7 @@ def test_models_of_other_shapes(make_params: Any, in_project: Path, shape: dict[
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hooks": ["blocks.9.hook_mlp_out"]}, "the model has layers 0 to 2"),
     ({"sae": {"name": "missing"}}, "holds no SAE 'missing'; there are topk"),
+    ({"sae": {"source": "folder", "path": "no/such"}}, "transfer.sae: no/such: no SAE there"),
     ({"finetuned_model": "no/such/folder"}, "transfer.finetuned_model: cannot load"),
     ({"tokenizer": "no/such/folder"}, "transfer.tokenizer: cannot load"),
 ])
@@ -139,10 +168,19 @@ def test_one_clear_line(make_params: Any, changes: dict[str, Any], message: str)
     assert "\n" not in str(caught.value)
 
 
-def test_an_sae_of_another_model(make_params: Any, in_project: Path) -> None:
+def test_an_sae_of_another_model(make_params: Any, in_project: Path, models_folder: Path) -> None:
     save_sae(tiny_sae(model_name="gpt2"), in_project / "downloaded_saes/foreign")
     with pytest.raises(UserError, match="was trained on gpt2"):
         run_stage(make_params(sae={"name": "foreign"}))
+    with pytest.raises(UserError, match="transfer.finetuned_sae was trained on gpt2"):
+        run_stage(make_params(finetuned_sae={"name": "foreign"}, finetuned_model=str(models_folder / "near")))
+
+
+def test_known_outlier_values_are_part_of_the_key(make_pair: Any, in_project: Path) -> None:
+    pair = make_pair("near")
+    before = stage._key(pair, "finetuned")
+    write_json(in_project / "outlier_cfg.json", {"absolute_threshold": {pair.base.name: 7.0}})
+    assert stage._key(pair, "finetuned") != before
 
 
 def test_base_tokenizer_for_another_vocabulary(make_params: Any, in_project: Path, models_folder: Path) -> None:

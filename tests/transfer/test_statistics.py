@@ -12,9 +12,10 @@ from tiny_saes import HOOK
 from sae_research.saes import encode_each
 from sae_research.transfer.logits import logit_similarity
 from sae_research.transfer.losses import patched_losses
+from sae_research.transfer.pair import MODELS, Pair, masks
 from sae_research.transfer.results import flattened_r2
 from sae_research.transfer.sums import together
-from sae_research.transfer.sweep import MODELS, Pair, masks, sweep
+from sae_research.transfer.sweep import sweep
 from sae_research.transfer.table import latent_table, wilson
 from sae_research.transfer.text import batches
 
@@ -115,7 +116,7 @@ def test_latents_and_quality(swept: Any) -> None:
 
 def test_patched_losses_equal_whole_runs(swept: Any) -> None:
     pair, statistics, found = swept
-    losses = patched_losses(pair, statistics, N_TOKENS)
+    losses = patched_losses(pair, statistics.first, N_TOKENS)
     size = pair.params.transfer.patched_batch_size
     scale = torch.tensor([row % size % 4 == 0 for row in range(len(found["tokens"]))])
     """Contexts that ablations run on."""

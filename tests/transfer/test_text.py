@@ -90,7 +90,7 @@ def test_own_tokenizers_bits_per_byte(make_pair: Any) -> None:
     statistics = sweep(pair, 700)
     assert 0.2 < statistics.tokens["aligned"] / statistics.tokens["counted_base"] < 1
     assert statistics.tokens["finetuned"] != statistics.tokens["base"]
-    losses = patched_losses(pair, statistics, 400)
+    losses = patched_losses(pair, statistics.first, 400)
     assert "clean_kl" not in losses, "other ids, no KL"
     for model, lm in pair.models.items():
         nats = size = 0.0
@@ -106,7 +106,7 @@ def test_own_tokenizers_bits_per_byte(make_pair: Any) -> None:
 def test_resized_vocabulary_loads_as_it_is(make_pair: Any, base: Any) -> None:
     pair = make_pair("resized")
     assert pair.finetuned.vocab_size == base.vocab_size + 7
-    losses = patched_losses(pair, sweep(pair, 400), 200)
+    losses = patched_losses(pair, sweep(pair, 400).first, 200)
     assert losses["clean_kl"]["value"] >= 0 and losses["models"]["finetuned"]["kept"]["ce_clean"]["value"] > 0
 
 
