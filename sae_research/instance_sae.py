@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_research.errors import UserError
 from sae_research.pursuit import matching, orthogonal, thresholding
 from sae_research.pursuit.dictionary import Dictionary, Normalise, check_atoms, shared_dictionary
-from sae_research.saes.base import SAEConfig, SparseAutoencoder
+from sae_research.saes.base import SAEConfig, SparseAutoencoder, all_finite
 
 GRAM_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -103,7 +103,7 @@ class PursuitSAE(SparseAutoencoder):
         x_ND = first.centred(x).reshape(-1, first.cfg.d_in)
         kept_N = torch.arange(len(x_ND), device=x.device) if mask is None else mask.reshape(-1).nonzero()[:, 0]
         x_KD = x_ND if mask is None else x_ND[kept_N]
-        if not torch.isfinite(x_KD).all():  # there is no largest correlation where one is NaN
+        if not all_finite(x_KD):  # there is no largest correlation where one is NaN
             raise UserError(f"{cls.form}: the activations hold NaN or infinity; use model.torch_dtype float32 or bfloat16")
         for atoms_KS, coefficients_KS in first.chosen(x_KD.detach(), [member.size for member in members]):
             z_NF = torch.zeros(len(x_ND), first.cfg.d_sae, dtype=x_ND.dtype, device=x.device)
@@ -151,7 +151,7 @@ class IHTPSAE(PursuitSAE):
         mask_BS = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
         tokens = [row.nonzero()[:, 0] for row in mask_BS]
         kept = [x_SD[index].detach() for x_SD, index in zip(x_BSD, tokens, strict=True)]
-        if not all(bool(torch.isfinite(x_TD).all()) for x_TD in kept):
+        if not all(all_finite(x_TD) for x_TD in kept):
             raise UserError(f"{cls.form}: the activations hold NaN or infinity; use model.torch_dtype float32 or bfloat16")
         found = thresholding.fit_sequences(kept, first.dictionary(), [member.k for member in members],
                                            iterations=first.iterations)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would spin beside the drawing
+gc.disable()  # a process of a second that only makes objects: looking through them again and again took a tenth of it
 
 from sae_research.errors import run_main  # noqa: E402
-from sae_research.params import load_params  # noqa: E402
 from sae_research.reporting.figures import draw_all  # noqa: E402
 from sae_research.reporting.plot_data import write_plot_data  # noqa: E402
 from sae_research.reporting.run import read_run  # noqa: E402
 from sae_research.reporting.transfer_figures import draw_transfer  # noqa: E402
+from sae_research.visualization_params import load_visualization  # noqa: E402
 
 
 def main() -> None:
-    style = load_params().visualization
+    style = load_visualization()
     run = read_run()
     write_plot_data(run)
     workers = 2 if sys.platform == "linux" else 1  # forking after matplotlib's import is safe on Linux only

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sae_research.evals import clusters, inputs, output, pool, sae_bench_stats
 from sae_research.evals.clusters import Clusters, ReconstructionSums, clusters_by_context, clusters_of
-from sae_research.evals.core_figures import evidence, lab_predictions, sae_bench_predictions
+from sae_research.evals.core_figures import evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
@@ -163,10 +163,10 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str,
         lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
         for name, z_all, z_lab in _encodings(saes, batch.acts, lab_mask if group.lab else None):
             state, sae = states[name], saes[name]
-            target = sae.target(batch.acts)
-            state.sae_bench.update(target, sae.decode(z_all), z_all, bench_mask)
+            target, x_hat = sae.target(batch.acts), sae.decode(z_all)
+            state.sae_bench.update(target, x_hat, z_all, bench_mask)
             if z_lab is not None:
-                x_hat = sae.decode(z_lab)
+                x_hat = _lab_reconstruction(sae, x_hat, z_lab)
                 state.lab.update(target, x_hat, z_lab, lab_mask)
                 state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
                 _count_support(state, sae, z_lab, lab_mask)
@@ -193,6 +193,11 @@ def _encodings(saes: dict[str, SparseAutoencoder], x: Tensor,
             yield name, z, z_masked
 
 
+def _lab_reconstruction(sae: SparseAutoencoder, x_hat: Tensor, z_lab: Tensor) -> Tensor:
+    """For our definition, read where tokens count alone: encoded token by token it is there `x_hat` of all tokens."""
+    return x_hat if sae.per_token else sae.decode(z_lab)
+
+
 def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mask: Tensor) -> None:
     """How many latents a sequence uses at all, and whether least squares on them can reproduce anything."""
     support_B = (z != 0).any(dim=1).sum(dim=-1)
@@ -209,7 +214,7 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
     latent, sequences = latent_weights(sae), max(state.sequences, 1)
     bench_density, density = state.sae_bench.density(), state.lab.density
     return {
-        "sae_bench": _minus_one_for_nan({**state.sae_bench.metrics(),
+        "sae_bench": minus_one_for_nan({**state.sae_bench.metrics(),
                                          "misc_metrics": misc_metrics(bench_density, latent)}),
         "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
         "lab": {**state.lab.metrics(), "support": state.support / sequences,
@@ -283,9 +288,10 @@ def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Bat
         shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
     for name, z_all, z_lab in _encodings(saes, x, lab_mask if group.lab else None):
         sae = saes[name]
-        sums = shared | _sums("sae_bench", bench_mask, patched=run(sae.decode(z_all)))
+        x_hat = sae.decode(z_all)
+        sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
         if z_lab is not None:
-            patched = run(torch.where(kept, sae.decode(z_lab).to(x.dtype), x))
+            patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
             sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
         yield name, sums
 
@@ -340,11 +346,5 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "context_size": group.pool.sequences[0].shape[0], "compute_kl": True, "compute_ce_loss": True,
         "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
         "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
-    return output.core_output(bench_config, _minus_one_for_nan(metrics), sparsity["details"], unstructured,
+    return output.core_output(bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured,
                               output.envelope(name, sae, "core"))
-
-
-def _minus_one_for_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """SAE Bench's own mark for a figure that is not a number, in its block only: JSON has no NaN."""
-    return {category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
-            for category, values in metrics.items()}

@@ -36,6 +36,12 @@ def sae_bench_predictions(sums: Sums) -> dict[str, dict[str, float]]:
     }
 
 
+def minus_one_for_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """SAE Bench's own mark for a figure that is not a number, in its block only: JSON has no NaN."""
+    return {category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
+            for category, values in metrics.items()}
+
+
 def lab_predictions(sums: Sums) -> dict[str, float]:
     """ΔCE and KL in nats per predicted token; loss recovered as SAE Bench's score, over zero- and mean-ablation."""
     ce = {run: _mean(sums, "lab", "ce", run) for run in ("clean", "zero", "mean", "patched")}

@@ -37,15 +37,15 @@ class SaeBenchStats:
         self._tokens(
             l2_norm_in=norm_T, l2_norm_out=hat_norm_T,
             l2_ratio=hat_norm_T / torch.where(norm_T < 1e-4, 1.0, norm_T),
-            l0=(z_TF != 0).sum(-1).float(), l1=z_TF.sum(-1),
+            l0=torch.linalg.vector_norm(z_TF, 0, dim=-1, dtype=torch.float32), l1=z_TF.sum(-1),
             mse=residual_T / len(x_TD),
             explained_variance_legacy=1 - residual_T / (x_TD - x_TD.mean(0)).square().sum(-1),
             cossim=dot_T / (norm_T * hat_norm_T))
         self._batch(bias=hat_norm_T.square().mean() / dot_T.mean(), squares=squares_TD.sum(-1).mean(),
                     mean_square=squares_TD.mean(), residual=residual_T.mean())
-        positive = (z > 0) & mask[..., None]
+        positive = ((z > 0) & mask[..., None]).float()  # sums of booleans are slow
         self.fired_F += positive.sum((0, 1))
-        self.prompts_F += positive.any(1).sum(0)
+        self.prompts_F += positive.amax(1).sum(0)
         self.tokens += int(mask.sum())
 
     def metrics(self) -> dict[str, dict[str, float]]:

@@ -17,7 +17,6 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import UserError
 from sae_research.evals import inputs, output, pool, probes, text_means
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.probes import (
@@ -28,13 +27,14 @@ from sae_research.evals.probes import (
     top_k_accuracy,
     top_k_correct,
 )
+from sae_research.evals.tasks import load_tasks, need_one
 from sae_research.evals.text_means import Means, TextActivations, text_numbers, tokenise
 from sae_research.intervals import accuracy, interval, packed, unpacked
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
-from sae_research.text.tasks import Task, TaskUnavailable, load_task
+from sae_research.text.tasks import Task
 
 _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
 
@@ -103,15 +103,9 @@ def _sources() -> list[ModuleType]:
 
 def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
     config = params.sparse_probing
-    tasks: list[Task] = []
-    for name in config.dataset_names:
-        try:
-            tasks.append(load_task(name, config.probe_train_set_size, config.probe_test_set_size, params.random_seed))
-        except TaskUnavailable as error:
-            stage.skip(name, str(error))
-    if not tasks:
-        raise UserError("sparse_probing.dataset_names: no task is usable: " + "; ".join(
-            f"{what}: {why}" for what, why in stage.skipped.items()))
+    tasks = load_tasks(config.dataset_names, config.probe_train_set_size, config.probe_test_set_size, params.random_seed,
+                       stage)
+    need_one("sparse_probing", tasks, stage)
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
     return _Texts(tokenise(lm, list(row_of), config.context_length),
                   {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks},

@@ -8,6 +8,9 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,8 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
         folder = Path(name)
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: the folder {name} has no config.json")
+    elif name.startswith((".", "/", "~")):
+        raise UserError(f"model.name: {name}: no such folder")
     else:
         folder = _hub_name(name)
     model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype))
@@ -129,8 +134,9 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32)
+    with _parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32)
     # The weights are plain floats now; transformers refuses to save them while these say otherwise.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
@@ -139,3 +145,22 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     tokenizer.bos_token = "<|endoftext|>"
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers opens a GGUF file anew and parses its 100,000 strings byte by byte for the tokenizer, the
+    configuration and the weights; in here it opens the file once and reads a string at a time."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    reader, parse = gguf.GGUFReader, loader._gguf_parse_value
+
+    def parse_fast(value: Any, types: list[int]) -> Any:
+        return value.tobytes().decode() if types[-1] == gguf.GGUFValueType.STRING else parse(value, types)
+
+    gguf.GGUFReader, loader._gguf_parse_value = lru_cache(maxsize=1)(reader), parse_fast
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, loader._gguf_parse_value = reader, parse

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sae_research.errors import UserError
 from sae_research.lm.hooks import HookPoint, find_layers, locate
+from sae_research.lm.products import use_onednn
 
 
 class _Stop(Exception):
@@ -50,6 +51,7 @@ class LanguageModel:
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)
+        use_onednn(model)
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint

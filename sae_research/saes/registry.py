@@ -37,10 +37,13 @@ class _Registry(Mapping[str, type[SparseAutoencoder]]):
         module_name, class_name = place.split(":", 1)
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise UserError(f"{place}: cannot import {module_name} ({error}); "
-                            "put the file into custom_saes/ and write custom_saes.FILE:CLASS") from None
-        cls = getattr(module, class_name, None)
+        except (ImportError, SyntaxError) as error:
+            absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+            mend = "; put the file into custom_saes/ and write custom_saes.FILE:CLASS" if absent else ""
+            raise UserError(f"{place}: cannot import {module_name} ({error}){mend}") from None
+        if not hasattr(module, class_name):
+            raise UserError(f"{place}: {module_name} has no class {class_name}")
+        cls = getattr(module, class_name)
         if not (isinstance(cls, type) and issubclass(cls, SparseAutoencoder)):
             raise UserError(f"{place}: {class_name} is not a subclass of sae_research.saes.SparseAutoencoder")
         return cls

@@ -44,7 +44,7 @@ class CleanPredictions:
             log_q = torch.log_softmax(part.float(), dim=-1)
             log_p = self.log_p_NV[rows]
             ce_N[rows] = -log_q.gather(1, self.targets_N[rows, None])[:, 0]
-            kl_N[rows] = torch.linalg.vecdot(log_p.exp(), log_q.neg_().add_(log_p))
+            kl_N[rows] = torch.sub(log_p, log_q, out=log_q).mul_(log_p.exp()).sum(dim=-1)
         return self._without_last(ce_N), kl_N.reshape(self.batch, self.seq)
 
     def _without_last(self, values_N: Tensor) -> Tensor:

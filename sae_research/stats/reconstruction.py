@@ -52,8 +52,8 @@ class ReconstructionStats:
         self.sum_D += x_TD.sum(0, dtype=wide)
         self.sum_squares_D += x_TD.square().sum(0, dtype=wide)
         self.residual_D += (x_TD - hat_TD).square().sum(0, dtype=wide)
-        self.firing_F += (z_TF != 0).sum(0, dtype=wide)
-        self.l1 += z_TF.abs().sum(dtype=wide)
+        self.firing_F += (z_TF != 0).float().sum(0)  # sums of booleans are slow
+        self.l1 += torch.linalg.vector_norm(z_TF, 1, dim=1, dtype=torch.float32).sum(dtype=wide)
         norm_T, hat_norm_T, dot_T = x_TD.norm(dim=1), hat_TD.norm(dim=1), (x_TD * hat_TD).sum(1)
         self.cosine += (dot_T / (norm_T * hat_norm_T).clamp_min(1e-12)).sum(dtype=wide)
         self.ratio += (hat_norm_T / norm_T.clamp_min(1e-12)).sum(dtype=wide)

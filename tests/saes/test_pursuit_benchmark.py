@@ -18,7 +18,7 @@ def test_both_sides_do_the_same() -> None:
 
 def test_rows(monkeypatch) -> None:
     monkeypatch.setattr(pursuit, "BANDWIDTH_NUMBERS", 100_000)
-    rows = pursuit.compare(SHAPE)
+    rows = pursuit.measured(SHAPE)
     assert list(rows) == ["matching pursuit, s = 100", "IHTP, k = 5", "IHTP, four k", "IHTP, k = 5, the fits alone"]
     assert all(ours > 0 and loop > 0 for ours, loop in rows.values())
     traffic = pursuit.memory_traffic(SHAPE)

@@ -10,7 +10,7 @@ import torch
 from random_saes import OWN_FORMS, make_sae, random_activations
 
 from sae_research.errors import UserError
-from sae_research.saes import SAEConfig, load_sae, save_sae, save_variant
+from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae, save_sae, save_variant
 
 
 @pytest.mark.parametrize("form", OWN_FORMS)
@@ -112,6 +112,24 @@ def test_harmed_folders(harm, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_sae(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_a_users_module_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_written.py").write_text("class Mine(:")
+    (tmp_path / "needs_more.py").write_text("import not_there_at_all")
+    (tmp_path / "other_kind.py").write_text("class Mine: ...")
+    for form, message in {
+        "no_such_file:Mine": r"cannot import no_such_file \(.*\); put the file into custom_saes/",
+        "half_written:Mine": r"cannot import half_written \(.*line 1\)\)$",
+        "needs_more:Mine": r"cannot import needs_more \(No module named 'not_there_at_all'\)$",
+        "other_kind:Yours": "other_kind has no class Yours",
+        "other_kind:Mine": "Mine is not a subclass of",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            form_class(form)
+    with pytest.raises(UserError, match="defines no encode"):
+        SparseAutoencoder.encode(make_sae("standard"), random_activations())
 
 
 def test_centred_input_and_target() -> None:
