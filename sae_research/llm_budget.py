@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from sae_research.errors import UserError
-from sae_research.params import ChatEndpoint
+from sae_research.eval_params import ChatEndpoint
 
 Messages = list[dict[str, str]]
 """`{"role": "system" | "user" | "assistant", "content": ...}`, in order."""

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from sae_research.errors import UserError
+from sae_research.eval_params import ChatEndpoint
 from sae_research.llm_budget import Messages
-from sae_research.params import ChatEndpoint
 from sae_research.store import ResultCache, fingerprint
 
 _RETRIED = (408, 409, 425, 429, *range(500, 600))

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_model import make_tiny_model, make_tiny_text
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`make test-slow` takes everything in: what needs a GPU runs where one is, and says why not elsewhere."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
 
 
 @pytest.fixture(scope="session")

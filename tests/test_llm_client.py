@@ -13,9 +13,9 @@ import pytest
 from llm_server import DROP, HANG, Http, completion, serve_llm
 
 from sae_research.errors import UserError
+from sae_research.eval_params import ChatEndpoint
 from sae_research.llm_budget import Budget, check_budget, estimate_tokens
 from sae_research.llm_client import ChatClient, NoAnswer
-from sae_research.params import ChatEndpoint
 
 KEY = "sk-very-secret-0123456789"
 

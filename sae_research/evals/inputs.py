@@ -52,7 +52,7 @@ def result_key(sae: SparseAutoencoder, lm: LanguageModel, inputs: Any, modules: 
     of the modules that compute it."""
     sources = {*modules, base, inspect.getmodule(type(sae))}
     if isinstance(sae, instance_sae.PursuitSAE):
-        sources |= {instance_sae, *pursuit.source_modules()}
+        sources |= {instance_sae, pursuit}
     return fingerprint({
         "sae": sae.weights_fingerprint(), "inputs": inputs, "model": lm.fingerprint, "dtype": str(lm.dtype),
         "device": lm.device.type, "torch": torch.__version__,

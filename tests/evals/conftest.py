@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from autointerp_lab import BUFFER, TOP, WEIGHTED
 
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
@@ -24,5 +26,18 @@ def make_params(tiny_inputs: Path, in_project: Path) -> Any:
             "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
             "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2,
                           "n_eval_sparsity_variance_batches": 3}, **sections})
+
+    return make
+
+
+@pytest.fixture
+def settings(make_params: Any) -> Callable[..., Params]:
+    """Parameters for autointerp; keywords are changes to its section."""
+    def make(**changes: Any) -> Params:
+        return make_params(eval_types={"autointerp": True}, autointerp={
+            "base_url": "http://127.0.0.1:1/v1", "model": "judge", "api_key_env": "", "n_latents": 5, "buffer": BUFFER,
+            "total_tokens": 2_400, "n_top_ex_for_generation": 4, "n_top_ex_for_scoring": TOP - 4,
+            "n_iw_sampled_ex_for_generation": 2, "n_iw_sampled_ex_for_scoring": WEIGHTED - 2, "n_random_ex_for_scoring": 5,
+            "timeout_seconds": 5, "max_retries": 1, "backoff_seconds": 0.01, "concurrency": 2, **changes})
 
     return make

@@ -7,16 +7,14 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from sae_research.evals import output
 from sae_research.evals.autointerp.judge import FAILED, SCORED, UNPARSABLE
 from sae_research.evals.autointerp.windows import Windows
+from sae_research.intervals import interval, ratio
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 
-_RESAMPLES, _LEVEL = 2_000, 0.95
 _NOT_A_NUMBER = -1.0
 """SAE Bench's own mark, in its block only: JSON has no NaN."""
 
@@ -63,10 +61,10 @@ def _lab(chosen: Windows, records: list[dict[str, Any]], params: Params) -> dict
         "autointerp_balanced_score": statistics.fmean(balanced) if balanced else None,
         "latents_scored": states[SCORED], "latents_unparsable": states[UNPARSABLE], "latents_failed": states[FAILED],
         "answers_cut_off": sum(record["cut_off"] for record in records)}
-    intervals = {"autointerp_score": bootstrap_interval(scores, params.random_seed),
-                 "autointerp_balanced_score": bootstrap_interval(balanced, params.random_seed)}
+    intervals = {"autointerp_score": interval(ratio(scores), params.random_seed),
+                 "autointerp_balanced_score": interval(ratio(balanced), params.random_seed)}
     return {"metrics": {key: value for key, value in figures.items() if value is not None},
-            "intervals": {key: interval for key, interval in intervals.items() if interval is not None},
+            "intervals": {key: list(bounds) for key, bounds in intervals.items() if bounds is not None},
             "judge": params.autointerp.model, "alive_latents": chosen.alive, "passed_over": chosen.passed_over,
             "prompt_tokens": sum(record["prompt_tokens"] for record in records),
             "completion_tokens": sum(record["completion_tokens"] for record in records),
@@ -76,15 +74,6 @@ def _lab(chosen: Windows, records: list[dict[str, Any]], params: Params) -> dict
 def _deviation(values: list[float]) -> float | None:
     """Standard deviation with n - 1, None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def bootstrap_interval(values: list[float], seed: int) -> list[float] | None:
-    """95 % interval of the mean, by resampling latents; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    means = np.asarray(values)[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
-    return [float(bound) for bound in np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])]
 
 
 def _config(lm: LanguageModel, params: Params) -> dict[str, Any]:

@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sae_research.errors import UserError
 from sae_research.evals.scr_tpp import results, scr, tpp
 from sae_research.evals.scr_tpp.ablation import Definition, View
 from sae_research.evals.scr_tpp.stage import Settings, Study, evaluate
+from sae_research.evals.tasks import load_tasks, need_one
 from sae_research.evals.text_means import text_numbers, tokenise
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.store import StageFolder
 from sae_research.text.crossed_tasks import CrossedTask, load_crossed_tasks
-from sae_research.text.tasks import Task, TaskUnavailable, load_task
+from sae_research.text.tasks import Task
 
 SAEs = dict[str, SparseAutoencoder]
 Views = dict[Definition, dict[str, View]]
@@ -37,7 +37,7 @@ def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
     tasks: list[CrossedTask] = []
     for name in settings.dataset_names:
         tasks += load_crossed_tasks(name, settings.train_set_size, settings.test_set_size, params.random_seed, stage.skip)
-    _need_one("scr", tasks, stage)
+    need_one("scr", tasks, stage)
     stage.notes["tasks"] = {task.name: {**task.notes, "first": list(task.first), "second": list(task.second)}
                             for task in tasks}
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
@@ -68,17 +68,12 @@ def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
     reason. Raises `UserError` when no task is left.
     """
     settings = tpp_settings(params)
-    tasks: list[Task] = []
-    for name in settings.dataset_names:
-        try:
-            tasks.append(load_task(name, settings.train_set_size, settings.test_set_size, params.random_seed))
-        except TaskUnavailable as error:
-            stage.skip(name, str(error))
+    tasks = load_tasks(settings.dataset_names, settings.train_set_size, settings.test_set_size, params.random_seed, stage)
     # tasks that are not scored stay in the set of texts: with sparse probing's tasks it is sparse probing's set, and
     # activations and mean latents come from its cache
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
     own = {task.name: tpp.tpp_task(task, row_of, params.random_seed) for task in _with_classes(tasks, stage)}
-    _need_one("tpp", own, stage)
+    need_one("tpp", own, stage)
     stage.notes["tasks"] = {task.name: {**task.notes, "classes": list(task.train)} for task in tasks if task.name in own}
 
     def score(views: Views, thresholds: list[int]) -> dict[str, Any]:
@@ -119,12 +114,6 @@ def _with_classes(tasks: list[Task], stage: StageFolder) -> list[Task]:
             stage.skip(task.name, f"task {task.name} has {len(task.train)} classes: their probes mirror each other, and "
                                   f"the score would be about 0 for any SAE; TPP needs {tpp.MIN_CLASSES}")
     return [task for task in tasks if len(task.train) >= tpp.MIN_CLASSES]
-
-
-def _need_one(section: str, tasks: Any, stage: StageFolder) -> None:
-    if not tasks:
-        raise UserError(f"{section}.dataset_names: no task is usable: " + ("; ".join(
-            stage.skipped.values()) or "the list is empty"))
 
 
 def _rows(tasks: dict[str, Any]) -> Any:
