@@ -1,7 +1,7 @@
 """Every speed that this project claims, against what exists, both sides in one run on the same inputs.
 
-    make repro && make bench                       # all parts
-    python -m benchmarks core scr_tpp --saes 4     # some
+    make repro && make bench                               # all parts, about 20 minutes on 2 cores
+    python -m benchmarks core_probing scr_tpp --saes 8     # some, on more SAEs
 
 Both sides compute everything afresh; neither loading models nor imports are counted. What else is counted stands in the
 docstring of each part's `compare`.
@@ -12,43 +12,55 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from typing import Any
 
 import torch
 
-from benchmarks import stock
 from sae_research.errors import UserError, run_main
 from sae_research.evals.inputs import SAE_FOLDER, load_saes
 from sae_research.lm import load_language_model
 from sae_research.lm.load import packaged_folder
 from sae_research.params import load_params
+from sae_research.saes import SparseAutoencoder
 
-PARTS = ("core_probing", "scr_tpp", "absorption", "sae_probes", "unlearning", "ravel", "autointerp", "training", "transfer",
-         "analysis", "dashboards")
-"""Modules of this package, each with `compare(saes, lm, model, params) -> {row: (our seconds, theirs)}`."""
+PARTS: dict[str, dict[str, Any]] = {
+    "core_probing": {"batches": 2, "tasks": 1}, "scr_tpp": {}, "absorption": {"words_per_letter": 6}, "sae_probes": {},
+    "unlearning": {"questions": 2}, "ravel": {}, "autointerp": {}, "training": {}, "transfer": {"n_tokens": 1024},
+    "analysis": {"tokens": 8192, "latents": 2}, "dashboards": {}, "pursuit": {}}
+"""Modules of this package, each with `compare(saes, lm, model, params, **sizes) -> {row: (our seconds, theirs)}`, and sizes
+that keep the whole short; docs/speed.md holds larger runs."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; default all")
-    parser.add_argument("--saes", type=int, default=8, help="how many SAEs, in the manifest's order (default 8)")
+    parser.add_argument("--saes", type=int, default=3, help="how many SAEs, from all over the manifest (default 3)")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise UserError(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    from benchmarks import stock  # its imports take seconds that --help need not wait
+
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     params = load_params()
     params = params.model_copy(update={
         "activation_caching": params.activation_caching.model_copy(update={"enabled": False})})
     lm = load_language_model(params.model.name, "cpu")
-    saes = dict(list(load_saes(SAE_FOLDER, lm).items())[:options.saes])
+    saes = _some(load_saes(SAE_FOLDER, lm), options.saes)
     model = stock.hooked_model(packaged_folder(params.model.name))
     print(f"{len(saes)} SAEs, {torch.get_num_threads()} threads: {', '.join(saes)}\n", flush=True)
     rows: dict[str, tuple[float, float]] = {}
     for part in options.parts or PARTS:
-        found = importlib.import_module(f"benchmarks.{part}").compare(saes, lm, model, params)
+        found = importlib.import_module(f"benchmarks.{part}").compare(saes, lm, model, params, **PARTS[part])
         print(table(found), flush=True)
         rows |= found
     print(f"\n{table(rows)}")
+
+
+def _some(saes: dict[str, SparseAutoencoder], count: int) -> dict[str, SparseAutoencoder]:
+    """Every n-th SAE, the first among them: one of each kind rather than one family."""
+    names = list(saes)
+    return {names[i * len(names) // count]: saes[names[i * len(names) // count]] for i in range(min(count, len(names)))}
 
 
 def table(rows: dict[str, tuple[float, float]]) -> str:

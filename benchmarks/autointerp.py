@@ -16,7 +16,7 @@ ROW = "autointerp, windows"
 
 
 def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
-            params: Params) -> dict[str, tuple[float, float]]:
+            params: Params, n_tokens: int = 4096) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, stock's) on the same contexts. model: the same one as `stock.hooked_model`.
 
     Counted are the model's pass, encoding, the choice of latents and the cutting of windows for every SAE, on either side
@@ -24,7 +24,7 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
     `SAE_RESEARCH_NO_CACHE=1` must be set and `activation_caching` off.
     """
     config = params.autointerp
-    tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens).tokens
+    tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", n_tokens).tokens
     start = time.perf_counter()
     autointerp.find_windows(saes, lm, params, tokens)
     middle = time.perf_counter()

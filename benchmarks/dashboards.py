@@ -25,7 +25,7 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.text.stream import token_contexts
 from sae_research.text.vocabulary import token_strings
 
-TOKENS = 32_768
+TOKENS = 16_384
 LATENTS_PER_BATCH = 128
 """SAEDashboard's default for Neuronpedia."""
 BATCHES_TIMED = 2

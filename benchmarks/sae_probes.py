@@ -23,10 +23,10 @@ from sae_research.store import StageFolder
 
 STOCK_CONTEXT = 1024
 BLOCKS = {
-    "names": tuple(task_names()[68:80]),
-    "sentences": ("87_glue_cola", "92_glue_sst2", "105_click_bait", "106_hate_hate"),
+    "names": tuple(task_names()[68:74]),
+    "sentences": ("87_glue_cola", "92_glue_sst2"),
 }
-"""Tasks timed together: names of places and works of art (117_us_state_FL to 128_art_type_movie), and some on sentences."""
+"""Tasks timed together: names of places (119_us_state_TX to 124_world_country_United_States), and two on sentences."""
 
 
 def stock_rows(config: SparseProbingSaeProbes, seed: int) -> dict[str, pd.DataFrame]:

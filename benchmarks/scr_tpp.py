@@ -85,7 +85,7 @@ def _stock_seconds(run: Callable[..., Any], saes: dict[str, SparseAutoencoder], 
 def _read_beforehand(crossed: list[CrossedTask], tasks: list[Task]) -> Iterator[None]:
     """Hand our evaluations the tasks that stock is handed, read already."""
     with mock.patch.object(evaluation, "load_crossed_tasks", lambda *_: crossed), \
-            mock.patch.object(evaluation, "load_task", lambda *_: tasks[0]):
+            mock.patch.object(evaluation, "load_tasks", lambda *_: tasks):
         yield
 
 

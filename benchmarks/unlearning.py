@@ -36,12 +36,12 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
     beforehand.
 
     Counted: densities on both corpora (`contexts` each), the choice of latents, and `questions` four-choice questions of
-    each of two sets under every second multiplier, so half of the default's configurations. Both sides are told which
-    questions to ask (the model knows none under all orders; these it answers rightly in the order given). Finding known
-    questions and loading the model count on neither side. Ours scores both definitions.
+    each of two sets under every configuration of `params`. Both sides are told which questions to ask (the model knows
+    none under all orders; these it answers rightly in the order given). Finding known questions and loading the model
+    count on neither side. Ours scores both definitions.
     """
-    config = params.unlearning.model_copy(update={"multipliers": params.unlearning.multipliers[1::2]})
-    params = params.model_copy(update={"unlearning": config, "activation_caching": params.activation_caching.model_copy(
+    config = params.unlearning
+    params = params.model_copy(update={"activation_caching": params.activation_caching.model_copy(
         update={"enabled": False})})
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     corpora = {side: _contexts(lm, name, params, contexts) for side, name in (

@@ -88,7 +88,7 @@ def store_folder(sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> P
     chosen = params.analysis
     modules = {accumulate, layout, base, *map(inspect.getmodule, (type(sae), collect_stats, token_mask, context_chunks))}
     if isinstance(sae, instance_sae.PursuitSAE):
-        modules |= {instance_sae, *pursuit.source_modules()}
+        modules |= {instance_sae, pursuit}
     key = fingerprint({
         "sae": sae.weights_fingerprint(), "hook": sae.cfg.hook_name, "model": lm.fingerprint, "dtype": str(lm.dtype),
         "device": lm.device.type, "torch": torch.__version__, "text": text_fingerprint(params.text, chosen.split),

@@ -119,6 +119,12 @@ def check_steerable(name: str, sae: SparseAutoencoder) -> None:
                         f"tokens before it{instead}")
 
 
+def check_method(method: str) -> None:
+    """Raises `UserError` for a method there is not."""
+    if method not in METHODS:
+        raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
+
+
 def steer(lab: Lab, prompt: str, latent: int, strengths: Sequence[float] = (0.5, 1.0, 2.0), method: Method = "add",
           seeds: Sequence[int] = (0, 1, 2, 3), n_tokens: int = 40, targets: Sequence[str] | None = None,
           temperature: float = 0.7, top_p: float = 0.9, neutral_tokens: int = 512,
@@ -132,8 +138,7 @@ def steer(lab: Lab, prompt: str, latent: int, strengths: Sequence[float] = (0.5,
     name, sae = lab.only
     check_steerable(name, sae)
     check_lab_latents(sae, [latent])
-    if method not in METHODS:
-        raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
+    check_method(method)
     if n_tokens < 1 or not seeds or not strengths:
         raise UserError("steering needs at least one strength, one seed and one token to generate")
     tokens = lab.tokens(prompt)

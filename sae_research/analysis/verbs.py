@@ -169,6 +169,7 @@ def steer(options: argparse.Namespace) -> None:
         return
     if options.sae is None:
         raise UserError("--engine local needs --sae")
+    steering.check_method(options.method)
     lab = open_lab(options)
     name, sae = lab.only
     steering.check_steerable(name, sae)

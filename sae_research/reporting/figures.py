@@ -18,7 +18,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
 from sae_research.errors import UserError
-from sae_research.params import Style, Visualization
 from sae_research.reporting.canvas import (
     GRID,
     INK,
@@ -42,6 +41,7 @@ from sae_research.reporting.metrics import headline
 from sae_research.reporting.plot_data import Point, points, residual_baseline
 from sae_research.reporting.run import Row, Run
 from sae_research.reporting.style import Look, looks, marker_size, short_names
+from sae_research.visualization_params import Style, Visualization
 
 IMAGES = Path("images")
 LOG_Y = {"kl"}

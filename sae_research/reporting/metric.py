@@ -28,6 +28,8 @@ class Metric:
     """One sentence; may hold `{k}`."""
     source: str | None = None
     """`category.name` in SAE Bench's structured block; None for ours, which stands under `key` in lab_v1."""
+    idle: tuple[float, str] | None = None
+    """The value that is had for nothing, and by what; None where there is no such value."""
 
     @property
     def version(self) -> Definition:

@@ -31,7 +31,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("mse", "MSE", "core", "lower",
            "Mean over tokens and dimensions of (x − x̂)²."),
     Metric("l2_ratio", "L2 ratio", "core", None,
-           "Mean of ‖x̂‖ / ‖x‖; below 1 the reconstruction is shrunk."),
+           "Mean of ‖x̂‖ / ‖x‖. A projection is below 1 without being shrunk: shrinkage shows in the bias."),
     Metric("relative_reconstruction_bias", "Relative reconstruction bias", "core", None,
            "Mean ‖x̂‖² / mean x·x̂; 1 is unbiased, below 1 is shrunk."),
     Metric("l1", "L1", "core", None,
@@ -158,7 +158,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("unlearning_score", "Unlearning", "unlearning", "higher",
            "1 − the least share of known questions of one field still answered rightly after clamping a few latents, over "
            "the settings that keep at least 99 % of the other fields' known answers; 0 where none does. With the packaged "
-           "questions (the default) a stand-in for WMDP and MMLU, not comparable with published scores."),
+           "questions (the default) a stand-in for WMDP and MMLU, not comparable with published scores.",
+           idle=(0.0, "clamping nothing")),
     Metric("unlearning_score_held_out", "Unlearning, held out", "unlearning", "higher",
            "The same with the setting chosen on one half of the questions and measured on the other: the mean over 20 "
            "halvings, both ways. The score itself is the best of many settings on its own questions."),
@@ -218,7 +219,7 @@ METRICS: tuple[Metric, ...] = (
            "it easy: see the balanced score."),
     Metric("autointerp_balanced_score", "Autointerp, balanced", "autointerp", "higher",
            "Mean over latents of the mean of the hit rates on active and on inactive windows: chance is 0.5 whatever the "
-           "density; latents active in every window are left out."),
+           "density; latents active in every window are left out.", idle=(0.5, "guessing")),
     Metric("autointerp_std", "Autointerp deviation", "autointerp", None,
            "Standard deviation over latents of the autointerp score."),
     Metric("latents_scored", "Latents scored", "autointerp", None,
@@ -235,7 +236,7 @@ METRICS: tuple[Metric, ...] = (
     # --- ravel ---------------------------------------------------------------------------------------
     Metric("disentanglement", "RAVEL disentanglement", "ravel", "higher",
            "Mean of cause and isolation over attributes; a mask that changes nothing has 0.5. Learnt on some entities, "
-           "scored on others, with the SAE's error kept."),
+           "scored on others, with the SAE's error kept.", idle=(0.5, "a mask that changes nothing")),
     Metric("cause", "RAVEL cause", "ravel", "higher",
            "Fraction of pairs of prompts in which giving the chosen latents the source entity's values makes the model "
            "answer with the source's attribute."),

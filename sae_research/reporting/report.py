@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_research.reporting.report_noise import differences, equal_l0, intervals, seeds
-from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side
+from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side, stricter
 from sae_research.reporting.report_setting import definitions, images, statuses, what_ran
 from sae_research.reporting.report_training import training
 from sae_research.reporting.run import Run
@@ -41,6 +41,7 @@ def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".
     sections = (
         what_ran(run),
         results(run),
+        stricter(run),
         intervals(run),
         seeds(run),
         differences(run, found),
@@ -51,7 +52,7 @@ def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".
         optional(run),
         training(run),
         transfer(root),
-        statuses(run),
+        statuses(run, root),
         images(run),
         definitions(run),
     )

@@ -29,6 +29,9 @@ GROUPS = {
 }
 SIDE_BY_SIDE = ("l0", "variance_explained", "variance_explained_legacy", "loss_recovered", "kl", "fraction_alive")
 """Core figures shown in both definitions; probing accuracies follow."""
+STRICTER = ("variance_explained", "variance_explained_per_dim", "loss_recovered", "loss_recovered_mean_ablation",
+            "cosine_similarity", "relative_reconstruction_bias")
+"""Figures of the first table, each followed by what says the same more strictly, and what they leave out."""
 OPTIONAL = tuple(name for name in EVALS if name not in ("core", "sparse_probing"))
 
 
@@ -60,6 +63,21 @@ def results(run: Run) -> str:
             f"{ABSENT}: not measured.",
         ]
     )
+
+
+def stricter(run: Run) -> str:
+    """The reconstruction figures of the first table beside the same by references that are harder to please."""
+    keys = [key for key in STRICTER if run_value(run, key) is not None]
+    if not {"variance_explained_per_dim", "loss_recovered_mean_ablation"} & set(keys):
+        return ""
+    header = ["SAE", *(headline(key).label + headline(key).arrow for key in keys)]
+    body = [[f"`{row.name}`", *(number(row.value(key)) for key in keys)] for row in run.rows]
+    return "\n".join([
+        "## By stricter references", "",
+        "A few dimensions of large variance can carry *variance explained*, and zero in place of activations is a poor "
+        "guess, which flatters *loss recovered*. The mean over dimensions and mean-ablation are harder to please. A bias "
+        "below 1 is shrinkage: activations too small for their directions.", "",
+        markdown(header, body)])
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -221,13 +239,42 @@ def optional(run: Run) -> str:
         rows = [row for row in run.rows if row.evals.get(name, {}).get("metrics")]
         if rows:
             note = [EVAL_NOTES[name], ""] if name in EVAL_NOTES else []
-            sections.append("\n".join([f"## {EVAL_TITLES[name]}", "", *note, *_evaluation_tables(rows, name)]).rstrip())
+            sections.append("\n".join([f"## {EVAL_TITLES[name]}", "", *note, *_evaluation_tables(rows, name),
+                                       *idle_findings(rows, name)]).rstrip())
     return "\n\n".join(sections)
+
+
+def idle_findings(rows: Sequence[Row], name: str) -> list[str]:
+    """For every figure of an evaluation that has a value for nothing: which SAEs lie above it, or that none does."""
+    lines = []
+    for metric in (metric_named(key, name) for key in _keys(rows, name)):
+        measured = [row for row in rows if not row.is_control and row.value(metric.key, name) is not None]
+        if metric.idle is None or not measured:
+            continue
+        value, by = metric.idle
+        above = [row for row in measured if row.value(metric.key, name) > value]
+        sure = [row for row in above if (bounds := row.interval(metric.key, name)) and bounds[0] > value]
+        if above:
+            lines.append(f"- {metric.label}: {by} has {number(value)}; {len(above)} of {len(measured)} SAEs lie above it, "
+                         f"{len(sure)} with their whole interval" + (f" ({_listed(sure)})." if sure else "."))
+        else:
+            lines.append(f"- {metric.label}: **no SAE lies above {number(value)}**, which {by} has. Their order says "
+                         "nothing in favour of any.")
+    return [*lines, ""] if lines else []
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    return ", ".join(f"`{row.name}`" for row in rows)
+
+
+def _keys(rows: Sequence[Row], name: str) -> list[str]:
+    """Every figure of an evaluation, in the order of every table."""
+    return sort_keys({key for row in rows for key in row.evals[name]["metrics"]}, name)
 
 
 def _evaluation_tables(rows: Sequence[Row], name: str) -> list[str]:
     """One table of all plain figures, then one for every figure that comes for several k, a column each."""
-    keys = sort_keys({key for row in rows for key in row.evals[name]["metrics"]}, name)
+    keys = _keys(rows, name)
     families = {key: family_of(key, name) for key in keys}
     plain = [key for key in keys if families[key] is None]
     lines = _evaluation_table(rows, name, plain) if plain else []

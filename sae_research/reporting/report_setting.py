@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, STOCK_SUFFIX, Metric, headline
 from sae_research.reporting.run import Row, Run
-from sae_research.reporting.tables import count, markdown, number
+from sae_research.reporting.tables import ABSENT, count, markdown, number
+from sae_research.reporting.transfer_data import FOLDER as TRANSFER
+from sae_research.store import read_status
 
 FIELD_TOKENS = 50e6
 """Fewest training tokens in common use; a run below it calls itself a smoke run."""
@@ -47,9 +50,16 @@ def _core_setting(run: Run) -> str:
         [
             f"text `{config['dataset']}`" if config.get("dataset") else "",
             f"contexts of {config['context_size']} tokens" if config.get("context_size") else "",
-            f"{count(tokens)} tokens counted" if tokens is not None else "",
+            _tokens_counted(run, tokens) if tokens is not None else "",
         ]
     )
+
+
+def _tokens_counted(run: Run, tokens: float) -> str:
+    """How many tokens stand behind the figures: those of predictions are far fewer where evidence says so."""
+    sums = next((found for row in run.rows if (found := row.evals.get("core", {}).get("cluster_sums", {}).get("kl"))), None)
+    predicted = "" if sums is None else f", {count(round(sum(sums['denominator'])))} for loss and KL"
+    return f"{count(tokens)} tokens counted" + (f" for L0 and variance{predicted}" if predicted else "")
 
 
 def _probing_setting(run: Run) -> str:
@@ -58,7 +68,8 @@ def _probing_setting(run: Run) -> str:
     return _listed(
         [
             ", ".join(f"`{name}`" for name in names),
-            f"{config['probe_train_set_size']} training and {config['probe_test_set_size']} test texts a task"
+            f"{config['probe_train_set_size']} training and {config['probe_test_set_size']} test texts for each class "
+            "against the others"
             if "probe_train_set_size" in config and "probe_test_set_size" in config
             else "",
             f"contexts of {config['context_length']} tokens" if config.get("context_length") else "",
@@ -88,8 +99,8 @@ def _caution(run: Run) -> list[str]:
     return lines
 
 
-def statuses(run: Run) -> str:
-    """How each evaluation ended, and what was skipped for which reason."""
+def statuses(run: Run, root: Path = Path(".")) -> str:
+    """How each evaluation ended, and what was skipped for which reason. root: the project's folder."""
     body, details = [], []
     for name in EVALS:
         state = run.evals[name]
@@ -104,6 +115,9 @@ def statuses(run: Run) -> str:
             for key, value in sorted(state.get("notes", {}).items())
             if isinstance(value, (str, int, float)) and key not in SAID_ABOVE
         ]
+    transfer = read_status(root / TRANSFER)
+    if transfer["status"] != "missing":
+        body.append(["Transfer to a finetuned model", transfer["status"], ABSENT, _one_line(transfer["message"])])
     table = markdown(["Evaluation", "Status", "SAEs", "Message"], body, left=4)
     return "\n".join(["## How each evaluation ended", "", table, "", *details]).rstrip()
 
@@ -119,7 +133,8 @@ def images(run: Run) -> str:
     lines += [f"![{headline(key).label} against L0](images/l0_vs_{key}.png)" for key in run.plotted]
     lines += ["", "![Density of latents](images/latent_density.png)"]
     if run.curves:
-        lines += ["", "![Training curves](images/training_curves.png)"]
+        lines += ["", "![Training curves](images/training_curves.png)", "",
+                  "Training losses of different recipes are sums of different terms: compare L0 and variance explained."]
     return "\n".join(lines)
 
 

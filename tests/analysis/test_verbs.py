@@ -160,7 +160,6 @@ def test_tables() -> None:
     assert table([]) == ""
 
 
-@pytest.mark.slow
 def test_the_script_forwards() -> None:
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-m", "scripts.analyze", "steer", "--help"], capture_output=True, text=True,

@@ -10,7 +10,7 @@ import pytest
 from sae_research.reporting.merge import merge
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
-from sae_research.reporting.report_results import control_findings
+from sae_research.reporting.report_results import control_findings, stricter
 from sae_research.reporting.run import Row, Run, read_run
 from sae_research.reporting.tables import cells, count, number, write_results_csv
 from tests.reporting.conftest import SAES, Lab
@@ -63,6 +63,24 @@ def test_a_control_with_the_more_favourable_value_is_named_with_both_numbers():
     assert control_findings(Run(rows, {}, {}, [])) == none
     rows[1] = row("b", role="control", variance_explained=0.84, l0=80.0)
     assert control_findings(Run(rows, {}, {}, [])) == none, "a denser control that explains more is no surprise"
+
+
+def test_stricter_references_stand_beside_what_they_correct():
+    rows = [row("a", variance_explained=0.7, variance_explained_per_dim=0.5), row("b", variance_explained=0.6)]
+    lines = stricter(Run(rows, {}, {}, [])).splitlines()
+    assert lines[-2:] == ["| `a` | 0.700 | 0.500 |", "| `b` | 0.600 | – |"]
+    assert stricter(Run(rows[1:], {}, {}, [])) == "", "nothing stricter was measured"
+
+
+def test_tokens_behind_losses_are_told_from_those_behind_variance(lab: Lab):
+    assert "tokens counted for L0 and variance, " in report(build(lab))
+
+
+def test_a_transfer_stage_has_its_row(lab: Lab):
+    run = build(lab)
+    assert "Transfer" not in report(run, root=lab.root)
+    lab.status("transfer", "disabled", "switched off")
+    assert "| Transfer to a finetuned model | disabled | – | switched off |" in report(run, root=lab.root)
 
 
 def test_report_opens_with_what_ran_and_calls_a_short_run_a_smoke_run(lab: Lab):

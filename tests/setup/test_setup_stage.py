@@ -159,7 +159,7 @@ def test_mistakes(project: Path, make_params: Any) -> None:
     refused("no SAE there; expected cfg.json", comparison_saes={"folders": ["empty"]})
     refused("two SAEs would be called topk: trained_saes/topk and the folder other/topk",
             comparison_saes={"trained": ["topk"], "folders": ["other/*"]})
-    refused("custom_saes.example:Nothing: Nothing is not a subclass",
+    refused("custom_saes.example:Nothing: custom_saes.example has no class Nothing",
             comparison_saes={"python": ["custom_saes.example:Nothing"]})
     refused(
         f"k_values: 65 is larger than the baseline's d_sae = {D_SAE}",

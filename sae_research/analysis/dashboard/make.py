@@ -29,21 +29,28 @@ def write_dashboard(lab: Lab, folder: str | Path, settings: Dashboards | None = 
     settings = settings or lab.params.dashboards
     wanted = [tuple(pair) for pair in (settings.compare if pairs is None else pairs)]
     folder = Path(folder)
+    if settings.other_model is None:
+        _check_pairs(wanted, lab.saes)  # before statistics, which take minutes
     shown = {name: Shown(name, sae, lab.lm, lab.stats(name, progress), settings, dict((figures or {}).get(name, {})))
              for name, sae in lab.saes.items()}
     if settings.other_model is not None:
         for name, beside in _on_other_model(lab, settings, progress).items():
             wanted.append((name, beside.name))
             shown[beside.name] = beside
-    unknown = sorted({name for pair in wanted for name in pair} - shown.keys())
-    if unknown:
-        raise UserError(f"cannot compare {', '.join(unknown)}: not among {', '.join(shown)}")
+    _check_pairs(wanted, shown)
     comparisons = [compare(shown[one], shown[other]) for one, other in wanted]
     page = write_site(folder, list(shown.values()), comparisons)
     if settings.neuronpedia:
         for name, one in shown.items():
             write_batches(one, folder / NEURONPEDIA / name)
     return page
+
+
+def _check_pairs(wanted: Iterable[Sequence[str]], known: Iterable[str]) -> None:
+    names = list(known)
+    unknown = sorted({name for pair in wanted for name in pair} - set(names))
+    if unknown:
+        raise UserError(f"cannot compare {', '.join(unknown)}: not among {', '.join(names)}")
 
 
 def _on_other_model(lab: Lab, settings: Dashboards, progress: bool) -> dict[str, Shown]:

@@ -1,0 +1,70 @@
+"""Evaluate SAEs that are in memory, without the pipeline: from a notebook, a script, another library's training loop.
+
+    from sae_research.evaluate import evaluate
+    evaluate({"mine": my_module, "theirs": "trained_saes/topk"}, hook="blocks.8.hook_resid_post")
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_research.analysis.sources import Lab, open_sae
+from sae_research.errors import UserError
+from sae_research.evals.run import EVALUATIONS
+from sae_research.lm import LanguageModel, load_language_model
+from sae_research.params import Params
+from sae_research.reporting.extract import EXTRACTORS
+from sae_research.store import SLUG, stage_folder
+
+Figures = dict[str, dict[str, dict[str, float]]]
+
+
+def evaluate(saes: Mapping[str, Any], lm: LanguageModel | None = None, params: Params | None = None, *,
+             hook: str | None = None, evaluations: Sequence[str] = ("core",), folder: str | Path | None = None) -> Figures:
+    """`{sae: {evaluation: {metric: value}}}`, as in `metrics/all_metrics.json`: every evaluation of the pipeline, under the
+    same parameters, on the same texts, with the same result cache.
+
+    saes: by name, this project's, SAELens', any object with `encode` and `decode` on [batch, seq, d_in] and an affine
+    decoder, or what `analyze --sae` takes: a folder, a prepared SAE's name, `sae_lens:RELEASE:ID`. lm: by default the model
+    that `params` names. hook: where SAEs that do not say so themselves belong. folder: where SAE Bench's JSON and the
+    statuses go, `<folder>/<evaluation>/<sae>_eval_results.json`, replacing what is there. An SAE that an evaluation skips
+    lacks it; an evaluation that has no meaning for the model gives nothing.
+
+    Raises `UserError` for an unknown evaluation, a name that is no slug, an SAE that does not fit, and whatever the
+    evaluation itself refuses.
+    """
+    params = params or Params()
+    unknown = [name for name in evaluations if name not in EVALUATIONS]
+    if unknown:
+        raise UserError(f"unknown evaluation {unknown[0]!r}; known: {', '.join(EVALUATIONS)}")
+    for name in saes:
+        if not SLUG.match(name):
+            raise UserError(f"the SAE name {name!r} may hold only a to z, 0 to 9 and _")
+    opened = {name: open_sae(str(sae))[1] if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
+    lab = Lab.of(opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype),
+                 params, hook)
+    found: Figures = {name: {} for name in saes}
+    with tempfile.TemporaryDirectory() as temporary:
+        for evaluation in evaluations:
+            for name, result in _results(evaluation, lab, Path(folder or temporary) / evaluation):
+                found[name][evaluation] = EXTRACTORS[evaluation](result)
+    return found
+
+
+def _results(evaluation: str, lab: Lab, folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE that could be scored, also written to `folder`."""
+    module, _, function = EVALUATIONS[evaluation].partition(":")
+    score = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
+    done: list[tuple[str, dict[str, Any]]] = []
+    with stage_folder(folder) as stage:
+        torch.manual_seed(lab.params.random_seed)
+        for name, result in score(lab.saes, lab.lm, lab.params, stage):
+            stage.write_result(name, result)
+            done.append((name, result))
+    return done
