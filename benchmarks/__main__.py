@@ -1,6 +1,6 @@
 """Every speed that this project claims, against what exists, both sides in one run on the same inputs.
 
-    make repro && make bench                               # all parts, about 20 minutes on 2 cores
+    make repro && make bench                               # all parts, eleven minutes on 2 cores
     python -m benchmarks core_probing scr_tpp --saes 8     # some, on more SAEs
 
 Both sides compute everything afresh; neither loading models nor imports are counted. What else is counted stands in the
@@ -66,7 +66,7 @@ def _some(saes: dict[str, SparseAutoencoder], count: int) -> dict[str, SparseAut
 def table(rows: dict[str, tuple[float, float]]) -> str:
     """One line a row: our seconds, theirs, and how many times ours theirs are."""
     lines = [f"{'':72}{'ours':>9}{'theirs':>9}{'ratio':>8}"]
-    lines += [f"{name:72}{ours:8.1f}s{theirs:8.1f}s{theirs / ours:7.1f}x" for name, (ours, theirs) in rows.items()]
+    lines += [f"{name:72}{ours:8.3g}s{theirs:8.3g}s{theirs / ours:7.1f}x" for name, (ours, theirs) in rows.items()]
     return "\n".join(lines)
 
 

@@ -141,7 +141,7 @@ def kill(name: str) -> int:
         processes.stop_workers([process for process in workers if process.is_running()])
         print(f"ended {len(sweeps)} sweeps and {len(runs)} runs; checkpoints and finished experiments are kept")
         return 0
-    row = _chosen([row for row in rows(root) if row.processes], name, "is running as ours")
+    row = _chosen([row for row in rows(root) if row.processes], name, "is running")
     # the deepest are the stages themselves: they keep a checkpoint, and what called them then ends by itself
     processes.stop([process for process in row.processes if not processes.descendants(process)])
     print(f"ended {row.name}; the same call goes on from its checkpoint")
@@ -155,8 +155,8 @@ def _chosen(candidates: list[Row], name: str, what: str) -> Row:
     if not found:
         names = [row.name for row in candidates]
         if not names:
-            raise UserError(f"nothing {what}")
-        raise UserError(f"no job {name!r} {what}{nearest(name, names)}" if name else f"name one of {', '.join(names)}")
+            raise UserError(f"nothing of this project {what}")
+        raise UserError(f"no job {name!r} of this project {what}{nearest(name, names)}" if name else f"name one of {', '.join(names)}")
     return found[0]
 
 

@@ -95,6 +95,12 @@ def test_equal_runs_write_equal_bytes_and_foreign_folders_stay(lab: Lab, in_proj
     with pytest.raises(UserError, match="no part of a dashboard"):
         write_dashboard(lab, in_project / "three", small())
     assert mine.read_text() == "mine"
+    page = in_project / "home/index.html"
+    page.parent.mkdir()
+    page.write_text("my home page")
+    with pytest.raises(UserError, match="no dashboard's"):
+        write_dashboard(lab, in_project / "home", small())
+    assert page.read_text() == "my home page" and [path.name for path in page.parent.iterdir()] == ["index.html"]
     with pytest.raises(UserError, match="none of static, compare"):
         write_dashboard(Lab.of({"compare": lab.saes["late"]}, lab.lm, lab.params), in_project / "four", small())
 

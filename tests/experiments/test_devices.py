@@ -81,14 +81,14 @@ def test_only_what_is_on_record_is_ended(in_project: Path, capsys: pytest.Captur
     assert monitor.show(watch=False) == 0
     shown = capsys.readouterr().out
     assert "running  ours  cpu" in shown and "ended    recycled" in shown
-    with pytest.raises(UserError, match="no job 'recycled' is running as ours"):
+    with pytest.raises(UserError, match="no job 'recycled' of this project is running"):
         monitor.kill("recycled")
     assert monitor.kill("all") == 0
     ours.wait(timeout=10)
     assert others.poll() is None
     others.kill()
     others.wait()
-    with pytest.raises(UserError, match="nothing is running as ours"):
+    with pytest.raises(UserError, match="nothing of this project is running"):
         monitor.kill("ours")
 
 
