@@ -15,7 +15,7 @@ from sae_research.experiments.dvc_queue import DVCQueue, Entry
 from sae_research.store import project_root, read_json
 
 SECONDS = 3.0
-MAX_LINE = 100
+MAX_LINE = 200
 
 
 class Row(NamedTuple):
