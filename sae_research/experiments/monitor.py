@@ -156,7 +156,8 @@ def _chosen(candidates: list[Row], name: str, what: str) -> Row:
         names = [row.name for row in candidates]
         if not names:
             raise UserError(f"nothing of this project {what}")
-        raise UserError(f"no job {name!r} of this project {what}{nearest(name, names)}" if name else f"name one of {', '.join(names)}")
+        raise UserError(f"no job {name!r} of this project {what}{nearest(name, names)}" if name
+                        else f"name one of {', '.join(names)}")
     return found[0]
 
 

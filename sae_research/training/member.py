@@ -81,11 +81,15 @@ def make_member(name: str, train: Train, d_in: int, device: torch.device | str =
     config = train.saes[name]
     recipe = RECIPES[config.recipe](d_in, config, train).to(device)
     recipe.generator = torch.Generator()
-    # fused: one pass over parameters and moments; 7 times faster than foreach on CPU
-    optimiser = torch.optim.Adam(
-        recipe.parameters(), lr=config.learning_rate, betas=recipe.betas, fused=torch.device(device).type != "mps")
+    optimiser = adam([{"params": list(recipe.parameters()), "lr": config.learning_rate}], recipe)
     zero = torch.zeros((), device=device)
     return Member(name, recipe, optimiser, zero.clone(), zero.clone().long(), train.hook_of(name))
+
+
+def adam(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Adam:
+    """The optimiser of SAEs of a recipe; `groups` hold parameters."""
+    # fused: one pass over parameters and moments; 7 times faster than foreach on CPU
+    return torch.optim.Adam(groups, betas=recipe.betas, fused=recipe.W_dec.device.type != "mps")
 
 
 def start(member: Member, rows_ND: Tensor, random_seed: int) -> None:
@@ -116,11 +120,15 @@ def train_step(member: Member, batch: StreamBatch) -> StepOutput:
     recipe.after_step(optimiser, batch.acts, output, batch.progress)
     member.step += 1
     member.tokens += len(batch.acts)
-    member.loss_sum += output.loss
-    # without branching on a value that may still be on its way from a GPU
-    bad = ~torch.isfinite(output.loss) & (member.bad_step == 0)
-    member.bad_step.masked_fill_(bad, member.step)
+    note_losses(output.loss, member.loss_sum, member.bad_step, member.step)
     return output
+
+
+def note_losses(losses: Tensor, loss_sum: Tensor, bad_step: Tensor, step: int) -> None:
+    """Add a step's losses, of one SAE or many, to their sums; the first step whose loss is not finite is kept."""
+    loss_sum += losses
+    # without branching on a value that may still be on its way from a GPU
+    bad_step.masked_fill_(~torch.isfinite(losses) & (bad_step == 0), step)
 
 
 def _gradients(recipe: Recipe, batch: StreamBatch) -> StepOutput:

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from sae_research.params import Train
 from sae_research.recipe_params import SAERecipe
 from sae_research.store import fingerprint
-from sae_research.training.member import Member, merged
+from sae_research.training.member import Member, adam, merged, note_losses
 from sae_research.training.recipes import Recipe, StepOutput
 from sae_research.training.recipes.base import project_rows, unit_rows
 from sae_research.training.stream import StreamBatch
@@ -70,10 +70,13 @@ class Stack:
         self.template.in_stack = True
         self.config = example.config
         self.settings = _differing([recipe.config for recipe in self.recipes], self.first.W_dec)
-        self.optimiser = torch.optim.Adam(
-            [{"params": [parameter for member in alike for parameter in member.recipe.parameters()]}
-             for alike in self._by_learning_rate()], betas=self.first.betas,
-            fused=self.first.W_dec.device.type != "mps")
+        rates: dict[float, list[Recipe]] = {}
+        for recipe in self.recipes:
+            rates.setdefault(recipe.config.learning_rate, []).append(recipe)
+        self.alike = list(rates.values())
+        """Recipes of one learning rate, a group of the optimiser each."""
+        self.optimiser = adam([{"params": [parameter for recipe in alike for parameter in recipe.parameters()]}
+                               for alike in self.alike], self.first)
         self.parameters = {name: self._shared([recipe.get_parameter(name) for recipe in self.recipes])
                            for name, _ in self.first.named_parameters()}
         names = self.first.state_dict().keys() - self.parameters.keys()
@@ -93,12 +96,6 @@ class Stack:
             tensor.data = part
         return whole
 
-    def _by_learning_rate(self) -> list[list[Member]]:
-        rates: dict[float, list[Member]] = {}
-        for member in self.members:
-            rates.setdefault(member.recipe.config.learning_rate, []).append(member)
-        return list(rates.values())
-
     def step(self, batch: StreamBatch) -> list[StepOutput]:
         """What `member.train_step` does, for all members; outputs in their order."""
         gradients, outputs = self._gradients(batch)
@@ -113,9 +110,7 @@ class Stack:
             member.recipe.after_step(member.optimiser, batch.acts, output, batch.progress)
             member.step += 1
             member.tokens += len(batch.acts)
-        losses_M = torch.stack([output.loss for output in outputs])
-        self.loss_sum += losses_M
-        self.bad_step.masked_fill_(~torch.isfinite(losses_M) & (self.bad_step == 0), self.members[0].step)
+        note_losses(torch.stack([output.loss for output in outputs]), self.loss_sum, self.bad_step, self.members[0].step)
         return outputs
 
     @torch.no_grad()
@@ -158,8 +153,8 @@ class Stack:
         for m, recipe in enumerate(self.recipes):
             for name, parameter in recipe.named_parameters():
                 parameter.grad = gradients[name][m]
-        for group, alike in zip(self.optimiser.param_groups, self._by_learning_rate(), strict=True):
-            group["lr"] = alike[0].recipe.learning_rate(progress)
+        for group, alike in zip(self.optimiser.param_groups, self.alike, strict=True):
+            group["lr"] = alike[0].learning_rate(progress)
         self.optimiser.step()
         for member in self.members:
             for parameter in member.recipe.parameters():

@@ -8,7 +8,7 @@ others do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -34,13 +34,10 @@ class Team:
             torch.set_num_threads(self.each)  # by every worker: torch holds part of it for each thread, part for all
             return function(item)
 
-        try:
-            futures = [self.pool.submit(with_own_share, item) for item in items]
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.exception()
-            torch.set_num_threads(self.threads)
+        futures = [self.pool.submit(with_own_share, item) for item in items]
+        wait(futures)
+        torch.set_num_threads(self.threads)
+        return [future.result() for future in futures]
 
     def __enter__(self) -> Team:
         return self

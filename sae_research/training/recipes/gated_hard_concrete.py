@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -69,9 +67,6 @@ class GatedHardConcrete(HardConcrete):
                 + penalty * self.expected_l0(log_alpha_BF))
         active_BF = z_BF.detach() > 0
         return StepOutput(loss, residual_BD.detach(), active_BF.sum() / len(x_BD), self.fired(log_alpha_BF, magnitude_BF))
-
-    def options(self) -> dict[str, Any]:
-        return {"beta": float(self.beta), "stretch": list(self.config.stretch)}
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         sharpness = self.log_sharpness.exp()
