@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sae_research.section import Positive, Section
+from sae_research.section import LocalName, Positive, Section
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
@@ -16,7 +16,7 @@ class Dashboards(Section):
     """Names in downloaded_saes/; null takes the baseline."""
     compare: list[Pair] = []
     """Pairs of these names, shown side by side."""
-    other_model: str | None = None
+    other_model: LocalName | None = None
     """A second model, e.g. a finetuned one: every SAE is shown on it too, beside itself on the first."""
     window: Annotated[int, Field(ge=1, le=2048)] = 24
     """Tokens of text on either side of the one that fires."""

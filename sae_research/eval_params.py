@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Fraction, Positive, Section
+from sae_research.section import Fraction, LocalName, Positive, Section
 
 
 class EvalTypes(Section):
@@ -32,7 +32,7 @@ class CoreEval(Section):
 
 
 class SparseProbing(Section):
-    dataset_names: list[str] = ["news_topic", "disease_area", "code_language", "film_sentiment"]
+    dataset_names: list[LocalName] = ["news_topic", "disease_area", "code_language", "film_sentiment"]
     probe_train_set_size: Annotated[int, Field(ge=4)] = 240
     probe_test_set_size: Annotated[int, Field(ge=4)] = 120
     context_length: Annotated[int, Field(ge=4)] = 128
@@ -40,7 +40,7 @@ class SparseProbing(Section):
 
 
 class SCR(Section):
-    dataset_names: list[str] = ["film_or_restaurant_by_sentiment", "film_or_product_by_sentiment",
+    dataset_names: list[LocalName] = ["film_or_restaurant_by_sentiment", "film_or_product_by_sentiment",
                                 "restaurant_or_product_by_sentiment"]
     """Two-attribute tasks: packaged, local files, or SAE Bench's hub data sets by name."""
     train_set_size: Annotated[int, Field(ge=16)] = 160
@@ -55,7 +55,7 @@ class SCR(Section):
 class TPP(Section):
     """Where a task, size or length is null it is sparse probing's, whose texts and activations then serve both."""
 
-    dataset_names: list[str] | None = None
+    dataset_names: list[LocalName] | None = None
     train_set_size: Annotated[int, Field(ge=4)] | None = None
     """Texts of one class's probe: half of the class, half of the others."""
     test_set_size: Annotated[int, Field(ge=4)] | None = None
@@ -92,19 +92,19 @@ class Absorption(Section):
 
 
 class Unlearning(Section):
-    forget_corpus: str = "packaged_biomedical"
+    forget_corpus: LocalName = "packaged_biomedical"
     """Text whose latents are to be clamped: a packaged topic, a local file or folder, `wmdp-bio-forget`, or
     `owner/data[:config[:split]]` on the hub."""
-    retain_corpus: str = "packaged_general"
+    retain_corpus: LocalName = "packaged_general"
     """Text whose latents are spared; by hub name `wikitext` in SAE Bench."""
     corpus_column: str = "text"
     dataset_size: Positive = 128
     """Contexts of each corpus that densities are measured on (SAE Bench: 1024)."""
     seq_len: Annotated[int, Field(ge=8)] = 128
     """Tokens per context (SAE Bench: 1024)."""
-    forget_questions: Annotated[list[str], Field(min_length=1)] = ["packaged_biomedical"]
+    forget_questions: Annotated[list[LocalName], Field(min_length=1)] = ["packaged_biomedical"]
     """Question sets: packaged, local files with question, choices and answer, or `cais/wmdp:wmdp-bio` on the hub."""
-    retain_questions: Annotated[list[str], Field(min_length=1)] = ["packaged_other_science"]
+    retain_questions: Annotated[list[LocalName], Field(min_length=1)] = ["packaged_other_science"]
     """The same for what must be kept, e.g. `cais/mmlu:human_aging`."""
     prompt_format: Literal["auto", "chat", "plain"] = "auto"
     """`chat` asks through the tokenizer's chat template, `plain` without; `auto` takes the template where there is one."""
@@ -208,7 +208,7 @@ class Autointerp(ChatEndpoint):
 
 
 class Ravel(Section):
-    prompts: str = "packaged"
+    prompts: LocalName = "packaged"
     """`packaged`, a local folder of SAE Bench's layout, or a hub data set (`adamkarvonen/ravel_prompts`)."""
     entity_attribute_selection: dict[str, Annotated[list[str], Field(min_length=2)]] = {
         "city": ["Country", "Continent", "Language"]}

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sae_research.section import Positive, Section
+from sae_research.section import LocalName, Positive, Section
 
 
 class Model(Section):
-    name: str = "smollm2-135m-instruct"
+    name: LocalName = "smollm2-135m-instruct"
     """Packaged name, hub name (`pythia-70m-deduped`, `google/gemma-2-2b`) or a local folder."""
     llm_batch_size: Positive = 16
     """Sequences per forward pass of the language model."""
@@ -19,7 +19,7 @@ class Model(Section):
 
 
 class Text(Section):
-    dataset: str = "packaged"
+    dataset: LocalName = "packaged"
     """`packaged`, a local folder of .txt/.jsonl/.csv/.parquet files, or a hub data set's name."""
     column_name: str = "text"
     context_size: Annotated[int, Field(ge=8)] = 128

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Positive, Section
+from sae_research.section import ClassName, LocalName, Positive, Section
 from sae_research.store import SLUG
 
 
@@ -18,7 +18,7 @@ class BaselineSAE(Section):
     filename: str | None = None
     release: str | None = None
     sae_id: str | None = None
-    path: str | None = None
+    path: LocalName | None = None
     hook_layer: Annotated[int, Field(ge=0)] = 8
 
     @model_validator(mode="after")
@@ -82,9 +82,9 @@ class Variants(Section):
 class Comparison(Section):
     trained: list[str] = []
     """Names in trained_saes/."""
-    folders: list[str] = []
+    folders: list[LocalName] = []
     """Local SAE folders or globs."""
-    python: list[str] = []
+    python: list[ClassName] = []
     """Classes of one's own, `custom_saes.my_module:MySAE`."""
     sae_regex_pattern: str | None = None
     """Pattern for SAELens releases; goes with `sae_block_pattern`."""

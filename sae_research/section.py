@@ -24,3 +24,17 @@ class Section(BaseModel):
             return values
         lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
         return {key: [] if value is None and key in lists else value for key, value in values.items()}
+
+
+class MayBeLocal:
+    """Marks a parameter whose text may name a file or folder of this machine: what lies there is an input of every stage
+    that reads the parameter."""
+
+
+class PythonClass:
+    """Marks a parameter that names a class of the user's own, `package.module:Class`."""
+
+
+LocalName = Annotated[str, MayBeLocal()]
+"""A name that the project, a hub or a file or folder of this machine gives a meaning."""
+ClassName = Annotated[str, PythonClass()]

@@ -8,18 +8,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from sae_research.errors import NotApplicable, UserError
@@ -53,24 +50,6 @@ def file_sha256(path: Path) -> str:
         raise UserError(f"{path}: no such file")
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def source_fingerprint(modules: Iterable[ModuleType]) -> str:
-    """SHA-256 over the source text of modules: results computed by other code are other results.
-
-    A package stands for all its files, so that none is forgotten: also those that this machine could not import.
-    """
-    return fingerprint({module.__name__: _source(module) for module in modules})
-
-
-def _source(module: ModuleType) -> str | dict[str, str]:
-    if not hasattr(module, "__path__"):
-        try:
-            return inspect.getsource(module)
-        except (OSError, TypeError):  # a notebook's cells: unread code is never taken for code seen before
-            return uuid.uuid4().hex
-    return {path.relative_to(folder).as_posix(): path.read_text()
-            for folder in map(Path, module.__path__) for path in sorted(folder.rglob("*.py"))}
 
 
 # --- files -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Fraction, Positive, Section
+from sae_research.section import Fraction, LocalName, Positive, Section
 
 Control = Literal["self", "perturbed"]
 
@@ -19,7 +19,7 @@ class TransferSAE(Section):
     name: str = "standard"
     release: str | None = None
     sae_id: str | None = None
-    path: str | None = None
+    path: LocalName | None = None
 
     @model_validator(mode="after")
     def _needs(self) -> TransferSAE:
@@ -55,7 +55,7 @@ class Outliers(Section):
     """Times the base model's mean norm, where `config_file` holds none of the model's own."""
     absolute_threshold: Annotated[float, Field(gt=0)] | None = None
     """A norm; null takes the model's from `config_file`."""
-    config_file: str = "outlier_cfg.json"
+    config_file: LocalName = "outlier_cfg.json"
     """Known models' scales, multiples and thresholds."""
     listed: Annotated[int, Field(ge=0)] = 40
     """Outlier tokens written down, those of largest norm."""
@@ -99,11 +99,11 @@ class Controls(Section):
 
 
 class Transfer(Section):
-    base_model: str | None = None
+    base_model: LocalName | None = None
     """null takes `model.name`."""
-    finetuned_model: str | None = None
+    finetuned_model: LocalName | None = None
     """A hub name or local folder; null finetunes the base model here (`own_finetune`)."""
-    tokenizer: str | None = None
+    tokenizer: LocalName | None = None
     """The base model's, by hub name or folder; null takes the one beside its weights."""
     tokenize: Literal["auto", "base", "own"] = "auto"
     """`base`: the base tokenizer's ids for both models; `own`: each model its own tokenizer, tokens matched by their
@@ -117,7 +117,7 @@ class Transfer(Section):
     """The finetuned model's own, for the reverse direction."""
     hooks: list[str] = ["blocks.2.hook_resid_post", "blocks.5.hook_resid_post"]
     """Where activations are compared besides the SAE's own hook; deeper ones cost a longer pass."""
-    dataset: str | None = None
+    dataset: LocalName | None = None
     """As `text.dataset`; null takes the text the SAE was trained on where it is known, else `text.dataset`."""
     column_name: str = "text"
     context_size: Annotated[int, Field(ge=8)] | None = None

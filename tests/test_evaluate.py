@@ -66,6 +66,6 @@ def test_a_module_scores_as_the_same_sae_of_ours(in_project: Path, lm: LanguageM
 
 
 def test_a_class_of_a_notebook_has_no_source_and_no_cached_result() -> None:
-    code = ("import sys; from sae_research.store import source_fingerprint as f; main = sys.modules['__main__']; "
-            "print(f([main]) != f([main]))")
+    code = ("from sae_research.saes.registry import code_fingerprint as f; Mine = type('Mine', (), {}); "
+            "print(f(classes=[Mine]) != f(classes=[Mine]))")
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"

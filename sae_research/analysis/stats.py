@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fcntl
-import inspect
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,20 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research import instance_sae, pursuit
-from sae_research.analysis import accumulate, layout
+from sae_research.analysis import layout
 from sae_research.analysis.accumulate import Accumulator, Firings, firings, joined
 from sae_research.analysis.layout import LatentStats, load_stats
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, median_activation_norm, token_mask
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, base, encode_each
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.registry import code_fingerprint
 from sae_research.store import (
     cache_dir,
     fingerprint,
     prune,
     read_json,
-    source_fingerprint,
     write_bytes,
     write_json,
 )
@@ -86,15 +84,12 @@ def collect_stats(saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, para
 def store_folder(sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> Path:
     """Where the statistics of an SAE lie or will lie: addressed by weights, code, model, text and settings."""
     chosen = params.analysis
-    modules = {accumulate, layout, base, *map(inspect.getmodule, (type(sae), collect_stats, token_mask, context_chunks))}
-    if isinstance(sae, instance_sae.PursuitSAE):
-        modules |= {instance_sae, pursuit}
     key = fingerprint({
         "sae": sae.weights_fingerprint(), "hook": sae.cfg.hook_name, "model": lm.fingerprint, "dtype": str(lm.dtype),
-        "device": lm.device.type, "torch": torch.__version__, "text": text_fingerprint(params.text, chosen.split),
+        "device": lm.device.type, "text": text_fingerprint(params.text, chosen.split),
         "context_size": params.text.context_size, "mask": params.token_mask.model_dump(), "seed": params.random_seed,
         "settings": chosen.model_dump(exclude={"max_gb"}),
-        "source": source_fingerprint(sorted((m for m in modules if m), key=lambda m: m.__name__))})
+        "code": code_fingerprint(__name__, classes=[type(sae)])})
     return cache_dir("latents") / key[:32]
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.evals import clusters, inputs, output, pool, sae_bench_stats
+from sae_research.evals import output
 from sae_research.evals.clusters import Clusters, ReconstructionSums, clusters_by_context, clusters_of
 from sae_research.evals.core_figures import evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
-from sae_research.lm import Batch, LanguageModel, mask
+from sae_research.lm import Batch, LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
 from sae_research.stats import (
@@ -34,14 +34,10 @@ from sae_research.stats import (
     ReconstructionStats,
     density_histogram,
     latent_weights,
-    losses,
-    reconstruction,
-    weights,
 )
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.stream import spread, token_contexts
 
-_SOURCES = (losses, reconstruction, weights, sae_bench_stats, output, inputs, mask, pool, clusters)
 Sums = dict[str, float | list[float]]
 """By quantity; lists hold one number per cluster."""
 
@@ -119,11 +115,9 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:
-    import sae_research.evals.core as this
-
     return result_key(sae, lm, [params.core_eval.model_dump(), params.token_mask.model_dump(),
                                 fingerprint(text.tokens.tolist()), text.predictions.about,
-                                text.sparsity.about, lab], [this, *_SOURCES])
+                                text.sparsity.about, lab], __name__)
 
 
 # --- sparsity and variance -------------------------------------------------------------------

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-
-from sae_research import instance_sae, pursuit
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, base, load_sae
-from sae_research.store import fingerprint, read_json, source_fingerprint
+from sae_research.saes import SparseAutoencoder, load_sae
+from sae_research.saes.registry import code_fingerprint
+from sae_research.store import fingerprint, read_json
 
 SAE_FOLDER = Path("downloaded_saes")
 
@@ -47,16 +42,18 @@ def by_hook(saes: dict[str, SparseAutoencoder]) -> dict[str, dict[str, SparseAut
     return groups
 
 
-def result_key(sae: SparseAutoencoder, lm: LanguageModel, inputs: Any, modules: Iterable[ModuleType]) -> str:
-    """Key of one SAE's result: weights, configuration, inputs, model, precision, device kind, torch, and the source
-    of the modules that compute it."""
-    sources = {*modules, base, inspect.getmodule(type(sae))}
-    if isinstance(sae, instance_sae.PursuitSAE):
-        sources |= {instance_sae, pursuit}
+def result_key(sae: SparseAutoencoder, lm: LanguageModel, inputs: Any, *modules: str) -> str:
+    """Key of one SAE's result: weights, configuration, inputs, model, precision, device kind, and the code and libraries
+    that `modules` (names, `__name__` of whoever computes it) and the SAE's class reach."""
     return fingerprint({
         "sae": sae.weights_fingerprint(), "inputs": inputs, "model": lm.fingerprint, "dtype": str(lm.dtype),
-        "device": lm.device.type, "torch": torch.__version__,
-        "source": source_fingerprint(sorted((m for m in sources if m), key=lambda m: m.__name__))})[:40]
+        "device": lm.device.type, "code": code_fingerprint(*modules, classes=[type(sae)])})[:40]
+
+
+def model_key(lm: LanguageModel, inputs: Any, *modules: str) -> str:
+    """Key of what the model alone gives, for every SAE: inputs, model, precision, device kind, code and libraries."""
+    return fingerprint({"inputs": inputs, "model": lm.fingerprint, "dtype": str(lm.dtype), "device": lm.device.type,
+                        "code": code_fingerprint(*modules)})[:40]
 
 
 def announce(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder]) -> None:

@@ -9,7 +9,6 @@ only, hides everything else from the encoder, and picks nothing on test texts. T
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.evals import inputs, output, pool, probes, text_means
-from sae_research.evals.inputs import by_hook, result_key
+from sae_research.evals import output
+from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.evals.probes import (
     ProbeTask,
     draw,
@@ -30,10 +29,10 @@ from sae_research.evals.probes import (
 from sae_research.evals.tasks import load_tasks, need_one
 from sae_research.evals.text_means import Means, TextActivations, text_numbers, tokenise
 from sae_research.intervals import accuracy, interval, packed, unpacked
-from sae_research.lm import LanguageModel, mask
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
+from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.tasks import Task
 
 _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
@@ -63,7 +62,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     for hook, members in by_hook(saes).items():
         keys = {name: _key(sae, lm, params, texts) for name, sae in members.items()}
         cache = ResultCache("sparse_probing")
-        raw_key = fingerprint(["raw", hook, _inputs(lm, params, texts), source_fingerprint(_sources())])[:40]
+        raw_key = model_key(lm, ["raw", hook, _inputs(params, texts)], __name__)
         found = {name: cache.get(keys[name]) for name in members}
         raw, missing = cache.get(raw_key), {name: sae for name, sae in members.items() if found[name] is None}
         if missing or raw is None:
@@ -81,22 +80,15 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
             yield name, _result(name, sae, lm, params, texts, raw, found[name])
 
 
-def _inputs(lm: LanguageModel, params: Params, texts: _Texts) -> list[Any]:
+def _inputs(params: Params, texts: _Texts) -> list[Any]:
     rows = {name: {label: [d.rows.tolist() for d in (task.train, task.test)] for label, task in classes.items()}
             for name, classes in texts.tasks.items()}
-    return [params.sparse_probing.model_dump(), params.token_mask.model_dump(), params.random_seed, lm.fingerprint,
-            str(lm.dtype), lm.device.type, torch.__version__, fingerprint([t.tolist() for t in texts.tokens]),
-            fingerprint(rows)]
+    return [params.sparse_probing.model_dump(), params.token_mask.model_dump(), params.random_seed,
+            fingerprint([t.tolist() for t in texts.tokens]), fingerprint(rows)]
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, texts: _Texts) -> str:
-    return result_key(sae, lm, _inputs(lm, params, texts), _sources())
-
-
-def _sources() -> list[ModuleType]:
-    import sae_research.evals.sparse_probing as this
-
-    return [this, probes, mask, inputs, pool, text_means]
+    return result_key(sae, lm, _inputs(params, texts), __name__)
 
 
 # --- texts -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ texts once for all three.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_research.errors import UserError
-from sae_research.evals import inputs, pool
 from sae_research.evals.inputs import result_key
 from sae_research.evals.pool import HookActivations
-from sae_research.lm import Batch, LanguageModel, mask
+from sae_research.lm import Batch, LanguageModel
 from sae_research.params import ActivationCaching, Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.store import cache_dir, fingerprint, prune
@@ -139,10 +137,9 @@ class TextActivations(HookActivations):
         return [Means(*(torch.zeros(len(self), width) for _ in Means._fields)) for width in widths]
 
     def _key(self, sae: SparseAutoencoder) -> str:
-        this = sys.modules[__name__]
         tokens = fingerprint([row.tolist() for row in self.pool.sequences])
         return result_key(sae, self.lm, [self.hook, tokens, self.context_length, self.params.token_mask.model_dump()],
-                          [this, pool, mask, inputs])
+                          __name__)
 
 
 class _KeptMeans:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sae_research.lm.continuation import Openings, continued
 from sae_research.lm.model import LanguageModel
 from sae_research.params import ActivationCaching
+from sae_research.sources import sources_fingerprint
 from sae_research.store import cache_dir, fingerprint, keep_first, prune, write_json
 
 _FILE = "activations.bin"
@@ -102,7 +103,7 @@ def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[T
         return pools(flats)
     root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
     folders = {hook: root / fingerprint(
-        [lm.fingerprint, hook, str(lm.dtype), lm.device.type, torch.__version__, about_rows,
+        [lm.fingerprint, hook, str(lm.dtype), lm.device.type, sources_fingerprint(__name__), about_rows,
          *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
         for hook in hooks}
     temporaries: dict[str, Path] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 
 from sae_research.errors import UserError
 from sae_research.saes.base import SparseAutoencoder
+from sae_research.sources import sources_fingerprint
 
 _PLACES = {
     "standard": "sae_research.saes.standard:StandardSAE",
@@ -65,3 +67,18 @@ def form_class(form: str) -> type[SparseAutoencoder]:
     except KeyError:
         raise UserError(f"unknown SAE form {form!r}; known: {', '.join(registry)}, "
                         "or module:Class of your own") from None
+
+
+def code_fingerprint(*modules: str, classes: Iterable[type] = ()) -> str:
+    """SHA-256 of the code and library versions by which `modules` compute something with SAEs of `classes`.
+
+    The other inference forms do not count, although importing this module can reach them. A class whose source cannot be
+    read, from a notebook's cell or the main script, gives another value each time: its results are never taken for old ones.
+    """
+    own = {cls.__module__ for cls in classes}
+    try:
+        return sources_fingerprint(*modules, *sorted(own), by_name={__name__: ()})
+    except ModuleNotFoundError as error:
+        if error.name not in own:
+            raise
+        return uuid.uuid4().hex

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import sae_research.text
 from sae_research.params import Text
-from sae_research.store import cache_dir, fingerprint, prune, remove_unheld, source_fingerprint
+from sae_research.sources import sources_fingerprint
+from sae_research.store import cache_dir, fingerprint, prune, remove_unheld
 from sae_research.text.stream import Contexts, context_chunks, token_contexts
 
 IN_MEMORY_TOKENS = 2**20
@@ -78,7 +78,7 @@ def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: T
         return token_contexts(tokenizer, separator_id, text, split, n_tokens).tokens
     folder, n = cache_dir("tokens"), -(-n_tokens // text.context_size)
     key = fingerprint([text_fingerprint, text.context_size, separator_id, _identity(tokenizer),
-                       source_fingerprint([sae_research.text])])[:32]
+                       sources_fingerprint(context_chunks.__module__)])[:32]
     found = {int(path.stem.partition("-")[2]): path for path in folder.glob(f"{key}-*{_SUFFIX}")}
     enough = [longer for longer in found if longer >= n]
     if enough:

@@ -13,7 +13,7 @@ from sae_research.lm import LanguageModel, pick_device
 from sae_research.params import Params
 from sae_research.precision import has_bfloat16
 from sae_research.recipe_params import SAERecipe
-from sae_research.store import file_sha256, fingerprint
+from sae_research.sources import sources_fingerprint
 from sae_research.text.stored import StoredContexts, contexts_sha256
 from sae_research.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sae_research.training.member import Member, make_member, start
@@ -83,12 +83,10 @@ def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _identity(lm: LanguageModel, tokens: Tensor | StoredContexts, device: torch.device, precision: str) -> dict[str, str]:
     """What a run depends on besides its settings, under the words a user would use."""
-    package = Path(__file__).parent
-    code = {path.relative_to(package).as_posix(): file_sha256(path) for path in sorted(package.rglob("*.py"))}
     return {
         "language model": lm.fingerprint,
         "text": contexts_sha256(tokens),
-        "training code": fingerprint(code),
+        "training code": sources_fingerprint("sae_research.training.run"),
         "version of torch": torch.__version__,
         "kind of device": f"{lm.device.type}, {device.type}, {precision}",
     }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -20,6 +18,7 @@ from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.lm.hooks import find_layers, parse_hook
 from sae_research.params import Text
+from sae_research.sources import sources_fingerprint
 from sae_research.stats import CleanPredictions
 from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, prune, write_json
 from sae_research.text.corpus import text_fingerprint
@@ -43,8 +42,7 @@ def finetuned_model(base: LanguageModel, config: OwnFinetune, text: Text, hook: 
     loss is not finite.
     """
     key = fingerprint([base.fingerprint, str(base.dtype), config.model_dump(exclude={"moved_tokens"}), text.model_dump(),
-                       text_fingerprint(text, SPLIT), hook, seed, torch.__version__,
-                       inspect.getsource(sys.modules[__name__])])[:24]
+                       text_fingerprint(text, SPLIT), hook, seed, sources_fingerprint(__name__)])[:24]
     folder = cache_dir("models") / f"{PREFIX}{key}"
     if folder.is_dir():
         (folder / "fingerprint.json").touch()

@@ -6,7 +6,6 @@ done: a run that was stopped, or that changes one part's settings, computes only
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.store import ResultCache, StageFolder, fingerprint, round_significant, source_fingerprint, write_text
+from sae_research.saes.registry import code_fingerprint
+from sae_research.store import ResultCache, StageFolder, fingerprint, round_significant, write_text
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer import results
 from sae_research.transfer.finetune import outputs_moved, perturbed_model, weights_moved
@@ -30,13 +30,6 @@ from sae_research.transfer.text import SPLIT, TextSource, batches
 
 MAIN = "finetuned"
 """The pair asked about; the others are controls, which read fewer tokens."""
-_MODULES = tuple(f"transfer.{name}" for name in (
-    "text", "sweep", "similarity", "latents", "outliers", "pair", "losses", "table", "results", "logits", "sums", "finetune",
-    "repair", "stage")) + (
-    "intervals", "lm.unembedding", "stats.reconstruction", "stats.losses", "training.products", "training.rows_top_k",
-    "training.sparse", "training.schedules") + tuple(f"training.recipes.{name}" for name in (
-        "base", "dead", "l1", "standard", "top_k"))
-"""Whose source a result depends on, below `sae_research`."""
 
 
 def run(params: Params, stage: StageFolder) -> None:
@@ -159,7 +152,6 @@ def _pair(models: Models, finetuned: LanguageModel, params: Params) -> Pair:
 def _key(pair: Pair, name: str) -> str:
     """Of all that a pair's parts have in common: weights, text, masks and outliers, precision, device kind, torch, and the
     source that computes them."""
-    modules = [importlib.import_module(f"sae_research.{module}") for module in _MODULES]
     params, config = pair.params, pair.params.transfer
     return fingerprint({
         "name": name, "models": [pair.base.fingerprint, pair.finetuned.fingerprint, pair.finetuned.name],
@@ -168,5 +160,5 @@ def _key(pair: Pair, name: str) -> str:
         "outliers": [config.outliers.model_dump(), known_values(config.outliers, pair.base.name)],
         "sampling": config.sampling.model_dump(), "batch_size": config.batch_size, "aligned": config.min_aligned_fraction,
         "mask": params.token_mask.model_dump(), "seed": params.random_seed, "dtype": str(pair.base.dtype),
-        "device": pair.base.device.type, "torch": torch.__version__,
-        "source": source_fingerprint(modules)})
+        "device": pair.base.device.type,
+        "code": code_fingerprint(__name__, classes=[type(sae) for sae in pair.saes.values()])})

@@ -13,18 +13,17 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from sae_research.errors import NotApplicable
-from sae_research.evals import inputs, pool
-from sae_research.evals.absorption import absorbed, letter_probes, logistic, main_latents, result, word_activations, words
+from sae_research.evals.absorption import letter_probes, result
 from sae_research.evals.absorption.absorbed import Absorbed, lab_absorbed, sae_bench_absorbed, usual_activation
 from sae_research.evals.absorption.letter_probes import Probes, f1, one_vs_rest, random_start
 from sae_research.evals.absorption.main_latents import MainLatents, WordLatents, lab_main_latents, sae_bench_main_latents
 from sae_research.evals.absorption.word_activations import WordActivations
 from sae_research.evals.absorption.words import LETTERS, Words, load_words
-from sae_research.evals.inputs import by_hook, result_key
-from sae_research.lm import LanguageModel, continuation, mask
+from sae_research.evals.inputs import by_hook, model_key, result_key
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
+from sae_research.store import ResultCache, StageFolder
 
 MIN_TRAIN_WORDS = 10
 MIN_TEST_WORDS = 5
@@ -92,13 +91,6 @@ def _report(letters: Letters, where: str, params: Params, stage: StageFolder) ->
 
 # --- letters ---------------------------------------------------------------------------------
 
-def _sources() -> list[Any]:
-    import sae_research.evals.absorption.evaluation as this
-
-    return [this, absorbed, letter_probes, logistic, main_latents, word_activations, words, pool, inputs, mask,
-            continuation]
-
-
 def _inputs(acts: WordActivations) -> list[Any]:
     params = acts.params
     return [params.absorption.model_dump(), params.token_mask.model_dump(), params.random_seed, acts.words.fingerprint(),
@@ -116,8 +108,7 @@ def _letters(acts: WordActivations) -> Letters:
     if not len(numbers):
         return Letters(numbers, [], Probes(np.zeros((0, 0), np.float32), np.zeros(0, np.float32)), why_not)
     cache = ResultCache("absorption")
-    key = fingerprint(["letters", _inputs(acts), lm.fingerprint, str(lm.dtype), lm.device.type, torch.__version__,
-                       source_fingerprint(_sources())])[:40]
+    key = model_key(lm, ["letters", _inputs(acts)], __name__)
     kept = cache.get(key)
     if kept is None:
         kept = _ground_truth(acts.vectors.numpy(), labels, test, numbers, params.random_seed)
@@ -145,7 +136,7 @@ def _ground_truth(x: np.ndarray, labels: np.ndarray, test: np.ndarray, numbers: 
 def _scores(saes: dict[str, SparseAutoencoder], acts: WordActivations, letters: Letters) -> dict[str, Any]:
     """Every SAE's scores by letter, from the cache where they are."""
     cache = ResultCache("absorption")
-    keys = {name: result_key(sae, acts.lm, _inputs(acts), _sources()) for name, sae in saes.items()}
+    keys = {name: result_key(sae, acts.lm, _inputs(acts), __name__) for name, sae in saes.items()}
     found = {name: cache.get(key) for name, key in keys.items()}
     missing = {name: sae for name, sae in saes.items() if found[name] is None}
     with tqdm(total=len(missing), desc="encode and score", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:

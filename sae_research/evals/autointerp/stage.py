@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
-from sae_research.evals import inputs, pool
 from sae_research.evals.autointerp import judge, results, windows
 from sae_research.evals.autointerp.judge import FAILED, SCORED, Sheet, make_sheets
 from sae_research.evals.autointerp.windows import Windows, collect_windows
@@ -27,7 +26,7 @@ from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.llm_budget import Budget, check_budget
 from sae_research.llm_client import ChatClient
-from sae_research.lm import LanguageModel, mask
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
 from sae_research.store import ResultCache, StageFolder, fingerprint
@@ -97,7 +96,7 @@ def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor) -> str:
     config = params.autointerp.model_dump()
     return result_key(sae, lm, [{key: config[key] for key in _SELECTION}, params.token_mask.model_dump(),
-                                params.random_seed, fingerprint(tokens.tolist())], [windows, mask, inputs, pool])
+                                params.random_seed, fingerprint(tokens.tolist())], windows.__name__, __name__)
 
 
 def _usable(name: str, chosen: Windows, params: Params, stage: StageFolder) -> bool:

@@ -19,14 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.evals import output
-from sae_research.evals.meta_sae import training
 from sae_research.evals.meta_sae.training import BatchTopKSAE, train_meta_sae
 from sae_research.intervals import interval, ratio
 from sae_research.lm import LanguageModel
 from sae_research.params import MetaSAE, Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
-from sae_research.training import sparse
+from sae_research.saes.registry import code_fingerprint
+from sae_research.store import ResultCache, StageFolder, fingerprint
 
 EVAL_TYPE = "meta_structure_decoder_variance"
 _STOCK_EVAL_ROWS = 4096
@@ -78,8 +77,8 @@ def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: R
         return None
     config = params.meta_sae
     one_seed = fingerprint([
-        fingerprint([list(rows_ND.shape), rows_ND.cpu().numpy().tobytes().hex()]), device.type, torch.__version__,
-        config.model_dump(exclude={"n_seeds"}), source_fingerprint([sys.modules[__name__], training, sparse])])
+        fingerprint([list(rows_ND.shape), rows_ND.cpu().numpy().tobytes().hex()]), device.type,
+        config.model_dump(exclude={"n_seeds"}), code_fingerprint(__name__)])
     seeds = []
     for number in range(config.n_seeds):
         key = fingerprint([one_seed, params.random_seed, number])[:40]

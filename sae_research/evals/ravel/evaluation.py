@@ -16,7 +16,6 @@ token alone. Here the SAE's own hook, the entity's own last token, and whole pro
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,20 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import NotApplicable
-from sae_research.evals import inputs, output, pool
-from sae_research.evals.inputs import by_hook, result_key
-from sae_research.evals.ravel import answers, known, masks, pairs, patches, prompts
+from sae_research.evals import output
+from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.evals.ravel.known import Known, known_prompts
 from sae_research.evals.ravel.masks import Problem, learn
 from sae_research.evals.ravel.pairs import Pair, Task, build_tasks
 from sae_research.evals.ravel.patches import PromptActivations, Swap
 from sae_research.evals.ravel.result import ravel_result
-from sae_research.lm import LanguageModel, mask, model
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
-
-_MODULES = (sys.modules[__name__], answers, known, masks, pairs, patches, prompts, inputs, pool, mask, model)
+from sae_research.store import ResultCache, StageFolder, fingerprint
 
 # one SAE's findings: task -> definition -> {"latents": how many the mask takes, "answers": to every test pair}
 Findings = dict[str, dict[str, dict[str, Any]]]
@@ -74,7 +70,7 @@ def _findings(members: dict[str, SparseAutoencoder], group: PromptActivations, t
               params: Params) -> dict[str, Findings]:
     """Of every SAE at a hook, from the cache or afresh."""
     cache, facts = ResultCache("ravel"), _inputs(group.known, params)
-    keys = {name: result_key(sae, group.lm, facts, _MODULES) for name, sae in members.items()}
+    keys = {name: result_key(sae, group.lm, facts, __name__) for name, sae in members.items()}
     found = {name: cache.get(keys[name]) for name in members}
     missing = {name: sae for name, sae in members.items() if found[name] is None}
     with tqdm(total=len(missing), desc="masks", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:
@@ -111,8 +107,7 @@ def _mix(swap: Swap, taken: Tensor, keeps_error: bool, part: Sequence[Pair]) -> 
 def _whole_activation(group: PromptActivations, tasks: list[Task], params: Params) -> dict[str, list[str]]:
     """Answers to every task's held-out pairs when the source's whole activation is put in; kept in the cache."""
     lm, cache = group.lm, ResultCache("ravel")
-    key = fingerprint(["whole", group.hook, _inputs(group.known, params), lm.fingerprint, str(lm.dtype), lm.device.type,
-                       torch.__version__, source_fingerprint(_MODULES)])[:40]
+    key = model_key(lm, ["whole", group.hook, _inputs(group.known, params)], __name__)
     found = cache.get(key)
     if found is None:
         found = {task.name: _ask(group, task.lab.test, lambda part: group.entity[[pair.source for pair in part]], params)

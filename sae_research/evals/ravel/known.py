@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import NotApplicable
+from sae_research.evals.inputs import model_key
 from sae_research.evals.ravel.answers import right, right_sae_bench
 from sae_research.evals.ravel.prompts import Prompt, build_prompts, load_class
-from sae_research.lm import LanguageModel, model
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
+from sae_research.store import ResultCache, StageFolder
 
 
 class Known(NamedTuple):
@@ -77,8 +78,7 @@ def by_length(lengths: Sequence[int], params: Params) -> Iterator[list[int]]:
 def _answers(lm: LanguageModel, prompts: list[Prompt], params: Params) -> list[list[int]]:
     """Greedy answers [n_generated_tokens] to all prompts, kept in the result cache."""
     n_tokens, cache = params.ravel.n_generated_tokens, ResultCache("ravel")
-    key = fingerprint([lm.fingerprint, str(lm.dtype), lm.device.type, torch.__version__, source_fingerprint([model]),
-                       n_tokens, [prompt.ids for prompt in prompts]])[:40]
+    key = model_key(lm, ["answers", n_tokens, [prompt.ids for prompt in prompts]], __name__)
     found: Any = cache.get(key)
     if found is None:
         found = [[]] * len(prompts)

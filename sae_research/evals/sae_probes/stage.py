@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,17 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
-from sae_research.evals import inputs, pool
-from sae_research.evals.inputs import by_hook, result_key
-from sae_research.evals.sae_probes import fit, last_token, logistic
+from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.evals.sae_probes.fit import Scores, full_scores, sae_bench_full_scores, top_k_scores
 from sae_research.evals.sae_probes.last_token import LastTokens, TypicalNorm, Vectors, tokenise
 from sae_research.evals.sae_probes.results import Record, result
 from sae_research.evals.sae_probes.tasks import ProbeTask, chosen_names, load_probe_task
-from sae_research.lm import LanguageModel, mask
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
+from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.tasks import TaskUnavailable
 
 _TOKENS_AT_ONCE = 200_000
@@ -112,11 +109,9 @@ class _HookScores:
         shared = [self.config.k_values, params.token_mask.model_dump(), params.random_seed, norm.key, norm.hook]
         self.keys = {}
         for name, sae in saes.items():
-            base = result_key(sae, norm.lm, shared, _sources())
+            base = result_key(sae, norm.lm, shared, __name__)
             self.keys |= {(name, task): fingerprint([base, key])[:40] for task, key in task_keys.items()}
-        self.raw_keys = {task: fingerprint(
-            ["raw", shared, key, norm.lm.fingerprint, str(norm.lm.dtype), norm.lm.device.type, torch.__version__,
-             source_fingerprint(_sources())])[:40] for task, key in task_keys.items()}
+        self.raw_keys = {task: model_key(norm.lm, ["raw", shared, key], __name__) for task, key in task_keys.items()}
 
     def compute(self) -> tuple[dict[str, Record], dict[str, dict[str, Record]]]:
         """Records of the raw activations by task, and of every SAE by name and task."""
@@ -183,6 +178,3 @@ def _as_record(task: ProbeTask, probes: dict[str, dict[str, Scores]]) -> Record:
     return {"sae_bench": {probe: scores.metrics(labels) for probe, scores in probes["sae_bench"].items()},
             "lab": {probe: scores.decisions.tolist() for probe, scores in probes["lab"].items()}}
 
-
-def _sources() -> list[ModuleType]:
-    return [sys.modules[__name__], fit, last_token, logistic, inputs, pool, mask]

@@ -55,7 +55,7 @@ def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
 
     probe_tasks = {name: task.probes for name, task in own.items()}
     study = Study("scr", settings, tokenise(lm, list(row_of), settings.context_length), probe_tasks, _rows(probe_tasks),
-                  score, scr)
+                  score, __name__)
     pairs = {task.name: task.first for task in tasks}
     for name, found in evaluate(study, saes, lm, params, stage):
         yield name, results.scr_output(name, saes[name], lm, params, settings, found["sae_bench"], pairs, found["lab"])
@@ -89,7 +89,7 @@ def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
 
     probe_tasks = {name: list(task.probes.values()) for name, task in own.items()}
     study = Study("tpp", settings, tokenise(lm, list(row_of), settings.context_length), probe_tasks, _rows(probe_tasks),
-                  score, tpp)
+                  score, __name__)
     for name, found in evaluate(study, saes, lm, params, stage):
         means = {task: tpp.mean_metrics(list(classes.values())) for task, classes in found["sae_bench"].items()}
         yield name, results.tpp_output(name, saes[name], lm, params, settings, means, found["sae_bench"], found["lab"])

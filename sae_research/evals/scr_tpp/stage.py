@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research import intervals
-from sae_research.evals import inputs, pool, probes, text_means
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.probes import ProbeTask
-from sae_research.evals.scr_tpp import ablation, linear
+from sae_research.evals.scr_tpp import linear
 from sae_research.evals.scr_tpp.ablation import Definition, NotLinear, View, decoder_matrix
 from sae_research.evals.scr_tpp.linear import Probes
 from sae_research.evals.text_means import Means, TextActivations
-from sae_research.lm import LanguageModel, mask
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
 from sae_research.store import ResultCache, StageFolder, fingerprint
@@ -50,8 +47,8 @@ class Study(NamedTuple):
     """What tells these tasks from others, JSON-able."""
     score: Callable[[dict[Definition, dict[str, View]], list[int]], dict[str, Any]]
     """(views by definition and task, thresholds) -> everything a result holds; goes to the cache."""
-    module: ModuleType
-    """Whose source decides whether a cached result is still right."""
+    module: str
+    """Name of the module that `score` is in: its code decides whether a cached result is still right."""
 
 
 def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
@@ -81,15 +78,8 @@ def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel
 def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> str:
     tokens = fingerprint([row.tolist() for row in study.tokens])
     settings = {**study.settings._asdict(), "dataset_names": list(study.tasks)}
-    modules = [study.module, ablation, linear, intervals, probes, mask, inputs, pool, text_means, _this()]
     return result_key(sae, lm, [study.kind, settings, tokens, study.identity, params.token_mask.model_dump(),
-                                params.random_seed], modules)
-
-
-def _this() -> ModuleType:
-    import sae_research.evals.scr_tpp.stage as this
-
-    return this
+                                params.random_seed], study.module, __name__)
 
 
 def _linear(saes: dict[str, SparseAutoencoder], stage: StageFolder) -> dict[str, Tensor]:

@@ -14,25 +14,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import NotApplicable, UserError
-from sae_research.evals import inputs, pool
-from sae_research.evals.inputs import by_hook, result_key
+from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.evals.pool import HookActivations
-from sae_research.evals.unlearning import densities, intervention, prompts
 from sae_research.evals.unlearning.densities import DEFINITIONS, Firing, choose_latents, firing
 from sae_research.evals.unlearning.intervention import Configuration, Plans, correct_answers
 from sae_research.evals.unlearning.prompts import PACKAGED_QUESTIONS, Known, Prompt, find_known, wordings
 from sae_research.evals.unlearning.results import Record, result
-from sae_research.lm import LanguageModel, mask
+from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
-from sae_research.text import questions as question_files
-from sae_research.text import science_questions
+from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.stream import pack_documents
 from sae_research.text.topic_corpora import PACKAGED_TOPICS, topic_documents
 
@@ -89,13 +84,11 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, material: Material) -> str:
-    import sae_research.evals.unlearning.evaluation as this
-
     config = params.unlearning
     values = [config.retain_thresholds, config.n_features_list, config.multipliers, params.token_mask.model_dump(),
               {name: fingerprint(tokens.tolist()) for name, tokens in material.corpora.items()},
               _identity(material.prompts()), material.n_forget]
-    return result_key(sae, lm, values, [this, densities, intervention, prompts, mask, inputs, pool])
+    return result_key(sae, lm, values, __name__)
 
 
 def _identity(asked: Sequence[Prompt]) -> str:
@@ -137,8 +130,7 @@ def _known(lm: LanguageModel, params: Params, name: str) -> Known:
     asked = wordings(lm, name, config.prompt_format)
     first = [next(words()) for words in asked]
     cache = ResultCache("unlearning_known")
-    key = fingerprint([lm.fingerprint, str(lm.dtype), lm.device.type, torch.__version__, config.max_known_questions,
-                       _identity(first), source_fingerprint([prompts, question_files, science_questions])])[:40]
+    key = model_key(lm, ["known", config.max_known_questions, _identity(first)], __name__)
     kept = cache.get(key)
     if kept is None:
         known = find_known(lm, name, asked, config.max_known_questions, params.model.llm_batch_size)

@@ -1,0 +1,14 @@
+"""Stage `inputs`: fingerprints of the files that parameters point at. Writes `inputs/`."""
+
+from sae_research.errors import run_main
+
+
+def main() -> None:
+    from sae_research.local_inputs import write_inputs
+    from sae_research.params import load_params
+
+    write_inputs(load_params())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,137 @@
+"""Results computed by other code, or by another library, are other results: what keys and stages depend on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from sae_research import pipeline_deps
+from sae_research.sources import PROJECT, library_version, sources
+
+CORE, PROBING, POOL = "sae_research.evals.core", "sae_research.evals.sparse_probing", "sae_research.lm.pool"
+TRAIN, IHTP = "sae_research.training.run", "sae_research.instance_sae"
+ROOTS = {"core": [CORE, "sae_research.saes.topk"], "core_ihtp": [CORE, IHTP], "activations": [POOL], "train": [TRAIN],
+         "probing": [PROBING, "sae_research.saes.topk"], "dashboard": ["sae_research.analysis.dashboard.stage"]}
+LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
+PURSUIT = {"core_ihtp", "train", "dashboard"}
+EDITS: dict[str, set[str]] = {
+    "sae_research/lm/model.py": LM, "sae_research/lm/hooks.py": LM, "sae_research/lm/pool.py": LM,
+    "sae_research/lm/products.py": LM, "sae_research/store.py": LM, "sae_research/model_params.py": LM,
+    "sae_research/saes/base.py": LM - {"activations"}, "sae_research/stats/losses.py": LM - {"activations", "probing"},
+    "sae_research/intervals.py": {"core", "core_ihtp", "probing"}, "sae_research/evals/core_figures.py": {"core", "core_ihtp"},
+    "sae_research/pursuit/screening.py": PURSUIT, "sae_research/pursuit/kernels_triton.py": PURSUIT,
+    "sae_research/precision.py": PURSUIT, "sae_research/training/recipes/gated.py": {"train"}, "sae_research/reporting/report.py": set(),
+    "sae_research/analysis/dashboard/templates/latent.html": {"dashboard"},
+    "sae_research/analysis/dashboard/static/core.js": {"dashboard"}, "sae_research/analysis/steer.py": set(),
+    "sae_research/saes/topk.py": {"core", "probing"},
+}
+FINGERPRINTS = """
+import json, sys
+from pathlib import Path
+from sae_research.sources import sources_fingerprint
+edits, roots = json.load(sys.stdin)
+def all_roots():
+    return {name: sources_fingerprint(*modules, by_name={"sae_research.saes.registry": ()}) for name, modules in roots.items()}
+first, found = all_roots(), {}
+for file in edits:
+    path = Path(file)
+    before = path.read_bytes()
+    path.write_bytes(before + b"\\n")
+    found[file] = [name for name, value in all_roots().items() if value != first[name]]
+    path.write_bytes(before)
+json.dump([first, found], sys.stdout)
+"""
+
+
+def fingerprints(project: Path, edits: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Of all `ROOTS` in a copy of the project, and which of them an edit of each file changes."""
+    shutil.copytree(PROJECT / "sae_research", project / "sae_research", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run([sys.executable, "-c", FINGERPRINTS], input=json.dumps([edits, ROOTS]), cwd=project, text=True,
+                          capture_output=True, check=True, env={"PYTHONPATH": str(project)})
+    first, found = json.loads(done.stdout)
+    return first, found
+
+
+def test_a_change_of_any_code_that_computes_a_value_is_another_key(tmp_path: Path) -> None:
+    first, found = fingerprints(tmp_path / "here", list(EDITS))
+    assert {file: set(names) for file, names in found.items()} == EDITS
+    assert fingerprints(tmp_path / "elsewhere" / "a b", [])[0] == first, "where the files lie is no part of it"
+
+
+def test_every_way_to_import_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "mine_pkg"
+    (package / "inner").mkdir(parents=True)
+    (package / "data").mkdir()
+    files = {
+        "__init__.py": "", "inner/__init__.py": "", "inner/deep.py": "from .. import relative",
+        "top.py": "from typing import TYPE_CHECKING\nimport importlib, numpy\nfrom mine_pkg import plain\n"
+                  "if TYPE_CHECKING:\n    from mine_pkg import only_types\nelse:\n    import mine_pkg.otherwise\n"
+                  "def late():\n    import mine_pkg.lazy\n    importlib.import_module('mine_pkg.by_string')\n"
+                  "    TABLE = {'a': 'mine_pkg.in_table:Class'}\n    importlib.import_module(f'mine_pkg.inner.{late}')\n",
+        "plain.py": "import sklearn.linear_model", "only_types.py": "", "otherwise.py": "", "lazy.py": "", "relative.py": "",
+        "by_string.py": "", "in_table.py": "", "unused.py": "", "data/table.json": "{}", "inner/page.html": "", ".hidden": ""}
+    for name, text in files.items():
+        (package / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = sources("mine_pkg.top")
+    inside = {path.relative_to(package).as_posix() for path in found.files}
+    assert inside == set(files) - {"only_types.py", "unused.py", ".hidden"}
+    assert found.libraries == ("numpy", "sklearn")
+    known = sources("mine_pkg.top", by_name={"mine_pkg.top": ["mine_pkg.unused"]})
+    inside = {path.relative_to(package).as_posix() for path in known.files}
+    assert "unused.py" in inside and "in_table.py" not in inside and "inner/deep.py" not in inside
+    before = found.fingerprint()
+    (package / "data/table.json").write_text("[]")
+    assert sources("mine_pkg.top").fingerprint() != before
+    with pytest.raises(ModuleNotFoundError, match="mine_pkg.absent"):
+        sources("mine_pkg.absent")
+
+
+def test_another_version_of_a_library_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    probing = sources("sae_research.evals.sae_probes.stage", by_name={"sae_research.saes.registry": ()})
+    assert {"torch", "transformers", "numpy", "scipy", "sklearn"} <= set(probing.libraries)
+    assert library_version("sklearn") == f"scikit-learn {importlib.metadata.version('scikit-learn')}"
+    library_version.cache_clear()
+    before, real = probing.fingerprint(), importlib.metadata.version
+    for library in ("transformers", "scikit-learn"):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.metadata, "version", lambda name, of=library: "0" if name == of else real(name))
+            library_version.cache_clear()
+            assert probing.fingerprint() != before
+    library_version.cache_clear()
+
+
+def test_dependencies_of_every_stage_are_what_its_code_reaches() -> None:
+    text = (PROJECT / "dvc.yaml").read_text()
+    assert pipeline_deps.written(text) == text, "run `python -m sae_research.pipeline_deps`"
+    for name, stage in YAML(typ="safe").load(text)["stages"].items():
+        code = {dep for dep in stage["deps"] if dep.startswith(("sae_research/", "scripts/"))}
+        reached = pipeline_deps._code(stage)
+        missing = [file for file in reached if not any(file == dep or file.startswith(f"{dep}/") for dep in code)]
+        assert not missing, f"{name} does not depend on {missing}"
+        for_nothing = [dep for dep in code if not any(file == dep or file.startswith(f"{dep}/") for file in reached)]
+        assert not for_nothing, f"{name} would rerun for nothing after a change of {for_nothing}"
+
+
+@pytest.mark.parametrize(("file", "stages"), [
+    ("sae_research/reporting/report_training.py", {"generate_report"}),
+    ("sae_research/text/local.py", {"train", "setup", "core_eval", "sparse_probing_eval", "unlearning_eval", "dashboards"}),
+    ("sae_research/text/hub.py", {"train", "core_eval"}),
+    ("sae_research/store.py", {"inputs", "train", "core_metrics", "aggregate_metrics", "visualize", "generate_report"}),
+    ("sae_research/eval_params.py", {"inputs", "train", "core_eval", "ravel_eval"}),
+    ("sae_research/precision.py", {"train", "setup", "core_eval", "transfer_eval"}),
+    ("sae_research/evals/ravel/data/ravel_city_attribute_to_prompts.json", {"ravel_eval"}),
+])
+def test_an_edit_marks_the_stages_it_concerns(file: str, stages: set[str]) -> None:
+    pipeline = YAML(typ="safe").load((PROJECT / "dvc.yaml").read_text())["stages"]
+    marked = {name for name, stage in pipeline.items() if any(file == dep or file.startswith(f"{dep}/") for dep in stage["deps"])}
+    assert stages <= marked
+    if "ravel" in file:
+        assert marked == stages
