@@ -70,22 +70,25 @@ _known: dict[Any, tuple[Sources, dict[Path, tuple[int, int]]]] = {}
 def _collect(modules: tuple[str, ...], chosen: dict[str, tuple[str, ...]]) -> Sources:
     seen: dict[str, Path] = {}
     libraries: set[str] = set()
+    absent: set[str] = set()
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         for parent in _parents(name):
             if parent in seen:
                 continue
-            path = _find(parent)
+            path = None if parent in absent else _find(parent)
             if path is None:
                 if parent == name and name in modules:
                     raise ModuleNotFoundError(f"no source of the module {name} in the project", name=name)
                 libraries.add(parent.partition(".")[0])
+                absent.add(parent)
                 break
             seen[parent] = path
             found = _read(path, parent, path.stat().st_mtime_ns)
             waiting += [*found.imports, *(chosen[parent] if parent in chosen else _named(found))]
-    data = {extra for path in seen.values() for extra in _data_beside(path)}
+    packages = {path.parent for path in seen.values() if (path.parent / "__init__.py").is_file()}
+    data = {extra for package in packages for extra in _data_in(package)}
     return Sources(tuple(sorted({path for path in (*seen.values(), *data) if path.is_file()})),
                    tuple(sorted(libraries - set(sys.stdlib_module_names) - {"__future__"})))
 
@@ -225,15 +228,9 @@ def _named(found: _Found) -> Iterator[str]:
 
 # --- files ---------------------------------------------------------------------------------------
 
-def _data_beside(path: Path) -> Iterator[Path]:
-    """What is no Python in a module's package, and in the folders there that hold none: templates, tables, scripts of
-    pages. Hidden files and an editor's copies are left out."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / "__init__.py").is_file():
-        yield from _data_in(folder)
-
-
 def _data_in(folder: Path) -> tuple[Path, ...]:
+    """What is no Python in a package, and in the folders there that hold none: templates, tables, scripts of pages. Hidden
+    files and an editor's copies are left out."""
     found: list[Path] = []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith((".", "__pycache__")) or entry.name.endswith("~"):

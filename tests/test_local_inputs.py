@@ -22,8 +22,8 @@ def written(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
 def test_the_default_points_at_nothing_but_the_outlier_file(in_project: Path) -> None:
     write_inputs(Params())
     found = written(in_project)
-    assert set(found) == set(sections()) >= {"model", "text", "baseline_sae", "comparison_saes", "sparse_probing", "scr", "tpp",
-                                             "unlearning", "ravel", "transfer", "dashboards"}
+    assert set(found) == set(sections()) >= {"model", "text", "baseline_sae", "comparison_saes", "sparse_probing", "scr",
+                                             "tpp", "unlearning", "ravel", "transfer", "dashboards"}
     assert not any(found.values())
 
 

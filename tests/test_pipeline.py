@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,7 +128,23 @@ def test_nothing_is_left_untracked_or_ignored_wrongly(project: Path) -> None:
 
 def test_a_second_run_does_nothing(project: Path) -> None:
     out = run(project, "dvc", "repro").stdout
-    assert "Running stage" not in out
+    assert re.findall(r"Running stage '(\w+)'", out) == ["inputs"]
+    assert run(project, "git", "status", "--porcelain").stdout == ""
+
+
+def test_a_local_file_that_changes_is_seen(project: Path, tiny_inputs: Path) -> None:
+    text = tiny_inputs / "texts/documents.jsonl"
+    state, before = text.stat(), text.read_bytes()
+    text.write_bytes(before.replace(b"the", b"eht", 1))
+    os.utime(text, ns=(state.st_atime_ns, state.st_mtime_ns))
+    try:
+        run(project, "dvc", "repro", "-s", "inputs")
+        assert "inputs/text.json" in run(project, "git", "status", "--porcelain").stdout
+        stale = json.loads(run(project, "dvc", "status", "--json").stdout)
+        assert {"train", "setup", "core_eval"} <= set(stale) and "sparse_probing_eval" not in stale
+    finally:
+        text.write_bytes(before)
+        run(project, "dvc", "repro", "-s", "inputs")
     assert run(project, "git", "status", "--porcelain").stdout == ""
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -21,48 +22,44 @@ ROOTS = {"core": [CORE, "sae_research.saes.topk"], "core_ihtp": [CORE, IHTP], "a
          "probing": [PROBING, "sae_research.saes.topk"], "dashboard": ["sae_research.analysis.dashboard.stage"]}
 LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
 PURSUIT = {"core_ihtp", "train", "dashboard"}
-EDITS: dict[str, set[str]] = {
-    "sae_research/lm/model.py": LM, "sae_research/lm/hooks.py": LM, "sae_research/lm/pool.py": LM,
-    "sae_research/lm/products.py": LM, "sae_research/store.py": LM, "sae_research/model_params.py": LM,
-    "sae_research/saes/base.py": LM - {"activations"}, "sae_research/stats/losses.py": LM - {"activations", "probing"},
-    "sae_research/intervals.py": {"core", "core_ihtp", "probing"}, "sae_research/evals/core_figures.py": {"core", "core_ihtp"},
-    "sae_research/pursuit/screening.py": PURSUIT, "sae_research/pursuit/kernels_triton.py": PURSUIT,
-    "sae_research/precision.py": PURSUIT, "sae_research/training/recipes/gated.py": {"train"}, "sae_research/reporting/report.py": set(),
-    "sae_research/analysis/dashboard/templates/latent.html": {"dashboard"},
-    "sae_research/analysis/dashboard/static/core.js": {"dashboard"}, "sae_research/analysis/steer.py": set(),
-    "sae_research/saes/topk.py": {"core", "probing"},
+REACHED_BY: dict[str, set[str]] = {
+    "lm/model.py": LM, "lm/hooks.py": LM, "lm/pool.py": LM, "lm/products.py": LM, "store.py": LM, "model_params.py": LM,
+    "saes/base.py": LM - {"activations"}, "stats/losses.py": LM - {"activations", "probing"},
+    "intervals.py": {"core", "core_ihtp", "probing"}, "evals/core_figures.py": {"core", "core_ihtp"},
+    "pursuit/screening.py": PURSUIT, "pursuit/kernels_triton.py": PURSUIT, "precision.py": PURSUIT,
+    "training/recipes/gated.py": {"train"}, "saes/topk.py": {"core", "probing"}, "reporting/report.py": set(),
+    "analysis/steer.py": set(), "analysis/dashboard/templates/latent.html": {"dashboard"},
+    "analysis/dashboard/static/core.js": {"dashboard"},
 }
+BY_NAME: dict[str, tuple[str, ...]] = {"sae_research.saes.registry": ()}
 FINGERPRINTS = """
 import json, sys
-from pathlib import Path
 from sae_research.sources import sources_fingerprint
-edits, roots = json.load(sys.stdin)
-def all_roots():
-    return {name: sources_fingerprint(*modules, by_name={"sae_research.saes.registry": ()}) for name, modules in roots.items()}
-first, found = all_roots(), {}
-for file in edits:
-    path = Path(file)
-    before = path.read_bytes()
-    path.write_bytes(before + b"\\n")
-    found[file] = [name for name, value in all_roots().items() if value != first[name]]
-    path.write_bytes(before)
-json.dump([first, found], sys.stdout)
+roots, by_name = json.load(sys.stdin)
+print(json.dumps([sources_fingerprint(*modules, by_name=by_name) for modules in roots]))
 """
 
 
-def fingerprints(project: Path, edits: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Of all `ROOTS` in a copy of the project, and which of them an edit of each file changes."""
-    shutil.copytree(PROJECT / "sae_research", project / "sae_research", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, "-c", FINGERPRINTS], input=json.dumps([edits, ROOTS]), cwd=project, text=True,
-                          capture_output=True, check=True, env={"PYTHONPATH": str(project)})
-    first, found = json.loads(done.stdout)
-    return first, found
+def test_all_code_that_computes_a_value_is_found() -> None:
+    closures = {name: sources(*modules, by_name=BY_NAME).files for name, modules in ROOTS.items()}
+    package = PROJECT / "sae_research"
+    found = {file: {name for name, files in closures.items() if package / file in files} for file in REACHED_BY}
+    assert found == REACHED_BY
 
 
-def test_a_change_of_any_code_that_computes_a_value_is_another_key(tmp_path: Path) -> None:
-    first, found = fingerprints(tmp_path / "here", list(EDITS))
-    assert {file: set(names) for file, names in found.items()} == EDITS
-    assert fingerprints(tmp_path / "elsewhere" / "a b", [])[0] == first, "where the files lie is no part of it"
+def test_an_edit_is_another_key_wherever_the_project_lies(tmp_path: Path) -> None:
+    def fingerprints(project: Path) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", FINGERPRINTS], input=json.dumps([list(ROOTS.values()), BY_NAME]),
+                              cwd=project, text=True, capture_output=True, check=True, env={"PYTHONPATH": str(project)})
+        return json.loads(done.stdout)
+
+    copy = tmp_path / "else where"
+    shutil.copytree(PROJECT / "sae_research", copy / "sae_research", ignore=shutil.ignore_patterns("__pycache__"))
+    here = [sources(*modules, by_name=BY_NAME).fingerprint() for modules in ROOTS.values()]
+    assert fingerprints(copy) == here
+    with (copy / "sae_research/lm/model.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert not set(fingerprints(copy)) & set(here)
 
 
 def test_every_way_to_import_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +73,8 @@ def test_every_way_to_import_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                   "def late():\n    import mine_pkg.lazy\n    importlib.import_module('mine_pkg.by_string')\n"
                   "    TABLE = {'a': 'mine_pkg.in_table:Class'}\n    importlib.import_module(f'mine_pkg.inner.{late}')\n",
         "plain.py": "import sklearn.linear_model", "only_types.py": "", "otherwise.py": "", "lazy.py": "", "relative.py": "",
-        "by_string.py": "", "in_table.py": "", "unused.py": "", "data/table.json": "{}", "inner/page.html": "", ".hidden": ""}
+        "by_string.py": "", "in_table.py": "", "unused.py": "",
+        "data/table.json": "{}", "inner/page.html": "", ".hidden": ""}
     for name, text in files.items():
         (package / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -108,10 +106,15 @@ def test_another_version_of_a_library_is_another_key(monkeypatch: pytest.MonkeyP
     library_version.cache_clear()
 
 
-def test_dependencies_of_every_stage_are_what_its_code_reaches() -> None:
+@pytest.fixture(scope="module")
+def stages() -> dict[str, dict[str, Any]]:
+    return YAML(typ="safe").load((PROJECT / "dvc.yaml").read_text())["stages"]
+
+
+def test_dependencies_of_every_stage_are_what_its_code_reaches(stages: dict[str, dict[str, Any]]) -> None:
     text = (PROJECT / "dvc.yaml").read_text()
     assert pipeline_deps.written(text) == text, "run `python -m sae_research.pipeline_deps`"
-    for name, stage in YAML(typ="safe").load(text)["stages"].items():
+    for name, stage in stages.items():
         code = {dep for dep in stage["deps"] if dep.startswith(("sae_research/", "scripts/"))}
         reached = pipeline_deps._code(stage)
         missing = [file for file in reached if not any(file == dep or file.startswith(f"{dep}/") for dep in code)]
@@ -120,7 +123,7 @@ def test_dependencies_of_every_stage_are_what_its_code_reaches() -> None:
         assert not for_nothing, f"{name} would rerun for nothing after a change of {for_nothing}"
 
 
-@pytest.mark.parametrize(("file", "stages"), [
+@pytest.mark.parametrize(("file", "concerned"), [
     ("sae_research/reporting/report_training.py", {"generate_report"}),
     ("sae_research/text/local.py", {"train", "setup", "core_eval", "sparse_probing_eval", "unlearning_eval", "dashboards"}),
     ("sae_research/text/hub.py", {"train", "core_eval"}),
@@ -129,9 +132,9 @@ def test_dependencies_of_every_stage_are_what_its_code_reaches() -> None:
     ("sae_research/precision.py", {"train", "setup", "core_eval", "transfer_eval"}),
     ("sae_research/evals/ravel/data/ravel_city_attribute_to_prompts.json", {"ravel_eval"}),
 ])
-def test_an_edit_marks_the_stages_it_concerns(file: str, stages: set[str]) -> None:
-    pipeline = YAML(typ="safe").load((PROJECT / "dvc.yaml").read_text())["stages"]
-    marked = {name for name, stage in pipeline.items() if any(file == dep or file.startswith(f"{dep}/") for dep in stage["deps"])}
-    assert stages <= marked
+def test_an_edit_marks_the_stages_it_concerns(stages: dict[str, dict[str, Any]], file: str, concerned: set[str]) -> None:
+    marked = {name for name, stage in stages.items()
+              if any(file == dep or file.startswith(f"{dep}/") for dep in stage["deps"])}
+    assert concerned <= marked
     if "ravel" in file:
-        assert marked == stages
+        assert marked == concerned

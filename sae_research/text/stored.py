@@ -78,7 +78,7 @@ def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: T
         return token_contexts(tokenizer, separator_id, text, split, n_tokens).tokens
     folder, n = cache_dir("tokens"), -(-n_tokens // text.context_size)
     key = fingerprint([text_fingerprint, text.context_size, separator_id, _identity(tokenizer),
-                       sources_fingerprint(context_chunks.__module__)])[:32]
+                       sources_fingerprint("sae_research.text.stream")])[:32]
     found = {int(path.stem.partition("-")[2]): path for path in folder.glob(f"{key}-*{_SUFFIX}")}
     enough = [longer for longer in found if longer >= n]
     if enough:
