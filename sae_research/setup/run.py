@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sae_research.errors import UserError
+from sae_research.folders import replaced_folder
 from sae_research.instance_sae import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, PursuitSAE, TopKRefitSAE
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
@@ -194,7 +192,7 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     check_fits(setup.name, baseline, lm)
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
     planned = setup.plan()
-    with _whole_folder(output) as folder:
+    with replaced_folder(output) as folder:
         for item in planned:
             item.write(folder / item.name)
         saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
@@ -270,25 +268,3 @@ def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:
         raise UserError(f"baseline_sae.hook_layer is {settings.hook_layer}, but the SAE reads "
                         f"{baseline.cfg.hook_name}; "
                         "correct the one that is wrong")
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary neighbour that takes the place of `target` when the block ends well, and goes when it does
-    not."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from sae_research.errors import Interrupted, UserError
+from sae_research.folders import replaced_folder
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.recipe_params import SAERecipe
@@ -51,7 +51,7 @@ def train(params: Params, output: Path = OUTPUT) -> Report:
     """
     if not (params.train.enabled and params.train.saes):
         report = _report(params, tokens=0)
-        with _replaced(output) as folder:
+        with replaced_folder(output) as folder:
             write_json(folder / REPORT_FILE, report)
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
@@ -86,7 +86,7 @@ def _train(params: Params, output: Path, progress: ProgressFile, signals: StopSi
     saes = {member.name: export(member) for member in members}
     report = _report(params, max(member.tokens for member in members))
     results = _evaluate(report, members, saes, stream, lm, params)
-    with _replaced(output) as folder:
+    with replaced_folder(output) as folder:
         for member in members:
             save_sae(saes[member.name], folder / member.name)
             write_text(folder / member.name / CURVE_FILE, curve_tsv(member.curve))
@@ -239,19 +239,3 @@ def _evaluate(
         report["hooks"][hook] = {"fraction_tokens_kept": buffer.fraction_kept,
                                  "pca_reference": {str(n): value for n, value in explained.items()}}
     return after_training(report, stats, saes, members, held_out, lm, params)
-
-
-@contextmanager
-def _replaced(output: Path) -> Iterator[Path]:
-    """A temporary neighbour that takes `output`'s place once the block is done, or goes if it fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
