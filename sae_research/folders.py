@@ -17,15 +17,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sae_research.errors import UserError
 
 TEMPORARY, REPLACED = ".tmp", ".old.tmp"
-LONGEST_TEMPORARY = len(f"..{'x' * 8}{REPLACED}")
-"""How much longer than its target's name a temporary one is."""
+RESERVE = "_" * len("._eval_results.json.xxxxxxxx.tmp")
+"""As much as names of files that later stages derive from an SAE's name are longer."""
 
 
 @contextmanager
@@ -36,8 +36,7 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
     Raises `UserError` where `target` is a file, and `OSError`, naming `target`, where nothing can be written there.
     """
     target = Path(os.path.realpath(target))
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file where a folder is to be written: move it away")
+    _refuse_file(target)
     with _new_folder(target) as temporary:
         yield temporary
         _replace(target, temporary)
@@ -52,6 +51,28 @@ def first_folder(target: Path) -> Iterator[Path]:
         yield temporary
         with suppress(FileExistsError), _existing_is_one_error():
             temporary.rename(target)
+
+
+def check_writable(target: str | Path, names: Iterable[str], where: str) -> None:
+    """Look before the work whether its results can be written: `target`, with something called `<name>` inside and files
+    that later stages derive from it. Raises `UserError` for a name that the file system does not take, saying that it stands
+    `where`, and `OSError`, naming `target`, where nothing can be written."""
+    target = Path(os.path.realpath(target))
+    _refuse_file(target)
+    with _new_folder(target) as temporary:
+        for name in names:
+            try:
+                (temporary / f"{name}{RESERVE}").mkdir()
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                raise UserError(f"{where}: the name {name[:32]}… of {len(name)} characters is too long for this file "
+                                "system; shorten it") from None
+
+
+def _refuse_file(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file where a folder is to be written: move it away")
 
 
 def clear_leftovers(target: Path) -> None:

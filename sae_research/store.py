@@ -26,7 +26,8 @@ from sae_research.folders import TEMPORARY
 
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
-SLUG = re.compile(r"^[a-z0-9_]+$")
+SLUG = re.compile(r"^[a-z0-9_]{1,200}$")
+"""Names of SAEs: files are called by them, and by what variants and evaluations add; file systems take 255 bytes."""
 
 
 # --- names -----------------------------------------------------------------------------------
