@@ -21,7 +21,7 @@ from sae_research.setup import controls, sources
 from sae_research.setup.estimate import disk_lines, time_lines
 from sae_research.setup.fits import check_fits, check_tokenizer, fill_in
 from sae_research.setup.inputs import check_inputs
-from sae_research.setup.preflight import preflight
+from sae_research.setup.preflight import preflight, preflight_tokens
 from sae_research.store import slugify, write_json
 
 VARIANTS: dict[str, type[PursuitSAE]] = {
@@ -194,11 +194,12 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
     planned = setup.plan()
     check_writable(output, [item.name for item in planned], "SAE names")
+    tokens = preflight_tokens(lm, params)  # what the end needs is looked at first
     with replaced_folder(output) as folder:
         for item in planned:
             item.write(folder / item.name)
         saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
-        result = preflight(saes, setup.name, lm, params)
+        result = preflight(saes, setup.name, lm, params, tokens)
         warnings = setup.warnings + result.warnings
         manifest = make_manifest(saes)
         write_json(folder / MANIFEST, manifest)

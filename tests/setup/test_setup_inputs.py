@@ -78,6 +78,8 @@ def test_setup_refuses_before_it_computes(project: Path, make_params: Any, monke
     monkeypatch.setattr(run.controls, "sample_activations", lambda *_: pytest.fail("computed"))
     with pytest.raises(UserError, match="pca_components = 33 is larger"):
         run_setup(make_params(controls={"pca_components": 33, "s": 2}))
+    with pytest.raises(UserError, match="preflight.tokens: text.dataset .* the split core_eval ends after"):
+        run_setup(make_params(preflight={"tokens": 10**6}))
     save_sae(tiny_sae(), project / "other" / ("a" * 230))
     with pytest.raises(UserError, match="SAE names: the name aaa.* of 230 characters is too long"):
         run_setup(make_params(comparison_saes={"folders": ["other/*"]}))
