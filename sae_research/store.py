@@ -5,7 +5,6 @@ No torch here: the reporting stages import this module and must start in a fract
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_research.errors import NotApplicable, UserError
+from sae_research.folders import TEMPORARY
 
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
-SLUG = re.compile(r"^[a-z0-9_]+$")
+SLUG = re.compile(r"^[a-z0-9_]{1,200}$")
+"""Names of SAEs: files are called by them, and by what variants and evaluations add; file systems take 255 bytes."""
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -55,27 +56,22 @@ def file_sha256(path: Path) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: into a temporary neighbour first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file whole or not at all: into a temporary neighbour first (`.*.tmp`, which Git and DVC ignore), then
+    renamed. Raises `OSError` that names `path`."""
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def keep_first(temporary: Path, folder: Path) -> None:
-    """Move a finished folder into place; where another process was faster, its equal folder stays."""
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
             raise
-        shutil.rmtree(temporary)
+    except OSError as error:  # of a write to an open file it names none, of a rename the temporary one
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

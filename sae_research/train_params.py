@@ -64,7 +64,7 @@ class Train(Section):
     def _sound(self) -> Train:
         for name in self.saes:
             if not SLUG.match(name):
-                raise ValueError(f"saes: the name {name!r} must be made of a-z, 0-9 and _")
+                raise ValueError(f"saes: the name {name!r} must be made of at most 200 of a-z, 0-9 and _")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation_steps "
                              f"{self.accumulation_steps} equal parts")

@@ -6,12 +6,13 @@ python -m scripts.train_saes
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.params import load_params
-from sae_research.training.run import train
 
 
 def main() -> None:
-    train(load_params())
+    from sae_research.params import load_params
+    from sae_research.training.run import train
+
+    train(load_params(), compared=True)
 
 
 if __name__ == "__main__":

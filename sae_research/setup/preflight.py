@@ -15,7 +15,7 @@ from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
 from sae_research.stats import ReconstructionStats
 from sae_research.store import round_significant
-from sae_research.text.stream import token_contexts
+from sae_research.text.stream import TextRunsOut, token_contexts
 
 L0_TOLERANCE = 1.5
 """Factor by which the L0 seen may differ from the card's before a warning."""
@@ -43,20 +43,25 @@ class Preflight(NamedTuple):
     """Encoding and decoding, by SAE."""
 
 
+def preflight_tokens(lm: LanguageModel, params: Params) -> Tensor:
+    """The contexts [n, context_size] that SAEs are tried on. Raises `UserError` where the text does not give them."""
+    try:
+        return token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens).tokens
+    except TextRunsOut as error:
+        raise UserError(f"preflight.tokens: {error}") from None
+
+
 def preflight(
-    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params
+    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params, tokens: Tensor
 ) -> Preflight:
-    """Reconstruct `preflight.tokens` tokens with every SAE and compare with what is known of each.
+    """Reconstruct the contexts `tokens` with every SAE and compare with what is known of each.
 
     Raises `UserError` when activations have another size than an SAE's card says, and when the baseline
     explains less variance than `preflight.min_variance_explained`.
     """
-    contexts = token_contexts(
-        lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens
-    )
     report: dict[str, Any] = {
         "model": _model_card(lm),
-        "tokens": contexts.tokens.numel(),
+        "tokens": tokens.numel(),
         "hooks": {},
         "saes": {},
     }
@@ -64,7 +69,7 @@ def preflight(
     seconds: dict[str, float] = {}
     for hook in dict.fromkeys(sae.cfg.hook_name for sae in saes.values()):
         group = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
-        sample = _sample(lm, hook, contexts.tokens, params)
+        sample = _sample(lm, hook, tokens, params)
         report["hooks"][hook] = _hook_card(sample)
         ratios = {name: _norm_ratio(name, sae, sample, params) for name, sae in group.items()}
         measured, times = measure(group, sample)

@@ -90,7 +90,7 @@ def load_crossed_tasks(name: str, train_size: int, test_size: int, seed: int,
     elif (local := find_local(name)) is not None:
         parts = _local(name, local, skip)
     else:
-        raise UserError(_unknown(name))
+        raise UserError(unknown_crossed_task(name))
     tasks = []
     for part in parts:
         try:
@@ -141,7 +141,8 @@ def _share(cell: Cell) -> int:
     return 2 if cell[0] == cell[1] else 1
 
 
-def _unknown(name: str) -> str:
+def unknown_crossed_task(name: str) -> str:
+    """What is said of a name that is neither a task nor a path."""
     if looks_local(name):
         return f"two-attribute task {name}: no such file or folder"
     known = [*CROSSED_TASKS, *HUB_TASKS]

@@ -82,7 +82,7 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     local = find_local(name)
     if local is not None:
         return _select(name, distinct_texts(_local_rows(local)), {"origin": "local"}, train_size, test_size, seed)
-    raise UserError(_unknown(name))
+    raise UserError(unknown_task(name))
 
 
 def task_fingerprint(task: Task) -> str:
@@ -90,7 +90,8 @@ def task_fingerprint(task: Task) -> str:
     return fingerprint([list(task.train.items()), list(task.test.items())])
 
 
-def _unknown(name: str) -> str:
+def unknown_task(name: str) -> str:
+    """What is said of a name that is neither a task nor a path."""
     if looks_local(name):
         return f"task {name}: no such file or folder"
     known = [*PACKAGED_TASKS, *SAE_BENCH_TASKS]
