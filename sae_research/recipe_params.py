@@ -62,8 +62,8 @@ class PAnnealRecipe(L1Recipe):
 
     @model_validator(mode="after")
     def _ordered(self) -> PAnnealRecipe:
-        if not self.anneal_start < self.anneal_end:
-            raise ValueError(f"anneal_start = {self.anneal_start} must be below anneal_end = {self.anneal_end}")
+        if self.anneal_start > self.anneal_end:
+            raise ValueError(f"anneal_start = {self.anneal_start} is above anneal_end = {self.anneal_end}")
         return self
 
 

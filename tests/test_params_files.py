@@ -207,7 +207,7 @@ def test_no_leaf_takes_what_it_cannot_be(model: type[Section], values: dict[str,
     ({"train": {"tokens": 100}}, r"train: batch_size 512 exceeds tokens 100"),
     ({"train": {"saes": {"a": {"recipe": "jump_relu", "d_sae": 8, "target_l0": 9}}}}, "target_l0 = 9 exceeds d_sae = 8"),
     ({"train": {"saes": {"a": {"recipe": "matching_pursuit", "d_sae": 8, "s": 9}}}}, "s = 9 exceeds d_sae = 8"),
-    ({"train": {"saes": {"a": {"recipe": "p_anneal", "d_sae": 8, "l1_coefficient": 1, "anneal_start": 0.9}}}}, "anneal_end"),
+    ({"train": {"saes": {"a": {"recipe": "p_anneal", "d_sae": 8, "l1_coefficient": 1, "anneal_start": 1}}}}, "anneal_end"),
     ({"comparison_saes": {"sae_regex_pattern": "(", "sae_block_pattern": "x"}}, "not a regular expression"),
     ({"visualization": {"architectures": None}}, r"visualization\.architectures"),
 ])
