@@ -129,6 +129,18 @@ def check_params(values: dict[str, Any], where: str) -> Params:
         raise UserError(f"{where}: {explained(error, _explain)}") from None
 
 
+def check_trained_names(params: Params) -> None:
+    """What the setup stage will look for among the trained SAEs is trained. Raises `UserError` before hours are spent."""
+    wanted = [("comparison_saes.trained", name) for name in params.comparison_saes.trained if name != "all"]
+    if params.baseline_sae.source == "trained":
+        wanted.insert(0, ("baseline_sae.name", params.baseline_sae.name))
+    for key, name in wanted:
+        if params.train.enabled and name not in params.train.saes:
+            close = difflib.get_close_matches(name, params.train.saes, n=1)
+            raise UserError(f"{key}: {name} is not among train.saes ({_listed(list(params.train.saes))})"
+                            + (f"; did you mean {close[0]}?" if close else ""))
+
+
 def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], most: int = 5) -> str:
     """All that is wrong, in one line of bearable length. explain: one complaint as a user would say it."""
     items = error.errors()

@@ -17,7 +17,7 @@ from sae_research.cli import read_preset
 from sae_research.errors import UserError
 from sae_research.experiments import sae_interpretability
 from sae_research.experiments.config_files import flatten, parse_overrides
-from sae_research.params import Params, check_params, load_params, read_params
+from sae_research.params import Params, check_params, check_trained_names, load_params, read_params
 from sae_research.recipe_params import AnyRecipe
 from sae_research.section import Section
 from sae_research.visualization_params import Style
@@ -215,6 +215,16 @@ def test_impossible_values_are_one_line(values: dict[str, Any], line: str) -> No
     with pytest.raises(UserError, match=line) as caught:
         check_params(values, "x")
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_setup_will_miss_are_said_before_training() -> None:
+    check_trained_names(Params())
+    check_trained_names(Params(baseline_sae=HUB, comparison_saes={"trained": ["all"]}, train={"saes": {}}))
+    check_trained_names(Params(train={"enabled": False, "saes": {}}))
+    for values, line in [({"baseline_sae": {"name": "absent"}}, r"baseline_sae\.name: absent is not among train\.saes"),
+                         ({"comparison_saes": {"trained": ["tpok"]}}, r"saes\.trained: tpok .* did you mean topk")]:
+        with pytest.raises(UserError, match=line):
+            check_trained_names(Params(**values))
 
 
 def test_a_whole_float_is_a_whole_number() -> None:
