@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sae_research.section import LocalName, Positive, Section
+from sae_research.section import Above0, Above1, LocalName, Name, Positive, Section
 
 
 class Model(Section):
@@ -21,8 +21,8 @@ class Model(Section):
 class Text(Section):
     dataset: LocalName = "packaged"
     """`packaged`, a local folder of .txt/.jsonl/.csv/.parquet files, or a hub data set's name."""
-    column_name: str = "text"
-    context_size: Annotated[int, Field(ge=8)] = 128
+    column_name: Name = "text"
+    context_size: Annotated[Positive, Field(ge=8)] = 128
     """Tokens per context, the leading separator included."""
 
 
@@ -30,12 +30,12 @@ class TokenMask(Section):
     """Which tokens count: special and padding tokens never do."""
 
     drop_first_position: bool = True
-    outlier_norm_multiple: Annotated[float, Field(gt=1)] | None = 3.0
+    outlier_norm_multiple: Above1 | None = 3.0
     """Tokens whose activation norm exceeds this many times the median are sinks; null keeps them."""
 
 
 class ActivationCaching(Section):
     enabled: bool = True
-    max_gb: Annotated[float, Field(gt=0)] = 10.0
+    max_gb: Above0 = 10.0
     """Size limit of .cache/activations, of .cache/tokens (long texts) and of .cache/train (checkpoints of interrupted runs),
     each; the least recently used go first."""

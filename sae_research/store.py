@@ -23,7 +23,7 @@ from sae_research.folders import TEMPORARY
 
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
-SLUG = re.compile(r"^[a-z0-9_]{1,200}$")
+SLUG = re.compile(r"^[a-z0-9_]{1,150}$")
 """Names of SAEs: files are called by them, and by what variants and evaluations add; file systems take 255 bytes."""
 
 

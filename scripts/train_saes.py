@@ -9,10 +9,12 @@ from sae_research.errors import run_main
 
 
 def main() -> None:
-    from sae_research.params import load_params
+    from sae_research.params import check_trained_names, load_params
     from sae_research.training.run import train
 
-    train(load_params(), compared=True)
+    params = load_params()
+    check_trained_names(params)
+    train(params, compared=True)
 
 
 if __name__ == "__main__":
