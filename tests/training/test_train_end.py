@@ -81,17 +81,17 @@ def test_a_missing_column_is_named(short, tmp_path, no_steps):
 
 
 def test_names_and_places_that_cannot_be_written_are_refused_at_the_start(make_params, tmp_path, no_steps):
-    for length in (201, 240, 300):
-        with pytest.raises(ValueError, match="at most 200"):
+    for length in (151, 240, 300):
+        with pytest.raises(ValueError, match="at most 150"):
             make_params(saes={"a" * length: TOP_K})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file where a folder is to be written"):
         run.train(make_params(saes=FEW), tmp_path / "file")
-    longest = make_params(saes={"a" * 200: TOP_K})
+    longest = make_params(saes={"a" * 150: TOP_K})
     before.check_output(longest, tmp_path / "out")
     with pytest.raises(UserError, match="train.saes: the name aaa.* of 230 characters is too long for this file system"):
         before.check_output(longest.model_copy(update={"train": longest.train.model_copy(
-            update={"saes": {"a" * 230: longest.train.saes["a" * 200]}})}), tmp_path / "out")
+            update={"saes": {"a" * 230: longest.train.saes["a" * 150]}})}), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
