@@ -111,7 +111,7 @@ def _run(layer: nn.Module, forward: Callable[[], Any], replaced: dict[nn.Module,
                 calls.append(_Call(path, module, like_stream(_first((*args, *kwargs.values()))), out))
             if module not in replaced:
                 return output
-            value = replaced[module].view(first.shape)
+            value = replaced[module].view(first.shape).clone()  # Falcon adds to it in place
             return (value, *output[1:]) if isinstance(output, tuple) else value
         return hook
 
