@@ -11,7 +11,10 @@ from sae_research.section import Above0, Above1, LocalName, Name, Positive, Sect
 
 class Model(Section):
     name: LocalName = "smollm2-135m-instruct"
-    """Packaged name, hub name (`pythia-70m-deduped`, `google/gemma-2-2b`) or a local folder."""
+    """Packaged name, hub name (`pythia-70m-deduped`, `google/gemma-2-2b`, `pythia-70m-deduped@step3000` for a revision) or
+    a local folder."""
+    same_as: list[Name] | None = None
+    """Further names that SAEs may give this model, e.g. a hub name where `name` is a folder."""
     llm_batch_size: Positive = 16
     """Sequences per forward pass of the language model."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

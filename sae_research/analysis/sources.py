@@ -82,7 +82,7 @@ class Lab:
         adapted = {name: adapt(sae, lm, hook) for name, sae in saes.items()}
         for name, sae in adapted.items():
             fill_in(sae, lm.name, hook or params.train.hook_name)
-            check_fits(name, sae, lm)
+            check_fits(name, sae, lm, params.model.same_as)
             sae.to(lm.device)
         return cls(lm, adapted, params)
 

@@ -172,7 +172,7 @@ class Setup:
         """Complete an SAE's configuration and check it against the model."""
         assumed = fill_in(sae, self.lm.name, self.baseline.cfg.hook_name)
         self.warnings += [f"{name}: {line}" for line in assumed]
-        check_fits(name, sae, self.lm)
+        check_fits(name, sae, self.lm, self.params.model.same_as)
 
 
 def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     setup.warnings += [f"{setup.name}: {line}" for line in fill_in(
         baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")]
     _check_layer(params, baseline)
-    check_fits(setup.name, baseline, lm)
+    check_fits(setup.name, baseline, lm, params.model.same_as)
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
     planned = setup.plan()
     check_writable(output, [item.name for item in planned], "SAE names")
