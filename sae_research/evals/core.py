@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import UserError
 from sae_research.evals import clusters, inputs, output, pool, sae_bench_stats
 from sae_research.evals.clusters import Clusters, ReconstructionSums, clusters_by_context, clusters_of
 from sae_research.evals.core_figures import evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
 from sae_research.lm import Batch, LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.guard import Family, Guard, check_finite
 from sae_research.stats import (
     CleanPredictions,
     ReconstructionStats,
@@ -97,7 +96,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     definitions out, for timings against stock at equal work. An SAE that fails is skipped with its reason; without a
     `stage` to list it in, its error is raised. Raises `UserError` for text that runs out.
     """
-    guard = Guard(stage)
+    guard = Guard(stage.skip if stage else None)
     text = _text(lm, params, tokens)
     for hook, members in by_hook(saes).items():
         group = _Group(lm, hook, members, text, params, lab)
@@ -137,6 +136,7 @@ def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, An
     def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, done in _sparsity_of(family, group).items():
             with guard.on(name):
+                check_finite(done)
                 cache.put(keys[name], done)
                 yield name, done
 
@@ -302,17 +302,10 @@ def _predict_batch(group: _Group, saes: Family, batch: Batch, ablation: _Ablatio
             if z_lab is not None:
                 patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
                 sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
-            _check_finite(sums)
+            check_finite(sums)
             yield name, sums
 
     yield from guard.each(saes, score)
-
-
-def _check_finite(sums: Sums) -> None:
-    """Raises `UserError` where the model's predictions from a reconstruction are no numbers."""
-    bad = next((key for key, value in sums.items() if not np.isfinite(value).all()), None)
-    if bad is not None:
-        raise UserError(f"with its reconstruction in place the model's predictions are NaN or infinite ({bad})")
 
 
 def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:

@@ -67,9 +67,9 @@ def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str,
 
 
 def _write(stage: StageFolder, results: Iterator[tuple[str, dict[str, Any]]]) -> None:
-    from sae_research.evals.guard import Guard
+    from sae_research.saes.guard import Guard
 
-    guard, written = Guard(stage), False
+    guard, written = Guard(stage.skip), False
     for name, result in results:
         with guard.on(name):
             stage.write_result(name, result)

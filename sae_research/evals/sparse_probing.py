@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_research.errors import UserError
 from sae_research.evals import inputs, output, pool, probes, text_means
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.probes import (
     ProbeTask,
@@ -34,6 +34,7 @@ from sae_research.intervals import accuracy, interval, packed, unpacked
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 from sae_research.text.tasks import Task
 
@@ -59,7 +60,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
 
     A task with too few texts and an SAE that fails are skipped with their reason. Raises `UserError` when no task is left.
     """
-    guard = Guard(stage)
+    guard = Guard(stage.skip)
     texts = _load(lm, params, stage)
     stage.notes["tasks"] = texts.notes
     for hook, members in by_hook(saes).items():
@@ -77,6 +78,8 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
                 def score(family: Family, group: TextActivations = group) -> Iterator[tuple[str, dict[str, Any]]]:
                     for name, means in group.latent_means(family):
                         with guard.on(name):
+                            if not means.lab.any():
+                                raise UserError(f"it fires on none of the {len(means.lab):,} texts")
                             yield name, _accuracies(means, texts, params, "sae")
 
                 for name, accuracies in guard.each(missing, score):

@@ -185,7 +185,7 @@ class SparseAutoencoder(nn.Module):
         for name in sorted(self.tensor_names):
             tensor = getattr(self, name).detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _check_shapes(self) -> None:

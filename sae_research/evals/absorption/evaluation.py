@@ -20,11 +20,11 @@ from sae_research.evals.absorption.letter_probes import Probes, f1, one_vs_rest,
 from sae_research.evals.absorption.main_latents import MainLatents, WordLatents, lab_main_latents, sae_bench_main_latents
 from sae_research.evals.absorption.word_activations import WordActivations
 from sae_research.evals.absorption.words import LETTERS, Words, load_words
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.lm import LanguageModel, continuation, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 
 MIN_TRAIN_WORDS = 10
@@ -61,7 +61,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     """
     prompts = load_words(lm, params.absorption, params.random_seed) if prompts is None else prompts
     stage.notes["absorption"] = dict(prompts.notes)
-    scored, hooks, guard = False, by_hook(saes), Guard(stage)
+    scored, hooks, guard = False, by_hook(saes), Guard(stage.skip)
     for hook, members in hooks.items():
         acts = WordActivations(lm, hook, prompts, params)
         letters = _letters(acts).qualifying()

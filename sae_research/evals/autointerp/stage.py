@@ -23,7 +23,6 @@ from sae_research.evals import inputs, pool
 from sae_research.evals.autointerp import judge, results, windows
 from sae_research.evals.autointerp.judge import FAILED, SCORED, Sheet, make_sheets
 from sae_research.evals.autointerp.windows import Windows, collect_windows
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.llm_budget import Budget, check_budget
@@ -31,6 +30,7 @@ from sae_research.llm_client import ChatClient
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.stream import token_contexts
 
@@ -54,7 +54,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         raise UserError(f"autointerp.buffer {config.buffer} leaves no window in contexts of {params.text.context_size} "
                         "tokens; lower it or raise text.context_size")
     tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens).tokens
-    guard = Guard(stage)
+    guard = Guard(stage.skip)
     found = {name: chosen for name, chosen in find_windows(saes, lm, params, tokens, guard).items()
              if _usable(name, chosen, params, stage)}
     if not found:

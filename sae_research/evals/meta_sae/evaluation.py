@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from sae_research.errors import UserError
 from sae_research.evals import output
-from sae_research.evals.guard import Guard
 from sae_research.evals.meta_sae import training
 from sae_research.evals.meta_sae.training import BatchTopKSAE, train_meta_sae
 from sae_research.intervals import interval, ratio
 from sae_research.lm import LanguageModel
 from sae_research.params import MetaSAE, Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 from sae_research.training import sparse
 
@@ -42,7 +42,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
 
     An SAE whose decoder rows do not vary, or whose meta-SAE has no figures, is skipped. `lm` only says the device.
     """
-    cache, guard = ResultCache("meta_sae"), Guard(stage)
+    cache, guard = ResultCache("meta_sae"), Guard(stage.skip)
     dictionaries = shared_dictionaries(saes)
     stage.notes["shared_dictionaries"] = {name: first for name, first in dictionaries.items() if name != first}
     found: dict[str, dict[str, Any]] = {}
@@ -63,7 +63,7 @@ def shared_dictionaries(saes: dict[str, SparseAutoencoder]) -> dict[str, str]:
     found = {}
     for name, sae in saes.items():
         same = (first for first in firsts if saes[first].W_dec.shape == sae.W_dec.shape
-                and torch.allclose(saes[first].W_dec, sae.W_dec, rtol=1e-5, atol=1e-6))
+                and torch.allclose(saes[first].W_dec.float(), sae.W_dec.float(), rtol=1e-5, atol=1e-6))
         found[name] = next(same, name)
         if found[name] == name:
             firsts.append(name)

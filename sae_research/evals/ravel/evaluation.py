@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from sae_research.errors import NotApplicable
 from sae_research.evals import inputs, output, pool
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.ravel import answers, known, masks, pairs, patches, prompts
 from sae_research.evals.ravel.known import Known, known_prompts
@@ -38,6 +37,7 @@ from sae_research.evals.ravel.result import ravel_result
 from sae_research.lm import LanguageModel, mask, model
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 
 _MODULES = (sys.modules[__name__], answers, known, masks, pairs, patches, prompts, inputs, pool, mask, model)
@@ -53,7 +53,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     Attributes that the model does not know and SAEs that fail are skipped with their reason. Raises `NotApplicable`
     when too few attributes are left, `UserError` for prompts that cannot be read.
     """
-    facts, guard = known_prompts(lm, params, stage), Guard(stage)
+    facts, guard = known_prompts(lm, params, stage), Guard(stage.skip)
     stage.notes["pairs_per_attribute"] = f"{params.ravel.num_pairs_per_attribute} of either kind (SAE Bench: 5000)"
     asked = False
     for hook, members in by_hook(saes).items():

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from sae_research.errors import UserError
 from sae_research.evals import inputs, pool
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.sae_probes import fit, last_token, logistic
 from sae_research.evals.sae_probes.fit import Scores, full_scores, sae_bench_full_scores, top_k_scores
@@ -33,6 +32,7 @@ from sae_research.evals.sae_probes.tasks import ProbeTask, chosen_names, load_pr
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 from sae_research.text.tasks import TaskUnavailable
 
@@ -73,7 +73,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     A task with one class or too few texts, a k beyond an SAE's latents, and an SAE that fails, are skipped with their
     reason. Raises `UserError` when no task is left.
     """
-    texts, guard = _load(lm, params, stage), Guard(stage)
+    texts, guard = _load(lm, params, stage), Guard(stage.skip)
     sample = np.linspace(0, len(texts.tokens) - 1, min(_NORM_SAMPLE, len(texts.tokens))).astype(int)
     for hook, members in by_hook(saes).items():
         norm = TypicalNorm(lm, hook, [texts.tokens[i] for i in sample], params)

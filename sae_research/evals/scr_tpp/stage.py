@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from sae_research import intervals
 from sae_research.evals import inputs, pool, probes, text_means
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.probes import ProbeTask
 from sae_research.evals.scr_tpp import ablation, linear
@@ -23,6 +22,7 @@ from sae_research.evals.text_means import Means, TextActivations
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 
 DEFINITIONS: tuple[Definition, ...] = ("sae_bench", "lab")
@@ -59,7 +59,7 @@ class Study(NamedTuple):
 def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, what `study.score` returned) of every SAE whose decoder allows it, in the order given."""
-    guard = Guard(stage)
+    guard = Guard(stage.skip)
     cache, thresholds = ResultCache(study.kind), sorted(set(study.settings.n_values))
     for hook, members in by_hook(saes).items():
         keys = {name: _key(study, sae, lm, params) for name, sae in members.items()}

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from sae_research.errors import NotApplicable, UserError
 from sae_research.evals import inputs, pool
-from sae_research.evals.guard import Family, Guard
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.unlearning import densities, intervention, prompts
@@ -31,6 +30,7 @@ from sae_research.evals.unlearning.results import Record, result
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint, source_fingerprint
 from sae_research.text import questions as question_files
 from sae_research.text import science_questions
@@ -74,7 +74,7 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     An SAE that fails is skipped with its reason. Raises `NotApplicable` where the model knows too few questions,
     `UserError` for text that cannot be read.
     """
-    material, guard = load_material(lm, params, stage), Guard(stage)
+    material, guard = load_material(lm, params, stage), Guard(stage.skip)
     for hook, members in by_hook(saes).items():
         cache = ResultCache("unlearning")
         keys = {name: _key(sae, lm, params, material) for name, sae in members.items()}
