@@ -17,6 +17,7 @@ from sae_research.lm import LanguageModel, load_language_model, token_mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.files import CONFIG_FILE
+from sae_research.saes.guard import FAULTS
 from sae_research.setup.fits import check_fits, fill_in
 from sae_research.setup.sources import read_folder, read_release
 from sae_research.store import slugify
@@ -111,7 +112,13 @@ class Lab:
         if name not in self._stats:
             hook = self.saes[name].cfg.hook_name
             group = {other: sae for other, sae in self.saes.items() if sae.cfg.hook_name == hook}
-            self._stats |= collect_stats(group, self.lm, self.params, progress)
+            try:
+                self._stats |= collect_stats(group, self.lm, self.params, progress)
+            except FAULTS:
+                if len(group) == 1:
+                    raise
+                # one of them fails, this one perhaps not
+                self._stats |= collect_stats({name: self.saes[name]}, self.lm, self.params, progress)
         return self._stats[name]
 
     def stats_at_hand(self, name: str) -> LatentStats | None:
