@@ -236,17 +236,16 @@ class StageFolder:
 
 
 @contextmanager
-def stage_folder(path: str | Path, enabled: bool = True) -> Iterator[StageFolder | None]:
-    """Open an evaluation's output folder, emptied; `_status.json` tells at any moment how far it got.
+def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -> Iterator[StageFolder | None]:
+    """Open an evaluation's output folder; `_status.json` tells at any moment how far it got. A stage's folder is emptied: it
+    holds the stage's output and nothing else. In a user's folder (`emptied=False`) only earlier results and status go.
 
     Yields None when the evaluation is disabled. `NotApplicable` ends it with that status and without an error. On
     any other error the status becomes `failed`, with the message, and the error goes on: the stage exits with 1 and
     what was finished stays in the result cache.
     """
     folder = Path(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    _make_room(folder, emptied)
     stage = StageFolder(folder)
     if not enabled:
         stage.set_status("disabled", "switched off in params.yaml (eval_types)")
@@ -263,6 +262,18 @@ def stage_folder(path: str | Path, enabled: bool = True) -> Iterator[StageFolder
         stage.set_status("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
         raise
     stage.set_status("ok")
+
+
+def _make_room(folder: Path, emptied: bool) -> None:
+    if emptied and folder.is_dir():
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: a file stands where this folder, or one above it, belongs") from None
+    for file in (*folder.glob(f"*{RESULT_SUFFIX}"), folder / STATUS_FILE):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

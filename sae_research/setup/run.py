@@ -253,7 +253,7 @@ def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> s
                 row["form"].rpartition(":")[2],
                 str(row["d_sae"]),
                 str(row.get("k", row.get("s", ""))),
-                f"{seen['l0']:.4g}",
+                f"{seen['l0']:.4g}" if "l0" in seen else "fails",
                 f"{seen['variance_explained']:.3f}" if "variance_explained" in seen else "-",
                 row["hook_name"],
             )
