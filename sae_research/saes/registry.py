@@ -21,6 +21,7 @@ _PLACES = {
     "ihtp": "sae_research.instance_sae:IHTPSAE",
     "matching_pursuit": "sae_research.instance_sae:MPSAE",
     "nonnegative_matching_pursuit": "sae_research.instance_sae:NonNegativeMPSAE",
+    "sae_lens_matching_pursuit": "sae_research.saes.lens_pursuit:LensPursuitSAE",
     "omp": "sae_research.instance_sae:OMPSAE",
     "nonnegative_omp": "sae_research.instance_sae:NonNegativeOMPSAE",
     "topk_refit": "sae_research.instance_sae:TopKRefitSAE",
@@ -31,6 +32,8 @@ class _Registry(Mapping[str, type[SparseAutoencoder]]):
     """Form -> class. A form may also be `package.module:Class`, a class of the user's own."""
 
     def __getitem__(self, form: str) -> type[SparseAutoencoder]:
+        if not isinstance(form, str):
+            raise KeyError(form)
         place = _PLACES.get(form, form)
         if ":" not in place:
             raise KeyError(form)
