@@ -20,7 +20,7 @@ from sae_research.evals.run import EVALUATIONS
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.reporting.extract import EXTRACTORS
-from sae_research.store import SLUG, stage_folder
+from sae_research.store import NAME_LIMIT, SLUG, stage_folder
 
 Figures = dict[str, dict[str, dict[str, float]]]
 
@@ -44,8 +44,8 @@ def evaluate(saes: Mapping[str, Any], lm: LanguageModel | None = None, params: P
     if unknown:
         raise UserError(f"unknown evaluation {unknown[0]!r}; known: {', '.join(EVALUATIONS)}")
     for name in saes:
-        if not SLUG.match(name):
-            raise UserError(f"the SAE name {name!r} may hold only a to z, 0 to 9 and _")
+        if not SLUG.fullmatch(name):
+            raise UserError(f"the SAE name {name!r} may hold only a to z, 0 to 9 and _, and {NAME_LIMIT} of them")
     opened = {name: open_sae(str(sae))[1] if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
     lab = Lab.of(opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype),
                  params, hook)

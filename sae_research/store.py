@@ -29,7 +29,7 @@ STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
 NAME_LIMIT = 180
 """Longest name of an SAE: file systems take 255 bytes, and files are called after an SAE with up to 75 more."""
-SLUG = re.compile(rf"^[a-z0-9_]{{1,{NAME_LIMIT}}}\Z")
+SLUG = re.compile(rf"^[a-z0-9_]{{1,{NAME_LIMIT}}}$")
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -47,14 +47,14 @@ def slugify(name: str) -> str:
     return slug
 
 
-def checked_name(name: Any, where: str) -> str:
-    """A name read from a file, fit to be one part of a path. Raises `UserError` for one that leads elsewhere (`../x`,
+def checked_name(name: Any, where: str, mend: str = "it was damaged or made by something else: write it again") -> str:
+    """A name read from a file or from parameters, fit to be one part of a path. Raises `UserError` for one that leads elsewhere (`../x`,
     `/x`), is hidden, holds control characters, or is too long."""
     if (not isinstance(name, str) or not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", name)
             or len(name.encode(errors="replace")) > NAME_LIMIT):
         shown = repr(name)
         raise UserError(f"{where}: {shown if len(shown) < 80 else shown[:79] + '…'} is no name that a file could be called "
-                        "after; the file was damaged or made by something else, run the stage that writes it again")
+                        f"after; {mend}")
     return name
 
 
@@ -359,7 +359,11 @@ def read_status(folder: Path) -> dict[str, Any]:
     path = folder / STATUS_FILE
     if not path.is_file():
         return {"status": "missing", "message": f"{folder} has no {STATUS_FILE}: run its stage", "skipped": {}, "notes": {}}
-    return read_json(path)
+    status = read_json(path)
+    if not isinstance(status, dict) or not isinstance(status.get("status"), str) or not all(
+            isinstance(status.get(key, {}), dict) for key in ("skipped", "notes")):
+        raise UserError(f"{path}: not the status of a stage; run the stage again")
+    return status
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

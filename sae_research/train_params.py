@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sae_research.recipe_params import TrainedSAE
 from sae_research.section import Fraction, Positive, Section
-from sae_research.store import SLUG
+from sae_research.store import NAME_LIMIT, SLUG
 
 
 class Train(Section):
@@ -63,8 +63,8 @@ class Train(Section):
     @model_validator(mode="after")
     def _sound(self) -> Train:
         for name in self.saes:
-            if not SLUG.match(name):
-                raise ValueError(f"saes: the name {name!r} must be made of a-z, 0-9 and _")
+            if not SLUG.fullmatch(name):
+                raise ValueError(f"saes: the name {name!r} must be made of a-z, 0-9 and _, at most {NAME_LIMIT} of them")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation_steps "
                              f"{self.accumulation_steps} equal parts")

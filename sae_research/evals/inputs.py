@@ -16,7 +16,7 @@ from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, base, load_sae
-from sae_research.store import fingerprint, read_json, source_fingerprint
+from sae_research.store import fingerprint, read_manifest, source_fingerprint
 
 SAE_FOLDER = Path("downloaded_saes")
 
@@ -29,7 +29,7 @@ def load_saes(folder: Path, lm: LanguageModel) -> dict[str, SparseAutoencoder]:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
-    saes = {name: load_sae(folder / name, str(lm.device)) for name in read_json(manifest)["order"]}
+    saes = {name: load_sae(folder / name, str(lm.device)) for name in read_manifest(manifest)["order"]}
     if not saes:
         raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
     for name, sae in saes.items():

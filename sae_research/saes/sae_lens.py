@@ -20,7 +20,7 @@ from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.folding import UNIT_TOLERANCE, fold_decoder_norms
 from sae_research.saes.lens_pursuit import LensPursuitSAE
 from sae_research.saes.norm_rescaled import NormRescaledSAE
-from sae_research.saes.reading import check_shapes, floats, hook_of, number, whole
+from sae_research.saes.reading import DAMAGED, check_shapes, floats, hook_of, number, whole
 from sae_research.saes.registry import form_class
 from sae_research.saes.sae_lens_settings import settings
 
@@ -257,8 +257,11 @@ def from_release(release: str, sae_id: str) -> SparseAutoencoder:
         from sae_lens import SAE
 
         sae = SAE.from_pretrained(release, sae_id, device="cpu")
-    except (ValueError, KeyError) as error:
-        raise UserError(f"SAELens {release} / {sae_id}: {str(error).partition(chr(10))[0]}") from None
+    except UserError:
+        raise
+    except DAMAGED as error:
+        reason = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+        raise UserError(f"SAELens {release} / {sae_id}: {reason}") from None
     converted = from_sae_lens(sae, f"SAELens {release} / {sae_id}")
     card = next(
         (item.card for item in released_saes() if (item.release, item.sae_id) == (release, sae_id)), {}
