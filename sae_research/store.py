@@ -48,8 +48,8 @@ def slugify(name: str) -> str:
 
 
 def checked_name(name: Any, where: str, mend: str = "it was damaged or made by something else: write it again") -> str:
-    """A name read from a file or from parameters, fit to be one part of a path. Raises `UserError` for one that leads elsewhere (`../x`,
-    `/x`), is hidden, holds control characters, or is too long."""
+    """A name from a file or from parameters, fit to be one part of a path. Raises `UserError`, with `mend`, for one that
+    leads elsewhere (`../x`, `/x`), is hidden, holds control characters, or is too long."""
     if (not isinstance(name, str) or not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", name)
             or len(name.encode(errors="replace")) > NAME_LIMIT):
         shown = repr(name)

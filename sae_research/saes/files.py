@@ -14,7 +14,18 @@ from torch import Tensor
 
 from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
-from sae_research.saes.reading import flag, floats, hook_of, load_safetensors, number, section, text, whole
+from sae_research.saes.reading import (
+    flag,
+    floats,
+    hook_of,
+    load_safetensors,
+    number,
+    precision,
+    section,
+    shown,
+    text,
+    whole,
+)
 from sae_research.saes.registry import form_class
 from sae_research.saes.sae_lens import convert
 from sae_research.store import checked_name, file_sha256, read_settings, write_bytes, write_json
@@ -25,6 +36,7 @@ WEIGHTS_FILE = "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"
 SAE_LENS_FORMS = ("standard", "gated", "jumprelu", "topk", "matching_pursuit")
 """Architectures that this version reads as we mean them."""
+ROLES = ("baseline", "variant", "comparison", "control")
 
 
 def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
@@ -180,7 +192,7 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
             form=text(ours.get("form", values["architecture"]), "architecture", path),
             d_in=whole(values["d_in"], "d_in", path),
             d_sae=whole(values["d_sae"], "d_sae", path),
-            dtype=text(values["dtype"], "dtype", path),
+            dtype=precision(values["dtype"], "dtype", path),
             model_name=text(metadata["model_name"], "model_name", path),
             hook_name=text(metadata["hook_name"], "hook_name", path),
             context_size=whole(metadata["context_size"], "context_size", path),
@@ -195,6 +207,8 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing") from None
+    if cfg.role not in ROLES:
+        raise UserError(f"{path}: role {shown(cfg.role)} is not known; known: {', '.join(ROLES)}")
     form_class(cfg.form)  # an unknown one is named before what else does not fit it
     _check_agrees(values, cfg, path)
     weights_from = section(ours.get("weights_from"), "weights_from", path) or None
@@ -214,4 +228,4 @@ def _check_agrees(values: dict[str, Any], cfg: SAEConfig, path: Path) -> None:
         for key, value in said.items():
             if key not in meant or json.dumps(value, sort_keys=True) != json.dumps(meant[key], sort_keys=True):
                 raise UserError(f"{path}: {key} = {str(value)[:60]} does not fit the rest of the file, an SAE of the form "
-                                f"{cfg.form}" + (f" with {meant[key]}" if key in meant else ""))
+                                f"{cfg.form[:60]}" + (f" with {shown(meant[key])}" if key in meant else ""))

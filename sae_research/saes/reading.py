@@ -32,41 +32,51 @@ LARGEST = 10**9
 def whole(value: Any, key: str, where: object, least: int = 1) -> int:
     """A whole number from `least` to `LARGEST`. Raises `UserError` for anything else, `true` and "8" too."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST or value != int(value):
-        raise UserError(f"{where}: {key} must be a whole number from {least} to {LARGEST:,}, not {_shown(value)}")
+        raise UserError(f"{where}: {key} must be a whole number from {least} to {LARGEST:,}, not {shown(value)}")
     return int(value)
 
 
 def number(value: Any, key: str, where: object) -> float:
     """A finite number. Raises `UserError` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise UserError(f"{where}: {key} must be a number, not {_shown(value)}")
+        raise UserError(f"{where}: {key} must be a number, not {shown(value)}")
     return float(value)
 
 
 def flag(value: Any, key: str, where: object) -> bool:
     """true or false. Raises `UserError` for anything else."""
     if not isinstance(value, bool):
-        raise UserError(f"{where}: {key} must be true or false, not {_shown(value)}")
+        raise UserError(f"{where}: {key} must be true or false, not {shown(value)}")
     return value
 
 
 def text(value: Any, key: str, where: object) -> str:
     """A text, empty for null. Raises `UserError` for anything else."""
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {key} must be a text, not {_shown(value)}")
+        raise UserError(f"{where}: {key} must be a text, not {shown(value)}")
     return value or ""
+
+
+def precision(value: Any, key: str, where: object) -> str:
+    """A floating-point type by torch's name, with or without `torch.`. Raises `UserError` for anything else."""
+    name = text(value, key, where).removeprefix("torch.")
+    dtype = getattr(torch, name, None) if name else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{where}: {key} {shown(value)} is no precision of weights, such as float32")
+    return name
 
 
 def section(value: Any, key: str, where: object) -> dict[str, Any]:
     """A section of settings, empty for null. Raises `UserError` for anything else."""
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{where}: {key} must be a section of settings, not {_shown(value)}")
+        raise UserError(f"{where}: {key} must be a section of settings, not {shown(value)}")
     return value or {}
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:59] + "…"
+def shown(value: Any) -> str:
+    """The value as a message names it, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -162,6 +172,6 @@ def hook_of(name: str, where: object) -> str:
     if module:
         return f"blocks.{int(module[1])}.{'hook_mlp_out' if module[2] else 'hook_resid_post'}"
     if name and not _OWN.fullmatch(name):
-        raise UserError(f"{where}: the hook {_shown(name)} is not known; write TransformerLens' name of it, such as "
+        raise UserError(f"{where}: the hook {shown(name)} is not known; write TransformerLens' name of it, such as "
                         "blocks.8.hook_resid_post, or a module such as model.layers.8")
     return name

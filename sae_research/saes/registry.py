@@ -66,5 +66,5 @@ def form_class(form: str) -> type[SparseAutoencoder]:
     try:
         return registry[form]
     except KeyError:
-        raise UserError(f"unknown SAE form {form!r}; known: {', '.join(registry)}, "
+        raise UserError(f"unknown SAE form {str(form)[:60]!r}; known: {', '.join(registry)}, "
                         "or module:Class of your own") from None

@@ -32,6 +32,7 @@ from sae_research.saes.reading import (
     load_state,
     number,
     section,
+    shown,
     text,
     whole,
 )
@@ -56,7 +57,7 @@ def load_run(folder: str | Path) -> dict[str, SparseAutoencoder]:
     weights = last_checkpoint(folder)
     kind = text(config["saes"].get("sae_type", "relu"), "saes.sae_type", path)
     if kind not in FORMS:
-        raise UserError(f"{path}: sae_type {kind!r} is not supported; known: {', '.join(FORMS)}")
+        raise UserError(f"{path}: sae_type {shown(kind)} is not supported; known: {', '.join(FORMS)}")
     by_hook = _split(load_state(weights), weights)
     found = {}
     for position in _positions(config["saes"], by_hook, path):

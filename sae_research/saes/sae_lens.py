@@ -127,6 +127,9 @@ def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str
     if unused:
         raise UserError(f"{where}: the weights also hold {', '.join(unused)[:120]}, which the architecture {architecture} "
                         "does not use; correct the architecture, or remove them")
+    thresholds = sorted({"log_threshold", "threshold", "topk_threshold"} & set(tensors))
+    if len(thresholds) > 1:
+        raise UserError(f"{where}: the weights hold both {' and '.join(thresholds)}; remove the one that is not meant")
     if "log_threshold" in tensors:
         tensors = {**tensors, "threshold": tensors["log_threshold"].exp()}
         del tensors["log_threshold"]
@@ -134,8 +137,6 @@ def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str
         raise UserError(f"{where}: weights lack the matrices W_enc and W_dec, or b_dec")
     if tensors.get("topk_threshold", tensors["b_dec"][:1]).numel() != 1:
         raise UserError(f"{where}: topk_threshold is not one number")
-    if {"topk_threshold", "threshold"} <= set(tensors):
-        raise UserError(f"{where}: the weights hold both threshold and topk_threshold; remove the one that is not meant")
     return tensors
 
 
@@ -167,7 +168,7 @@ def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: floa
     if normalisation != "none" and not _rescales_tokens(values) and not (
             normalisation == "expected_average_only_in" and scaling_factor):
         why = _UNFOLDABLE.get(normalisation, "unknown")
-        raise UserError(f"{where}: normalize_activations = {normalisation} cannot be folded into the "
+        raise UserError(f"{where}: normalize_activations = {normalisation[:60]} cannot be folded into the "
                         f"weights: {why}")
     if normalisation == "none" and scaling_factor not in (None, 1):
         raise UserError(f"{where}: activation_scaler.json holds a factor, but normalize_activations is none")

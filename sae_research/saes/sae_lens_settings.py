@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-
 from sae_research.errors import UserError
-from sae_research.saes.reading import flag, section, text, whole
+from sae_research.saes.reading import flag, precision, section, shown, text, whole
 
 OF_ALL = frozenset({"architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
                     "reshape_activations", "metadata"})
@@ -51,7 +49,7 @@ def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     known = _one_level_up(values, where)
     architecture = known["architecture"]
     if not isinstance(architecture, str) or architecture not in OF_ARCHITECTURE:
-        raise UserError(f"{where}: SAELens architecture {architecture!r} is not supported; "
+        raise UserError(f"{where}: SAELens architecture {shown(architecture)} is not supported; "
                         f"known: {', '.join(OF_ARCHITECTURE)}")
     _check_activation(known, where)
     unknown = sorted(key for key, value in known.items() if value is not None
@@ -67,9 +65,7 @@ def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
         if key in known:
             flag(known[key], key, where)
     text(known.get("normalize_activations"), "normalize_activations", where)
-    dtype = text(known.get("dtype", "float32"), "dtype", where).removeprefix("torch.")
-    if not getattr(getattr(torch, dtype, None), "is_floating_point", False):
-        raise UserError(f"{where}: dtype {dtype!r} is no precision of weights")
+    precision(known.get("dtype", "float32"), "dtype", where)
     _check_metadata(known, where)
     return known
 
@@ -105,7 +101,7 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
         said = known.pop(spelling, None)
         expected = ("topk", "relu") if known["architecture"] == "topk" else ("relu",)
         if said is not None and said not in expected:
-            raise UserError(f"{where}: the activation function {said!r} is not that of the architecture "
+            raise UserError(f"{where}: the activation function {shown(said)} is not that of the architecture "
                             f"{known['architecture']}")
     for values in (known, known["metadata"]):
         if values.get("hook_head_index") is not None:
@@ -116,8 +112,8 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
         known.pop(key, None)
     reshaped = known.get("reshape_activations") or "none"
     if reshaped != "none" and not (reshaped == "hook_z" and str(known["metadata"].get("hook_name")).endswith("hook_z")):
-        raise UserError(f"{where}: reshape_activations {reshaped!r} does not fit its hook "
-                        f"{known['metadata'].get('hook_name')!r}")
+        raise UserError(f"{where}: reshape_activations {shown(reshaped)} does not fit its hook "
+                        f"{shown(known['metadata'].get('hook_name'))}")
 
 
 def _check_metadata(known: dict[str, Any], where: str) -> None:

@@ -25,12 +25,14 @@ from sae_research.errors import UserError
 from sae_research.saes import exchange, save_sae
 from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 
-VALUES: list[Any] = [None, True, False, 0, 1, -1, 3, 1e18, 10**18, 10**400, 1.5, "", "none", "../evil", "/etc/passwd", [], {}, [1, 2],
-                     {"a": 1}, "relu", "topk", "jumprelu", "standard", "gated", "NaN", "x" * 5000, "layer_norm"]
-KEYS = ["threshold", "k", "activation_fn", "activation_fn_str", "noise", "scaling_factor", "finetuning_scaling_factor", "skip",
-        "post_encoder_bias", "hook_head_index", "d_out", "normalize_activations"]
+VALUES: list[Any] = [None, True, False, 0, 1, -1, 3, 1e18, 10**18, 10**400, 1.5, "", "none", "../evil", "/etc/passwd", [],
+                     {}, [1, 2], {"a": 1}, "relu", "topk", "jumprelu", "standard", "gated", "NaN", "x" * 5000, "layer_norm"]
+KEYS = ["threshold", "k", "activation_fn", "activation_fn_str", "noise", "scaling_factor", "finetuning_scaling_factor",
+        "skip", "post_encoder_bias", "hook_head_index", "d_out", "normalize_activations"]
+HARMS = ["cut", "empty", "head", "folder", "missing", "rename", "extra", "cast", "transpose", "nan", "drop", "size"]
 X = random_activations()
 Folder = Callable[[Path], None]
+Originals = dict[str, tuple[Path, tuple[torch.Tensor, ...]]]
 
 
 def sae_lens(architecture: str, **config: Any) -> Folder:
@@ -70,7 +72,7 @@ def interpretability(folder: Path) -> None:
 
 
 FOLDERS: dict[str, Folder] = {
-    "sae_lens_standard": sae_lens("standard"), "sae_lens_gated": sae_lens("gated"), "sae_lens_jumprelu": sae_lens("jumprelu"),
+    **{f"sae_lens_{architecture}": sae_lens(architecture) for architecture in ("standard", "gated", "jumprelu")},
     "sae_lens_topk": sae_lens("topk", k=5, rescale_acts_by_decoder_norm=False), "sae_lens_flat": flat,
     "sae_lens_pursuit": pursuit, "sae_interpretability": interpretability,
     "dl_standard": lambda folder: export_dictionary_learning(make_sae("standard"), folder),
@@ -123,7 +125,7 @@ def mutate_config(path: Path, rng: random.Random) -> str:
 
 def mutate_weights(path: Path, rng: random.Random) -> str:
     data = path.read_bytes()
-    kind = rng.choice(["cut", "empty", "head", "folder", "missing", "rename", "extra", "cast", "transpose", "nan", "drop", "size"])
+    kind = rng.choice(HARMS)
     if kind in ("cut", "empty"):
         path.write_bytes(data[:rng.randrange(len(data)) if kind == "cut" else 0])
     elif kind == "head":
@@ -155,7 +157,7 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tuple[torch.Tensor, ...]]]:
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
     root = tmp_path_factory.mktemp("originals")
     for name, write in FOLDERS.items():
         write(root / name)
@@ -170,7 +172,7 @@ def means_something_else(change: str) -> bool:
         "architecture = ", "normalize_activations = ", "delete metadata.hook_name", "delete hook_point"))
 
 
-def campaign(originals: dict[str, tuple[Path, tuple[torch.Tensor, ...]]], folder: Path, count: int, seed: int) -> dict[str, int]:
+def campaign(originals: Originals, folder: Path, count: int, seed: int) -> dict[str, int]:
     rng, seen = random.Random(seed), {"refused": 0, "same": 0, "other by right": 0}
     for number in range(count):
         name = sorted(FOLDERS)[number % len(FOLDERS)]
@@ -196,8 +198,7 @@ def campaign(originals: dict[str, tuple[Path, tuple[torch.Tensor, ...]]], folder
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
-def test_no_change_passes_for_the_original(originals: dict[str, tuple[Path, tuple[torch.Tensor, ...]]], count: int,
-                                           tmp_path: Path) -> None:
+def test_no_change_passes_for_the_original(originals: Originals, count: int, tmp_path: Path) -> None:
     seen = campaign(originals, tmp_path / "folder", count, seed=count)
     assert seen["refused"] > count / 3 and seen["same"] > count / 50, seen
     print(seen)
