@@ -130,7 +130,9 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
         path.write_bytes(data[:rng.randrange(len(data)) if kind == "cut" else 0])
     elif kind == "head":
         changed = bytearray(data)
-        changed[rng.randrange(min(200, len(data)))] ^= 1 << rng.randrange(8)
+        # a safetensors file that another library wrote carries no checksum: only its head is held against anything
+        reach = len(data) if path.suffix == ".pt" else 8 + int.from_bytes(data[:8], "little")
+        changed[rng.randrange(reach)] ^= 1 << rng.randrange(8)
         path.write_bytes(bytes(changed))
     elif kind in ("folder", "missing"):
         path.unlink()
@@ -192,7 +194,8 @@ def campaign(originals: Originals, folder: Path, count: int, seed: int) -> dict[
         if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
             seen["same"] += 1
         else:
-            assert is_config and means_something_else(change) and not name.startswith("own_"), (name, path.name, change)
+            stated_once = any(key in change for key in ("apply_b_dec_to_input", "hook_name")) or not name.startswith("own_")
+            assert is_config and means_something_else(change) and stated_once, (name, path.name, change)
             seen["other by right"] += 1
     return seen
 
