@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,18 +24,43 @@ from sae_research.folders import TEMPORARY
 
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
-SLUG = re.compile(r"^[a-z0-9_]{1,150}$")
-"""Names of SAEs: files are called by them, and by what variants and evaluations add; file systems take 255 bytes."""
+NAME_LIMIT = 150
+"""Longest name of an SAE: file systems take 255 bytes, and files are called after an SAE with up to 100 more."""
+SLUG = re.compile(rf"^[a-z0-9_]{{1,{NAME_LIMIT}}}$")
 
 
 # --- names -----------------------------------------------------------------------------------
 
 def slugify(name: str) -> str:
-    """`Pythia-70m/Layer 4` -> `pythia_70m_layer_4`. Raises `UserError` if nothing is left."""
+    """`Pythia-70m/Layer 4` -> `pythia_70m_layer_4`. Raises `UserError` if nothing is left.
+
+    A name beyond `NAME_LIMIT` is cut, and ends with 10 digits of its SHA-256: two long names stay two.
+    """
     slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     if not slug:
         raise UserError(f"the name {name!r} holds no letter or digit to build an SAE name from")
+    if len(slug) > NAME_LIMIT:
+        slug = f"{slug[:NAME_LIMIT - 11]}_{hashlib.sha256(slug.encode()).hexdigest()[:10]}"
     return slug
+
+
+def checked_name(name: Any, where: str, mend: str = "it was damaged or made by something else: write it again") -> str:
+    """A name from a file or from parameters, fit to be one part of a path. Raises `UserError`, with `mend`, for one that
+    leads elsewhere (`../x`, `/x`), is hidden, holds control characters, or is too long."""
+    if (not isinstance(name, str) or not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", name)
+            or len(name.encode(errors="replace")) > NAME_LIMIT):
+        shown = repr(name)
+        raise UserError(f"{where}: {shown if len(shown) < 80 else shown[:79] + '…'} is no name that a file could be called "
+                        f"after; {mend}")
+    return name
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as a user writes it, `~/` being the home folder. Raises `UserError` for a home there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder") from None
 
 
 # --- fingerprints ----------------------------------------------------------------------------
@@ -47,9 +73,7 @@ def fingerprint(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises `UserError` if the file is missing."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open("rb") as handle:
+    with regular_file(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -83,14 +107,53 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises `UserError` naming the file when it is missing or damaged."""
+def regular_file(path: Path) -> Path:
+    """The path, where a plain file (or a link to one) can be read: opening a pipe or a device would wait for ever. Raises
+    `UserError` for anything else."""
     try:
-        return json.loads(path.read_text())
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, a character no path can hold
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: may not be read; check its permissions")
+    return path
+
+
+def read_json(path: Path, mend: str = "delete it and run the stage again") -> Any:
+    """Read JSON. Raises `UserError` naming the file when it is missing or damaged, and `mend`."""
+    return _parsed_json(path, mend)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object that someone else may have written, where a doubtful value must not pass: no key twice, no NaN
+    and no infinity. Raises `UserError` naming the file."""
+    values = _parsed_json(path, "mend it or fetch it again", object_pairs_hook=_unique, parse_constant=_no_constant)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object of settings")
+    return values
+
+
+def _parsed_json(path: Path, mend: str, **rules: Any) -> Any:
+    try:
+        return json.loads(regular_file(path).read_text(encoding="utf-8-sig"), **rules)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({str(error)[:120]}); {mend}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def round_significant(value: Any, digits: int = 4) -> Any:
@@ -281,10 +344,29 @@ def read_status(folder: Path) -> dict[str, Any]:
     path = folder / STATUS_FILE
     if not path.is_file():
         return {"status": "missing", "message": f"{folder} has no {STATUS_FILE}: run its stage", "skipped": {}, "notes": {}}
-    return read_json(path)
+    status = read_json(path)
+    if not isinstance(status, dict) or not isinstance(status.get("status"), str) or not all(
+            isinstance(status.get(key, {}), dict) for key in ("skipped", "notes")):
+        raise UserError(f"{path}: not the status of a stage; run the stage again")
+    return status
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Every SAE's result in an evaluation folder, by SAE name, in alphabetical order."""
-    return {path.name.removesuffix(RESULT_SUFFIX): read_json(path)
+    return {checked_name(path.name.removesuffix(RESULT_SUFFIX), str(path)): read_json(path)
             for path in sorted(folder.glob(f"*{RESULT_SUFFIX}"))}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """{"order": names, "saes": rows by name} of setup's manifest, or of another file with such an `order`; every name
+    checked. Raises `UserError` where it is missing or not of that shape."""
+    values = read_json(path)
+    order = values.get("order") if isinstance(values, dict) else None
+    saes = values.get("saes", {}) if isinstance(values, dict) else None
+    if not (isinstance(order, list) and isinstance(saes, dict) and all(isinstance(row, dict) for row in saes.values())):
+        raise UserError(f"{path}: not a list of SAEs; run the stage that writes it again")
+    for name in (*order, *saes):
+        checked_name(name, str(path))
+    if "saes" in values and set(order) != set(saes):
+        raise UserError(f"{path}: its order and its SAEs are not the same names; run the stage that writes it again")
+    return values

@@ -73,7 +73,9 @@ def card(files: dict[str, Path], repo_id: str) -> str:
     rows = []
     for sae in saes:
         results = files.get(f"{sae}/eval_results.json")
-        figures: dict[str, Any] = read_json(results) if results else {}
+        figures: Any = read_json(results) if results else {}
+        if not isinstance(figures, dict):
+            raise UserError(f"{results}: not the figures of an SAE; remove it or write it again")
         cells = [f"{figures[key]:.4g}" if isinstance(figures.get(key), int | float) else "–" for key in _COLUMNS]
         rows.append(f"| `{sae}` | {' | '.join(cells)} |")
     head = ["---", "library_name: sae_lens", "tags:", "- sparse-autoencoder", "---", "", "# Sparse autoencoders", "",

@@ -20,7 +20,7 @@ from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.guard import FAULTS
 from sae_research.setup.fits import check_fits, fill_in
 from sae_research.setup.sources import read_folder, read_release
-from sae_research.store import slugify
+from sae_research.store import slugify, user_path
 
 __all__ = ["ForeignSAE", "Lab", "adapt", "local_names", "open_sae"]
 
@@ -36,7 +36,7 @@ def open_sae(reference: str) -> tuple[str, SparseAutoencoder]:
         if not sae_id:
             raise UserError(f"--sae {reference}: write sae_lens:RELEASE:ID; `analyze saes --search TEXT` lists them")
         return slugify(f"{release}_{sae_id}"), read_release(release, sae_id)
-    for folder in (Path(reference), PREPARED / reference, TRAINED / reference):
+    for folder in (user_path(reference), PREPARED / reference, TRAINED / reference):
         if folder.is_dir():
             return slugify(folder.resolve().name), read_folder(folder)
     known = ", ".join(local_names()) or "none yet"

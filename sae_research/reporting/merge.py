@@ -14,7 +14,7 @@ from sae_research.errors import UserError
 from sae_research.folders import replaced_folder
 from sae_research.reporting.extract import EXTRACTORS, lab_block
 from sae_research.reporting.metrics import EVALS
-from sae_research.store import read_json, read_results, read_status, round_significant, write_json
+from sae_research.store import read_manifest, read_results, read_status, round_significant, write_json
 
 RESULTS = Path("eval_results")
 MERGED = RESULTS / "merged"
@@ -103,7 +103,7 @@ def _configs(root: Path, results: dict[str, dict[str, Any]]) -> dict[str, dict[s
             found[sae] = {**(result.get("sae_cfg_dict") or {}), **found.get(sae, {})}
     if not (root / MANIFEST).is_file():
         return {sae: found[sae] for sae in sorted(found, key=lambda sae: _table_order(sae, found[sae]))}
-    manifest = read_json(root / MANIFEST)
+    manifest = read_manifest(root / MANIFEST)
     known = manifest["saes"]
     for sae in sorted(set(found) - set(known)):
         print(f"left out {sae}: it has results but is not in {MANIFEST}", flush=True)

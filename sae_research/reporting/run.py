@@ -12,7 +12,7 @@ from typing import Any
 from sae_research.errors import UserError
 from sae_research.reporting.merge import EVALUATIONS_FILE, MERGED
 from sae_research.reporting.metrics import CORE_HEADLINE, CORE_PLOTTED, home, leading_ks, top_k
-from sae_research.store import read_json
+from sae_research.store import read_json, read_manifest
 
 TRAINED = Path("trained_saes")
 CURVE_FILE = "training_curve.tsv"
@@ -130,8 +130,12 @@ def read_run(root: Path = Path(".")) -> Run:
     folder = root / MERGED
     if not (folder / EVALUATIONS_FILE).is_file():
         raise UserError(f"{folder}: no merged results; run `python -m scripts.process_results` first")
-    evaluations = read_json(folder / EVALUATIONS_FILE)
+    evaluations = read_manifest(folder / EVALUATIONS_FILE)
     records = [read_json(folder / f"{sae}.json") for sae in evaluations["order"]]
+    for sae, record in zip(evaluations["order"], records, strict=True):
+        if not isinstance(record, dict) or record.get("sae") != sae or not {"cfg", "evals"} <= set(record):
+            raise UserError(f"{folder / sae}.json: not the merged results of {sae}; run `python -m scripts.process_results` "
+                            "again")
     rows = [Row(record["sae"], record["cfg"], record["evals"]) for record in records]
     report = root / TRAINED / REPORT_FILE
     return Run(

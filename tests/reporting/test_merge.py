@@ -108,3 +108,15 @@ def test_notes_that_change_from_run_to_run_are_left_out(lab: Lab):
     lab.status("core", "ok", notes={"text": "packaged", "seconds_taken": 3.1, "device": "cuda"})
     merge(lab.root)
     assert read_run(lab.root).evals["core"]["notes"] == {"text": "packaged"}
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", ".."])
+def test_names_of_a_manifest_lead_nowhere_else(lab: Lab, name: str):
+    lab.write("downloaded_saes/manifest.json", {"order": [name], "saes": {name: config("topk")}})
+    with pytest.raises(UserError, match="no name that a file could be called after"):
+        merge(lab.root)
+    (lab.root / "downloaded_saes/manifest.json").unlink()
+    merge(lab.root)
+    lab.write("eval_results/merged/_evaluations.json", {"order": [name], "evals": {}})
+    with pytest.raises(UserError, match="no name that a file could be called after"):
+        read_run(lab.root)
