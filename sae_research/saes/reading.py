@@ -159,19 +159,20 @@ def _reason(error: BaseException) -> str:
 # --- hooks -----------------------------------------------------------------------------------
 
 _OWN = re.compile(r"blocks\.[0-9]{1,6}\.[A-Za-z_.]+")
-_MODULE = re.compile(r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.([0-9]{1,6})(\.mlp)?")
+_MODULE = re.compile(r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.([0-9]{1,6})")
 
 
 def hook_of(name: str, where: object) -> str:
-    """The hook that a name from a file stands for: TransformerLens' own names as they are, a Hugging Face module by what
-    it puts out (`model.layers.14` -> `blocks.14.hook_resid_post`, `transformer.h.3.mlp` -> `blocks.3.hook_mlp_out`).
+    """The hook that a name from a file stands for: TransformerLens' own names as they are, a Hugging Face layer by what
+    it puts out (`model.layers.14` -> `blocks.14.hook_resid_post`).
 
-    Empty stays empty. Raises `UserError` for any other name: a guess would feed the SAE something else.
+    Empty stays empty. Raises `UserError` for any other name: a guess would feed the SAE something else. What a module inside
+    a layer puts out (`model.layers.14.mlp`) is not always what is added to the stream: some families norm or scale it.
     """
     module = _MODULE.fullmatch(name)
     if module:
-        return f"blocks.{int(module[1])}.{'hook_mlp_out' if module[2] else 'hook_resid_post'}"
+        return f"blocks.{int(module[1])}.hook_resid_post"
     if name and not _OWN.fullmatch(name):
         raise UserError(f"{where}: the hook {shown(name)} is not known; write TransformerLens' name of it, such as "
-                        "blocks.8.hook_resid_post, or a module such as model.layers.8")
+                        "blocks.8.hook_resid_post or blocks.8.hook_mlp_out, or a layer such as model.layers.8")
     return name

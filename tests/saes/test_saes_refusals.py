@@ -133,25 +133,25 @@ def test_matching_pursuit_of_sae_lens(config: dict[str, Any], unit: bool, tmp_pa
 
 @pytest.mark.parametrize(("name", "hook"), [
     ("model.layers.14", "blocks.14.hook_resid_post"), ("transformer.h.3", "blocks.3.hook_resid_post"),
-    ("gpt_neox.layers.2", "blocks.2.hook_resid_post"), ("model.layers.14.mlp", "blocks.14.hook_mlp_out"),
+    ("gpt_neox.layers.2", "blocks.2.hook_resid_post"),
     ("blocks.8.attn.hook_z", "blocks.8.attn.hook_z"), ("", "")])
 def test_hooks_of_modules(name: str, hook: str) -> None:
     assert hook_of(name, "here") == hook
 
 
 @pytest.mark.parametrize("name", ["model.layers.14.input_layernorm", "layer 14", "model.layers", "model.layers.x", "h.3/..",
-                                  "model.layers.14.mlp.act", "resid_post_layer_4"])
+                                  "model.layers.14.mlp", "model.layers.14.mlp.act", "resid_post_layer_4"])
 def test_hooks_that_are_never_guessed(name: str) -> None:
     with pytest.raises(UserError, match="^here: the hook .* is not known"):
         hook_of(name, "here")
 
 
 @pytest.mark.parametrize("submodule", ["resid_mid_layer_1", "residual_layer_1", "mlp_in_layer_1", "my_mlp_layer_1",
-                                       "resid_post_layer_2", "attn", "model.layers.2", 7])
+                                       "resid_post_layer_2", "attn", "model.layers.2", "model.layers.1.mlp", 7])
 def test_submodules_that_are_never_guessed(submodule: Any) -> None:
     with pytest.raises(UserError, match="submodule_name"):
         hook_name({"layer": 1, "submodule_name": submodule}, Path("config.json"))
-    assert hook_name({"layer": 1, "submodule_name": "model.layers.1.mlp"}, Path("c")) == "blocks.1.hook_mlp_out"
+    assert hook_name({"layer": 1, "submodule_name": "model.layers.1"}, Path("c")) == "blocks.1.hook_resid_post"
 
 
 @pytest.mark.parametrize(("change", "message"), [
