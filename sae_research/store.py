@@ -245,6 +245,7 @@ class StageFolder:
         self.folder = folder
         self.skipped: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
+        """What the report says of the setting. No times, hosts or durations: two equal runs leave equal bytes."""
 
     def set_status(self, status: str, message: str = "") -> None:
         """`status` is one of disabled, incomplete, failed, not_applicable, ok."""

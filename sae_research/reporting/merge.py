@@ -27,9 +27,6 @@ ROLES = ("baseline", "variant", "comparison", "control")
 EVIDENCE = "cluster_sums"
 """Sums from which differences between SAEs are taken keep all their digits."""
 
-_VOLATILE = re.compile(r"second|duration|elapsed|time|host|device|date")
-"""Notes of such names would make two equal runs differ."""
-
 
 def merge(root: Path = Path(".")) -> list[str]:
     """Write `eval_results/merged/` afresh from all evaluations. Returns the SAEs' names in table order."""
@@ -56,7 +53,7 @@ def merge(root: Path = Path(".")) -> list[str]:
         {
             "order": list(records),
             "evals": {
-                name: {**_stable_status(statuses[name]), "config": _eval_config(results[name])}
+                name: {**statuses[name], "config": _eval_config(results[name])}
                 for name in EVALS
             },
         },
@@ -122,8 +119,3 @@ def _table_order(sae: str, cfg: dict[str, Any]) -> tuple[Any, ...]:
 def _eval_config(by_sae: dict[str, Any]) -> dict[str, Any]:
     """The settings an evaluation ran with, the same for all its SAEs."""
     return next((result.get("eval_config") or {} for result in by_sae.values()), {})
-
-
-def _stable_status(status: dict[str, Any]) -> dict[str, Any]:
-    notes = {key: value for key, value in status.get("notes", {}).items() if not _VOLATILE.search(key)}
-    return {**status, "notes": notes}
