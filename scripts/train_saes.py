@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from sae_research.errors import run_main
 from sae_research.params import load_params
-from sae_research.training.run import train
+from sae_research.store import writing
+from sae_research.training.run import OUTPUT, train
 
 
 def main() -> None:
-    train(load_params())
+    with writing(OUTPUT):
+        train(load_params())
 
 
 if __name__ == "__main__":
