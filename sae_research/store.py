@@ -27,6 +27,7 @@ from sae_research.errors import NotApplicable, UserError
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
 SLUG = re.compile(r"^[a-z0-9_]+$")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 APART = "to run several at once give each a copy of its own: `dvc exp run --temp`, or `--queue` and `dvc queue start`"
 
 
@@ -38,6 +39,19 @@ def slugify(name: str) -> str:
     if not slug:
         raise UserError(f"the name {name!r} holds no letter or digit to build an SAE name from")
     return slug
+
+
+def checked_name(name: Any, where: str | Path) -> str:
+    """The name, where it may be part of a path. where: what it was read from, for the message.
+
+    Raises `UserError` for one that leads elsewhere (`../x`, `/x`), is hidden, empty, longer than file systems take, or no
+    text.
+    """
+    if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+        shown = repr(name) if len(repr(name)) <= 80 else f"{repr(name)[:80]}…"
+        raise UserError(f"{where}: the name {shown} may hold only letters, digits and . _ + -, at most 200 of them, and "
+                        "begins with none of . + -")
+    return name
 
 
 # --- fingerprints ----------------------------------------------------------------------------
