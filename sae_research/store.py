@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ RESULT_SUFFIX = "_eval_results.json"
 NAME_LIMIT = 150
 """Longest name of an SAE: file systems take 255 bytes, and files are called after an SAE with up to 100 more."""
 SLUG = re.compile(rf"^[a-z0-9_]{{1,{NAME_LIMIT}}}$")
+APART = "to run several at once give each a copy of its own: `dvc exp run --temp`, or `--queue` and `dvc queue start`"
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -44,14 +45,15 @@ def slugify(name: str) -> str:
     return slug
 
 
-def checked_name(name: Any, where: str, mend: str = "it was damaged or made by something else: write it again") -> str:
+def checked_name(name: Any, where: str | Path,
+                 mend: str = "it was damaged or made by something else: write it again") -> str:
     """A name from a file or from parameters, fit to be one part of a path. Raises `UserError`, with `mend`, for one that
     leads elsewhere (`../x`, `/x`), is hidden, holds control characters, or is too long."""
     if (not isinstance(name, str) or not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", name)
             or len(name.encode(errors="replace")) > NAME_LIMIT):
         shown = repr(name)
-        raise UserError(f"{where}: {shown if len(shown) < 80 else shown[:79] + '…'} is no name that a file could be called "
-                        f"after; {mend}")
+        raise UserError(f"{where}: the name {shown if len(shown) < 80 else shown[:79] + '…'} is no name that a file could "
+                        f"be called after; {mend}")
     return name
 
 
@@ -274,6 +276,48 @@ def remove_unheld(path: Path) -> bool:
         os.close(descriptor)
 
 
+# --- one process for an output ---------------------------------------------------------------
+
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    """Hold the right to write a stage's output during the block. The system lets go of it when the process ends.
+
+    Raises `UserError` where another process writes the same output, or where an experiment (`dvc exp run`) and another
+    run would work in one workspace: DVC then puts other versions of the outputs under a stage at work.
+    """
+    here = Path.cwd().resolve()
+    experiment = bool(os.environ.get("DVC_EXP_NAME"))
+    with ExitStack() as held:
+        other = held.enter_context(_locked(str(here), fcntl.LOCK_EX if experiment else fcntl.LOCK_SH))
+        if other is not None:
+            raise UserError(f"an experiment and another run would work in {here} at once ({other or 'another stage'}); "
+                            f"wait for it; {APART}")
+        other = held.enter_context(_locked(f"{Path(output).resolve()}/", fcntl.LOCK_EX))
+        if other is not None:
+            raise UserError(f"{output}: {other or 'another process'} is writing it; wait for it, or end it; {APART}")
+        yield
+
+
+@contextmanager
+def _locked(what: str, how: int) -> Iterator[str | None]:
+    """Lock a name for all processes of this user. Gives None when it is ours, else who holds it, as far as is known."""
+    folder = Path(tempfile.gettempdir()) / f"sae_research-{os.getuid()}"  # a project may be read-only, and stays clean
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / hashlib.sha256(what.encode()).hexdigest()[:32]
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield os.pread(descriptor, 300, 0).decode(errors="replace")
+            return
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+        yield None
+    finally:
+        os.close(descriptor)
+
+
 # --- stage folders ---------------------------------------------------------------------------
 
 class StageFolder:
@@ -283,6 +327,7 @@ class StageFolder:
         self.folder = folder
         self.skipped: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
+        """What the report says of the setting. No times, hosts or durations: two equal runs leave equal bytes."""
 
     def set_status(self, status: str, message: str = "") -> None:
         """`status` is one of disabled, incomplete, failed, not_applicable, ok."""
@@ -307,24 +352,39 @@ def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -
     any other error the status becomes `failed`, with the message, and the error goes on: the stage exits with 1 and
     what was finished stays in the result cache.
     """
-    folder = Path(path)
-    _make_room(folder, emptied)
-    stage = StageFolder(folder)
-    if not enabled:
-        stage.set_status("disabled", "switched off in params.yaml (eval_types)")
-        yield None
-        return
-    stage.set_status("incomplete", "the stage is running or was killed")
-    try:
-        yield stage
-    except NotApplicable as reason:
-        stage.set_status("not_applicable", str(reason))
-        print(f"{folder}: not applicable: {reason}", flush=True)
-        return
-    except BaseException as error:
-        stage.set_status("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
-        raise
-    stage.set_status("ok")
+    with writing(path):
+        folder = Path(path)
+        _make_room(folder, emptied)
+        stage = StageFolder(folder)
+        if not enabled:
+            stage.set_status("disabled", "switched off in params.yaml (eval_types)")
+            yield None
+            return
+        stage.set_status("incomplete", "the stage is running or was killed")
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            yield stage
+            if not _is_still(folder, descriptor):
+                raise UserError(f"{folder} was replaced while the stage was at work (by `dvc exp run` or `dvc checkout`?); "
+                                f"run it again: what was finished is in the cache; {APART}")
+        except NotApplicable as reason:
+            stage.set_status("not_applicable", str(reason))
+            print(f"{folder}: not applicable: {reason}", flush=True)
+            return
+        except BaseException as error:
+            stage.set_status(
+                "failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+            raise
+        finally:
+            os.close(descriptor)
+        stage.set_status("ok")
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    """Whether a path still leads to the folder that was opened; an open one's number is not given to another."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    return False
 
 
 def _make_room(folder: Path, emptied: bool) -> None:

@@ -104,10 +104,11 @@ def test_nothing_evaluated_is_a_user_error(tmp_path):
         read_run(tmp_path)
 
 
-def test_notes_that_change_from_run_to_run_are_left_out(lab: Lab):
-    lab.status("core", "ok", notes={"text": "packaged", "seconds_taken": 3.1, "device": "cuda"})
+def test_no_note_is_lost_for_its_name(lab: Lab):
+    notes = {"text": "packaged", "sentiment": "film reviews", "candidates": 3, "updates": 5, "second": "b", "device": "cpu"}
+    lab.status("core", "ok", notes=notes)
     merge(lab.root)
-    assert read_run(lab.root).evals["core"]["notes"] == {"text": "packaged"}
+    assert read_run(lab.root).evals["core"]["notes"] == notes
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", ".."])
