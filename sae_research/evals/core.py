@@ -324,7 +324,7 @@ def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tenso
 def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
             sums: Sums) -> dict[str, Any]:
     params, config = group.params, group.params.core_eval
-    tokens = config.batch_size_prompts * group.pool.sequences[0].shape[0]
+    tokens = config.batch_size_prompts * group.text.tokens.shape[1]
     metrics = {
         **sparsity["sae_bench"], **sae_bench_predictions(sums),
         "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
@@ -343,7 +343,7 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
         "n_eval_reconstruction_batches": config.n_eval_reconstruction_batches,
         "n_eval_sparsity_variance_batches": config.n_eval_sparsity_variance_batches,
-        "context_size": group.pool.sequences[0].shape[0], "compute_kl": True, "compute_ce_loss": True,
+        "context_size": group.text.tokens.shape[1], "compute_kl": True, "compute_ce_loss": True,
         "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
         "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
     return output.core_output(bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured,

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_research.cached_files import new_entry, usable
 from sae_research.errors import UserError
 from sae_research.evals import inputs, pool
 from sae_research.evals.inputs import result_key
@@ -29,6 +28,7 @@ from sae_research.params import ActivationCaching, Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.store import cache_dir, fingerprint, prune
 
+_MEANS = "means.safetensors"
 _LARGEST_SHARE = 0.1
 """Means that take more than this share of the cache's limit are not kept: they would push activations out of it."""
 
@@ -89,7 +89,7 @@ class TextActivations(HookActivations):
         keys = {name: self._key(sae) for name, sae in saes.items()}
         missing = {}
         for name, sae in saes.items():
-            means = self._kept.get(keys[name])
+            means = self._kept.get(keys[name], (len(self), sae.cfg.d_sae))
             if means is None:
                 missing[name] = sae
             else:
@@ -150,36 +150,28 @@ class _KeptMeans:
 
     def __init__(self, caching: ActivationCaching) -> None:
         self.caching, self.folder = caching, cache_dir("activations")
-        self.readable = caching.enabled and os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0")
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"means_{key}.safetensors"
+    def _entry(self, key: str) -> Path:
+        return self.folder / f"means_{key}"
 
-    def get(self, key: str) -> Means | None:
-        path = self._path(key)
-        if not self.readable or not path.is_file():
+    def get(self, key: str, shape: tuple[int, int]) -> Means | None:
+        """Means of `shape` [texts, d], if they are kept."""
+        entry = self._entry(key)
+        if not self.caching.enabled or not usable(entry):
             return None
-        try:
-            means = Means(**load_file(path))
-        except (SafetensorError, TypeError):  # a file damaged on disk costs time, never correctness
-            path.unlink()
+        found = load_file(entry / _MEANS)
+        if {name: tuple(tensor.shape) for name, tensor in found.items()} != dict.fromkeys(Means._fields, shape):
+            print(f"{os.path.relpath(entry)}: of another shape; computed again", flush=True)
             return None
-        path.touch()  # the most recently used stay when the cache is pruned
-        return means
+        return Means(**found)
 
     def put(self, key: str, means: Means) -> None:
         size = sum(tensor.nbytes for tensor in means)
         if not self.caching.enabled or size > _LARGEST_SHARE * self.caching.max_gb * 1e9:
             return
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".means_")
-        os.close(handle)
-        try:
-            save_file(means._asdict(), temporary)
-            os.replace(temporary, self._path(key))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        prune(self.folder, self.caching.max_gb, keep=[self._path(key)])
+        with new_entry(self._entry(key)) as folder:
+            save_file(means._asdict(), folder / _MEANS)
+        prune(self.folder, self.caching.max_gb, keep=[self._entry(key)])
 
 
 def masked_mean(values: Tensor, keep: Tensor) -> Tensor:

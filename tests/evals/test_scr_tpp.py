@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -259,7 +260,7 @@ def test_tpp_encodes_nothing_after_sparse_probing(lm: LanguageModel, params: Any
     for path in stage.ResultCache("tpp").folder.iterdir():
         path.unlink()
     for path in (TextActivations(lm, HOOK, tokenise(lm, ["a"], 9), params, 9)._kept.folder).glob("means_*"):
-        path.unlink()
+        shutil.rmtree(path)
     list(sparse_probing.evaluate(everything(), lm, params, StageFolder(tmp_path / "b")))
     monkeypatch.setattr(TextActivations, "_encoded", lambda *_: pytest.fail("encoded again"))
     assert run("tpp", everything(), lm, params, tmp_path / "c")[0] == want
@@ -272,10 +273,10 @@ def test_damaged_and_large_means_are_made_anew(lm: LanguageModel, make_params: A
 
     first, files = means(make_params())
     assert len(files) == 1
-    files[0].write_bytes(b"damaged")
+    (files[0] / "means.safetensors").write_bytes(b"damaged")
     again, files = means(make_params())
     assert len(files) == 1 and all(map(torch.equal, first, again))
-    files[0].unlink()
+    shutil.rmtree(files[0])
     tiny = make_params(activation_caching={"max_gb": 1e-8})
     assert means(tiny)[1] == [] and means(make_params(activation_caching={"enabled": False}))[1] == []
 

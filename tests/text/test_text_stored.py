@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sae_research.cached_files import CHECKSUMS
 from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.store import held, prune, remove_unheld
@@ -62,12 +63,13 @@ def test_the_file_is_made_once_and_serves_shorter_runs(byte_tokenizer: PreTraine
     early = contexts(byte_tokenizer, text, 3_000)
     late = contexts(byte_tokenizer, text, 6_000)  # takes its place, for who reads the first nothing changes
     [path] = cached(tmp_path)
-    before = path.stat().st_mtime
-    os.utime(path, (before - 100, before - 100))
+    used = path / CHECKSUMS
+    before = used.stat().st_mtime
+    os.utime(used, (before - 100, before - 100))
     with monkeypatch.context() as patch:
         patch.setattr(stored, "context_chunks", None)
         again = contexts(byte_tokenizer, text, 2_000)
-    assert torch.equal(again[:], late[:125]) and torch.equal(early[:], late[:188]) and path.stat().st_mtime > before - 1
+    assert torch.equal(again[:], late[:125]) and torch.equal(early[:], late[:188]) and used.stat().st_mtime > before - 1
     other = Text(dataset=text.dataset, context_size=32)
     contexts(byte_tokenizer, other, 2_000)
     assert len(cached(tmp_path)) == 2
@@ -80,7 +82,7 @@ def test_nothing_half_written_stays(byte_tokenizer: PreTrainedTokenizerFast, tex
     with pytest.raises(UserError, match=r"ends after [\d,]+ of 1,000,000 tokens"):
         contexts(byte_tokenizer, text, 1_000_000)
     assert not cached(tmp_path)
-    leftover = tmp_path / ".cache/tokens" / ".abc-1.int32.xyz"  # of a process that was killed
+    leftover = tmp_path / ".cache/tokens" / ".abc-1.xyz"  # of a process that was killed
     leftover.write_bytes(b"half")
     contexts(byte_tokenizer, text, 2_000)
     assert not leftover.exists() and len(cached(tmp_path)) == 1
