@@ -148,6 +148,15 @@ def cache_dir(kind: str) -> Path:
     return folder
 
 
+def writable_cache_dir(kind: str) -> Path:
+    """The same for what is of no use unwritten. Raises `UserError` where it cannot be written."""
+    folder = cache_dir(kind)
+    with cache_writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
 def caches_readable() -> bool:
     """False with `SAE_RESEARCH_NO_CACHE=1` in the environment: every value is computed afresh, none is read from `.cache`.
     What is computed is kept nevertheless, in place of what was there."""

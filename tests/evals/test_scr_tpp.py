@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import DAMAGES
 from evals_saes import HOOK, D, config, dictionary, everything, standard
 from torch import Tensor
 
@@ -266,14 +267,15 @@ def test_tpp_encodes_nothing_after_sparse_probing(lm: LanguageModel, params: Any
     assert run("tpp", everything(), lm, params, tmp_path / "c")[0] == want
 
 
-def test_damaged_and_large_means_are_made_anew(lm: LanguageModel, make_params: Any) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_and_large_means_are_made_anew(kind: str, lm: LanguageModel, make_params: Any) -> None:
     def means(params: Any) -> Any:
         group = TextActivations(lm, HOOK, tokenise(lm, ["the cat", "a dog"], 12), params, 12)
         return dict(group.latent_means({"standard": standard()}))["standard"], list(group._kept.folder.glob("means_*"))
 
     first, files = means(make_params())
     assert len(files) == 1
-    (files[0] / "means.safetensors").write_bytes(b"damaged")
+    DAMAGES[kind](files[0] / "means.safetensors")
     again, files = means(make_params())
     assert len(files) == 1 and all(map(torch.equal, first, again))
     shutil.rmtree(files[0])

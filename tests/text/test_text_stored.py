@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
-from sae_research.cached_files import CHECKSUMS
+from sae_research.cached_files import CHECKSUMS, damage
 from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.store import held, prune, remove_unheld
@@ -86,6 +87,27 @@ def test_nothing_half_written_stays(byte_tokenizer: PreTrainedTokenizerFast, tex
     leftover.write_bytes(b"half")
     contexts(byte_tokenizer, text, 2_000)
     assert not leftover.exists() and len(cached(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_made_again(kind: str, byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    want = contexts(byte_tokenizer, text, 3_000)[:]
+    [path] = cached(tmp_path)
+    DAMAGES[kind](path / "tokens.int32")
+    assert torch.equal(contexts(byte_tokenizer, text, 2_000)[:], want[:125])
+    assert "tokens.int32" in capsys.readouterr().out
+    assert [damage(entry) for entry in cached(tmp_path)] == [None], "what was damaged is gone"
+
+
+def test_the_switch_passes_over_the_file(byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts(byte_tokenizer, text, 3_000)
+    monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
+    monkeypatch.setattr(stored, "context_chunks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        contexts(byte_tokenizer, text, 2_000)
+    assert len(cached(tmp_path)) == 1
 
 
 def test_what_a_process_holds_is_not_pruned(tmp_path: Path) -> None:
