@@ -133,14 +133,14 @@ def _sparsity(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
     cache = ResultCache("core_sparsity")
     found = {name: cache.get(keys[name]) for name in group.saes}
     missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
-    with tqdm(total=len(missing), desc="sparsity and variance", unit="SAE", dynamic_ncols=True,
+    batches = group.params.core_eval.n_eval_sparsity_variance_batches
+    with tqdm(total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True,
               disable=not missing) as bar:
         for names in families(missing):
-            done = _sparsity_of({name: missing[name] for name in names}, group)
+            done = _sparsity_of({name: missing[name] for name in names}, group, bar)
             for name in names:
                 cache.put(keys[name], done[name])
             found |= done
-            bar.update(len(names))
     return found
 
 
@@ -155,7 +155,7 @@ class _SparsityState:
 
 
 @torch.no_grad()
-def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str, dict[str, Any]]:
+def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -> dict[str, dict[str, Any]]:
     config = group.params.core_eval
     states = {name: _SparsityState(sae, group.text.sparsity, group.lm.device) for name, sae in saes.items()}
     for index in group.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
@@ -170,6 +170,7 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str,
                 state.lab.update(target, x_hat, z_lab, lab_mask)
                 state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
                 _count_support(state, sae, z_lab, lab_mask)
+            bar.update()
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
 

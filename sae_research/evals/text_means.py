@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_research.cached_files import new_entry, usable
 from sae_research.errors import UserError
@@ -64,6 +66,13 @@ def text_numbers(parts: Iterable[Iterable[Sequence[str]]]) -> dict[str, int]:
     return row_of
 
 
+def brought_in(row_of: dict[str, int], tasks: Iterable[Iterable[Iterable[Sequence[str]]]]) -> list[int]:
+    """How many of the texts each task is the first to have. tasks: of each its parts, class by class."""
+    ends = accumulate((max((row_of[text] + 1 for part in parts for texts in part for text in texts), default=0)
+                       for parts in tasks), max, initial=0)
+    return [end - start for start, end in pairwise(ends)]
+
+
 class TextActivations(HookActivations):
     """Texts' activations at one hook, and their means."""
 
@@ -104,7 +113,8 @@ class TextActivations(HookActivations):
         means = dict(zip(saes, self._empty([sae.cfg.d_sae for sae in saes.values()]), strict=True))
         per_token = all(sae.per_token for sae in saes.values())
         at_zero = self._at_zero(saes) if per_token else {}
-        for batch in self.batches():
+        for batch in tqdm(self.batches(), "encode", -(-len(self) // self.params.model.llm_batch_size), leave=False,
+                          unit="batch", mininterval=1, dynamic_ncols=True):
             bench, lab = self.sae_bench_mask(batch), self.lab_mask(batch)
             if per_token:
                 for name, z in encode_each(saes, batch.acts, None):
@@ -140,9 +150,50 @@ class TextActivations(HookActivations):
 
     def _key(self, sae: SparseAutoencoder) -> str:
         this = sys.modules[__name__]
-        tokens = fingerprint([row.tolist() for row in self.pool.sequences])
+        tokens = fingerprint([row.tolist() for row in self.tokens])
         return result_key(sae, self.lm, [self.hook, tokens, self.context_length, self.params.token_mask.model_dump()],
                           [this, pool, mask, inputs])
+
+
+class TextsByTask:
+    """The texts of several tasks, each task's run, encoded and kept by themselves: a task more changes nothing of the
+    others, and costs its own texts alone. Where tasks share texts, the first has them."""
+
+    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], sizes: Sequence[int], params: Params,
+                 context_length: int) -> None:
+        """sizes: of `brought_in`."""
+        self.n, self.d_in = len(tokens), lm.d_in(hook)
+        bounds = pairwise(accumulate(sizes, initial=0))
+        self.parts = {(start, end): TextActivations(lm, hook, tokens[start:end], params, context_length)
+                      for start, end in bounds if end > start}
+
+    def raw_means(self, rows: Tensor) -> Means:
+        """Mean activations [texts, d_in] of `rows` at least; other rows may be zero."""
+        return self._joined(self.d_in, {place: part.raw_means() for place, part in self._holding(rows).items()})
+
+    def latent_means(self, saes: dict[str, SparseAutoencoder], rows: Tensor) -> Iterator[tuple[str, Means]]:
+        """(name, mean latents [texts, d_sae] of `rows` at least) for SAEs of one family."""
+        found: dict[str, dict[tuple[int, int], Means]] = {name: {} for name in saes}
+        holding = self._holding(rows)
+        for place, part in holding.items():
+            for name, means in part.latent_means(saes):
+                found[name][place] = means
+                if len(found[name]) == len(holding):
+                    yield name, self._joined(saes[name].cfg.d_sae, found.pop(name))
+
+    def key(self, rows: Tensor) -> str:
+        """What decides the means of `rows` beside model and SAE: their tokens and those of the texts run with them."""
+        return fingerprint([[row.tolist() for row in part.tokens] for part in self._holding(rows).values()])
+
+    def _holding(self, rows: Tensor) -> dict[tuple[int, int], TextActivations]:
+        return {(start, end): part for (start, end), part in self.parts.items() if ((rows >= start) & (rows < end)).any()}
+
+    def _joined(self, width: int, parts: dict[tuple[int, int], Means]) -> Means:
+        joined = Means(*(torch.zeros(self.n, width) for _ in Means._fields))
+        for (start, end), means in parts.items():
+            for whole, part in zip(joined, means, strict=True):
+                whole[start:end] = part
+        return joined
 
 
 class _KeptMeans:

@@ -220,7 +220,7 @@ def test_one_equals_many_and_cold_equals_warm(kind: str, lm: LanguageModel, para
     for name in ("standard", "mpsae_s6", "ihtp_k4"):
         assert run(kind, {name: everything()[name]}, lm, params, tmp_path / "b")[0][name] == together[name]
     monkeypatch.delenv("SAE_RESEARCH_NO_CACHE")
-    monkeypatch.setattr(stage, "TextActivations", lambda *_: pytest.fail("read texts again although cached"))
+    monkeypatch.setattr(stage, "TextsByTask", lambda *_: pytest.fail("read texts again although cached"))
     assert run(kind, everything(), lm, params, tmp_path / "c")[0] == together
     assert not any(value != value for value in lab(together["standard"])["metrics"].values())
 

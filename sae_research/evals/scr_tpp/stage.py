@@ -17,7 +17,7 @@ from sae_research.evals.probes import ProbeTask
 from sae_research.evals.scr_tpp import ablation, linear
 from sae_research.evals.scr_tpp.ablation import Definition, NotLinear, View, decoder_matrix
 from sae_research.evals.scr_tpp.linear import Probes
-from sae_research.evals.text_means import Means, TextActivations
+from sae_research.evals.text_means import Means, TextsByTask
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
@@ -44,6 +44,8 @@ class Study(NamedTuple):
     """`scr` or `tpp`."""
     settings: Settings
     tokens: list[Tensor]
+    sizes: Sequence[int]
+    """How many of them each task brought in."""
     tasks: dict[str, Sequence[ProbeTask]]
     """Task -> its probes, in the order of the columns of a `View`."""
     identity: Any
@@ -63,11 +65,12 @@ def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel
         found = {name: cache.get(keys[name]) for name in members}
         missing = _linear({name: sae for name, sae in members.items() if found[name] is None}, stage)
         if missing:
-            group = TextActivations(lm, hook, study.tokens, params, study.settings.context_length)
-            trained = _train(study, group.raw_means(), params.random_seed)
+            group = TextsByTask(lm, hook, study.tokens, study.sizes, params, study.settings.context_length)
+            rows = torch.arange(len(study.tokens))
+            trained = _train(study, group.raw_means(rows), params.random_seed)
             with tqdm(total=len(missing), desc=f"encode and ablate ({study.kind})", unit="SAE", dynamic_ncols=True) as bar:
                 for names in families({name: members[name] for name in missing}):
-                    for name, means in group.latent_means({n: members[n] for n in names}):
+                    for name, means in group.latent_means({n: members[n] for n in names}, rows):
                         views = _views(study, trained, means, missing[name])
                         found[name] = study.score(views, thresholds)
                         cache.put(keys[name], found[name])
@@ -82,7 +85,7 @@ def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params
     tokens = fingerprint([row.tolist() for row in study.tokens])
     settings = {**study.settings._asdict(), "dataset_names": list(study.tasks)}
     modules = [study.module, ablation, linear, intervals, probes, mask, inputs, pool, text_means, _this()]
-    return result_key(sae, lm, [study.kind, settings, tokens, study.identity, params.token_mask.model_dump(),
+    return result_key(sae, lm, [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(),
                                 params.random_seed], modules)
 
 
