@@ -18,7 +18,7 @@ from sae_research.lm import (
 )
 from sae_research.params import Params
 
-_SAMPLE = 64
+SAMPLE = 64
 """Sequences that the median norm is measured on."""
 
 
@@ -41,7 +41,7 @@ class HookActivations:
     @cached_property
     def median_norm(self) -> float:
         """Over the first sequences' ordinary tokens."""
-        sample = self.pool.batch(range(min(len(self), _SAMPLE)))
+        sample = self.pool.batch(range(min(len(self), SAMPLE)))
         return median_activation_norm(self.lm, sample.tokens, sample.acts)
 
     def __len__(self) -> int:

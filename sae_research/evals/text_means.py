@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from sae_research.cached_files import new_entry, usable
 from sae_research.errors import UserError
 from sae_research.evals import inputs, pool
 from sae_research.evals.inputs import result_key
-from sae_research.evals.pool import HookActivations
+from sae_research.evals.pool import SAMPLE, HookActivations
 from sae_research.lm import Batch, LanguageModel, mask
 from sae_research.params import ActivationCaching, Params
 from sae_research.saes import SparseAutoencoder, encode_each
@@ -77,12 +78,23 @@ class TextActivations(HookActivations):
     """Texts' activations at one hook, and their means."""
 
     def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], params: Params,
-                 context_length: int) -> None:
+                 context_length: int, norm_of: TextActivations | None = None) -> None:
+        """norm_of: texts whose median norm the outlier rule compares with; None: these."""
         super().__init__(lm, hook, tokens, params)
+        self._norm_of = norm_of or self
         self.context_length = context_length
         """What SAE Bench pads every text to: sequence-level encoders see that padding in its definition."""
 
         self._kept = _KeptMeans(params.activation_caching)
+
+    @cached_property
+    def median_norm(self) -> float:
+        return super().median_norm if self._norm_of is self else self._norm_of.median_norm
+
+    @cached_property
+    def key(self) -> str:
+        """Of the texts, and of those that the median norm is measured on."""
+        return fingerprint([[row.tolist() for row in tokens] for tokens in (self.tokens, self._norm_of.tokens[:SAMPLE])])
 
     @torch.no_grad()
     def raw_means(self) -> Means:
@@ -150,22 +162,24 @@ class TextActivations(HookActivations):
 
     def _key(self, sae: SparseAutoencoder) -> str:
         this = sys.modules[__name__]
-        tokens = fingerprint([row.tolist() for row in self.tokens])
-        return result_key(sae, self.lm, [self.hook, tokens, self.context_length, self.params.token_mask.model_dump()],
+        return result_key(sae, self.lm, [self.hook, self.key, self.context_length, self.params.token_mask.model_dump()],
                           [this, pool, mask, inputs])
 
 
 class TextsByTask:
     """The texts of several tasks, each task's run, encoded and kept by themselves: a task more changes nothing of the
-    others, and costs its own texts alone. Where tasks share texts, the first has them."""
+    others, and costs its own texts alone. Where tasks share texts, the first has them. The outlier rule compares with the
+    first task's median norm: a task put before it changes them all."""
 
     def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], sizes: Sequence[int], params: Params,
                  context_length: int) -> None:
         """sizes: of `brought_in`."""
         self.n, self.d_in = len(tokens), lm.d_in(hook)
-        bounds = pairwise(accumulate(sizes, initial=0))
-        self.parts = {(start, end): TextActivations(lm, hook, tokens[start:end], params, context_length)
-                      for start, end in bounds if end > start}
+        self.parts: dict[tuple[int, int], TextActivations] = {}
+        for start, end in pairwise(accumulate(sizes, initial=0)):
+            if end > start:
+                first = next(iter(self.parts.values()), None)
+                self.parts[start, end] = TextActivations(lm, hook, tokens[start:end], params, context_length, first)
 
     def raw_means(self, rows: Tensor) -> Means:
         """Mean activations [texts, d_in] of `rows` at least; other rows may be zero."""
@@ -183,7 +197,7 @@ class TextsByTask:
 
     def key(self, rows: Tensor) -> str:
         """What decides the means of `rows` beside model and SAE: their tokens and those of the texts run with them."""
-        return fingerprint([[row.tolist() for row in part.tokens] for part in self._holding(rows).values()])
+        return fingerprint([part.key for part in self._holding(rows).values()])
 
     def _holding(self, rows: Tensor) -> dict[tuple[int, int], TextActivations]:
         return {(start, end): part for (start, end), part in self.parts.items() if ((rows >= start) & (rows < end)).any()}
