@@ -26,6 +26,7 @@ from sae_research.evals.core_figures import evidence, lab_predictions, minus_one
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
+from sae_research.evaluated import Evaluated
 from sae_research.lm import Batch, LanguageModel, mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each, families
@@ -101,8 +102,17 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
         sparsity = _sparsity(group, keys)
         prediction = _predictions(group, keys)
+        if tokens is None:
+            _note(members, keys, lm, params)
         for name, sae in members.items():
             yield name, _result(name, sae, group, sparsity[name], prediction[name])
+
+
+def _note(saes: dict[str, SparseAutoencoder], keys: dict[str, str], lm: LanguageModel, params: Params) -> None:
+    """For estimates: where each SAE's results lie."""
+    notes, batches = Evaluated("core", lm, params), range(params.core_eval.n_eval_reconstruction_batches)
+    for name, sae in saes.items():
+        notes.note(sae, "core", [f"core_sparsity/{keys[name]}", *(f"core_predictions/{keys[name]}-{n}" for n in batches)])
 
 
 def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:

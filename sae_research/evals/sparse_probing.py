@@ -30,6 +30,7 @@ from sae_research.evals.probes import (
 )
 from sae_research.evals.tasks import load_tasks, need_one
 from sae_research.evals.text_means import Means, TextsByTask, brought_in, text_numbers, tokenise
+from sae_research.evaluated import Evaluated
 from sae_research.intervals import accuracy, interval, packed, unpacked
 from sae_research.lm import LanguageModel, mask
 from sae_research.params import Params
@@ -90,6 +91,10 @@ def _scores(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: Langu
                     found[name][task] = _accuracies(means, classes, params, "sae")
                     cache.put(keys[name, task], found[name][task])
                     bar.update()
+    notes = Evaluated("sparse_probing", lm, params)
+    for name, sae in members.items():
+        for task in texts.tasks:
+            notes.note(sae, task, [f"sparse_probing/{keys[name, task]}"])
     return found.pop(""), found
 
 
