@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -53,14 +54,26 @@ def measured_rows(d_sae: int) -> Tensor:
     return torch.arange(count) * d_sae // count
 
 
+_looked_for: dict[tuple[str, str], Tensor] = {}
+_REMEMBERED = 8
+
+
+def _nearest(directions_FD: Tensor) -> Tensor:
+    """`max_cosine` on the CPU, remembered by content: many SAEs of a comparison stand on one dictionary."""
+    key = (hashlib.sha256(directions_FD.contiguous().cpu().numpy()).hexdigest(), directions_FD.device.type)
+    if key not in _looked_for:
+        while len(_looked_for) >= _REMEMBERED:
+            del _looked_for[next(iter(_looked_for))]
+        _looked_for[key] = max_cosine(directions_FD).cpu()
+    return _looked_for[key]
+
+
 @torch.no_grad()
 def latent_weights(sae: SparseAutoencoder) -> LatentWeights:
     """Encoder norm and bias, cosine of encoder and decoder, and nearest neighbours of both."""
     W_enc, b_enc = sae.encoder_weights()
     encoder_FD, decoder_FD = W_enc.T.float(), sae.W_dec.float()
-    nearest_decoder = max_cosine(decoder_FD)
-    tied = encoder_FD.data_ptr() == decoder_FD.data_ptr()
     return LatentWeights(*(value.cpu() for value in (
         b_enc.float(), encoder_FD.norm(dim=1),
         torch.nn.functional.cosine_similarity(encoder_FD, decoder_FD, dim=1),
-        nearest_decoder if tied else max_cosine(encoder_FD), nearest_decoder)))
+        _nearest(encoder_FD), _nearest(decoder_FD))))

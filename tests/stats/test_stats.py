@@ -117,3 +117,21 @@ def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     means = misc_metrics(torch.ones(320), LatentWeights(*[got] * 5))
     assert means["average_max_decoder_cosine_sim"] == pytest.approx(float(exact[looked_at].mean()))
     assert len(weights.measured_rows(80)) == 80 and len(weights.measured_rows(10**9)) == 1
+
+
+def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_research.saes import SAEConfig
+    from sae_research.saes.linear import LinearSAE
+    from sae_research.stats import latent_weights, weights
+
+    def sae() -> LinearSAE:
+        rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+        return LinearSAE(SAEConfig(form="linear", d_in=5, d_sae=12, hook_name="blocks.0.hook_resid_post", options={}),
+                         W_enc=rows.T.contiguous(), b_enc=torch.zeros(12), W_dec=rows * 2, b_dec=torch.zeros(5))
+
+    calls: list[int] = []
+    monkeypatch.setattr(weights, "_looked_for", {})
+    monkeypatch.setattr(weights, "max_cosine", lambda rows: calls.append(len(rows)) or max_cosine(rows))
+    first, second = latent_weights(sae()), latent_weights(sae())
+    assert len(calls) == 2 and torch.equal(first.max_decoder_cosine, second.max_decoder_cosine)
+    torch.testing.assert_close(first.max_decoder_cosine, max_cosine(sae().W_dec))
