@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_research.lm import (
     ActivationPool,
@@ -60,5 +61,7 @@ class HookActivations:
         return sae_bench_mask(self.lm, batch.tokens) & batch.real
 
     def batches(self) -> Iterator[Batch]:
-        """All sequences, of like length together."""
-        return self.pool.batches(self.params.model.llm_batch_size)
+        """All sequences, of like length together; on a terminal a passing bar shows how far one SAE or family is."""
+        size = self.params.model.llm_batch_size
+        return iter(tqdm(self.pool.batches(size), "encode", -(-len(self) // size), unit="batch", leave=False, disable=None,
+                         dynamic_ncols=True))

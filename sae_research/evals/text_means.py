@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.cached_files import new_entry, usable
 from sae_research.errors import UserError
@@ -125,8 +124,7 @@ class TextActivations(HookActivations):
         means = dict(zip(saes, self._empty([sae.cfg.d_sae for sae in saes.values()]), strict=True))
         per_token = all(sae.per_token for sae in saes.values())
         at_zero = self._at_zero(saes) if per_token else {}
-        for batch in tqdm(self.batches(), "encode", -(-len(self) // self.params.model.llm_batch_size), leave=False,
-                          unit="batch", mininterval=1, dynamic_ncols=True):
+        for batch in self.batches():
             bench, lab = self.sae_bench_mask(batch), self.lab_mask(batch)
             if per_token:
                 for name, z in encode_each(saes, batch.acts, None):
