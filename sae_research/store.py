@@ -5,6 +5,7 @@ No torch here: the reporting stages import this module and must start in a fract
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -183,35 +184,85 @@ def project_root() -> Path:
     return here
 
 
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a file system answers that may be read but not written."""
+
+
 def cache_dir(kind: str) -> Path:
-    """`.cache/<kind>` of the project: `models`, `activations`, `results` or `train`."""
+    """`.cache/<kind>` of the project: `models`, `activations`, `results` or `train`. Not made where it cannot be."""
     folder = project_root() / ".cache" / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
     return folder
 
 
-class ResultCache:
-    """Finished results by key, as JSON files: what an interrupted or extended run need not compute again.
+def writable_cache_dir(kind: str) -> Path:
+    """The same for what is of no use unwritten. Raises `UserError` where it cannot be written."""
+    folder = cache_dir(kind)
+    with cache_writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
-    `SAE_RESEARCH_NO_CACHE=1` in the environment makes every lookup miss.
-    """
+
+def caches_readable() -> bool:
+    """False with `SAE_RESEARCH_NO_CACHE=1` in the environment: every value is computed afresh, none is read from `.cache`.
+    What is computed is kept nevertheless, in place of what was there."""
+    return os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0")
+
+
+@contextmanager
+def cache_writes(folder: Path) -> Iterator[None]:
+    """Raises `UserError` where the block may not write into `folder` of the cache."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(f"{os.path.relpath(folder)} cannot be written ({error.strerror}) and does not hold all that is "
+                        "needed here; make .cache writable, or fill it by a run where it is") from None
+
+
+_CHECKSUM, _VALUE = b'{"sha256": "', b'", "value": '
+
+
+def write_checked_json(path: Path, value: Any) -> None:
+    """Write `{"sha256": "<64 hex digits>", "value": <JSON>}` atomically; the checksum is that of the value's own text."""
+    write_bytes(path, _with_checksum(json.dumps(value, sort_keys=True, allow_nan=False).encode()))
+
+
+def read_checked_json(path: Path) -> Any | None:
+    """The value that `write_checked_json` wrote; None where there is no file, or (one printed line says so) another text."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    text = data[len(_CHECKSUM) + 64 + len(_VALUE):-2]
+    if data != _with_checksum(text):
+        print(f"{os.path.relpath(path)}: not what was written; not used, made again", flush=True)
+        return None
+    return json.loads(text)
+
+
+def _with_checksum(text: bytes) -> bytes:
+    return _CHECKSUM + hashlib.sha256(text).hexdigest().encode() + _VALUE + text + b"}\n"
+
+
+class ResultCache:
+    """Finished results by key, as JSON files with their checksum: what an interrupted or extended run need not compute
+    again. `SAE_RESEARCH_NO_CACHE=1` makes every lookup miss."""
 
     def __init__(self, kind: str) -> None:
         self.folder = cache_dir("results") / kind
-        self.readable = os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0")
 
     def get(self, key: str) -> Any | None:
-        path = self.folder / f"{key}.json"
-        if not self.readable or not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError:  # a file damaged on disk costs time, never correctness
-            path.unlink()
-            return None
+        return read_checked_json(self.folder / f"{key}.json") if caches_readable() else None
 
     def put(self, key: str, value: Any) -> None:
-        write_json(self.folder / f"{key}.json", value)
+        with cache_writes(self.folder):
+            write_checked_json(self.folder / f"{key}.json", value)
 
 
 def prune(folder: Path, max_gb: float, keep: Iterable[Path] = ()) -> list[Path]:
@@ -250,7 +301,8 @@ def held(folder: Path) -> Iterator[None]:
 
 def _hold(folder: Path) -> int:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        with cache_writes(folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # another process removes it: make it again
             descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)

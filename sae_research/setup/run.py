@@ -207,7 +207,7 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
         print(f"warning: {line}")
     hook = baseline.cfg.hook_name
     for line in (
-        *time_lines(params, lm, hook, result.seconds_per_token),
+        *time_lines(params, lm, hook, saes, result.seconds_per_token),
         *disk_lines(params, lm, saes, baseline.cfg.d_sae),
     ):
         print(line, flush=True)

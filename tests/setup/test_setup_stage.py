@@ -63,6 +63,29 @@ def test_what_it_writes(project: Path, make_params: Any, capsys: pytest.CaptureF
     assert contents(project / "downloaded_saes") == first
 
 
+def test_the_estimate_leaves_out_what_is_cached(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from sae_research.evals import core
+
+    params = make_params(controls={"names": []}, core_eval={
+        "batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1})
+    run_setup(params)
+    first = capsys.readouterr().out
+    lm = load_language_model(params.model.name, "cpu")
+    names = json.loads((project / "downloaded_saes/manifest.json").read_text())["order"]
+    saes = {name: load_sae(project / "downloaded_saes" / name) for name in names}
+    list(core.evaluate({names[0]: saes[names[0]]}, lm, params))
+    run_setup(params)
+    second = capsys.readouterr().out
+    list(core.evaluate(saes, lm, params))
+    capsys.readouterr()
+    run_setup(params)
+    third = capsys.readouterr().out
+    n = len(names)
+    assert f"for {n} SAEs on" in first and "in the cache" not in first
+    assert f"for {n - 1} SAEs on" in second and f"; {1 / n:.0%} is in the cache" in second
+    assert f"core: all {n} SAEs are in the cache" in third
+
+
 def test_controls_are_what_they_say(project: Path, make_params: Any) -> None:
     run_setup(make_params(sae_variants={"ihtp": {"enabled": False}, "mpsae": {"enabled": False}}))
     saes = {
