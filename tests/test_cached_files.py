@@ -194,12 +194,13 @@ def test_an_unpacked_model_is_unpacked_again_where_a_file_changed(
     assert intact(folder)
 
 
-def test_a_noted_fingerprint_is_not_believed_of_other_weights(tiny_inputs: Path, tmp_path: Path) -> None:
-    with new_entry(tmp_path / "made") as folder:
+def test_a_noted_fingerprint_is_not_believed_of_other_weights(tiny_inputs: Path, in_project: Path) -> None:
+    made = load.cache_dir("models") / "made"
+    with new_entry(made) as folder:
         shutil.copytree(tiny_inputs / "tiny", folder, dirs_exist_ok=True)
         write_json(folder / "fingerprint.json", {"fingerprint": "noted"})
-    assert load_language_model(str(tmp_path / "made"), "cpu").fingerprint == "noted"
-    other = Path(shutil.copytree(tmp_path / "made", tmp_path / "tuned"))
+    assert load_language_model(str(made), "cpu").fingerprint == "noted"
+    other = Path(shutil.copytree(made, made.with_name("tuned")))
     data = bytearray((other / "model.safetensors").read_bytes())
     data[-2] ^= 1
     (other / "model.safetensors").write_bytes(data)

@@ -17,7 +17,7 @@ from sae_research.params import Params
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 from sae_research.setup import run_setup
-from sae_research.setup.preflight import preflight
+from sae_research.setup.preflight import preflight, preflight_tokens
 
 ORDER = ["standard", "standard_ihtp_k1", "standard_ihtp_k2", "standard_mpsae_s3", "standard_mpsae_s5", "topk",
          "control_random", "control_data_rows", "control_pca"]
@@ -239,8 +239,8 @@ def test_a_comparison_that_fails_is_a_warning_the_baseline_is_not(project: Path,
                                     "preflight": {"tokens": 256}})
     bad = tiny_sae(seed=1)
     bad.b_enc.fill_(torch.nan)
-    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params)
+    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params, preflight_tokens(lm, params))
     assert "NaN" in found.report["saes"]["bad"]["failed"] and found.report["saes"]["good"]["l0"] > 0
     assert any(line.startswith("bad fails, and evaluations will skip it") for line in found.warnings)
     with pytest.raises(UserError, match="the baseline bad fails: .*NaN"):
-        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params)
+        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params, preflight_tokens(lm, params))

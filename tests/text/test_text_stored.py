@@ -83,8 +83,9 @@ def test_nothing_half_written_stays(byte_tokenizer: PreTrainedTokenizerFast, tex
     with pytest.raises(UserError, match=r"ends after [\d,]+ of 1,000,000 tokens"):
         contexts(byte_tokenizer, text, 1_000_000)
     assert not cached(tmp_path)
-    leftover = tmp_path / ".cache/tokens" / ".abc-1.xyz"  # of a process that was killed
-    leftover.write_bytes(b"half")
+    leftover = tmp_path / ".cache/tokens" / ".abc-1.xyz.tmp"  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "ids").write_bytes(b"half")
     contexts(byte_tokenizer, text, 2_000)
     assert not leftover.exists() and len(cached(tmp_path)) == 1
 
