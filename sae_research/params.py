@@ -149,8 +149,8 @@ def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], 
 
 
 def got(item: dict[str, Any]) -> str:
-    """` (got 3)`: what a complaint is about, unless it is a whole section."""
-    return "" if isinstance(item["input"], dict) else f" (got {shortened.repr(item['input'])})"
+    """` (got 3)`: what a complaint is about, unless it is a whole section, or an address, which may hold a key."""
+    return "" if isinstance(item["input"], dict) or "base_url" in item["loc"] else f" (got {shortened.repr(item['input'])})"
 
 
 shortened = reprlib.Repr()

@@ -92,7 +92,7 @@ def test_limits_of_the_shell_are_one_line(limit: str, body: str, line: str, tmp_
 @pytest.mark.parametrize("body", [
     "from sae_research.store import write_json; write_json(Path('eval_results/a.json'), 1)",
     "from sae_research.folders import replaced_folder\n    with replaced_folder('trained_saes') as folder: pass",
-    "from sae_research.store import cache_dir; cache_dir('results')"], ids=["file", "folder", "cache"])
+    "from sae_research.store import ResultCache; ResultCache('x').put('a', 1)"], ids=["file", "folder", "cache"])
 def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
     """Root may write everywhere, so that the program then becomes somebody else."""
     with tempfile.TemporaryDirectory() as project:

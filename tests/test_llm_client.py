@@ -207,7 +207,7 @@ def test_an_error_of_ours_lets_nothing_further_be_asked() -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"base_url": None, "model": None}, "autointerp.base_url and autointerp.model must be given"),
-    ({"model": ""}, "autointerp.model must be given"),
+    ({"model": None}, "autointerp.model must be given"),
     ({"base_url": "localhost:8000"}, "must look like"),
     ({"base_url": "ftp://localhost/v1"}, "must look like"),
     ({"base_url": "http://host:port/v1"}, "must look like"),

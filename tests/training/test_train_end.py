@@ -198,7 +198,7 @@ def test_a_full_disk_does_not_end_a_run_by_its_progress_file(tmp_path, monkeypat
 # --- the name of a run ----------------------------------------------------------------------------
 
 SAME = {"held_out_tokens": 99, "evaluate_tokens": 0, "checkpoint_seconds": None, "checkpoint_steps": 7, "enabled": False}
-OTHER = {"tokens": 1, "batch_size": 32, "accumulation_steps": 2, "buffer_tokens": 2048, "llm_dtype": "bfloat16",
+OTHER = {"tokens": 640, "batch_size": 32, "accumulation_steps": 2, "buffer_tokens": 2048, "llm_dtype": "bfloat16",
          "warmup_fraction": 0.2, "sparsity_warmup_fraction": 0.2, "decay_fraction": 0.2, "dead_fraction": 0.2,
          "precision": "bfloat16", "stack": "always", "hook_name": "blocks.0.hook_resid_post", "saved_checkpoints": 2,
          "learning_rate": 0.1, "device": "mps", "saes": FEW}
