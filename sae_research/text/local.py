@@ -208,13 +208,13 @@ def _check_utf8(values: Iterable[str | None], where: str) -> None:
 def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:  # of pages that were written with one
             check_columns(str(file), columns, table.schema_arrow.names)
             for batch in table.iter_batches(columns=list(columns)):
                 rows = zip(*(_values(batch.column(name), str(file)) for name in columns), strict=True)
                 yield from enumerate(rows, number + 1)
                 number += len(batch)
-    except (pa.ArrowException, OSError) as error:  # which of the two a cut or changed file gives depends on the place
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # which of them depends on the place that changed
         raise UserError(f"{file}: not a valid Parquet file ({' '.join(str(error).split())[:200]})") from None
 
 

@@ -135,6 +135,24 @@ def test_cut_and_changed_parquet_files(tmp_path: Path) -> None:
         rows_of(path)
 
 
+def test_a_changed_page_of_a_parquet_file_is_seen_by_its_checksum(tmp_path: Path) -> None:
+    """One letter of a dictionary page stands for many rows; some writers give pages a checksum."""
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"text": ["one old text", "another"] * 50, "label": ["a", "b"] * 50}), path, compression="none",
+                   write_page_checksum=True, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"one old text", b"one odd text", 1))
+    with pytest.raises(UserError, match="not a valid Parquet file"):
+        rows_of(path)
+
+
+def test_a_column_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"text": ["one"], "label": ["a"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"label", b"\xe6abel"))
+    with pytest.raises(UserError, match="not a valid Parquet file"):
+        rows_of(path)
+
+
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "mine.csv")
     for name in (str(tmp_path / "mine.csv"), str(tmp_path)):
