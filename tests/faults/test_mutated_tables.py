@@ -1,8 +1,8 @@
 """Tables and texts that a user brings, changed at random: one line, or the rows that stand in the file.
 
-Such a file carries no checksum, but for the pages of some Parquet files: a letter changed in a text is another text. What may
-not happen is that a change touches more rows than it lies in, that one row's label is read with another row's text, or that
-a new class comes to be scored.
+Such a file carries no checksum, but for the pages of some Parquet files: a letter changed in a text is another text. What
+may not happen is that a change touches more rows than it lies in, that one row's label is read with the text of another, or
+that a new class comes to be scored.
 """
 
 from __future__ import annotations
