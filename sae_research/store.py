@@ -480,6 +480,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a list of SAEs; run the stage that writes it again")
     for name in (*order, *saes):
         checked_name(name, str(path))
-    if "saes" in values and set(order) != set(saes):
+    if len(set(order)) < len(order) or "saes" in values and set(order) != set(saes):
         raise UserError(f"{path}: its order and its SAEs are not the same names; run the stage that writes it again")
     return values

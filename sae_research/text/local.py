@@ -133,10 +133,13 @@ def as_label(value: Any, where: str) -> str:
 
 
 def check_columns(where: str, wanted: Sequence[str], available: Sequence[str]) -> None:
-    """Raises `UserError` naming the columns there are when one of `wanted` is not among them."""
+    """Raises `UserError` naming the columns there are when one of `wanted` is not among them, or is there twice."""
     missing = [name for name in wanted if name not in available]
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r}; available: {listed(available, 20) or 'none'}")
+    twice = [name for name in wanted if list(available).count(name) > 1]
+    if twice:
+        raise UserError(f"{where}: {list(available).count(twice[0])} columns are called {twice[0]!r}; rename all but one")
 
 
 def _missing(value: Any) -> bool:
