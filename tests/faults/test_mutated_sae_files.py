@@ -125,7 +125,8 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
         if kind == "rename":
             state[name + "_x"] = tensor
         elif kind == "extra":
-            state |= {name: tensor, rng.choice(["threshold", "log_threshold", "scaling_factor", "mask"]): torch.zeros(D_SAE)}
+            others = {"threshold", "log_threshold", "scaling_factor", "mask"} - {name, *state}
+            state |= {name: tensor, rng.choice(sorted(others)): torch.zeros(D_SAE)}
         elif kind != "drop":
             state[name] = {
                 "cast": lambda: tensor.to(rng.choice([torch.int64, torch.bool, torch.complex64])),
