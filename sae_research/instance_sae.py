@@ -51,7 +51,7 @@ class PursuitSAE(SparseAutoencoder):
         self.normalise = normalise
         self.register_buffer("usable", usable, persistent=False)
         self._dictionary: Dictionary | None = None
-        self._fingerprint: tuple[torch.dtype, str] | None = None
+        self._fingerprint: tuple[object, str] | None = None
         if not 1 <= size <= self.cfg.d_sae:
             raise UserError(f"{self.form}: {self.size_name} = {size} must lie between 1 and d_sae = {self.cfg.d_sae}")
         setattr(self, self.size_name, int(size))
@@ -78,18 +78,31 @@ class PursuitSAE(SparseAutoencoder):
                 tuple((name, getattr(self, name)) for name in self.defaults))
 
     def dictionary_fingerprint(self) -> str:
-        """SHA-256 over the bytes of the dictionary, computed once for a precision: weights of an SAE do not change."""
-        if self._fingerprint is None or self._fingerprint[0] != self.W_dec.dtype:
+        """SHA-256 over the bytes of the dictionary, computed once while torch counts no change to its tensors."""
+        state = self._state()
+        if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.sha256(repr((tuple(self.W_dec.shape), self.W_dec.dtype)).encode())
             for tensor in (self.W_dec, self.b_dec):
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = self.W_dec.dtype, digest.hexdigest()
+            self._fingerprint = state, digest.hexdigest()
         return self._fingerprint[1]
+
+    def _state(self) -> object:
+        """Tells of changes that were made through the tensors themselves; of others (`.data`) `weights_fingerprint` does."""
+        tensors = (self.W_dec, self.b_dec)
+        return self.W_dec.dtype, [0 if one.is_inference() else one._version for one in tensors], [id(one) for one in tensors]
+
+    def weights_fingerprint(self) -> str:
+        """As for every SAE. Each evaluation asks for it first, so that a dictionary changed since then is not used."""
+        before, self._fingerprint = self._fingerprint, None
+        if before is not None and before[1] != self.dictionary_fingerprint():
+            self._dictionary = None
+        return super().weights_fingerprint()
 
     def dictionary(self) -> Dictionary:
         """The usable atoms with their Gram rows, shared by all encoders over them in this process."""
-        held = self._dictionary
-        if held is None or (held.atoms.device, held.atoms.dtype) != (self.W_dec.device, self.W_dec.dtype):
+        held, known = self._dictionary, self._fingerprint
+        if held is None or known is None or known[0] != self._state() or held.atoms.device != self.W_dec.device:
             held = self._dictionary = shared_dictionary(self.dictionary_fingerprint(), self.W_dec, self.usable)
         return held
 

@@ -141,11 +141,16 @@ def check_trained_names(params: Params) -> None:
                             + (f"; did you mean {close[0]}?" if close else ""))
 
 
+LONGEST = 400
+"""Characters of one complaint: a value or key that it quotes may be long."""
+
+
 def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], most: int = 5) -> str:
     """All that is wrong, in one line of bearable length. explain: one complaint as a user would say it."""
     items = error.errors()
     more = [f"{len(items) - most} more"] if len(items) > most else []
-    return "; ".join([*(explain(item) for item in items[:most]), *more])
+    said = (" ".join(explain(item).split()) for item in items[:most])
+    return "; ".join([*(one if len(one) <= LONGEST else f"{one[:LONGEST - 1]}…" for one in said), *more])
 
 
 def got(item: dict[str, Any]) -> str:

@@ -230,8 +230,9 @@ _CHECKSUM, _VALUE = b'{"sha256": "', b'", "value": '
 
 
 def write_checked_json(path: Path, value: Any) -> None:
-    """Write `{"sha256": "<64 hex digits>", "value": <JSON>}` atomically; the checksum is that of the value's own text."""
-    write_bytes(path, _with_checksum(json.dumps(value, sort_keys=True, allow_nan=False).encode()))
+    """Write `{"sha256": "<64 hex digits>", "value": <JSON>}` atomically; the checksum is that of the file's name, which is a
+    result's key, and of the value's own text: under another name it is not what was written."""
+    write_bytes(path, _with_checksum(json.dumps(value, sort_keys=True, allow_nan=False).encode(), path))
 
 
 def read_checked_json(path: Path) -> Any | None:
@@ -240,14 +241,14 @@ def read_checked_json(path: Path) -> Any | None:
         return None
     data = path.read_bytes()
     text = data[len(_CHECKSUM) + 64 + len(_VALUE):-2]
-    if data != _with_checksum(text):
+    if data != _with_checksum(text, path):
         print(f"{os.path.relpath(path)}: not what was written; not used, made again", flush=True)
         return None
     return json.loads(text)
 
 
-def _with_checksum(text: bytes) -> bytes:
-    return _CHECKSUM + hashlib.sha256(text).hexdigest().encode() + _VALUE + text + b"}\n"
+def _with_checksum(text: bytes, path: Path) -> bytes:
+    return _CHECKSUM + hashlib.sha256(path.name.encode() + b"\n" + text).hexdigest().encode() + _VALUE + text + b"}\n"
 
 
 class ResultCache:
@@ -479,6 +480,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a list of SAEs; run the stage that writes it again")
     for name in (*order, *saes):
         checked_name(name, str(path))
-    if "saes" in values and set(order) != set(saes):
+    if len(set(order)) < len(order) or "saes" in values and set(order) != set(saes):
         raise UserError(f"{path}: its order and its SAEs are not the same names; run the stage that writes it again")
     return values

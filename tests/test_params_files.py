@@ -210,11 +210,12 @@ def test_no_leaf_takes_what_it_cannot_be(model: type[Section], values: dict[str,
     ({"train": {"saes": {"a": {"recipe": "p_anneal", "d_sae": 8, "l1_coefficient": 1, "anneal_start": 1}}}}, "anneal_end"),
     ({"comparison_saes": {"sae_regex_pattern": "(", "sae_block_pattern": "x"}}, "not a regular expression"),
     ({"visualization": {"architectures": None}}, r"visualization\.architectures"),
+    ({"absorption": {"prompt_template": "x" * 5_000}}, r"must hold \{word\} once.*…$"),
 ])
 def test_impossible_values_are_one_line(values: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
         check_params(values, "x")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_names_that_setup_will_miss_are_said_before_training() -> None:

@@ -125,7 +125,8 @@ def test_long_names_are_cut_alike_and_stay_apart() -> None:
     assert len(one) == store.NAME_LIMIT and store.SLUG.fullmatch(one) and store.slugify("a" * 150) == "a" * 150
 
 
-@pytest.mark.parametrize("value", [[], {}, {"order": 3}, {"order": ["a"], "saes": {}}, {"order": ["a"], "saes": {"a": 1}}])
+@pytest.mark.parametrize("value", [[], {}, {"order": 3}, {"order": ["a"], "saes": {}}, {"order": ["a"], "saes": {"a": 1}},
+                                   {"order": ["a", "a"], "saes": {"a": {}}}])
 def test_a_manifest_of_another_shape(value: object, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"manifest\.json: "):

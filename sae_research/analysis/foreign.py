@@ -7,6 +7,7 @@ the hook that they read: an encoder with thresholds is silent on noise of anothe
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Sequence
 from itertools import chain
@@ -30,14 +31,14 @@ _SEQUENCES, _TOKENS = 4, 32
 _ALONE = 12
 """Tokens that are encoded one by one, to see whether others matter."""
 _ROWS_AT_ONCE = 1024
-_USER_CODE = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+_USER_CODE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What an `encode` raises for a shape or type that it was not written for."""
 
 
 def adapt(sae: Any, lm: LanguageModel, hook: str | None = None) -> SparseAutoencoder:
     """Any object with `encode` and `decode` as an SAE of this project. Raises `UserError` for one without."""
     if isinstance(sae, SparseAutoencoder):
-        return sae
+        return sae if sae.W_dec.dtype != torch.float64 else copy.deepcopy(sae).float()
     if not callable(getattr(sae, "encode", None)) or not callable(getattr(sae, "decode", None)):
         raise UserError(f"{type(sae).__name__} has no encode and decode")
     model_name = ""
@@ -140,7 +141,7 @@ def _called(inner: Any, method: str, values: Tensor, flat: bool) -> Tensor:
     float32 where `values` are. flat: it takes [tokens, width]. Raises `UserError` for what is no answer."""
     own = _own_tensor(inner)
     given = values if own is None else values.to(own.device, own.dtype)
-    given = given.flatten(0, 1) if flat else given
+    given = (given.flatten(0, 1) if flat else given).clone()  # it may change what it is given in place
     try:
         found = getattr(inner, method)(given)
     except _USER_CODE as error:

@@ -22,7 +22,7 @@ from torch import nn
 from sae_research.errors import UserError
 from sae_research.lm.parts import Parts
 
-_PATTERN = re.compile(r"^blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)$")
+_PATTERN = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(hook_(?:resid_pre|resid_post|mlp_out|attn_out)|attn\.hook_z)")
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -39,7 +39,7 @@ class HookPoint(NamedTuple):
 
 def parse_hook(name: str) -> tuple[int, str]:
     """(layer, kind) of a hook name. Raises `UserError` for anything else."""
-    match = _PATTERN.match(name)
+    match = _PATTERN.fullmatch(name)  # one spelling for a hook: SAEs at it are grouped by name
     if match is None:
         raise UserError(f"unknown hook {name!r}; known: blocks.L.hook_resid_pre, blocks.L.hook_resid_post, "
                         "blocks.L.hook_mlp_out, blocks.L.hook_attn_out, blocks.L.attn.hook_z")

@@ -177,7 +177,8 @@ class SparseAutoencoder(nn.Module):
                    **{name: have[name].clone() for name in cls.tensor_names})
 
     def weights_fingerprint(self) -> str:
-        """SHA-256 over form, options and the bytes of every tensor; of a user's own class also over its attributes."""
+        """SHA-256 over form, options and the bytes of every tensor; over what an object has in place of its class's methods;
+        and of a user's own class also over its attributes."""
         digest = hashlib.sha256(
             repr(
                 (
@@ -192,21 +193,24 @@ class SparseAutoencoder(nn.Module):
             tensor = getattr(self, name).detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        if not type(self).__module__.startswith("sae_research."):
+        if not self._is_ours():
             digest.update(self._attributes().encode())
+        elif in_place_of := {name: value for name, value in vars(self).items() if hasattr(type(self), name)}:
+            digest.update(_identity(in_place_of).encode())
         return digest.hexdigest()
+
+    @classmethod
+    def _is_ours(cls) -> bool:
+        return cls.__module__.startswith("sae_research.")
 
     def _attributes(self) -> str:
         """What a user's class holds besides its tensors and options: in memory, nothing else tells two objects apart whose
-        `threshold` differs. What cannot be looked into is another thing at every call."""
+        `threshold` differs."""
         inherited = {"cfg", "_modules", "_buffers", "_parameters"}
         own = {name: value for name, value in vars(self).items() if name not in inherited}
         tensors = {name: value for name, value in chain(self.named_parameters(), self.named_buffers())
                    if name not in self.tensor_names}
-        try:
-            return identity([own, tensors, list(self.named_children()), own_data(self)])
-        except Unidentified:
-            return uuid.uuid4().hex
+        return _identity([own, tensors, list(self.named_children()), own_data(self)])
 
     def _check_shapes(self) -> None:
         check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form)
@@ -214,6 +218,14 @@ class SparseAutoencoder(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or "
                                 f"diverged")
+
+
+def _identity(value: Any) -> str:
+    """What cannot be looked into is another thing at every call."""
+    try:
+        return identity(value)
+    except Unidentified:
+        return uuid.uuid4().hex
 
 
 def families(saes: dict[str, SparseAutoencoder]) -> list[list[str]]:
@@ -240,7 +252,9 @@ def encode_each(
     """
     for names in families(saes):
         members = [saes[name] for name in names]
-        for name, z in zip(names, type(members[0]).encode_family(members, x, mask), strict=True):
+        # a user's class may change what it is given in place, and the other SAEs read it too
+        given = x if members[0]._is_ours() else x.clone()
+        for name, z in zip(names, type(members[0]).encode_family(members, given, mask), strict=True):
             expected = (*x.shape[:-1], saes[name].cfg.d_sae)
             if tuple(z.shape) != expected:
                 raise UserError(f"SAE {name}: encode returned shape {tuple(z.shape)}, expected {expected}")

@@ -39,6 +39,10 @@ _SLOTS = (MemberDescriptorType, GetSetDescriptorType)
 """What stands for a slot in a class: its value is an attribute of the object."""
 
 
+_OUTSIDE = {"os", "posix", "io", "pathlib", "tempfile", "time", "datetime", "random", "secrets", "uuid"}
+"""Modules whose functions answer by what stands outside the program, or differently each time."""
+
+
 class Unidentified(Exception):
     """This object holds what nobody can look into."""
 
@@ -150,7 +154,9 @@ class _Walk:
             self.add(function.__code__)
             for name in _globals_of(function.__code__):
                 if name in function.__globals__:
-                    self._all(name, function.__globals__[name])
+                    self._all(name, _inside(name, function.__globals__[name]))
+                elif name in ("open", "input"):
+                    raise Unidentified(f"{function.__qualname__}, which reads by {name}()")
         self._all("bound", function.__defaults__, function.__kwdefaults__, function.__closure__, vars(function))
 
     def _builtin(self, function: Any) -> None:
@@ -179,9 +185,21 @@ class _Walk:
             part if part is None or number == 0 else list(part) for number, part in enumerate(rest[:3])))
 
 
+def _inside(name: str, value: Any) -> Any:
+    """`value`, which a user's function uses. Raises `Unidentified` for what reads files, the environment or the clock."""
+    module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    if isinstance(module, str) and module.partition(".")[0] in _OUTSIDE:
+        raise Unidentified(f"{name}, which depends on more than the program")
+    return value
+
+
 def _globals_of(code: CodeType) -> list[str]:
     """Names that a function's code, and the functions inside it, look up in their module."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    steps = list(dis.get_instructions(code))
+    for step in steps:
+        if step.opname == "IMPORT_NAME" and (_library(step.argval) is None or step.argval.partition(".")[0] in _OUTSIDE):
+            raise Unidentified(f"an import of {step.argval} inside a function")
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names.update(_globals_of(constant))

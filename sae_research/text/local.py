@@ -133,10 +133,13 @@ def as_label(value: Any, where: str) -> str:
 
 
 def check_columns(where: str, wanted: Sequence[str], available: Sequence[str]) -> None:
-    """Raises `UserError` naming the columns there are when one of `wanted` is not among them."""
+    """Raises `UserError` naming the columns there are when one of `wanted` is not among them, or is there twice."""
     missing = [name for name in wanted if name not in available]
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r}; available: {listed(available, 20) or 'none'}")
+    twice = [name for name in wanted if list(available).count(name) > 1]
+    if twice:
+        raise UserError(f"{where}: {list(available).count(twice[0])} columns are called {twice[0]!r}; rename all but one")
 
 
 def _missing(value: Any) -> bool:
@@ -208,13 +211,13 @@ def _check_utf8(values: Iterable[str | None], where: str) -> None:
 def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:  # of pages that were written with one
             check_columns(str(file), columns, table.schema_arrow.names)
             for batch in table.iter_batches(columns=list(columns)):
                 rows = zip(*(_values(batch.column(name), str(file)) for name in columns), strict=True)
                 yield from enumerate(rows, number + 1)
                 number += len(batch)
-    except (pa.ArrowException, OSError) as error:  # which of the two a cut or changed file gives depends on the place
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # which of them depends on the place that changed
         raise UserError(f"{file}: not a valid Parquet file ({' '.join(str(error).split())[:200]})") from None
 
 

@@ -103,7 +103,7 @@ def _index(answer: Any, n_choices: int, where: str) -> int:
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in letters:
         return letters.index(answer.strip().upper())
     try:
-        number = float(answer)  # a table written from floats says 2.0
+        number = -1.0 if isinstance(answer, bool) else float(answer)  # a table written from floats says 2.0
     except (TypeError, ValueError, OverflowError):
         number = -1.0
     index = int(number) if number.is_integer() else -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import dictionary
+from evals_saes import config, dictionary, standard
 from torch import Tensor
 
 from sae_research.analysis.foreign import ForeignSAE, adapt
 from sae_research.errors import UserError
 from sae_research.evaluate import evaluate
+from sae_research.instance_sae import IHTPSAE
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.saes.identity import Unidentified, identity
@@ -236,3 +238,107 @@ def test_one_that_overflows_is_left_out_and_a_user_s_files_stay(lm: LanguageMode
 
 def test_a_wrapped_object_is_one_of_ours(lm: LanguageModel) -> None:
     assert isinstance(adapt(Plain(), lm, HOOK), ForeignSAE)
+
+
+# --- objects that change, and that change what they are given ----------------------------------
+
+def fresh(sae: Any, lm: LanguageModel, params: Params, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    with monkeypatch.context() as patch:
+        patch.setenv("SAE_RESEARCH_NO_CACHE", "1")
+        return figures(sae, lm, params)
+
+
+@pytest.mark.parametrize("change", ["copy_", "data", "assigned"])
+def test_a_dictionary_that_changes_changes_the_figures(lm: LanguageModel, params: Params, change: str,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pursuit encoders keep its Gram matrix; old correlations over new atoms are the figures of neither."""
+    def made(seed: int) -> IHTPSAE:
+        return IHTPSAE(dictionary(seed), torch.zeros(D), 2, config("ihtp", k=2))
+
+    sae, other = made(0), dictionary(5)
+    before = figures(sae, lm, params)
+    if change == "copy_":
+        sae.W_dec.copy_(other)
+    elif change == "data":
+        sae.W_dec.data = other
+    else:
+        sae.W_dec = other
+    assert figures(sae, lm, params) == fresh(made(5), lm, params, monkeypatch) != before
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_a_method_of_ones_own_on_an_sae_of_ours_counts(lm: LanguageModel, params: Params, method: str,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = standard()
+    figures(sae, lm, params)
+    original, scale = getattr(sae, method), [1.5]
+    setattr(sae, method, lambda values, *mask: original(values, *mask) * scale[0])
+    for size in (1.5, 2.0):
+        scale[0] = size
+        assert figures(sae, lm, params) == fresh(sae, lm, params, monkeypatch)
+
+
+class FromEnvironment(Plain):
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x) * float(os.environ.get("SCALE", "1"))
+
+
+class FromFile(Plain):
+    def encode(self, x: Tensor) -> Tensor:
+        with open("scale.txt") as file:
+            return super().encode(x) * float(file.read())
+
+
+class FromOwnModule(Plain):
+    def encode(self, x: Tensor) -> Tensor:
+        from evals_saes import D as width
+        return super().encode(x) * (1 if width else 0)
+
+
+def test_what_reads_from_outside_has_no_identity() -> None:
+    for inner in (FromEnvironment(), FromFile(), FromOwnModule()):
+        with pytest.raises(Unidentified):
+            identity(inner)
+    assert identity(Plain()) == identity(Plain())
+
+
+class InPlace(Plain):
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x.mul_(0.5))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(z.mul_(2.0))
+
+
+class NotInPlace(Plain):
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x * 0.5)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(z * 2.0)
+
+
+class OursInPlace(StandardSAE):
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().encode(x.mul_(0.5), mask)
+
+
+def test_an_encoder_that_works_in_place_harms_nobody(lm: LanguageModel, params: Params) -> None:
+    W = dictionary()
+    ours = OursInPlace(None, W_enc=W.T.contiguous(), b_enc=torch.zeros(64), W_dec=W, b_dec=torch.zeros(D))
+    found = evaluate({"in_place": InPlace(), "ours": ours, "not_in_place": NotInPlace(), "plain": Plain()}, lm, params,
+                     hook=HOOK)
+    alone = evaluate({"plain": Plain()}, lm, params, hook=HOOK)
+    assert found["in_place"] == found["not_in_place"] and found["plain"] == alone["plain"]
+
+
+def test_doubles_of_ours_are_cast_and_a_missing_attribute_is_one_line(lm: LanguageModel, params: Params) -> None:
+    sae = standard().double()
+    assert figures(sae, lm, params) == figures(standard(), lm, params) and sae.W_dec.dtype == torch.float64
+
+    class OfArrays(Plain):
+        def encode(self, x: Tensor) -> Tensor:
+            return x.astype("float32")  # type: ignore[attr-defined]
+
+    with pytest.raises(UserError, match="OfArrays.encode fails on .* AttributeError"):
+        figures(OfArrays(), lm, params)

@@ -7,7 +7,6 @@ change is another SAE by right: those that `means_something_else` names.
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import shutil
@@ -19,14 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from mutations import changed_mapping
 from random_saes import D_IN, D_SAE, make_sae, random_activations
 
 from sae_research.errors import UserError
 from sae_research.saes import exchange, save_sae
 from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 
-VALUES: list[Any] = [None, True, False, 0, 1, -1, 3, 1e18, 10**18, 10**400, 1.5, "", "none", "../evil", "/etc/passwd", [],
-                     {}, [1, 2], {"a": 1}, "relu", "topk", "jumprelu", "standard", "gated", "NaN", "x" * 5000, "layer_norm"]
 KEYS = ["threshold", "k", "activation_fn", "activation_fn_str", "noise", "scaling_factor", "finetuning_scaling_factor",
         "skip", "post_encoder_bias", "hook_head_index", "d_out", "normalize_activations"]
 HARMS = ["cut", "empty", "head", "folder", "missing", "rename", "extra", "cast", "transpose", "nan", "drop", "size"]
@@ -89,28 +87,9 @@ def read(folder: Path) -> tuple[torch.Tensor, ...]:
     return z, sae.decode(z), torch.tensor(sae.cfg.hook_layer)
 
 
-def paths_of(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    return [prefix, *(path for key, inner in value.items() for path in paths_of(inner, (*prefix, key)))] if isinstance(
-        value, dict) else [prefix]
-
-
 def mutate_config(path: Path, rng: random.Random) -> str:
-    values = yaml.safe_load(path.read_text())
-    changed = copy.deepcopy(values)
-    where = rng.choice(paths_of(values))
-    inside = changed
-    for key in where[:-1]:
-        inside = inside[key]
     kind = rng.choice(["replace", "replace", "replace", "delete", "add", "cut", "twice", "bytes"])
-    value = rng.choice(VALUES)
-    if kind == "replace" and where:
-        inside[where[-1]] = value
-    elif kind == "delete" and where:
-        del inside[where[-1]]
-    elif kind == "add":
-        target = inside[where[-1]] if where and isinstance(inside[where[-1]], dict) else changed
-        where = (*where, rng.choice(KEYS))
-        target[where[-1]] = value
+    changed, change = changed_mapping(yaml.safe_load(path.read_text()), rng, kind, KEYS)
     text = yaml.safe_dump(changed) if path.suffix == ".yaml" else json.dumps(changed)
     if kind == "cut":
         text = text[:rng.randrange(len(text))]
@@ -120,7 +99,7 @@ def mutate_config(path: Path, rng: random.Random) -> str:
     if kind == "bytes" and data:
         data[rng.randrange(len(data))] = rng.randrange(256)
     path.write_bytes(bytes(data))
-    return f"{kind} {'.'.join(where)} = {str(value)[:30]}"
+    return change
 
 
 def mutate_weights(path: Path, rng: random.Random) -> str:
@@ -146,7 +125,8 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
         if kind == "rename":
             state[name + "_x"] = tensor
         elif kind == "extra":
-            state |= {name: tensor, rng.choice(["threshold", "log_threshold", "scaling_factor", "mask"]): torch.zeros(D_SAE)}
+            others = {"threshold", "log_threshold", "scaling_factor", "mask"} - {name, *state}
+            state |= {name: tensor, rng.choice(sorted(others)): torch.zeros(D_SAE)}
         elif kind != "drop":
             state[name] = {
                 "cast": lambda: tensor.to(rng.choice([torch.int64, torch.bool, torch.complex64])),

@@ -111,7 +111,9 @@ def test_residual_hooks_meet_and_parts_add_up() -> None:
                                read["hook_resid_post"])
 
 
-@pytest.mark.parametrize("hook", ["blocks.9.hook_resid_post", "blocks.0.hook_nothing", "resid", "blocks.x.attn.hook_z"])
+@pytest.mark.parametrize("hook", ["blocks.9.hook_resid_post", "blocks.0.hook_nothing", "resid", "blocks.x.attn.hook_z",
+                                  "blocks.01.hook_resid_post", "blocks.1.hook_resid_post\n",
+                                  "blocks.\uff11.hook_resid_post"])
 def test_unknown_hooks_are_refused(hook: str) -> None:
     with pytest.raises(UserError, match="hook"):
         make("llama").activations(torch.zeros(1, 4, dtype=torch.long), hook)

@@ -85,6 +85,9 @@ def test_answers_of_questions_are_numbers_however_written(tmp_path: Path) -> Non
     path.write_text('question,choices,answer\nq?,"[""a"", ""b""]",1.0\nr?,"[""a"", ""b""]",\ns?,"[""a"", ""b""]",2\n')
     with pytest.raises(UserError, match="row 3: `answer` is '2'"):  # not row 2: the one left out counts
         load_question_set(str(path))
+    (tmp_path / "true.jsonl").write_text('{"question": "q?", "choices": ["a", "b"], "answer": true}')
+    with pytest.raises(UserError, match="`answer` is True"):
+        load_question_set(str(tmp_path / "true.jsonl"))
     path.write_text('question,choices,answer\nq?,"[""a"", ""b""]",1.0\n')
     assert load_question_set(str(path)).questions[0].answer == 1
 
@@ -99,6 +102,7 @@ def test_answers_of_questions_are_numbers_however_written(tmp_path: Path) -> Non
     ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", "line 1: not valid JSON"),
     ("a.csv", b"text,label\na,b,c\n", "row 1: 3 cells, the header names 2 columns"),
     ("a.csv", b"text,label\n" + b'"never closed,1\n' * 3, "not a valid CSV file"),
+    ("a.csv", b"text,label,label\na,b,c\n", "2 columns are called 'label'"),
     ("a.csv", b"", "the file is empty"),
     ("a.csv", b"\n\n", "the file is empty"),
     ("a.csv", ",".join(f"column_{i}" for i in range(5_000)).encode(), "no column 'text'; available: column_0"),
@@ -132,6 +136,32 @@ def test_cut_and_changed_parquet_files(tmp_path: Path) -> None:
     bad = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9"))
     pq.write_table(pa.table({"text": bad, "label": ["a"]}), path)
     with pytest.raises(UserError, match="not UTF-8 text in row 1"):
+        rows_of(path)
+
+
+def test_a_changed_page_of_a_parquet_file_is_seen_by_its_checksum(tmp_path: Path) -> None:
+    """One letter of a dictionary page stands for many rows; some writers give pages a checksum."""
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"text": ["one old text", "another"] * 50, "label": ["a", "b"] * 50}), path, compression="none",
+                   write_page_checksum=True, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"one old text", b"one odd text", 1))
+    with pytest.raises(UserError, match="not a valid Parquet file"):
+        rows_of(path)
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table([pa.array(["one"]), pa.array(["a"]), pa.array(["b"])], names=["text", "label", "label"]), path)
+    with pytest.raises(UserError, match="2 columns are called 'label'"):
+        rows_of(path)
+    assert list(read_rows(path, ["text"])) == [("one",)]
+
+
+def test_a_column_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"text": ["one"], "label": ["a"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"label", b"\xe6abel"))
+    with pytest.raises(UserError, match="not a valid Parquet file"):
         rows_of(path)
 
 
