@@ -10,7 +10,7 @@ import torch
 from fixtures import make_recipes as fixture
 from training_helpers import recipe_of
 
-from sae_research.training.recipes import RECIPES, Recipe
+from sae_research.training.recipes import RECIPES, Recipe, StepOutput
 
 REFERENCE = json.loads(fixture.FIXTURE.read_text())
 L1 = {"l1_coefficient": fixture.L1}
@@ -70,7 +70,8 @@ def test_matryoshka_without_auxiliary_loss_is_n_times_dictionary_learning() -> N
 
 
 def test_jump_relu_equals_dictionary_learning_where_the_threshold_is_not_concerned() -> None:
-    """dictionary_learning takes the step's estimate on the upper half of its window; weights are not touched by it."""
+    """dictionary_learning takes the step's estimate of what the jump left: on the upper half of the window, and on all its
+    zeros where the window reaches them. Weights are not touched by it."""
     recipe, _ = one_step("jump_relu")
     recipe.zero_grad()
     with torch.no_grad():
@@ -78,7 +79,6 @@ def test_jump_relu_equals_dictionary_learning_where_the_threshold_is_not_concern
     output = recipe.compute(fixture.batch(), 0.5)
     output.loss.backward()
     ours = fixture.summary(output.loss, {key: getattr(recipe, key).grad for key in ("W_enc", "W_dec", "b_enc", "b_dec")})
-    # theirs lets negative pre-activations through where the threshold does; with a positive one both are alike
     assert_equal(ours, REFERENCE["dictionary_learning"]["jump_relu"])
 
 
@@ -97,20 +97,64 @@ def test_loss_and_gradients_equal_sae_lens_where_it_has_the_same_loss() -> None:
                  REFERENCE["sae_lens"]["top_k"])
 
 
-def test_threshold_gradients_follow_the_paper() -> None:
-    """Equations 11 and 12 of arXiv 2407.14435, written out in numpy."""
+WINDOWS = pytest.mark.parametrize("threshold", [fixture.THRESHOLD, 0.3 * fixture.BANDWIDTH, 0.0])
+"""Windows that lie above zero, that reach below it, and that lie half below."""
+
+
+def jump_relu_step(threshold: float) -> tuple[Recipe, StepOutput]:
+    """The fixture's step with one threshold for all latents, after its backward pass."""
     recipe, _ = one_step("jump_relu")
     recipe.zero_grad()
     with torch.no_grad():
-        recipe.threshold.fill_(fixture.THRESHOLD)
+        recipe.threshold.fill_(threshold)
     output = recipe.compute(fixture.batch(), 0.5)
     output.loss.backward()
+    return recipe, output
+
+
+@WINDOWS
+def test_jump_relu_has_the_gradients_of_sae_lens(threshold: float) -> None:
+    """Theirs charges L0 linearly: its coefficient is the slope of our square at this batch's L0."""
+    from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    recipe, output = jump_relu_step(threshold)
+    slope = 2 * (float(output.l0) / fixture.TARGET_L0 - 1) / fixture.TARGET_L0
+    theirs = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
+        d_in=fixture.D, d_sae=fixture.F, jumprelu_init_threshold=threshold, jumprelu_bandwidth=fixture.BANDWIDTH,
+        apply_b_dec_to_input=False))
+    w = fixture.weights()
+    theirs.load_state_dict({"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"],
+                            "threshold": theirs.threshold.detach()})
+    theirs.training_forward_pass(TrainStepInput(fixture.batch(), {"l0": slope}, None, 500, False)).loss.backward()
+    for name, parameter in recipe.named_parameters():
+        expected = getattr(theirs, name).grad.T if name == "W_enc" else getattr(theirs, name).grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@WINDOWS
+def test_threshold_gradients_follow_the_paper(threshold: float) -> None:
+    """Equations 11 and 12 of arXiv 2407.14435, written out."""
+    recipe, output = jump_relu_step(threshold)
     with torch.no_grad():
-        x, theta, epsilon = fixture.batch(), fixture.THRESHOLD, fixture.BANDWIDTH
-        pre = torch.relu(x @ recipe.W_enc.T + recipe.b_enc)
-        window = ((pre - theta).abs() < epsilon / 2).float()
+        x, epsilon = fixture.batch(), fixture.BANDWIDTH
+        pre = x @ recipe.W_enc.T + recipe.b_enc
+        window = ((pre - threshold).abs() < epsilon / 2).float()
         d_reconstruction = -2 * output.residual @ recipe.W_dec.T / len(x)
-        l0 = (pre > theta).sum() / len(x)
+        l0 = (pre > threshold).sum() / len(x)
         d_l0 = 2 * (l0 / fixture.TARGET_L0 - 1) / fixture.TARGET_L0 / len(x)
-        want = (-(theta / epsilon) * d_reconstruction * window - d_l0 / epsilon * window).sum(0)
+        want = (-(threshold / epsilon) * d_reconstruction * window - d_l0 / epsilon * window).sum(0)
     assert torch.allclose(recipe.threshold.grad, want, rtol=1e-4, atol=1e-6)
+
+
+def test_pre_activations_far_below_zero_leave_thresholds_alone() -> None:
+    """However wide the window is: they are no zeros inside it."""
+    recipe, _ = one_step("jump_relu")
+    recipe.zero_grad()
+    with torch.no_grad():
+        recipe.threshold.fill_(0.1 * fixture.BANDWIDTH)
+        recipe.b_enc.fill_(-100.0)
+    output = recipe.compute(fixture.batch(), 0.5)
+    output.loss.backward()
+    assert float(output.l0) == 0 and output.loss > 0
+    assert not recipe.threshold.grad.any()

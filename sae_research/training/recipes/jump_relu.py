@@ -57,9 +57,12 @@ class _Step(_Kernel):
 class JumpReLU(Recipe):
     """Minimises `mean over tokens of |x - x_hat|^2 + sparsity_coefficient * (L0 / target_l0 - 1)^2`, unit rows.
 
-    `pre = ReLU(x W_enc^T + b_enc)` reads x uncentred, as dictionary_learning has it. Both estimates look at the
-    pre-activation on either side of the threshold, as in the paper; dictionary_learning hands the step what the jump
-    left, so that it sees the upper half of the window only. Thresholds are kept from falling below zero.
+    `pre = x W_enc^T + b_enc` reads x uncentred, as dictionary_learning has it, and no ReLU comes before the window: it
+    would put every negative pre-activation at zero, inside a window wider than twice its threshold, where they outnumber
+    all others. Gradients of one step equal SAELens' (its penalty is linear in L0; the square's slope is a coefficient).
+    Both estimates look at the pre-activation on either side of the threshold, as there and in the paper;
+    dictionary_learning hands the step what the jump left, so that it sees the window's upper half, and zeros where the
+    window reaches them. Thresholds are kept from falling below zero.
     """
 
     form = "jumprelu"
@@ -85,7 +88,7 @@ class JumpReLU(Recipe):
 
     def _encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(pre-activations, activations) [B, F]."""
-        pre_BF = torch.relu(self.encode(x_BD))
+        pre_BF = self.encode(x_BD)
         return pre_BF, _JumpReLU.apply(pre_BF, self.threshold, self.config.bandwidth)
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
