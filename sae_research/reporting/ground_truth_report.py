@@ -17,7 +17,9 @@ LABELS = {"l0": "L0", "variance_explained": "Variance explained", "mcc": "MCC", 
 TRAINED = ("l0", "variance_explained", "top_1_probing", "mcc", "mcc_activations", "latent_f1", "latent_precision",
            "latent_recall", "uniqueness", "fraction_dead", "fraction_duplicate", "absorption", "split_latents")
 PURSUIT = ("l0", "variance_explained", "top_1_probing", "latent_f1", "latent_precision", "latent_recall", "mcc_activations")
-SCOPES = {"all": "trained SAEs, and pursuit over trained and untrained dictionaries", "trained": "trained SAEs alone"}
+SCOPES = {"all": "Trained SAEs, and pursuit over trained and untrained dictionaries",
+          "trained_dictionaries": "Trained SAEs, and pursuit over a trained dictionary (whose MCC they share)",
+          "trained": "Trained SAEs alone"}
 TRUTHS = {"mcc": "MCC", "latent_f1": "F1"}
 OWN = "own encoder"
 
@@ -71,11 +73,11 @@ def follows(run: GroundTruthRun) -> list[str]:
     for scope, title in SCOPES.items():
         found = run.follow(scope)
         if not found["correlations"]:
-            parts += [f"{title.capitalize()}: {found['note']}.", ""]
+            parts += [f"{title}: {found['note']}.", ""]
             continue
         body = [[LABELS[metric], *(_cell(truths.get(truth, {})) for truth in TRUTHS)]
                 for metric, truths in found["correlations"].items()]
-        parts += [f"{title.capitalize()}: Spearman's rank correlation over {len(found['methods'])} methods, each read at L0 "
+        parts += [f"{title}: Spearman's rank correlation over {len(found['methods'])} methods, each read at L0 "
                   f"{number(found['l0'])} (linear in log L0), mean over {found['seeds']} "
                   f"seed{'s' * (found['seeds'] > 1)}; the interval draws methods and seeds anew."
                   + (f" {found['note'].capitalize()}." if found["note"] else ""), "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from sae_research.evals.ground_truth.data import World
 from sae_research.evals.ground_truth.evaluation import beside, evaluate, make_worlds, run_stage, save_worlds
 from sae_research.evals.ground_truth.measures import Truth, correlations, flags, measure
 from sae_research.evals.ground_truth.train import Planned, train_all
-from sae_research.ground_truth_params import GroundTruth
+from sae_research.ground_truth_params import PURSUITS, GroundTruth
 from sae_research.params import Params, check_params
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sae
 from sae_research.saes.standard import StandardSAE
+from sae_research.store import cache_dir
 
 SMALL = {"num_features": 48, "hidden_dim": 24, "hierarchy_roots": 6, "max_probability": 0.2, "min_probability": 0.02}
 QUICK: dict[str, Any] = {
     "data": SMALL, "samples": 2048, "batch_size": 128, "test_samples": 1024, "sequence_length": 32, "n_seeds": 2, "d_sae": 32,
     "recipes": {"top_k": {"recipe": "top_k", "k": [3, 6]}, "standard": {"recipe": "standard", "l1_coefficient": [0.2, 0.4]}},
-    "pursuit": {"sizes": [3, 6]}}
+    "pursuit": {"encoders": ["ihtp", "mpsae"], "sizes": [3, 6]}}
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +122,7 @@ def test_activations_are_the_sums_that_they_are_said_to_be() -> None:
     assert torch.equal(again.x, known.samples.x) and not torch.equal(known.world.sample(2048, "other").x, again.x)
 
 
+@pytest.mark.slow
 def test_the_published_setting_by_name() -> None:
     settings = GroundTruth.model_validate({"data": {"setting": "synth_sae_bench_16k"}})
     asked = data.config(settings.data.whole(), 42)
@@ -180,7 +183,7 @@ def test_half_of_the_dictionary_is_flagged_and_scores_half() -> None:
 
 def test_absorbed_parents_are_found() -> None:
     """A parent's latent that is silent wherever a child fires: absorption 1."""
-    known = truth(4096)
+    known = truth(8192, hierarchy_branching=2, hierarchy_depth=1)
     z = true_codes(known)
     for parent in np.unique(known.world.edges[:, 0]):
         children = known.world.edges[known.world.edges[:, 0] == parent, 1]
@@ -273,8 +276,9 @@ def test_the_whole_evaluation_twice_and_with_a_class_and_a_folder_of_ones_own(tm
     first = evaluate(params())
     assert json.dumps(first, sort_keys=True, allow_nan=False) == json.dumps(evaluate(params()), sort_keys=True)
     methods = {row["method"] for row in first["rows"]}
-    assert methods >= {"top_k", "standard", "ihtp over true", "nn_omp over trained", "mpsae over untrained"}
-    assert len(first["rows"]) == 2 * (4 + 3 * (5 * 2 + 1)) and all(len(row["flags"]) < 3 for row in first["rows"])
+    assert methods == {"top_k", "standard", *(f"{encoder} over {dictionary}" for encoder in ("ihtp", "mpsae")
+                                              for dictionary in ("true", "trained", "untrained"))}
+    assert len(first["rows"]) == 2 * (4 + 3 * (2 + 1)) and all(len(row["flags"]) < 3 for row in first["rows"])
     assert any("fewer latents than true features (standard" in note for note in first["notes"])
     true = [row for row in first["rows"] if row["dictionary"] == "true"]
     assert all(row["metrics"]["mcc"] == pytest.approx(1, abs=1e-5) for row in true)
@@ -301,12 +305,6 @@ def test_training_alone_and_beside_others_gives_one_sae() -> None:
     settings = GroundTruth.model_validate(QUICK)
     worlds, points = make_worlds(settings, 42), settings.grid({})
     alone = train_all([Planned(1, points[0])], worlds, settings, 42)[Planned(1, points[0])]
-    for folder in (Path(torch.__file__).parent,):  # only to name the cache that is emptied below
-        del folder
-    import shutil
-
-    from sae_research.store import cache_dir
-
     shutil.rmtree(cache_dir("ground_truth"))
     many = train_all([Planned(seed, point) for seed in worlds for point in points], worlds, settings, 42)
     assert torch.allclose(many[Planned(1, points[0])].W_dec, alone.W_dec, atol=1e-5)
@@ -323,6 +321,14 @@ def test_recipes_of_the_train_section_and_one_world_for_all_seeds() -> None:
     worlds = make_worlds(Params.model_validate(values).ground_truth, 42)
     assert torch.equal(worlds[0].features, worlds[1].features)
     assert not torch.equal(worlds[0].activations(64, "test"), worlds[1].activations(64, "test"))
+
+
+@pytest.mark.slow
+def test_every_pursuit_encoder_over_every_dictionary() -> None:
+    found = evaluate(params(pursuit={"sizes": [3, 6]}))
+    assert len(found["rows"]) == 2 * (4 + 3 * (5 * 2 + 1))
+    assert {row["encoder"] for row in found["rows"]} == {"own encoder", *PURSUITS}
+    assert all(np.isfinite(list(row["metrics"].values())).all() for row in found["rows"])
 
 
 @pytest.mark.parametrize(("values", "said"), [

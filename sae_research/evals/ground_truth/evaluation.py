@@ -68,13 +68,14 @@ def evaluate(params: Params, stage: StageFolder | None = None) -> dict[str, Any]
     rows = list(_rows(settings, trained, truths, params.random_seed))
     generator = [data.statistics(worlds[seed], truths[seed].samples) for seed in worlds]
     near = sum(values["l0"] for values in generator) / len(generator)
-    measured = [row for row in rows if row["dictionary"] != "true"]  # nobody has it
+    scopes = {"all": [row for row in rows if row["dictionary"] != "true"]}  # nobody has that one
+    scopes["trained_dictionaries"] = [row for row in rows if row["dictionary"] == "trained"]
+    scopes["trained"] = [row for row in scopes["trained_dictionaries"] if row["encoder"] == OWN]
     result = {
         "setting": {**settings.data.whole(), "name": settings.data.setting, "samples": settings.samples,
                     "test_samples": settings.test_samples, "n_seeds": settings.n_seeds},
         "generator": generator, "rows": rows, "notes": notes(settings, points, generator),
-        "follow": {"all": ranks.follow(measured, near, params.random_seed),
-                   "trained": ranks.follow([row for row in measured if row["encoder"] == OWN], near, params.random_seed)}}
+        "follow": {scope: ranks.follow(chosen_rows, near, params.random_seed) for scope, chosen_rows in scopes.items()}}
     if stage is not None:
         stage.notes |= {"setting": settings.data.setting, "seeds": settings.n_seeds, "rows": len(rows)}
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -228,7 +228,11 @@ def _probing(truth: Truth, z: sparse.csc_matrix) -> Figures:
     n_positive = np.asarray(positives.sum(1)).ravel()[:, None]
     sums, total = (positives @ rows[train]).toarray(), np.asarray(rows[train].sum(0))
     difference = sums / n_positive - (total - sums) / (len(train) - n_positive)
-    latent = np.abs(difference).argmax(1)
+    squares = np.asarray(rows[train].multiply(rows[train]).sum(0)) / len(train) - (total / len(train)) ** 2
+    spread = np.sqrt(np.maximum(squares, 0))
+    # by correlation with the label: the bare difference of means prefers a parent's latent to the feature's own
+    related = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 1e-12)
+    latent = np.abs(related).argmax(1)
     sign = np.where(np.take_along_axis(difference, latent[:, None], 1)[:, 0] < 0, -1.0, 1.0).astype(np.float32)
     values = z[:, latent].toarray() * sign
     truth_nP = labels.toarray() > 0
@@ -241,14 +245,14 @@ def _probing(truth: Truth, z: sparse.csc_matrix) -> Figures:
 
 
 def _thresholds(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The limit above which balanced accuracy is best, of each column: midway between two values. [n, P] -> [P]"""
+    """The limit above which balanced accuracy is best, of each column: the next value below. [n, P] -> [P]"""
     order = np.argsort(-values, axis=0, kind="stable")
     ranked, right = np.take_along_axis(values, order, 0), np.take_along_axis(labels, order, 0)
     gain = np.cumsum(right, 0) / right.sum(0) - np.cumsum(~right, 0) / (~right).sum(0)
     last = np.vstack([ranked[:-1] > ranked[1:], np.zeros((1, values.shape[1]), bool)])  # no limit inside a tie
     place = np.where(last, gain, -1.0).argmax(0)
     below = np.minimum(place + 1, len(values) - 1)
-    return (np.take_along_axis(ranked, place[None], 0)[0] + np.take_along_axis(ranked, below[None], 0)[0]) / 2
+    return np.take_along_axis(ranked, below[None], 0)[0]
 
 
 def flags(sae: SparseAutoencoder, figures: Figures, truth: Truth) -> list[str]:
@@ -263,7 +267,3 @@ def flags(sae: SparseAutoencoder, figures: Figures, truth: Truth) -> list[str]:
         found.append("no latent fires")
     return found
 
-
-def as_rows(values: Any) -> Any:
-    """Plain floats for JSON."""
-    return {key: float(value) for key, value in values.items()}
