@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.params import load_params
-from sae_research.setup import run_setup
 
 
 def main() -> None:
-    run_setup(load_params())
+    from sae_research.params import load_params
+    from sae_research.setup.run import OUTPUT, run_setup
+    from sae_research.store import writing
+
+    with writing(OUTPUT):
+        run_setup(load_params())
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from sae_research.evals.core_figures import evidence, lab_predictions, minus_one
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
+from sae_research.evaluated import Evaluated
 from sae_research.lm import Batch, LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, encode_each, families
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.guard import Family, Guard, check_finite
 from sae_research.stats import (
     CleanPredictions,
     ReconstructionStats,
@@ -88,17 +90,28 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     tokens: [contexts, seq], by default the core_eval split of the configured text, from all over which the contexts for
     predictions are taken. The first `n_eval_reconstruction_batches` batches serve predictions, the next
     `n_eval_sparsity_variance_batches` serve sparsity and variance, as SAE Bench has it. `lab=False` leaves our own
-    definitions out, for timings against stock at equal work. Raises `UserError` for text that runs out or an encoder
-    that fails.
+    definitions out, for timings against stock at equal work. An SAE that fails is skipped with its reason; without a
+    `stage` to list it in, its error is raised. Raises `UserError` for text that runs out.
     """
+    guard = Guard(stage.skip if stage else None)
     text = _text(lm, params, tokens)
     for hook, members in by_hook(saes).items():
         group = _Group(lm, hook, members, text, params, lab)
         keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
-        sparsity = _sparsity(group, keys)
-        prediction = _predictions(group, keys)
-        for name, sae in members.items():
-            yield name, _result(name, sae, group, sparsity[name], prediction[name])
+        sparsity = _sparsity(group, keys, guard)
+        prediction = _predictions(group, keys, guard)
+        if tokens is None:
+            _note(guard.left(members), keys, lm, params)
+        for name, sae in guard.left(members).items():
+            with guard.on(name):
+                yield name, _result(name, sae, group, sparsity[name], prediction[name])
+
+
+def _note(saes: dict[str, SparseAutoencoder], keys: dict[str, str], lm: LanguageModel, params: Params) -> None:
+    """For estimates: where each SAE's results lie."""
+    notes, batches = Evaluated("core", lm, params), range(params.core_eval.n_eval_reconstruction_batches)
+    for name, sae in saes.items():
+        notes.note(sae, "core", [f"core_sparsity/{keys[name]}", *(f"core_predictions/{keys[name]}-{n}" for n in batches)])
 
 
 def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
@@ -122,19 +135,22 @@ def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text,
 
 # --- sparsity and variance -------------------------------------------------------------------
 
-def _sparsity(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Any]:
     """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
     cache = ResultCache("core_sparsity")
     found = {name: cache.get(keys[name]) for name in group.saes}
     missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
-    with tqdm(total=len(missing), desc="sparsity and variance", unit="SAE", dynamic_ncols=True,
+    batches = group.params.core_eval.n_eval_sparsity_variance_batches
+    with tqdm(total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True,
               disable=not missing) as bar:
-        for names in families(missing):
-            done = _sparsity_of({name: missing[name] for name in names}, group)
-            for name in names:
-                cache.put(keys[name], done[name])
-            found |= done
-            bar.update(len(names))
+        def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+            for name, done in _sparsity_of(family, group, bar).items():
+                with guard.on(name):
+                    check_finite(done)
+                    cache.put(keys[name], done)
+                    yield name, done
+
+        found |= dict(guard.each(missing, score))
     return found
 
 
@@ -149,7 +165,7 @@ class _SparsityState:
 
 
 @torch.no_grad()
-def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str, dict[str, Any]]:
+def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -> dict[str, dict[str, Any]]:
     config = group.params.core_eval
     states = {name: _SparsityState(sae, group.text.sparsity, group.lm.device) for name, sae in saes.items()}
     for index in group.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
@@ -164,6 +180,7 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str,
                 state.lab.update(target, x_hat, z_lab, lab_mask)
                 state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
                 _count_support(state, sae, z_lab, lab_mask)
+            bar.update()
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
 
@@ -221,7 +238,7 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
 
 # --- predictions -----------------------------------------------------------------------------
 
-def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, Sums]:
+def _predictions(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Sums]:
     """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
     cache = ResultCache("core_predictions")
     totals: dict[str, Sums] = {name: {} for name in group.saes}
@@ -230,19 +247,19 @@ def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, Sums]:
     with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
               dynamic_ncols=True) as bar:
         for number, index in enumerate(batches):
-            found = {name: cache.get(f"{keys[name]}-{number}") for name in group.saes}
-            missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
+            found = {name: cache.get(f"{keys[name]}-{number}") for name in guard.left(group.saes)}
+            missing = {name: group.saes[name] for name in found if found[name] is None}
             bar.update(len(group.saes) - len(missing))
             if missing:
                 batch = group.pool.batch(index)
                 if ablation is None:
                     ablation = _Ablation(_zero_logits(group, batch), group.mean_activation)
-                for name, sums in _predict_batch(group, missing, batch, ablation):
+                for name, sums in _predict_batch(group, missing, batch, ablation, guard):
                     cache.put(f"{keys[name]}-{number}", sums)
                     found[name] = sums
                     bar.update()
-            for name, sums in found.items():
-                for key, value in sums.items():
+            for name in guard.left(found):
+                for key, value in found[name].items():
                     totals[name][key] = np.add(totals[name].get(key, 0.0), value).tolist()
     return totals
 
@@ -263,8 +280,8 @@ def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Batch,
-                   ablation: _Ablation) -> Iterator[tuple[str, Sums]]:
+def _predict_batch(group: _Group, saes: Family, batch: Batch, ablation: _Ablation,
+                   guard: Guard) -> Iterator[tuple[str, Sums]]:
     """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
     lm, x, tokens = group.lm, batch.acts, batch.tokens
     lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
@@ -280,14 +297,19 @@ def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Bat
         runs = {"zero": run(torch.where(kept, 0.0, x)), "clean": (clean.ce, None),
                 "mean": run(torch.where(kept, ablation.mean_D, x))}
         shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
-    for name, z_all, z_lab in _encodings(saes, x, lab_mask if group.lab else None):
-        sae = saes[name]
-        x_hat = sae.decode(z_all)
-        sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
-        if z_lab is not None:
-            patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
-            sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
-        yield name, sums
+
+    def score(family: Family) -> Iterator[tuple[str, Sums]]:
+        for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
+            sae = family[name]
+            x_hat = sae.decode(z_all)
+            sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
+            if z_lab is not None:
+                patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
+                sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
+            check_finite(sums)
+            yield name, sums
+
+    yield from guard.each(saes, score)
 
 
 def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
@@ -318,7 +340,7 @@ def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tenso
 def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
             sums: Sums) -> dict[str, Any]:
     params, config = group.params, group.params.core_eval
-    tokens = config.batch_size_prompts * group.pool.sequences[0].shape[0]
+    tokens = config.batch_size_prompts * group.text.tokens.shape[1]
     metrics = {
         **sparsity["sae_bench"], **sae_bench_predictions(sums),
         "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
@@ -337,7 +359,7 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
         "n_eval_reconstruction_batches": config.n_eval_reconstruction_batches,
         "n_eval_sparsity_variance_batches": config.n_eval_sparsity_variance_batches,
-        "context_size": group.pool.sequences[0].shape[0], "compute_kl": True, "compute_ce_loss": True,
+        "context_size": group.text.tokens.shape[1], "compute_kl": True, "compute_ce_loss": True,
         "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
         "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
     return output.core_output(bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from sae_research.errors import UserError
+from sae_research.saes.identity import Unidentified, identity, own_data
+from sae_research.saes.reading import check_shapes
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"{type(self).__name__}: weights lack {', '.join(missing)}")
         for name in self.tensor_names:
             self.register_buffer(name, tensors[name].detach())
+        if self.W_dec.dim() != 2:
+            raise UserError(f"{self.form}: W_dec has shape {tuple(self.W_dec.shape)}, expected [d_sae, d_in]")
         d_sae, d_in = self.W_dec.shape
         self.cfg = cfg or SAEConfig(form=self.form, d_in=d_in, d_sae=d_sae)
         self._check_shapes()
@@ -171,7 +177,7 @@ class SparseAutoencoder(nn.Module):
                    **{name: have[name].clone() for name in cls.tensor_names})
 
     def weights_fingerprint(self) -> str:
-        """SHA-256 over form, options and the bytes of every tensor."""
+        """SHA-256 over form, options and the bytes of every tensor; of a user's own class also over its attributes."""
         digest = hashlib.sha256(
             repr(
                 (
@@ -185,19 +191,26 @@ class SparseAutoencoder(nn.Module):
         for name in sorted(self.tensor_names):
             tensor = getattr(self, name).detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        if not type(self).__module__.startswith("sae_research."):
+            digest.update(self._attributes().encode())
         return digest.hexdigest()
 
+    def _attributes(self) -> str:
+        """What a user's class holds besides its tensors and options: in memory, nothing else tells two objects apart whose
+        `threshold` differs. What cannot be looked into is another thing at every call."""
+        inherited = {"cfg", "_modules", "_buffers", "_parameters"}
+        own = {name: value for name, value in vars(self).items() if name not in inherited}
+        tensors = {name: value for name, value in chain(self.named_parameters(), self.named_buffers())
+                   if name not in self.tensor_names}
+        try:
+            return identity([own, tensors, list(self.named_children()), own_data(self)])
+        except Unidentified:
+            return uuid.uuid4().hex
+
     def _check_shapes(self) -> None:
-        cfg = self.cfg
-        expected = {"W_enc": (cfg.d_in, cfg.d_sae), "W_gate": (cfg.d_in, cfg.d_sae),
-                    "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
-        for name in self.tensor_names:
-            tensor = getattr(self, name)
-            shape = expected.get(name, (cfg.d_sae,))
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"{self.form}: {name} has shape {tuple(tensor.shape)}, expected {shape} "
-                                f"for d_in {cfg.d_in} and d_sae {cfg.d_sae}")
+        check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form)
+        for name, tensor in self.tensors().items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or "
                                 f"diverged")

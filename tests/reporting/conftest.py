@@ -338,7 +338,9 @@ class Lab:
         )
 
     def result(self, name: str, sae: str, value: dict[str, Any]) -> None:
-        self.write(f"eval_results/{name}/{sae}_eval_results.json", value)
+        """Under the name of this evaluation, whichever one's figures they are."""
+        kind = {"absorption": "absorption_first_letter"}.get(name, name)
+        self.write(f"eval_results/{name}/{sae}_eval_results.json", {**value, "eval_type_id": kind})
 
     def disable(self, name: str) -> None:
         for path in (self.root / "eval_results" / name).glob("*"):
@@ -375,7 +377,7 @@ class Lab:
 def lab(tmp_path: Path) -> Lab:
     """Core and sparse probing finished for all SAEs, the optional ones disabled, two SAEs trained here."""
     built = Lab(tmp_path)
-    built.write("params.yaml", "visualization:\n  dpi: 80\n")
+    built.write("params.yaml", "visualization: {dpi: 80, width_inches: 7.0, height_inches: 4.6, architectures: {}}\n")
     for name in EVALS:
         built.evaluate(name) if name in ("core", "sparse_probing") else built.disable(name)
     built.train()

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.params import Params
-from sae_research.store import read_json, stage_folder
+from sae_research.store import read_json, read_manifest, stage_folder
 
 FOLDER = Path("dashboards")
 SAES = Path("downloaded_saes")
@@ -24,7 +24,7 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
 
         names = chosen(params)
         lab = Lab.open([str(SAES / name) for name in names], params)
-        page = write_dashboard(lab, folder, figures=core_figures())
+        page = write_dashboard(lab, folder, figures=core_figures(), skip=stage.skip)
         stage.notes |= {"saes": names, "model": lab.lm.name, "tokens": params.analysis.tokens,
                         "latents": {name: sae.cfg.d_sae for name, sae in lab.saes.items()}}
         print(f"open {page} in a browser", flush=True)
@@ -32,7 +32,7 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
 
 def chosen(params: Params) -> list[str]:
     """Names of the SAEs to show: those asked for, else the baseline. Raises `UserError` for one that is not there."""
-    manifest = read_json(SAES / "manifest.json")
+    manifest = read_manifest(SAES / "manifest.json")
     if params.dashboards.saes is None:
         return [name for name in manifest["order"] if manifest["saes"][name]["role"] == "baseline"] or manifest["order"][:1]
     missing = [name for name in params.dashboards.saes if name not in manifest["saes"]]

@@ -10,7 +10,8 @@ keyed by the SAE's name alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +29,15 @@ from sae_research.evals.sae_probes.tasks import ProbeTask, chosen_names, load_pr
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.tasks import TaskUnavailable
 
 _TOKENS_AT_ONCE = 200_000
 """Tasks are taken together up to so many tokens: whole texts of more are never held for encoders over sequences."""
 _NORM_SAMPLE = 32
-"""Texts, spread evenly over all, that the typical activation norm is taken from."""
+"""Texts, spread evenly over the first task's, that the typical activation norm is taken from: tasks added after it change
+nothing for those there."""
 
 
 class _Texts(NamedTuple):
@@ -47,37 +50,40 @@ class _Texts(NamedTuple):
         splits = [[part.tolist() for part in split] for split in (task.sae_bench, task.lab)]
         return fingerprint([[self.tokens[row].tolist() for row in self.rows[task.name]], splits])
 
-    def groups(self) -> Iterator[list[ProbeTask]]:
+    def groups(self, tasks: Sequence[ProbeTask]) -> Iterator[list[ProbeTask]]:
         """Tasks in order, as many together as `_TOKENS_AT_ONCE` allows; tasks that share texts are neighbours."""
         group: list[ProbeTask] = []
         size = 0
-        for task in self.tasks:
+        for task in tasks:
             tokens = sum(len(self.tokens[row]) for row in self.rows[task.name])
             if group and size + tokens > _TOKENS_AT_ONCE:
                 yield group
                 group, size = [], 0
             group.append(task)
             size += tokens
-        yield group
+        if group:
+            yield group
 
 
 def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingSaeProbesEvalOutput` in plain data.
 
-    A task with one class or too few texts, and a k beyond an SAE's latents, are skipped with their reason. Raises
-    `UserError` when no task is left.
+    A task with one class or too few texts, a k beyond an SAE's latents, and an SAE that fails, are skipped with their
+    reason. Raises `UserError` when no task is left.
     """
-    texts = _load(lm, params, stage)
-    sample = np.linspace(0, len(texts.tokens) - 1, min(_NORM_SAMPLE, len(texts.tokens))).astype(int)
+    texts, guard = _load(lm, params, stage), Guard(stage.skip)
+    first = texts.rows[texts.tasks[0].name]
+    sample = first[np.linspace(0, len(first) - 1, min(_NORM_SAMPLE, len(first))).astype(int)]
     for hook, members in by_hook(saes).items():
         norm = TypicalNorm(lm, hook, [texts.tokens[i] for i in sample], params)
-        raw, found = _HookScores(members, norm, texts, params).compute()
-        for name, sae in members.items():
+        raw, found = _HookScores(members, norm, texts, params, guard).compute()
+        for name, sae in guard.left(members).items():
             for k in params.sparse_probing_sae_probes.k_values:
                 if k > sae.cfg.d_sae:
                     stage.skip(f"{name}, k = {k}", f"the SAE has {sae.cfg.d_sae} latents")
-            yield name, result(name, sae, lm.name, params, texts.tasks, texts.rows, raw, found[name])
+            with guard.on(name):
+                yield name, result(name, sae, lm.name, params, texts.tasks, texts.rows, raw, found[name])
 
 
 def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
@@ -101,8 +107,8 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
 class _HookScores:
     """Every probe on SAEs that read one hook, group of tasks by group of tasks, family by family."""
 
-    def __init__(self, saes: dict[str, SparseAutoencoder], norm: TypicalNorm, texts: _Texts, params: Params) -> None:
-        self.saes, self.norm, self.texts, self.params = saes, norm, texts, params
+    def __init__(self, saes: Family, norm: TypicalNorm, texts: _Texts, params: Params, guard: Guard) -> None:
+        self.saes, self.norm, self.texts, self.params, self.guard = saes, norm, texts, params, guard
         self.config = params.sparse_probing_sae_probes
         self.cache = ResultCache("sparse_probing_sae_probes")
         task_keys = {task.name: texts.key(task) for task in texts.tasks}
@@ -122,14 +128,15 @@ class _HookScores:
         missing = sum(record is None for records in found.values() for record in records.values())
         with tqdm(total=missing, desc="encode and probe", unit="task", dynamic_ncols=True, disable=not missing,
                   file=sys.stderr) as bar:
-            for group in self.texts.groups():
+            lacking = [task for task in self.texts.tasks
+                       if raw[task.name] is None or any(records[task.name] is None for records in found.values())]
+            for group in self.texts.groups(lacking):
                 self._group(group, raw, found, bar)
         return raw, found
 
     def _group(self, group: list[ProbeTask], raw: dict[str, Any], found: dict[str, dict[str, Any]], bar: Any) -> None:
-        missing = {name: sae for name, sae in self.saes.items() if any(found[name][t.name] is None for t in group)}
-        if not missing and all(raw[task.name] for task in group):
-            return
+        missing = {name: sae for name, sae in self.guard.left(self.saes).items()
+                   if any(found[name][task.name] is None for task in group)}
         numbers = torch.cat([self.texts.rows[task.name] for task in group]).unique()
         last = LastTokens([self.texts.tokens[i] for i in numbers], self.norm, self.params,
                           whole=not all(sae.per_token for sae in self.saes.values()))
@@ -140,14 +147,20 @@ class _HookScores:
                 raw[task.name] = self._raw_record(task, Vectors(last.raw.sae_bench[rows], last.raw.lab[rows]))
                 self.cache.put(self.raw_keys[task.name], raw[task.name])
         for names in families(missing):
-            family = {name: missing[name] for name in names}
             for task in group:
-                if all(found[name][task.name] for name in names):
+                family = self.guard.left({name: missing[name] for name in names})
+                if all(found[name][task.name] for name in family):
                     continue
-                for name, latents in last.latents(family, index[task.name]):
-                    found[name][task.name] = self._record(task, latents)
-                    self.cache.put(self.keys[name, task.name], found[name][task.name])
+                for name, record in self.guard.each(family, partial(self._records, task, last, index[task.name])):
+                    with self.guard.on(name):
+                        self.cache.put(self.keys[name, task.name], record)
+                        found[name][task.name] = record
                     bar.update()
+
+    def _records(self, task: ProbeTask, last: LastTokens, rows: Tensor, family: Family) -> Iterator[tuple[str, Record]]:
+        for name, latents in last.latents(family, rows):
+            with self.guard.on(name):
+                yield name, self._record(task, latents)
 
     def _raw_record(self, task: ProbeTask, activations: Vectors) -> Record:
         """The probe on all dimensions of the activations."""
