@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from sae_research.recipe_params import SAERecipe, TrainedSAE, recipe_model
-from sae_research.section import ClassName, Fraction, LocalName, NonNegative, Positive, Section
+from sae_research.section import (
+    Above0,
+    ClassName,
+    Count,
+    Fraction,
+    LocalName,
+    Name,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Whole,
+    Width,
+)
 from sae_research.store import slugify
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Named settings of the synthetic data; what `ground_truth.data` gives itself replaces a value of these."""
 PURSUITS = ("ihtp", "mpsae", "omp", "topk_refit", "nn_mpsae", "nn_omp")
-DICTIONARIES = ("true", "trained", "untrained")
+DICTIONARIES = ("truth", "trained", "untrained")
 Probability = Annotated[float, Field(gt=0, le=1)]
 Pursuit = Literal["ihtp", "mpsae", "omp", "topk_refit", "nn_mpsae", "nn_omp"]
 
@@ -38,36 +51,36 @@ class SyntheticData(Section):
     """Sums of sparse true features, made by SAELens (`sae_lens.synthetic`). Null: the named setting's value."""
 
     setting: Literal["small", "synth_sae_bench_16k"] = "small"
-    num_features: Annotated[int, Field(ge=2)] | None = None
-    hidden_dim: Annotated[int, Field(ge=2)] | None = None
+    num_features: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
+    hidden_dim: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
     """Fewer than the features: they overlap (superposition)."""
-    zipf_exponent: Annotated[float, Field(gt=0)] | None = None
+    zipf_exponent: Above0 | None = None
     max_probability: Probability | None = None
     """Of the most frequent feature to fire on a sample."""
     min_probability: Probability | None = None
-    correlation_rank: Annotated[int, Field(ge=0)] | None = None
+    correlation_rank: Count | None = None
     """Rank of the correlations between features' firing (a Gaussian copula); 0: none."""
     correlation_scale: NonNegative | None = None
-    hierarchy_roots: Annotated[int, Field(ge=0)] | None = None
+    hierarchy_roots: Count | None = None
     """Trees of features: a child fires only where its parent does; 0: none."""
-    hierarchy_branching: Annotated[int, Field(ge=2)] | None = None
+    hierarchy_branching: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
     hierarchy_depth: Positive | None = None
     mutually_exclusive: Fraction | None = None
     """Share of parents of whose children one fires at a time."""
     scale_by_parent: bool | None = None
     """A child's magnitude grows with its parent's."""
-    first_magnitude: Annotated[float, Field(gt=0)] | None = None
+    first_magnitude: Above0 | None = None
     """Mean magnitude of the most frequent feature; linear down to the last."""
-    last_magnitude: Annotated[float, Field(gt=0)] | None = None
+    last_magnitude: Above0 | None = None
     magnitude_std: NonNegative | None = None
     """Centre of the features' standard deviations of magnitude, a folded normal distribution."""
     magnitude_std_spread: NonNegative | None = None
     bias_norm: NonNegative | None = None
-    orthogonal_steps: Annotated[int, Field(ge=0)] | None = None
+    orthogonal_steps: Count | None = None
     """Steps that push true features apart; 0: random directions."""
     noise: NonNegative | None = None
     """Standard deviation, in every dimension, of Gaussian noise beside the features."""
-    world_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    world_seed: Seed | None = None
     """Of the true features, one set for all seeds; null: every seed draws its own, so that intervals hold that too."""
 
     def whole(self) -> dict[str, Any]:
@@ -91,9 +104,9 @@ class PursuitRows(Section):
     """Pursuit encoders over known dictionaries."""
 
     encoders: list[Pursuit] = list(PURSUITS)
-    over: list[Literal["true", "trained", "untrained"]] = list(DICTIONARIES)
+    over: list[Literal["truth", "trained", "untrained"]] = list(DICTIONARIES)
     """The true features, one trained SAE's decoder, and as many activations scaled to unit length."""
-    trained: str | None = None
+    trained: Name | None = None
     """The recipe whose decoder is `trained`, at its first sparsity; null: the first recipe."""
     sizes: list[Positive] = [6, 10]
     """Atoms a token (k or s)."""
@@ -128,15 +141,15 @@ class GroundTruth(Section):
         "matching_pursuit": {"recipe": "matching_pursuit", "s": [6, 10]},
     }
     """As `train.saes`; a list in place of a number is a grid. null: those of `train.saes`, at the width below."""
-    d_sae: Positive | None = None
+    d_sae: Width | None = None
     """Width of SAEs that give none; null: the setting's, a quarter of the true features in both: no SAE of a language model
     is as wide as what it stands for, and latents for the rarest features would need far longer training."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    learning_rate: Above0 = 0.01
     """Of SAEs that give none."""
-    samples: Annotated[int, Field(ge=1024)] = 65_536
+    samples: Annotated[Whole, Field(ge=1024)] = 65_536
     """Activations that every SAE is trained on."""
-    batch_size: Annotated[int, Field(ge=16)] = 256
-    test_samples: Annotated[int, Field(ge=512)] = 4_096
+    batch_size: Annotated[Whole, Field(ge=16)] = 256
+    test_samples: Annotated[Whole, Field(ge=512)] = 4_096
     """Fresh activations that everything is measured on; half of them choose the probes' latents."""
     sequence_length: Positive = 128
     """Samples that an encoder of whole sequences sees together; they are drawn independently."""
@@ -178,7 +191,8 @@ class GroundTruth(Section):
         if self.samples < 2 * self.batch_size:
             raise ValueError(f"samples {self.samples} make no two batches of {self.batch_size}")
         if self.test_samples % self.sequence_length:
-            raise ValueError(f"test_samples {self.test_samples} must be a multiple of sequence_length {self.sequence_length}")
+            raise ValueError(f"test_samples {self.test_samples} must be a multiple of sequence_length "
+                             f"{self.sequence_length}")
         return self
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.reporting.extract import STATUS_KEY, is_figure
-from sae_research.store import read_json, read_status, round_significant, slugify, write_json
+from sae_research.reporting.shapes import FIGURE, evaluation_status, shaped
+from sae_research.store import read_json, round_significant, slugify, write_json
 
 FOLDER = Path("eval_results/ground_truth")
 RESULTS_FILE = "results.json"
@@ -67,9 +68,17 @@ class GroundTruthRun:
 def read_ground_truth(root: Path = Path(".")) -> GroundTruthRun | None:
     """The finished run below `root`; None where the evaluation was switched off, failed or never ran."""
     path = root / FOLDER / RESULTS_FILE
-    if read_status(root / FOLDER)["status"] != "ok" or not path.is_file():
+    if evaluation_status(root / FOLDER)["status"] != "ok" or not path.is_file():
         return None
-    return GroundTruthRun(read_json(path))
+    return GroundTruthRun(_results(path))
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """`results.json`. Raises `UserError` for one that is damaged."""
+    shape = {"setting!": object, "generator!": [{str: object}], "notes!": [str],
+             "rows!": [{"method!": str, "dictionary!": str, "encoder!": str, "metrics!": {str: FIGURE}, "flags!": [str]}],
+             "follow!": {str: {"correlations!": object, "methods!": [str], "note": object}}}
+    return shaped(read_json(path), shape, path, "run `dvc repro ground_truth_eval` again")
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
@@ -86,12 +95,12 @@ def extract_ground_truth(folder: Path, output: Path) -> None:
     """Write `{method_sparsity: {metric: mean over seeds}}`, rank correlations and the stage's status."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; run the stage that writes it, `dvc repro ground_truth_eval`")
-    status = read_status(folder)
+    status = evaluation_status(folder)
     if status["status"] != "ok":
         message = {"message": status["message"]} if status["status"] != "disabled" and status.get("message") else {}
         write_json(output, {STATUS_KEY: {"status": status["status"], **message}})
         return
-    result = read_json(folder / RESULTS_FILE)
+    result = _results(folder / RESULTS_FILE)
     figures = {slugify(line.name): {key: line.mean(key) for key in line.values} for line in lines(result["rows"])}
     spearman = {scope: {f"{metric}_with_{truth}": values["spearman"] for metric, truths in found["correlations"].items()
                         for truth, values in truths.items() if is_figure(values.get("spearman"))}

@@ -22,6 +22,7 @@ SCOPES = {"all": "Trained SAEs, and pursuit over trained and untrained dictionar
           "trained": "Trained SAEs alone"}
 TRUTHS = {"mcc": "MCC", "latent_f1": "F1"}
 OWN = "own encoder"
+WORDS = {"truth": "true features", "trained": "trained dictionary", "untrained": "untrained rows"}
 
 
 def ground_truth(root: Path = Path(".")) -> str:
@@ -41,7 +42,7 @@ def ground_truth(root: Path = Path(".")) -> str:
         "*MCC*: mean absolute cosine of true directions and decoder rows, matched one to one. *F1*: of a latent's firing "
         "against that of its nearest true feature, mean over latents. *Absorption*: how much more often a parent's latent "
         "is silent where the latent of a child fires. Definitions: docs/ground_truth.md.", "",
-        _table([line for line in found if line.encoder == OWN or line.dictionary not in ("true", "trained", "untrained")
+        _table([line for line in found if line.encoder == OWN or line.dictionary not in ("truth", "trained", "untrained")
                 or "over" not in line.method], TRAINED), "",
         *_notes(run), "### Which metric follows the truth", "", *follows(run), "",
         "### Pursuit over known dictionaries", "",
@@ -104,7 +105,8 @@ def beside(metric: str, root: Path = Path(".")) -> str:
     truths = found.get("correlations", {}).get(metric, {})
     if not any("spearman" in values for values in truths.values()):
         return ""
-    words = [f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items() if "spearman" in truths.get(truth, {})]
+    words = [f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items()
+             if "spearman" in truths.get(truth, {})]
     bounded = [values["interval"] for values in truths.values() if "interval" in values]
     sure = [low > 0 or high < 0 for low, high in bounded]
     verdict = ("no interval: one seed" if not bounded else "intervals exclude 0" if all(sure) else
@@ -118,7 +120,7 @@ def pursuit_findings(found: list[Line]) -> list[str]:
     """What pursuit encoders give over a dictionary, beside that dictionary's own encoder where it has one."""
     own = next((line for line in found if line.encoder == OWN and line.dictionary == "trained"), None)
     text = []
-    for dictionary in ("true", "trained", "untrained"):
+    for dictionary in ("truth", "trained", "untrained"):
         rows = [line for line in found if line.dictionary == dictionary and line.method.endswith(f"over {dictionary}")
                 and line.mean("latent_f1") is not None]
         if not rows:
@@ -126,7 +128,7 @@ def pursuit_findings(found: list[Line]) -> list[str]:
         best = max(rows, key=lambda line: line.mean("latent_f1") or 0)
         parts = [f"`{line.name}` {number(line.mean('latent_f1'))} at L0 {number(line.mean('l0'))}"
                  for line in rows if line.encoder in ("ihtp", "mpsae")]
-        text.append(f"- Over the {dictionary} dictionary the best F1 is {number(best.mean('latent_f1'))} (`{best.name}`, L0 "
+        text.append(f"- Over the {WORDS[dictionary]} the best F1 is {number(best.mean('latent_f1'))} (`{best.name}`, L0 "
                     f"{number(best.mean('l0'))})" + (f"; {', '.join(parts)}." if parts else "."))
     if own is not None:
         text.append(f"- The trained dictionary's own encoder (`{own.name}`): F1 {number(own.mean('latent_f1'))} at L0 "

@@ -29,13 +29,18 @@ from sae_research.evals.ground_truth.measures import Truth, correlations, flags,
 from sae_research.evals.ground_truth.train import Planned, train_all
 from sae_research.ground_truth_params import PURSUITS, GroundTruth
 from sae_research.params import Params, check_params
+from sae_research.reporting import ground_truth_report
+from sae_research.reporting.ground_truth_data import FOLDER, extract_ground_truth
+from sae_research.reporting.ground_truth_figures import draw_ground_truth
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sae
 from sae_research.saes.standard import StandardSAE
 from sae_research.store import cache_dir
+from sae_research.visualization_params import Visualization
 
 SMALL = {"num_features": 48, "hidden_dim": 24, "hierarchy_roots": 6, "max_probability": 0.2, "min_probability": 0.02}
 QUICK: dict[str, Any] = {
-    "data": SMALL, "samples": 2048, "batch_size": 128, "test_samples": 1024, "sequence_length": 32, "n_seeds": 2, "d_sae": 32,
+    "data": SMALL, "samples": 2048, "batch_size": 128, "test_samples": 1024, "sequence_length": 32, "n_seeds": 2,
+    "d_sae": 32,
     "recipes": {"top_k": {"recipe": "top_k", "k": [3, 6]}, "standard": {"recipe": "standard", "l1_coefficient": [0.2, 0.4]}},
     "pursuit": {"encoders": ["ihtp", "mpsae"], "sizes": [3, 6]}}
 
@@ -253,7 +258,8 @@ def test_ranks_are_compared_at_equal_l0() -> None:
     assert follows["top_1_probing"]["latent_f1"]["spearman"] == 1
     assert follows["fraction_alive"]["mcc"] == {"note": "constant over methods"}
     one, other = np.random.default_rng(0).normal(size=(2, 4, 7)).round(1)
-    assert ranks._mean_spearman(one, other) == pytest.approx(np.mean([spearmanr(a, b)[0] for a, b in zip(one, other)]))
+    theirs = np.mean([spearmanr(a, b)[0] for a, b in zip(one, other, strict=True)])
+    assert ranks._mean_spearman(one, other) == pytest.approx(theirs)
 
 
 def test_one_seed_one_sparsity_and_few_methods_are_said() -> None:
@@ -277,12 +283,12 @@ def test_the_whole_evaluation_twice_and_with_a_class_and_a_folder_of_ones_own(tm
     assert json.dumps(first, sort_keys=True, allow_nan=False) == json.dumps(evaluate(params()), sort_keys=True)
     methods = {row["method"] for row in first["rows"]}
     assert methods == {"top_k", "standard", *(f"{encoder} over {dictionary}" for encoder in ("ihtp", "mpsae")
-                                              for dictionary in ("true", "trained", "untrained"))}
+                                              for dictionary in ("truth", "trained", "untrained"))}
     assert len(first["rows"]) == 2 * (4 + 3 * (2 + 1)) and all(len(row["flags"]) < 3 for row in first["rows"])
     assert any("fewer latents than true features (standard" in note for note in first["notes"])
-    true = [row for row in first["rows"] if row["dictionary"] == "true"]
+    true = [row for row in first["rows"] if row["dictionary"] == "truth"]
     assert all(row["metrics"]["mcc"] == pytest.approx(1, abs=1e-5) for row in true)
-    assert not {name for name in first["follow"]["all"]["methods"] if "over true" in name}
+    assert not {name for name in first["follow"]["all"]["methods"] if "over truth" in name}
     grown = params(recipes={**QUICK["recipes"], "jump_relu": {"recipe": "jump_relu", "target_l0": 4}})
     more = evaluate(grown)
     kept = [row for row in more["rows"] if row["method"] != "jump_relu"]
@@ -362,3 +368,23 @@ def test_a_folder_of_another_width_is_refused(tmp_path: Path) -> None:
     save_sae(coded_standard(16), tmp_path / "other")
     with pytest.raises(UserError, match="reads 16 dimensions, the synthetic activations have 24"):
         evaluate(beside(params(pursuit={"over": []}), [str(tmp_path / "other")]))
+
+
+def test_report_metrics_and_pictures_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_stage(params())
+    text = ground_truth_report.ground_truth()
+    assert "| `top_k, k 3` |" in text and "Which metric follows the truth" in text and "[" in text
+    assert ground_truth_report.beside("variance_explained").startswith("*Variance explained and the truth*")
+    extract_ground_truth(FOLDER, Path("metrics/ground_truth.json"))
+    metrics = json.loads(Path("metrics/ground_truth.json").read_text())
+    assert metrics["_status"] == {"status": "ok", "seeds": 2, "methods": 4 + 9}
+    assert metrics["top_k_k_3"]["l0"] == pytest.approx(3, rel=0.5) and "all" in metrics["rank_correlations"]
+    drawn = draw_ground_truth(Visualization())
+    assert [path.name for path in drawn] == ["follow.png", "pursuit.png", "recipes.png"] and all(p.is_file() for p in drawn)
+    off = Params.model_validate({"eval_types": {"ground_truth": False}, "ground_truth": QUICK})
+    run_stage(off)
+    extract_ground_truth(FOLDER, Path("metrics/ground_truth.json"))
+    assert json.loads(Path("metrics/ground_truth.json").read_text()) == {"_status": {"status": "disabled"}}
+    assert ground_truth_report.ground_truth() == "" and draw_ground_truth(Visualization()) == []
+    assert ground_truth_report.beside("variance_explained") == "" and not list(Path("images").rglob("*.png"))

@@ -16,7 +16,7 @@ from sae_research.errors import UserError
 from sae_research.evals.ground_truth import data, measures, ranks
 from sae_research.evals.ground_truth.data import World
 from sae_research.evals.ground_truth.measures import Truth
-from sae_research.evals.ground_truth.train import Planned, hook_of, train_all
+from sae_research.evals.ground_truth.train import Planned, train_all
 from sae_research.ground_truth_params import GridPoint, GroundTruth
 from sae_research.lm import pick_device
 from sae_research.params import Params
@@ -68,7 +68,7 @@ def evaluate(params: Params, stage: StageFolder | None = None) -> dict[str, Any]
     rows = list(_rows(settings, trained, truths, params.random_seed))
     generator = [data.statistics(worlds[seed], truths[seed].samples) for seed in worlds]
     near = sum(values["l0"] for values in generator) / len(generator)
-    scopes = {"all": [row for row in rows if row["dictionary"] != "true"]}  # nobody has that one
+    scopes = {"all": [row for row in rows if row["dictionary"] != "truth"]}  # nobody has that one
     scopes["trained_dictionaries"] = [row for row in rows if row["dictionary"] == "trained"]
     scopes["trained"] = [row for row in scopes["trained_dictionaries"] if row["encoder"] == OWN]
     result = {
@@ -100,8 +100,8 @@ def notes(settings: GroundTruth, points: list[GridPoint], generator: list[dict[s
         found.append(f"one sparsity alone: {', '.join(single)}; such a recipe is compared at its own L0 or not at all")
     silent = max(values["rarely_fired"] for values in generator)
     if silent:
-        found.append(f"up to {silent} of {generator[0]['features']} features fire on fewer than {data.MIN_FIRINGS} test samples "
-                     "and are left out of means over features")
+        found.append(f"up to {silent} of {generator[0]['features']} features fire on fewer than {data.MIN_FIRINGS} test "
+                     "samples and are left out of means over features")
     narrow = sorted({p.name for p in points if p.settings.d_sae < generator[0]["features"]})
     if narrow:
         found.append(f"fewer latents than true features ({', '.join(narrow)}): what has no latent counts 0 in precision, "
@@ -155,7 +155,7 @@ def _pursuits(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder],
     """Every pursuit encoder over every dictionary asked for."""
     asked, base = settings.pursuit, chosen(settings, own)
     world = truth.world
-    sources = {"true": lambda: (world.features, world.bias), "trained": lambda: (base.W_dec, base.b_dec),
+    sources = {"truth": lambda: (world.features, world.bias), "trained": lambda: (base.W_dec, base.b_dec),
                "untrained": lambda: untrained_rows(world, base.cfg.d_sae, seed)}
     for dictionary in asked.over:
         W_dec, b_dec = sources[dictionary]()
@@ -163,8 +163,8 @@ def _pursuits(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder],
             cls = VARIANTS[encoder]
             for size in asked.ihtp_sizes if encoder == "ihtp" else asked.sizes:
                 if size > len(W_dec):
-                    raise UserError(f"ground_truth.pursuit.sizes: {size} is more than the {len(W_dec)} atoms of {dictionary}")
-                cfg = SAEConfig(cls.form, W_dec.shape[1], len(W_dec), model_name="synthetic", hook_name=hook_of(number),
+                    raise UserError(f"ground_truth.pursuit.sizes: {size} exceeds the {len(W_dec)} atoms of {dictionary}")
+                cfg = SAEConfig(cls.form, W_dec.shape[1], len(W_dec), model_name="synthetic",
                                 architecture=encoder, options={cls.size_name: size})
                 yield Entry(f"{encoder} over {dictionary}", dictionary, encoder, f"{cls.size_name} {size}", number,
                             cls(W_dec, b_dec, size, cfg))

@@ -55,7 +55,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
 
 def common_l0(found: Mapping[str, Mapping[int, Curve]], near: float) -> float | None:
     """The L0 that most methods' curves cover in every seed, nearest to `near` by ratio among equals; None without any."""
-    ends = sorted({float(end) for seeds in found.values() for curve in seeds.values() for end in (curve.l0[0], curve.l0[-1])})
+    read = [curve for seeds in found.values() for curve in seeds.values()]
+    ends = sorted({float(end) for curve in read for end in (curve.l0[0], curve.l0[-1])})
     places = ends + [float(np.sqrt(low * high)) for low, high in zip(ends, ends[1:], strict=False)]
     if not places:
         return None
@@ -81,8 +82,8 @@ def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[st
     answer: dict[str, Any] = {"l0": l0, "methods": methods, "seeds": len(seeds), "correlations": {}, "note": "",
                               "left_out": sorted(set(found) - set(methods))}
     if len(methods) < MIN_METHODS:
-        return {**answer, "note": f"{len(methods)} methods reach one L0 in every seed, {MIN_METHODS} are needed to rank them: "
-                "give recipes more sparsities (a list), or add recipes"}
+        return {**answer, "note": f"{len(methods)} methods reach one L0 in every seed, {MIN_METHODS} are needed to rank "
+                "them: give recipes more sparsities (a list), or add recipes"}
     if len(seeds) < 2:
         answer["note"] = "one seed: no interval"
     random = np.random.default_rng(seed)

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from sae_research.cached_files import new_entry, usable
 from sae_research.evals.ground_truth.data import World
 from sae_research.ground_truth_params import GridPoint, GroundTruth
 from sae_research.saes import SAEConfig, SparseAutoencoder, load_sae, save_sae
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import cache_dir, fingerprint, keep_first
+from sae_research.store import cache_dir, caches_readable, fingerprint
 from sae_research.train_params import Train
 from sae_research.training.member import make_member, start
 from sae_research.training.progress import PROGRESS_FILE, ProgressFile
@@ -104,13 +104,15 @@ def train_all(planned: Sequence[Planned], worlds: Mapping[int, World], settings:
     """Every planned SAE, in its world's own units, from the cache where it was trained before."""
     keys = {item: _key(item, worlds[item.seed], settings, seed) for item in planned}
     folder = cache_dir("ground_truth")
-    missing = [item for item in planned if not (folder / keys[item]).is_dir()]
-    if missing:
-        for item, sae in _train(missing, worlds, settings, seed, folder).items():
-            temporary = folder / f".{keys[item]}"
-            save_sae(sae, temporary)
-            keep_first(temporary, folder / keys[item])
-    return {item: load_sae(folder / keys[item], str(worlds[item.seed].device)) for item in planned}
+    device = next(iter(worlds.values())).device
+    found = {item: load_sae(folder / keys[item]).to(device) for item in planned
+             if caches_readable() and usable(folder / keys[item])}
+    missing = [item for item in planned if item not in found]
+    for item, sae in (_train(missing, worlds, settings, seed, folder) if missing else {}).items():
+        with new_entry(folder / keys[item]) as entry:
+            save_sae(sae, entry)
+        found[item] = sae.to(device)
+    return {item: found[item] for item in planned}
 
 
 def _key(item: Planned, world: World, settings: GroundTruth, seed: int) -> str:
@@ -139,6 +141,6 @@ def _train(planned: Sequence[Planned], worlds: Mapping[int, World], settings: Gr
 
 def _config(item: Planned, d_in: int) -> SAEConfig:
     config: dict[str, Any] = item.point.settings.model_dump(exclude_none=True, exclude={"hook_name"})
-    return SAEConfig(form="", d_in=d_in, d_sae=item.point.settings.d_sae, model_name="synthetic", hook_name=item.hook,
+    return SAEConfig(form="", d_in=d_in, d_sae=item.point.settings.d_sae, model_name="synthetic",
                      architecture=item.point.settings.recipe,
                      provenance={"source": "ground_truth", "seed": item.seed, "hyper_parameters": config})
