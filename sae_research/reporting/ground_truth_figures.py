@@ -36,7 +36,7 @@ def draw_ground_truth(style: Visualization, root: Path = Path(".")) -> list[Path
 def recipes(run: GroundTruthRun, style: Visualization) -> Figure:
     """Trained SAEs: variance explained, MCC and F1 against L0, means and intervals over seeds."""
     found = [line for line in run.lines if line.encoder == OWN]
-    figure = new_figure(style, 3)
+    figure = new_figure(style, 3, legend=0.4)
     panels = figure.subplots(1, 3)
     for axes, key in zip(panels, ("variance_explained", "mcc", "latent_f1"), strict=True):
         panel(axes, LABELS[key], "L0 (log scale)", LABELS[key])
@@ -50,7 +50,7 @@ def recipes(run: GroundTruthRun, style: Visualization) -> Figure:
 def pursuit(run: GroundTruthRun, style: Visualization) -> Figure:
     """Pursuit encoders over known dictionaries: variance explained, F1 and top-1 probing against L0."""
     found = [line for line in run.lines if " over " in line.method]
-    figure = new_figure(style, 3)
+    figure = new_figure(style, 3, legend=1.2)
     panels = figure.subplots(1, 3)
     if not found:
         say(panels[1], "no pursuit encoder was asked for (ground_truth.pursuit)")
@@ -86,7 +86,7 @@ def _log_l0(axes: Axes, found: list[Line]) -> None:
 def follow(run: GroundTruthRun, style: Visualization) -> Figure:
     """Rank correlation of every metric with the truth, and its interval, for each set of methods."""
     scopes = [scope for scope in SCOPES if run.follow(scope)["correlations"]]
-    figure = new_figure(style, max(1, len(scopes)))
+    figure = new_figure(style, max(1, len(scopes)), legend=0.3)
     panels = figure.subplots(1, max(1, len(scopes)), squeeze=False)[0]
     if not scopes:
         say(panels[0], run.follow("all")["note"])

@@ -22,6 +22,7 @@ SCOPES = {"all": "Trained SAEs, and pursuit over trained and untrained dictionar
           "trained": "Trained SAEs alone"}
 TRUTHS = {"mcc": "MCC", "latent_f1": "F1"}
 OWN = "own encoder"
+AMONG = {"all": "(untrained dictionaries among them)", "trained_dictionaries": "of trained dictionaries alone"}
 WORDS = {"truth": "true features", "trained": "trained dictionary", "untrained": "untrained rows"}
 
 
@@ -101,19 +102,20 @@ def beside(metric: str, root: Path = Path(".")) -> str:
     metric: `variance_explained` or `top_1_probing`.
     """
     run = read_ground_truth(root)
-    found = {} if run is None else run.follow("all")
-    truths = found.get("correlations", {}).get(metric, {})
-    if not any("spearman" in values for values in truths.values()):
+    said = [] if run is None else [f"{_followed(run.follow(scope), metric)} {words}" for scope, words in AMONG.items()
+                                   if _followed(run.follow(scope), metric)]
+    if not said:
         return ""
-    words = [f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items()
+    return (f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, its rank correlation at equal L0 "
+            f"is {'; '.join(said)}. See [ground truth](#ground-truth).")
+
+
+def _followed(found: Mapping[str, Any], metric: str) -> str:
+    """`0.69 [0.14, 0.92] with MCC and 0.44 [-0.19, 0.61] with F1 over 13 methods`; empty where that is not known."""
+    truths = found["correlations"].get(metric, {})
+    parts = [f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items()
              if "spearman" in truths.get(truth, {})]
-    bounded = [values["interval"] for values in truths.values() if "interval" in values]
-    sure = [low > 0 or high < 0 for low, high in bounded]
-    verdict = ("no interval: one seed" if not bounded else "intervals exclude 0" if all(sure) else
-               "an interval holds 0" if any(sure) else "both intervals hold 0: it did not tell which SAE found the truth")
-    return (f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, at equal L0 "
-            f"({number(found['l0'])}), its rank correlation over {len(found['methods'])} methods is {' and '.join(words)} "
-            f"({verdict}); see [ground truth](#ground-truth).")
+    return f"{' and '.join(parts)} over {len(found['methods'])} methods" if parts else ""
 
 
 def pursuit_findings(found: list[Line]) -> list[str]:

@@ -372,13 +372,13 @@ def test_a_folder_of_another_width_is_refused(tmp_path: Path) -> None:
 
 def test_report_metrics_and_pictures_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_stage(params())
+    run_stage(params(pursuit={"encoders": ["mpsae", "omp"], "sizes": [3, 6]}))
     text = ground_truth_report.ground_truth()
     assert "| `top_k, k 3` |" in text and "Which metric follows the truth" in text and "[" in text
     assert ground_truth_report.beside("variance_explained").startswith("*Variance explained and the truth*")
     extract_ground_truth(FOLDER, Path("metrics/ground_truth.json"))
     metrics = json.loads(Path("metrics/ground_truth.json").read_text())
-    assert metrics["_status"] == {"status": "ok", "seeds": 2, "methods": 4 + 9}
+    assert metrics["_status"] == {"status": "ok", "seeds": 2, "methods": 4 + 12}
     assert metrics["top_k_k_3"]["l0"] == pytest.approx(3, rel=0.5) and "all" in metrics["rank_correlations"]
     drawn = draw_ground_truth(Visualization())
     assert [path.name for path in drawn] == ["follow.png", "pursuit.png", "recipes.png"] and all(p.is_file() for p in drawn)
