@@ -108,7 +108,7 @@ class PursuitRows(Section):
     """The true features, one trained SAE's decoder, and as many activations scaled to unit length."""
     trained: Name | None = None
     """The recipe whose decoder is `trained`, at its first sparsity; null: the first recipe."""
-    sizes: list[Positive] = [6, 10]
+    sizes: list[Positive] = [8]
     """Atoms a token (k or s)."""
     ihtp_sizes: list[Positive] = [1]
     """Atoms that each token of a sequence names for the sequence's support."""

@@ -106,8 +106,8 @@ def beside(metric: str, root: Path = Path(".")) -> str:
                                    if _followed(run.follow(scope), metric)]
     if not said:
         return ""
-    return (f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, its rank correlation at equal L0 "
-            f"is {'; '.join(said)}. See [ground truth](#ground-truth).")
+    return (f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, its rank correlation at equal "
+            f"L0 is {'; '.join(said)}. See [ground truth](#ground-truth).")
 
 
 def _followed(found: Mapping[str, Any], metric: str) -> str:
