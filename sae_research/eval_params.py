@@ -33,6 +33,8 @@ class EvalTypes(Section):
     autointerp: bool = False
     ravel: bool = False
     transfer: bool = False
+    ground_truth: bool = True
+    """SAEs on synthetic activations whose true features are known; needs no language model."""
     dashboards: bool = False
     """A site to look at latents with, in dashboards/."""
 

@@ -30,6 +30,7 @@ from sae_research.eval_params import (
     SparseProbingSaeProbes,
     Unlearning,
 )
+from sae_research.ground_truth_params import GroundTruth
 from sae_research.model_params import ActivationCaching, Model, Text, TokenMask
 from sae_research.recipe_params import recipe_model
 from sae_research.sae_params import BaselineSAE, Comparison, Controls, Preflight, Variants
@@ -64,6 +65,7 @@ class Params(Section):
     autointerp: Autointerp = Autointerp()
     ravel: Ravel = Ravel()
     transfer: Transfer = Transfer()
+    ground_truth: GroundTruth = GroundTruth()
     analysis: Analysis = Analysis()
     dashboards: Dashboards = Dashboards()
     tracking: Tracking = Tracking()

@@ -14,6 +14,7 @@ from sae_research.errors import run_main
 
 def main() -> None:
     from sae_research.reporting.extract import aggregate, extract
+    from sae_research.reporting.ground_truth_data import extract_ground_truth
     from sae_research.reporting.metrics import EVALS
     from sae_research.reporting.transfer_metrics import extract_transfer
 
@@ -21,7 +22,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*EVALS, "transfer"):
+    for name in (*EVALS, "transfer", "ground_truth"):
         command = commands.add_parser(name, help=f"metrics of the {name} evaluation")
         command.add_argument("results", type=Path, help="folder of *_eval_results.json")
         command.add_argument("output", type=Path)
@@ -33,6 +34,8 @@ def main() -> None:
         aggregate(arguments.inputs, arguments.output)
     elif arguments.command == "transfer":
         extract_transfer(arguments.results, arguments.output)
+    elif arguments.command == "ground_truth":
+        extract_ground_truth(arguments.results, arguments.output)
     else:
         extract(arguments.command, arguments.results, arguments.output)
 

@@ -14,6 +14,7 @@ from sae_research.errors import run_main  # noqa: E402
 
 def main() -> None:
     from sae_research.reporting.figures import draw_all
+    from sae_research.reporting.ground_truth_figures import draw_ground_truth
     from sae_research.reporting.plot_data import write_plot_data
     from sae_research.reporting.run import read_run
     from sae_research.reporting.transfer_figures import draw_transfer
@@ -23,7 +24,8 @@ def main() -> None:
     run = read_run()
     write_plot_data(run)
     workers = 2 if sys.platform == "linux" else 1  # forking after matplotlib's import is safe on Linux only
-    print(f"drew {len(draw_all(run, style, workers=workers)) + len(draw_transfer(style))} images")
+    drawn = [*draw_all(run, style, workers=workers), *draw_transfer(style), *draw_ground_truth(style)]
+    print(f"drew {len(drawn)} images")
 
 
 if __name__ == "__main__":

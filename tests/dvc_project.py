@@ -33,6 +33,9 @@ TINY: dict[str, Any] = {
     "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
     "sparse_probing": {"dataset_names": ["product_sentiment"], "probe_train_set_size": 24, "probe_test_set_size": 16,
                        "context_length": 32, "k_values": [1, 5]},
+    "ground_truth": {"data": {"num_features": 48, "hidden_dim": 24, "hierarchy_roots": 6, "min_probability": 0.02},
+                     "samples": 1024, "test_samples": 1024, "n_seeds": 2,
+                     "pursuit": {"encoders": ["ihtp", "mpsae"], "sizes": [3]}},
 }
 SAES = ["standard", "standard_ihtp_k1", "standard_mpsae_s3", "standard_omp_s2", "topk", "abs_topk", "control_random",
         "control_data_rows", "control_pca"]

@@ -24,12 +24,10 @@ def failures(root: Path = Path(".")) -> list[str]:
         status = evaluation_status(root / "eval_results" / name)
         if status["status"] not in ("ok", "disabled", "not_applicable"):
             lines.append(f"{name}: {status['status']}: {status['message']}")
-    transfer = evaluation_status(root / "eval_results/transfer")
-    if transfer["status"] in ("failed", "incomplete"):
-        lines.append(f"transfer: {transfer['status']}: {transfer['message']}")
-    dashboards = evaluation_status(root / "dashboards")
-    if dashboards["status"] in ("failed", "incomplete"):
-        lines.append(f"dashboards: {dashboards['status']}: {dashboards['message']}")
+    for folder in ("eval_results/transfer", "eval_results/ground_truth", "dashboards"):
+        status = evaluation_status(root / folder)
+        if status["status"] in ("failed", "incomplete"):
+            lines.append(f"{folder.rpartition('/')[2]}: {status['status']}: {status['message']}")
     if not (root / "METRICS.md").is_file():
         lines.append("METRICS.md was not written")
     return lines

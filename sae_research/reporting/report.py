@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_research.reporting.ground_truth_report import ground_truth
 from sae_research.reporting.report_noise import differences, equal_l0, intervals, seeds
 from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side, stricter
 from sae_research.reporting.report_setting import definitions, images, statuses, what_ran
@@ -40,7 +41,7 @@ def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".
         found = comparisons(run)
     sections = (
         what_ran(run),
-        results(run),
+        results(run, root),
         stricter(run),
         intervals(run),
         seeds(run),
@@ -52,6 +53,7 @@ def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".
         optional(run),
         training(run),
         transfer(root),
+        ground_truth(root),
         statuses(run, root),
         images(run),
         definitions(run),

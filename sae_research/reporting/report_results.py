@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from sae_research.reporting.ground_truth_report import beside
 from sae_research.reporting.merge import ROLES
 from sae_research.reporting.metrics import (
     EVAL_NOTES,
@@ -32,11 +34,13 @@ SIDE_BY_SIDE = ("l0", "variance_explained", "variance_explained_legacy", "loss_r
 STRICTER = ("variance_explained", "variance_explained_per_dim", "loss_recovered", "loss_recovered_mean_ablation",
             "cosine_similarity", "relative_reconstruction_bias")
 """Figures of the first table, each followed by what says the same more strictly, and what they leave out."""
+FOLLOWED = ("variance_explained", "top_1_probing")
+"""Figures of the first table that the ground-truth evaluation compares with the truth."""
 OPTIONAL = tuple(name for name in EVALS if name not in ("core", "sparse_probing"))
 
 
-def results(run: Run) -> str:
-    """One row per SAE, grouped by role."""
+def results(run: Run, root: Path = Path(".")) -> str:
+    """One row per SAE, grouped by role, and how far two figures followed a known truth. root: the project's folder."""
     if not run.rows:
         return (
             "## Results\n\nNo SAE has a result; see [how each evaluation ended](#how-each-evaluation-ended)."
@@ -61,6 +65,7 @@ def results(run: Run) -> str:
             "equations, so its reconstruction says nothing. *not causal*: a token's code depends on later "
             "tokens. *signed*: activations may be negative. "
             f"{ABSENT}: not measured.",
+            *(part for metric in FOLLOWED if (line := beside(metric, root)) for part in ("", line)),
         ]
     )
 

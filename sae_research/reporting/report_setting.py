@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from sae_research.reporting.ground_truth_data import FOLDER as GROUND_TRUTH
 from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, STOCK_SUFFIX, Metric, headline
 from sae_research.reporting.run import Row, Run
 from sae_research.reporting.tables import ABSENT, count, markdown, number
@@ -115,9 +116,10 @@ def statuses(run: Run, root: Path = Path(".")) -> str:
             for key, value in sorted(state.get("notes", {}).items())
             if isinstance(value, (str, int, float)) and key not in SAID_ABOVE
         ]
-    transfer = read_status(root / TRANSFER)
-    if transfer["status"] != "missing":
-        body.append(["Transfer to a finetuned model", transfer["status"], ABSENT, _one_line(transfer["message"])])
+    for title, folder in (("Transfer to a finetuned model", TRANSFER), ("Ground truth", GROUND_TRUTH)):
+        state = read_status(root / folder)
+        if state["status"] != "missing":
+            body.append([title, state["status"], ABSENT, _one_line(state["message"])])
     table = markdown(["Evaluation", "Status", "SAEs", "Message"], body, left=4)
     return "\n".join(["## How each evaluation ended", "", table, "", *details]).rstrip()
 

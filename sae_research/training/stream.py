@@ -4,7 +4,7 @@ shuffled in a bounded buffer."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,41 @@ class StreamBatch(NamedTuple):
     """Normalised activations of counted tokens [batch_size, d_in], float32."""
     progress: float
     """Fraction of the run done at the middle of this batch: above 0, below 1, so no step has a zero rate."""
+
+
+class Stream(Protocol):
+    """What the trainer asks of a source of activations: chunks to read and feed, rounds of batches between them."""
+
+    device: torch.device
+    next_chunk: int
+    """`n_chunks` once all are fed, one more after `finish`."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that will be read, whether they count or not."""
+
+    @property
+    def n_chunks(self) -> int: ...
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the run that is done."""
+
+    @property
+    def expected_rows(self) -> float:
+        """Activations that one SAE will be trained on, as far as can be told by now."""
+
+    def read(self, chunk: int) -> dict[str, Tensor]:
+        """A chunk's activations by hook; changes nothing."""
+
+    def feed(self, acts: dict[str, Tensor]) -> None:
+        """Take in what `read` gave of the next chunk."""
+
+    def finish(self) -> None:
+        """No more chunks."""
+
+    def rounds(self) -> Iterator[dict[str, StreamBatch]]:
+        """A batch of each hook that has one, until none has."""
 
 
 class HookBuffer:
@@ -179,6 +214,15 @@ class ActivationStream:
             hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], self.device)
             for hook in params.train.hooks}
         self._first: dict[str, Tensor] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def expected_rows(self) -> float:
+        """Of the hook that keeps most."""
+        return max(buffer.expected_rows for buffer in self.buffers.values())
 
     @property
     def n_chunks(self) -> int:

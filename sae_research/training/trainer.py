@@ -17,7 +17,7 @@ from sae_research.training.progress import ProgressFile
 from sae_research.training.recipes import StepOutput
 from sae_research.training.signals import Stop, StopSignals
 from sae_research.training.stack import Stack, grouped
-from sae_research.training.stream import ActivationStream, StreamBatch
+from sae_research.training.stream import Stream, StreamBatch
 from sae_research.training.team import Team
 
 CURVE_ROWS = 60
@@ -47,7 +47,7 @@ def raise_if_diverged(members: Iterable[Member]) -> None:
 class Trainer:
     """The loop over a stream, with what happens around the steps."""
 
-    stream: ActivationStream
+    stream: Stream
     members: list[Member]
     train: Train
     progress: ProgressFile
@@ -65,7 +65,7 @@ class Trainer:
         self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
         self.team = Team(len(self.units), self.stream.device)
         with self.team, self.signals.deferred(), tqdm(
-            total=self.stream.tokens.numel(), initial=int(self.stream.fraction * self.stream.tokens.numel()),
+            total=self.stream.n_tokens, initial=int(self.stream.fraction * self.stream.n_tokens),
             desc="training", unit="tok", unit_scale=True, mininterval=1, dynamic_ncols=True,
         ) as bar:
             try:
@@ -142,11 +142,10 @@ class Trainer:
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def _report(self, fraction: float) -> None:
-        buffers, size = self.stream.buffers.values(), self.train.batch_size
+        rows = int(self.stream.expected_rows)
         self.progress.update(
             fraction, step=self.step, tokens=max(member.tokens for member in self.members),
-            total_steps=max(int(buffer.expected_rows) for buffer in buffers) // size,
-            total_tokens=max(int(buffer.expected_rows) for buffer in buffers),
+            total_steps=rows // self.train.batch_size, total_tokens=rows,
             saes={member.name: {"step": row.step, "loss": row.loss, "l0": row.l0,
                                 "variance_explained": row.variance_explained}
                   for member in self.members for row in member.curve[-1:]})

@@ -1,0 +1,1 @@
+"""Ground truth: SAEs on synthetic activations whose true features are known, and which metric follows the truth."""

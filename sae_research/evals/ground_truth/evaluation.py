@@ -1,0 +1,225 @@
+"""The stage `ground_truth_eval`: worlds, SAEs trained on them, every encoder over known dictionaries, and what follows the
+truth. Writes `eval_results/ground_truth/results.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.errors import UserError
+from sae_research.evals.ground_truth import data, measures, ranks
+from sae_research.evals.ground_truth.data import World
+from sae_research.evals.ground_truth.measures import Truth
+from sae_research.evals.ground_truth.train import Planned, train_all
+from sae_research.ground_truth_params import GridPoint, GroundTruth
+from sae_research.lm import pick_device
+from sae_research.params import Params
+from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sae
+from sae_research.saes.registry import code_fingerprint
+from sae_research.setup.run import VARIANTS
+from sae_research.setup.sources import matching_folders, python_name, read_folder, read_python
+from sae_research.store import ResultCache, StageFolder, fingerprint, prune, slugify, stage_folder, write_json
+
+FOLDER = Path("eval_results/ground_truth")
+RESULTS_FILE = "results.json"
+OWN = "own encoder"
+
+
+class Entry(NamedTuple):
+    """One row to measure: an encoder over a dictionary in one seed's world."""
+
+    method: str
+    """What its sparsities share, e.g. `batch_top_k` or `mpsae over trained`."""
+    dictionary: str
+    encoder: str
+    sparsity: str
+    seed: int
+    sae: SparseAutoencoder
+
+
+def run_stage(params: Params) -> None:
+    """The stage. Raises `UserError` in one line for a setting from which nothing can be measured."""
+    with stage_folder(FOLDER, params.eval_types.ground_truth) as stage:
+        if stage is not None:
+            write_json(stage.folder / RESULTS_FILE, evaluate(params, stage))
+
+
+def evaluate(params: Params, stage: StageFolder | None = None) -> dict[str, Any]:
+    """{setting, generator, rows, follow, notes}, all plain and the same for the same parameters."""
+    settings = params.ground_truth
+    points = settings.grid(params.train.saes)
+    if not points:
+        raise UserError("ground_truth.recipes: nothing to train; give it an entry")
+    device = pick_device(params.train.device or params.model.device)
+    worlds = make_worlds(settings, params.random_seed, device)
+    truths = {seed: Truth(world, world.sample(settings.test_samples, "test"), settings.sequence_length)
+              for seed, world in worlds.items()}
+    for seed, world in worlds.items():
+        data.need_firing(world, truths[seed].samples)
+    planned = [Planned(seed, point) for seed in worlds for point in points]
+    trained = train_all(planned, worlds, settings, params.random_seed)
+    prune_cache(params)
+    rows = list(_rows(settings, trained, truths, params.random_seed))
+    generator = [data.statistics(worlds[seed], truths[seed].samples) for seed in worlds]
+    near = sum(values["l0"] for values in generator) / len(generator)
+    scopes = {"all": [row for row in rows if row["dictionary"] != "truth"]}  # nobody has that one
+    scopes["trained_dictionaries"] = [row for row in rows if row["dictionary"] == "trained"]
+    scopes["trained"] = [row for row in scopes["trained_dictionaries"] if row["encoder"] == OWN]
+    result = {
+        "setting": {**settings.data.whole(), "name": settings.data.setting, "samples": settings.samples,
+                    "test_samples": settings.test_samples, "n_seeds": settings.n_seeds},
+        "generator": generator, "rows": rows, "notes": notes(settings, points, generator),
+        "follow": {scope: ranks.follow(chosen_rows, near, params.random_seed) for scope, chosen_rows in scopes.items()}}
+    if stage is not None:
+        stage.notes |= {"setting": settings.data.setting, "seeds": settings.n_seeds, "rows": len(rows)}
+    return result
+
+
+def make_worlds(settings: GroundTruth, seed: int, device: torch.device | str = "cpu") -> dict[int, World]:
+    """seed number -> its world. With `data.world_seed` they differ only in the samples drawn."""
+    values = settings.data.whole()
+    own = values["world_seed"]
+    return {number: World(values, int(fingerprint([seed, "world", number])[:7], 16) if own is None else own, device,
+                          number if own is not None else 0)
+            for number in range(settings.n_seeds)}
+
+
+def notes(settings: GroundTruth, points: list[GridPoint], generator: list[dict[str, Any]]) -> list[str]:
+    """What a reader must know before any figure, a line each."""
+    found = []
+    if settings.n_seeds == 1:
+        found.append("one seed: no figure has an interval, and no difference can be told from noise")
+    single = sorted({p.recipe for p in points if sum(q.recipe == p.recipe for q in points) == 1})
+    if single:
+        found.append(f"one sparsity alone: {', '.join(single)}; such a recipe is compared at its own L0 or not at all")
+    silent = max(values["rarely_fired"] for values in generator)
+    if silent:
+        found.append(f"up to {silent} of {generator[0]['features']} features fire on fewer than {data.MIN_FIRINGS} test "
+                     "samples and are left out of means over features")
+    narrow = sorted({p.name for p in points if p.settings.d_sae < generator[0]["features"]})
+    if narrow:
+        found.append(f"fewer latents than true features ({', '.join(narrow)}): what has no latent counts 0 in precision, "
+                     "recall and F1; MCC is over as many pairs as there are latents")
+    if any(settings.pursuit.ihtp_sizes) and "ihtp" in settings.pursuit.encoders:
+        found.append("samples of a sequence are drawn independently here: IHTP shares a support between tokens that have "
+                     "nothing in common, which text gives it more of")
+    return found
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+def _rows(settings: GroundTruth, trained: Mapping[Planned, SparseAutoencoder], truths: Mapping[int, Truth],
+          seed: int) -> Iterator[dict[str, Any]]:
+    cache = ResultCache("ground_truth")
+    with tqdm(total=len(truths), desc="measure", unit="seed", dynamic_ncols=True) as bar:
+        for number, truth in truths.items():
+            own = {item.point: sae for item, sae in trained.items() if item.seed == number}
+            entries = [*_trained_entries(own, number), *_given(settings, own, truth, number),
+                       *_pursuits(settings, own, truth, number, seed)]
+            yield from _measured(entries, truth, cache)
+            bar.update()
+
+
+def _measured(entries: list[Entry], truth: Truth, cache: ResultCache) -> Iterator[dict[str, Any]]:
+    keys = [_key(entry.sae, truth) for entry in entries]
+    found = {key: cache.get(key) for key in keys}
+    missing = {str(i): entry.sae for i, entry in enumerate(entries) if found[keys[i]] is None}
+    x: Tensor = truth.samples.x.view(-1, truth.sequence_length, truth.samples.x.shape[1])
+    for name, z in encode_each(missing, x, None):
+        sae = entries[int(name)].sae
+        figures = measures.measure(sae, z, truth)
+        found[keys[int(name)]] = {"metrics": figures, "flags": measures.flags(sae, figures, truth)}
+        cache.put(keys[int(name)], found[keys[int(name)]])
+    for entry, key in zip(entries, keys, strict=True):
+        yield {**{name: getattr(entry, name) for name in Entry._fields if name != "sae"}, **found[key]}
+
+
+def _key(sae: SparseAutoencoder, truth: Truth) -> str:
+    return fingerprint({"sae": sae.weights_fingerprint(), "world": truth.world.fingerprint, "n": truth.n,
+                        "sequence": truth.sequence_length, "code": code_fingerprint(__name__, classes=[type(sae)])})[:40]
+
+
+def _trained_entries(own: Mapping[GridPoint, SparseAutoencoder], number: int) -> Iterator[Entry]:
+    for point, sae in own.items():
+        yield Entry(point.recipe, "trained", OWN, point.sparsity, number, sae)
+
+
+def _pursuits(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], truth: Truth, number: int,
+              seed: int) -> Iterator[Entry]:
+    """Every pursuit encoder over every dictionary asked for."""
+    asked, base = settings.pursuit, chosen(settings, own)
+    world = truth.world
+    sources = {"truth": lambda: (world.features, world.bias), "trained": lambda: (base.W_dec, base.b_dec),
+               "untrained": lambda: untrained_rows(world, base.cfg.d_sae, seed)}
+    for dictionary in asked.over:
+        W_dec, b_dec = sources[dictionary]()
+        for encoder in asked.encoders:
+            cls = VARIANTS[encoder]
+            for size in asked.ihtp_sizes if encoder == "ihtp" else asked.sizes:
+                if size > len(W_dec):
+                    raise UserError(f"ground_truth.pursuit.sizes: {size} exceeds the {len(W_dec)} atoms of {dictionary}")
+                cfg = SAEConfig(cls.form, W_dec.shape[1], len(W_dec), model_name="synthetic",
+                                architecture=encoder, options={cls.size_name: size})
+                yield Entry(f"{encoder} over {dictionary}", dictionary, encoder, f"{cls.size_name} {size}", number,
+                            cls(W_dec, b_dec, size, cfg))
+
+
+def chosen(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder]) -> SparseAutoencoder:
+    """The SAE whose decoder is `trained` to pursuit encoders and classes of one's own."""
+    recipe = settings.pursuit.trained or next(iter(own)).recipe
+    found = next((sae for point, sae in own.items() if point.recipe == recipe), None)
+    if found is None:
+        raise UserError(f"ground_truth.pursuit.trained: no recipe {recipe!r}; known: "
+                        f"{', '.join(dict.fromkeys(point.recipe for point in own))}")
+    return found
+
+
+def untrained_rows(world: World, d_sae: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(unit rows [d_sae, d_in], mean [d_in]): activations less their mean, scaled to unit length."""
+    x = world.activations(max(4 * d_sae, 8192), "untrained", seed)
+    mean = x.mean(0)
+    return torch.nn.functional.normalize(x[:d_sae] - mean, dim=1), mean
+
+
+def _given(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], truth: Truth, number: int) -> Iterator[Entry]:
+    """Classes of the user's own over the trained decoder, and SAEs in folders."""
+    for place in settings.python:
+        yield Entry(python_name(place), "trained", place, "", number, read_python(place, chosen(settings, own)))
+    for pattern in settings.folders:
+        for path in matching_folders(pattern):
+            sae, d_in = read_folder(path).to(truth.world.device), truth.samples.x.shape[1]
+            if sae.cfg.d_in != d_in:
+                raise UserError(f"ground_truth.folders: {path} reads {sae.cfg.d_in} dimensions, the synthetic activations "
+                                f"have {d_in} (ground_truth.data.hidden_dim)")
+            yield Entry(slugify(path.resolve().name), "given", OWN, "", number, sae)
+
+
+def prune_cache(params: Params) -> None:
+    from sae_research.store import cache_dir
+
+    prune(cache_dir("ground_truth"), params.activation_caching.max_gb)
+
+
+def save_worlds(params: Params, folder: Path) -> None:
+    """Each seed's world as SAELens reads it (`SyntheticModel.load_from_disk`) and the untrained rows, to train on
+    elsewhere."""
+    for number, world in make_worlds(params.ground_truth, params.random_seed).items():
+        world.model.save(folder / f"seed_{number}")
+        W_dec, b_dec = untrained_rows(world, params.ground_truth.width, params.random_seed)
+        cls = VARIANTS["mpsae"]
+        save_sae(cls(W_dec, b_dec, 1), folder / f"seed_{number}" / "untrained_rows")
+
+
+def beside(params: Params, places: list[str]) -> Params:
+    """Parameters with classes (`module:Class`) and folders added to the section's own."""
+    settings = params.ground_truth
+    classes = [place for place in places if ":" in place and not Path(place).exists()]
+    return params.model_copy(update={"ground_truth": settings.model_copy(update={
+        "python": [*settings.python, *classes],
+        "folders": [*settings.folders, *(place for place in places if place not in classes)]})})

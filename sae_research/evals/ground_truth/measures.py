@@ -1,0 +1,269 @@
+"""What an SAE found of known features. Every figure is defined here, once.
+
+N true features, F latents, n test samples; c the true codes [n, N], z the SAE's activations [n, F]. A feature counts where
+it fires on at least `data.MIN_FIRINGS` test samples. A latent *stands for* the feature that the matching gives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from sae_research.evals.ground_truth.data import MIN_FIRINGS, Samples, World
+from sae_research.saes import SparseAutoencoder
+from sae_research.stats import ReconstructionStats
+
+DUPLICATE = 0.9
+"""Latents of a larger absolute cosine than this are duplicates."""
+MIN_EDGE = 10
+"""A parent and child count for absorption where both situations occur on so many test samples."""
+PROBED = 128
+"""Most features that a probe is made for, evenly spread over those that count."""
+MIN_POSITIVES = 10
+"""Firings that a probed feature needs in each half of the samples."""
+
+Figures = dict[str, float]
+
+
+class Matching(NamedTuple):
+    """Features and latents paired one to one, of the largest total similarity."""
+
+    features: np.ndarray
+    latents: np.ndarray
+    """[min(N, F)] each"""
+    mean: float
+    """Mean similarity of the pairs."""
+
+
+def match(similarity_NF: np.ndarray) -> Matching:
+    """The optimal assignment (scipy) by absolute similarity."""
+    absolute = np.abs(similarity_NF)
+    features, latents = linear_sum_assignment(absolute, maximize=True)
+    return Matching(features, latents, float(absolute[features, latents].mean()))
+
+
+@dataclass
+class Truth:
+    """A world's test samples, with what every SAE's figures need of them."""
+
+    world: World
+    samples: Samples
+    sequence_length: int
+    _dictionaries: dict[str, Dictionary] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return len(self.samples.x)
+
+    @cached_property
+    def fired(self) -> sparse.csc_matrix:
+        """Which features fire [n, N], as numbers"""
+        return (self.samples.codes != 0).astype(np.float32).tocsc()
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """Samples that each feature fires on [N]"""
+        return np.asarray(self.fired.sum(0)).ravel()
+
+    @cached_property
+    def counted(self) -> np.ndarray:
+        """Features that count, ascending"""
+        return np.flatnonzero(self.count >= MIN_FIRINGS)
+
+    @cached_property
+    def parent_alone(self) -> sparse.csc_matrix:
+        """Where the parent of an edge fires and none of its children [n, edges]"""
+        parents = self.world.edges[:, 0]
+        children = sparse.csr_matrix((np.ones(len(parents), np.float32), self.world.edges.T[::-1]),
+                                     shape=(self.fired.shape[1],) * 2)  # [child, parent]
+        any_child = ((self.fired @ children) != 0).astype(np.float32).tocsc()
+        on = self.fired[:, parents]
+        return (on - on.multiply(any_child[:, parents])).tocsc()
+
+    def dictionary(self, sae: SparseAutoencoder) -> Dictionary:
+        """What depends on the decoder alone, computed once for all encoders over it."""
+        key = f"{sae.W_dec.shape}{float(sae.W_dec.double().sum())}{float(sae.W_dec.double().square()[:, 0].sum())}"
+        if key not in self._dictionaries:
+            self._dictionaries[key] = Dictionary.of(sae.W_dec, self.world.features)
+        return self._dictionaries[key]
+
+
+@dataclass
+class Dictionary:
+    """A decoder beside the true features."""
+
+    matching: Matching
+    best: np.ndarray
+    """The true feature of largest absolute cosine, of each latent [F]"""
+    nearest: np.ndarray
+    """Largest absolute cosine with an earlier latent [F]"""
+
+    @classmethod
+    def of(cls, W_dec: Tensor, features: Tensor) -> Dictionary:
+        rows_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
+        cosine_NF = (features.float() @ rows_FD.T).abs()
+        own_FF = (rows_FD @ rows_FD.T).abs().tril(-1)
+        return cls(match(cosine_NF.cpu().numpy()), cosine_NF.argmax(0).cpu().numpy(), own_FF.max(1).values.cpu().numpy())
+
+
+@torch.no_grad()
+def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Figures:
+    """Every figure of one SAE. z: its activations on the test samples [n / sequence, sequence, F].
+
+    - `mcc`: mean absolute cosine of matched pairs of true directions and decoder rows, min(N, F) of them.
+    - `mcc_activations`: the same of absolute correlations of codes and activations, matched by them.
+    - `precision`, `recall`, `f1`: mean over features that count, of the support of the latent that stands for the feature
+      (by cosine); 0 where none does or it never fires.
+    - `latent_precision`, `latent_recall`, `latent_f1`: SAELens' definition: mean over latents, each against the feature of
+      its largest absolute cosine.
+    - `uniqueness`: different features among those of largest cosine, over F (SAELens').
+    - `fraction_dead`: latents that never fire; `fraction_duplicate`: latents with an absolute cosine above `DUPLICATE`
+      to an earlier one.
+    - `absorption`: mean over parents and children of how much more often the parent's latent is silent where the child and
+      its latent fire than where the parent fires without any child. 0 is none.
+    - `split_latents`: mean number of living latents whose feature of largest cosine is a given parent, over parents that
+      have one.
+    - `top_1_probing`: mean balanced accuracy, on samples that chose nothing, of one latent and a threshold that tell where
+      a true feature fires.
+    - `variance_explained` (about the mean), `cosine_similarity`, `l0`, `fraction_alive`: as in `stats.ReconstructionStats`.
+    """
+    known = truth.dictionary(sae)
+    x = truth.samples.x.view(*z.shape[:-1], -1)
+    stats = ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, z.device)
+    stats.update(sae.target(x), sae.decode(z), z, torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device))
+    kept = {key: value for key, value in stats.metrics().items()
+            if key in ("variance_explained", "cosine_similarity", "l0", "fraction_alive")}
+    codes = sparse.csc_matrix(z.reshape(truth.n, -1).cpu().numpy())
+    fires = (codes != 0).astype(np.float32)
+    return {
+        "mcc": known.matching.mean, "mcc_activations": match(correlations(truth.samples.codes, codes)).mean,
+        **_support(truth, known, fires), **_latent_support(truth, known, fires),
+        "uniqueness": len(np.unique(known.best)) / len(known.best), "fraction_dead": 1 - kept["fraction_alive"],
+        "fraction_duplicate": float((known.nearest > DUPLICATE).mean()), **_hierarchy(truth, known, fires),
+        **_probing(truth, codes), **kept}
+
+
+def correlations(codes: sparse.spmatrix, z: sparse.spmatrix) -> np.ndarray:
+    """Pearson correlation of every true code with every latent [N, F]; 0 where one of them is constant."""
+    n = codes.shape[0]
+    mean_N, mean_F = np.asarray(codes.mean(0)).ravel(), np.asarray(z.mean(0)).ravel()
+    spread_N = np.sqrt(np.maximum(np.asarray(codes.multiply(codes).mean(0)).ravel() - mean_N**2, 0))
+    spread_F = np.sqrt(np.maximum(np.asarray(z.multiply(z).mean(0)).ravel() - mean_F**2, 0))
+    covariance = (codes.T.tocsr() @ z.tocsr()).toarray() / n - np.outer(mean_N, mean_F)
+    below = np.outer(spread_N, spread_F)
+    return np.divide(covariance, below, out=np.zeros_like(below), where=below > 1e-12)
+
+
+def _scores(both: np.ndarray, fires: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(precision, recall, F1) from counts; 0 for 0/0."""
+    precision, recall = (np.divide(both, below, out=np.zeros_like(both), where=below > 0) for below in (fires, true))
+    total = precision + recall
+    return precision, recall, np.divide(2 * precision * recall, total, out=np.zeros_like(both), where=total > 0)
+
+
+def _together(one: sparse.spmatrix, other: sparse.spmatrix) -> np.ndarray:
+    """Samples on which the columns of both fire [columns]"""
+    return np.asarray(one.multiply(other).sum(0), np.float64).ravel()
+
+
+def _support(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures:
+    features, latents = known.matching.features, known.matching.latents
+    both = np.zeros(len(truth.count))
+    fired = np.zeros(len(truth.count))
+    both[features] = _together(truth.fired[:, features], fires[:, latents])
+    fired[features] = np.asarray(fires.sum(0)).ravel()[latents]
+    at = truth.counted
+    found = _scores(both[at], fired[at], truth.count[at].astype(np.float64))
+    return dict(zip(("precision", "recall", "f1"), (float(values.mean()) for values in found), strict=True))
+
+
+def _latent_support(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures:
+    both = _together(truth.fired[:, known.best], fires)
+    found = _scores(both, np.asarray(fires.sum(0), np.float64).ravel(), truth.count[known.best].astype(np.float64))
+    names = ("latent_precision", "latent_recall", "latent_f1")
+    return dict(zip(names, (float(values.mean()) for values in found), strict=True))
+
+
+def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures:
+    edges = truth.world.edges
+    if not len(edges):
+        return {}
+    latent_of = np.full(len(truth.count), -1)
+    latent_of[known.matching.features] = known.matching.latents
+    kept = (latent_of[edges] >= 0).all(1)
+    parents, children = edges[kept].T
+    on_parent, on_child = fires[:, latent_of[parents]], fires[:, latent_of[children]]
+    child = truth.fired[:, children].multiply(on_child).tocsc()
+    alone = truth.parent_alone[:, np.flatnonzero(kept)]
+    n_child, n_alone = (np.asarray(part.sum(0), np.float64).ravel() for part in (child, alone))
+    enough = (n_child >= MIN_EDGE) & (n_alone >= MIN_EDGE)
+    alive = np.asarray(fires.sum(0)).ravel() > 0
+    split = np.bincount(known.best[alive], minlength=len(truth.count))[np.unique(edges[:, 0])]
+    found = {"split_latents": float(split[split > 0].mean())} if split.any() else {}
+    if enough.any():
+        silent = 1 - _together(child, on_parent)[enough] / n_child[enough]
+        usual = 1 - _together(alone, on_parent)[enough] / n_alone[enough]
+        found["absorption"] = float((silent - usual).mean())
+    return found
+
+
+def _probing(truth: Truth, z: sparse.csc_matrix) -> Figures:
+    """One latent and a threshold for each probed feature, chosen on every other sample."""
+    train, test = np.arange(0, truth.n, 2), np.arange(1, truth.n, 2)
+    labels = truth.fired.tocsr()
+    enough = np.minimum(*(np.asarray(labels[part].sum(0)).ravel() for part in (train, test))) >= MIN_POSITIVES
+    able = np.flatnonzero(enough & (truth.count < truth.n / 2 + 1))
+    if not len(able):
+        return {}
+    probed = able[np.unique(np.linspace(0, len(able) - 1, min(PROBED, len(able))).round().astype(int))]
+    labels, rows = labels[:, probed], z.tocsr()
+    positives = labels[train].T.tocsr()
+    n_positive = np.asarray(positives.sum(1)).ravel()[:, None]
+    sums, total = (positives @ rows[train]).toarray(), np.asarray(rows[train].sum(0))
+    difference = sums / n_positive - (total - sums) / (len(train) - n_positive)
+    squares = np.asarray(rows[train].multiply(rows[train]).sum(0)) / len(train) - (total / len(train)) ** 2
+    spread = np.sqrt(np.maximum(squares, 0))
+    # by correlation with the label: the bare difference of means prefers a parent's latent to the feature's own
+    related = np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 1e-12)
+    latent = np.abs(related).argmax(1)
+    sign = np.where(np.take_along_axis(difference, latent[:, None], 1)[:, 0] < 0, -1.0, 1.0).astype(np.float32)
+    values = z[:, latent].toarray() * sign
+    truth_nP = labels.toarray() > 0
+    limit = _thresholds(values[train], truth_nP[train])
+    told = values[test] > limit
+    right = truth_nP[test]
+    hit = (told & right).sum(0) / right.sum(0)
+    spared = (~told & ~right).sum(0) / (~right).sum(0)
+    return {"top_1_probing": float((hit + spared).mean() / 2), "probed_features": float(len(probed))}
+
+
+def _thresholds(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The limit above which balanced accuracy is best, of each column: the next value below. [n, P] -> [P]"""
+    order = np.argsort(-values, axis=0, kind="stable")
+    ranked, right = np.take_along_axis(values, order, 0), np.take_along_axis(labels, order, 0)
+    gain = np.cumsum(right, 0) / right.sum(0) - np.cumsum(~right, 0) / (~right).sum(0)
+    last = np.vstack([ranked[:-1] > ranked[1:], np.zeros((1, values.shape[1]), bool)])  # no limit inside a tie
+    place = np.where(last, gain, -1.0).argmax(0)
+    below = np.minimum(place + 1, len(values) - 1)
+    return np.take_along_axis(ranked, below[None], 0)[0]
+
+
+def flags(sae: SparseAutoencoder, figures: Figures, truth: Truth) -> list[str]:
+    """What keeps a row from being read as the others are."""
+    found = []
+    if sae.cfg.d_sae < len(truth.counted):
+        found.append(f"narrow: {sae.cfg.d_sae} latents for {len(truth.counted)} features that fire")
+    if sae.per_token and figures["l0"] >= sae.cfg.d_in or not sae.per_token and figures["l0"] >= min(
+            sae.cfg.d_in, truth.sequence_length):
+        found.append("interpolating: as many free coefficients as equations")
+    if figures["fraction_alive"] == 0:
+        found.append("no latent fires")
+    return found
+
