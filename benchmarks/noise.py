@@ -108,7 +108,8 @@ def record(samples: int, tables: int, contenders: int = 15) -> dict[str, Any]:
     rows = [{"clusters": name, "number": len(n), "effective": sum(n)**2 / sum(x * x for x in n), "noise": noise,
              "spread": spread, **rates(n, noise, spread, samples)._asdict()}
             for name, n in sizes.items() for noise in NOISES for spread in _spreads(n)]
-    families = [{"clusters": name, "noise": noise, "contenders": contenders, "rate": family_rate(n, noise, contenders, tables)}
+    families = [{"clusters": name, "noise": noise, "contenders": contenders,
+                 "rate": family_rate(n, noise, contenders, tables)}
                 for name, n in sizes.items() for noise in NOISES]
     return round_significant({"levels": list(LEVELS), "samples": samples, "tables": tables, "sizes": committed_sizes(),
                               "rates": rows, "families": families}, 3)
