@@ -39,16 +39,39 @@ _NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
+class Retrained:
+    """The figure with each of several draws of training texts; its mean is the figure that is reported."""
+
+    figures: np.ndarray
+    """One number per draw [draws]. Two SAEs meet the same draws."""
+    share: float
+    """Texts of a draw over texts of the pool that it was drawn from."""
+    replaced: bool
+    """Whether a draw may hold a text twice: a bootstrap, where the pool is small."""
+
+    def variance(self, figures: np.ndarray) -> float:
+        """Variance of the mean over draws of `figures` [draws], the pool being a draw too.
+
+        Draws without replacement share texts and so vary less than fresh ones: by 1 - share for a figure to which each
+        text adds its part. The mean over draws keeps the pool's own part, share times a fresh draw's variance (Nadeau and
+        Bengio 2003 correct resampled tests in this way).
+        """
+        spread = float(np.var(figures, ddof=1))
+        return spread * (1 / len(figures) + (self.share if self.replaced else self.share / (1 - self.share)))
+
+
+@dataclass(frozen=True)
 class Ratio:
     """A figure and the clusters it comes from. Arrays of one number per cluster [clusters].
 
     `strata` numbers the groups inside which clusters are drawn, so that every draw holds as many of each as the data;
-    None for one group.
+    None for one group. `retrained` says how the figure varies with the texts that something was fitted on.
     """
 
     numerator: np.ndarray
     denominator: np.ndarray
     strata: np.ndarray | None = None
+    retrained: Retrained | None = None
 
     @property
     def value(self) -> float:
@@ -113,12 +136,27 @@ def interval(figure: Ratio, seed: int, level: float = LEVEL) -> tuple[float, flo
 
     Percentiles of the resamples, widened for few clusters in the manner of Hesterberg (2015), to the jackknife's error and
     Student's t with `Ratio.freedom`. Bias-corrected and accelerated intervals were tried: with 6 to 40 clusters they cover
-    no better.
+    no better. Where training texts were drawn several times their part of the error is in it.
     """
     if not figure.enough:
         return None
-    return _percentiles(figure.value, figure.drawn(seed), math.sqrt(float(np.square(figure.left_out).sum())),
-                        figure.freedom, level)
+    error, freedom = _error([float(np.square(figure.left_out).sum())], [figure.freedom], [figure])
+    return _percentiles(figure.value, figure.drawn(seed), error, freedom, level)
+
+
+def _error(variances: list[float], freedoms: list[float], ones: Sequence[Ratio],
+           others: Sequence[Ratio] = ()) -> tuple[float, float]:
+    """Standard error of all parts together, that of training texts among them, and its degrees of freedom (Welch and
+    Satterthwaite)."""
+    retrained = ones[0].retrained
+    if retrained is not None:
+        sides = [np.mean([r.retrained.figures for r in side], axis=0) for side in (ones, others)
+                 if side and all(r.retrained is not None for r in side)]
+        moved = sides[0] - (sides[1] if len(sides) > 1 else 0.0)
+        variances, freedoms = [*variances, retrained.variance(moved)], [*freedoms, len(moved) - 1]
+    total = sum(variances)
+    below = sum(part**2 / degrees for part, degrees in zip(variances, freedoms, strict=True))
+    return math.sqrt(total), total**2 / below if below else freedoms[0]
 
 
 def _percentiles(value: float, drawn: np.ndarray, error: float, freedom: float,
@@ -174,16 +212,14 @@ def difference(ones: Sequence[Ratio], others: Sequence[Ratio], seed: int) -> Dif
     drawn = np.mean([r.drawn(seed) for r in ones], axis=0) - np.mean([r.drawn(seed) for r in others], axis=0)
     left_out = np.mean([r.left_out for r in ones], axis=0) - np.mean([r.left_out for r in others], axis=0)
     values = [[r.value for r in side] for side in (ones, others)]
-    value, freedom = float(np.mean(values[0]) - np.mean(values[1])), ones[0].freedom
-    parts = [(float(np.square(left_out).sum()), freedom)]
-    parts += [(float(np.var(side, ddof=1)) / len(side), len(side) - 1) for side in values if len(side) > 1]
-    variance = sum(part for part, _ in parts)
-    error = math.sqrt(variance)
+    value = float(np.mean(values[0]) - np.mean(values[1]))
+    several = [side for side in values if len(side) > 1]
+    error, freedom = _error([float(np.square(left_out).sum()), *(float(np.var(s, ddof=1)) / len(s) for s in several)],
+                            [ones[0].freedom, *(len(s) - 1.0 for s in several)], ones, others)
     bounds = _percentiles(value, drawn, error, freedom)
     if bounds is None:
         return None
-    if len(parts) > 1 and variance:
-        freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    if several and error:
         reach = student_quantile((1 + LEVEL) / 2, freedom) * error
         bounds = value - reach, value + reach
     rounding = 1e-12 * max(abs(v) for side in values for v in side)
@@ -228,11 +264,13 @@ def unpacked(text: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
 
 
-def accuracy(asked: dict[str, dict[str, list[str]]], correct: dict[str, dict[str, str]]) -> Ratio:
+def accuracy(asked: dict[str, dict[str, list[str]]], correct: dict[str, dict[str, str | list[str]]], share: float = 0.0,
+             replaced: bool = False) -> Ratio:
     """Mean over tasks of the mean over classes of accuracy, clustered by text: one text serves several classes.
 
     asked: task -> class -> numbers of the test texts in that class and in others, separated by spaces. correct: task ->
-    class -> `packed` outcomes in that order. Texts are drawn within their own task and class, whose sizes are given.
+    class -> `packed` outcomes in that order, or a list of them, one for each draw of training texts, which are a `share` of
+    their pool. Texts are drawn within their own task and class, whose sizes are given.
     """
     own_class, texts, shares, right = {}, [], [], []
     for task, classes in asked.items():
@@ -242,12 +280,15 @@ def accuracy(asked: dict[str, dict[str, list[str]]], correct: dict[str, dict[str
             rows = inside + outside
             texts += rows
             shares += [1 / (len(rows) * len(classes) * len(asked))] * len(rows)
-            right.append(unpacked(correct[task][label], len(rows)))
+            bits = correct[task][label]
+            right.append(np.array([unpacked(draw, len(rows)) for draw in ([bits] if isinstance(bits, str) else bits)]))
     names, cluster = np.unique(texts, return_inverse=True)
     strata = {name: index for index, name in enumerate(dict.fromkeys(own_class.values()))}
-    weights = np.asarray(shares)
-    return Ratio(np.bincount(cluster, weights * np.concatenate(right)), np.bincount(cluster, weights),
-                 np.array([strata[own_class[name]] if name in own_class else len(strata) for name in names.tolist()]))
+    weights, right_RT = np.asarray(shares), np.concatenate(right, axis=1)
+    retrained = Retrained(right_RT @ weights / weights.sum(), share, replaced) if len(right_RT) > 1 else None
+    return Ratio(np.bincount(cluster, weights * right_RT.mean(0)), np.bincount(cluster, weights),
+                 np.array([strata[own_class[name]] if name in own_class else len(strata) for name in names.tolist()]),
+                 retrained)
 
 
 def stored(figure: Ratio, clusters: str) -> dict[str, Any]:
