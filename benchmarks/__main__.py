@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sae_research.errors import UserError, run_main
-from sae_research.evals.inputs import SAE_FOLDER, load_saes
-from sae_research.lm import load_language_model
-from sae_research.lm.load import packaged_folder
-from sae_research.params import load_params
-from sae_research.saes import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from sae_research.saes import SparseAutoencoder
 
 PARTS: dict[str, dict[str, Any]] = {
     "core_probing": {"batches": 2, "tasks": 1}, "scr_tpp": {}, "absorption": {"words_per_letter": 6}, "sae_probes": {},
@@ -39,7 +35,13 @@ def main() -> None:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise UserError(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    from benchmarks import stock  # its imports take seconds that --help need not wait
+    import torch  # imports take seconds that --help need not wait
+
+    from benchmarks import stock
+    from sae_research.evals.inputs import SAE_FOLDER, load_saes
+    from sae_research.lm import load_language_model
+    from sae_research.lm.load import packaged_folder
+    from sae_research.params import load_params
 
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     params = load_params()

@@ -1,7 +1,13 @@
 """`python -m sae_research VERB`."""
 
-from sae_research.cli import main
 from sae_research.errors import run_main
+
+
+def main() -> int:
+    from sae_research.cli import main as verbs
+
+    return verbs()
+
 
 if __name__ == "__main__":
     run_main(main)

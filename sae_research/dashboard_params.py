@@ -6,23 +6,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sae_research.section import LocalName, Positive, Section
+from sae_research.section import LocalName, Name, Positive, Section, Whole
 
-Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Pair = Annotated[list[Name], Field(min_length=2, max_length=2)]
 
 
 class Dashboards(Section):
-    saes: list[str] | None = None
+    saes: list[Name] | None = None
     """Names in downloaded_saes/; null takes the baseline."""
     compare: list[Pair] = []
     """Pairs of these names, shown side by side."""
     other_model: LocalName | None = None
     """A second model, e.g. a finetuned one: every SAE is shown on it too, beside itself on the first."""
-    window: Annotated[int, Field(ge=1, le=2048)] = 24
+    window: Annotated[Whole, Field(ge=1, le=2048)] = 24
     """Tokens of text on either side of the one that fires."""
-    logits: Annotated[int, Field(ge=1, le=100)] = 10
+    logits: Annotated[Whole, Field(ge=1, le=100)] = 10
     """Tokens listed that a latent raises and lowers."""
-    neighbours: Annotated[int, Field(ge=1, le=100)] = 10
+    neighbours: Annotated[Whole, Field(ge=1, le=100)] = 10
     """Nearest latents listed, by decoder cosine."""
     explain: bool = True
     """Describe and score latents without labels; off saves some milliseconds a latent."""

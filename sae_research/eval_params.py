@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Fraction, LocalName, Positive, Section
+from sae_research.section import (
+    Above0,
+    Count,
+    Fraction,
+    LocalName,
+    Name,
+    NonNegative,
+    Positive,
+    Prompt,
+    Section,
+    Tokens,
+    Whole,
+)
 
 
 class EvalTypes(Section):
@@ -28,14 +40,14 @@ class EvalTypes(Section):
 class CoreEval(Section):
     batch_size_prompts: Positive = 8
     n_eval_reconstruction_batches: Positive = 2
-    n_eval_sparsity_variance_batches: Positive = 8
+    n_eval_sparsity_variance_batches: Positive = 16
 
 
 class SparseProbing(Section):
-    dataset_names: list[LocalName] = ["news_topic", "disease_area", "code_language", "film_sentiment"]
-    probe_train_set_size: Annotated[int, Field(ge=4)] = 240
-    probe_test_set_size: Annotated[int, Field(ge=4)] = 120
-    context_length: Annotated[int, Field(ge=4)] = 128
+    dataset_names: list[LocalName] = ["news_topic", "code_language", "science_field", "product_sentiment"]
+    probe_train_set_size: Annotated[Positive, Field(ge=4)] = 120
+    probe_test_set_size: Annotated[Positive, Field(ge=4)] = 60
+    context_length: Annotated[Positive, Field(ge=4)] = 128
     k_values: list[Positive] = [1, 2, 5]
 
 
@@ -43,10 +55,10 @@ class SCR(Section):
     dataset_names: list[LocalName] = ["film_or_restaurant_by_sentiment", "film_or_product_by_sentiment",
                                 "restaurant_or_product_by_sentiment"]
     """Two-attribute tasks: packaged, local files, or SAE Bench's hub data sets by name."""
-    train_set_size: Annotated[int, Field(ge=16)] = 160
+    train_set_size: Annotated[Positive, Field(ge=16)] = 160
     """Texts of one balanced data set: a quarter with each pair of attributes."""
-    test_set_size: Annotated[int, Field(ge=16)] = 120
-    context_length: Annotated[int, Field(ge=4)] = 128
+    test_set_size: Annotated[Positive, Field(ge=16)] = 120
+    context_length: Annotated[Positive, Field(ge=4)] = 128
     n_values: Annotated[list[Positive], Field(min_length=1)] = [2, 5, 10, 20, 50, 100, 500]
     """How many latents are ablated."""
     probe_epochs: Positive = 20
@@ -56,19 +68,19 @@ class TPP(Section):
     """Where a task, size or length is null it is sparse probing's, whose texts and activations then serve both."""
 
     dataset_names: list[LocalName] | None = None
-    train_set_size: Annotated[int, Field(ge=4)] | None = None
+    train_set_size: Annotated[Positive, Field(ge=4)] | None = None
     """Texts of one class's probe: half of the class, half of the others."""
-    test_set_size: Annotated[int, Field(ge=4)] | None = None
-    context_length: Annotated[int, Field(ge=4)] | None = None
+    test_set_size: Annotated[Positive, Field(ge=4)] | None = None
+    context_length: Annotated[Positive, Field(ge=4)] | None = None
     n_values: Annotated[list[Positive], Field(min_length=1)] = [2, 5, 10, 20, 50, 100, 500]
     """How many latents are ablated."""
     probe_epochs: Positive = 20
 
 
 class Absorption(Section):
-    prompt_template: str = "{word} has the first letter:"
+    prompt_template: Prompt = "{word} has the first letter:"
     """Read at the last token of the word, wherever the template puts it."""
-    icl_examples: Annotated[int, Field(ge=0)] = 10
+    icl_examples: Count = 10
     """Solved examples before every word, from the same split."""
     icl_prompts: Positive = 16
     """Lists of examples in each split. Words share them, and each list runs through the model once."""
@@ -82,7 +94,7 @@ class Absorption(Section):
     """Letters whose probe on the model's own activations stays at or below this on test words are skipped."""
     min_feats_for_eval: Positive = 20
     """SAE Bench reports nothing with fewer letters; here that is a note."""
-    k_sparse_probe_l1_decay: Annotated[float, Field(ge=0)] = 0.01
+    k_sparse_probe_l1_decay: NonNegative = 0.01
 
     @model_validator(mode="after")
     def _template(self) -> Absorption:
@@ -97,10 +109,10 @@ class Unlearning(Section):
     `owner/data[:config[:split]]` on the hub."""
     retain_corpus: LocalName = "packaged_general"
     """Text whose latents are spared; by hub name `wikitext` in SAE Bench."""
-    corpus_column: str = "text"
+    corpus_column: Name = "text"
     dataset_size: Positive = 128
     """Contexts of each corpus that densities are measured on (SAE Bench: 1024)."""
-    seq_len: Annotated[int, Field(ge=8)] = 128
+    seq_len: Annotated[Positive, Field(ge=8)] = 128
     """Tokens per context (SAE Bench: 1024)."""
     forget_questions: Annotated[list[LocalName], Field(min_length=1)] = ["packaged_biomedical"]
     """Question sets: packaged, local files with question, choices and answer, or `cais/wmdp:wmdp-bio` on the hub."""
@@ -123,32 +135,32 @@ class Unlearning(Section):
 
 
 class SparseProbingSaeProbes(Section):
-    dataset_names: Literal["all"] | Annotated[list[str], Field(min_length=1)] = [
+    dataset_names: Literal["all"] | Annotated[list[Name], Field(min_length=1)] = [
         "21_headline_istrump", "22_headline_isobama", "65_high-school", "74_magnetic-field", "96_spam_is",
         "105_click_bait", "124_world_country_United_States", "125_world_country_Italy", "139_news_class_Politics",
         "158_code_C", "161_agnews_0"]
     """Names of the 113 binary tasks of sae-probes, or `all` of them. The default holds tasks that a probe on the packaged
     model's whole activation solves at layer 8: where that one guesses there is nothing for a latent to carry."""
     k_values: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 5]
-    context_length: Annotated[int, Field(ge=4)] = 64
+    context_length: Annotated[Positive, Field(ge=4)] = 64
     """Tokens of a text, counted from its end, the separator in front included (sae-probes: 1024)."""
-    max_texts: Annotated[int, Field(ge=132)] | None = 260
+    max_texts: Annotated[Positive, Field(ge=132)] | None = 260
     """Rows of a task that SAE Bench's split draws from, half of either class: 99 to test on, at most 1024 to train on.
     null takes all (up to 5000), as stock does."""
-    probe_train_set_size: Annotated[int, Field(ge=32)] = 140
+    probe_train_set_size: Annotated[Positive, Field(ge=32)] = 140
     """Distinct texts in our split, half of either class; fewer where a task has no more."""
-    probe_test_set_size: Annotated[int, Field(ge=16)] = 100
+    probe_test_set_size: Annotated[Positive, Field(ge=16)] = 100
 
 
 class MetaSAE(Section):
-    train_steps: Annotated[int, Field(ge=1, le=2000)] = 1500
+    train_steps: Annotated[Whole, Field(ge=1, le=2000)] = 1500
     """Steps of `train_batch_size` decoder rows. From 2001 on SAE Bench would revive dead latents; here nothing does."""
     k: Positive = 4
     """Mean number of meta-latents for each latent of the SAE."""
-    width_ratio: Annotated[float, Field(gt=0)] = 0.25
+    width_ratio: Above0 = 0.25
     """Meta-latents for each latent of the SAE."""
     train_batch_size: Positive = 1024
-    learning_rate: Annotated[float, Field(gt=0)] = 5.0e-4
+    learning_rate: Above0 = 5.0e-4
     n_seeds: Positive = 1
     """Meta-SAEs trained for each dictionary; the figures are their means."""
 
@@ -156,39 +168,39 @@ class MetaSAE(Section):
 class ChatEndpoint(Section):
     """An OpenAI-compatible service (`POST {base_url}/chat/completions`) and what may be asked of it."""
 
-    base_url: str | None = None
+    base_url: Name | None = None
     """Up to and without `/chat/completions`, e.g. `https://api.openai.com/v1` or `http://localhost:8000/v1`."""
-    model: str | None = None
+    model: Name | None = None
     """The model's name at that endpoint."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, Field(pattern="^[A-Za-z_0-9]*$", min_length=0, max_length=200)] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the key; empty sends no key. The key itself stands nowhere."""
-    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    temperature: NonNegative | None = 0.0
     """null leaves it to the endpoint, as SAE Bench does."""
     completion_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How this endpoint calls the limit on an answer's length."""
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    concurrency: Annotated[Whole, Field(ge=1, le=256)] = 8
     """Questions under way at once."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
-    max_retries: Annotated[int, Field(ge=0)] = 4
+    timeout_seconds: Above0 = 60.0
+    max_retries: Count = 4
     """After a time-out, a lost connection, 408, 409, 425, 429 or 5xx."""
-    backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
+    backoff_seconds: NonNegative = 1.0
     """Pause before the first retry; it doubles with each, and `Retry-After` is respected."""
     max_requests: Positive | None = 2_000
     """Ask nothing at all when more new requests than this would be needed; null sets no limit."""
-    max_tokens: Positive | None = 2_000_000
+    max_tokens: Tokens | None = 2_000_000
     """The same for the estimated tokens, prompts and answers together."""
-    prompt_price_per_million: Annotated[float, Field(ge=0)] | None = None
+    prompt_price_per_million: NonNegative | None = None
     """Price of a million prompt tokens, in any currency: the estimate then names the cost."""
-    completion_price_per_million: Annotated[float, Field(ge=0)] | None = None
+    completion_price_per_million: NonNegative | None = None
 
 
 class Autointerp(ChatEndpoint):
     n_latents: Positive = 30
-    override_latents: list[Annotated[int, Field(ge=0)]] | None = None
+    override_latents: list[Count] | None = None
     """These latents in place of `n_latents` random ones."""
-    total_tokens: Positive = 65_536
+    total_tokens: Tokens = 65_536
     """Tokens of the core_eval split that windows are taken from."""
-    dead_latent_threshold: Annotated[float, Field(ge=0)] = 15
+    dead_latent_threshold: NonNegative = 15
     """A latent that is non-zero on no more tokens than this is passed over."""
     buffer: Positive = 10
     """Tokens shown on either side of the one a window is about."""
@@ -210,20 +222,20 @@ class Autointerp(ChatEndpoint):
 class Ravel(Section):
     prompts: LocalName = "packaged"
     """`packaged`, a local folder of SAE Bench's layout, or a hub data set (`adamkarvonen/ravel_prompts`)."""
-    entity_attribute_selection: dict[str, Annotated[list[str], Field(min_length=2)]] = {
+    entity_attribute_selection: dict[Name, Annotated[list[Name], Field(min_length=2)]] = {
         "city": ["Country", "Continent", "Language"]}
     top_n_entities: Positive = 500
     """Entities kept of each class: those about which the model answers most prompts."""
     full_dataset_downsample: Positive | None = None
     """Prompts of a class that the model is asked, at random; null asks all."""
-    min_known_entities: Annotated[int, Field(ge=4)] = 10
+    min_known_entities: Annotated[Positive, Field(ge=4)] = 10
     """An attribute that the model knows of fewer entities is skipped."""
-    num_pairs_per_attribute: Annotated[int, Field(ge=4)] = 40
+    num_pairs_per_attribute: Annotated[Positive, Field(ge=4)] = 40
     """Pairs of prompts of either kind, cause and isolation."""
     train_test_split: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Fraction of pairs that masks are learnt on."""
     batch_size: Positive = 8
     """Pairs per optimiser step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    learning_rate: Above0 = 1.0e-3
     num_epochs: Positive = 2
     n_generated_tokens: Positive = 6

@@ -20,8 +20,11 @@ from sae_research.evals.run import EVALUATIONS
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.reporting.extract import EXTRACTORS
+from sae_research.saes.guard import Guard
 from sae_research.store import SLUG, stage_folder
 
+_LONGEST_NAME = 200
+"""Characters: a file name holds 255 bytes, and this one gets an ending."""
 Figures = dict[str, dict[str, dict[str, float]]]
 
 
@@ -33,38 +36,46 @@ def evaluate(saes: Mapping[str, Any], lm: LanguageModel | None = None, params: P
     saes: by name, this project's, SAELens', any object with `encode` and `decode` on [batch, seq, d_in] and an affine
     decoder, or what `analyze --sae` takes: a folder, a prepared SAE's name, `sae_lens:RELEASE:ID`. lm: by default the model
     that `params` names. hook: where SAEs that do not say so themselves belong. folder: where SAE Bench's JSON and the
-    statuses go, `<folder>/<evaluation>/<sae>_eval_results.json`, replacing what is there. An SAE that an evaluation skips
-    lacks it; an evaluation that has no meaning for the model gives nothing.
+    statuses go, `<folder>/<evaluation>/<sae>_eval_results.json`: results and status that are there are replaced, other files
+    stay. An SAE that an evaluation skips, with its reason on the screen and in the status, lacks it; an evaluation that has
+    no meaning for the model gives nothing.
 
-    Raises `UserError` for an unknown evaluation, a name that is no slug, an SAE that does not fit, and whatever the
-    evaluation itself refuses.
+    Raises `UserError` for an unknown evaluation, a name that is no slug, an SAE that does not fit, evaluations that could
+    score none of the SAEs, and whatever an evaluation itself refuses.
     """
     params = params or Params()
     unknown = [name for name in evaluations if name not in EVALUATIONS]
     if unknown:
         raise UserError(f"unknown evaluation {unknown[0]!r}; known: {', '.join(EVALUATIONS)}")
     for name in saes:
-        if not SLUG.match(name):
-            raise UserError(f"the SAE name {name!r} may hold only a to z, 0 to 9 and _")
+        if not SLUG.match(name) or len(name) > _LONGEST_NAME:
+            raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {_LONGEST_NAME}")
     opened = {name: open_sae(str(sae))[1] if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
     lab = Lab.of(opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype),
                  params, hook)
     found: Figures = {name: {} for name in saes}
+    skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for evaluation in evaluations:
-            for name, result in _results(evaluation, lab, Path(folder or temporary) / evaluation):
+            for name, result in _results(evaluation, lab, Path(folder or temporary) / evaluation, skipped):
                 found[name][evaluation] = EXTRACTORS[evaluation](result)
+    if not any(found.values()) and set(skipped) & set(found):
+        reasons = "; ".join(f"{name}: {skipped[name]}" for name in found if name in skipped)
+        raise UserError(f"no SAE could be evaluated: {reasons}")
     return found
 
 
-def _results(evaluation: str, lab: Lab, folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(name, result) of every SAE that could be scored, also written to `folder`."""
+def _results(evaluation: str, lab: Lab, folder: Path, skipped: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE that could be scored, also written to `folder`; `skipped` gets why others could not."""
     module, _, function = EVALUATIONS[evaluation].partition(":")
     score = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
     done: list[tuple[str, dict[str, Any]]] = []
-    with stage_folder(folder) as stage:
+    with stage_folder(folder, emptied=False) as stage:
+        guard = Guard(stage.skip)
         torch.manual_seed(lab.params.random_seed)
         for name, result in score(lab.saes, lab.lm, lab.params, stage):
-            stage.write_result(name, result)
-            done.append((name, result))
+            with guard.on(name):
+                stage.write_result(name, result)
+                done.append((name, result))
+    skipped |= stage.skipped
     return done

@@ -6,11 +6,13 @@ Sections stand in the `*_params.py` beside this file.
 from __future__ import annotations
 
 import difflib
+import reprlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
-from ruamel.yaml import YAML, YAMLError
+from pydantic import BaseModel, ValidationError
 
 from sae_research.analysis_params import Analysis
 from sae_research.dashboard_params import Dashboards
@@ -31,15 +33,16 @@ from sae_research.eval_params import (
 from sae_research.model_params import ActivationCaching, Model, Text, TokenMask
 from sae_research.recipe_params import recipe_model
 from sae_research.sae_params import BaselineSAE, Comparison, Controls, Preflight, Variants
-from sae_research.section import Section
+from sae_research.section import Section, Seed
 from sae_research.tracking_params import Tracking
 from sae_research.train_params import Train
 from sae_research.transfer_params import Transfer
 from sae_research.visualization_params import Visualization
+from sae_research.yaml_files import read_mapping
 
 
 class Params(Section):
-    random_seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    random_seed: Seed = 42
     model: Model = Model()
     text: Text = Text()
     token_mask: TokenMask = TokenMask()
@@ -68,22 +71,54 @@ class Params(Section):
     visualization: Visualization = Visualization()
 
 
-def load_params(path: str | Path = "params.yaml") -> Params:
+def load_params(path: str | Path = "params.yaml", partial: bool = False) -> Params:
     """Read and check the configuration. Raises `UserError` naming the key that is wrong.
 
-    YAML 1.2 (ruamel), as DVC reads it: `1e-4` is a number, `on` is a word.
+    A file names every section (see `read_params`); with `partial` it may give a few, and the rest have their defaults,
+    which are the values of the params.yaml that comes with the project.
     """
-    path = Path(path)
+    return check_params(read_mapping(path) if partial else read_params(path), str(path))
+
+
+def read_params(path: str | Path = "params.yaml") -> dict[str, Any]:
+    """The values of a whole params.yaml, unchecked but for this: it was not cut off.
+
+    Raises `UserError` where it lacks sections, or keys of the section it ends with; a key that another section leaves out
+    has its default, and a line on stderr says so.
+    """
     try:
-        values = YAML(typ="safe").load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the project's folder") from None
-    except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}; if `dvc exp run -S KEY=[]` made it so, "
-                        f"restore it (git checkout {path}) and write KEY=null") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as `model:` and `eval_types:`")
-    return check_params(values, str(path))
+        values = read_mapping(path)
+    except UserError as error:
+        hints = {"no such file": "; run from the project's folder",
+                 "not valid YAML": f"; if `dvc exp run -S KEY=[]` made it so, restore it (git checkout {path}) and write "
+                                   "KEY=null"}
+        hint = next((advice for words, advice in hints.items() if words in str(error)), "")
+        raise UserError(f"{error}{hint}") from None
+    unknown = [key for key in values if key not in Params.model_fields]
+    lost = [key for key in Params.model_fields if key not in values]
+    if lost and not unknown:  # an unknown key may be a section misspelt, which `check_params` says
+        raise UserError(f"{path}: lacks {_listed(lost)}; if it was cut off, restore it (git checkout {path}), else copy "
+                        f"what is missing from the project's own (git show HEAD:{Path(path).name}); to read a few sections "
+                        "and take defaults for the rest: load_params(path, partial=True)")
+    left_out, last = Params.left_out(values), next(reversed(values), "")
+    if cut := [key for key in left_out if key.startswith(f"{last}.")]:
+        raise UserError(f"{path}: ends within the section {last}, without {_listed(cut)}; if it was cut off, restore it "
+                        f"(git checkout {path}), else add what is missing")
+    if left_out and not unknown:
+        print(f"note: {path} leaves out {_listed([f'{key} ({_default(key)!r})' for key in left_out])}: defaults are taken",
+              file=sys.stderr)
+    return values
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _default(key: str) -> Any:
+    value: Any = Params()
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value.model_dump() if isinstance(value, Section) else value
 
 
 def check_params(values: dict[str, Any], where: str) -> Params:
@@ -91,8 +126,35 @@ def check_params(values: dict[str, Any], where: str) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
+        raise UserError(f"{where}: {explained(error, _explain)}") from None
+
+
+def check_trained_names(params: Params) -> None:
+    """What the setup stage will look for among the trained SAEs is trained. Raises `UserError` before hours are spent."""
+    wanted = [("comparison_saes.trained", name) for name in params.comparison_saes.trained if name != "all"]
+    if params.baseline_sae.source == "trained":
+        wanted.insert(0, ("baseline_sae.name", params.baseline_sae.name))
+    for key, name in wanted:
+        if params.train.enabled and name not in params.train.saes:
+            close = difflib.get_close_matches(name, params.train.saes, n=1)
+            raise UserError(f"{key}: {name} is not among train.saes ({_listed(list(params.train.saes))})"
+                            + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], most: int = 5) -> str:
+    """All that is wrong, in one line of bearable length. explain: one complaint as a user would say it."""
+    items = error.errors()
+    more = [f"{len(items) - most} more"] if len(items) > most else []
+    return "; ".join([*(explain(item) for item in items[:most]), *more])
+
+
+def got(item: dict[str, Any]) -> str:
+    """` (got 3)`: what a complaint is about, unless it is a whole section."""
+    return "" if isinstance(item["input"], dict) else f" (got {shortened.repr(item['input'])})"
+
+
+shortened = reprlib.Repr()
+shortened.maxstring = shortened.maxother = shortened.maxlong = 80
 
 
 def _explain(item: dict[str, Any]) -> str:
@@ -100,8 +162,9 @@ def _explain(item: dict[str, Any]) -> str:
     in_recipe = item["loc"][:2] == ("train", "saes") and len(item["loc"]) > 3  # its fourth part names the recipe
     where = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (in_recipe and i == 3))
     if item["type"] != "extra_forbidden":
-        return f"{where}: {item['msg'].removeprefix('Value error, ')}" + (
-            f" (got {item['input']!r})" if not isinstance(item["input"], dict) else "")
+        message = item["msg"].removeprefix("Value error, ").replace("String should match pattern '^[a-z0-9_]+$'",
+                                                                   "a name is made of a-z, 0-9 and _")
+        return f"{where}: {message}{got(item)}"
     known = sorted(recipe_model(item["loc"][3]).model_fields) if in_recipe else _known_keys(item["loc"][:-1])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
     return f"unknown key {where}" + (f", did you mean {close[0]}?" if close else f"; known: {', '.join(known)}")

@@ -9,21 +9,21 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Fraction, NonNegative, Positive, Section
+from sae_research.section import Above0, Fraction, Interval, Name, NonNegative, Positive, Section, Seed, Width
 
 
 class SAERecipe(Section):
     """What every recipe has."""
 
-    recipe: str
-    d_sae: Positive
-    hook_name: str | None = None
+    recipe: Name
+    d_sae: Width
+    hook_name: Name | None = None
     """Where in the model; null takes `train.hook_name`. All hooks of a run are read in one pass."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3.0e-3
+    learning_rate: Above0 = 3.0e-3
     """Adam's at its height: some ten times the literature's, because a run of minutes has some hundred steps."""
     init: Literal["data_rows", "random"] = "data_rows"
     """Decoder rows at the start: activations less their mean, or random directions."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    seed: Seed | None = None
     """Null takes `random_seed`. Entries that differ in name and seed alone are one recipe, and the report gives their
     mean and spread; the text and its order are the run's."""
 
@@ -60,6 +60,12 @@ class PAnnealRecipe(L1Recipe):
     queue_length: Positive = 10
     """Batches over which the coefficient is matched when p changes."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> PAnnealRecipe:
+        if self.anneal_start > self.anneal_end:
+            raise ValueError(f"anneal_start = {self.anneal_start} is above anneal_end = {self.anneal_end}")
+        return self
+
 
 class GatedRecipe(L1Recipe):
     recipe: Literal["gated", "gated_rajamanoharan"]
@@ -72,10 +78,12 @@ class HardConcreteRecipe(SAERecipe):
     """Weight of the expected L0."""
     aux_coefficient: NonNegative = 1.0
     """Of the gate's own reconstruction; `gated_hard_concrete` only."""
-    initial_beta: Annotated[float, Field(gt=0)] = 0.5
-    final_beta: Annotated[float, Field(gt=0)] | None = None
+    initial_beta: Above0 = 0.5
+    final_beta: Above0 | None = None
+    """Where `beta_annealing` ends; null: half of `initial_beta`, as in SAE-Interpretability's own sweep (1.0 to 0.5), which
+    has no default for it."""
     beta_annealing: bool = False
-    stretch: tuple[float, float] = (-0.1, 1.1)
+    stretch: Interval = (-0.1, 1.1)
     """Limits the concrete distribution is stretched to before clipping to [0, 1]."""
     input_dependent_gates: bool = True
     """False: one gate a latent, the same for every token; `hard_concrete` only."""
@@ -84,20 +92,31 @@ class HardConcreteRecipe(SAERecipe):
     def _sound(self) -> HardConcreteRecipe:
         if not (self.stretch[0] < 0 and self.stretch[1] > 1):
             raise ValueError(f"stretch must reach below 0 and above 1, or no gate ever closes or opens: {self.stretch}")
-        if self.beta_annealing and self.final_beta is None:
-            raise ValueError("beta_annealing needs final_beta")
         if self.recipe == "gated_hard_concrete" and not self.input_dependent_gates:
             raise ValueError("gated_hard_concrete has input-dependent gates by construction")
         return self
 
+    @property
+    def last_beta(self) -> float:
+        """Beta at the end of the run."""
+        if not self.beta_annealing:
+            return self.initial_beta
+        return self.initial_beta / 2 if self.final_beta is None else self.final_beta
+
 
 class JumpReLURecipe(SAERecipe):
     recipe: Literal["jump_relu"]
-    target_l0: Annotated[float, Field(gt=0)]
+    target_l0: Above0
     sparsity_coefficient: NonNegative = 1.0
-    bandwidth: Annotated[float, Field(gt=0)] = 0.05
+    bandwidth: Above0 = 0.05
     """Width of the window in which pre-activations move their threshold, in normalised activations."""
-    initial_threshold: Annotated[float, Field(gt=0)] = 0.02
+    initial_threshold: Above0 = 0.02
+
+    @model_validator(mode="after")
+    def _fits(self) -> JumpReLURecipe:
+        if self.target_l0 > self.d_sae:
+            raise ValueError(f"target_l0 = {self.target_l0:g} exceeds d_sae = {self.d_sae}")
+        return self
 
 
 class KRecipe(SAERecipe):
@@ -142,6 +161,12 @@ class MatchingPursuitRecipe(SAERecipe):
     recipe: Literal["matching_pursuit"]
     s: Positive
     """Greedy steps a token."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> MatchingPursuitRecipe:
+        if self.s > self.d_sae:
+            raise ValueError(f"s = {self.s} exceeds d_sae = {self.d_sae}")
+        return self
 
 
 AnyRecipe = (StandardRecipe | StandardNewRecipe | ReluRecipe | PAnnealRecipe | GatedRecipe | HardConcreteRecipe

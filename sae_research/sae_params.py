@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import ClassName, LocalName, Positive, Section
-from sae_research.store import SLUG
+from sae_research.section import Above1, ClassName, Count, FromOneSource, LocalName, Name, Positive, Section, Slug, Tokens
 
 
-class BaselineSAE(Section):
+class BaselineSAE(FromOneSource):
+    NEEDS: ClassVar = {"trained": (), "hub": ("repo_id", "filename"), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
+    may_be_left_out: ClassVar = frozenset({"source", "name", "repo_id", "filename", "release", "sae_id", "path"})
+
     source: Literal["trained", "hub", "sae_lens", "folder"] = "trained"
-    name: Annotated[str, Field(pattern=SLUG.pattern)] = "standard"
+    name: Slug = "standard"
     """The baseline's name in every table; with `source: trained`, also its folder in trained_saes/."""
-    repo_id: str | None = None
-    filename: str | None = None
-    release: str | None = None
-    sae_id: str | None = None
+    repo_id: Name | None = None
+    filename: Name | None = None
+    release: Name | None = None
+    sae_id: Name | None = None
     path: LocalName | None = None
-    hook_layer: Annotated[int, Field(ge=0)] = 8
-
-    @model_validator(mode="after")
-    def _needs(self) -> BaselineSAE:
-        needs = {"trained": (), "hub": ("repo_id", "filename"), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
-        for key in needs[self.source]:
-            if getattr(self, key) is None:
-                raise ValueError(f"source: {self.source} needs {key}")
-        return self
+    hook_layer: Count = 8
 
 
 class IHTP(Section):
     enabled: bool = True
     k_values: list[Positive] = [1, 2, 5, 10]
-    iterations: Annotated[int, Field(ge=0)] = 0
+    iterations: Count = 0
     """Rounds of choosing again by what the fit leaves, at most; 0 keeps the first choice."""
 
 
@@ -43,12 +38,12 @@ class MPSAE(Section):
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A token stops once its residual norm is at most this share of its own; 0 never does."""
     gram_dtype: Literal["float32", "bfloat16"] = "float32"
-    refresh: Annotated[int, Field(ge=0)] = 0
+    refresh: Count = 0
     """Steps after which correlations are computed afresh, for bfloat16; 0 never."""
 
 
 class OMP(Section):
-    enabled: bool = False
+    enabled: bool = True
     s_values: list[Positive] = [10]
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -56,7 +51,7 @@ class OMP(Section):
 class TopKRefit(Section):
     enabled: bool = False
     k_values: list[Positive] = [10, 50]
-    iterations: Annotated[int, Field(ge=0)] = 0
+    iterations: Count = 0
 
 
 class NonNegativeMPSAE(MPSAE):
@@ -65,6 +60,7 @@ class NonNegativeMPSAE(MPSAE):
 
 
 class NonNegativeOMP(OMP):
+    enabled: bool = False
     s_values: list[Positive] = [10, 50]
 
 
@@ -80,20 +76,25 @@ class Variants(Section):
 
 
 class Comparison(Section):
-    trained: list[str] = []
+    trained: list[Name] = ["topk"]
     """Names in trained_saes/."""
     folders: list[LocalName] = []
     """Local SAE folders or globs."""
     python: list[ClassName] = []
     """Classes of one's own, `custom_saes.my_module:MySAE`."""
-    sae_regex_pattern: str | None = None
+    sae_regex_pattern: Name | None = None
     """Pattern for SAELens releases; goes with `sae_block_pattern`."""
-    sae_block_pattern: str | None = None
+    sae_block_pattern: Name | None = None
 
     @model_validator(mode="after")
     def _pair(self) -> Comparison:
         if (self.sae_regex_pattern is None) != (self.sae_block_pattern is None):
             raise ValueError("sae_regex_pattern and sae_block_pattern go together")
+        for key in ("sae_regex_pattern", "sae_block_pattern"):
+            try:
+                re.compile(getattr(self, key) or "")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{key}: not a regular expression: {error}") from None
         return self
 
 
@@ -105,8 +106,8 @@ class Controls(Section):
 
 
 class Preflight(Section):
-    tokens: Positive = 1024
-    max_norm_ratio: Annotated[float, Field(gt=1)] = 3.0
+    tokens: Tokens = 1024
+    max_norm_ratio: Above1 = 3.0
     """Stop when activations are this many times larger or smaller than the SAE's card says."""
-    min_variance_explained: float | None = None
+    min_variance_explained: Annotated[float, Field(ge=-1_000, le=1)] | None = None
     """Stop when the baseline explains less than this; null only reports."""

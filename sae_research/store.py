@@ -5,7 +5,6 @@ No torch here: the reporting stages import this module and must start in a fract
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_research.errors import NotApplicable, UserError
+from sae_research.folders import TEMPORARY
 
 STATUS_FILE = "_status.json"
 RESULT_SUFFIX = "_eval_results.json"
-SLUG = re.compile(r"^[a-z0-9_]+$")
+SLUG = re.compile(r"^[a-z0-9_]{1,150}$")
+"""Names of SAEs: files are called by them, and by what variants and evaluations add; file systems take 255 bytes."""
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -55,27 +56,22 @@ def file_sha256(path: Path) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: into a temporary neighbour first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file whole or not at all: into a temporary neighbour first (`.*.tmp`, which Git and DVC ignore), then
+    renamed. Raises `OSError` that names `path`."""
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def keep_first(temporary: Path, folder: Path) -> None:
-    """Move a finished folder into place; where another process was faster, its equal folder stays."""
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
             raise
-        shutil.rmtree(temporary)
+    except OSError as error:  # of a write to an open file it names none, of a rename the temporary one
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -240,17 +236,16 @@ class StageFolder:
 
 
 @contextmanager
-def stage_folder(path: str | Path, enabled: bool = True) -> Iterator[StageFolder | None]:
-    """Open an evaluation's output folder, emptied; `_status.json` tells at any moment how far it got.
+def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -> Iterator[StageFolder | None]:
+    """Open an evaluation's output folder; `_status.json` tells at any moment how far it got. A stage's folder is emptied: it
+    holds the stage's output and nothing else. In a user's folder (`emptied=False`) only earlier results and status go.
 
     Yields None when the evaluation is disabled. `NotApplicable` ends it with that status and without an error. On
     any other error the status becomes `failed`, with the message, and the error goes on: the stage exits with 1 and
     what was finished stays in the result cache.
     """
     folder = Path(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    _make_room(folder, emptied)
     stage = StageFolder(folder)
     if not enabled:
         stage.set_status("disabled", "switched off in params.yaml (eval_types)")
@@ -267,6 +262,18 @@ def stage_folder(path: str | Path, enabled: bool = True) -> Iterator[StageFolder
         stage.set_status("failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
         raise
     stage.set_status("ok")
+
+
+def _make_room(folder: Path, emptied: bool) -> None:
+    if emptied and folder.is_dir():
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: a file stands where this folder, or one above it, belongs") from None
+    for file in (*folder.glob(f"*{RESULT_SUFFIX}"), folder / STATUS_FILE):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Fraction, LocalName, Positive, Section
+from sae_research.section import (
+    Above0,
+    Above1,
+    Count,
+    Fraction,
+    FromOneSource,
+    Interval,
+    LocalName,
+    Name,
+    Positive,
+    Real,
+    Section,
+    Tokens,
+)
 
 Control = Literal["self", "perturbed"]
 
 
-class TransferSAE(Section):
+class TransferSAE(FromOneSource):
     """An SAE by where it comes from."""
+
+    NEEDS: ClassVar = {"prepared": (), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
+    may_be_left_out: ClassVar = frozenset({"source", "name", "release", "sae_id", "path"})
 
     source: Literal["prepared", "sae_lens", "folder"] = "prepared"
     """`prepared`: a folder of downloaded_saes/; `sae_lens`: a release and id; `folder`: a path."""
-    name: str = "standard"
-    release: str | None = None
-    sae_id: str | None = None
+    name: Name = "standard"
+    release: Name | None = None
+    sae_id: Name | None = None
     path: LocalName | None = None
-
-    @model_validator(mode="after")
-    def _needs(self) -> TransferSAE:
-        for key in {"prepared": (), "sae_lens": ("release", "sae_id"), "folder": ("path",)}[self.source]:
-            if getattr(self, key) is None:
-                raise ValueError(f"source: {self.source} needs {key}")
-        return self
 
 
 class OwnFinetune(Section):
     """How the stage finetunes the base model where `finetuned_model` is null."""
 
-    source: str | None = "code"
+    source: Name | None = "code"
     """One source of the text (packaged: `sae_research/text/corpus.py` lists them); null takes all."""
     steps: Positive = 20
     batch_size: Positive = 4
     """Contexts per optimiser step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3.0e-4
+    learning_rate: Above0 = 3.0e-4
     train_layers: Positive | None = None
     """Layers from the first on that are trained; null trains those up to the SAE's hook."""
     moved_tokens: Positive = 1024
@@ -49,15 +58,15 @@ class Outliers(Section):
     models, as in the published comparison."""
 
     rule: Literal["median", "relative", "absolute", "none"] = "median"
-    median_multiple: Annotated[float, Field(gt=1)] = 3.0
+    median_multiple: Above1 = 3.0
     """Times the base model's median norm: the mean of `relative` is raised by the very outliers it should find."""
-    relative_multiple: Annotated[float, Field(gt=1)] = 2.0
+    relative_multiple: Above1 = 2.0
     """Times the base model's mean norm, where `config_file` holds none of the model's own."""
-    absolute_threshold: Annotated[float, Field(gt=0)] | None = None
+    absolute_threshold: Above0 | None = None
     """A norm; null takes the model's from `config_file`."""
     config_file: LocalName = "outlier_cfg.json"
     """Known models' scales, multiples and thresholds."""
-    listed: Annotated[int, Field(ge=0)] = 40
+    listed: Count = 40
     """Outlier tokens written down, those of largest norm."""
 
 
@@ -66,9 +75,9 @@ class Sampling(Section):
 
     dense: Positive = 1000
     dead: Positive = 100
-    dense_interval: tuple[float, float] = (-5.0, -1.0)
+    dense_interval: Interval = (-5.0, -1.0)
     """log10 of the density in both models."""
-    dead_below: float = -8.0
+    dead_below: Real = -8.0
     """log10 of the density."""
 
     @model_validator(mode="after")
@@ -82,19 +91,19 @@ class Repair(Section):
     """A short finetune of the base SAE on the other model's activations."""
 
     enabled: bool = True
-    tokens: Positive = 16_384
+    tokens: Tokens = 16_384
     """Read by the finetuned model, from text that SAEs are trained on; the same number by the base model, as a control."""
     held_out_tokens: Positive = 4096
     batch_size: Positive = 256
-    learning_rate: Annotated[float, Field(gt=0)] = 3.0e-4
+    learning_rate: Above0 = 3.0e-4
 
 
 class Controls(Section):
     names: list[Control] = ["self", "perturbed"]
     """`self`: the base model against itself; `perturbed`: against itself with noise on every weight up to the hook."""
-    tokens: Positive = 4096
+    tokens: Tokens = 4096
     patched_tokens: Positive = 512
-    noise: Annotated[float, Field(gt=0)] = 0.5
+    noise: Above0 = 0.5
     """Standard deviation of the noise over that of the tensor's own weights."""
 
 
@@ -115,14 +124,14 @@ class Transfer(Section):
     sae: TransferSAE = TransferSAE()
     finetuned_sae: TransferSAE | None = None
     """The finetuned model's own, for the reverse direction."""
-    hooks: list[str] = ["blocks.2.hook_resid_post", "blocks.5.hook_resid_post"]
+    hooks: list[Name] = ["blocks.2.hook_resid_post", "blocks.5.hook_resid_post"]
     """Where activations are compared besides the SAE's own hook; deeper ones cost a longer pass."""
     dataset: LocalName | None = None
     """As `text.dataset`; null takes the text the SAE was trained on where it is known, else `text.dataset`."""
-    column_name: str = "text"
-    context_size: Annotated[int, Field(ge=8)] | None = None
+    column_name: Name = "text"
+    context_size: Annotated[Positive, Field(ge=8)] | None = None
     """null takes the SAE's own."""
-    tokens: Positive = 131_072
+    tokens: Tokens = 131_072
     """For all statistics."""
     patched_tokens: Positive = 16_384
     """For losses with the reconstruction in place."""

@@ -6,29 +6,37 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML, YAMLError
 
-from sae_research.section import Section
+from sae_research.errors import UserError
+from sae_research.section import Name, Section, Whole
+from sae_research.yaml_files import read_mapping
+
+Inches = Annotated[float, Field(gt=1, le=60)]
 
 
 class Style(Section):
-    marker: str
-    color: str
+    marker: Name
+    color: Name
 
 
 class Visualization(Section):
-    dpi: Annotated[int, Field(ge=30, le=600)] = 110
-    width_inches: Annotated[float, Field(gt=1)] = 7.0
-    height_inches: Annotated[float, Field(gt=1)] = 4.6
-    architectures: dict[str, Style] = {}
+    dpi: Annotated[Whole, Field(ge=30, le=600)] = 110
+    width_inches: Inches = 7.0
+    height_inches: Inches = 4.6
+    architectures: dict[Name, Style] = {}
 
 
 def load_visualization(path: str | Path = "params.yaml") -> Visualization:
     """The section alone: building every section's checks would take longer than half the drawing. Raises `UserError` as
     `load_params` does."""
     try:
-        return Visualization.model_validate(YAML(typ="safe").load(Path(path).read_text())["visualization"])
-    except (OSError, YAMLError, TypeError, KeyError, ValidationError):
+        values = read_mapping(path)["visualization"]
+        section = Visualization.model_validate(values)
+        whole = not Visualization.left_out(values)
+    except (UserError, KeyError, ValidationError):
+        whole = False
+    if not whole:
         from sae_research.params import load_params  # it says what is wrong, or fills in defaults
 
         return load_params(path).visualization
+    return section

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.experiments.demo import main
+
+
+def main() -> int:
+    from sae_research.experiments.demo import main as demo
+
+    return demo()
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -10,12 +10,13 @@ import argparse
 from pathlib import Path
 
 from sae_research.errors import run_main
-from sae_research.reporting.extract import aggregate, extract
-from sae_research.reporting.metrics import EVALS
-from sae_research.reporting.transfer_metrics import extract_transfer
 
 
 def main() -> None:
+    from sae_research.reporting.extract import aggregate, extract
+    from sae_research.reporting.metrics import EVALS
+    from sae_research.reporting.transfer_metrics import extract_transfer
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.reporting.report import write_report
-from sae_research.reporting.run import read_run
-from sae_research.reporting.tables import write_results_csv
 
 
 def main() -> None:
+    from sae_research.reporting.report import write_report
+    from sae_research.reporting.run import read_run
+    from sae_research.reporting.tables import write_results_csv
+
     run = read_run()
     write_report(run)
     write_results_csv(run)

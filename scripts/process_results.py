@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.reporting.merge import merge
 
 
 def main() -> None:
+    from sae_research.reporting.merge import merge
+
     print(f"merged {len(merge())} SAEs")
 
 

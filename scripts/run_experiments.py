@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from sae_research.errors import run_main
-from sae_research.experiments.commands import main
+
+
+def main() -> int:
+    from sae_research.experiments.commands import main as commands
+
+    return commands("sweep")
+
 
 if __name__ == "__main__":
-    run_main(partial(main, "sweep"))
+    run_main(main)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.params import load_params
-from sae_research.setup import run_setup
 
 
 def main() -> None:
+    from sae_research.params import load_params
+    from sae_research.setup import run_setup
+
     run_setup(load_params())
 
 

@@ -6,12 +6,15 @@ python -m scripts.train_saes
 from __future__ import annotations
 
 from sae_research.errors import run_main
-from sae_research.params import load_params
-from sae_research.training.run import train
 
 
 def main() -> None:
-    train(load_params())
+    from sae_research.params import check_trained_names, load_params
+    from sae_research.training.run import train
+
+    params = load_params()
+    check_trained_names(params)
+    train(params, compared=True)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would
 gc.disable()  # a process of a second that only makes objects: looking through them again and again took a tenth of it
 
 from sae_research.errors import run_main  # noqa: E402
-from sae_research.reporting.figures import draw_all  # noqa: E402
-from sae_research.reporting.plot_data import write_plot_data  # noqa: E402
-from sae_research.reporting.run import read_run  # noqa: E402
-from sae_research.reporting.transfer_figures import draw_transfer  # noqa: E402
-from sae_research.visualization_params import load_visualization  # noqa: E402
 
 
 def main() -> None:
+    from sae_research.reporting.figures import draw_all
+    from sae_research.reporting.plot_data import write_plot_data
+    from sae_research.reporting.run import read_run
+    from sae_research.reporting.transfer_figures import draw_transfer
+    from sae_research.visualization_params import load_visualization
+
     style = load_visualization()
     run = read_run()
     write_plot_data(run)

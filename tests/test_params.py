@@ -40,13 +40,13 @@ def test_the_committed_file_names_every_section_and_key() -> None:
     ("comparison_saes: {sae_regex_pattern: x}", "go together"),
     ("controls: {names: [unknown]}", r"controls\.names"),
     ("model: [", "not valid YAML"),
-    ("just text", "expected sections"),
+    ("just text", "expected keys and values"),
 ])
 def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        load_params(path)
+        load_params(path, partial=True)
     assert "\n" not in str(caught.value)
 
 
@@ -57,7 +57,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("controls: {pca_components: 6_4}\npreflight: {max_norm_ratio: 1e1}\n")
-    params = load_params(tmp_path / "params.yaml")
+    params = load_params(tmp_path / "params.yaml", partial=True)
     assert params.controls.pca_components == 64
     assert params.preflight.max_norm_ratio == 10
 
@@ -70,11 +70,14 @@ def test_unknown_preset_names_the_known(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_drawing_stage_reads_its_section_as_the_others_do(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text("visualization: {dpi: 72}\n")
+    whole = (ROOT / "params.yaml").read_text()
+    path.write_text(whole.replace("dpi: 110", "dpi: 72"))
     assert load_visualization(path) == load_params(path).visualization
-    path.write_text("random_seed: 1\n")
-    assert load_visualization(path) == load_params(path).visualization
-    path.write_text("visualization: {dpii: 72}\n")
+    assert load_visualization(path).dpi == 72
+    path.write_text(whole.replace("  dpi: 110", "  dpii: 72"))
+    with pytest.raises(UserError, match=r"ends within the section visualization, without visualization\.dpi"):
+        load_visualization(path)
+    path.write_text(whole.replace("  dpi: 110", "  dpi: 110\n  dpii: 72"))
     with pytest.raises(UserError, match=r"unknown key visualization\.dpii, did you mean dpi\?"):
         load_visualization(path)
     with pytest.raises(UserError, match="no such file"):

@@ -27,7 +27,7 @@ CONFIGS = {name: {"recipe": name, "d_sae": 64, **own} for name, own in _OWN.item
 
 def recipe_of(cls: type, d_in: int, rows: torch.Tensor, seed: int = 0, **config: Any) -> Any:
     """An initialised recipe."""
-    recipe = cls(d_in, TypeAdapter(TrainedSAE).validate_python(config), Train())
+    recipe = cls(d_in, TypeAdapter(TrainedSAE).validate_python(config), Train(precision="float32"))
     recipe.initialise(rows, torch.Generator().manual_seed(seed))
     return recipe
 

@@ -28,7 +28,8 @@ from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
 from sae_research.lm import Batch, LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, encode_each, families
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.guard import Family, Guard, check_finite
 from sae_research.stats import (
     CleanPredictions,
     ReconstructionStats,
@@ -88,17 +89,19 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     tokens: [contexts, seq], by default the core_eval split of the configured text, from all over which the contexts for
     predictions are taken. The first `n_eval_reconstruction_batches` batches serve predictions, the next
     `n_eval_sparsity_variance_batches` serve sparsity and variance, as SAE Bench has it. `lab=False` leaves our own
-    definitions out, for timings against stock at equal work. Raises `UserError` for text that runs out or an encoder
-    that fails.
+    definitions out, for timings against stock at equal work. An SAE that fails is skipped with its reason; without a
+    `stage` to list it in, its error is raised. Raises `UserError` for text that runs out.
     """
+    guard = Guard(stage.skip if stage else None)
     text = _text(lm, params, tokens)
     for hook, members in by_hook(saes).items():
         group = _Group(lm, hook, members, text, params, lab)
         keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
-        sparsity = _sparsity(group, keys)
-        prediction = _predictions(group, keys)
-        for name, sae in members.items():
-            yield name, _result(name, sae, group, sparsity[name], prediction[name])
+        sparsity = _sparsity(group, keys, guard)
+        prediction = _predictions(group, keys, guard)
+        for name, sae in guard.left(members).items():
+            with guard.on(name):
+                yield name, _result(name, sae, group, sparsity[name], prediction[name])
 
 
 def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
@@ -122,19 +125,23 @@ def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text,
 
 # --- sparsity and variance -------------------------------------------------------------------
 
-def _sparsity(group: _Group, keys: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Any]:
     """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
+    def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, done in _sparsity_of(family, group).items():
+            with guard.on(name):
+                check_finite(done)
+                cache.put(keys[name], done)
+                yield name, done
+
     cache = ResultCache("core_sparsity")
     found = {name: cache.get(keys[name]) for name in group.saes}
     missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
     with tqdm(total=len(missing), desc="sparsity and variance", unit="SAE", dynamic_ncols=True,
               disable=not missing) as bar:
-        for names in families(missing):
-            done = _sparsity_of({name: missing[name] for name in names}, group)
-            for name in names:
-                cache.put(keys[name], done[name])
-            found |= done
-            bar.update(len(names))
+        for name, done in guard.each(missing, score):
+            found[name] = done
+            bar.update()
     return found
 
 
@@ -221,7 +228,7 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
 
 # --- predictions -----------------------------------------------------------------------------
 
-def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, Sums]:
+def _predictions(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Sums]:
     """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
     cache = ResultCache("core_predictions")
     totals: dict[str, Sums] = {name: {} for name in group.saes}
@@ -230,19 +237,19 @@ def _predictions(group: _Group, keys: dict[str, str]) -> dict[str, Sums]:
     with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
               dynamic_ncols=True) as bar:
         for number, index in enumerate(batches):
-            found = {name: cache.get(f"{keys[name]}-{number}") for name in group.saes}
-            missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
+            found = {name: cache.get(f"{keys[name]}-{number}") for name in guard.left(group.saes)}
+            missing = {name: group.saes[name] for name in found if found[name] is None}
             bar.update(len(group.saes) - len(missing))
             if missing:
                 batch = group.pool.batch(index)
                 if ablation is None:
                     ablation = _Ablation(_zero_logits(group, batch), group.mean_activation)
-                for name, sums in _predict_batch(group, missing, batch, ablation):
+                for name, sums in _predict_batch(group, missing, batch, ablation, guard):
                     cache.put(f"{keys[name]}-{number}", sums)
                     found[name] = sums
                     bar.update()
-            for name, sums in found.items():
-                for key, value in sums.items():
+            for name in guard.left(found):
+                for key, value in found[name].items():
                     totals[name][key] = np.add(totals[name].get(key, 0.0), value).tolist()
     return totals
 
@@ -263,8 +270,8 @@ def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Batch,
-                   ablation: _Ablation) -> Iterator[tuple[str, Sums]]:
+def _predict_batch(group: _Group, saes: Family, batch: Batch, ablation: _Ablation,
+                   guard: Guard) -> Iterator[tuple[str, Sums]]:
     """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
     lm, x, tokens = group.lm, batch.acts, batch.tokens
     lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
@@ -280,14 +287,19 @@ def _predict_batch(group: _Group, saes: dict[str, SparseAutoencoder], batch: Bat
         runs = {"zero": run(torch.where(kept, 0.0, x)), "clean": (clean.ce, None),
                 "mean": run(torch.where(kept, ablation.mean_D, x))}
         shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
-    for name, z_all, z_lab in _encodings(saes, x, lab_mask if group.lab else None):
-        sae = saes[name]
-        x_hat = sae.decode(z_all)
-        sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
-        if z_lab is not None:
-            patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
-            sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
-        yield name, sums
+
+    def score(family: Family) -> Iterator[tuple[str, Sums]]:
+        for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
+            sae = family[name]
+            x_hat = sae.decode(z_all)
+            sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
+            if z_lab is not None:
+                patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
+                sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
+            check_finite(sums)
+            yield name, sums
+
+    yield from guard.each(saes, score)
 
 
 def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:

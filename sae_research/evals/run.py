@@ -67,8 +67,13 @@ def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str,
 
 
 def _write(stage: StageFolder, results: Iterator[tuple[str, dict[str, Any]]]) -> None:
+    from sae_research.saes.guard import Guard
+
+    guard, written = Guard(stage.skip), False
     for name, result in results:
-        stage.write_result(name, result)
-    if not any(stage.folder.glob("*_eval_results.json")):
+        with guard.on(name):
+            stage.write_result(name, result)
+            written = True
+    if not written:
         raise UserError(f"{stage.folder}: no SAE could be evaluated: " + "; ".join(
             f"{what}: {why}" for what, why in stage.skipped.items()))

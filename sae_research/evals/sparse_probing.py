@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_research.errors import UserError
 from sae_research.evals import output
 from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.evals.probes import (
@@ -31,7 +32,8 @@ from sae_research.evals.text_means import Means, TextActivations, text_numbers, 
 from sae_research.intervals import accuracy, interval, packed, unpacked
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.tasks import Task
 
@@ -55,8 +57,9 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingEvalOutput` in plain data.
 
-    A task with too few texts is skipped with its reason. Raises `UserError` when no task is left.
+    A task with too few texts and an SAE that fails are skipped with their reason. Raises `UserError` when no task is left.
     """
+    guard = Guard(stage.skip)
     texts = _load(lm, params, stage)
     stage.notes["tasks"] = texts.notes
     for hook, members in by_hook(saes).items():
@@ -71,13 +74,21 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
                 raw = _accuracies(group.raw_means(), texts, params, "llm")
                 cache.put(raw_key, raw)
             with tqdm(total=len(missing), desc="encode and probe", unit="SAE", dynamic_ncols=True) as bar:
-                for names in families(missing):
-                    for name, means in group.latent_means({n: missing[n] for n in names}):
-                        found[name] = _accuracies(means, texts, params, "sae")
-                        cache.put(keys[name], found[name])
-                        bar.update()
-        for name, sae in members.items():
-            yield name, _result(name, sae, lm, params, texts, raw, found[name])
+                def score(family: Family, group: TextActivations = group) -> Iterator[tuple[str, dict[str, Any]]]:
+                    for name, means in group.latent_means(family):
+                        with guard.on(name):
+                            if not means.lab.any():
+                                raise UserError(f"it fires on none of the {len(means.lab):,} texts")
+                            yield name, _accuracies(means, texts, params, "sae")
+
+                for name, accuracies in guard.each(missing, score):
+                    with guard.on(name):
+                        cache.put(keys[name], accuracies)
+                        found[name] = accuracies
+                    bar.update()
+        for name, sae in guard.left(members).items():
+            with guard.on(name):
+                yield name, _result(name, sae, lm, params, texts, raw, found[name])
 
 
 def _inputs(params: Params, texts: _Texts) -> list[Any]:

@@ -8,27 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
 
 from sae_research.errors import UserError
 from sae_research.params import Params
+from sae_research.yaml_files import parse
 
 Values = dict[str, Any]
 PARAMS = Path("params.yaml")
-
-
-def read_yaml(path: str | Path) -> Values:
-    """A mapping from a YAML 1.2 file (`1e-4` is a number). Raises `UserError` when it is missing, damaged or none."""
-    path = Path(path)
-    try:
-        values = YAML(typ="safe").load(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, found {'nothing' if values is None else type(values).__name__}")
-    return values
 
 
 def write_yaml(path: Path, values: Values) -> None:
@@ -94,10 +81,7 @@ def parse_overrides(lines: Iterable[str]) -> Values:
         key, sign, value = line.partition("=")
         if not (sign and key):
             raise UserError(f"{line!r}: expected KEY=VALUE, such as saes.sparsity_coeff=0.03")
-        try:
-            overrides[key.removeprefix("--")] = YAML(typ="safe").load(value)
-        except YAMLError:
-            raise UserError(f"{line!r}: the value is not valid YAML") from None
+        overrides[key.removeprefix("--")] = parse(value, line)
     return overrides
 
 

@@ -16,6 +16,8 @@ from sae_research.params import Params, check_params
 from sae_research.store import slugify
 
 LIMIT_KEY = "max_experiments"
+MOST_POINTS = 2_000
+"""Combinations that are worked out unless a limit says how many are meant: each is a whole set of parameters."""
 _SHARED = {"train.learning_rate": "learning_rate", "train.hook_name": "hook_name"}
 """Settings of the run that an SAE may have of its own."""
 _IDLE = {key for key, text in NOTES.items() if text.startswith(("changes no result", "not used"))} | {
@@ -63,7 +65,7 @@ def expand(base: Values, sweep: Values, params_yaml: Values, changes: Changes, m
     """
     sweep = dict(sweep)
     file_limit = sweep.pop(LIMIT_KEY, None)
-    if file_limit is not None and not (isinstance(file_limit, int) and file_limit > 0):
+    if file_limit is not None and (not isinstance(file_limit, int) or isinstance(file_limit, bool) or file_limit < 1):
         raise UserError(f"{where[1]}: {LIMIT_KEY} must be a whole number above 0, got {file_limit!r}")
     ours = not base or names_sections(base)
     if ours:
@@ -76,6 +78,9 @@ def expand(base: Values, sweep: Values, params_yaml: Values, changes: Changes, m
             if getattr(changes, flag) is not None and len(axes.get(key, [])) > 1:
                 raise UserError(f"{where[1]}: {key} takes several values, --{flag} sets one for all; leave one of them out")
     total = math.prod(len(values) for values in axes.values())
+    if (wanted := min(total, limit or file_limit or total)) > (limit or file_limit or MOST_POINTS):
+        raise UserError(f"{where[1]}: {wanted:,} points, more than the {MOST_POINTS:,} that are worked out without asking; "
+                        f"shorten the lists, or set {LIMIT_KEY} there (or --limit) to the number you mean")
     chosen = [dict(zip(axes, values, strict=True))
               for values in itertools.islice(itertools.product(*axes.values()), limit or file_limit)]
     if ours:

@@ -12,6 +12,7 @@ from sae_research.errors import UserError
 from sae_research.experiments.config_files import Values, flatten, nearest, with_values
 from sae_research.experiments.grid import Point, checked, label
 from sae_research.params import EvalTypes, Params, check_params
+from sae_research.sae_params import BaselineSAE, Comparison
 from sae_research.store import fingerprint
 from sae_research.training.progress import OPERATIONAL
 
@@ -103,8 +104,8 @@ def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list
     values["train"] |= {"enabled": True, "saes": saes}
     baseline = values.get("baseline_sae", {})
     if not (baseline.get("source", "trained") == "trained" and baseline.get("name") in saes):
-        values["baseline_sae"] = {**baseline, "source": "trained", "name": next(iter(saes))}
-    values["comparison_saes"] = {"trained": ["all"]}
+        values["baseline_sae"] = {**baseline, **BaselineSAE.only("trained", name=next(iter(saes)))}
+    values["comparison_saes"] = Comparison(trained=["all"]).model_dump()
     variants = values.get("sae_variants", {})
     values["sae_variants"] = {name: {**section, "enabled": False} if isinstance(section, dict) else section
                               for name, section in variants.items()}

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from sae_research.errors import UserError
 from sae_research.experiments import sweep
-from sae_research.experiments.config_files import PARAMS, read_yaml
+from sae_research.experiments.config_files import PARAMS
 from sae_research.experiments.devices import parse
 from sae_research.experiments.grid import expand
 from sae_research.experiments.jobs import Job, make_jobs
 from sae_research.experiments.single import scales_over
 from sae_research.experiments.translate import Changes
 from sae_research.experiments.wandb_sweep import write_wandb_sweep
+from sae_research.params import read_params
 from sae_research.store import project_root
+from sae_research.yaml_files import read_mapping
 
 
 def carry_out(options: argparse.Namespace, changes: Changes) -> int:
@@ -25,12 +27,12 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         if (number := getattr(options, flag)) is not None and number < 1:
             raise UserError(f"--{flag} must be above 0")
     root = project_root()
-    params_yaml = read_yaml(root / PARAMS)
+    params_yaml = read_params(root / PARAMS)
     name = re.sub(r"[^a-zA-Z0-9_-]+", "-", options.name or options.sweep_config.stem).strip("-") or "sweep"
-    base = read_yaml(options.base_config) if options.base_config else {}
+    base = read_mapping(options.base_config) if options.base_config else {}
     where = (str(options.base_config or PARAMS), str(options.sweep_config))
     slots = parse(options.devices)[:1 if options.sequential else None]
-    grid = expand(base, read_yaml(options.sweep_config), params_yaml, changes,
+    grid = expand(base, read_mapping(options.sweep_config), params_yaml, changes,
                   scales_over(params_yaml, slots[0].device), options.limit, where)
     for line in grid.notes:
         print(f"note: {line}")

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from sae_research.errors import UserError
 from sae_research.experiments.config_files import Values, flatten, nearest, with_values
-from sae_research.section import NonNegative, Positive, Section
+from sae_research.params import explained, got
+from sae_research.section import Above0, Count, Fraction, Interval, Name, NonNegative, Positive, Section, Seed
 
 SAEType = Literal["relu", "gated", "hard_concrete", "gated_hard_concrete"]
 OWN_KEYS: dict[str, frozenset[str]] = {
@@ -32,9 +33,9 @@ ALIASES = {"learning_rate": "lr", "dict_size_ratio": "dict_size_to_input_ratio",
 
 
 class Data(Section):
-    dataset_name: str
-    tokenizer_name: str | None = None
-    context_length: Annotated[int, Field(ge=8)] = 256
+    dataset_name: Name
+    tokenizer_name: Name | None = None
+    context_length: Annotated[Positive, Field(ge=8)] = 256
     n_train_samples: Positive
     """Contexts of `context_length` tokens, as all samples are."""
     n_eval_samples: Positive | None = None
@@ -42,27 +43,27 @@ class Data(Section):
     """Samples of one pass of the language model."""
     eval_batch_size: Positive | None = None
     streaming: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     is_tokenized: bool = True
-    column_name: str = "input_ids"
-    split: str = "train"
+    column_name: Name = "input_ids"
+    split: Name = "train"
 
 
 class SAEs(Section):
-    name: str | None = None
+    name: Name | None = None
     sae_type: SAEType
-    dict_size_to_input_ratio: Annotated[float, Field(gt=0)] = 1.0
+    dict_size_to_input_ratio: Above0 = 1.0
     pretrained_sae_paths: Any = None
     retrain_saes: bool = False
-    sae_positions: Annotated[list[str], Field(min_length=1)]
+    sae_positions: Annotated[list[Name], Field(min_length=1)]
     init_decoder_orthogonal: bool | None = None
     sparsity_coeff: NonNegative
-    mse_coeff: Annotated[float, Field(gt=0)] = 1.0
+    mse_coeff: Above0 = 1.0
     aux_coeff: NonNegative = 1.0
-    initial_beta: Annotated[float, Field(gt=0)] = 0.5
-    final_beta: Annotated[float, Field(gt=0)] | None = None
+    initial_beta: Above0 = 0.5
+    final_beta: Above0 | None = None
     beta_annealing: bool = False
-    hard_concrete_stretch_limits: tuple[float, float] = (-0.1, 1.1)
+    hard_concrete_stretch_limits: Interval = (-0.1, 1.1)
     input_dependent_gates: bool = True
 
     @field_validator("sae_positions", mode="before")
@@ -72,22 +73,22 @@ class SAEs(Section):
 
 
 class Config(Section):
-    wandb_project: str | None = None
-    wandb_run_name: str | None = None
-    wandb_tags: list[str] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    tlens_model_name: str | None = None
-    tlens_model_path: str | None = None
-    save_dir: str | None = None
+    wandb_project: Name | None = None
+    wandb_run_name: Name | None = None
+    wandb_tags: list[Name] | None = None
+    seed: Seed = 0
+    tlens_model_name: Name | None = None
+    tlens_model_path: Name | None = None
+    save_dir: Name | None = None
     save_every_n_samples: Positive | None = None
     eval_every_n_samples: Positive | None = None
     gradient_accumulation_steps: Positive = 1
-    lr: Annotated[float, Field(gt=0)]
+    lr: Above0
     lr_schedule: Literal["cosine", "linear"] = "cosine"
-    min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    warmup_samples: Annotated[int, Field(ge=0)] = 0
-    cooldown_samples: Annotated[int, Field(ge=0)] = 0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    min_lr_factor: Fraction = 0.1
+    warmup_samples: Count = 0
+    cooldown_samples: Count = 0
+    max_grad_norm: Above0 | None = None
     log_every_n_grad_steps: Positive = 20
     data: Data
     saes: SAEs
@@ -136,14 +137,16 @@ def parse(values: Values, where: str) -> Config:
     try:
         config = Config.model_validate(nested)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-                 + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})") for item in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
+        raise UserError(f"{where}: {explained(error, _explain)}") from None
     for key in sorted(foreign_keys(nested["saes"], config.saes.sae_type)):
         raise UserError(f"{where}: saes.{key} is no setting of {config.saes.sae_type}")
     if (config.tlens_model_name is None) == (config.tlens_model_path is None):
         raise UserError(f"{where}: give one of tlens_model_name and tlens_model_path")
     return config
+
+
+def _explain(item: dict[str, Any]) -> str:
+    return f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].removeprefix('Value error, ')}{got(item)}"
 
 
 def foreign_keys(keys: Iterable[str], sae_type: str) -> set[str]:

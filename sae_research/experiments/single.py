@@ -16,16 +16,16 @@ from sae_research.experiments.config_files import (
     flatten,
     names_sections,
     over,
-    read_yaml,
     with_values,
     write_yaml,
 )
 from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.scaling import Scale, measure
 from sae_research.experiments.translate import Changes, Measure, translate
-from sae_research.params import Params, check_params
+from sae_research.params import Params, check_params, read_params
 from sae_research.store import fingerprint
 from sae_research.training.progress import progress_path
+from sae_research.yaml_files import read_mapping
 
 SAES = "trained_saes"
 
@@ -48,7 +48,7 @@ def understand(path: Path, overrides: Values, changes: Changes, params_yaml: Val
 
     Raises `UserError` for what the file may not say.
     """
-    where, values = str(path), read_yaml(path)
+    where, values = str(path), read_mapping(path)
     notes: list[str] = []
     save_dir = None
     if names_sections(values):
@@ -96,7 +96,7 @@ def run_one(path: Path, overrides: Values, changes: Changes, device: str | None,
 
     The same file gives the same folder; an interrupted run goes on where it stopped.
     """
-    params_yaml = read_yaml(PARAMS)
+    params_yaml = read_params(PARAMS)
     understood = understand(path, overrides, changes, params_yaml, device, scales_over(params_yaml, device))
     folder = Path(output_dir or understood.save_dir or "output") / understood.name
     for line in understood.notes:

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from ruamel.yaml import YAML
 
 from sae_research.errors import Interrupted, UserError
 from sae_research.experiments import dvc_queue, processes
-from sae_research.experiments.config_files import PARAMS, Values, read_yaml, write_yaml
+from sae_research.experiments.config_files import PARAMS, Values, write_yaml
 from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.dvc_queue import DVCQueue, Entry, Experiment
 from sae_research.experiments.jobs import Job, sae_keys, set_params, without
-from sae_research.params import check_params
+from sae_research.params import check_params, read_params
 from sae_research.store import cache_dir, project_root, write_json, write_text
 from sae_research.training.progress import progress_path
+from sae_research.yaml_files import parse
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
 """What an experiment's figures depend on beside its parameters."""
@@ -71,7 +71,7 @@ def _figures(root: Path, experiment: Experiment) -> dict[str, Any]:
 def _keys(root: Path, experiment: Experiment) -> dict[str, str]:
     text = dvc_queue.file_at(root, experiment.revision, str(PARAMS))
     try:
-        return sae_keys(check_params(YAML(typ="safe").load(text or ""), experiment.name)) if text else {}
+        return sae_keys(check_params(parse(text, experiment.name), experiment.name)) if text else {}
     except UserError:  # made when params.yaml had other keys
         return {}
 
@@ -108,7 +108,7 @@ class Runner:
         out of the queue: the same call goes on where this one ended."""
         with _only_one() as lock, _terminated_as_interrupted():
             self._tidy()
-            workspace = read_yaml(self.root / PARAMS)
+            workspace = read_params(self.root / PARAMS)
             try:
                 for slot in self.slots:
                     self.leases[slot] = Lease(slot, f"sweep {self.name} (process {os.getpid()})")

@@ -188,6 +188,10 @@ def _notes(config: Config, given: set[str], changes: Changes) -> list[str]:
         value = getattr(getattr(config, section), field) if section else getattr(config, field)
         if key in given and value not in (None, False):
             lines.append(f"{key}: {text}")
+    saes = config.saes
+    if saes.beta_annealing and saes.final_beta is None:
+        lines.append(f"saes.final_beta: not given: {saes.initial_beta / 2:g}, half of initial_beta, as in the sweep that "
+                     "SAE-Interpretability ships (1.0 to 0.5)")
     if config.lr_schedule == "cosine":
         lines.append("lr_schedule: cosine: a linear decay to 0 from the end of the warm-up on, in its place")
     if changes.model:

@@ -7,30 +7,34 @@
 | `blocks.L.hook_mlp_out`    | what the MLP adds to the stream |
 | `blocks.L.hook_attn_out`   | what attention adds to the stream |
 | `blocks.L.attn.hook_z`     | heads' outputs before the output projection, flattened [batch, seq, n_heads * d_head] |
+
+Where a layer's attention and MLP hand over what they add is `parts.py`'s to find and to check.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
 from sae_research.errors import UserError
+from sae_research.lm.parts import Parts
 
 _PATTERN = re.compile(r"^blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)$")
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
-_MLP_NAMES = ("mlp", "feed_forward", "ffn")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 class HookPoint(NamedTuple):
-    """Where a hook attaches: `module`'s input (`before`) or output."""
+    """Where a hook attaches: `module`'s input (`before`) or output, times `scale`."""
 
     layer: int
     kind: str
     module: nn.Module
     before: bool
+    scale: float = 1.0
 
 
 def parse_hook(name: str) -> tuple[int, str]:
@@ -50,8 +54,9 @@ def find_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def locate(layers: nn.ModuleList, name: str) -> HookPoint:
-    """The module a hook name stands for. Raises `UserError` when the model has no such layer or part."""
+def locate(layers: nn.ModuleList, name: str, parts: Callable[[int], Parts]) -> HookPoint:
+    """The module a hook name stands for. parts: gives what a layer's attention and MLP add to the stream. Raises
+    `UserError` when the model has no such layer or part."""
     index, kind = parse_hook(name)
     if index >= len(layers):
         raise UserError(f"hook {name}: the model has layers 0 to {len(layers) - 1}")
@@ -60,16 +65,16 @@ def locate(layers: nn.ModuleList, name: str) -> HookPoint:
         return HookPoint(index, kind, layer, True)
     if kind == "hook_resid_post":
         return HookPoint(index, kind, layer, False)
-    # Gemma-2 and its like normalise a part's output before adding it; the stream receives the normalised one.
-    normalised = hasattr(layer, "pre_feedforward_layernorm")
-    if kind == "hook_mlp_out":
-        module = layer.post_feedforward_layernorm if normalised else _part(layer, _MLP_NAMES, name)
-        return HookPoint(index, kind, module, False)
-    attention = _part(layer, _ATTENTION_NAMES, name)
     if kind == "attn.hook_z":
+        attention = _part(layer, _ATTENTION_NAMES, name)
         nested = getattr(attention, "attention", attention)  # GPT-Neo wraps its attention once more
         return HookPoint(index, kind, _part(nested, _PROJECTION_NAMES, name), True)
-    return HookPoint(index, kind, layer.post_attention_layernorm if normalised else attention, False)
+    found = parts(index)
+    part = found.attention if kind == "hook_attn_out" else found.mlp
+    if part is None:
+        raise UserError(f"hook {name}: layer {index} ({type(layer).__name__}) {found.problem}; use hook_resid_pre or "
+                        "hook_resid_post")
+    return HookPoint(index, kind, part.module, False, part.scale)
 
 
 def _part(module: nn.Module, names: tuple[str, ...], hook: str) -> nn.Module:

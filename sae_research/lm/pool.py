@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_research.folders import first_folder
 from sae_research.lm.continuation import Openings, continued
 from sae_research.lm.model import LanguageModel
 from sae_research.params import ActivationCaching
 from sae_research.sources import sources_fingerprint
-from sae_research.store import cache_dir, fingerprint, keep_first, prune, write_json
+from sae_research.store import cache_dir, fingerprint, prune, write_json
 
 _FILE = "activations.bin"
 
@@ -107,24 +107,18 @@ def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[T
          *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
         for hook in hooks}
     temporaries: dict[str, Path] = {}
-    try:
+    with ExitStack() as made:
         for hook, folder in folders.items():
             if folder.is_dir():
                 (folder / _FILE).touch()  # the most recently used stay when the cache is pruned
             else:
-                temporaries[hook] = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
+                temporaries[hook] = made.enter_context(first_folder(folder))
         flats = {hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+")
                  for hook, temporary in temporaries.items()}
         _fill(lm, rows, batch_size, flats, progress, openings)
         for hook, temporary in temporaries.items():
             write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
         flats.clear()
-        for hook, temporary in temporaries.items():
-            keep_first(temporary, folders[hook])
-    except BaseException:
-        for temporary in temporaries.values():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if temporaries:
         prune(root, caching.max_gb, keep=list(folders.values()))
     return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "r+") for hook, folder in folders.items()})

@@ -7,11 +7,11 @@ settings, and the order of the SAEs.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from sae_research.errors import UserError
+from sae_research.folders import replaced_folder
 from sae_research.reporting.extract import EXTRACTORS, lab_block
 from sae_research.reporting.metrics import EVALS
 from sae_research.store import read_json, read_results, read_status, round_significant, write_json
@@ -66,11 +66,10 @@ def merge(root: Path = Path(".")) -> list[str]:
 
 def _write_afresh(folder: Path, records: dict[str, Any], evaluations: dict[str, Any]) -> None:
     """Replace the folder: the file of an SAE that is gone must not survive."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    for sae, record in records.items():
-        write_json(folder / f"{sae}.json", record)
-    write_json(folder / EVALUATIONS_FILE, evaluations)
+    with replaced_folder(folder) as temporary:
+        for sae, record in records.items():
+            write_json(temporary / f"{sae}.json", record)
+        write_json(temporary / EVALUATIONS_FILE, evaluations)
 
 
 def _evaluation(sae: str, name: str, result: dict[str, Any] | None, status: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from sae_research.errors import UserError
+from sae_research.saes.identity import Unidentified, identity, own_data
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class SparseAutoencoder(nn.Module):
                    **{name: have[name].clone() for name in cls.tensor_names})
 
     def weights_fingerprint(self) -> str:
-        """SHA-256 over form, options and the bytes of every tensor."""
+        """SHA-256 over form, options and the bytes of every tensor; of a user's own class also over its attributes."""
         digest = hashlib.sha256(
             repr(
                 (
@@ -185,8 +188,22 @@ class SparseAutoencoder(nn.Module):
         for name in sorted(self.tensor_names):
             tensor = getattr(self, name).detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        if not type(self).__module__.startswith("sae_research."):
+            digest.update(self._attributes().encode())
         return digest.hexdigest()
+
+    def _attributes(self) -> str:
+        """What a user's class holds besides its tensors and options: in memory, nothing else tells two objects apart whose
+        `threshold` differs. What cannot be looked into is another thing at every call."""
+        inherited = {"cfg", "_modules", "_buffers", "_parameters"}
+        own = {name: value for name, value in vars(self).items() if name not in inherited}
+        tensors = {name: value for name, value in chain(self.named_parameters(), self.named_buffers())
+                   if name not in self.tensor_names}
+        try:
+            return identity([own, tensors, list(self.named_children()), own_data(self)])
+        except Unidentified:
+            return uuid.uuid4().hex
 
     def _check_shapes(self) -> None:
         cfg = self.cfg

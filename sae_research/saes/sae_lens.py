@@ -30,8 +30,18 @@ _UNFOLDABLE = {
     "covariance_whitening": "SAELens folds its whitening when it saves for inference; save it so",
     "expected_average_only_in": "the factor it multiplied activations by is not recorded with the weights",
 }
+# Ways of loading a model that change no activation: where it lies, in what precision, how it is fetched.
+_NEUTRAL = frozenset("""
+    attn_implementation cache_dir default_padding_side default_prepend_bos device device_map dtype first_n_layers
+    force_download local_files_only low_cpu_mem_usage max_memory mirror move_to_device n_ctx n_devices offload_buffers
+    offload_folder offload_state_dict output_loading_info proxies resume_download token torch_dtype trust_remote_code tp_plan
+    use_auth_token use_fast use_flash_attention_2 use_safetensors variant weights_only
+""".split())
 # TransformerLens loads the model unprocessed for SAELens; these switched off change nothing.
-_NEUTRAL_WHEN_FALSE = ("center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases")
+_NEUTRAL_WHEN_FALSE = ("center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases",
+                       "refactor_factored_attn_matrices", "load_in_8bit", "load_in_4bit")
+_PINNED = re.compile(r"main|[0-9a-f]{7,40}")
+"""Revisions that name no other weights: the main branch, and commits, which pin what a branch holds."""
 
 
 def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
@@ -67,7 +77,7 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
     try:
         cfg = SAEConfig(
             form=cls.form, d_in=int(values["d_in"]), d_sae=int(values["d_sae"]) + _rescales_tokens(values),
-            model_name=str(metadata.get("model_name") or ""), hook_name=hook,
+            model_name=model_name(metadata), hook_name=hook,
             context_size=int(metadata.get("context_size") or 128),
             prepend_bos=bool(metadata.get("prepend_bos", True)),
             apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
@@ -99,9 +109,9 @@ def centres_input(kwargs: dict[str, Any], hook_name: str, where: str) -> bool:
     over d_model. A model with LayerNorm computes the same, because it removes that mean before every reading;
     the heads' own outputs (hook_z) lie before a writing matrix and do not change.
     """
-    active = {
-        name: value for name, value in kwargs.items() if not (name in _NEUTRAL_WHEN_FALSE and value is False)
-    }
+    active = {name: value for name, value in kwargs.items()
+              if value is not None and name not in _NEUTRAL and name != "revision"
+              and not (name in _NEUTRAL_WHEN_FALSE and value is False)}
     if not active:
         return False
     if active == {"center_writing_weights": True}:
@@ -109,6 +119,13 @@ def centres_input(kwargs: dict[str, Any], hook_name: str, where: str) -> bool:
     named = ", ".join(f"{name}={value}" for name, value in sorted(active.items()))
     raise UserError(f"{where}: trained on a model loaded with {named}; only center_writing_weights can be "
                     "reproduced on the unprocessed model")
+
+
+def model_name(metadata: dict[str, Any]) -> str:
+    """The model an SAE was trained on, with its revision (`pythia-70m-deduped@step3000`) where that names other weights."""
+    name, revision = (str(value or "") for value in (
+        metadata.get("model_name"), (metadata.get("model_from_pretrained_kwargs") or {}).get("revision")))
+    return f"{name}@{revision}" if name and revision and not _PINNED.fullmatch(revision) else name
 
 
 def _modern(values: dict[str, Any]) -> dict[str, Any]:

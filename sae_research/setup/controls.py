@@ -58,8 +58,6 @@ def make_control(kind: str, x_TD: Tensor, base: SAEConfig, params: Params) -> Sp
     )
     if kind == "pca":
         return pca(x_TD, mean_D, params.controls.pca_components, cfg)
-    if s > base.d_sae:
-        raise UserError(f"controls.s = {s} is larger than the baseline's d_sae = {base.d_sae}")
     rows = (
         random_rows(base.d_sae, base.d_in, seed)
         if kind == "random"
@@ -90,10 +88,6 @@ def data_rows(x_TD: Tensor, mean_D: Tensor, d_sae: int, seed: int) -> Tensor:
 
 def pca(x_TD: Tensor, mean_D: Tensor, components: int, cfg: SAEConfig) -> LinearSAE:
     """Projection on the leading principal components of the sample, in float64."""
-    d_in = x_TD.shape[1]
-    if components > d_in:
-        raise UserError(f"controls.pca_components = {components} is larger than the activations' width "
-                        f"{d_in}")
     centred = (x_TD - mean_D).double()
     # numpy's solver was seen to be five to ten times faster than torch's on a busy machine
     _, vectors = np.linalg.eigh((centred.T @ centred).numpy())  # ascending

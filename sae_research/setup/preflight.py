@@ -4,6 +4,7 @@ how long will it take? Prints warnings; stops for what would make hours of evalu
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, encode_each, families
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.guard import Family, Guard, check_finite
 from sae_research.stats import ReconstructionStats
 from sae_research.store import round_significant
-from sae_research.text.stream import token_contexts
+from sae_research.text.stream import TextRunsOut, token_contexts
 
 L0_TOLERANCE = 1.5
 """Factor by which the L0 seen may differ from the card's before a warning."""
@@ -43,20 +45,25 @@ class Preflight(NamedTuple):
     """Encoding and decoding, by SAE."""
 
 
+def preflight_tokens(lm: LanguageModel, params: Params) -> Tensor:
+    """The contexts [n, context_size] that SAEs are tried on. Raises `UserError` where the text does not give them."""
+    try:
+        return token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens).tokens
+    except TextRunsOut as error:
+        raise UserError(f"preflight.tokens: {error}") from None
+
+
 def preflight(
-    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params
+    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params, tokens: Tensor
 ) -> Preflight:
-    """Reconstruct `preflight.tokens` tokens with every SAE and compare with what is known of each.
+    """Reconstruct the contexts `tokens` with every SAE and compare with what is known of each.
 
     Raises `UserError` when activations have another size than an SAE's card says, and when the baseline
     explains less variance than `preflight.min_variance_explained`.
     """
-    contexts = token_contexts(
-        lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens
-    )
     report: dict[str, Any] = {
         "model": _model_card(lm),
-        "tokens": contexts.tokens.numel(),
+        "tokens": tokens.numel(),
         "hooks": {},
         "saes": {},
     }
@@ -64,12 +71,19 @@ def preflight(
     seconds: dict[str, float] = {}
     for hook in dict.fromkeys(sae.cfg.hook_name for sae in saes.values()):
         group = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
-        sample = _sample(lm, hook, contexts.tokens, params)
+        sample = _sample(lm, hook, tokens, params)
         report["hooks"][hook] = _hook_card(sample)
         ratios = {name: _norm_ratio(name, sae, sample, params) for name, sae in group.items()}
-        measured, times = measure(group, sample)
+        failed: dict[str, str] = {}
+        measured, times = measure(group, sample, Guard(failed.__setitem__))
+        if baseline in failed:
+            raise UserError(f"the baseline {baseline} fails: {failed[baseline]}")
         seconds.update(times)
+        report["saes"] |= {name: {"failed": reason} for name, reason in failed.items()}
+        warnings += [f"{name} fails, and evaluations will skip it: {reason}" for name, reason in failed.items()]
         for name, sae in group.items():
+            if name in failed:
+                continue
             figures = measured[name] | ({} if ratios[name] is None else {"norm_ratio": ratios[name]})
             card = {key: value for key, value in (sae.cfg.provenance.get("held_out") or {}).items()
                     if key in ("l0", "variance_explained")}
@@ -81,13 +95,12 @@ def preflight(
 
 @torch.no_grad()
 def measure(
-    saes: dict[str, SparseAutoencoder], sample: Sample
+    saes: dict[str, SparseAutoencoder], sample: Sample, guard: Guard | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """(figures by SAE, seconds per token by SAE). Members of a family share their family's time evenly."""
-    figures: dict[str, dict[str, float]] = {}
-    seconds: dict[str, float] = {}
-    for names in families(saes):
-        members = {name: saes[name] for name in names}
+    """(figures by SAE, seconds per token by SAE). Members of a family share their family's time evenly. Without a `guard`
+    an SAE that fails raises its error."""
+    def score(members: Family) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:
+        names = list(members)
         stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, sample.acts.device)
                  for name, sae in members.items()}
         spent = 0.0
@@ -104,11 +117,13 @@ def measure(
                 start = time.perf_counter()
         for name in names:
             values = stats[name].metrics()
-            figures[name] = {key: values[key] for key in
-                             ("l0", "variance_explained", "variance_explained_per_dim", "fraction_alive")
-                             if key in values}
-            seconds[name] = spent / len(names) / sample.mask.numel()
-    return figures, seconds
+            figures = {key: values[key] for key in ("l0", "variance_explained", "variance_explained_per_dim",
+                                                    "fraction_alive") if key in values}
+            check_finite(figures)
+            yield name, (figures, spent / len(names) / sample.mask.numel())
+
+    found = dict((guard or Guard(None)).each(saes, score))
+    return {name: figures for name, (figures, _) in found.items()}, {name: seconds for name, (_, seconds) in found.items()}
 
 
 def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sae_research.comparison import check_sizes
 from sae_research.errors import UserError
+from sae_research.folders import check_writable, replaced_folder
 from sae_research.instance_sae import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, PursuitSAE, TopKRefitSAE
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
@@ -21,7 +20,8 @@ from sae_research.saes.sae_lens import matching_saes
 from sae_research.setup import controls, sources
 from sae_research.setup.estimate import disk_lines, time_lines
 from sae_research.setup.fits import check_fits, check_tokenizer, fill_in
-from sae_research.setup.preflight import preflight
+from sae_research.setup.inputs import check_inputs
+from sae_research.setup.preflight import preflight, preflight_tokens
 from sae_research.store import slugify, write_json
 
 VARIANTS: dict[str, type[PursuitSAE]] = {
@@ -68,6 +68,7 @@ class Setup:
         """Everything the comparison holds, in table order. Raises `UserError` where two SAEs claim one
         name."""
         self._check_dictionary()
+        check_sizes(self.params, self.baseline.cfg.d_in, self.baseline.cfg.d_sae)
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
             *self._variants(),
@@ -97,9 +98,6 @@ class Setup:
                 further["normalise"] = variants.normalise
             for size in sizes:
                 key = f"sae_variants.{label}.{cls.size_name}_values"
-                if size > self.baseline.cfg.d_sae:
-                    raise UserError(f"{key}: {size} is larger than the baseline's d_sae = "
-                                    f"{self.baseline.cfg.d_sae}")
                 yield Planned(f"{self.name}_{label}_{cls.size_name}{size}", f"{key} ({size})",
                               self._variant_writer(cls.form, label, {cls.size_name: size} | further))
 
@@ -174,7 +172,7 @@ class Setup:
         """Complete an SAE's configuration and check it against the model."""
         assumed = fill_in(sae, self.lm.name, self.baseline.cfg.hook_name)
         self.warnings += [f"{name}: {line}" for line in assumed]
-        check_fits(name, sae, self.lm)
+        check_fits(name, sae, self.lm, self.params.model.same_as)
 
 
 def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
@@ -184,6 +182,7 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     All or nothing: an error leaves what was there before. Raises `UserError` for whatever in params.yaml, the
     SAEs or the model would make the evaluations fail or mislead.
     """
+    check_inputs(params)
     baseline = sources.read_baseline(params.baseline_sae)
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
     check_tokenizer(lm)
@@ -191,14 +190,16 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     setup.warnings += [f"{setup.name}: {line}" for line in fill_in(
         baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")]
     _check_layer(params, baseline)
-    check_fits(setup.name, baseline, lm)
+    check_fits(setup.name, baseline, lm, params.model.same_as)
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
     planned = setup.plan()
-    with _whole_folder(output) as folder:
+    check_writable(output, [item.name for item in planned], "SAE names")
+    tokens = preflight_tokens(lm, params)  # what the end needs is looked at first
+    with replaced_folder(output) as folder:
         for item in planned:
             item.write(folder / item.name)
         saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
-        result = preflight(saes, setup.name, lm, params)
+        result = preflight(saes, setup.name, lm, params, tokens)
         warnings = setup.warnings + result.warnings
         manifest = make_manifest(saes)
         write_json(folder / MANIFEST, manifest)
@@ -252,7 +253,7 @@ def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> s
                 row["form"].rpartition(":")[2],
                 str(row["d_sae"]),
                 str(row.get("k", row.get("s", ""))),
-                f"{seen['l0']:.4g}",
+                f"{seen['l0']:.4g}" if "l0" in seen else "fails",
                 f"{seen['variance_explained']:.3f}" if "variance_explained" in seen else "-",
                 row["hook_name"],
             )
@@ -270,25 +271,3 @@ def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:
         raise UserError(f"baseline_sae.hook_layer is {settings.hook_layer}, but the SAE reads "
                         f"{baseline.cfg.hook_name}; "
                         "correct the one that is wrong")
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary neighbour that takes the place of `target` when the block ends well, and goes when it does
-    not."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -8,6 +8,7 @@ the other two cells, as in SAE Bench: the balanced data sets take half of them.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,16 @@ from typing import Any, NamedTuple
 from sae_research.errors import UserError
 from sae_research.store import fingerprint
 from sae_research.text.hub import hub_errors
-from sae_research.text.local import TABLE_SUFFIXES, as_text, find_local, local_files, looks_local, read_rows
+from sae_research.text.local import (
+    TABLE_SUFFIXES,
+    as_label,
+    as_text,
+    find_local,
+    listed,
+    local_files,
+    looks_local,
+    read_rows,
+)
 from sae_research.text.packaged import read_packaged
 from sae_research.text.split import text_hash
 from sae_research.text.tasks import TaskUnavailable, distinct_texts, pick
@@ -81,16 +91,18 @@ def load_crossed_tasks(name: str, train_size: int, test_size: int, seed: int,
 
     Sizes are those of a balanced data set, as in SAE Bench: a quarter of it per cell, twice that where the attributes
     agree. A task with too few texts is left out: `skip(name, reason)` is called. Raises `UserError` for an unknown
-    name, unreadable files or a hub out of reach.
+    name, unreadable files or a hub out of reach. A third value of an attribute in a local table, too rare to fill its cells,
+    is left out, and the task's notes say so.
     """
     if name in CROSSED_TASKS:
         parts: Iterator[_Parts] = iter([_packaged(name)])
     elif name in HUB_TASKS:
         parts = _hub(name)
     elif (local := find_local(name)) is not None:
-        parts = _local(name, local, skip)
+        # a value meets both values of the other attribute: one cell of it, and two where they agree
+        parts = _local(name, local, 3 * (train_size // 4 + test_size // 4), skip)
     else:
-        raise UserError(_unknown(name))
+        raise UserError(unknown_crossed_task(name))
     tasks = []
     for part in parts:
         try:
@@ -141,7 +153,8 @@ def _share(cell: Cell) -> int:
     return 2 if cell[0] == cell[1] else 1
 
 
-def _unknown(name: str) -> str:
+def unknown_crossed_task(name: str) -> str:
+    """What is said of a name that is neither a task nor a path."""
     if looks_local(name):
         return f"two-attribute task {name}: no such file or folder"
     known = [*CROSSED_TASKS, *HUB_TASKS]
@@ -164,17 +177,32 @@ def _packaged(name: str) -> _Parts:
     return _one_split(name, task.first, _SENTIMENT, rows, {"origin": "packaged", "caveat": task.caveat}, task.characters)
 
 
-def _local(name: str, path: Path, skip: Callable[[str, str], None]) -> Iterator[_Parts]:
-    rows = [(as_text(text, f"{file}, column 'text'"), str(label), str(second))
-            for file in local_files(path, TABLE_SUFFIXES) for text, label, second in read_rows(file, LOCAL_COLUMNS)]
-    values = [sorted({row[column] for row in rows}) for column in (1, 2)]
-    for column, found in zip(LOCAL_COLUMNS[1:], values, strict=True):
+def _local(name: str, path: Path, needed: int, skip: Callable[[str, str], None]) -> Iterator[_Parts]:
+    """needed: texts below which a value of an attribute cannot fill its cells; such values are left out."""
+    rows: list[tuple[str, ...]] = []
+    empty_cells: list[int] = []
+    for file in local_files(path, TABLE_SUFFIXES):
+        for text, *labels in read_rows(file, LOCAL_COLUMNS, empty_cells):
+            rows.append((as_text(text, f"{file}, column 'text'"), *(
+                as_label(label, f"{file}, column {column!r}") for column, label in
+                zip(LOCAL_COLUMNS[1:], labels, strict=True))))
+    notes: dict[str, Any] = {"origin": "local", **({"rows_with_empty_cells": len(empty_cells)} if empty_cells else {})}
+    values: list[list[str]] = []
+    for place, column in enumerate(LOCAL_COLUMNS[1:], 1):
+        counts = Counter(row[place] for row in rows)
+        found = sorted(counts)
+        rare = {value: counts[value] for value in found if counts[value] < needed} if len(found) > 2 else {}
+        if len(found) - len(rare) == 2:
+            notes |= {f"values_left_out_of_{column}": rare} if rare else {}
+            found = [value for value in found if value not in rare]
         if len(found) != 2:
-            skip(name, f"task {name}: column {column!r} needs two values, found {', '.join(found[:5]) or 'none'}")
+            skip(name, f"task {name}: column {column!r} needs two values, found {listed(found) or 'none'}")
             return
+        values.append(found)
     first, second = values
-    cells = [(text, (first.index(label), second.index(other))) for text, label, other in rows]
-    yield _one_split(name, (first[0], first[1]), (second[0], second[1]), cells, {"origin": "local"})
+    cells = [(text, (first.index(label), second.index(other))) for text, label, other in rows
+             if label in first and other in second]
+    yield _one_split(name, (first[0], first[1]), (second[0], second[1]), cells, notes)
 
 
 def _one_split(name: str, first: tuple[str, str], second: tuple[str, str], rows: list[tuple[str, Cell]],

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 from sae_research.errors import UserError
 from sae_research.text.hub import hub_errors, named_rows, parse_hub_name
-from sae_research.text.local import TABLE_SUFFIXES, as_text, check_columns, find_local, local_files, looks_local, read_rows
+from sae_research.text.local import (
+    TABLE_SUFFIXES,
+    as_text,
+    check_columns,
+    find_local,
+    listed,
+    local_files,
+    looks_local,
+    numbered_rows,
+)
 
 COLUMNS = ("question", "choices", "answer")
 LETTERS = "ABCD"
@@ -60,7 +69,7 @@ def _subject(name: str) -> str:
 
 def _local_rows(path: Path) -> Iterator[tuple[tuple[Any, ...], str]]:
     for file in local_files(path, TABLE_SUFFIXES):
-        for number, row in enumerate(read_rows(file, COLUMNS), 1):
+        for number, row in numbered_rows(file, COLUMNS):
             yield row, f"{file}, row {number}"
 
 
@@ -77,7 +86,7 @@ def _question(row: tuple[Any, ...], where: str) -> Question:
     if isinstance(choices, str):
         choices = _json_list(choices, where)
     if isinstance(choices, Mapping) or not hasattr(choices, "__len__") or not 2 <= len(choices) <= len(LETTERS):
-        raise UserError(f"{where}: `choices` must be a list of 2 to {len(LETTERS)} texts, not {choices!r}")
+        raise UserError(f"{where}: `choices` must be a list of 2 to {len(LETTERS)} texts, not {listed([repr(choices)])}")
     texts = tuple(as_text(choice, f"{where}, `choices`") for choice in choices)
     return Question(as_text(text, f"{where}, `question`"), texts, _index(answer, len(texts), where))
 
@@ -85,7 +94,7 @@ def _question(row: tuple[Any, ...], where: str) -> Question:
 def _json_list(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where}: `choices` must be a list, in a .csv file as JSON: [\"red\", \"blue\"]") from None
 
 
@@ -94,9 +103,11 @@ def _index(answer: Any, n_choices: int, where: str) -> int:
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in letters:
         return letters.index(answer.strip().upper())
     try:
-        index = int(answer)
-    except (TypeError, ValueError):
-        index = -1
-    if not 0 <= index < n_choices or (isinstance(answer, float) and answer != index):
-        raise UserError(f"{where}: `answer` is {answer!r}; expected 0 to {n_choices - 1} or {letters[0]} to {letters[-1]}")
+        number = float(answer)  # a table written from floats says 2.0
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    index = int(number) if number.is_integer() else -1
+    if not 0 <= index < n_choices:
+        raise UserError(f"{where}: `answer` is {listed([repr(answer)])}; "
+                        f"expected 0 to {n_choices - 1} or {letters[0]} to {letters[-1]}")
     return index

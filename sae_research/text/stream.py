@@ -17,6 +17,12 @@ from sae_research.text.corpus import Decode, Document, documents
 TOKENIZER_BATCH = 64
 """Documents per tokenizer call: enough for a fast tokenizer to use its threads, few enough to stay lazy."""
 SEPARATOR_DOC = -1
+FEW_DOCUMENTS = 20
+"""With fewer in a split it is chance whether each split gets any."""
+
+
+class TextRunsOut(UserError):
+    """A split holds fewer tokens than were asked for."""
 
 
 class Contexts(NamedTuple):
@@ -37,18 +43,15 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     """At least `n_tokens` tokens of one split, in contexts of `text.context_size`, separators included.
 
     The documents' tokens form one stream with `separator_id` between documents; each context is one separator
-    and the next `context_size - 1` tokens of the stream. Raises `UserError` when the text runs out, with how
+    and the next `context_size - 1` tokens of the stream. Raises `TextRunsOut` when the text does, with how
     many tokens there were, and whatever `corpus.documents` raises.
     """
-    n_contexts = -(-n_tokens // text.context_size)
+    n_contexts, size = -(-n_tokens // text.context_size), text.context_size - 1
     texts = documents(text, split, decoder(tokenizer))
-    contexts = pack_documents(tokenizer, separator_id, texts, text.context_size, n_contexts)
-    if len(contexts.tokens) < n_contexts:
-        found = contexts.tokens.numel()
-        raise UserError(
-            f"text.dataset {text.dataset}: the split {split} ends after {found:,} of {n_tokens:,} tokens "
-            f"({found / n_tokens:.1%}, {len(contexts.documents):,} documents); ask for fewer tokens or give more text")
-    return contexts
+    tokens, docs, used = _token_stream(tokenizer, separator_id, texts, n_contexts * size)
+    if len(tokens) < n_contexts * size:
+        raise _runs_out(text, split, n_tokens, len(tokens), len(used))
+    return _contexts(tokens, docs, used, separator_id, size)
 
 
 def spread(contexts: Contexts, n: int) -> Contexts:
@@ -66,7 +69,7 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     """The contexts of `token_contexts`, `chunk_contexts` at a time, with memory that does not grow with `n_tokens`.
 
     `doc_ids` count through the whole stream; `documents` and `sources` list those met so far, which alone grows: with
-    `keep_names` false they stay empty. Raises `UserError` when the text runs out, once all of it was handed out.
+    `keep_names` false they stay empty. Raises `TextRunsOut` when the text does, once all of it was handed out.
     """
     size, wanted, made, met = text.context_size - 1, -(-n_tokens // text.context_size), 0, 0
     names: list[str] = []
@@ -95,8 +98,7 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
             held_tokens, held_docs = held_tokens[cut:], held_docs[cut:]
             made += whole
         if whole < rows:
-            raise UserError(f"text.dataset {text.dataset}: the split {split} ends after {made * text.context_size:,} of "
-                            f"{n_tokens:,} tokens; ask for fewer tokens or give more text")
+            raise _runs_out(text, split, n_tokens, made * size + len(held_tokens), met)
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
@@ -115,10 +117,29 @@ def pack_documents(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts:
                    n_contexts: int) -> Contexts:
     """Contexts of the documents' tokens: `n_contexts`, or as many whole ones as the documents fill."""
     size = context_size - 1
-    tokens, docs, used = _token_stream(tokenizer, separator_id, texts, n_contexts * size)
+    return _contexts(*_token_stream(tokenizer, separator_id, texts, n_contexts * size), separator_id, size)
+
+
+def _contexts(tokens: np.ndarray, docs: np.ndarray, used: list[Document], separator_id: int, size: int) -> Contexts:
+    """Whole contexts of a stream; what is left over falls away."""
     whole = len(tokens) // size * size
     return Contexts(_pack(tokens[:whole], separator_id, size), _pack(docs[:whole], SEPARATOR_DOC, size).int(),
                     [document.doc_id for document in used], [document.source for document in used])
+
+
+def _runs_out(text: Text, split: str, wanted: int, found: int, n_documents: int) -> TextRunsOut:
+    """What there is (`found` tokens of the stream), and which of three causes to mend."""
+    size = text.context_size - 1
+    whole = found // size * text.context_size
+    ends = (f"text.dataset {text.dataset}: the split {split} ends after {whole:,} of {wanted:,} tokens "
+            f"({whole / wanted:.1%}, {n_documents:,} documents)")
+    if n_documents < FEW_DOCUMENTS:
+        return TextRunsOut(f"{ends}; every document stands in one split as a whole: give more documents, long ones cut into "
+                           "many rows or files")
+    if not whole:
+        return TextRunsOut(f"{ends}: its {found:,} tokens do not fill one context; lower text.context_size "
+                           f"({text.context_size:,}) or give more text")
+    return TextRunsOut(f"{ends}; ask for fewer tokens or give more text")
 
 
 def _token_stream(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document],

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_research.errors import UserError
 from sae_research.store import fingerprint
 from sae_research.text.hub import OFFLINE_TASKS, hub_errors, one_line
-from sae_research.text.local import TABLE_SUFFIXES, as_text, find_local, local_files, looks_local, read_rows
+from sae_research.text.local import (
+    TABLE_SUFFIXES,
+    as_label,
+    as_text,
+    find_local,
+    listed,
+    local_files,
+    looks_local,
+    read_rows,
+)
 from sae_research.text.packaged import read_packaged
 from sae_research.text.packaged_tasks import PACKAGED_TASKS, PackagedTask
 from sae_research.text.split import split_of_hash, text_hash
@@ -68,10 +77,11 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     """A packaged task, a local file or folder with columns `text` and `label`, or a SAE Bench hub data set.
 
     Sizes are those of a *binary* task, as in SAE Bench: every class gets `train_size // 2` and `test_size //
-    2` texts. The selection depends on `seed` and the texts alone.
+    2` texts. The selection depends on `seed` and the texts alone. Classes of a local table that have fewer are left out, and
+    `notes["classes_left_out"]` says which; a packaged task is its classes, all of them at any size.
 
-    Raises `TaskUnavailable` when a class has too few texts or there is only one class, `UserError` for an
-    unknown name, unreadable files or a hub out of reach.
+    Raises `TaskUnavailable` when fewer than two classes have texts enough, or a packaged one has too few, `UserError` for
+    an unknown name, unreadable files or a hub out of reach.
     """
     if name in PACKAGED_TASKS:
         task = PACKAGED_TASKS[name]
@@ -81,8 +91,8 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
         return _sae_bench_task(name, train_size, test_size, seed)
     local = find_local(name)
     if local is not None:
-        return _select(name, distinct_texts(_local_rows(local)), {"origin": "local"}, train_size, test_size, seed)
-    raise UserError(_unknown(name))
+        return _local_task(name, local, train_size, test_size, seed)
+    raise UserError(unknown_task(name))
 
 
 def task_fingerprint(task: Task) -> str:
@@ -90,7 +100,8 @@ def task_fingerprint(task: Task) -> str:
     return fingerprint([list(task.train.items()), list(task.test.items())])
 
 
-def _unknown(name: str) -> str:
+def unknown_task(name: str) -> str:
+    """What is said of a name that is neither a task nor a path."""
     if looks_local(name):
         return f"task {name}: no such file or folder"
     known = [*PACKAGED_TASKS, *SAE_BENCH_TASKS]
@@ -110,10 +121,35 @@ def _packaged_rows(task: PackagedTask) -> Iterator[LabelledRow]:
                 yield text, classes[target]
 
 
-def _local_rows(path: Path) -> Iterator[LabelledRow]:
+def _local_task(name: str, path: Path, train_size: int, test_size: int, seed: int) -> Task:
+    """The classes of a user's table that have texts enough; `notes` says what was left out."""
+    empty_cells: list[int] = []
+    pool = distinct_texts(_local_rows(path, empty_cells))
+    classes = enough(_available(pool), train_size // 2, test_size // 2)
+    rare = {listed([label]): have for label, have in _available(pool).items() if label not in classes}
+    notes: dict[str, Any] = {"origin": "local"}
+    if empty_cells:
+        notes["rows_with_empty_cells"] = len(empty_cells)
+    if len(classes) >= 2 and rare:
+        notes["classes_left_out"] = rare
+        train, test = ({label: part[label] for label in classes} for part in (pool.train, pool.test))
+        pool = pool._replace(train=train, test=test)
+    return _select(name, pool, notes, train_size, test_size, seed)
+
+
+def _local_rows(path: Path, empty_cells: list[int]) -> Iterator[LabelledRow]:
     for file in local_files(path, TABLE_SUFFIXES):
-        for text, label in read_rows(file, ["text", "label"]):
-            yield as_text(text, f"{file}, column 'text'"), str(label)
+        for text, label in read_rows(file, ["text", "label"], empty_cells):
+            yield as_text(text, f"{file}, column 'text'"), as_label(label, f"{file}, column 'label'")
+
+
+def enough(available: dict[str, dict[str, int]], train: int, test: int) -> list[str]:
+    """The classes with at least so many texts in either part."""
+    return [label for label, have in available.items() if have["train"] >= train and have["test"] >= test]
+
+
+def _available(pool: Pool) -> dict[str, dict[str, int]]:
+    return {label: {"train": len(texts), "test": len(pool.test[label])} for label, texts in pool.train.items()}
 
 
 def distinct_texts(rows: Iterable[LabelledRow]) -> Pool:
@@ -141,22 +177,33 @@ def distinct_texts(rows: Iterable[LabelledRow]) -> Pool:
 def _select(name: str, pool: Pool, notes: dict[str, Any], train_size: int, test_size: int,
             seed: int) -> Task:
     """The seed's choice of texts from the pool. Raises `TaskUnavailable` when the pool is too small."""
-    available = {label: {"train": len(texts), "test": len(pool.test[label])}
-                 for label, texts in pool.train.items()}
+    available = _available(pool)
     if len(available) < 2:
-        found = ", ".join(available) or "none"
-        raise TaskUnavailable(f"task {name}: a task needs two classes, found {found}")
-    short = [f"{label} has {have['train']} train and {have['test']} test texts"
-             for label, have in available.items()
-             if have["train"] < train_size // 2 or have["test"] < test_size // 2]
+        raise TaskUnavailable(f"task {name}: a task needs two classes, found {listed(available) or 'none'}")
+    fit = enough(available, train_size // 2, test_size // 2)
+    short = [f"{listed([label])} has {have['train']} train and {have['test']} test texts"
+             for label, have in available.items() if label not in fit]
     if short:
-        most = {part: 2 * min(have[part] for have in available.values()) for part in ("train", "test")}
         raise TaskUnavailable(
             f"task {name}: each class needs {train_size // 2} train and {test_size // 2} test texts, but "
-            f"{'; '.join(short)}: set sizes of at most {most['train']} and {most['test']}")
+            f"{_several(short)}: {_mend(available, keep_all=notes['origin'] != 'local')}")
     counts = {"available": available, "copies_dropped": pool.copies, "conflicting_dropped": pool.conflicting}
     return Task(name, pick(pool.train, train_size // 2, seed), pick(pool.test, test_size // 2, seed),
                 {**notes, **counts})
+
+
+def _several(short: Sequence[str], most: int = 5) -> str:
+    more = f"; and {len(short) - most} classes more" if len(short) > most else ""
+    return "; ".join(short[:most]) + more
+
+
+def _mend(available: dict[str, dict[str, int]], keep_all: bool) -> str:
+    """The largest sizes that all classes have texts for; where rare ones may be left out, that the two largest have."""
+    fullest = sorted(available.values(), key=lambda have: min(have.values()), reverse=True)
+    sizes = [2 * min(have[part] for have in (fullest if keep_all else fullest[:2])) for part in ("train", "test")]
+    if not all(sizes):
+        return "give more texts"
+    return f"set sizes of at most {sizes[0]} and {sizes[1]}"
 
 
 def pick(texts: Texts, count: int, seed: int) -> Texts:

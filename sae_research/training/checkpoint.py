@@ -10,7 +10,6 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_research.errors import UserError
+from sae_research.folders import remove_leftovers, replaced_folder
 from sae_research.store import file_sha256, held, prune, read_json, write_json
 
 STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
 _NAME = re.compile(r"^checkpoint_(\d+)$")
-_TEMPORARY = ".checkpoint."
 
 
 class Checkpoint(NamedTuple):
@@ -52,22 +51,14 @@ def in_use(folder: Path, max_gb: float) -> Iterator[None]:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write it, then delete older ones. Raises `OSError` on a full disk; the last good checkpoint then stays."""
     target = folder / f"checkpoint_{checkpoint.step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))
-    try:
+    with replaced_folder(target) as temporary:  # it may replace one that was passed over: damaged, or of other code
         _write_tensors(temporary / TENSORS_FILE, checkpoint.tensors)
         write_json(temporary / STATE_FILE, {
             "identity": checkpoint.identity, "state": checkpoint.state,
             "sha256": file_sha256(temporary / TENSORS_FILE)})
-        if target.exists():  # one that was passed over when this run started: damaged, or of other code
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     for _, other in saved_checkpoints(folder):
         if other != target:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # one that cannot go now goes with the next
 
 
 def saved_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -81,8 +72,7 @@ def load_checkpoint(folder: Path, identity: dict[str, Any]) -> Checkpoint | None
 
     What a killed run left half written is deleted.
     """
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     for step, path in saved_checkpoints(folder):
         try:
             written = read_json(path / STATE_FILE)

@@ -12,7 +12,6 @@ from sae_research.lm import LanguageModel, collect_hooks, token_mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import ReconstructionStats
-from sae_research.text.stream import token_contexts
 
 HELD_OUT_SPLIT = "core_eval"
 KEPT = (
@@ -42,22 +41,17 @@ class HeldOut(NamedTuple):
         return self.acts[hook][self.mask[hook]].float()
 
 
-def read_held_out(lm: LanguageModel, params: Params, median_norms: dict[str, float]) -> HeldOut:
-    """The held-out split at each hook of `median_norms`, which are those of training.
+def read_held_out(lm: LanguageModel, params: Params, tokens: Tensor, median_norms: dict[str, float]) -> HeldOut:
+    """The held-out contexts `tokens` [n, context_size] at each hook of `median_norms`, which are those of training.
 
-    Raises `UserError` when no token of it counts.
+    Raises `UserError` when no token of them counts.
     """
-    contexts = token_contexts(
-        lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens
-    )
-    pools = collect_hooks(
-        lm, list(median_norms), contexts.tokens, params.model.llm_batch_size, params.activation_caching
-    )
-    acts = {hook: pool.flat.view(*contexts.tokens.shape, -1) for hook, pool in pools.items()}
-    mask = {hook: token_mask(lm, contexts.tokens, acts[hook], params.token_mask, median_norms[hook]) for hook in acts}
+    pools = collect_hooks(lm, list(median_norms), tokens, params.model.llm_batch_size, params.activation_caching)
+    acts = {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
+    mask = {hook: token_mask(lm, tokens, acts[hook], params.token_mask, median_norms[hook]) for hook in acts}
     if not all(part.any() for part in mask.values()):
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
-    return HeldOut(contexts.tokens, acts, mask)
+    return HeldOut(tokens, acts, mask)
 
 
 @torch.no_grad()

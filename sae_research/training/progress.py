@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,35 @@ PROGRESS_FILE = "progress.json"
 SECONDS_BETWEEN_WRITES = 1.0
 OPERATIONAL = frozenset({"enabled", "checkpoint_seconds", "checkpoint_steps", "evaluate_tokens"})
 """Keys of `train` that change nothing about the SAEs that come out."""
+_ELSEWHERE = OPERATIONAL | {"held_out_tokens", "hook_name", "learning_rate", "device", "saes"}
+"""Keys of `train` that are not in a run's name: they change no weight, or stand in it as what they come to."""
 
 
 def run_key(params: Params) -> str:
-    """Name of a run: every setting that its SAEs depend on. [32 hex digits]
+    """Name of a run: every setting that changes a bit of its weights, as what it comes to for each SAE. [32 hex digits]
 
+    What only decides how SAEs are measured, saved or watched is not in it, nor on which of several like devices they are
+    trained. Of how trained SAEs are written, `inference` is in it only with `saved_checkpoints`, which are of one kind.
     Code, weights of the language model and text are not in it; a checkpoint notes those and is refused where they differ.
     """
+    train, model = params.train, params.model
+    written = set() if train.saved_checkpoints else {"inference"}
     return fingerprint({
-        "model": params.model.model_dump(include={"name", "llm_batch_size", "device"}),
+        "model": model.model_dump(include={"name", "llm_batch_size"}),
+        "devices": [_kind(device) for device in (model.device, train.device or model.device)],
         "text": params.text.model_dump(),
         "token_mask": params.token_mask.model_dump(),
-        "train": params.train.model_dump(exclude=set(OPERATIONAL)),
+        "train": train.model_dump(exclude=set(_ELSEWHERE)),
+        "saes": {name: {**config.model_dump(exclude=written), "hook_name": train.hook_of(name),
+                        "seed": params.random_seed if config.seed is None else config.seed}
+                 for name, config in train.saes.items()},
         "random_seed": params.random_seed,
     })[:32]
+
+
+def _kind(device: str) -> str:
+    """`cuda:1` -> `cuda`"""
+    return device.partition(":")[0]
 
 
 def run_folder(params: Params) -> Path:
@@ -44,7 +60,7 @@ def progress_path(params: Params) -> Path:
 
     It is replaced whole, at most once a second, and stays when the run is over. Its keys:
 
-    - `state`: `running`, `finished`, `interrupted` (SIGTERM or Ctrl-C; a checkpoint was kept) or `failed`;
+    - `state`: `running`, `finished`, `interrupted` (SIGTERM or Ctrl-C; `message` says what was kept) or `failed`;
       `message`: why, in one line. A run that was killed outright still says `running`: look at `pid` and `updated`.
     - `step`, `total_steps` (an estimate until the text has been read), `fraction` of the run done;
     - `tokens` trained on and `total_tokens` likewise; `checkpoint_step`, the step a new start would resume from;
@@ -60,6 +76,9 @@ class ProgressFile:
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.started, self.written = path, time.monotonic(), -math.inf
         self.first_fraction: float | None = None
+        self.unwritable = False
+        self.trained = False
+        """Whether all steps are done, and only measuring and writing are left."""
         self.values: dict[str, Any] = {
             "state": "running", "message": "", "step": 0, "total_steps": None, "fraction": 0.0, "tokens": 0,
             "total_tokens": None, "checkpoint_step": None, "seconds_left": None, "pid": os.getpid(), "device": device,
@@ -83,7 +102,12 @@ class ProgressFile:
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        write_json(self.path, _finite(round_significant({**self.values, "updated": int(time.time())}, 6)))
+        try:
+            write_json(self.path, _finite(round_significant({**self.values, "updated": int(time.time())}, 6)))
+        except OSError as error:  # a full disk costs the view of a run, not the run
+            if not self.unwritable:
+                print(f"\nprogress cannot be followed: {self.path}: {error.strerror or error}", file=sys.stderr, flush=True)
+            self.unwritable = True
 
 
 def _finite(value: Any) -> Any:

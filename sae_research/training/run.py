@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae_research.errors import Interrupted, UserError
+from sae_research.folders import replaced_folder
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.recipe_params import SAERecipe
@@ -21,6 +23,7 @@ from sae_research.store import fingerprint, round_significant, write_json, write
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.stored import long_contexts
 from sae_research.training.after import EVAL_FILE, Results, after_training, finding_lines
+from sae_research.training.before import check_comparison, check_output, check_room, held_out_tokens
 from sae_research.training.checkpoint import in_use, remove_checkpoints, saved_checkpoints
 from sae_research.training.held_out import held_out_stats, kept, read_held_out
 from sae_research.training.member import CurveRow, Member
@@ -42,29 +45,38 @@ PCA_COMPONENTS = (16, 32, 64, 128)
 Report = dict[str, Any]
 
 
-def train(params: Params, output: Path = OUTPUT) -> Report:
+def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Report:
     """Run the stage; `output` is replaced whole when everything is done, and left alone if anything fails.
 
-    The run can be followed in `progress.progress_path(params)`. A run that was interrupted goes on from its last
-    checkpoint and ends with the same bytes on a CPU. Raises `UserError` when the text runs out, a loss diverges, model
-    and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C, after saving a checkpoint.
+    What the end needs is looked at before the first step: the held-out text, room on the disk, names and rights; with
+    `compared` also whether the setup stage can make its controls and variants of the baseline trained here. The run can be
+    followed in `progress.progress_path(params)`. A run that was interrupted goes on from its last checkpoint and ends with
+    the same bytes on a CPU; one whose measurement failed is measured only. Raises `UserError` when the text runs out, a loss
+    diverges, model and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C, after saving a
+    checkpoint.
     """
     if not (params.train.enabled and params.train.saes):
         report = _report(params, tokens=0)
-        with _replaced(output) as folder:
+        with replaced_folder(output) as folder:
             write_json(folder / REPORT_FILE, report)
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
+    check_output(params, output)
     progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
     with in_use(run_folder(params), params.activation_caching.max_gb), tracked(params) as tracker, \
             StopSignals() as signals, _reported(progress):
-        report = _train(params, output, progress, signals, tracker)
+        report = _train(params, output, compared, progress, signals, tracker)
     print(held_out_table(report))
     return report
 
 
-def _train(params: Params, output: Path, progress: ProgressFile, signals: StopSignals, tracker: Tracker) -> Report:
+def _train(params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals,
+           tracker: Tracker) -> Report:
     lm = load_language_model(params.model.name, params.model.device, params.train.llm_dtype)
+    if compared:
+        check_comparison(params, lm)
+    check_room(params, lm, output)
+    held_out = held_out_tokens(params, lm)
     text = text_fingerprint(params.text, TRAIN_SPLIT)
     contexts = long_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text,
                              params.activation_caching.max_gb)
@@ -85,8 +97,9 @@ def _train(params: Params, output: Path, progress: ProgressFile, signals: StopSi
     Trainer(stream, members, params.train, progress, signals, session.save, at_step).run()
     saes = {member.name: export(member) for member in members}
     report = _report(params, max(member.tokens for member in members))
-    results = _evaluate(report, members, saes, stream, lm, params)
-    with _replaced(output) as folder:
+    results = _evaluate(report, members, saes, stream, held_out, lm, params)
+    signals.carry_through()
+    with replaced_folder(output) as folder:
         for member in members:
             save_sae(saes[member.name], folder / member.name)
             write_text(folder / member.name / CURVE_FILE, curve_tsv(member.curve))
@@ -105,9 +118,7 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
     try:
         yield
     except Stop as stop:
-        kept = saved_checkpoints(progress.path.parent)
-        message = (f"the checkpoint of step {kept[0][0]} is kept; start the same run again to go on from there" if kept
-                   else "before the first step: nothing to keep")
+        message = _kept(progress)
         progress.end("interrupted", message)
         raise Interrupted(message, stop.number) from None
     except torch.AcceleratorError as error:
@@ -116,14 +127,28 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
         progress.end("failed", message)
         raise UserError(message) from None
     except torch.OutOfMemoryError as error:
-        message = (f"out of device memory ({str(error).strip().partition('. ')[0]}); raise train.accumulation_steps, or "
-                   "lower train.batch_size, train.buffer_tokens or model.llm_batch_size")
+        mend = (f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}" if progress.trained else
+                "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size")
+        message = f"out of device memory ({str(error).strip().partition('. ')[0]}); {mend}"
         progress.end("failed", message)
         raise UserError(message) from None
     except BaseException as error:
+        if progress.trained:
+            print(_kept(progress), file=sys.stderr, flush=True)
         progress.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
     progress.end("finished")
+
+
+def _kept(progress: ProgressFile) -> str:
+    """What is left of a run that ends here, in words."""
+    kept = saved_checkpoints(progress.path.parent)
+    if not kept:
+        return ("nothing is kept: no checkpoint could be written" if progress.trained or progress.values["step"] else
+                "before the first step: nothing to keep")
+    if progress.trained and kept[0][0] == progress.values["step"]:
+        return f"the SAEs are trained and kept, all {kept[0][0]} steps; start the same run again to measure and write them"
+    return f"the checkpoint of step {kept[0][0]} is kept; start the same run again to go on from there"
 
 
 def hyper_parameters(config: SAERecipe, params: Params) -> dict[str, Any]:
@@ -214,12 +239,14 @@ def _evaluate(
     members: list[Member],
     saes: dict[str, SparseAutoencoder],
     stream: ActivationStream,
+    held_out_contexts: Tensor,
     lm: LanguageModel,
     params: Params,
 ) -> Results:
     """Add every SAE's held-out figures to the report, PCA's at every hook, and what they show; returns what
     `eval_results.json` of each SAE holds."""
-    held_out = read_held_out(lm, params, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()})
+    held_out = read_held_out(lm, params, held_out_contexts,
+                             {hook: b.calibration.median_norm for hook, b in stream.buffers.items()})
     stats: dict[str, ReconstructionStats] = {}
     for hook, buffer in stream.buffers.items():
         rows_ND = held_out.rows(hook).to(buffer.device)
@@ -239,19 +266,3 @@ def _evaluate(
         report["hooks"][hook] = {"fraction_tokens_kept": buffer.fraction_kept,
                                  "pca_reference": {str(n): value for n, value in explained.items()}}
     return after_training(report, stats, saes, members, held_out, lm, params)
-
-
-@contextmanager
-def _replaced(output: Path) -> Iterator[Path]:
-    """A temporary neighbour that takes `output`'s place once the block is done, or goes if it fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

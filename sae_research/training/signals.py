@@ -55,6 +55,11 @@ class StopSignals:
         if self.received is not None:
             raise Stop(self.received)
 
+    def carry_through(self) -> None:
+        """From here on a first signal changes nothing: the rest is short, and leaves all done or all as it was."""
+        self.check()
+        self._deferred = True
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """A stretch in which state changes: a signal waits for the next `check`."""

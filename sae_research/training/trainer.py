@@ -58,8 +58,8 @@ class Trainer:
     """Called before the first step and after every step with the fraction of the run done."""
 
     def run(self) -> None:
-        """All steps that are left. Raises `UserError` naming SAE and step when a loss is no longer finite, and `Stop`,
-        with a checkpoint written, when a signal came."""
+        """All steps that are left, and a checkpoint of the end. Raises `UserError` naming SAE and step when a loss is no
+        longer finite, and `Stop`, with a checkpoint written, when a signal came."""
         self.saved_at, self.saved_step = time.monotonic(), self.step
         groups = grouped(self.members, self.train)
         self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
@@ -73,7 +73,10 @@ class Trainer:
             except Stop:
                 self.save_checkpoint()
                 raise
-        raise_if_diverged(self.members)
+            self.save_checkpoint()  # what is trained outlives whatever its measurement meets
+            self._report(self.stream.fraction)
+            self.progress.trained = True
+            self.signals.check()
 
     @property
     def step(self) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.errors import UserError
+from sae_research.folders import first_folder
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.lm.hooks import find_layers, parse_hook
 from sae_research.params import Text
 from sae_research.sources import sources_fingerprint
 from sae_research.stats import CleanPredictions
-from sae_research.store import cache_dir, file_sha256, fingerprint, keep_first, prune, write_json
+from sae_research.store import cache_dir, file_sha256, fingerprint, prune, write_json
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer.text import TextSource, contexts, documents_of
 from sae_research.transfer_params import OwnFinetune
@@ -54,16 +53,11 @@ def finetuned_model(base: LanguageModel, config: OwnFinetune, text: Text, hook: 
 def _make(base: LanguageModel, config: OwnFinetune, text: Text, hook: str, seed: int, folder: Path) -> None:
     model = copy.deepcopy(base.model)
     train(model, _rows(base, config, text), config, _trained_layers(base, hook, config), seed)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with first_folder(folder) as temporary:
         model.save_pretrained(temporary)
         base.tokenizer.save_pretrained(temporary)
         weights = {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
         write_json(temporary / "fingerprint.json", {"fingerprint": fingerprint(weights), "base": base.fingerprint})
-        keep_first(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     others = [path for path in folder.parent.iterdir() if not path.name.startswith(PREFIX)]
     prune(folder.parent, KEPT_GB + sum(_size(path) for path in others) / 1e9, keep=[folder, *others])
 

@@ -10,7 +10,7 @@ from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params, Text
 from sae_research.saes import SparseAutoencoder, load_sae
-from sae_research.setup.fits import check_fits, fill_in, same_model
+from sae_research.setup.fits import check_fits, fill_in, is_model
 from sae_research.setup.sources import read_folder, read_release
 from sae_research.store import StageFolder, fingerprint, round_significant, write_json, write_text
 from sae_research.transfer.finetune import finetuned_model
@@ -45,7 +45,8 @@ def load(params: Params, stage: StageFolder) -> Models:
         saes["finetuned"] = read_sae(config.finetuned_sae, "transfer.finetuned_sae")
     for assumed in fill_in(saes["base"], base.name, params.train.hook_name):
         stage.notes["sae"] = assumed
-    check_fits(f"transfer.sae {config.sae.path or config.sae.release or config.sae.name}", saes["base"], base)
+    check_fits(f"transfer.sae {config.sae.path or config.sae.release or config.sae.name}", saes["base"], base,
+               params.model.same_as)
     hook = saes["base"].cfg.hook_name
     for name in hooks(params, hook):
         _width(base, name)
@@ -80,9 +81,11 @@ def _with_tokenizer(lm: LanguageModel, name: str) -> LanguageModel:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return LanguageModel(lm.model, tokenizer, lm.name, fingerprint([lm.fingerprint, name, tokenizer.get_vocab()]))
+        other = LanguageModel(lm.model, tokenizer, lm.name, fingerprint([lm.fingerprint, name, tokenizer.get_vocab()]))
     except (OSError, ValueError) as error:
         raise UserError(f"transfer.tokenizer: cannot load {name!r}: {str(error).strip().partition(chr(10))[0]}") from None
+    other.names, other.saved_from = lm.names, lm.saved_from
+    return other
 
 
 def read_sae(config: TransferSAE, key: str) -> SparseAutoencoder:
@@ -129,7 +132,7 @@ def _width(lm: LanguageModel, hook: str) -> int:
 
 def _check_finetuned_sae(sae: SparseAutoencoder, finetuned: LanguageModel, hook: str) -> None:
     fill_in(sae, finetuned.name, hook)
-    if not same_model(sae.cfg.model_name, finetuned.name):
+    if not is_model(sae.cfg.model_name, finetuned):
         raise UserError(f"transfer.finetuned_sae was trained on {sae.cfg.model_name}, the finetuned model is "
                         f"{finetuned.name}; choose an SAE of the finetuned model")
     if sae.cfg.hook_name != hook or sae.cfg.d_in != finetuned.d_in(hook):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
+from sae_research.saes.guard import Guard
 from sae_research.saes.registry import code_fingerprint
 from sae_research.store import ResultCache, StageFolder, fingerprint, round_significant, write_text
 from sae_research.text.corpus import text_fingerprint
@@ -33,22 +33,17 @@ MAIN = "finetuned"
 
 
 def run(params: Params, stage: StageFolder) -> None:
-    """Everything, into the stage's folder. Raises `UserError` in one line for what cannot be compared; a control that cannot
-    be is skipped with its reason."""
+    """Everything, into the stage's folder. Raises `UserError` in one line for what cannot be compared; a control that fails
+    is skipped with its reason."""
     torch.manual_seed(params.random_seed)
     models = load(params, stage)
     cache = ResultCache("transfer")
     for name, pair in _pairs(models, params):
-        try:
+        with Guard(None if name == MAIN else stage.skip).on(name):
             result, tables = evaluate(pair, name, models, cache)
-        except UserError as error:
-            if name == MAIN:
-                raise
-            stage.skip(name, str(error))
-            continue
-        for file, table in tables.items():
-            write_text(stage.folder / file, table)
-        stage.write_result(name, result)
+            for file, table in tables.items():
+                write_text(stage.folder / file, table)
+            stage.write_result(name, result)
 
 
 def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple[dict[str, Any], dict[str, str]]:

@@ -204,3 +204,14 @@ def test_the_stage_writes_a_site_or_says_why_not(lab: Lab, params: Params, in_pr
     with pytest.raises(UserError, match="nobody; downloaded_saes/ holds late"):
         run_stage(on.model_copy(update={"dashboards": small(saes=["nobody"])}))
     assert read_status(Path("dashboards"))["status"] == "failed"
+
+
+def test_one_bad_sae_is_left_out_of_the_site(lm: LanguageModel, params: Params, in_project: Path) -> None:
+    bad, said = tiny_sae(seed=1), {}
+    bad.b_enc.fill_(torch.nan)
+    lab = Lab.of({"bad": bad, "good": tiny_sae()}, lm, params)
+    write_dashboard(lab, "site", small(), pairs=[("good", "bad")], skip=said.__setitem__)
+    assert list(said) == ["bad"] and "NaN" in said["bad"]
+    assert Path("site/good/index.html").is_file() and not Path("site/bad").exists()
+    with pytest.raises(UserError, match="NaN"):  # nowhere to list it
+        write_dashboard(lab, "site", small())

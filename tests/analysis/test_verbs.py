@@ -17,6 +17,7 @@ from sae_research.analysis import directory
 from sae_research.analysis.tables import table
 from sae_research.cli import main
 from sae_research.errors import UserError
+from sae_research.params import Params
 from sae_research.saes import save_sae
 
 from .conftest import EARLY, SIZE, biased
@@ -32,9 +33,9 @@ def project(tiny_inputs: Path, in_project: Path) -> Path:
         sae.cfg = sae.cfg.replace(model_name="tiny")
         save_sae(sae, in_project / "downloaded_saes" / name)
     with (in_project / "params.yaml").open("w") as stream:
-        YAML().dump({"model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 8},
-                     "text": {"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
-                     "analysis": {"tokens": 2_000, "split": "sae_train"}}, stream)
+        YAML().dump(Params(model={"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 8},
+                           text={"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
+                           analysis={"tokens": 2_000, "split": "sae_train"}).model_dump(mode="json"), stream)
     return in_project
 
 

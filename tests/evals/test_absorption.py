@@ -366,3 +366,10 @@ def test_no_letter_is_not_applicable_and_several_hooks_are_told_apart(lm: Langua
 def test_the_template_is_checked(make_params: Any) -> None:
     with pytest.raises(ValueError, match="must hold {word} once"):
         make_params(absorption={"prompt_template": "the first letter:"})
+
+
+def test_one_bad_sae_is_listed_and_the_others_score(lm: LanguageModel, params: Params, tmp_path: Path) -> None:
+    bad = standard(1)
+    bad.b_enc.fill_(torch.nan)
+    found, stage = run({"bad": bad, "good": standard()}, lm, params, tmp_path)
+    assert "NaN" in stage.skipped["bad"] and found == run({"good": standard()}, lm, params, tmp_path)[0]

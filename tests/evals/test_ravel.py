@@ -371,3 +371,10 @@ def test_pairs_depend_on_the_seed_alone(town_lm: LanguageModel, town_params: Any
     plans = [pairs.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
              for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
+
+
+def test_one_bad_sae_is_listed_and_the_others_score(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
+    bad = linear(torch.eye(D))
+    bad.b_enc.fill_(torch.nan)
+    found, stage = run({"bad": bad, "good": linear(torch.eye(D))}, town_lm, town_params(), tmp_path)
+    assert "NaN" in stage.skipped["bad"] and list(found) == ["good"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,11 @@ def test_interval_covers_and_held_out_corrects_for_choosing() -> None:
     assert held_out < score and abs(held_out - 0.1) < 0.08 and kept == 1.0
     assert scores.interval(forget, retain, 0.99, seed=1) == [low, high]
     assert scores.held_out(forget, np.zeros((50, 40), dtype=bool), 0.99, seed=1) == (0.0, 1.0)
+
+
+def test_one_bad_sae_is_listed_and_the_others_score(lm: LanguageModel, saes: SAEs, make_params: Any) -> None:
+    bad = copy.deepcopy(saes["standard"])
+    bad.b_enc.fill_(torch.nan)
+    stage = StageFolder(Path("out"))
+    found = dict(unlearning.evaluate({"bad": bad, "good": saes["standard"]}, lm, make_params(), stage))
+    assert "NaN" in stage.skipped["bad"] and found == run({"good": saes["standard"]}, lm, make_params())

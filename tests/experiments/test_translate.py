@@ -16,7 +16,8 @@ from sae_research.experiments.config_files import parse_overrides, with_values
 from sae_research.experiments.grid import expand
 from sae_research.experiments.scaling import Scale
 from sae_research.experiments.translate import Changes, translate
-from sae_research.params import check_params, load_params
+from sae_research.params import Train, check_params, load_params
+from sae_research.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 SCALE = Scale(64, 10.0)
@@ -77,6 +78,31 @@ def test_settings_of_hard_concrete_gates_carry_over() -> None:
                         "saes.sae_positions": ["blocks.0.hook_resid_pre"]}).overrides["train.saes"]["gates"]
     assert (sae["initial_beta"], sae["final_beta"], sae["beta_annealing"]) == (1.0, 0.3, True)
     assert sae["input_dependent_gates"] is False and sae["stretch"] == [-0.2, 1.2]
+
+
+@pytest.mark.parametrize("sae_type", ["hard_concrete", "gated_hard_concrete"])
+def test_the_published_block_anneals_beta_to_half(sae_type: str) -> None:
+    """SAE-Interpretability's README gives `beta_annealing: true` and no `final_beta`."""
+    result = translated(**{"saes.sae_type": sae_type, "saes.initial_beta": 0.5, "saes.beta_annealing": True,
+                           "saes.sae_positions": ["blocks.0.hook_resid_pre"]})
+    sae = check_params({"train": {"saes": result.overrides["train.saes"]}}, "x").train.saes[sae_type]
+    assert sae.beta_annealing and sae.last_beta == 0.25
+    assert any(note.startswith("saes.final_beta: not given: 0.25") for note in result.notes)
+    recipe = RECIPES[sae_type](8, sae.model_copy(update={"d_sae": 4}), Train(warmup_fraction=0.0))
+    recipe.anneal(1.0)
+    assert float(recipe.beta) == pytest.approx(0.25)
+
+
+def test_a_grid_without_bound_is_one_line() -> None:
+    params_yaml = read((ROOT / "params.yaml").read_text())
+    sweep = {f"train.{key}": list(range(1, 22))
+             for key in ("tokens", "buffer_tokens", "held_out_tokens", "checkpoint_steps")}
+    with pytest.raises(UserError, match=r"194,481 points, more than the 2,000 .*set max_experiments there \(or --limit\)"):
+        expand({}, sweep, params_yaml, Changes(), scales)
+    assert len(expand({}, {**sweep, "max_experiments": 5}, params_yaml, Changes(), scales).points) == 5
+    assert len(expand({}, sweep, params_yaml, Changes(), scales, limit=3).points) == 3
+    with pytest.raises(UserError, match="max_experiments must be a whole number"):
+        expand({}, {**sweep, "max_experiments": True}, params_yaml, Changes(), scales)
 
 
 def test_a_shorter_run_keeps_its_steps_and_fractions() -> None:

@@ -375,7 +375,7 @@ class Lab:
 def lab(tmp_path: Path) -> Lab:
     """Core and sparse probing finished for all SAEs, the optional ones disabled, two SAEs trained here."""
     built = Lab(tmp_path)
-    built.write("params.yaml", "visualization:\n  dpi: 80\n")
+    built.write("params.yaml", "visualization: {dpi: 80, width_inches: 7.0, height_inches: 4.6, architectures: {}}\n")
     for name in EVALS:
         built.evaluate(name) if name in ("core", "sparse_probing") else built.disable(name)
     built.train()

@@ -157,7 +157,6 @@ def test_how_the_model_was_loaded() -> None:
     for kwargs in (
         {"fold_ln": True},
         {"center_writing_weights": True, "fold_ln": True},
-        {"revision": "step3"},
     ):
         with pytest.raises(UserError, match="^x: trained on a model loaded with .*only "
                                             "center_writing_weights"):

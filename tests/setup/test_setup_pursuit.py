@@ -56,7 +56,7 @@ def test_a_poor_dictionary_is_noted_or_refused(project: Path, make_params: Any, 
     assert about + "1 atoms repeat another up to sign: the first stands for all" in out
     with pytest.raises(UserError, match="1 of 64 atoms are not of unit norm .* and 2 of 64 atoms are zero vectors; pursuit"):
         run_setup(make_params(comparison_saes={"trained": []}, sae_variants={"normalise": "refuse"}))
-    off = {name: {"enabled": False} for name in ("ihtp", "mpsae")}
+    off = {name: {"enabled": False} for name in ("ihtp", "mpsae", "omp")}
     run_setup(make_params(comparison_saes={"trained": []}, controls={"names": []},
                           sae_variants={"normalise": "refuse", **off}))  # nobody pursues
 

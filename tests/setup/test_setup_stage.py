@@ -12,9 +12,12 @@ import torch
 from tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
 from sae_research.errors import UserError
+from sae_research.lm import load_language_model
+from sae_research.params import Params
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 from sae_research.setup import run_setup
+from sae_research.setup.preflight import preflight
 
 ORDER = ["standard", "standard_ihtp_k1", "standard_ihtp_k2", "standard_mpsae_s3", "standard_mpsae_s5", "topk",
          "control_random", "control_data_rows", "control_pca"]
@@ -205,3 +208,16 @@ def test_directory_matches_are_named_and_read(
     assert asked == [("gpt2-small-res-jb", "blocks.3.hook_resid_pre")]
     assert manifest["order"][-1] == "gpt2_small_res_jb_blocks_3_hook_resid_pre"
     assert manifest["saes"][manifest["order"][-1]]["provenance"]["release"] == "gpt2-small-res-jb"
+
+
+def test_a_comparison_that_fails_is_a_warning_the_baseline_is_not(project: Path, tiny_inputs: Path) -> None:
+    lm = load_language_model(str(tiny_inputs / "tiny"), "cpu")
+    params = Params.model_validate({"text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
+                                    "preflight": {"tokens": 256}})
+    bad = tiny_sae(seed=1)
+    bad.b_enc.fill_(torch.nan)
+    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params)
+    assert "NaN" in found.report["saes"]["bad"]["failed"] and found.report["saes"]["good"]["l0"] > 0
+    assert any(line.startswith("bad fails, and evaluations will skip it") for line in found.warnings)
+    with pytest.raises(UserError, match="the baseline bad fails: .*NaN"):
+        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params)

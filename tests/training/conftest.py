@@ -37,6 +37,7 @@ def make_params(tiny: tuple[Path, Path]) -> Callable[..., Params]:
                     "batch_size": 64,
                     "buffer_tokens": 1024,
                     "llm_dtype": "float32",
+                    "precision": "float32",
                     "held_out_tokens": 512,
                     "saes": {"standard": STANDARD, "topk": TOP_K},
                     **train,

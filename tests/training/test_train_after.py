@@ -122,7 +122,7 @@ def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp
 
 def test_a_failed_training_ends_its_runs_as_failed(make_params, tmp_path, fake_runs):
     with pytest.raises(UserError, match="fewer than one batch"):
-        run.train(with_tracking(make_params(tokens=64, batch_size=512), project="p"), tmp_path / "out")
+        run.train(with_tracking(make_params(tokens=512, batch_size=512), project="p"), tmp_path / "out")
     assert fake_runs["standard"].exit_code == 1
 
 

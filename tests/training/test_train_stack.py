@@ -29,7 +29,7 @@ def trio(name: str, **train: Any) -> Train:
     extra = {"resample_every": 0.1, "resample_window": 0.05} if key == "l1_coefficient" else {}
     saes = {f"s{i}": {**config, **extra, key: value, "seed": i, "learning_rate": (3e-3, 3e-3, 1e-3)[i]}
             for i, value in enumerate(SPARSITIES[key])}
-    return Train(saes=saes, batch_size=128, stack="always", dead_fraction=0.05, **train)
+    return Train(saes=saes, batch_size=128, stack="always", dead_fraction=0.05, **{"precision": "float32", **train})
 
 
 def members_of(train: Train, rows: torch.Tensor) -> list[Member]:

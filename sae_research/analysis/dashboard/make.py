@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sae_research.analysis.dashboard.comparison import compare
@@ -15,26 +15,34 @@ from sae_research.dashboard_params import Dashboards
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Guard
 from sae_research.store import slugify
 
 
 def write_dashboard(lab: Lab, folder: str | Path, settings: Dashboards | None = None,
                     pairs: Iterable[Sequence[str]] | None = None, figures: Mapping[str, Mapping[str, float]] | None = None,
-                    progress: bool = False) -> Path:
+                    progress: bool = False, skip: Callable[[str, str], None] | None = None) -> Path:
     """Write the site of all SAEs in `lab`; returns its first page, to be opened in a browser from disk.
 
     settings, pairs: by default those of the parameters' section `dashboards`. figures: of an evaluation, by SAE, for the
-    start pages. Raises `UserError` for a pair of unknown names or SAEs that cannot be compared.
+    start pages. skip: is told the name and reason of an SAE that fails, which is left out; without it its error is raised.
+    Raises `UserError` for a pair of unknown names, SAEs that cannot be compared, and where none can be shown.
     """
+    guard = Guard(skip)
     settings = settings or lab.params.dashboards
     wanted = [tuple(pair) for pair in (settings.compare if pairs is None else pairs)]
     folder = Path(folder)
     if settings.other_model is None:
         _check_pairs(wanted, lab.saes)  # before statistics, which take minutes
-    shown = {name: Shown(name, sae, lab.lm, lab.stats(name, progress), settings, dict((figures or {}).get(name, {})))
-             for name, sae in lab.saes.items()}
+    shown: dict[str, Shown] = {}
+    for name, sae in lab.saes.items():
+        with guard.on(name):
+            shown[name] = Shown(name, sae, lab.lm, lab.stats(name, progress), settings, dict((figures or {}).get(name, {})))
+    if not shown:
+        raise UserError(f"dashboards: none of {', '.join(lab.saes)} can be shown")
+    wanted = [pair for pair in wanted if not guard.failed.intersection(pair)]
     if settings.other_model is not None:
-        for name, beside in _on_other_model(lab, settings, progress).items():
+        for name, beside in _on_other_model(Lab(lab.lm, guard.left(lab.saes), lab.params), settings, progress).items():
             wanted.append((name, beside.name))
             shown[beside.name] = beside
     _check_pairs(wanted, shown)

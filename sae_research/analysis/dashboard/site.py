@@ -6,8 +6,8 @@ A page opened from disk may not `fetch` anything, so each data file is a script 
 from __future__ import annotations
 
 import base64
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sae_research.analysis.dashboard.histograms import density_bars
 from sae_research.analysis.dashboard.latents import QUANTILES, Shown, latent_files
 from sae_research.analysis.directory import EMBED, neuronpedia_source
 from sae_research.errors import UserError
+from sae_research.folders import replaced_folder
 from sae_research.store import SLUG, write_bytes, write_text
 
 HERE = Path(__file__).parent
@@ -52,18 +53,17 @@ def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Compa
     pages.filters |= {"number": number, "percent": lambda x: f"{x:.2%}"}
     summaries = [summary(one) for one in shown]
     for one, known in zip(shown, summaries, strict=True):
-        _write_sae(folder / one.name, one, known, pages)
+        with _renewed(folder / one.name) as target:
+            _write_sae(target, one, known, pages)
     for one in comparisons:
-        target = folder / "compare" / one.name
-        _empty(target)
-        write_script(target / "data.js", one.name, one.content)
-        _page(pages, "compare.html", target / "index.html", root="../../", pair=one)
+        with _renewed(folder / "compare" / one.name) as target:
+            write_script(target / "data.js", one.name, one.content)
+            _page(pages, "compare.html", target / "index.html", root="../../", pair=one)
     _page(pages, "home.html", folder / "index.html", root="", saes=summaries, comparisons=comparisons)
     return folder / "index.html"
 
 
 def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.Environment) -> None:
-    _empty(folder)
     for number, content in latent_files(shown):
         write_script(folder / "data" / f"{number:05d}.js", f"{shown.name}/{number:05d}", content)
     write_script(folder / "data" / "about.js", f"{shown.name}/about", {
@@ -156,11 +156,13 @@ def _page(pages: jinja2.Environment, template: str, path: Path, **values: Any) -
     write_text(path, pages.get_template(template).render(**values))
 
 
-def _empty(folder: Path) -> None:
-    """Files of an earlier site with more latents must not stay. Raises `UserError` for a folder that is not of a site."""
-    if folder.exists():
-        if not (folder / MARK).is_file():
-            raise UserError(f"{folder} is there already and is no part of a dashboard; choose another --out")
-        shutil.rmtree(folder)
-    write_text(folder / MARK, "")
+@contextmanager
+def _renewed(folder: Path) -> Iterator[Path]:
+    """A new folder in place of an earlier site's, whose files, of more latents perhaps, must not stay. Raises `UserError`
+    for a folder that is not of a site."""
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(f"{folder} is there already and is no part of a dashboard; choose another --out")
+    with replaced_folder(folder) as temporary:
+        write_text(temporary / MARK, "")
+        yield temporary
 

@@ -24,7 +24,7 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
 
         names = chosen(params)
         lab = Lab.open([str(SAES / name) for name in names], params)
-        page = write_dashboard(lab, folder, figures=core_figures())
+        page = write_dashboard(lab, folder, figures=core_figures(), skip=stage.skip)
         stage.notes |= {"saes": names, "model": lab.lm.name, "tokens": params.analysis.tokens,
                         "latents": {name: sae.cfg.d_sae for name, sae in lab.saes.items()}}
         print(f"open {page} in a browser", flush=True)

@@ -22,7 +22,8 @@ from sae_research.evals.absorption.words import LETTERS, Words, load_words
 from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder
 
 MIN_TRAIN_WORDS = 10
@@ -54,12 +55,12 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     """(name, result) of every SAE, the result as SAE Bench's `AbsorptionEvalOutput` in plain data.
 
     prompts: the words in their prompts, by default a sample of the tokenizer's alphabetic tokens. A letter counts where
-    a probe on the model's activations finds it on unseen words; the others are skipped with their reason. Raises
-    `UserError` when no word can be used, `NotApplicable` when no letter qualifies at any hook.
+    a probe on the model's activations finds it on unseen words; the others, and SAEs that fail, are skipped with their
+    reason. Raises `UserError` when no word can be used, `NotApplicable` when no letter qualifies at any hook.
     """
     prompts = load_words(lm, params.absorption, params.random_seed) if prompts is None else prompts
     stage.notes["absorption"] = dict(prompts.notes)
-    scored, hooks = 0, by_hook(saes)
+    scored, hooks, guard = False, by_hook(saes), Guard(stage.skip)
     for hook, members in hooks.items():
         acts = WordActivations(lm, hook, prompts, params)
         letters = _letters(acts).qualifying()
@@ -68,10 +69,10 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
             for name in members:
                 stage.skip(name, f"no first letter qualifies at {hook}")
             continue
-        found = _scores(members, acts, letters)
-        scored += len(found)
-        for name, sae in members.items():
-            yield name, result.result(name, sae, acts, letters, found[name])
+        scored = True
+        for name, scores in _scores(members, acts, letters, guard).items():
+            with guard.on(name):
+                yield name, result.result(name, members[name], acts, letters, scores)
     if not scored:
         raise NotApplicable(f"absorption: {lm.name} shows no first letter at {', '.join(hooks)} with a probe F1 above "
                             f"{params.absorption.min_ground_truth_probe_f1}; a larger model is needed (SAE Bench advises "
@@ -133,19 +134,24 @@ def _ground_truth(x: np.ndarray, labels: np.ndarray, test: np.ndarray, numbers: 
 
 # --- SAEs ------------------------------------------------------------------------------------
 
-def _scores(saes: dict[str, SparseAutoencoder], acts: WordActivations, letters: Letters) -> dict[str, Any]:
-    """Every SAE's scores by letter, from the cache where they are."""
+def _scores(saes: dict[str, SparseAutoencoder], acts: WordActivations, letters: Letters, guard: Guard) -> dict[str, Any]:
+    """The scores by letter of every SAE that can be scored, from the cache where they are."""
+    def score_family(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, latents in acts.latents(family).items():
+            with guard.on(name):
+                yield name, score(saes[name], latents, acts, letters)
+
     cache = ResultCache("absorption")
     keys = {name: result_key(sae, acts.lm, _inputs(acts), __name__) for name, sae in saes.items()}
     found = {name: cache.get(key) for name, key in keys.items()}
     missing = {name: sae for name, sae in saes.items() if found[name] is None}
     with tqdm(total=len(missing), desc="encode and score", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:
-        for names in families(missing):
-            for name, latents in acts.latents({n: missing[n] for n in names}).items():
-                found[name] = score(saes[name], latents, acts, letters)
-                cache.put(keys[name], found[name])
-                bar.update()
-    return found
+        for name, scores in guard.each(missing, score_family):
+            with guard.on(name):
+                cache.put(keys[name], scores)
+                found[name] = scores
+            bar.update()
+    return guard.left(found)
 
 
 def score(sae: SparseAutoencoder, latents: sparse.csr_matrix, acts: WordActivations, letters: Letters) -> dict[str, Any]:

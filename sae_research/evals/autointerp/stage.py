@@ -28,7 +28,8 @@ from sae_research.llm_budget import Budget, check_budget
 from sae_research.llm_client import ChatClient
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.stream import token_contexts
 
@@ -52,7 +53,8 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         raise UserError(f"autointerp.buffer {config.buffer} leaves no window in contexts of {params.text.context_size} "
                         "tokens; lower it or raise text.context_size")
     tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens).tokens
-    found = {name: chosen for name, chosen in find_windows(saes, lm, params, tokens).items()
+    guard = Guard(stage.skip)
+    found = {name: chosen for name, chosen in find_windows(saes, lm, params, tokens, guard).items()
              if _usable(name, chosen, params, stage)}
     if not found:
         return
@@ -62,7 +64,8 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         records = _judged(name, make_sheets(found[name], tokens, lm, config, params.random_seed), client, params)
         counts.update(_state_counts(name, records, stage))
         if any(record["state"] == SCORED for record in records):
-            yield name, results.result(name, saes[name], found[name], records, lm, params)
+            with guard.on(name):
+                yield name, results.result(name, saes[name], found[name], records, lm, params)
         else:
             reasons = Counter(record["why"] for record in records).most_common(1)
             stage.skip(name, f"none of its {len(records)} latents could be scored: {reasons[0][0]}")
@@ -72,8 +75,9 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
 # --- windows ---------------------------------------------------------------------------------
 
 def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-                 tokens: Tensor) -> dict[str, Windows]:
-    """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]"""
+                 tokens: Tensor, guard: Guard | None = None) -> dict[str, Windows]:
+    """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]. Without a
+    `guard` an SAE that fails raises its error."""
     cache, config, found = ResultCache("autointerp_windows"), params.autointerp, {}
     for hook, members in by_hook(saes).items():
         keys = {name: _key(sae, lm, params, tokens) for name, sae in members.items()}
@@ -84,12 +88,13 @@ def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: 
             continue
         acts = HookActivations(lm, hook, tokens, params)
         with tqdm(total=len(missing), desc="windows", unit="SAE", dynamic_ncols=True) as bar:
-            for names in families(missing):
-                new = collect_windows({name: missing[name] for name in names}, acts, config, params.random_seed)
-                for name, chosen in new.items():
-                    cache.put(keys[name], chosen.to_plain())
-                found |= new
-                bar.update(len(names))
+            def score(family: Family, acts: HookActivations = acts) -> Iterator[tuple[str, Windows]]:
+                yield from collect_windows(family, acts, config, params.random_seed).items()
+
+            for name, chosen in (guard or Guard(None)).each(missing, score):
+                cache.put(keys[name], chosen.to_plain())
+                found[name] = chosen
+                bar.update()
     return found
 
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_research.errors import UserError
 from sae_research.evals import output
 from sae_research.evals.meta_sae.training import BatchTopKSAE, train_meta_sae
 from sae_research.intervals import interval, ratio
 from sae_research.lm import LanguageModel
 from sae_research.params import MetaSAE, Params
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Guard
 from sae_research.saes.registry import code_fingerprint
 from sae_research.store import ResultCache, StageFolder, fingerprint
 
@@ -37,23 +39,21 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `MetaStructureEvalOutput` in plain data.
 
-    An SAE whose decoder rows do not vary is skipped. `lm` only says the device.
+    An SAE whose decoder rows do not vary, or whose meta-SAE has no figures, is skipped. `lm` only says the device.
     """
-    cache = ResultCache("meta_sae")
+    cache, guard = ResultCache("meta_sae"), Guard(stage.skip)
     dictionaries = shared_dictionaries(saes)
     stage.notes["shared_dictionaries"] = {name: first for name, first in dictionaries.items() if name != first}
-    found: dict[str, dict[str, Any] | None] = {}
+    found: dict[str, dict[str, Any]] = {}
     with tqdm(total=len(set(dictionaries.values())), desc="train meta-SAEs", unit="dictionary", dynamic_ncols=True,
               file=sys.stderr) as bar:
         for name, sae in saes.items():
             first = dictionaries[name]
-            if first not in found:
-                found[first] = _of_dictionary(saes[first].W_dec, params, lm.device, cache)
-                bar.update()
-            if found[first] is None:
-                stage.skip(name, "the rows of its decoder do not vary")
-                continue
-            yield name, _result(name, sae, params, found[first])
+            with guard.on(name):
+                if first not in found:
+                    bar.update()
+                    found[first] = _of_dictionary(saes[first].W_dec, params, lm.device, cache)
+                yield name, _result(name, sae, params, found[first])
 
 
 def shared_dictionaries(saes: dict[str, SparseAutoencoder]) -> dict[str, str]:
@@ -62,19 +62,18 @@ def shared_dictionaries(saes: dict[str, SparseAutoencoder]) -> dict[str, str]:
     found = {}
     for name, sae in saes.items():
         same = (first for first in firsts if saes[first].W_dec.shape == sae.W_dec.shape
-                and torch.allclose(saes[first].W_dec, sae.W_dec, rtol=1e-5, atol=1e-6))
+                and torch.allclose(saes[first].W_dec.float(), sae.W_dec.float(), rtol=1e-5, atol=1e-6))
         found[name] = next(same, name)
         if found[name] == name:
             firsts.append(name)
     return found
 
 
-def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: ResultCache) -> dict[str, Any] | None:
-    """Figures of every seed, from the cache if there; None where the rows do not vary."""
+def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: ResultCache) -> dict[str, Any]:
+    """Figures of every seed, from the cache if there. Raises `UserError` where the rows do not vary."""
     rows_ND = W_dec.detach().float().to(device)
-    varies = bool((rows_ND != rows_ND[0]).any())
-    if not varies:
-        return None
+    if not bool((rows_ND != rows_ND[0]).any()):
+        raise UserError("the rows of its decoder do not vary")
     config = params.meta_sae
     one_seed = fingerprint([
         fingerprint([list(rows_ND.shape), rows_ND.cpu().numpy().tobytes().hex()]), device.type,

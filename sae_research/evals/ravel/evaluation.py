@@ -34,7 +34,8 @@ from sae_research.evals.ravel.patches import PromptActivations, Swap
 from sae_research.evals.ravel.result import ravel_result
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 
 # one SAE's findings: task -> definition -> {"latents": how many the mask takes, "answers": to every test pair}
@@ -45,12 +46,12 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `RAVELEvalOutput` in plain data.
 
-    Attributes that the model does not know are skipped with their reason. Raises `NotApplicable` when too few are
-    left, `UserError` for prompts that cannot be read.
+    Attributes that the model does not know and SAEs that fail are skipped with their reason. Raises `NotApplicable`
+    when too few attributes are left, `UserError` for prompts that cannot be read.
     """
-    facts = known_prompts(lm, params, stage)
+    facts, guard = known_prompts(lm, params, stage), Guard(stage.skip)
     stage.notes["pairs_per_attribute"] = f"{params.ravel.num_pairs_per_attribute} of either kind (SAE Bench: 5000)"
-    answered = False
+    asked = False
     for hook, members in by_hook(saes).items():
         group = PromptActivations(lm, hook, facts, params)
         tasks = build_tasks(facts, group.usable, params, stage)
@@ -59,28 +60,34 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
                        "token that counts (token_mask)")
             continue
         whole = _whole_activation(group, tasks, params)
-        for name, findings in _findings(members, group, tasks, params).items():
-            answered = True
-            yield name, ravel_result(name, members[name], facts, tasks, findings, whole, params, lm)
-    if not answered:
+        asked = True
+        for name, findings in _findings(members, group, tasks, params, guard).items():
+            with guard.on(name):
+                yield name, ravel_result(name, members[name], facts, tasks, findings, whole, params, lm)
+    if not asked:
         raise NotApplicable("; ".join(f"{what}: {why}" for what, why in stage.skipped.items()))
 
 
 def _findings(members: dict[str, SparseAutoencoder], group: PromptActivations, tasks: list[Task],
-              params: Params) -> dict[str, Findings]:
-    """Of every SAE at a hook, from the cache or afresh."""
+              params: Params, guard: Guard) -> dict[str, Findings]:
+    """Of every SAE at a hook that can be scored, from the cache or afresh."""
+    def score(family: Family) -> Iterator[tuple[str, Findings]]:
+        latents = group.entity_latents(family)
+        for name, sae in family.items():
+            with guard.on(name):
+                yield name, findings_of(Swap(sae, latents.pop(name), group), tasks, params)
+
     cache, facts = ResultCache("ravel"), _inputs(group.known, params)
     keys = {name: result_key(sae, group.lm, facts, __name__) for name, sae in members.items()}
     found = {name: cache.get(keys[name]) for name in members}
     missing = {name: sae for name, sae in members.items() if found[name] is None}
     with tqdm(total=len(missing), desc="masks", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:
-        for names in families(missing):
-            latents = group.entity_latents({name: missing[name] for name in names})
-            for name in names:
-                found[name] = findings_of(Swap(missing[name], latents.pop(name), group), tasks, params)
-                cache.put(keys[name], found[name])
-                bar.update()
-    return found
+        for name, findings in guard.each(missing, score):
+            with guard.on(name):
+                cache.put(keys[name], findings)
+                found[name] = findings
+            bar.update()
+    return guard.left(found)
 
 
 def findings_of(swap: Swap, tasks: Sequence[Task], params: Params,

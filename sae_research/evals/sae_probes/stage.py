@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from sae_research.evals.sae_probes.tasks import ProbeTask, chosen_names, load_pr
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.tasks import TaskUnavailable
 
@@ -65,19 +67,20 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingSaeProbesEvalOutput` in plain data.
 
-    A task with one class or too few texts, and a k beyond an SAE's latents, are skipped with their reason. Raises
-    `UserError` when no task is left.
+    A task with one class or too few texts, a k beyond an SAE's latents, and an SAE that fails, are skipped with their
+    reason. Raises `UserError` when no task is left.
     """
-    texts = _load(lm, params, stage)
+    texts, guard = _load(lm, params, stage), Guard(stage.skip)
     sample = np.linspace(0, len(texts.tokens) - 1, min(_NORM_SAMPLE, len(texts.tokens))).astype(int)
     for hook, members in by_hook(saes).items():
         norm = TypicalNorm(lm, hook, [texts.tokens[i] for i in sample], params)
-        raw, found = _HookScores(members, norm, texts, params).compute()
-        for name, sae in members.items():
+        raw, found = _HookScores(members, norm, texts, params, guard).compute()
+        for name, sae in guard.left(members).items():
             for k in params.sparse_probing_sae_probes.k_values:
                 if k > sae.cfg.d_sae:
                     stage.skip(f"{name}, k = {k}", f"the SAE has {sae.cfg.d_sae} latents")
-            yield name, result(name, sae, lm.name, params, texts.tasks, texts.rows, raw, found[name])
+            with guard.on(name):
+                yield name, result(name, sae, lm.name, params, texts.tasks, texts.rows, raw, found[name])
 
 
 def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
@@ -101,8 +104,8 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
 class _HookScores:
     """Every probe on SAEs that read one hook, group of tasks by group of tasks, family by family."""
 
-    def __init__(self, saes: dict[str, SparseAutoencoder], norm: TypicalNorm, texts: _Texts, params: Params) -> None:
-        self.saes, self.norm, self.texts, self.params = saes, norm, texts, params
+    def __init__(self, saes: Family, norm: TypicalNorm, texts: _Texts, params: Params, guard: Guard) -> None:
+        self.saes, self.norm, self.texts, self.params, self.guard = saes, norm, texts, params, guard
         self.config = params.sparse_probing_sae_probes
         self.cache = ResultCache("sparse_probing_sae_probes")
         task_keys = {task.name: texts.key(task) for task in texts.tasks}
@@ -127,7 +130,8 @@ class _HookScores:
         return raw, found
 
     def _group(self, group: list[ProbeTask], raw: dict[str, Any], found: dict[str, dict[str, Any]], bar: Any) -> None:
-        missing = {name: sae for name, sae in self.saes.items() if any(found[name][t.name] is None for t in group)}
+        missing = {name: sae for name, sae in self.guard.left(self.saes).items()
+                   if any(found[name][task.name] is None for task in group)}
         if not missing and all(raw[task.name] for task in group):
             return
         numbers = torch.cat([self.texts.rows[task.name] for task in group]).unique()
@@ -140,14 +144,20 @@ class _HookScores:
                 raw[task.name] = self._raw_record(task, Vectors(last.raw.sae_bench[rows], last.raw.lab[rows]))
                 self.cache.put(self.raw_keys[task.name], raw[task.name])
         for names in families(missing):
-            family = {name: missing[name] for name in names}
             for task in group:
-                if all(found[name][task.name] for name in names):
+                family = self.guard.left({name: missing[name] for name in names})
+                if all(found[name][task.name] for name in family):
                     continue
-                for name, latents in last.latents(family, index[task.name]):
-                    found[name][task.name] = self._record(task, latents)
-                    self.cache.put(self.keys[name, task.name], found[name][task.name])
+                for name, record in self.guard.each(family, partial(self._records, task, last, index[task.name])):
+                    with self.guard.on(name):
+                        self.cache.put(self.keys[name, task.name], record)
+                        found[name][task.name] = record
                     bar.update()
+
+    def _records(self, task: ProbeTask, last: LastTokens, rows: Tensor, family: Family) -> Iterator[tuple[str, Record]]:
+        for name, latents in last.latents(family, rows):
+            with self.guard.on(name):
+                yield name, self._record(task, latents)
 
     def _raw_record(self, task: ProbeTask, activations: Vectors) -> Record:
         """The probe on all dimensions of the activations."""

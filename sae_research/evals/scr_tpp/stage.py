@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from tqdm import tqdm
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.probes import ProbeTask
 from sae_research.evals.scr_tpp import linear
-from sae_research.evals.scr_tpp.ablation import Definition, NotLinear, View, decoder_matrix
+from sae_research.evals.scr_tpp.ablation import Definition, View, decoder_matrix
 from sae_research.evals.scr_tpp.linear import Probes
 from sae_research.evals.text_means import Means, TextActivations
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 
 DEFINITIONS: tuple[Definition, ...] = ("sae_bench", "lab")
@@ -54,25 +56,33 @@ class Study(NamedTuple):
 def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, what `study.score` returned) of every SAE whose decoder allows it, in the order given."""
+    guard = Guard(stage.skip)
     cache, thresholds = ResultCache(study.kind), sorted(set(study.settings.n_values))
     for hook, members in by_hook(saes).items():
         keys = {name: _key(study, sae, lm, params) for name, sae in members.items()}
         found = {name: cache.get(keys[name]) for name in members}
-        missing = _linear({name: sae for name, sae in members.items() if found[name] is None}, stage)
+        missing = _linear({name: sae for name, sae in members.items() if found[name] is None}, guard)
         if missing:
             group = TextActivations(lm, hook, study.tokens, params, study.settings.context_length)
             trained = _train(study, group.raw_means(), params.random_seed)
             with tqdm(total=len(missing), desc=f"encode and ablate ({study.kind})", unit="SAE", dynamic_ncols=True) as bar:
-                for names in families({name: members[name] for name in missing}):
-                    for name, means in group.latent_means({n: members[n] for n in names}):
-                        views = _views(study, trained, means, missing[name])
-                        found[name] = study.score(views, thresholds)
-                        cache.put(keys[name], found[name])
-                        bar.update()
+                for name, scores in guard.each({name: members[name] for name in missing},
+                                               partial(_scores, study, group, trained, missing, thresholds, guard)):
+                    with guard.on(name):
+                        cache.put(keys[name], scores)
+                        found[name] = scores
+                    bar.update()
         for name, sae in members.items():
             if found[name] is not None:
                 _note_cap(stage, name, sae.cfg.d_sae, thresholds)
                 yield name, found[name]
+
+
+def _scores(study: Study, group: TextActivations, trained: _Trained, matrices: dict[str, Tensor], thresholds: list[int],
+            guard: Guard, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, means in group.latent_means(family):
+        with guard.on(name):
+            yield name, study.score(_views(study, trained, means, matrices[name]), thresholds)
 
 
 def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> str:
@@ -82,14 +92,12 @@ def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params
                                 params.random_seed], study.module, __name__)
 
 
-def _linear(saes: dict[str, SparseAutoencoder], stage: StageFolder) -> dict[str, Tensor]:
+def _linear(saes: dict[str, SparseAutoencoder], guard: Guard) -> dict[str, Tensor]:
     """What each SAE's latents add to the reconstruction [d_sae, d_in]; SAEs with another kind of decoder are skipped."""
     matrices = {}
     for name, sae in saes.items():
-        try:
+        with guard.on(name):
             matrices[name] = decoder_matrix(sae)
-        except NotLinear as reason:
-            stage.skip(name, str(reason))
     return matrices
 
 

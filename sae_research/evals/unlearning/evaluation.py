@@ -26,7 +26,8 @@ from sae_research.evals.unlearning.prompts import PACKAGED_QUESTIONS, Known, Pro
 from sae_research.evals.unlearning.results import Record, result
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, families
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
 from sae_research.text.stream import pack_documents
 from sae_research.text.topic_corpora import PACKAGED_TOPICS, topic_documents
@@ -65,22 +66,25 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
              stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `UnlearningEvalOutput` in plain data.
 
-    Raises `NotApplicable` where the model knows too few questions, `UserError` for text that cannot be read.
+    An SAE that fails is skipped with its reason. Raises `NotApplicable` where the model knows too few questions,
+    `UserError` for text that cannot be read.
     """
-    material = load_material(lm, params, stage)
+    material, guard = load_material(lm, params, stage), Guard(stage.skip)
     for hook, members in by_hook(saes).items():
         cache = ResultCache("unlearning")
         keys = {name: _key(sae, lm, params, material) for name, sae in members.items()}
         found = {name: cache.get(keys[name]) for name in members}
         missing = {name: sae for name, sae in members.items() if found[name] is None}
-        for name, record in measure(missing, lm, hook, params, material):
-            found[name] = record
-            cache.put(keys[name], record)
-        for name, sae in members.items():
+        for name, record in measure(missing, lm, hook, params, material, guard):
+            with guard.on(name):
+                cache.put(keys[name], record)
+                found[name] = record
+        for name, sae in guard.left(members).items():
             if not any(entry["latents"] for entry in found[name]["lab"]):
                 stage.notes.setdefault("nothing_to_clamp", {})[name] = NOTHING_TO_CLAMP
-            yield name, result(name, sae, lm.name, params, material.asked(), found[name],
-                               STAND_IN if stands_in(params) else None)
+            with guard.on(name):
+                yield name, result(name, sae, lm.name, params, material.asked(), found[name],
+                                   STAND_IN if stands_in(params) else None)
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, material: Material) -> str:
@@ -153,22 +157,26 @@ def _contexts(lm: LanguageModel, params: Params, name: str) -> Tensor:
 # --- measuring -------------------------------------------------------------------------------
 
 def measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, params: Params,
-             material: Material) -> Iterator[tuple[str, Record]]:
-    """(name, which questions every configuration leaves right) of SAEs at one hook, families together."""
+             material: Material, guard: Guard | None = None) -> Iterator[tuple[str, Record]]:
+    """(name, which questions every configuration leaves right) of SAEs at one hook, families together. Without a `guard`
+    an SAE that fails raises its error."""
     if not saes:
         return
     corpora = {side: HookActivations(lm, hook, tokens, params) for side, tokens in material.corpora.items()}
     asked = material.prompts()
     questions = HookActivations(lm, hook, [prompt.tokens for prompt in asked], params)
+
+    def score(family: Family) -> Iterator[tuple[str, Record]]:
+        found = {side: firing(corpus, family) for side, corpus in corpora.items()}
+        plans = {name: {d: configurations(found["forget"][name][d], found["retain"][name][d], params)
+                        for d in DEFINITIONS} for name in family}
+        for name, right in correct_answers(questions, asked, family, plans).items():
+            yield name, _record(plans[name], right, material.n_forget)
+
     with tqdm(total=len(saes), desc="clamp and ask", unit="SAE", dynamic_ncols=True) as bar:
-        for names in families(saes):
-            family = {name: saes[name] for name in names}
-            found = {side: firing(corpus, family) for side, corpus in corpora.items()}
-            plans = {name: {d: configurations(found["forget"][name][d], found["retain"][name][d], params)
-                            for d in DEFINITIONS} for name in names}
-            for name, right in correct_answers(questions, asked, family, plans).items():
-                yield name, _record(plans[name], right, material.n_forget)
-                bar.update()
+        for name, record in (guard or Guard(None)).each(saes, score):
+            yield name, record
+            bar.update()
 
 
 def configurations(forget: Firing, retain: Firing, params: Params) -> list[Configuration]:

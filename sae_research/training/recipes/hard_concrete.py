@@ -33,7 +33,7 @@ class HardConcrete(Recipe):
     `clip(sigmoid((log_alpha + logit u) / beta) (r - l) + l, 0, 1)` with u uniform, and
     `P(gate > 0) = sigmoid(log_alpha - beta log(-l / r))`, whose sum is E[L0]. At inference u = 1/2: the median gate, open
     exactly where P > 1/2, for every beta. With `beta_annealing`, beta goes geometrically from `initial_beta` to
-    `final_beta` after the learning rate's warm-up.
+    `last_beta` after the learning rate's warm-up.
 
     Without exp(s), a gate's bias moves by a learning rate a step on a scale where one is nothing: gates stay where
     they started. Gates far below zero get no gradient at all: a gate that depends on the input and was open (u = 1/2) on
@@ -96,9 +96,9 @@ class HardConcrete(Recipe):
 
     def anneal(self, progress: float) -> None:
         config, start = self.config, self.train_config.warmup_fraction
-        if config.beta_annealing and config.final_beta is not None:
+        if config.beta_annealing:
             done = min(1.0, max(0.0, (progress - start) / max(1 - start, 1e-9)))
-            self.beta.fill_(config.initial_beta * (config.final_beta / config.initial_beta) ** done)
+            self.beta.fill_(config.initial_beta * (config.last_beta / config.initial_beta) ** done)
 
     def expected_l0(self, log_alpha: Tensor) -> Tensor:
         """Expected number of open gates: a mean over tokens."""

@@ -1,0 +1,131 @@
+"""`hook_attn_out` and `hook_mlp_out` are what a layer adds to the residual stream, or are refused: over random models of
+the families that transformers knows."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM as Auto
+
+from sae_research.errors import UserError
+from sae_research.lm import LanguageModel
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "num_local_experts": 4,
+         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "ffn_dim": 48, "word_embed_proj_dim": 32,
+         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+OWN = {"gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4},
+       "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3}, "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
+       "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
+       "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48}}
+PLAIN = ("llama", "gpt2", "gpt_neox", "gptj", "gemma", "qwen2", "qwen3", "phi", "phi3", "cohere", "falcon", "mixtral",
+         "nemotron", "persimmon", "stablelm", "gpt_bigcode", "smollm3", "gpt_oss")
+"""Families in which the two modules' own outputs are added."""
+OTHERWISE = ("olmo2", "olmo3", "gemma2", "gemma3_text", "glm4", "exaone4", "vaultgemma", "afmoe", "bloom", "mpt", "granite",
+             "granitemoe", "hyperclovax", "minicpm3", "opt", "xglm", "biogpt", "llama4_text")
+"""Families with norms, sums or numbers in between, or without a module for the MLP."""
+REFUSED = ("doge", "minimax")
+TOKENIZER = types.SimpleNamespace(get_vocab=dict, bos_token_id=1, eos_token_id=2, pad_token_id=None, all_special_ids=[1, 2])
+
+
+def make(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    torch.manual_seed(0)
+    scales = {"residual_multiplier": 0.3} if family.startswith(("granite", "hyperclovax")) else {}
+    values = {"vocab_size": 97, **OWN[family]} if family in OWN else SMALL | scales
+    model = Auto.from_config(CONFIG_MAPPING[family](**values)).float()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return LanguageModel(model.to(dtype), TOKENIZER, family, family)
+
+
+def streams(lm: LanguageModel, tokens: torch.Tensor, edits: dict, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream before and after a layer while parts of it are replaced."""
+    taken = {}
+
+    def keep(kind: str):
+        return lambda acts: taken.setdefault(kind, acts)
+
+    hooks = {f"blocks.{layer}.hook_{kind}": keep(kind) for kind in ("resid_pre", "resid_post")}
+    lm.edited_logits(tokens, edits | hooks)
+    return taken["resid_pre"], taken["resid_post"]
+
+
+@pytest.mark.parametrize("family", PLAIN + OTHERWISE)
+@torch.no_grad()
+def test_attention_and_mlp_are_what_a_layer_adds(family: str) -> None:
+    lm, tokens = make(family), torch.randint(3, 97, (2, 9))
+    attn, mlp = "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"
+    kinds = ("attn_out", "mlp_out", "resid_pre", "resid_post")
+    read = {kind: lm.activations(tokens, f"blocks.1.hook_{kind}") for kind in kinds}
+    at_once = lm.activations_at(tokens, [f"blocks.1.hook_{kind}" for kind in kinds])
+    assert all(torch.equal(at_once[f"blocks.1.hook_{kind}"], read[kind]) for kind in kinds)
+    added = read["resid_post"] - read["resid_pre"]
+    torch.testing.assert_close(read["attn_out"] + read["mlp_out"], added, atol=2e-5, rtol=1e-4)
+    one, two = torch.randn(2, 2, 9, 32)
+    before, after = streams(lm, tokens, {attn: lambda _: one, mlp: lambda _: two})
+    torch.testing.assert_close(after - before, one + two, atol=2e-5, rtol=1e-4)
+    before, after = streams(lm, tokens, {mlp: lambda _: two})
+    torch.testing.assert_close(after - before, read["attn_out"] + two, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite", "bloom"])
+def test_in_16_bits_the_same_modules_are_found(family: str) -> None:
+    exact, short = make(family), make(family, torch.bfloat16)
+    for lm in (exact, short):  # a stream so large that a part's output is less than its rounding
+        lm.model.get_input_embeddings().weight.data *= 1e4
+    named = [{module: name for name, module in lm.model.named_modules()} for lm in (exact, short)]
+    for hook in ("blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"):
+        one, two = exact._point(hook), short._point(hook)
+        assert (named[0][one.module], one.scale) == (named[1][two.module], two.scale)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_adds_something_else_is_refused(family: str) -> None:
+    lm, tokens = make(family), torch.randint(3, 97, (2, 9))
+    for kind in ("attn_out", "mlp_out"):
+        with pytest.raises(UserError, match=f"hook_{kind}: layer 1 .* adds something else to the residual stream"):
+            lm.activations(tokens, f"blocks.1.hook_{kind}")
+        with pytest.raises(UserError, match="adds something else"):
+            lm.d_in(f"blocks.1.hook_{kind}")
+    assert lm.activations(tokens, "blocks.1.hook_resid_post").shape == (2, 9, 32)
+
+
+class _Odd(nn.Module):
+    """A layer around another that adds its share of a third part."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.mlp, self.__dict__["whole"] = layer.self_attn, layer.mlp, layer
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self.whole(hidden_states, *args, **kwargs) + 0.01 * hidden_states.roll(1, -1)
+
+
+def test_a_layer_with_a_third_part_is_refused_and_only_there() -> None:
+    lm, tokens = make("llama"), torch.randint(3, 97, (2, 9))
+    lm.layers[1] = _Odd(lm.layers[1])
+    with pytest.raises(UserError, match="layer 1 ._Odd. adds something else.*hook_resid_pre or"):
+        lm.activations(tokens, "blocks.1.hook_mlp_out")
+    lm.activations(tokens, "blocks.2.hook_mlp_out")
+
+
+def test_the_check_runs_once_a_layer() -> None:
+    lm, tokens, ran = make("llama"), torch.randint(3, 97, (2, 9)), []
+    lm.layers[1].register_forward_hook(lambda *_: ran.append(1))
+    lm.activations(tokens, "blocks.1.hook_mlp_out")
+    lm.d_in("blocks.1.hook_attn_out")
+    ran.clear()
+    lm.d_in("blocks.1.hook_mlp_out")
+    assert not ran
+
+
+@pytest.mark.parametrize(("family", "match"), [("bert", "later tokens change what earlier ones predict"),
+                                               ("xlm", "does not read what layer 0 returns")])
+def test_models_that_are_no_causal_stack_of_layers_are_refused(family: str, match: str) -> None:
+    values = {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "n_words": 97} if family == "xlm" else SMALL
+    with pytest.raises(UserError, match=match):
+        LanguageModel(Auto.from_config(CONFIG_MAPPING[family](**values)), TOKENIZER, family, family)
