@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -119,6 +119,25 @@ class Ratio:
         if self.strata is None:
             return np.zeros(len(self.numerator), np.int64)
         return np.unique(self.strata, return_inverse=True)[1]
+
+
+def averaged(figures: Sequence[Ratio]) -> Ratio:
+    """The mean of figures on the same clusters."""
+    found = figures[0]
+    for number, figure in enumerate(figures[1:], start=2):
+        found = mixed(found, figure, 1 / number) or found
+    return found
+
+
+def mixed(one: Ratio, other: Ratio, weight: float) -> Ratio | None:
+    """`one` and `other` in the shares 1 - weight and weight: a figure between two measured ones, on the same clusters. None
+    where they do not count the same."""
+    if one.denominator.shape != other.denominator.shape or not np.allclose(one.denominator, other.denominator, rtol=1e-5):
+        return None
+    retrained = None
+    if one.retrained is not None and other.retrained is not None:
+        retrained = replace(one.retrained, figures=(1 - weight) * one.retrained.figures + weight * other.retrained.figures)
+    return Ratio((1 - weight) * one.numerator + weight * other.numerator, one.denominator, one.strata, retrained)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float] | float = 1.0,
