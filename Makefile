@@ -17,7 +17,7 @@ help:
 	@echo "make repro      run the pipeline: metrics/, images/, METRICS.md   [PRESET=pythia-70m]"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  slow tests too (tens of minutes): fixtures from stock SAE Bench made afresh"
-	@echo "make bench      speed against stock libraries, as ratios (about ten minutes)"
+	@echo "make bench      speed against stock libraries, as ratios (about ten minutes; trains SAEs first where there are none)"
 	@echo "make lint       ruff"
 	@echo "make clean-cache  remove .cache: costs time, never correctness"
 

@@ -1,10 +1,10 @@
 """Every speed that this project claims, against what exists, both sides in one run on the same inputs.
 
-    make repro && make bench                               # all parts, eleven minutes on 2 cores
+    make bench                                             # all parts, eleven minutes on 2 cores
     python -m benchmarks core_probing scr_tpp --saes 8     # some, on more SAEs
 
-Both sides compute everything afresh; neither loading models nor imports are counted. What else is counted stands in the
-docstring of each part's `compare`.
+Where the pipeline has prepared no SAEs yet, it trains and prepares them first. Both sides compute everything afresh; neither
+loading models nor imports are counted. What else is counted stands in the docstring of each part's `compare`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_research.errors import UserError, run_main
@@ -35,6 +37,7 @@ def main() -> None:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise UserError(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    prepare_saes(Path.cwd())
     import torch  # imports take seconds that --help need not wait
 
     from benchmarks import stock
@@ -57,6 +60,19 @@ def main() -> None:
         print(table(found), flush=True)
         rows |= found
     print(f"\n{table(rows)}")
+
+
+def prepare_saes(root: Path) -> None:
+    """Train and prepare the SAEs of `params.yaml` where that was not done yet. Raises `UserError` where it fails."""
+    from sae_research.workspace import prepare
+
+    if (root / "downloaded_saes/manifest.json").is_file():
+        return
+    for line in prepare(root):
+        print(line)
+    print("no SAEs are prepared yet: dvc repro setup, some minutes", flush=True)
+    if subprocess.run(["dvc", "repro", "setup"], cwd=root, check=False).returncode:
+        raise UserError("the SAEs to compare could not be prepared: dvc repro setup says why, above")
 
 
 def _some(saes: dict[str, SparseAutoencoder], count: int) -> dict[str, SparseAutoencoder]:

@@ -11,6 +11,7 @@ from sae_research.errors import UserError
 from sae_research.experiments import commands as experiments
 from sae_research.reporting import check
 from sae_research.sae_commands import add_verbs
+from sae_research.workspace import prepare
 
 PRESETS = Path("presets")
 
@@ -37,8 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
 def run_pipeline(preset: str) -> int:
     """`dvc repro --ignore-errors` (or `dvc exp run` with a preset's overrides), then the check.
 
-    An evaluation that fails does not stop the others; its status says so and the exit code is 1.
+    An evaluation that fails does not stop the others; its status says so and the exit code is 1. Files of DVC that a
+    killed run left damaged are mended first. Raises `UserError` where another DVC process is at work in the workspace.
     """
+    for line in prepare(Path.cwd()):
+        print(line, flush=True)
     if preset:
         command = ["dvc", "exp", "run", "--ignore-errors"]
         for override in read_preset(preset):

@@ -6,13 +6,21 @@ import os
 
 from dotenv import dotenv_values
 
+from sae_research.errors import UserError
 from sae_research.store import project_root
 
 
 def secret(*names: str) -> str | None:
-    """The first of these variables that is set and not empty; None where none is. `.env` holds lines `NAME=value`."""
+    """The first of these variables that is set and not empty; None where none is. `.env` holds lines `NAME=value`.
+
+    Raises `UserError` for a `.env` that cannot be read.
+    """
     file = project_root() / ".env"
-    values = {**(dotenv_values(file) if file.is_file() else {}), **os.environ}
+    try:
+        values = {**(dotenv_values(file) if file.is_file() else {}), **os.environ}
+    except (UnicodeDecodeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{file}: {reason}; it holds lines NAME=value") from None
     return next((value for name in names if (value := values.get(name))), None)
 
 

@@ -21,10 +21,8 @@ from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.reporting.extract import EXTRACTORS
 from sae_research.saes.guard import Guard
-from sae_research.store import SLUG, stage_folder
+from sae_research.store import NAME_LIMIT, SLUG, stage_folder
 
-_LONGEST_NAME = 200
-"""Characters: a file name holds 255 bytes, and this one gets an ending."""
 Figures = dict[str, dict[str, dict[str, float]]]
 
 
@@ -48,8 +46,8 @@ def evaluate(saes: Mapping[str, Any], lm: LanguageModel | None = None, params: P
     if unknown:
         raise UserError(f"unknown evaluation {unknown[0]!r}; known: {', '.join(EVALUATIONS)}")
     for name in saes:
-        if not SLUG.match(name) or len(name) > _LONGEST_NAME:
-            raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {_LONGEST_NAME}")
+        if not SLUG.fullmatch(name):
+            raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
     opened = {name: open_sae(str(sae))[1] if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
     lab = Lab.of(opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype),
                  params, hook)

@@ -18,8 +18,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
+from sae_research.endpoints import BadAnswer, blotted, checked_url, error_text, keeps_secrets, one_line, opener, read_answer
 from sae_research.errors import UserError
 from sae_research.eval_params import ChatEndpoint
 from sae_research.llm_budget import Messages
@@ -29,9 +29,6 @@ _RETRIED = (408, 409, 425, 429, *range(500, 600))
 _NOBODY = (401, 402, 403, 404, 405)
 """Answers that no other question would change: key, quota, address or model are wrong."""
 _LONGEST_PAUSE = 60.0
-_LARGEST_ANSWER = 10_000_000
-_SHORTEST_KEY = 8
-"""Keys shorter than this are no secrets; blotting them out would garble answers."""
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -78,8 +75,7 @@ class ChatClient:
         self.endpoint, self.section = endpoint, section
         self.url = f"{_checked_url(endpoint, section)}/chat/completions"
         self._key = _read_key(endpoint, self.url, section)
-        proxies = [urllib.request.ProxyHandler({})] if _is_loopback(self.url) else []
-        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
+        self._opener = opener(self.url)
         self._cache = ResultCache("llm_answers")
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._unanswered_in_a_row = 0
@@ -164,7 +160,9 @@ class ChatClient:
         deadline = time.monotonic() + self.endpoint.timeout_seconds
         try:
             with self._opener.open(request, timeout=self.endpoint.timeout_seconds) as response:
-                return self._parse(_read(response, deadline))
+                return self._parse(read_answer(response, deadline))
+        except BadAnswer as reason:
+            raise NoAnswer(str(reason)) from None
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from None
@@ -179,17 +177,17 @@ class ChatClient:
             usage = value.get("usage") or {}
             if not isinstance(text, str):
                 raise TypeError
-            return Answer(self._blotted(text.strip()), self._blotted(str(choice.get("finish_reason") or "")),
+            return Answer(blotted(text.strip(), self._key), blotted(str(choice.get("finish_reason") or ""), self._key),
                           _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            said = self._blotted(_one_line(data.decode("utf-8", "replace")))
+            said = one_line(data.decode("utf-8", "replace"), self._key)
             raise NoAnswer(f"the answer is no chat completion: {said!r}") from None
 
     # --- what went wrong ---
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        said, code = _error_text(error)
-        reason = f"HTTP {error.code}" + (f": {self._blotted(said)}" if said else "")
+        said, code = error_text(error, self._key)
+        reason = f"HTTP {error.code}" + (f": {said}" if said else "")
         if code == "insufficient_quota" or error.code in _NOBODY or 300 <= error.code < 400:
             return _Down(reason + self._hint(error))
         if error.code in _RETRIED:
@@ -215,8 +213,8 @@ class ChatClient:
             return _Down(f"its certificate is not valid: {cause.verify_message}")
         if isinstance(cause, TimeoutError):
             return _Retry(f"no answer within {self.endpoint.timeout_seconds:g} s")
-        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else _one_line(str(cause))
-        return _Retry("no connection: " + (self._blotted(said) or type(cause).__name__))
+        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        return _Retry("no connection: " + (one_line(said, self._key) or type(cause).__name__))
 
     def _unanswered(self, reason: str) -> None:
         limit = max(3, self.endpoint.concurrency)
@@ -231,16 +229,6 @@ class ChatClient:
             self.down = self.down or reason
         self._stopped.set()
 
-    def _blotted(self, text: str) -> str:
-        return text.replace(self._key, "***") if len(self._key) >= _SHORTEST_KEY else text
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: following it would hand the key to another address and drop the question."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
 
 # --- parts -------------------------------------------------------------------------------------
 
@@ -251,18 +239,8 @@ def _checked_url(endpoint: ChatEndpoint, section: str) -> str:
         raise UserError(f"{' and '.join(missing)} must be given: {section} asks a language model behind an "
                         f"OpenAI-compatible endpoint, e.g. {section}.base_url: http://localhost:8000/v1")
     url = str(endpoint.base_url).strip().rstrip("/").removesuffix("/chat/completions")
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isascii() \
-            and not any(c.isspace() for c in url)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UserError(f"{section}.base_url must look like https://host/v1 or http://localhost:8000/v1")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise UserError(f"{section}.base_url must hold no user name, password or query: it is kept in Git; "
-                        f"put the key into the environment variable that {section}.api_key_env names")
-    return url
+    return checked_url(url, f"{section}.base_url",
+                       f"put the key into the environment variable that {section}.api_key_env names")
 
 
 def _read_key(endpoint: ChatEndpoint, url: str, section: str) -> str:
@@ -272,53 +250,11 @@ def _read_key(endpoint: ChatEndpoint, url: str, section: str) -> str:
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"the key in ${name} holds characters that no key has; set it again")
     own = ChatEndpoint.model_fields["api_key_env"].default
-    if key and name == own and urlsplit(url).scheme == "http" and not _is_loopback(url):
+    if key and name == own and not keeps_secrets(url):
         raise UserError(f"{section}.base_url is plain http to another machine, and ${name} would travel there in the "
                         f"clear: use https, or name this endpoint's own variable in {section}.api_key_env "
                         "(\"\" sends no key)")
     return key
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body, within the deadline however slowly it drips."""
-    chunks, size = [], 0
-    while chunk := response.read1(65_536):
-        chunks.append(chunk)
-        size += len(chunk)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > _LARGEST_ANSWER:
-            raise NoAnswer(f"the answer is longer than {_LARGEST_ANSWER:,} bytes")
-    expected = response.getheader("Content-Length")
-    if expected is not None and expected.isdigit() and size < int(expected):
-        raise http.client.IncompleteRead(b"".join(chunks), int(expected) - size)
-    return b"".join(chunks)
-
-
-def _error_text(error: urllib.error.HTTPError) -> tuple[str, str]:
-    """(message, code) of an error answer, in OpenAI's form or as plain text."""
-    try:
-        data = error.read(20_000)
-    except (OSError, http.client.HTTPException):
-        return "", ""
-    try:
-        inner = json.loads(data)
-        inner = inner.get("error", inner) if isinstance(inner, dict) else inner
-        if isinstance(inner, dict):
-            return _one_line(str(inner.get("message") or "")), str(inner.get("code") or "")
-        return _one_line(str(inner)), ""
-    except (ValueError, RecursionError):
-        return _one_line(data.decode("utf-8", "replace")), ""
-
-
-def _one_line(text: str, limit: int = 200) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[:limit] + "…"
 
 
 def _seconds(header: str | None) -> float:

@@ -3,8 +3,28 @@ setting when it is imported."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
-from sae_research.store import cache_dir
+from sae_research.errors import UserError
+from sae_research.store import cache_dir, writable_cache_dir
 
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir("numba")))
+
+def _folder() -> Path:
+    try:
+        return writable_cache_dir("numba")
+    except UserError:  # numba reads no folder that it cannot write: it gets a copy, for this process alone
+        copy = Path(tempfile.mkdtemp(prefix="numba-"))
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        if cache_dir("numba").is_dir():
+            shutil.copytree(cache_dir("numba"), copy, dirs_exist_ok=True)
+            for folder in (copy, *(path for path in copy.rglob("*") if path.is_dir())):
+                folder.chmod(0o700)
+        return copy
+
+
+if "NUMBA_CACHE_DIR" not in os.environ:
+    os.environ["NUMBA_CACHE_DIR"] = str(_folder())

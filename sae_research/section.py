@@ -7,14 +7,14 @@ from typing import Annotated, Any, ClassVar, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sae_research.store import NAME_LIMIT
+
 MOST = 10**9
 """Of what is counted and held in memory; a larger number is a slip of the pen."""
 MOST_TOKENS = 10**13
 """Of a stream of text, which is not held."""
 MOST_LATENTS = 2**24
 """As many as the widest published SAE has."""
-MAX_NAME = 150
-"""Characters of an SAE's name: with its variants' and files' endings it stays below the 255 of a file system."""
 
 
 def _whole(value: Any) -> Any:
@@ -55,7 +55,7 @@ Name = Annotated[str, Field(max_length=4096), AfterValidator(_sound)]
 """A name, path, pattern or word: not blank, on one line."""
 Prompt = Annotated[str, Field(max_length=10_000), AfterValidator(_writable)]
 """Text for a model to read: any spaces and line ends."""
-Slug = Annotated[str, Field(pattern="^[a-z0-9_]+$", max_length=MAX_NAME)]
+Slug = Annotated[str, Field(pattern="^[a-z0-9_]+$", max_length=NAME_LIMIT)]
 """An SAE's name, which is also a folder's."""
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_research.environment import redacted, secret
+from sae_research.endpoints import keeps_secrets, one_line
+from sae_research.environment import secret
 from sae_research.errors import UserError
 from sae_research.store import read_json
 
@@ -28,8 +29,13 @@ def upload(folders: Sequence[Path], repo_id: str, private: bool = False) -> str:
         raise UserError(f"upload needs a token with write access: set {TOKEN_NAMES[0]} in the environment or in .env")
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.utils import get_session
 
-    api = HfApi(token=token)
+    api, session = HfApi(token=token), get_session()
+    if not keeps_secrets(api.endpoint):
+        raise UserError("HF_ENDPOINT is plain http to another machine, and the token would travel there in the clear: "
+                        "use https")
+    session.event_hooks["response"].append(_refuse_redirect)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
@@ -38,14 +44,16 @@ def upload(folders: Sequence[Path], repo_id: str, private: bool = False) -> str:
         commit = api.create_commit(repo_id, operations, commit_message=f"{len(files)} files of "
                                    f"{', '.join(folder.resolve().name for folder in folders)}")
     except HfHubHTTPError as error:
-        raise UserError(redacted(f"{repo_id}: {_reason(error)}", token)) from None
+        raise UserError(f"{repo_id}: {_reason(error, token)}") from None
     except HFValidationError as error:
         raise UserError(f"--hf_repo_id {repo_id}: {str(error).partition(chr(10))[0]}") from None
-    except (HTTPError, OSError, RuntimeError) as error:  # lost connections, and uploads that a thread gave up
+    except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
+        # lost connections, uploads that a thread gave up, answers that are no hub's
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200]
-        raise UserError(redacted(f"{repo_id}: the upload failed ({type(cause).__name__}: {reason}); nothing was "
-                                 "committed, run it again", token)) from None
+        raise UserError(f"{repo_id}: the upload failed ({type(cause).__name__}: {one_line(str(cause), token)}); nothing was "
+                        "committed, run it again") from None
+    finally:
+        session.event_hooks["response"].remove(_refuse_redirect)
     return commit.commit_url
 
 
@@ -73,7 +81,9 @@ def card(files: dict[str, Path], repo_id: str) -> str:
     rows = []
     for sae in saes:
         results = files.get(f"{sae}/eval_results.json")
-        figures: dict[str, Any] = read_json(results) if results else {}
+        figures: Any = read_json(results) if results else {}
+        if not isinstance(figures, dict):
+            raise UserError(f"{results}: not the figures of an SAE; remove it or write it again")
         cells = [f"{figures[key]:.4g}" if isinstance(figures.get(key), int | float) else "–" for key in _COLUMNS]
         rows.append(f"| `{sae}` | {' | '.join(cells)} |")
     head = ["---", "library_name: sae_lens", "tags:", "- sparse-autoencoder", "---", "", "# Sparse autoencoders", "",
@@ -84,11 +94,18 @@ def card(files: dict[str, Path], repo_id: str) -> str:
     return "\n".join([*head, *(table if saes else []), *load]) + "\n"
 
 
-def _reason(error: Any) -> str:
+def _refuse_redirect(response: Any) -> None:
+    """Called with every answer before a redirect would be followed."""
+    if response.has_redirect_location:
+        raise UserError(f"the hub answers with a redirect ({response.status_code}), which a token does not follow; give the "
+                        "repository's present name, or HF_ENDPOINT the final address")
+
+
+def _reason(error: Any, token: str) -> str:
     """One line for a refusal of the hub."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return "the hub does not accept the token (401); make a new one with write access"
     if status == 403:
         return "the token may not write to this repository (403)"
-    return " ".join(str(error).split())[:200]
+    return one_line(str(error), token)

@@ -10,9 +10,11 @@ from sae_research.errors import run_main
 
 def main() -> None:
     from sae_research.params import load_params
-    from sae_research.setup import run_setup
+    from sae_research.setup.run import OUTPUT, run_setup
+    from sae_research.store import writing
 
-    run_setup(load_params())
+    with writing(OUTPUT):
+        run_setup(load_params())
 
 
 if __name__ == "__main__":

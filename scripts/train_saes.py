@@ -10,11 +10,13 @@ from sae_research.errors import run_main
 
 def main() -> None:
     from sae_research.params import check_trained_names, load_params
-    from sae_research.training.run import train
+    from sae_research.store import writing
+    from sae_research.training.run import OUTPUT, train
 
     params = load_params()
     check_trained_names(params)
-    train(params, compared=True)
+    with writing(OUTPUT):
+        train(params, compared=True)
 
 
 if __name__ == "__main__":

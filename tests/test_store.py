@@ -107,3 +107,33 @@ def test_damaged_json_names_the_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"a": 1})[:-2])
     with pytest.raises(UserError, match=r"a\.json: not valid JSON"):
         read_json(path)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", "a\nb", ".hidden",
+                                  "x" * 300, 3, None])
+def test_names_that_lead_elsewhere_are_refused(name: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^there: .* is no name that a file could be called after"):
+        store.checked_name(name, "there")
+    (tmp_path / "manifest.json").write_text(json.dumps({"order": [name], "saes": {str(name): {}}}))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        store.read_manifest(tmp_path / "manifest.json")
+
+
+def test_long_names_are_cut_alike_and_stay_apart() -> None:
+    one, other = store.slugify("a" * 300), store.slugify("a" * 299 + "b")
+    assert one == store.slugify("A" * 300) and one != other
+    assert len(one) == store.NAME_LIMIT and store.SLUG.fullmatch(one) and store.slugify("a" * 150) == "a" * 150
+
+
+@pytest.mark.parametrize("value", [[], {}, {"order": 3}, {"order": ["a"], "saes": {}}, {"order": ["a"], "saes": {"a": 1}}])
+def test_a_manifest_of_another_shape(value: object, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"manifest\.json: "):
+        store.read_manifest(tmp_path / "manifest.json")
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert store.user_path("~/saes") == tmp_path / "saes"
+    with pytest.raises(UserError, match="no such home folder"):
+        store.user_path("~nobody_of_that_name/x")

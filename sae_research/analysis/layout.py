@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_research.cached_files import damage
 from sae_research.errors import UserError
 from sae_research.store import read_json
 
@@ -54,7 +55,7 @@ def histogram_edges(signed: bool) -> np.ndarray:
 
 
 def load_stats(path: str | Path) -> LatentStats:
-    """Open a finished store. Raises `UserError` when it is missing, unfinished, or of another version."""
+    """Open a finished store. Raises `UserError` when it is missing, unfinished, damaged, or of another version."""
     return LatentStats(Path(path))
 
 
@@ -68,6 +69,9 @@ class LatentStats:
             state = "is unfinished" if folder.is_dir() else "is not there"
             raise UserError(f"{folder}: the store of latent statistics {state}; run `python -m sae_research analyze stats`, "
                             "which goes on where it stopped")
+        wrong = damage(folder)
+        if wrong is not None:
+            raise UserError(f"{folder}: {wrong}; delete it and run `python -m sae_research analyze stats`")
         self.about: dict[str, Any] = read_json(folder / ABOUT)
         if self.about.get("format") != FORMAT:
             raise UserError(f"{folder}: written in format {self.about.get('format')}, this version reads {FORMAT}; delete "
@@ -253,12 +257,8 @@ class LatentStats:
     def _array(self, name: str, mapped: bool = False) -> np.ndarray:
         if name in self._arrays:
             return self._arrays[name]
-        try:
-            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r" if mapped else None)
-            return self._arrays[name]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name}.npy: damaged ({error}); delete the folder and run "
-                            "`python -m sae_research analyze stats`") from None
+        self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r" if mapped else None)
+        return self._arrays[name]
 
 
 def check_latents(latents: Iterable[int], d_sae: int) -> None:

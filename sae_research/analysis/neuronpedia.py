@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
+from sae_research.endpoints import (
+    BadAnswer,
+    blotted,
+    checked_url,
+    error_text,
+    keeps_secrets,
+    one_line,
+    opener,
+    read_answer,
+)
 from sae_research.errors import UserError
 
 HOME = "https://www.neuronpedia.org"
@@ -46,24 +58,25 @@ class Neuronpedia:
         if len(parts) != 2 or not all(parts):
             raise UserError(f"{source!r} is no Neuronpedia source; write MODEL/SOURCE, e.g. gpt2-small/7-res-jb "
                             "(`analyze saes --describe RELEASE` lists them)")
-        if not base_url.startswith(("https://", "http://")):
-            raise UserError(f"{base_url!r} is no address; it begins with https://")
         self.model, self.layer = parts
-        self.base_url, self.timeout = base_url.rstrip("/"), timeout
+        self.base_url, self.timeout = checked_url(base_url, "--base-url", f"the key belongs in ${KEY_VARIABLE}"), timeout
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
-        host = urllib.parse.urlsplit(base_url).hostname or ""
-        local = host in ("localhost", "::1") or host.startswith("127.")
-        if self._key and not local and base_url.startswith("http://"):
-            raise UserError(f"{base_url}: ${KEY_VARIABLE} would travel there in the clear; use https")
-        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"the key in ${KEY_VARIABLE} holds characters that no key has; set it again")
+        if self._key and not keeps_secrets(self.base_url):
+            raise UserError(f"{self.base_url}: ${KEY_VARIABLE} would travel there in the clear; use https")
+        self._opener = opener(self.base_url)
 
     def feature(self, latent: int) -> Feature:
         """Look a latent up."""
         found = self._ask(f"/api/feature/{self.model}/{self.layer}/{latent}")
-        if not isinstance(found, dict) or not isinstance(found.get("maxActApprox"), int | float):
+        if not isinstance(found, dict) or not _is_number(found.get("maxActApprox")):
             raise UserError(f"{self.base_url} has no latent {latent} of {self.model}/{self.layer}")
-        return Feature(float(found["maxActApprox"]), found.get("frac_nonzero"), list(found.get("pos_str") or []),
-                       [str(e.get("description")) for e in found.get("explanations") or []])
+        density, raised, explanations = (found.get(key) for key in ("frac_nonzero", "pos_str", "explanations"))
+        return Feature(float(found["maxActApprox"]), float(density) if _is_number(density) else None,
+                       [str(token) for token in raised] if isinstance(raised, list) else [],
+                       [str(one.get("description")) for one in explanations if isinstance(one, dict)]
+                       if isinstance(explanations, list) else [])
 
     def steer(self, prompt: str, latent: int, strength: float, maximum: float, seed: int = 0, n_tokens: int = 40,
               temperature: float = 0.7, frequency_penalty: float = 0.0) -> Steered:
@@ -89,21 +102,28 @@ class Neuronpedia:
         if self._key:
             headers["x-api-key"] = self._key
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base_url + path, data, headers)
+        request = urllib.request.Request(self.base_url + urllib.parse.quote(path), data, headers)
+        where = self.base_url + path
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                return json.loads(response.read(10_000_000))
+                data = read_answer(response, time.monotonic() + self.timeout)
+            return json.loads(blotted(data.decode("utf-8", "replace"), self._key))
         except urllib.error.HTTPError as error:
             with error:
-                said = " ".join(error.read(500).decode("utf-8", "replace").split())[:200]
-            if self._key:
-                said = said.replace(self._key, "***")
+                said, _ = error_text(error, self._key)
             hint = f" (is ${KEY_VARIABLE} set?)" if error.code in (401, 403) else \
-                " (the hourly limit is used up)" if error.code == 429 else ""
-            raise UserError(f"{self.base_url}{path}: HTTP {error.code}{f': {said}' if said else ''}{hint}") from None
-        except ValueError:
-            raise UserError(f"{self.base_url}{path}: the answer is not JSON") from None
+                " (the hourly limit is used up)" if error.code == 429 else \
+                " (a redirect; give --base-url the final address)" if 300 <= error.code < 400 else ""
+            raise UserError(f"{where}: HTTP {error.code}{f': {said}' if said else ''}{hint}") from None
+        except BadAnswer as reason:
+            raise UserError(f"{where}: {reason}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: the answer is not JSON") from None
         except (OSError, HTTPException) as error:
-            cause = getattr(error, "reason", error)
+            cause = one_line(str(getattr(error, "reason", error)) or type(error).__name__, self._key)
             raise UserError(f"{self.base_url} cannot be reached ({cause}); `--engine local` steers without a "
                             "network") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.foreign import ForeignSAE, adapt
-from sae_research.analysis.stats import LatentStats, collect_stats, store_folder
+from sae_research.analysis.stats import LatentStats, collect_stats, is_collected, store_folder
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, load_language_model, token_mask
 from sae_research.params import Params
@@ -20,7 +20,7 @@ from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.guard import FAULTS
 from sae_research.setup.fits import check_fits, fill_in
 from sae_research.setup.sources import read_folder, read_release
-from sae_research.store import slugify
+from sae_research.store import slugify, user_path
 
 __all__ = ["ForeignSAE", "Lab", "adapt", "local_names", "open_sae"]
 
@@ -36,7 +36,7 @@ def open_sae(reference: str) -> tuple[str, SparseAutoencoder]:
         if not sae_id:
             raise UserError(f"--sae {reference}: write sae_lens:RELEASE:ID; `analyze saes --search TEXT` lists them")
         return slugify(f"{release}_{sae_id}"), read_release(release, sae_id)
-    for folder in (Path(reference), PREPARED / reference, TRAINED / reference):
+    for folder in (user_path(reference), PREPARED / reference, TRAINED / reference):
         if folder.is_dir():
             return slugify(folder.resolve().name), read_folder(folder)
     known = ", ".join(local_names()) or "none yet"
@@ -123,7 +123,7 @@ class Lab:
 
     def stats_at_hand(self, name: str) -> LatentStats | None:
         """The same where they were collected before; None where that pass is still to come."""
-        if name not in self._stats and (store_folder(self.saes[name], self.lm, self.params) / "about.json").is_file():
+        if name not in self._stats and is_collected(store_folder(self.saes[name], self.lm, self.params)):
             self.stats(name)
         return self._stats.get(name)
 

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ from tqdm import tqdm
 from sae_research.analysis import layout
 from sae_research.analysis.accumulate import Accumulator, Firings, firings, joined
 from sae_research.analysis.layout import LatentStats, load_stats
+from sae_research.cached_files import seal, usable
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel, median_activation_norm, token_mask
 from sae_research.params import Params
@@ -27,10 +31,14 @@ from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.registry import code_fingerprint
 from sae_research.store import (
     cache_dir,
+    cache_writes,
+    caches_readable,
+    file_sha256,
     fingerprint,
     prune,
-    read_json,
+    read_checked_json,
     write_bytes,
+    write_checked_json,
     write_json,
 )
 from sae_research.text.corpus import text_fingerprint
@@ -51,7 +59,7 @@ ENCODE_ELEMENTS = 32_000_000
 """Dense activations held at a time."""
 OVERSAMPLE = 3
 """Firings drawn at random for each that is kept: levels are cut only once quantiles are known."""
-PROGRESS = "progress.json"
+PROGRESS, _LOCK = "progress.json", ".lock"
 TEXT_ARRAYS = {"token_ids": np.int32, "document": np.int32, "counted": np.bool_}
 
 
@@ -66,7 +74,7 @@ def collect_stats(saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, para
     if len(hooks) != 1:
         raise UserError(f"one pass serves one hook, these SAEs read {', '.join(sorted(hooks))}; give them one after another")
     folders = {name: store_folder(sae, lm, params) for name, sae in saes.items()}
-    missing = {name: saes[name] for name, folder in folders.items() if not (folder / layout.ABOUT).is_file()}
+    missing = {name: saes[name] for name, folder in folders.items() if not is_collected(folder)}
     if missing:
         with ExitStack() as stack:
             stores = {}
@@ -76,8 +84,6 @@ def collect_stats(saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, para
                     stores[name] = _Store(folders[name], name, sae, params)
             _fill(stores, {name: missing[name] for name in stores}, lm, params, progress)
         prune(cache_dir("latents"), params.analysis.max_gb, keep=folders.values())
-    for folder in folders.values():
-        (folder / layout.ABOUT).touch()  # the most recently used stay when the cache is pruned
     return {name: load_stats(folder) for name, folder in folders.items()}
 
 
@@ -93,11 +99,18 @@ def store_folder(sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> P
     return cache_dir("latents") / key[:32]
 
 
+def is_collected(folder: Path) -> bool:
+    """Whether a store is finished, what was written, and may be read."""
+    return (folder / layout.ABOUT).is_file() and usable(folder)
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process writes a store; another that tries says so instead of spoiling it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    with cache_writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _LOCK).touch()
+    with (folder / _LOCK).open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -171,8 +184,12 @@ class _Store:
         self.contexts = self.counted = 0
         self._firings: list[Firings] = []
         self._texts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        if (folder / PROGRESS).is_file():
-            known = read_json(folder / PROGRESS)
+        self._sha256: dict[str, str] = {}
+        known = _left_by_another_run(folder)
+        if known is None:
+            _empty(folder)
+        else:
+            self._sha256 = known["sha256"]
             self.shards, self.median = known["shards"], known["median_norm"]
             self.contexts, self.counted = known["contexts"], known["counted_tokens"]
             with np.load(folder / known["state"]) as state:
@@ -199,12 +216,14 @@ class _Store:
         fits = np.uint16 if sum(sizes) <= SHARD_TOKENS else np.uint32
         arrays |= {"start": found.start, "token": found.token.astype(fits), "value": found.value}
         for name, array in arrays.items():
-            _save(self.folder / layout.SHARDS / f"{number:05d}" / f"{name}.npy", array)
+            place = f"{layout.SHARDS}/{number:05d}/{name}.npy"
+            self._sha256[place] = _save(self.folder / place, array)
         self.shards.append({"contexts": [last - len(arrays["token_ids"]), last], "entries": len(found.value)})
         state = self.folder / f"state_{number:05d}.npz"
-        _save_all(state, self.gathered.state())
-        write_json(self.folder / PROGRESS, {"contexts": self.contexts, "counted_tokens": self.counted, "state": state.name,
-                                            "median_norm": self.median, "shards": self.shards})
+        written = {**self._sha256, state.name: _save_all(state, self.gathered.state())}
+        write_checked_json(self.folder / PROGRESS, {
+            "contexts": self.contexts, "counted_tokens": self.counted, "state": state.name, "median_norm": self.median,
+            "shards": self.shards, "sha256": written})
         for old in self.folder.glob("state_*.npz"):
             if old != state:
                 old.unlink()
@@ -242,15 +261,41 @@ class _Store:
         for leftover in (*self.folder.glob("state_*.npz"), self.folder / PROGRESS,
                          *(path for name in TEXT_ARRAYS for path in self.folder.glob(f"{layout.SHARDS}/*/{name}.npy"))):
             leftover.unlink(missing_ok=True)
+        seal(self.folder)
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def _left_by_another_run(folder: Path) -> dict[str, Any] | None:
+    """What an interrupted pass wrote of itself; None where there is none, or its files are not what it wrote."""
+    known = read_checked_json(folder / PROGRESS) if caches_readable() else None
+    if known is None:
+        return None
+    for name, digest in known["sha256"].items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
+            print(f"{os.path.relpath(folder / name)}: not what was written; the pass begins again", flush=True)
+            return None
+    return known
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is not to be gone on with, but not the lock that this process holds."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _save(path: Path, array: np.ndarray) -> str:
+    """Write an array; returns the file's SHA-256."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
+    return _write(path, buffer.getvalue())
 
 
-def _save_all(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save_all(path: Path, arrays: dict[str, np.ndarray]) -> str:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+    return _write(path, buffer.getvalue())
+
+
+def _write(path: Path, data: bytes) -> str:
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()

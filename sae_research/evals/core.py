@@ -26,6 +26,7 @@ from sae_research.evals.core_figures import evidence, lab_predictions, minus_one
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
+from sae_research.evaluated import Evaluated
 from sae_research.lm import Batch, LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each
@@ -99,9 +100,18 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
         sparsity = _sparsity(group, keys, guard)
         prediction = _predictions(group, keys, guard)
+        if tokens is None:
+            _note(guard.left(members), keys, lm, params)
         for name, sae in guard.left(members).items():
             with guard.on(name):
                 yield name, _result(name, sae, group, sparsity[name], prediction[name])
+
+
+def _note(saes: dict[str, SparseAutoencoder], keys: dict[str, str], lm: LanguageModel, params: Params) -> None:
+    """For estimates: where each SAE's results lie."""
+    notes, batches = Evaluated("core", lm, params), range(params.core_eval.n_eval_reconstruction_batches)
+    for name, sae in saes.items():
+        notes.note(sae, "core", [f"core_sparsity/{keys[name]}", *(f"core_predictions/{keys[name]}-{n}" for n in batches)])
 
 
 def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
@@ -127,21 +137,20 @@ def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text,
 
 def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Any]:
     """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
-    def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, done in _sparsity_of(family, group).items():
-            with guard.on(name):
-                check_finite(done)
-                cache.put(keys[name], done)
-                yield name, done
-
     cache = ResultCache("core_sparsity")
     found = {name: cache.get(keys[name]) for name in group.saes}
     missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
-    with tqdm(total=len(missing), desc="sparsity and variance", unit="SAE", dynamic_ncols=True,
+    batches = group.params.core_eval.n_eval_sparsity_variance_batches
+    with tqdm(total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True,
               disable=not missing) as bar:
-        for name, done in guard.each(missing, score):
-            found[name] = done
-            bar.update()
+        def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+            for name, done in _sparsity_of(family, group, bar).items():
+                with guard.on(name):
+                    check_finite(done)
+                    cache.put(keys[name], done)
+                    yield name, done
+
+        found |= dict(guard.each(missing, score))
     return found
 
 
@@ -156,7 +165,7 @@ class _SparsityState:
 
 
 @torch.no_grad()
-def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str, dict[str, Any]]:
+def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -> dict[str, dict[str, Any]]:
     config = group.params.core_eval
     states = {name: _SparsityState(sae, group.text.sparsity, group.lm.device) for name, sae in saes.items()}
     for index in group.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
@@ -171,6 +180,7 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group) -> dict[str,
                 state.lab.update(target, x_hat, z_lab, lab_mask)
                 state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
                 _count_support(state, sae, z_lab, lab_mask)
+            bar.update()
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
 
@@ -330,7 +340,7 @@ def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tenso
 def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
             sums: Sums) -> dict[str, Any]:
     params, config = group.params, group.params.core_eval
-    tokens = config.batch_size_prompts * group.pool.sequences[0].shape[0]
+    tokens = config.batch_size_prompts * group.text.tokens.shape[1]
     metrics = {
         **sparsity["sae_bench"], **sae_bench_predictions(sums),
         "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
@@ -349,7 +359,7 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
         "n_eval_reconstruction_batches": config.n_eval_reconstruction_batches,
         "n_eval_sparsity_variance_batches": config.n_eval_sparsity_variance_batches,
-        "context_size": group.pool.sequences[0].shape[0], "compute_kl": True, "compute_ce_loss": True,
+        "context_size": group.text.tokens.shape[1], "compute_kl": True, "compute_ce_loss": True,
         "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
         "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
     return output.core_output(bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured,

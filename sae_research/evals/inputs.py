@@ -11,7 +11,7 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import fingerprint, read_json
+from sae_research.store import fingerprint, read_manifest
 
 SAE_FOLDER = Path("downloaded_saes")
 
@@ -24,7 +24,7 @@ def load_saes(folder: Path, lm: LanguageModel) -> dict[str, SparseAutoencoder]:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
-    saes = {name: load_sae(folder / name, str(lm.device)) for name in read_json(manifest)["order"]}
+    saes = {name: load_sae(folder / name, str(lm.device)) for name in read_manifest(manifest)["order"]}
     if not saes:
         raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
     for name, sae in saes.items():

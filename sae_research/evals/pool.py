@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_research.lm import (
     ActivationPool,
@@ -17,7 +19,7 @@ from sae_research.lm import (
 )
 from sae_research.params import Params
 
-_SAMPLE = 64
+SAMPLE = 64
 """Sequences that the median norm is measured on."""
 
 
@@ -29,18 +31,26 @@ class HookActivations:
     """
 
     def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor] | Tensor, params: Params) -> None:
-        self.lm, self.hook, self.params = lm, hook, params
-        self.pool: ActivationPool = collect(lm, hook, tokens, params.model.llm_batch_size,
-                                            params.activation_caching, "activations")
-        sample = self.pool.batch(range(min(len(self.pool), _SAMPLE)))
-        self.median_norm = median_activation_norm(lm, sample.tokens, sample.acts)
+        self.lm, self.hook, self.tokens, self.params = lm, hook, tokens, params
+
+    @cached_property
+    def pool(self) -> ActivationPool:
+        """Made, or read and checked, when the first asks: where every result is kept nobody does."""
+        return collect(self.lm, self.hook, self.tokens, self.params.model.llm_batch_size, self.params.activation_caching,
+                       "activations")
+
+    @cached_property
+    def median_norm(self) -> float:
+        """Over the first sequences' ordinary tokens."""
+        sample = self.pool.batch(range(min(len(self), SAMPLE)))
+        return median_activation_norm(self.lm, sample.tokens, sample.acts)
 
     def __len__(self) -> int:
-        return len(self.pool)
+        return len(self.tokens)
 
     @property
     def d_in(self) -> int:
-        return self.pool.flat.shape[1]
+        return self.lm.d_in(self.hook)
 
     def lab_mask(self, batch: Batch) -> Tensor:
         """Tokens that count in our definitions. bool [batch, seq]"""
@@ -51,5 +61,7 @@ class HookActivations:
         return sae_bench_mask(self.lm, batch.tokens) & batch.real
 
     def batches(self) -> Iterator[Batch]:
-        """All sequences, of like length together."""
-        return self.pool.batches(self.params.model.llm_batch_size)
+        """All sequences, of like length together; on a terminal a passing bar shows how far one SAE or family is."""
+        size = self.params.model.llm_batch_size
+        return iter(tqdm(self.pool.batches(size), "encode", -(-len(self) // size), unit="batch", leave=False, disable=None,
+                         dynamic_ncols=True))

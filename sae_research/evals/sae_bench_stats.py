@@ -5,6 +5,8 @@ should know before comparing:
 - `explained_variance` collapses the dimensions before squaring, so its total variance is `S - (S/d)^2` with
   S = mean |x|^2, a variance about zero; `explained_variance_legacy` averages one ratio per token.
 - `mse` divides by the number of tokens in the batch, not by d_in.
+- `average_max_*_cosine_sim` are means over all latents up to `stats.weights.EXACT_WIDTH` of them; in wider dictionaries over
+  an evenly spaced sample, each against all others (standard error about 0.1 / sqrt(sample)).
 - `l1` sums activations without absolute values; density and `frac_alive` count only positive ones.
 """
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_research.stats import LatentWeights
+from sae_research.stats.weights import measured_rows
 
 
 class SaeBenchStats:
@@ -87,8 +90,8 @@ def misc_metrics(density_F: Tensor, weights: LatentWeights) -> dict[str, float]:
         return (density_F[density_F > limit].sum() / total).item() if total > 0 else 0.0
 
     return {
-        "average_max_encoder_cosine_sim": weights.max_encoder_cosine.mean().item(),
-        "average_max_decoder_cosine_sim": weights.max_decoder_cosine.mean().item(),
+        "average_max_encoder_cosine_sim": _mean_of_measured(weights.max_encoder_cosine),
+        "average_max_decoder_cosine_sim": _mean_of_measured(weights.max_decoder_cosine),
         "frac_alive": (density_F > 0).float().mean().item(),
         "freq_over_1_percent": (density_F > 0.01).float().mean().item(),
         "freq_over_10_percent": (density_F > 0.1).float().mean().item(),
@@ -97,8 +100,15 @@ def misc_metrics(density_F: Tensor, weights: LatentWeights) -> dict[str, float]:
     }
 
 
+def _mean_of_measured(cosines_F: Tensor) -> float:
+    """Over the latents that were looked at: all of them but in very wide dictionaries."""
+    rows = measured_rows(len(cosines_F))
+    return (cosines_F if len(rows) == len(cosines_F) else cosines_F[rows]).mean().item()
+
+
 def feature_details(density_F: Tensor, consistent_F: Tensor, weights: LatentWeights) -> list[dict[str, float]]:
-    """SAE Bench's one record per latent, rounded to its 10 decimals; a NaN becomes its -1."""
+    """SAE Bench's one record per latent, rounded to its 10 decimals; a NaN becomes its -1, as does a nearest neighbour that
+    was not looked for (`stats.weights.max_cosine`)."""
     columns = {
         "feature_density": density_F, "consistent_activation_heuristic": consistent_F,
         "encoder_bias": weights.encoder_bias, "encoder_norm": weights.encoder_norm,

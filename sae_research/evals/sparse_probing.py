@@ -20,6 +20,7 @@ from sae_research.errors import UserError
 from sae_research.evals import output
 from sae_research.evals.inputs import by_hook, model_key, result_key
 from sae_research.evals.probes import (
+    Draw,
     ProbeTask,
     draw,
     full_correct,
@@ -28,7 +29,8 @@ from sae_research.evals.probes import (
     top_k_correct,
 )
 from sae_research.evals.tasks import load_tasks, need_one
-from sae_research.evals.text_means import Means, TextActivations, text_numbers, tokenise
+from sae_research.evals.text_means import Means, TextsByTask, brought_in, text_numbers, tokenise
+from sae_research.evaluated import Evaluated
 from sae_research.intervals import accuracy, interval, packed, unpacked
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
@@ -39,15 +41,19 @@ from sae_research.text.tasks import Task
 
 _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
 
-# of one set of features: task -> metric -> class -> accuracy, or which test rows were right (`intervals.packed`)
-Accuracies = dict[str, dict[str, dict[str, float]]]
+# of one set of features and one task: `sae_bench` -> metric -> class -> accuracy, and `lab` -> metric -> class -> which
+# test rows were right (`intervals.packed`)
+Scores = dict[str, Any]
 Outcomes = dict[str, dict[str, dict[str, str]]]
+"""By task, metric and class."""
 
 
 class _Texts(NamedTuple):
     """All tasks' texts, each tokenised and kept once."""
 
     tokens: list[Tensor]
+    sizes: list[int]
+    """How many of them each task brought in."""
     tasks: dict[str, dict[str, ProbeTask]]
     """task -> class -> rows and labels"""
     notes: dict[str, Any]
@@ -63,43 +69,67 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     texts = _load(lm, params, stage)
     stage.notes["tasks"] = texts.notes
     for hook, members in by_hook(saes).items():
-        keys = {name: _key(sae, lm, params, texts) for name, sae in members.items()}
-        cache = ResultCache("sparse_probing")
-        raw_key = model_key(lm, ["raw", hook, _inputs(params, texts)], __name__)
-        found = {name: cache.get(keys[name]) for name in members}
-        raw, missing = cache.get(raw_key), {name: sae for name, sae in members.items() if found[name] is None}
-        if missing or raw is None:
-            group = TextActivations(lm, hook, texts.tokens, params, params.sparse_probing.context_length)
-            if raw is None:
-                raw = _accuracies(group.raw_means(), texts, params, "llm")
-                cache.put(raw_key, raw)
-            with tqdm(total=len(missing), desc="encode and probe", unit="SAE", dynamic_ncols=True) as bar:
-                def score(family: Family, group: TextActivations = group) -> Iterator[tuple[str, dict[str, Any]]]:
-                    for name, means in group.latent_means(family):
-                        with guard.on(name):
-                            if not means.lab.any():
-                                raise UserError(f"it fires on none of the {len(means.lab):,} texts")
-                            yield name, _accuracies(means, texts, params, "sae")
-
-                for name, accuracies in guard.each(missing, score):
-                    with guard.on(name):
-                        cache.put(keys[name], accuracies)
-                        found[name] = accuracies
-                    bar.update()
+        group = TextsByTask(lm, hook, texts.tokens, texts.sizes, params, params.sparse_probing.context_length)
+        raw, found = _scores(group, members, lm, params, texts, guard)
         for name, sae in guard.left(members).items():
             with guard.on(name):
+                if not any(scores["fires"] for scores in found[name].values()):
+                    raise UserError(f"it fires on none of the {len(texts.tokens):,} texts")
                 yield name, _result(name, sae, lm, params, texts, raw, found[name])
 
 
-def _inputs(params: Params, texts: _Texts) -> list[Any]:
-    rows = {name: {label: [d.rows.tolist() for d in (task.train, task.test)] for label, task in classes.items()}
-            for name, classes in texts.tasks.items()}
-    return [params.sparse_probing.model_dump(), params.token_mask.model_dump(), params.random_seed,
-            fingerprint([t.tolist() for t in texts.tokens]), fingerprint(rows)]
+def _scores(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+            texts: _Texts, guard: Guard) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
+    """Of the raw activations by task, and of every SAE by name and task; each from the cache, or afresh and kept."""
+    cache, keys = ResultCache("sparse_probing"), _keys(group, members, lm, params, texts)
+    found = {name: {task: cache.get(keys[name, task]) for task in texts.tasks} for name in ("", *members)}
+    with tqdm(total=sum(score is None for name in members for score in found[name].values()), desc="encode and probe",
+              unit="SAE·task", dynamic_ncols=True) as bar:
+        for task, classes in texts.tasks.items():
+            rows = _rows(classes)
+            if found[""][task] is None:
+                found[""][task] = _accuracies(group.raw_means(rows), classes, params, "llm")
+                cache.put(keys["", task], found[""][task])
+
+            def score(family: Family, rows: Tensor = rows,
+                      classes: dict[str, ProbeTask] = classes) -> Iterator[tuple[str, Scores]]:
+                for name, means in group.latent_means(family, rows):
+                    with guard.on(name):
+                        yield name, _accuracies(means, classes, params, "sae")
+
+            missing = {name: sae for name, sae in guard.left(members).items() if found[name][task] is None}
+            for name, scores in guard.each(missing, score):
+                with guard.on(name):
+                    cache.put(keys[name, task], scores)
+                    found[name][task] = scores
+                bar.update()
+    notes = Evaluated("sparse_probing", lm, params)
+    for name, sae in guard.left(members).items():
+        for task in texts.tasks:
+            notes.note(sae, task, [f"sparse_probing/{keys[name, task]}"])
+    return found.pop(""), found
 
 
-def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, texts: _Texts) -> str:
-    return result_key(sae, lm, _inputs(params, texts), __name__)
+def _keys(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+          texts: _Texts) -> dict[tuple[str, str], str]:
+    """Keys of the result cache by (SAE, task); the raw activations' name is empty. What the other tasks are is in none."""
+    shared = [params.sparse_probing.model_dump(exclude={"dataset_names"}), params.token_mask.model_dump(),
+              params.random_seed]
+    of = {name: result_key(sae, lm, shared, __name__) for name, sae in members.items()}
+    of[""] = model_key(lm, ["raw", next(iter(members.values())).cfg.hook_name, shared], __name__)
+    drawn = {task: [group.key(_rows(classes)), {label: [_ids(texts, draw) for draw in probe]
+                                                for label, probe in classes.items()}]
+             for task, classes in texts.tasks.items()}
+    return {(name, task): fingerprint([key, about])[:40] for name, key in of.items() for task, about in drawn.items()}
+
+
+def _rows(classes: dict[str, ProbeTask]) -> Tensor:
+    """Every text of a task."""
+    return torch.cat([draw.rows for probe in classes.values() for draw in probe]).unique()
+
+
+def _ids(texts: _Texts, draw: Draw) -> list[Any]:
+    return [draw.labels.tolist(), [texts.tokens[row].tolist() for row in draw.rows]]
 
 
 # --- texts -----------------------------------------------------------------------------------
@@ -111,6 +141,7 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
     need_one("sparse_probing", tasks, stage)
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
     return _Texts(tokenise(lm, list(row_of), config.context_length),
+                  brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks)),
                   {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks},
                   {task.name: {**task.notes, "classes": list(task.train)} for task in tasks})
 
@@ -124,15 +155,13 @@ def _probe_tasks(task: Task, row_of: dict[str, int], seed: int) -> dict[str, Pro
 
 # --- probes ----------------------------------------------------------------------------------
 
-def _accuracies(means: Means, texts: _Texts, params: Params, prefix: str) -> dict[str, Accuracies | Outcomes]:
-    """Every probe on one kind of features: accuracies in SAE Bench's definition, in ours which test texts it gets right."""
+def _accuracies(means: Means, classes: dict[str, ProbeTask], params: Params, prefix: str) -> Scores:
+    """Every probe of a task on one kind of features: accuracies in SAE Bench's definition, in ours which test texts it
+    gets right."""
     # many fits of a few hundred texts: threads would only wait for one another
     with threadpool_limits(1):
-        return {
-            "sae_bench": {task: _sae_bench_accuracies(means.sae_bench, classes, params, prefix)
-                          for task, classes in texts.tasks.items()},
-            "lab": {task: _lab_outcomes(means.lab, classes, params, prefix) for task, classes in texts.tasks.items()},
-        }
+        return {"sae_bench": _sae_bench_accuracies(means.sae_bench, classes, params, prefix),
+                "lab": _lab_outcomes(means.lab, classes, params, prefix), "fires": bool(means.lab.any())}
 
 
 def _sae_bench_accuracies(features: Tensor, classes: dict[str, ProbeTask], params: Params,
@@ -162,14 +191,14 @@ def _ks(features: Tensor, params: Params) -> list[int]:
 # --- results ---------------------------------------------------------------------------------
 
 def _result(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, texts: _Texts,
-            raw: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    bench = {task: _class_means({**raw["sae_bench"][task], **found["sae_bench"][task]}) for task in texts.tasks}
+            raw: dict[str, Scores], found: dict[str, Scores]) -> dict[str, Any]:
+    both = {task: {part: {**raw[task][part], **found[task][part]} for part in ("sae_bench", "lab")} for task in texts.tasks}
+    bench = {task: _class_means(parts["sae_bench"]) for task, parts in both.items()}
     averages = _task_means(bench)
     known = {f"{prefix}_top_{k}_test_accuracy" for prefix in ("llm", "sae") for k in _SAE_BENCH_K}
     known |= {"llm_test_accuracy", "sae_test_accuracy"}
-    unstructured = {f"{task}_results": {**raw["sae_bench"][task], **found["sae_bench"][task]} for task in texts.tasks}
-    unstructured[output.LAB] = _lab_block(
-        texts, {task: {**raw["lab"][task], **found["lab"][task]} for task in texts.tasks}, params.random_seed)
+    unstructured = {f"{task}_results": parts["sae_bench"] for task, parts in both.items()}
+    unstructured[output.LAB] = _lab_block(texts, {task: parts["lab"] for task, parts in both.items()}, params.random_seed)
     config = params.sparse_probing
     return output.sparse_probing_output(
         {"random_seed": params.random_seed, "dataset_names": list(texts.tasks),

@@ -9,24 +9,26 @@ texts once for all three.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_research.cached_files import new_entry, usable
 from sae_research.errors import UserError
 from sae_research.evals.inputs import result_key
-from sae_research.evals.pool import HookActivations
+from sae_research.evals.pool import SAMPLE, HookActivations
 from sae_research.lm import Batch, LanguageModel
 from sae_research.params import ActivationCaching, Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.store import cache_dir, fingerprint, prune
 
+_MEANS = "means.safetensors"
 _LARGEST_SHARE = 0.1
 """Means that take more than this share of the cache's limit are not kept: they would push activations out of it."""
 
@@ -62,16 +64,34 @@ def text_numbers(parts: Iterable[Iterable[Sequence[str]]]) -> dict[str, int]:
     return row_of
 
 
+def brought_in(row_of: dict[str, int], tasks: Iterable[Iterable[Iterable[Sequence[str]]]]) -> list[int]:
+    """How many of the texts each task is the first to have. tasks: of each its parts, class by class."""
+    ends = accumulate((max((row_of[text] + 1 for part in parts for texts in part for text in texts), default=0)
+                       for parts in tasks), max, initial=0)
+    return [end - start for start, end in pairwise(ends)]
+
+
 class TextActivations(HookActivations):
     """Texts' activations at one hook, and their means."""
 
     def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], params: Params,
-                 context_length: int) -> None:
+                 context_length: int, norm_of: TextActivations | None = None) -> None:
+        """norm_of: texts whose median norm the outlier rule compares with; None: these."""
         super().__init__(lm, hook, tokens, params)
+        self._norm_of = norm_of or self
         self.context_length = context_length
         """What SAE Bench pads every text to: sequence-level encoders see that padding in its definition."""
 
         self._kept = _KeptMeans(params.activation_caching)
+
+    @cached_property
+    def median_norm(self) -> float:
+        return super().median_norm if self._norm_of is self else self._norm_of.median_norm
+
+    @cached_property
+    def key(self) -> str:
+        """Of the texts, and of those that the median norm is measured on."""
+        return fingerprint([[row.tolist() for row in tokens] for tokens in (self.tokens, self._norm_of.tokens[:SAMPLE])])
 
     @torch.no_grad()
     def raw_means(self) -> Means:
@@ -87,7 +107,7 @@ class TextActivations(HookActivations):
         keys = {name: self._key(sae) for name, sae in saes.items()}
         missing = {}
         for name, sae in saes.items():
-            means = self._kept.get(keys[name])
+            means = self._kept.get(keys[name], (len(self), sae.cfg.d_sae))
             if means is None:
                 missing[name] = sae
             else:
@@ -137,9 +157,52 @@ class TextActivations(HookActivations):
         return [Means(*(torch.zeros(len(self), width) for _ in Means._fields)) for width in widths]
 
     def _key(self, sae: SparseAutoencoder) -> str:
-        tokens = fingerprint([row.tolist() for row in self.pool.sequences])
-        return result_key(sae, self.lm, [self.hook, tokens, self.context_length, self.params.token_mask.model_dump()],
+        return result_key(sae, self.lm, [self.hook, self.key, self.context_length, self.params.token_mask.model_dump()],
                           __name__)
+
+
+class TextsByTask:
+    """The texts of several tasks, each task's run, encoded and kept by themselves: a task more changes nothing of the
+    others, and costs its own texts alone. Where tasks share texts, the first has them. The outlier rule compares with the
+    first task's median norm: a task put before it changes them all."""
+
+    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], sizes: Sequence[int], params: Params,
+                 context_length: int) -> None:
+        """sizes: of `brought_in`."""
+        self.n, self.d_in = len(tokens), lm.d_in(hook)
+        self.parts: dict[tuple[int, int], TextActivations] = {}
+        for start, end in pairwise(accumulate(sizes, initial=0)):
+            if end > start:
+                first = next(iter(self.parts.values()), None)
+                self.parts[start, end] = TextActivations(lm, hook, tokens[start:end], params, context_length, first)
+
+    def raw_means(self, rows: Tensor) -> Means:
+        """Mean activations [texts, d_in] of `rows` at least; other rows may be zero."""
+        return self._joined(self.d_in, {place: part.raw_means() for place, part in self._holding(rows).items()})
+
+    def latent_means(self, saes: dict[str, SparseAutoencoder], rows: Tensor) -> Iterator[tuple[str, Means]]:
+        """(name, mean latents [texts, d_sae] of `rows` at least) for SAEs of one family."""
+        found: dict[str, dict[tuple[int, int], Means]] = {name: {} for name in saes}
+        holding = self._holding(rows)
+        for place, part in holding.items():
+            for name, means in part.latent_means(saes):
+                found[name][place] = means
+                if len(found[name]) == len(holding):
+                    yield name, self._joined(saes[name].cfg.d_sae, found.pop(name))
+
+    def key(self, rows: Tensor) -> str:
+        """What decides the means of `rows` beside model and SAE: their tokens and those of the texts run with them."""
+        return fingerprint([part.key for part in self._holding(rows).values()])
+
+    def _holding(self, rows: Tensor) -> dict[tuple[int, int], TextActivations]:
+        return {(start, end): part for (start, end), part in self.parts.items() if ((rows >= start) & (rows < end)).any()}
+
+    def _joined(self, width: int, parts: dict[tuple[int, int], Means]) -> Means:
+        joined = Means(*(torch.zeros(self.n, width) for _ in Means._fields))
+        for (start, end), means in parts.items():
+            for whole, part in zip(joined, means, strict=True):
+                whole[start:end] = part
+        return joined
 
 
 class _KeptMeans:
@@ -147,36 +210,28 @@ class _KeptMeans:
 
     def __init__(self, caching: ActivationCaching) -> None:
         self.caching, self.folder = caching, cache_dir("activations")
-        self.readable = caching.enabled and os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0")
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"means_{key}.safetensors"
+    def _entry(self, key: str) -> Path:
+        return self.folder / f"means_{key}"
 
-    def get(self, key: str) -> Means | None:
-        path = self._path(key)
-        if not self.readable or not path.is_file():
+    def get(self, key: str, shape: tuple[int, int]) -> Means | None:
+        """Means of `shape` [texts, d], if they are kept."""
+        entry = self._entry(key)
+        if not self.caching.enabled or not usable(entry):
             return None
-        try:
-            means = Means(**load_file(path))
-        except (SafetensorError, TypeError):  # a file damaged on disk costs time, never correctness
-            path.unlink()
+        found = load_file(entry / _MEANS)
+        if {name: tuple(tensor.shape) for name, tensor in found.items()} != dict.fromkeys(Means._fields, shape):
+            print(f"{os.path.relpath(entry)}: of another shape; computed again", flush=True)
             return None
-        path.touch()  # the most recently used stay when the cache is pruned
-        return means
+        return Means(**found)
 
     def put(self, key: str, means: Means) -> None:
         size = sum(tensor.nbytes for tensor in means)
         if not self.caching.enabled or size > _LARGEST_SHARE * self.caching.max_gb * 1e9:
             return
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".means_")
-        os.close(handle)
-        try:
-            save_file(means._asdict(), temporary)
-            os.replace(temporary, self._path(key))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        prune(self.folder, self.caching.max_gb, keep=[self._path(key)])
+        with new_entry(self._entry(key)) as folder:
+            save_file(means._asdict(), folder / _MEANS)
+        prune(self.folder, self.caching.max_gb, keep=[self._entry(key)])
 
 
 def masked_mean(values: Tensor, keep: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The verbs run, sweep and monitor, and what their flags mean."""
+"""The verbs run, sweep, monitor and apply, and what their flags mean."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _run_parser(verbs)
     _sweep_parser(verbs)
     _monitor_parser(verbs)
+    parser = verbs.add_parser("apply", help="bring an experiment's parameters, figures and SAEs into the workspace",
+                              description="Example: python -m sae_research apply sweep-1a2b3c4d")
+    parser.add_argument("name", help="as dvc exp show and the sweep list it")
+    parser.set_defaults(run=_apply)
 
 
 def _run_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -121,6 +125,21 @@ def _monitor(options: argparse.Namespace) -> int:
     if options.attach is not None:
         return monitor.attach(options.attach)
     return monitor.show(options.watch)
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from sae_research.experiments.dvc_queue import apply_experiment
+    from sae_research.store import project_root
+    from sae_research.workspace import prepare
+
+    root = project_root()
+    for line in prepare(root):
+        print(line)
+    missing = apply_experiment(root, options.name)
+    print(f"applied {options.name}: its params.yaml, figures and outputs are in the workspace")
+    if missing:
+        print(f"not in this project's cache: {', '.join(missing)}; `make repro` computes them")
+    return 0
 
 
 def main(verb: str, arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_research.errors import UserError
-from sae_research.store import cache_dir
+from sae_research.store import cache_dir, writable_cache_dir
 
 DEVICE_VARIABLE = "SAE_RESEARCH_DEVICE"
 """What `model.device: auto` means to a worker's processes (see `lm.load.pick_device`)."""
@@ -111,7 +111,7 @@ class Lease:
         self.slot, self.descriptor = slot, -1
         if slot.device == "cpu":
             return
-        self.descriptor = os.open(_lease_file(slot), os.O_RDWR | os.O_CREAT, 0o644)
+        self.descriptor = os.open(writable_cache_dir("leases") / _lease_file(slot).name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_research.errors import UserError
+from sae_research.experiments.config_files import nearest
 from sae_research.experiments.jobs import Job
 from sae_research.experiments.processes import tail
 
@@ -62,6 +63,17 @@ class DVCQueue:
                 yield repo
         except DvcException as error:
             raise UserError(f"DVC: {_reasons(error)}") from error
+
+    def apply(self, name: str) -> list[str]:
+        """Bring an experiment into the workspace; returns outputs that are in no cache here, whose folders are gone then.
+
+        `dvc exp apply` ends with an error there, as an experiment names the outputs of all stages, those too that neither
+        it nor this clone has run. Raises `UserError` for an unknown name and whatever else DVC refuses.
+        """
+        with self._repo() as repo:
+            repo.experiments.apply(name, allow_missing=True)
+            return sorted(os.path.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs
+                          if out.use_cache and not out.exists)
 
     def entries(self) -> dict[str, Entry]:
         """Everything in the queue, by name; of several with one name the last."""
@@ -110,6 +122,16 @@ class DVCQueue:
                 [sys.executable, "-m", "dvc", "exp", "queue-worker", node], cwd=self.root, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=list(descriptors),
                 env={**os.environ, **environment, "PATH": path, "DVC_NO_ANALYTICS": "1"}).pid
+
+
+def apply_experiment(root: Path, name: str) -> list[str]:
+    """`DVCQueue.apply`, with the names there are where there is none of this name."""
+    queue = DVCQueue(root)
+    references = git(root, "for-each-ref", "refs/exps/*/*/*", "--format=%(refname)").stdout.split()
+    known = {reference.rpartition("/")[2] for reference in references}
+    if name not in known and git(root, "rev-parse", "--verify", "-q", f"{name}^{{commit}}").returncode:
+        raise UserError(f"no experiment {name!r}{nearest(name, known) if known else '; there is none yet'}")
+    return queue.apply(name)
 
 
 class Experiment(NamedTuple):

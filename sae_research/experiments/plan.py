@@ -61,7 +61,8 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         for job, why in outcome.failed.items():
             print(f"  {job}: {why}\n    dvc queue logs {job}; the same call tries again")
         return 1
-    print("\nalso: dvc exp show --only-changed; dvc exp apply NAME brings an experiment's SAEs into trained_saes/")
+    print("\nalso: dvc exp show --only-changed; python -m sae_research apply NAME brings an "
+          "experiment's SAEs into trained_saes/")
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from sae_research.store import cache_dir, write_json
+from sae_research.store import cache_dir, writable_cache_dir, write_json
 
 
 class Record:
@@ -39,7 +39,7 @@ class Record:
 def record(kind: str, name: str, pid: int, **values: Any) -> Record:
     """Put a process on record. kind: `run` or `worker`."""
     made = {"kind": kind, "name": name, "pid": pid, "started": psutil.Process(pid).create_time(), **values}
-    path = cache_dir("jobs") / f"{kind}-{name}.json"
+    path = writable_cache_dir("jobs") / f"{kind}-{name}.json"
     write_json(path, made)
     return Record(path, made)
 

@@ -23,7 +23,7 @@ from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.scaling import Scale, measure
 from sae_research.experiments.translate import Changes, Measure, translate
 from sae_research.params import Params, check_params, read_params
-from sae_research.store import fingerprint
+from sae_research.store import fingerprint, writing
 from sae_research.training.progress import progress_path
 from sae_research.yaml_files import read_mapping
 
@@ -115,7 +115,8 @@ def run_one(path: Path, overrides: Values, changes: Changes, device: str | None,
     try:
         from sae_research.training.run import train as train_saes
 
-        train_saes(understood.params, folder / SAES)
+        with writing(folder / SAES):
+            train_saes(understood.params, folder / SAES)
     finally:
         if lease:
             lease.close()

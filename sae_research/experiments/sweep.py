@@ -23,7 +23,7 @@ from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.dvc_queue import DVCQueue, Entry, Experiment
 from sae_research.experiments.jobs import Job, sae_keys, set_params, without
 from sae_research.params import check_params, read_params
-from sae_research.store import cache_dir, project_root, write_json, write_text
+from sae_research.store import cache_dir, project_root, writable_cache_dir, write_json, write_text
 from sae_research.training.progress import progress_path
 from sae_research.yaml_files import parse
 
@@ -229,7 +229,7 @@ class _only_one:
     """The right to sweep in this project, also held by workers that outlive us. The block gets its descriptor."""
 
     def __enter__(self) -> int:
-        path = cache_dir("jobs") / "sweep.lock"
+        path = writable_cache_dir("jobs") / "sweep.lock"
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

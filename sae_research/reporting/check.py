@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_research.reporting.metrics import EVALS
-from sae_research.store import read_json, read_status
+from sae_research.reporting.shapes import evaluation_status
+from sae_research.store import read_json
 
 RELATIVE_TOLERANCE = 0.02
 ABSOLUTE_TOLERANCE = 0.02
@@ -20,13 +21,13 @@ def failures(root: Path = Path(".")) -> list[str]:
     """One line per evaluation that failed, never finished, or left no status."""
     lines = []
     for name in EVALS:
-        status = read_status(root / "eval_results" / name)
+        status = evaluation_status(root / "eval_results" / name)
         if status["status"] not in ("ok", "disabled", "not_applicable"):
             lines.append(f"{name}: {status['status']}: {status['message']}")
-    transfer = read_status(root / "eval_results/transfer")
+    transfer = evaluation_status(root / "eval_results/transfer")
     if transfer["status"] in ("failed", "incomplete"):
         lines.append(f"transfer: {transfer['status']}: {transfer['message']}")
-    dashboards = read_status(root / "dashboards")
+    dashboards = evaluation_status(root / "dashboards")
     if dashboards["status"] in ("failed", "incomplete"):
         lines.append(f"dashboards: {dashboards['status']}: {dashboards['message']}")
     if not (root / "METRICS.md").is_file():

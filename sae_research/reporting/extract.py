@@ -14,7 +14,8 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.reporting.metrics import EVALS, LAB, METRICS, sort_keys
-from sae_research.store import read_json, read_results, read_status, round_significant, write_json
+from sae_research.reporting.shapes import evaluation_results, evaluation_status, shaped
+from sae_research.store import read_json, round_significant, write_json
 
 Result = dict[str, Any]
 Figures = dict[str, float]
@@ -61,10 +62,10 @@ def folder_metrics(eval_name: str, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: no such folder; run the stage that writes it, `dvc repro {eval_name}_eval`"
         )
-    status = read_status(folder)
+    status = evaluation_status(folder)
     if status["status"] == "disabled":
         return {STATUS_KEY: {"status": "disabled"}}
-    results = read_results(folder)
+    results = evaluation_results(eval_name, folder)
     metrics = {name: EXTRACTORS[eval_name](result) for name, result in results.items()}
     return {**metrics, STATUS_KEY: _status_figures(status, len(results))}
 
@@ -75,7 +76,8 @@ def aggregate(inputs: list[Path], output: Path) -> None:
     for path in inputs:
         if path.stem not in EVALS:
             raise UserError(f"{path}: its name must be one of {', '.join(f'{name}.json' for name in EVALS)}")
-        for sae, figures in read_json(path).items():
+        found = shaped(read_json(path), {str: {str: object}}, path, f"run `dvc repro -f {path.stem}_metrics`")
+        for sae, figures in found.items():
             if sae != STATUS_KEY:
                 merged.setdefault(sae, {})[path.stem] = figures
     write_json(output, merged)

@@ -332,9 +332,9 @@ class Artist:
             say(axes, "no SAE was trained in this run", keep_labels=True)
             return
         by_name = {row.name: row.group for row in self.run.rows}
-        spare = looks(curve.name for curve in curves)
+        spare = looks((curve.name for curve in curves if by_name.get(curve.name) not in self.look), self.look)
         for curve in curves:
-            look = self.look.get(by_name.get(curve.name, ""), spare[curve.name])
+            look = spare.get(curve.name) or self.look[by_name[curve.name]]
             x, y = curve.columns["tokens"], curve.columns[column]
             axes.plot(x, y, color=look.color, linewidth=1.4, label=curve.name)
         values = [value for curve in curves for value in curve.columns[column] if math.isfinite(value)]

@@ -14,7 +14,8 @@ from sae_research.errors import UserError
 from sae_research.folders import replaced_folder
 from sae_research.reporting.extract import EXTRACTORS, lab_block
 from sae_research.reporting.metrics import EVALS
-from sae_research.store import read_json, read_results, read_status, round_significant, write_json
+from sae_research.reporting.shapes import evaluation_results, evaluation_status, manifest
+from sae_research.store import round_significant, write_json
 
 RESULTS = Path("eval_results")
 MERGED = RESULTS / "merged"
@@ -27,18 +28,15 @@ ROLES = ("baseline", "variant", "comparison", "control")
 EVIDENCE = "cluster_sums"
 """Sums from which differences between SAEs are taken keep all their digits."""
 
-_VOLATILE = re.compile(r"second|duration|elapsed|time|host|device|date")
-"""Notes of such names would make two equal runs differ."""
-
 
 def merge(root: Path = Path(".")) -> list[str]:
     """Write `eval_results/merged/` afresh from all evaluations. Returns the SAEs' names in table order."""
     folders = {name: root / RESULTS / name for name in EVALS}
     if not any(folder.is_dir() for folder in folders.values()):
         raise UserError(f"{root / RESULTS}: no evaluation has run; start with `dvc repro core_eval`")
-    statuses = {name: read_status(folder) for name, folder in folders.items()}
+    statuses = {name: evaluation_status(folder) for name, folder in folders.items()}
     results = {
-        name: {} if statuses[name]["status"] == "disabled" else read_results(folder)
+        name: {} if statuses[name]["status"] == "disabled" else evaluation_results(name, folder)
         for name, folder in folders.items()
     }
     configs = _configs(root, results)
@@ -56,7 +54,7 @@ def merge(root: Path = Path(".")) -> list[str]:
         {
             "order": list(records),
             "evals": {
-                name: {**_stable_status(statuses[name]), "config": _eval_config(results[name])}
+                name: {**statuses[name], "config": _eval_config(results[name])}
                 for name in EVALS
             },
         },
@@ -103,11 +101,11 @@ def _configs(root: Path, results: dict[str, dict[str, Any]]) -> dict[str, dict[s
             found[sae] = {**(result.get("sae_cfg_dict") or {}), **found.get(sae, {})}
     if not (root / MANIFEST).is_file():
         return {sae: found[sae] for sae in sorted(found, key=lambda sae: _table_order(sae, found[sae]))}
-    manifest = read_json(root / MANIFEST)
-    known = manifest["saes"]
+    listed = manifest(root / MANIFEST)
+    known = listed["saes"]
     for sae in sorted(set(found) - set(known)):
         print(f"left out {sae}: it has results but is not in {MANIFEST}", flush=True)
-    order = [sae for sae in manifest.get("order", []) if sae in known]
+    order = [sae for sae in listed.get("order") or [] if sae in known]
     return {sae: {**known[sae], **found.get(sae, {})} for sae in [*order, *sorted(set(known) - set(order))]}
 
 
@@ -121,8 +119,3 @@ def _table_order(sae: str, cfg: dict[str, Any]) -> tuple[Any, ...]:
 def _eval_config(by_sae: dict[str, Any]) -> dict[str, Any]:
     """The settings an evaluation ran with, the same for all its SAEs."""
     return next((result.get("eval_config") or {} for result in by_sae.values()), {})
-
-
-def _stable_status(status: dict[str, Any]) -> dict[str, Any]:
-    notes = {key: value for key, value in status.get("notes", {}).items() if not _VOLATILE.search(key)}
-    return {**status, "notes": notes}

@@ -12,6 +12,7 @@ from typing import Any
 from sae_research.errors import UserError
 from sae_research.reporting.merge import EVALUATIONS_FILE, MERGED
 from sae_research.reporting.metrics import CORE_HEADLINE, CORE_PLOTTED, home, leading_ks, top_k
+from sae_research.reporting.shapes import MERGE_AGAIN, TRAINING, merged_evaluations, merged_record, shaped
 from sae_research.store import read_json
 
 TRAINED = Path("trained_saes")
@@ -136,21 +137,24 @@ def read_run(root: Path = Path(".")) -> Run:
     folder = root / MERGED
     if not (folder / EVALUATIONS_FILE).is_file():
         raise UserError(f"{folder}: no merged results; run `python -m scripts.process_results` first")
-    evaluations = read_json(folder / EVALUATIONS_FILE)
-    records = [read_json(folder / f"{sae}.json") for sae in evaluations["order"]]
+    evaluations = merged_evaluations(folder / EVALUATIONS_FILE)
+    records = [merged_record(folder / f"{sae}.json") for sae in evaluations["order"]]
+    for name, record in zip(evaluations["order"], records, strict=True):
+        if record["sae"] != name:
+            raise UserError(f"{folder / name}.json: holds {record['sae']!r}, another SAE; {MERGE_AGAIN}")
     rows = [Row(record["sae"], record["cfg"], record["evals"]) for record in records]
     report = root / TRAINED / REPORT_FILE
     return Run(
         rows,
         evaluations["evals"],
-        read_json(report) if report.is_file() else {},
+        shaped(read_json(report), TRAINING, report, "run the train stage again") if report.is_file() else {},
         list(_read_curves(root / TRAINED)),
     )
 
 
 def _read_curves(folder: Path) -> Iterator[Curve]:
     for path in sorted(folder.glob(f"*/{CURVE_FILE}")):
-        lines = [line.split("\t") for line in path.read_text().splitlines() if line]
+        lines = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line]
         if len(lines) < 2:  # training stopped before its first report
             continue
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import cycle
 from typing import NamedTuple
 
 from sae_research.reporting.run import Row
@@ -31,13 +32,9 @@ KNOWN: dict[str, Look] = {
     "gated_hard_concrete": Look(">", "#1B7837"),
     "control": Look("D", "#8C8C8C"),
 }
-_SPARE = (
-    Look("*", "#000000"),
-    Look("8", "#4B6FA5"),
-    Look("d", "#B8860B"),
-    Look("H", "#8B3A62"),
-    Look("p", "#2F4F4F"),
-)
+_SPARE_COLORS = ("#4B6FA5", "#B8860B", "#8B3A62", "#2F4F4F", "#66A61E", "#A0522D", "#5D3FD3", "#C71585")
+_SPARE_MARKERS = ("8", "d", "H")
+"""No known look has any of these."""
 
 _SIZES = {"D": 0.85, "s": 0.92, "*": 1.5}
 """Markers that look larger or smaller than a circle of the same size."""
@@ -49,11 +46,24 @@ def marker_size(look: Look, circle: float) -> float:
 
 
 def looks(architectures: Iterable[str], chosen: Mapping[str, Look] | None = None) -> dict[str, Look]:
-    """A look for every architecture: the user's choice, else the known one, else the next spare one."""
+    """A look for every architecture: the user's choice, else the known one, else a spare one.
+
+    A spare look is none of the known or chosen ones, and no two are equal as long as there are any left.
+    """
     chosen, names = chosen or {}, list(dict.fromkeys(architectures))
     unknown = sorted(name for name in names if name not in chosen and name not in KNOWN)
-    spare = {name: _SPARE[index % len(_SPARE)] for index, name in enumerate(unknown)}
+    spare = dict(zip(unknown, cycle(_spare_looks({*KNOWN.values(), *chosen.values()})), strict=False))
     return {name: chosen.get(name) or KNOWN.get(name) or spare[name] for name in names}
+
+
+def _spare_looks(taken: Collection[Look]) -> list[Look]:
+    """Every spare look: first those whose marker and colour are both new, and all colours before one comes again."""
+    turns = range(len(_SPARE_MARKERS))
+    every = [Look(_SPARE_MARKERS[(turn + index) % len(_SPARE_MARKERS)], color)
+             for turn in turns for index, color in enumerate(_SPARE_COLORS)]
+    every += [Look(marker, color) for marker in dict.fromkeys(look.marker for look in KNOWN.values())
+              for color in _SPARE_COLORS]
+    return [look for look in every if look not in taken]
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_research.store import read_results, read_status
+from sae_research.reporting.shapes import evaluation_status, transfer_results
 
 FOLDER = Path("eval_results/transfer")
 MAIN = "finetuned"
@@ -38,8 +38,8 @@ class TransferRun:
 def read_transfer(root: Path = Path(".")) -> TransferRun | None:
     """The finished run below `root`; None where the evaluation was switched off, failed or never ran."""
     folder = root / FOLDER
-    status = read_status(folder)
-    found = read_results(folder) if folder.is_dir() else {}
+    status = evaluation_status(folder)
+    found = transfer_results(folder) if folder.is_dir() else {}
     if MAIN not in found:
         return None
     order = [MAIN, *sorted((name for name in found if name != MAIN), reverse=True)]

@@ -7,8 +7,9 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.reporting.extract import STATUS_KEY, Figures, is_figure
+from sae_research.reporting.shapes import evaluation_status, transfer_results
 from sae_research.reporting.transfer_data import MODELS, at
-from sae_research.store import read_results, read_status, round_significant, write_json
+from sae_research.store import round_significant, write_json
 
 QUALITY = ("variance_explained", "r2_flattened", "l0", "fraction_dead", "mse")
 LOSSES = ("ce_delta", "loss_recovered", "loss_recovered_mean", "kl", "bits_per_byte_patched")
@@ -22,11 +23,11 @@ def extract_transfer(folder: Path, output: Path) -> None:
     """Write `{pair: {metric: value}}` and the stage's status. Raises `UserError` when the folder is missing."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; run the stage that writes it, `dvc repro transfer_eval`")
-    status = read_status(folder)
+    status = evaluation_status(folder)
     if status["status"] == "disabled":
         write_json(output, {STATUS_KEY: {"status": "disabled"}})
         return
-    results = read_results(folder)
+    results = transfer_results(folder)
     message = {"message": status["message"]} if status["status"] != "ok" and status.get("message") else {}
     write_json(output, {**{name: pair_figures(result) for name, result in results.items()},
                         STATUS_KEY: {"status": status["status"], "pairs": len(results), **message}})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sae_research.errors import UserError
 from sae_research.saes.identity import Unidentified, identity, own_data
+from sae_research.saes.reading import check_shapes
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"{type(self).__name__}: weights lack {', '.join(missing)}")
         for name in self.tensor_names:
             self.register_buffer(name, tensors[name].detach())
+        if self.W_dec.dim() != 2:
+            raise UserError(f"{self.form}: W_dec has shape {tuple(self.W_dec.shape)}, expected [d_sae, d_in]")
         d_sae, d_in = self.W_dec.shape
         self.cfg = cfg or SAEConfig(form=self.form, d_in=d_in, d_sae=d_sae)
         self._check_shapes()
@@ -206,15 +209,8 @@ class SparseAutoencoder(nn.Module):
             return uuid.uuid4().hex
 
     def _check_shapes(self) -> None:
-        cfg = self.cfg
-        expected = {"W_enc": (cfg.d_in, cfg.d_sae), "W_gate": (cfg.d_in, cfg.d_sae),
-                    "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
-        for name in self.tensor_names:
-            tensor = getattr(self, name)
-            shape = expected.get(name, (cfg.d_sae,))
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"{self.form}: {name} has shape {tuple(tensor.shape)}, expected {shape} "
-                                f"for d_in {cfg.d_in} and d_sae {cfg.d_sae}")
+        check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form)
+        for name, tensor in self.tensors().items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or "
                                 f"diverged")

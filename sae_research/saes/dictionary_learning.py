@@ -14,19 +14,18 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.folding import fold_decoder_norms
+from sae_research.saes.reading import check_shapes, floats, hook_of, load_state, section, shown, text, whole
 from sae_research.saes.registry import form_class
-from sae_research.store import read_json
+from sae_research.store import read_settings
 
 WEIGHTS_FILE = "ae.pt"
 CONFIG_FILE = "config.json"
@@ -113,24 +112,22 @@ def read_checkpoint(weights: Path, config: Path) -> SparseAutoencoder:
     layout = _layout(trainer, config)
     state = load_state(weights)
     _check_keys(state, layout, trainer["dict_class"], weights)
-    tensors = {name: (state[key].T if name in layout.transposed else state[key]).float().contiguous()
-               for name, key in layout.keys.items()}
-    if layout.form == "jumprelu" and tensors["threshold"].dim() == 0:
-        tensors["threshold"] = tensors["threshold"].expand(tensors["b_enc"].shape).clone()
+    tensors = _tensors(state, layout, trainer, weights, config)
     if (
         layout.form != "topk"
     ):  # a TopK SAE there ranks by activation alone, and keeps unit rows while training
         tensors = fold_decoder_norms(layout.form, tensors)
-    options, k = {}, trainer.get("k", state["k"].item() if "k" in state else None)
-    if layout.form == "topk":
-        options["k"] = _integer(k, "k", config)
+    k = _k(trainer, state, config, weights)
+    if layout.form == "topk" and k is None:
+        raise UserError(f"{config}: trainer lacks k, and so do the weights")
     d_sae, d_in = tensors["W_dec"].shape
     cfg = SAEConfig(
-        form=layout.form, d_in=d_in, d_sae=d_sae, model_name=str(trainer["lm_name"]),
+        form=layout.form, d_in=d_in, d_sae=d_sae, model_name=text(trainer["lm_name"], "lm_name", config),
         hook_name=hook_name(trainer, config), context_size=context_size,
-        apply_b_dec_to_input=layout.subtracts_b_dec, options=options, architecture=layout.architecture,
+        apply_b_dec_to_input=layout.subtracts_b_dec, options={"k": k} if layout.form == "topk" else {},
+        architecture=layout.architecture,
         provenance={"format": "dictionary_learning", "dict_class": trainer["dict_class"],
-                    **{key: trainer[key] for key in ("trainer_class",) if trainer.get(key)},
+                    **{key: text(trainer[key], key, config) for key in ("trainer_class",) if trainer.get(key)},
                     **({} if k is None else {"held_out": {"l0": float(k)}}),
                     **({"group_sizes": state["group_sizes"].tolist()} if "group_sizes" in state else {})})
     try:
@@ -139,56 +136,81 @@ def read_checkpoint(weights: Path, config: Path) -> SparseAutoencoder:
         raise UserError(f"{weights}: {error}") from None
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.pt` file, read without executing anything in it. Raises `UserError` for a damaged
-    one."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        # files of torch before 1.6 are no zip archives and cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: damaged, or holds more than tensors; only plain state dicts are read"
-        ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged weights ({str(error).partition(chr(10))[0][:120]}); fetch them again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: not a state dict of tensors")
-    return state
+def _tensors(state: dict[str, Tensor], layout: Layout, trainer: dict[str, Any], weights: Path, config: Path
+             ) -> dict[str, Tensor]:
+    """Our tensors by our names, of the sizes that config.json says; where it says none, of those of `W_dec`."""
+    found = {name: state[key].T if name in layout.transposed else state[key] for name, key in layout.keys.items()}
+    sizes = found["W_dec"].shape
+    d_sae = whole(trainer.get("dict_size", sizes[0]), "dict_size", config)
+    d_in = whole(trainer.get("activation_dim", sizes[1]), "activation_dim", config)
+    if layout.form == "jumprelu" and found["threshold"].dim() == 0:
+        check_shapes({"b_enc": found["b_enc"]}, d_in, d_sae, weights)
+        found["threshold"] = found["threshold"].expand(d_sae)
+    check_shapes(found, d_in, d_sae, weights)
+    return floats(found, weights)
+
+
+def _k(trainer: dict[str, Any], state: dict[str, Tensor], config: Path, weights: Path) -> int | None:
+    """How many latents it was trained to use, of the configuration or the weights; both must say the same."""
+    said = None if trainer.get("k") is None else whole(trainer["k"], "k", config)
+    if "k" not in state:
+        return said
+    if state["k"].numel() != 1:
+        raise UserError(f"{weights}: k has shape {tuple(state['k'].shape)}, not one number")
+    kept = whole(state["k"].item(), "k", weights)
+    if said is not None and said != kept:
+        raise UserError(f"{weights}: k is {kept}, config.json says {said}; correct the one that is wrong")
+    return kept
+
+
+_SUBMODULES = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre", "mlp_out": "hook_mlp_out",
+               "attn_out": "hook_attn_out", "attention_out": "hook_attn_out"}
+"""What a `submodule_name` without its `_layer_N` may be, and the hook that it is."""
 
 
 def hook_name(trainer: dict[str, Any], config: Path) -> str:
-    """The hook a checkpoint was trained at: the residual stream after its layer unless its submodule says
-    otherwise."""
-    layer = _integer(trainer["layer"], "layer", config)
-    submodule = str(trainer.get("submodule_name") or "")
-    for word, hook in (("resid_pre", "hook_resid_pre"), ("mlp", "hook_mlp_out"), ("attn", "hook_attn_out"),
-                       ("attention", "hook_attn_out")):
-        if word in submodule:
-            return f"blocks.{layer}.{hook}"
-    return f"blocks.{layer}.hook_resid_post"
+    """The hook a checkpoint was trained at. Without `submodule_name`, which their trainers need not record, it is the
+    residual stream after its layer, where SAE Bench puts all of them.
+
+    Raises `UserError` for a submodule that is not known exactly, and for one of another layer.
+    """
+    layer = whole(trainer["layer"], "layer", config, least=0)
+    submodule = text(trainer.get("submodule_name"), "submodule_name", config)
+    match = re.fullmatch(r"(\w+?)(?:_layer_([0-9]{1,6}))?", submodule)
+    if not submodule:
+        hook = f"blocks.{layer}.hook_resid_post"
+    elif match and match[1] in _SUBMODULES:
+        hook = f"blocks.{int(match[2] or layer)}.{_SUBMODULES[match[1]]}"
+    elif "." in submodule:
+        hook = hook_of(submodule, config)
+    else:
+        raise UserError(f"{config}: submodule_name {shown(submodule)} is not known; known: "
+                        f"{', '.join(f'{kind}_layer_{layer}' for kind in _SUBMODULES)}")
+    if not hook.startswith(f"blocks.{layer}."):
+        raise UserError(f"{config}: submodule_name {shown(submodule)} is not of layer {layer}, which `layer` says")
+    return hook
 
 
 def _trainer(config: Path) -> tuple[dict[str, Any], int]:
     """(trainer section, context length) of a config.json."""
-    values = read_json(config)
-    trainer = values.get("trainer") if isinstance(values, dict) else None
+    values = read_settings(config)
+    trainer = values.get("trainer")
     if not isinstance(trainer, dict):
         raise UserError(f"{config}: no `trainer` section; not a dictionary_learning configuration")
     missing = [key for key in ("dict_class", "layer", "lm_name") if key not in trainer]
     if missing:
         raise UserError(f"{config}: trainer lacks {', '.join(missing)}")
-    return trainer, _integer((values.get("buffer") or {}).get("ctx_len", 128), "ctx_len", config)
+    buffer = section(values.get("buffer"), "buffer", config)
+    if buffer.get("io", "out") != "out":
+        raise UserError(f"{config}: buffer.io is {shown(buffer['io'])}: it reads not just what its submodule puts out")
+    return trainer, whole(buffer.get("ctx_len", 128), "ctx_len", config)
 
 
 def _layout(trainer: dict[str, Any], config: Path) -> Layout:
     try:
         return LAYOUTS[trainer["dict_class"]]
     except (KeyError, TypeError):
-        raise UserError(f"{config}: dict_class {trainer['dict_class']!r} is not supported; "
+        raise UserError(f"{config}: dict_class {shown(trainer['dict_class'])} is not supported; "
                         f"known: {', '.join(LAYOUTS)}") from None
 
 
@@ -203,16 +225,7 @@ def _check_keys(state: dict[str, Tensor], layout: Layout, dict_class: str, path:
         )
         raise UserError(f"{path}: not the weights of {dict_class}, which config.json names: "
                         f"{' and '.join(parts)}")
-    bad = [
-        key
-        for key in ("encoder.weight", "decoder.weight", "W_enc", "W_dec")
-        if key in state and state[key].dim() != 2
-    ]
+    bad = [name for name in ("W_enc", "W_dec") if state[layout.keys[name]].dim() != 2]
     if bad:
-        raise UserError(f"{path}: {bad[0]} is no matrix (shape {tuple(state[bad[0]].shape)})")
-
-
-def _integer(value: Any, key: str, config: Path) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise UserError(f"{config}: {key} must be a whole number, not {value!r}")
-    return int(value)
+        key = layout.keys[bad[0]]
+        raise UserError(f"{path}: {key} is no matrix (shape {tuple(state[key].shape)})")

@@ -3,19 +3,32 @@ own."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
+from sae_research.saes.reading import (
+    flag,
+    floats,
+    hook_of,
+    load_safetensors,
+    number,
+    precision,
+    section,
+    shown,
+    text,
+    whole,
+)
 from sae_research.saes.registry import form_class
 from sae_research.saes.sae_lens import convert
-from sae_research.store import file_sha256, read_json, write_bytes, write_json
+from sae_research.store import checked_name, file_sha256, read_settings, write_bytes, write_json
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -23,6 +36,7 @@ WEIGHTS_FILE = "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"
 SAE_LENS_FORMS = ("standard", "gated", "jumprelu", "topk", "matching_pursuit")
 """Architectures that this version reads as we mean them."""
+ROLES = ("baseline", "variant", "comparison", "control")
 
 
 def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
@@ -33,8 +47,11 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.tensors().items()}
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
-    write_json(folder / CONFIG_FILE, _to_json(sae.cfg, sae.options()))
+    weights = safetensors.torch.save(tensors)
+    values = _to_json(sae.cfg, sae.options())
+    values["metadata"]["sae_research"]["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    write_bytes(folder / WEIGHTS_FILE, weights)
+    write_json(folder / CONFIG_FILE, values)
 
 
 def sae_lens_lacks(sae: SparseAutoencoder) -> str:
@@ -53,6 +70,8 @@ def _as_sae_lens_has_it(form: str, options: dict[str, Any]) -> tuple[str, dict[s
     """
     if form == "topk":  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
         return form, {"rescale_acts_by_decoder_norm": False}
+    if form == "sae_lens_matching_pursuit":
+        return "matching_pursuit", {}
     if form == "nonnegative_matching_pursuit" and set(options) == {"s"}:
         return "matching_pursuit", {"max_iterations": options["s"], "residual_threshold": 0.0,
                                     "stop_on_duplicate_support": False}
@@ -76,35 +95,61 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SparseAutoencoder:
     """Read an SAE folder, ours or SAELens' own. Raises `UserError` when files are missing, damaged, or not
     what cfg.json says."""
     folder = Path(folder)
-    values = read_json(folder / CONFIG_FILE)
-    if not isinstance(values, dict):
-        raise UserError(f"{folder / CONFIG_FILE}: not an SAE configuration")
+    values = read_settings(folder / CONFIG_FILE)
+    _refuse_sparsify(folder, values)
     metadata = values.get("metadata")
     if not (isinstance(metadata, dict) and "sae_research" in metadata):
-        return convert(values, _read_tensors(folder / WEIGHTS_FILE), str(folder), _scaling_factor(folder)).to(
-            device
-        )
-    cfg, weights_from = _from_json(values, folder)
+        return convert(values, load_safetensors(folder / WEIGHTS_FILE), str(folder), _scaling_factor(folder)).to(device)
+    cfg, weights_from, sha256 = _from_json(values, folder)
     cls = form_class(cfg.form)
-    tensors = _read_tensors(
-        folder / WEIGHTS_FILE if weights_from is None else _shared_weights(folder, weights_from)
-    )
+    if weights_from:
+        tensors = load_safetensors(_shared_weights(folder, weights_from))
+    else:
+        tensors = _own_weights(folder / WEIGHTS_FILE, sha256, cls.tensor_names)
     missing = [name for name in cls.tensor_names if name not in tensors]
     if missing:
         raise UserError(f"{folder}: weights lack {', '.join(missing)} for the form {cfg.form}")
+    own = floats({name: tensors[name] for name in cls.tensor_names}, folder)
     try:
-        sae = cls.from_tensors(cfg, {name: tensors[name].float() for name in cls.tensor_names})
+        sae = cls.from_tensors(cfg, own)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    except (KeyError, TypeError) as error:  # options that the form does not have, or lacks
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # options that the form does not have, or lacks
         raise UserError(f"{folder / CONFIG_FILE}: options do not fit the form {cfg.form} ({error})") from None
+    for name, value in cfg.options.items():
+        used = sae.options().get(name, getattr(sae, name, value))
+        if json.dumps(used) != json.dumps(value):
+            raise UserError(f"{folder / CONFIG_FILE}: the option {name} = {value!r} does not fit the form {cfg.form}")
     return sae.to(device)
 
 
-def _shared_weights(folder: Path, weights_from: dict[str, str]) -> Path:
-    """The weights file a variant points to, unchanged since the variant was made."""
-    source = (folder / weights_from["folder"]).resolve() / WEIGHTS_FILE
-    if file_sha256(source) != weights_from["sha256"]:
+def _refuse_sparsify(folder: Path, values: dict[str, Any]) -> None:
+    """Names an SAE of EleutherAI's sparsify, whose configuration has the same file name."""
+    if (folder / "sae.safetensors").exists() or ("num_latents" in values and "d_sae" not in values):
+        raise UserError(f"{folder}: a sparsify SAE: not read yet; its own library or SAELens can save it in SAELens' layout")
+
+
+def _own_weights(path: Path, sha256: str | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weights beside a configuration, the very ones that it was written with, where it says which."""
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise UserError(f"{path}: damaged weights, or others than {CONFIG_FILE} was written with; make or fetch them "
+                        "again, or remove weights_sha256 from it if the change was meant")
+    tensors = load_safetensors(path)
+    unused = sorted(set(tensors) - set(names))
+    if unused:
+        raise UserError(f"{path}: also holds {', '.join(unused)[:120]}, which the form does not use")
+    return tensors
+
+
+def _shared_weights(folder: Path, weights_from: dict[str, Any]) -> Path:
+    """The weights file a variant points to, in a folder beside it, unchanged since the variant was made."""
+    place = text(weights_from.get("folder"), "weights_from.folder", folder / CONFIG_FILE)
+    up, _, name = place.partition("/")
+    if up != ".." or PurePosixPath(place).parts != ("..", name):
+        raise UserError(f"{folder / CONFIG_FILE}: weights_from.folder {place[:60]!r} is no folder beside this one")
+    checked_name(name, f"{folder / CONFIG_FILE}: weights_from.folder")
+    source = (folder / place).resolve() / WEIGHTS_FILE
+    if file_sha256(source) != weights_from.get("sha256"):
         raise UserError(f"{folder}: the weights in {source.parent.name} changed since this variant was made; "
                         "run the setup stage again")
     return source
@@ -113,17 +158,10 @@ def _shared_weights(folder: Path, weights_from: dict[str, str]) -> Path:
 def _scaling_factor(folder: Path) -> float | None:
     """What SAELens multiplied activations by in training, where a checkpoint of its trainer recorded it."""
     path = folder / "activation_scaler.json"
-    factor = read_json(path).get("scaling_factor") if path.is_file() else None
+    factor = read_settings(path).get("scaling_factor") if path.exists() else None
+    if factor is not None and not number(factor, "scaling_factor", path) > 0:
+        raise UserError(f"{path}: scaling_factor must be positive, not {factor!r}")
     return None if factor is None else float(factor)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged weights ({error}); make or fetch them again") from None
 
 
 def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
@@ -144,31 +182,50 @@ def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[str, str] | None]:
-    """(configuration, where the weights are if not here) of a folder that `save_sae` or `save_variant`
-    wrote."""
-    metadata = values["metadata"]
+def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[str, Any] | None, str | None]:
+    """(configuration, where the weights are if not here, their SHA-256 if recorded) of a folder that `save_sae` or
+    `save_variant` wrote."""
+    path, metadata = folder / CONFIG_FILE, values["metadata"]
+    ours = section(metadata["sae_research"], "metadata.sae_research", path)
     try:
-        ours = metadata["sae_research"]
         cfg = SAEConfig(
-            form=ours.get("form", values["architecture"]),
-            d_in=int(values["d_in"]),
-            d_sae=int(values["d_sae"]),
-            dtype=values["dtype"],
-            model_name=metadata["model_name"],
-            hook_name=metadata["hook_name"],
-            context_size=int(metadata["context_size"]),
-            prepend_bos=bool(metadata["prepend_bos"]),
-            apply_b_dec_to_input=bool(values["apply_b_dec_to_input"]),
-            center_input=bool(ours["center_input"]),
-            options=ours["options"],
-            architecture=ours["architecture"],
-            role=ours["role"],
-            base=ours["base"],
-            provenance=ours["provenance"],
+            form=text(ours.get("form", values["architecture"]), "architecture", path),
+            d_in=whole(values["d_in"], "d_in", path),
+            d_sae=whole(values["d_sae"], "d_sae", path),
+            dtype=precision(values["dtype"], "dtype", path),
+            model_name=text(metadata["model_name"], "model_name", path),
+            hook_name=text(metadata["hook_name"], "hook_name", path),
+            context_size=whole(metadata["context_size"], "context_size", path),
+            prepend_bos=flag(metadata["prepend_bos"], "prepend_bos", path),
+            apply_b_dec_to_input=flag(values["apply_b_dec_to_input"], "apply_b_dec_to_input", path),
+            center_input=flag(ours["center_input"], "center_input", path),
+            options=section(ours["options"], "options", path),
+            architecture=text(ours["architecture"], "sae_research.architecture", path),
+            role=text(ours["role"], "role", path),
+            base=text(ours["base"], "base", path) or None,
+            provenance=section(ours["provenance"], "provenance", path),
         )
     except KeyError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: the key {error} is missing") from None
-    except (TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: not an SAE configuration ({error})") from None
-    return cfg, ours.get("weights_from")
+        raise UserError(f"{path}: the key {error} is missing") from None
+    if cfg.role not in ROLES:
+        raise UserError(f"{path}: role {shown(cfg.role)} is not known; known: {', '.join(ROLES)}")
+    form_class(cfg.form)  # an unknown one is named before what else does not fit it
+    _check_agrees(values, cfg, path)
+    weights_from = section(ours.get("weights_from"), "weights_from", path) or None
+    sha256 = text(ours.get("weights_sha256"), "weights_sha256", path) or None
+    return cfg.replace(hook_name=hook_of(cfg.hook_name, path)), weights_from, sha256
+
+
+def _check_agrees(values: dict[str, Any], cfg: SAEConfig, path: Path) -> None:
+    """Raises `UserError` where the file says something else than what is made of it: some of it stands there twice, for
+    SAELens and for us, and a key that `save_sae` never writes may ask for what this project does not do."""
+    written = _to_json(cfg, cfg.options)
+    metadata = written.pop("metadata")
+    top = {key: value for key, value in values.items() if key not in ("metadata", "device")}
+    inner = {key: value for key, value in values["metadata"].items() if key in metadata and key != "sae_lens_version"}
+    ours = {key: value for key, value in inner.pop("sae_research").items() if key not in ("weights_from", "weights_sha256")}
+    for said, meant in ((top, written), (inner, metadata), (ours, metadata["sae_research"])):
+        for key, value in said.items():
+            if key not in meant or json.dumps(value, sort_keys=True) != json.dumps(meant[key], sort_keys=True):
+                raise UserError(f"{path}: {key} = {str(value)[:60]} does not fit the rest of the file, an SAE of the form "
+                                f"{cfg.form[:60]}" + (f" with {shown(meant[key])}" if key in meant else ""))

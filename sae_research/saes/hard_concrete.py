@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
+from sae_research.saes.reading import number
 
 
 def stretched_gate(logits: Tensor, beta: Tensor | float, stretch: Sequence[float]) -> Tensor:
@@ -24,7 +26,10 @@ class _Gates(SparseAutoencoder):
     def __init__(self, cfg: SAEConfig | None = None, *, beta: float, stretch: Sequence[float],
                  **tensors: Tensor) -> None:
         super().__init__(cfg, **tensors)
-        self.beta, self.stretch = float(beta), [float(limit) for limit in stretch]
+        self.beta = number(beta, "beta", self.form)
+        if not isinstance(stretch, Sequence) or len(stretch) != 2 or not self.beta:
+            raise UserError(f"{self.form}: beta must not be 0, and stretch two numbers (got {beta!r}, {stretch!r})")
+        self.stretch = [number(limit, "stretch", self.form) for limit in stretch]
 
 
 class HardConcreteSAE(_Gates):

@@ -23,6 +23,7 @@ _PLACES = {
     "ihtp": "sae_research.instance_sae:IHTPSAE",
     "matching_pursuit": "sae_research.instance_sae:MPSAE",
     "nonnegative_matching_pursuit": "sae_research.instance_sae:NonNegativeMPSAE",
+    "sae_lens_matching_pursuit": "sae_research.saes.lens_pursuit:LensPursuitSAE",
     "omp": "sae_research.instance_sae:OMPSAE",
     "nonnegative_omp": "sae_research.instance_sae:NonNegativeOMPSAE",
     "topk_refit": "sae_research.instance_sae:TopKRefitSAE",
@@ -33,6 +34,8 @@ class _Registry(Mapping[str, type[SparseAutoencoder]]):
     """Form -> class. A form may also be `package.module:Class`, a class of the user's own."""
 
     def __getitem__(self, form: str) -> type[SparseAutoencoder]:
+        if not isinstance(form, str):
+            raise KeyError(form)
         place = _PLACES.get(form, form)
         if ":" not in place:
             raise KeyError(form)
@@ -65,7 +68,7 @@ def form_class(form: str) -> type[SparseAutoencoder]:
     try:
         return registry[form]
     except KeyError:
-        raise UserError(f"unknown SAE form {form!r}; known: {', '.join(registry)}, "
+        raise UserError(f"unknown SAE form {str(form)[:60]!r}; known: {', '.join(registry)}, "
                         "or module:Class of your own") from None
 
 

@@ -11,17 +11,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from torch import Tensor
 
 from sae_research.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
-from sae_research.saes.folding import fold_decoder_norms
+from sae_research.saes.folding import UNIT_TOLERANCE, fold_decoder_norms
+from sae_research.saes.lens_pursuit import LensPursuitSAE
 from sae_research.saes.norm_rescaled import NormRescaledSAE
+from sae_research.saes.reading import DAMAGED, check_shapes, floats, hook_of, number, whole
 from sae_research.saes.registry import form_class
+from sae_research.saes.sae_lens_settings import settings
 
 FORMS = {"standard": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated",
-         "batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu"}
+         "batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu", "matching_pursuit": "sae_lens_matching_pursuit"}
 """SAELens architecture -> our form. The BatchTopK pair are training classes; at inference they have a
 threshold."""
 _UNFOLDABLE = {
@@ -52,44 +56,42 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
     expected_average_only_in`), where it is known. Raises `UserError`, naming `where`, for anything the
     weights alone would not reproduce.
     """
-    values = _modern(values)
-    metadata = values["metadata"]
-    form = FORMS.get(values["architecture"])
-    if form is None:
-        raise UserError(f"{where}: SAELens architecture {values['architecture']!r} is not supported; "
-                        f"known: {', '.join(FORMS)}")
+    values = settings(values, where)
     _refuse_unsupported(values, where, scaling_factor)
-    tensors = _folded(
-        values,
-        {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()},
-        where,
-        scaling_factor,
-    )
-    cls = form_class(form)
-    missing = [name for name in cls.tensor_names if name not in tensors]
+    state = _used(values["architecture"], tensors, where)
+    check_shapes({name: tensor for name, tensor in state.items() if name != "topk_threshold"}, values["d_in"],
+                 values["d_sae"], where)
+    state = {name: tensor.clone() for name, tensor in floats(state, where).items()}
+    if values["architecture"] == "matching_pursuit":
+        cls, state, options = _pursuit(values, state, where, scaling_factor)
+    else:
+        cls, state = form_class(FORMS[values["architecture"]]), _folded(values, state, where, scaling_factor)
+        if _rescales_tokens(values):
+            cls, state = NormRescaledSAE, NormRescaledSAE.widened(state)
+        options = {name: whole(values.get(name), name, where) for name in cls.option_names}
+    missing = [name for name in cls.tensor_names if name not in state]
     if missing:
         raise UserError(f"{where}: weights lack {', '.join(missing)} for the architecture "
                         f"{values['architecture']}")
-    if _rescales_tokens(values):
-        cls, tensors = NormRescaledSAE, NormRescaledSAE.widened(tensors)
-    hook = str(metadata.get("hook_name") or "")
-    text = {"text": str(metadata["dataset_path"])} if metadata.get("dataset_path") else {}
+    cfg = _config(cls, values, options, where)
     try:
-        cfg = SAEConfig(
-            form=cls.form, d_in=int(values["d_in"]), d_sae=int(values["d_sae"]) + _rescales_tokens(values),
-            model_name=model_name(metadata), hook_name=hook,
-            context_size=int(metadata.get("context_size") or 128),
-            prepend_bos=bool(metadata.get("prepend_bos", True)),
-            apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
-            center_input=centres_input(metadata.get("model_from_pretrained_kwargs") or {}, hook, where),
-            options={name: int(values[name]) for name in cls.option_names}, provenance={"format": "sae_lens", **text})
-        return cls.from_tensors(cfg, {name: tensors[name] for name in cls.tensor_names})
-    except KeyError as error:
-        raise UserError(f"{where}: the configuration lacks {error}") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: not an SAE configuration ({error})") from None
+        return cls.from_tensors(cfg, {name: state[name] for name in cls.tensor_names})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _config(cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[str, Any], where: str) -> SAEConfig:
+    metadata = values["metadata"]
+    hook = hook_of(metadata.get("hook_name") or "", where)
+    dataset = {"text": metadata["dataset_path"]} if metadata.get("dataset_path") else {}
+    return SAEConfig(
+        form=cls.form, d_in=values["d_in"], d_sae=values["d_sae"] + _rescales_tokens(values),
+        model_name=model_name(metadata), hook_name=hook,
+        context_size=whole(metadata.get("context_size") or 128, "context_size", where),
+        prepend_bos=metadata.get("prepend_bos") is not False,
+        apply_b_dec_to_input=values.get("apply_b_dec_to_input", True),
+        center_input=centres_input(metadata.get("model_from_pretrained_kwargs") or {}, hook, where),
+        options=options, provenance={"format": "sae_lens", **dataset})
 
 
 def from_sae_lens(sae: Any, where: str = "SAELens object") -> SparseAutoencoder:
@@ -128,20 +130,50 @@ def model_name(metadata: dict[str, Any]) -> str:
     return f"{name}@{revision}" if name and revision and not _PINNED.fullmatch(revision) else name
 
 
-def _modern(values: dict[str, Any]) -> dict[str, Any]:
-    """SAELens 6 keys from a configuration of any version: older ones kept everything in one level."""
-    if isinstance(values.get("metadata"), dict) and "architecture" in values:
-        return values
-    kwargs = values.get("activation_fn_kwargs") or {}
-    is_topk = values.get("activation_fn", values.get("activation_fn_str")) == "topk"
-    normalisation = values.get("normalize_activations")
-    if isinstance(normalisation, bool):
-        normalisation = "expected_average_only_in" if normalisation else "none"
-    renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
-    return {**values, **({"k": kwargs.get("k")} if is_topk else {}),
-            "architecture": "topk" if is_topk else values.get("architecture", "standard"),
-            "normalize_activations": normalisation,
-            "metadata": {renamed.get(key, key): value for key, value in values.items()}}
+_BESIDE = {"jumprelu": ("log_threshold",), "batchtopk": ("topk_threshold", "threshold"),
+           "matryoshka_batchtopk": ("topk_threshold", "threshold")}
+"""Tensors that checkpoints of training may hold beside those of the form, or in the place of one."""
+
+
+def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors, all of which the architecture uses. Raises `UserError` for one that it does not: a `threshold` beside a
+    plain ReLU says that one of the two is wrong."""
+    cls = form_class(FORMS[architecture])
+    known = {*cls.tensor_names, *_BESIDE.get(architecture, ())}
+    unused = sorted(set(tensors) - known)
+    if unused:
+        raise UserError(f"{where}: the weights also hold {', '.join(unused)[:120]}, which the architecture {architecture} "
+                        "does not use; correct the architecture, or remove them")
+    thresholds = sorted({"log_threshold", "threshold", "topk_threshold"} & set(tensors))
+    if len(thresholds) > 1:
+        raise UserError(f"{where}: the weights hold both {' and '.join(thresholds)}; remove the one that is not meant")
+    if "log_threshold" in tensors:
+        tensors = {**tensors, "threshold": tensors["log_threshold"].exp()}
+        del tensors["log_threshold"]
+    if not {"W_dec", "b_dec"} <= set(tensors) or ("W_enc" in cls.tensor_names and "W_enc" not in tensors):
+        raise UserError(f"{where}: weights lack the matrices W_enc and W_dec, or b_dec")
+    if tensors.get("topk_threshold", tensors["b_dec"][:1]).numel() != 1:
+        raise UserError(f"{where}: topk_threshold is not one number")
+    return tensors
+
+
+def _pursuit(values: dict[str, Any], tensors: dict[str, Tensor], where: str, scaling_factor: float | None
+             ) -> tuple[type[SparseAutoencoder], dict[str, Tensor], dict[str, Any]]:
+    """(form, tensors, options) of SAELens' matching pursuit: ours where that computes the same."""
+    threshold = number(values.get("residual_threshold", 1e-2), "residual_threshold", where)
+    steps = values.get("max_iterations")
+    steps = values["d_in"] if steps is None else whole(steps, "max_iterations", where)
+    once = values.get("stop_on_duplicate_support", True)
+    if not values.get("apply_b_dec_to_input", True):  # nor does it add b_dec to the reconstruction then
+        tensors = {**tensors, "b_dec": torch.zeros_like(tensors["b_dec"])}
+        values["apply_b_dec_to_input"] = True
+    if scaling_factor and values.get("normalize_activations") == "expected_average_only_in":
+        tensors, threshold = {**tensors, "b_dec": tensors["b_dec"] / scaling_factor}, threshold / scaling_factor
+    unit = bool(((tensors["W_dec"].norm(dim=1) - 1).abs() <= UNIT_TOLERANCE).all())
+    if unit and threshold <= 0 and not once and steps <= values["d_sae"]:
+        return form_class("nonnegative_matching_pursuit"), tensors, {"s": steps}
+    return LensPursuitSAE, tensors, {"max_iterations": steps, "residual_threshold": max(threshold, 0.0),
+                                     "stop_on_duplicate_support": once}
 
 
 def _rescales_tokens(values: dict[str, Any]) -> bool:
@@ -153,12 +185,10 @@ def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: floa
     if normalisation != "none" and not _rescales_tokens(values) and not (
             normalisation == "expected_average_only_in" and scaling_factor):
         why = _UNFOLDABLE.get(normalisation, "unknown")
-        raise UserError(f"{where}: normalize_activations = {normalisation} cannot be folded into the "
+        raise UserError(f"{where}: normalize_activations = {normalisation[:60]} cannot be folded into the "
                         f"weights: {why}")
-    if values["metadata"].get("hook_head_index") is not None:
-        raise UserError(f"{where}: reads one attention head only (hook_head_index); hooks give all heads")
-    if values.get("finetuning_scaling_factor"):
-        raise UserError(f"{where}: finetuning_scaling_factor is not supported")
+    if normalisation == "none" and scaling_factor not in (None, 1):
+        raise UserError(f"{where}: activation_scaler.json holds a factor, but normalize_activations is none")
 
 
 def _folded(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
@@ -166,9 +196,6 @@ def _folded(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
     """Input scale and decoder norms folded into the weights; BatchTopK's one threshold spread over the
     latents."""
     architecture, form = values["architecture"], FORMS[values["architecture"]]
-    if any(tensors[name].dim() != 2 for name in ("W_enc", "W_dec") if name in tensors) or not (
-            {"W_enc", "W_dec", "b_dec"} <= set(tensors)):
-        raise UserError(f"{where}: weights lack the matrices W_enc and W_dec, or b_dec")
     ranks_by_norm = bool(values.get("rescale_acts_by_decoder_norm"))
     if scaling_factor and values.get("normalize_activations") == "expected_average_only_in":
         tensors["W_enc"] = tensors["W_enc"] * scaling_factor
@@ -248,8 +275,11 @@ def from_release(release: str, sae_id: str) -> SparseAutoencoder:
         from sae_lens import SAE
 
         sae = SAE.from_pretrained(release, sae_id, device="cpu")
-    except (ValueError, KeyError) as error:
-        raise UserError(f"SAELens {release} / {sae_id}: {str(error).partition(chr(10))[0]}") from None
+    except UserError:
+        raise
+    except DAMAGED as error:
+        reason = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+        raise UserError(f"SAELens {release} / {sae_id}: {reason}") from None
     converted = from_sae_lens(sae, f"SAELens {release} / {sae_id}")
     card = next(
         (item.card for item in released_saes() if (item.release, item.sae_id) == (release, sae_id)), {}

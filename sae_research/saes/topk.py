@@ -17,9 +17,9 @@ class TopKSAE(SparseAutoencoder):
 
     def __init__(self, cfg: SAEConfig | None = None, *, k: int, **tensors: Tensor) -> None:
         super().__init__(cfg, **tensors)
-        if not 1 <= k <= self.cfg.d_sae:
-            raise UserError(f"topk: k = {k} must lie between 1 and d_sae = {self.cfg.d_sae}")
-        self.k = int(k)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.cfg.d_sae:
+            raise UserError(f"topk: k = {k!r} must be a whole number between 1 and d_sae = {self.cfg.d_sae}")
+        self.k = k
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         positive = torch.relu(self.centred(x) @ self.W_enc + self.b_enc)

@@ -7,11 +7,12 @@ import time
 
 import torch
 
+from sae_research.evaluated import Evaluated
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.setup.controls import sample_size
-from sae_research.store import cache_dir
+from sae_research.store import project_root
 
 TIMED_CONTEXTS = 2
 PROBING_CLASSES = 4
@@ -51,20 +52,35 @@ def evaluation_tokens(params: Params) -> dict[str, tuple[int, int]]:
 
 
 def time_lines(
-    params: Params, lm: LanguageModel, hook: str, seconds_per_token: dict[str, float]
+    params: Params, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], seconds_per_token: dict[str, float]
 ) -> list[str]:
-    """One line per evaluation: the time it will take, at the speeds just measured."""
+    """One line per evaluation: the time it will take, at the speeds just measured, less what is in the cache."""
     prefix, full = model_seconds(lm, hook, params.text.context_size)
-    encoding = sum(seconds_per_token.values())
     tokens = evaluation_tokens(params)
     lines = []
     for name, (encoded, patched) in tokens.items():
-        # the clean pass, then from the hook on once per SAE and twice for the ablations
-        patching = patched * (full + (full - prefix) * (len(seconds_per_token) + 2))
-        lines.append(f"{name}: up to {_duration(encoded * (prefix + encoding) + patching)} "
-                     f"for {len(seconds_per_token)} SAEs on {encoded:,} tokens")
+        notes = Evaluated(name, lm, params)
+        parts = params.sparse_probing.dataset_names if name == "sparse_probing" else [name]
+        left = [[sae for sae in saes if not notes.has(saes[sae], part)] for part in parts]
+        seconds = 0.0
+        for todo in left:
+            if todo:
+                encoding = prefix + sum(seconds_per_token[sae] for sae in todo)
+                # the clean pass, then from the hook on once per SAE and twice for the ablations
+                seconds += encoded / len(parts) * encoding + patched * (full + (full - prefix) * (len(todo) + 2))
+        lines.append(f"{name}: {_amount(seconds, left, len(saes), encoded)}")
     rest = [name for name, on in params.eval_types.model_dump().items() if on and name not in tokens]
     return lines + ([f"{', '.join(rest)}: not estimated"] if rest else [])
+
+
+def _amount(seconds: float, left: list[list[str]], n_saes: int, tokens: int) -> str:
+    """left: by part, the SAEs that are still to be scored on it."""
+    n_left = len({sae for todo in left for sae in todo})
+    if not n_left:
+        return f"all {n_saes} SAEs are in the cache"
+    lacking = sum(map(len, left))
+    cached = "" if lacking == n_saes * len(left) else f"; {1 - lacking / (n_saes * len(left)):.0%} is in the cache"
+    return f"up to {_duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
 
 
 def disk_lines(
@@ -78,7 +94,7 @@ def disk_lines(
     widths = {sae.cfg.hook_name: sae.cfg.d_in for sae in saes.values()}
     width = torch.empty(0, dtype=lm.dtype).element_size()
     needed = sum(widths.values()) * tokens * width + sample * max(widths.values()) * width
-    free, limit = shutil.disk_usage(cache_dir("activations")).free, params.activation_caching.max_gb * 1e9
+    free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
     lines = [f"activation cache: about {needed / 1e9:.2f} GB (limit {limit / 1e9:g} GB, {free / 1e9:.0f} GB "
              f"free)"]
     if needed > free:

@@ -98,7 +98,7 @@ class Setup:
                 further["normalise"] = variants.normalise
             for size in sizes:
                 key = f"sae_variants.{label}.{cls.size_name}_values"
-                yield Planned(f"{self.name}_{label}_{cls.size_name}{size}", f"{key} ({size})",
+                yield Planned(slugify(f"{self.name}_{label}_{cls.size_name}{size}"), f"{key} ({size})",
                               self._variant_writer(cls.form, label, {cls.size_name: size} | further))
 
     def _check_dictionary(self) -> None:
@@ -134,10 +134,8 @@ class Setup:
             yield self._compared(
                 slugify(name), f"trained_saes/{name}", lambda name=name: sources.read_trained(name)
             )
-        for pattern in chosen.folders:
-            for path in sources.matching_folders(pattern):
-                yield self._compared(slugify(path.resolve().name), f"the folder {path}",
-                                     lambda path=path: sources.read_folder(path))
+        for path, name in sources.folder_names(chosen.folders).items():
+            yield self._compared(name, f"the folder {path}", lambda path=path: sources.read_folder(path))
         for place in chosen.python:
             yield self._compared(
                 sources.python_name(place),
@@ -209,7 +207,7 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
         print(f"warning: {line}")
     hook = baseline.cfg.hook_name
     for line in (
-        *time_lines(params, lm, hook, result.seconds_per_token),
+        *time_lines(params, lm, hook, saes, result.seconds_per_token),
         *disk_lines(params, lm, saes, baseline.cfg.d_sae),
     ):
         print(line, flush=True)

@@ -8,12 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from sae_research.errors import UserError
 
 OFFLINE_TEXT = "set `text.dataset: packaged`"
 OFFLINE_TASKS = "name packaged tasks in `sparse_probing.dataset_names`"
+
+
+def hub_answers(path: str) -> bool:
+    """Whether the hub says anything, be it a refusal, when asked for `path`, within HF_HUB_ETAG_TIMEOUT seconds (10 where
+    unset). The hub's own client goes on asking a server that accepts and says nothing for six minutes."""
+    import requests
+    from huggingface_hub import constants
+
+    heard: list[int] = []
+
+    def ask() -> None:
+        try:
+            answer = requests.head(f"{constants.ENDPOINT}/{path}", timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except (requests.RequestException, OSError, ValueError):
+            return
+        heard.append(answer.status_code)
+
+    thread = Thread(target=ask, daemon=True)  # its own thread: headers that drip in one by one pass every read's limit
+    thread.start()
+    thread.join(constants.HF_HUB_ETAG_TIMEOUT)
+    return bool(heard)
+
+
+@contextmanager
+def offline_if_silent(path: str) -> Iterator[None]:
+    """Where the hub does not answer to `path`, its client looks into its cache alone during the block."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not hub_answers(path)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
@@ -24,10 +60,16 @@ def hub_errors(name: str, offline_mend: str) -> Iterator[None]:
     the `httpx` error deep in its chain, `HF_HUB_OFFLINE=1` as a `ConnectionError`, an unknown name as
     `DatasetNotFoundError`. `offline_mend` says how to do without the hub.
     """
+    from datasets import config
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
     from requests.exceptions import RequestException
 
+    if not constants.HF_HUB_OFFLINE and not hub_answers(f"api/datasets/{quote(name.partition(':')[0])}"):
+        raise UserError(f"hub data set {name!r}: the hub cannot be reached ({constants.ENDPOINT} gave no answer within "
+                        f"{constants.HF_HUB_ETAG_TIMEOUT} s); to run offline, {offline_mend}")
+    config.STREAMING_READ_MAX_RETRIES = 2  # of a read that the hub's client has tried six times itself
     known = (DatasetsError, HfHubHTTPError, HFValidationError, HTTPError, RequestException,
              ConnectionError, FileNotFoundError)
     try:

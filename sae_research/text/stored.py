@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sae_research.cached_files import damage, new_entry, usable
+from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.sources import sources_fingerprint
 from sae_research.store import cache_dir, fingerprint, prune, remove_unheld
@@ -25,7 +25,7 @@ IN_MEMORY_TOKENS = 2**20
 CHUNK_TOKENS = 2**16
 """Tokens made, written or hashed at a time."""
 _ID = np.dtype("<i4")
-_SUFFIX = ".int32"
+_FILE = "tokens.int32"
 
 
 class StoredContexts:
@@ -52,7 +52,7 @@ class StoredContexts:
         while len(read) < wanted:
             part = os.pread(self._file.fileno(), wanted - len(read), start * row_bytes + len(read))
             if not part:
-                raise OSError(f"{self._file.name} is shorter than it was: delete it and start again")
+                raise UserError(f"{self._file.name} is shorter than it was when it was opened; start again")
             read += part
         return torch.from_numpy(np.frombuffer(read, _ID).astype(np.int64).reshape(-1, self.shape[1]))
 
@@ -79,39 +79,31 @@ def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: T
     folder, n = cache_dir("tokens"), -(-n_tokens // text.context_size)
     key = fingerprint([text_fingerprint, text.context_size, separator_id, _identity(tokenizer),
                        sources_fingerprint("sae_research.text.stream")])[:32]
-    found = {int(path.stem.partition("-")[2]): path for path in folder.glob(f"{key}-*{_SUFFIX}")}
-    enough = [longer for longer in found if longer >= n]
-    if enough:
-        path = found[min(enough)]
-        path.touch()  # the most recently used stay when the cache is pruned
-    else:
-        path = folder / f"{key}-{n}{_SUFFIX}"
-        rows = max(1, CHUNK_TOKENS // text.context_size)
-        _write(path, context_chunks(tokenizer, separator_id, text, split, n_tokens, rows, keep_names=False), n_tokens)
-        for shorter in found.values():
-            shorter.unlink(missing_ok=True)
-        prune(folder, max_gb, keep=[path])
-    return StoredContexts(path, n, text.context_size)
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{key}-*")}
+    row_bytes = text.context_size * _ID.itemsize
+    for longer in sorted(found):
+        if longer >= n and usable(found[longer], {_FILE: longer * row_bytes}):
+            return StoredContexts(found[longer] / _FILE, n, text.context_size)
+    entry, rows = folder / f"{key}-{n}", max(1, CHUNK_TOKENS // text.context_size)
+    with new_entry(entry) as temporary:
+        _write(temporary / _FILE, context_chunks(tokenizer, separator_id, text, split, n_tokens, rows, keep_names=False),
+               n_tokens)
+    for length, other in found.items():
+        if length < n or damage(other) is not None:
+            remove_unheld(other)
+    prune(folder, max_gb, keep=[entry])
+    return StoredContexts(entry / _FILE, n, text.context_size)
 
 
 def _write(path: Path, chunks: Iterable[Contexts], n_tokens: int) -> None:
-    """Write a file whole or not at all, with a progress bar; what killed processes left half written goes."""
-    for leftover in path.parent.glob(f".*{_SUFFIX}.*"):
-        remove_unheld(leftover)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file, tqdm(desc="tokens", total=n_tokens, unit="tok", unit_scale=True, mininterval=1,
-                                                   dynamic_ncols=True) as bar:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            for chunk in chunks:
-                file.write(chunk.tokens.numpy().astype(_ID))
-                bar.update(chunk.tokens.numel())
-            file.flush()
-            os.fsync(file.fileno())
-            Path(temporary).rename(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a file with a progress bar."""
+    with path.open("wb") as file, tqdm(desc="tokens", total=n_tokens, unit="tok", unit_scale=True, mininterval=1,
+                                       dynamic_ncols=True) as bar:
+        for chunk in chunks:
+            file.write(chunk.tokens.numpy().astype(_ID))
+            bar.update(chunk.tokens.numel())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sae_research.environment import redacted, secret
+from sae_research.endpoints import keeps_secrets, one_line
+from sae_research.environment import secret
 from sae_research.errors import UserError
 from sae_research.params import Params
 from sae_research.recipe_params import SAERecipe
@@ -108,6 +109,9 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
     runs: dict[str, Any] = {}
     tracking = params.tracking
     mode = os.environ.get("WANDB_MODE") or tracking.mode
+    if key and mode == "online" and not keeps_secrets(os.environ.get("WANDB_BASE_URL") or "https://"):
+        raise UserError(f"WANDB_BASE_URL is plain http to another machine, and {KEY} would travel there in the clear: "
+                        "use https")
     try:
         import wandb
 
@@ -136,5 +140,5 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _say(what: str, error: Exception, key: str | None = None) -> None:
-    reason = redacted(" ".join(str(error).split())[:200], key, secret(KEY))
+    reason = one_line(str(error), key, secret(KEY))
     print(f"warning: {what} ({type(error).__name__}: {reason})", file=sys.stderr, flush=True)

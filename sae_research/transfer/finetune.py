@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_research.cached_files import new_entry, usable
 from sae_research.errors import UserError
-from sae_research.folders import first_folder
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.lm.hooks import find_layers, parse_hook
 from sae_research.params import Text
@@ -43,9 +43,7 @@ def finetuned_model(base: LanguageModel, config: OwnFinetune, text: Text, hook: 
     key = fingerprint([base.fingerprint, str(base.dtype), config.model_dump(exclude={"moved_tokens"}), text.model_dump(),
                        text_fingerprint(text, SPLIT), hook, seed, sources_fingerprint(__name__)])[:24]
     folder = cache_dir("models") / f"{PREFIX}{key}"
-    if folder.is_dir():
-        (folder / "fingerprint.json").touch()
-    else:
+    if not usable(folder):
         _make(base, config, text, hook, seed, folder)
     return load_language_model(str(folder), device, str(base.dtype).removeprefix("torch."))
 
@@ -53,7 +51,7 @@ def finetuned_model(base: LanguageModel, config: OwnFinetune, text: Text, hook: 
 def _make(base: LanguageModel, config: OwnFinetune, text: Text, hook: str, seed: int, folder: Path) -> None:
     model = copy.deepcopy(base.model)
     train(model, _rows(base, config, text), config, _trained_layers(base, hook, config), seed)
-    with first_folder(folder) as temporary:
+    with new_entry(folder) as temporary:
         model.save_pretrained(temporary)
         base.tokenizer.save_pretrained(temporary)
         weights = {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))}

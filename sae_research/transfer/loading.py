@@ -12,7 +12,7 @@ from sae_research.params import Params, Text
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.setup.fits import check_fits, fill_in, is_model
 from sae_research.setup.sources import read_folder, read_release
-from sae_research.store import StageFolder, fingerprint, round_significant, write_json, write_text
+from sae_research.store import StageFolder, fingerprint, round_significant, user_path, write_json, write_text
 from sae_research.transfer.finetune import finetuned_model
 from sae_research.transfer.tokenizers import TokenizerCheck, check_tokenizers, choose_tokenization
 from sae_research.transfer_params import TransferSAE
@@ -96,7 +96,7 @@ def read_sae(config: TransferSAE, key: str) -> SparseAutoencoder:
             return read_release(config.release, config.sae_id)
         if config.source == "folder":
             assert config.path
-            return read_folder(Path(config.path))
+            return read_folder(user_path(config.path))
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     if not (SAE_FOLDER / config.name / "cfg.json").is_file():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damage import flip
 from tiny_saes import D_SAE, tiny_sae
 
 from sae_research.analysis import stats as stats_module
@@ -125,6 +127,55 @@ def test_an_interrupted_pass_goes_on_and_ends_the_same(lm: LanguageModel, params
     passes.clear()
     collect_stats(saes, lm, params)
     assert passes == [], "a finished store is read, not computed"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["shards/00000/value.npy", "count.npy"])
+def test_a_damaged_store_is_collected_again(name: str, lm: LanguageModel, params: Params, in_project: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    saes = {"it": biased("standard", 10.0)}
+    folder = collect_stats(saes, lm, params)["it"].folder
+    clean = contents(folder)
+    flip(folder / name)
+    with pytest.raises(UserError, match=f"{name} has another checksum"):
+        load_stats(folder)
+    assert contents(collect_stats(saes, lm, params)["it"].folder) == clean
+    assert f"{name} has another checksum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pattern", ["shards/*/token.npy", "progress.json"])
+def test_an_interrupted_pass_does_not_go_on_from_damage(pattern: str, lm: LanguageModel, params: Params, in_project: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats_module, "SHARD_TOKENS", 1024)
+    saes = {"it": biased("standard", 10.0)}
+    folder = collect_stats(saes, lm, params)["it"].folder
+    clean, real, passes = contents(folder), LanguageModel.activations, []
+    shutil.rmtree(folder)
+
+    def failing(self: LanguageModel, tokens: torch.Tensor, hook: str) -> torch.Tensor:
+        passes.append(len(tokens))
+        if len(passes) == 12:
+            raise KeyboardInterrupt
+        return real(self, tokens, hook)
+
+    monkeypatch.setattr(LanguageModel, "activations", failing)
+    with pytest.raises(KeyboardInterrupt):
+        collect_stats(saes, lm, params)
+    flip(next(folder.glob(pattern)))
+    assert contents(collect_stats(saes, lm, params)["it"].folder) == clean
+
+
+def test_the_switch_passes_over_a_store(lm: LanguageModel, params: Params, in_project: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    saes = {"it": biased("standard", 10.0)}
+    collect_stats(saes, lm, params)
+    monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
+    monkeypatch.setattr(LanguageModel, "activations", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        collect_stats(saes, lm, params)
 
 
 def test_chunks_are_the_contexts(lm: LanguageModel, params: Params) -> None:

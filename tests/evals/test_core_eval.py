@@ -57,6 +57,19 @@ def test_one_sae_equals_many_and_cold_equals_warm(lm: LanguageModel, make_params
         assert lab(result) == pytest.approx(lab(together[name]), rel=1e-5, abs=1e-6)
 
 
+def test_bars_move_inside_one_sae(lm: LanguageModel, make_params: Any, monkeypatch: Any) -> None:
+    moved: dict[str, int] = {}
+
+    class Bar(core.tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            moved[self.desc] = moved.get(self.desc, 0) + 1
+            return super().update(n)
+
+    monkeypatch.setattr(core, "tqdm", Bar)
+    run({"standard": standard()}, lm, make_params())
+    assert moved["sparsity and variance"] == 3
+
+
 def test_added_sae_pays_only_for_itself(lm: LanguageModel, make_params: Any, monkeypatch: Any) -> None:
     params = make_params()
     run(everything(), lm, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import DAMAGES
 from evals_saes import HOOK, D, config, dictionary, everything, standard
 from torch import Tensor
 
@@ -218,7 +220,7 @@ def test_one_equals_many_and_cold_equals_warm(kind: str, lm: LanguageModel, para
     for name in ("standard", "mpsae_s6", "ihtp_k4"):
         assert run(kind, {name: everything()[name]}, lm, params, tmp_path / "b")[0][name] == together[name]
     monkeypatch.delenv("SAE_RESEARCH_NO_CACHE")
-    monkeypatch.setattr(stage, "TextActivations", lambda *_: pytest.fail("read texts again although cached"))
+    monkeypatch.setattr(stage, "TextsByTask", lambda *_: pytest.fail("read texts again although cached"))
     assert run(kind, everything(), lm, params, tmp_path / "c")[0] == together
     assert not any(value != value for value in lab(together["standard"])["metrics"].values())
 
@@ -259,23 +261,24 @@ def test_tpp_encodes_nothing_after_sparse_probing(lm: LanguageModel, params: Any
     for path in stage.ResultCache("tpp").folder.iterdir():
         path.unlink()
     for path in (TextActivations(lm, HOOK, tokenise(lm, ["a"], 9), params, 9)._kept.folder).glob("means_*"):
-        path.unlink()
+        shutil.rmtree(path)
     list(sparse_probing.evaluate(everything(), lm, params, StageFolder(tmp_path / "b")))
     monkeypatch.setattr(TextActivations, "_encoded", lambda *_: pytest.fail("encoded again"))
     assert run("tpp", everything(), lm, params, tmp_path / "c")[0] == want
 
 
-def test_damaged_and_large_means_are_made_anew(lm: LanguageModel, make_params: Any) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_and_large_means_are_made_anew(kind: str, lm: LanguageModel, make_params: Any) -> None:
     def means(params: Any) -> Any:
         group = TextActivations(lm, HOOK, tokenise(lm, ["the cat", "a dog"], 12), params, 12)
         return dict(group.latent_means({"standard": standard()}))["standard"], list(group._kept.folder.glob("means_*"))
 
     first, files = means(make_params())
     assert len(files) == 1
-    files[0].write_bytes(b"damaged")
+    DAMAGES[kind](files[0] / "means.safetensors")
     again, files = means(make_params())
     assert len(files) == 1 and all(map(torch.equal, first, again))
-    files[0].unlink()
+    shutil.rmtree(files[0])
     tiny = make_params(activation_caching={"max_gb": 1e-8})
     assert means(tiny)[1] == [] and means(make_params(activation_caching={"enabled": False}))[1] == []
 

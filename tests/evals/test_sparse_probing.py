@@ -72,6 +72,33 @@ def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any
     assert run(everything(), lm, params, tmp_path / "c")[0] == together
 
 
+def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_params: Any, task_file: str, tmp_path: Path,
+                                       monkeypatch: Any) -> None:
+    other = tmp_path / "other.jsonl"  # some of its texts stand in the first task too
+    lines = [json.loads(line) for line in Path(task_file).read_text().splitlines()]
+    other.write_text("\n".join(json.dumps(row) for old in lines for row in (old, old | {"text": "so " + old["text"]})))
+
+    def with_tasks(*names: str) -> Any:
+        return make_params(sparse_probing=params.sparse_probing.model_dump() | {"dataset_names": list(names)})
+
+    saes = {"standard": standard(), "mpsae_s3": everything()["mpsae_s3"]}
+    alone, _ = run(saes, lm, with_tasks(task_file), tmp_path / "a")
+    computed, read, real = [], [], sparse_probing._accuracies
+    monkeypatch.setattr(sparse_probing, "_accuracies", lambda *a: computed.append(a[3]) or real(*a))
+    monkeypatch.setattr(lm, "activations", lambda tokens, hook: read.append(len(tokens)) or LanguageModel.activations(
+        lm, tokens, hook))
+    both, _ = run(saes, lm, with_tasks(task_file, str(other)), tmp_path / "b")
+    assert sorted(computed) == ["llm", "sae", "sae"]
+    texts = sparse_probing._load(lm, with_tasks(task_file, str(other)), StageFolder(tmp_path / "c"))
+    assert texts.sizes[1] < texts.sizes[0] and sum(texts.sizes) == len(texts.tokens)
+    assert sum(read) == texts.sizes[1], "the model reads the new texts alone"
+    tasks = {name: result["eval_result_unstructured"]["lab_v1"]["tasks"] for name, result in both.items()}
+    for name, result in alone.items():
+        assert tasks[name][task_file] == result["eval_result_unstructured"]["lab_v1"]["tasks"][task_file]
+    monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
+    assert run(saes, lm, with_tasks(task_file, str(other)), tmp_path / "d")[0] == both, "whatever was kept before"
+
+
 def test_sign_flip_changes_no_accuracy(lm: LanguageModel, params: Any, tmp_path: Path) -> None:
     W, b = dictionary(), torch.zeros(D)
     one, other = (lab(run({"s": MPSAE(sign * W, b, 5, config("matching_pursuit", s=5))}, lm, params,

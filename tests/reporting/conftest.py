@@ -338,7 +338,9 @@ class Lab:
         )
 
     def result(self, name: str, sae: str, value: dict[str, Any]) -> None:
-        self.write(f"eval_results/{name}/{sae}_eval_results.json", value)
+        """Under the name of this evaluation, whichever one's figures they are."""
+        kind = {"absorption": "absorption_first_letter"}.get(name, name)
+        self.write(f"eval_results/{name}/{sae}_eval_results.json", {**value, "eval_type_id": kind})
 
     def disable(self, name: str) -> None:
         for path in (self.root / "eval_results" / name).glob("*"):

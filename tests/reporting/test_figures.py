@@ -102,6 +102,19 @@ def test_architectures_have_distinct_looks_and_the_user_may_choose():
     assert Artist(Run([], {}, {}, []), style).look == {}
 
 
+def test_an_architecture_of_ones_own_never_looks_like_a_known_one():
+    own = [f"own_{number}" for number in range(100)]
+    found = looks([*own, *KNOWN])
+    assert len(set(found.values())) == len(found), "pairs of marker and colour"
+    known = {part for look in KNOWN.values() for part in look}
+    assert not known & {part for name in looks(own[:24]).values() for part in name}
+    first = [looks(own[:8])[name] for name in own[:8]]
+    assert len({look.color for look in first}) == 8, "lines of training curves have no marker"
+    taken = Look(*first[0])
+    assert looks(["own_0", "mine"], {"mine": taken})["own_0"] != taken, "nor like one that the user chose"
+    assert set(looks(f"own_{number}" for number in range(200))) == {f"own_{number}" for number in range(200)}
+
+
 @pytest.mark.parametrize(("marker", "color"), [("circle", "red"), ("o", "reddish")])
 def test_a_look_that_matplotlib_does_not_know_is_a_user_error(marker: str, color: str):
     style = Visualization(architectures={"topk": Style(marker=marker, color=color)})

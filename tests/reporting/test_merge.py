@@ -104,7 +104,20 @@ def test_nothing_evaluated_is_a_user_error(tmp_path):
         read_run(tmp_path)
 
 
-def test_notes_that_change_from_run_to_run_are_left_out(lab: Lab):
-    lab.status("core", "ok", notes={"text": "packaged", "seconds_taken": 3.1, "device": "cuda"})
+def test_no_note_is_lost_for_its_name(lab: Lab):
+    notes = {"text": "packaged", "sentiment": "film reviews", "candidates": 3, "updates": 5, "second": "b", "device": "cpu"}
+    lab.status("core", "ok", notes=notes)
     merge(lab.root)
-    assert read_run(lab.root).evals["core"]["notes"] == {"text": "packaged"}
+    assert read_run(lab.root).evals["core"]["notes"] == notes
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", ".."])
+def test_names_of_a_manifest_lead_nowhere_else(lab: Lab, name: str):
+    lab.write("downloaded_saes/manifest.json", {"order": [name], "saes": {name: config("topk")}})
+    with pytest.raises(UserError, match="no name that a file could be called after"):
+        merge(lab.root)
+    (lab.root / "downloaded_saes/manifest.json").unlink()
+    merge(lab.root)
+    lab.write("eval_results/merged/_evaluations.json", {"order": [name], "evals": {}})
+    with pytest.raises(UserError, match="no name that a file could be called after"):
+        read_run(lab.root)

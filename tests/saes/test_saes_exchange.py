@@ -108,7 +108,7 @@ def test_runs_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "final_config.yaml").write_text("saes: {sae_type: gumbel_topk}")
     refused("sae_type 'gumbel_topk' is not supported; known: relu", "a")
     (tmp_path / "a" / "final_config.yaml").write_text("saes: {sae_type: gated}")
-    refused("lacks 'decoder_bias' for sae_type gated|lacks 'encoder.weight'", "a")
+    refused("not an SAE of sae_type gated: lacks decoder_bias, .* and also holds decoder.bias", "a")
     (tmp_path / "a" / "final_config.yaml").write_text("saes: {sae_type: relu, sae_positions: [blocks.7.hook_mlp_out]}")
     refused("no SAE of blocks.7.hook_mlp_out; it has blocks-2", "a")
     (tmp_path / "a" / "final_config.yaml").write_text("a: [")

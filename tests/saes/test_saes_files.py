@@ -102,7 +102,8 @@ def unknown_form(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("harm", "message"), [
-    (break_json, "not valid JSON"), (drop_key, "key 'd_sae' is missing"), (drop_option, "options do not fit"),
+    (break_json, "not valid JSON"), (drop_key, "key 'd_sae' is missing"),
+    (drop_option, "k = 5 does not fit the rest of the file"),
     (no_weights, "no such file"), (truncate, "damaged weights"), (wrong_width, r"shape \(12, 40\), expected "
                                                                                r"\(13, 40\)"),
     (nan, "W_enc holds NaN"), (unknown_form, "unknown SAE form 'topkk'; known: ")])

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ class Client:
     """Asks one process for SAEs, one at a time."""
 
     def __init__(self, url: str, home: Path) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", CLIENT], env=os.environ | hub_env(url, home),
+        env = os.environ | hub_env(url, home) | {"HF_HUB_ETAG_TIMEOUT": "2"}
+        self.process = subprocess.Popen([sys.executable, "-c", CLIENT], env=env,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, repo: str, file: str) -> Any:
@@ -59,6 +62,9 @@ def test_hub(tmp_path: Path) -> None:
     (repo / "broken" / "ae.pt").write_bytes(b"no weights")
     (repo / "broken" / "config.json").write_text(
         (repo / "sweep/resid_post_layer_1/trainer_8/config.json").read_text())
+    (repo / "bad").mkdir()
+    (repo / "bad" / "cfg.json").write_text('{"architecture": ')
+    (repo / "bad" / "sae_weights.safetensors").write_bytes(b"")
     with serve_hub({"models": {"org/sae": repo}}) as url:
         client = Client(url, tmp_path / "home")
         ours = client.ask("org/sae", "ours/sae_weights.safetensors")
@@ -70,12 +76,24 @@ def test_hub(tmp_path: Path) -> None:
             "org/sae/gone/config.json: no such file in the repository org/sae")
         answer = client.ask("org/none", "a/ae.pt")
         assert "no repository 'org/none'" in answer and "baseline_sae.source: trained" in answer
+        assert "not valid JSON" in client.ask("org/sae", "bad/sae_weights.safetensors")
+        for name in ("../ae.pt", "/etc/ae.pt", "a/../../ae.pt", "a//ae.pt"):
+            assert "baseline_sae.filename: " in client.ask("org/sae", name)
         assert "must end with ae.pt or sae_weights.safetensors" in client.ask("org/sae", "weights.bin")
     # the server is gone: what is cached still works, what is not says how to go on without
     assert client.ask("org/sae", "ours/sae_weights.safetensors") == ours
     assert client.ask("org/sae", "new/ae.pt").endswith(
         "the hub cannot be reached and the file is not in its cache; without a hub, set baseline_sae.source: "
         "trained")
+    # it accepts connections and says nothing: the same, within the client's own limit instead of six minutes
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        silent.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+        silent.listen(50)
+        started = time.monotonic()
+        assert client.ask("org/sae", "ours/sae_weights.safetensors") == ours
+        assert "the hub cannot be reached" in client.ask("org/sae", "new/ae.pt")
+        assert time.monotonic() - started < 30
     client.close()
 
 

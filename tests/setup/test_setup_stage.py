@@ -17,7 +17,7 @@ from sae_research.params import Params
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.dictionary_learning_export import export_dictionary_learning
 from sae_research.setup import run_setup
-from sae_research.setup.preflight import preflight
+from sae_research.setup.preflight import preflight, preflight_tokens
 
 ORDER = ["standard", "standard_ihtp_k1", "standard_ihtp_k2", "standard_mpsae_s3", "standard_mpsae_s5", "topk",
          "control_random", "control_data_rows", "control_pca"]
@@ -61,6 +61,29 @@ def test_what_it_writes(project: Path, make_params: Any, capsys: pytest.CaptureF
     assert sorted(path.name for path in project.iterdir()) == [".cache", "downloaded_saes", "trained_saes"]
     run_setup(make_params(activation_caching={"enabled": False}))  # computed afresh: the same
     assert contents(project / "downloaded_saes") == first
+
+
+def test_the_estimate_leaves_out_what_is_cached(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from sae_research.evals import core
+
+    params = make_params(controls={"names": []}, core_eval={
+        "batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1})
+    run_setup(params)
+    first = capsys.readouterr().out
+    lm = load_language_model(params.model.name, "cpu")
+    names = json.loads((project / "downloaded_saes/manifest.json").read_text())["order"]
+    saes = {name: load_sae(project / "downloaded_saes" / name) for name in names}
+    list(core.evaluate({names[0]: saes[names[0]]}, lm, params))
+    run_setup(params)
+    second = capsys.readouterr().out
+    list(core.evaluate(saes, lm, params))
+    capsys.readouterr()
+    run_setup(params)
+    third = capsys.readouterr().out
+    n = len(names)
+    assert f"for {n} SAEs on" in first and "in the cache" not in first
+    assert f"for {n - 1} SAEs on" in second and f"; {1 / n:.0%} is in the cache" in second
+    assert f"core: all {n} SAEs are in the cache" in third
 
 
 def test_controls_are_what_they_say(project: Path, make_params: Any) -> None:
@@ -216,8 +239,8 @@ def test_a_comparison_that_fails_is_a_warning_the_baseline_is_not(project: Path,
                                     "preflight": {"tokens": 256}})
     bad = tiny_sae(seed=1)
     bad.b_enc.fill_(torch.nan)
-    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params)
+    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params, preflight_tokens(lm, params))
     assert "NaN" in found.report["saes"]["bad"]["failed"] and found.report["saes"]["good"]["l0"] > 0
     assert any(line.startswith("bad fails, and evaluations will skip it") for line in found.warnings)
     with pytest.raises(UserError, match="the baseline bad fails: .*NaN"):
-        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params)
+        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params, preflight_tokens(lm, params))

@@ -99,3 +99,39 @@ def test_max_cosine_ignores_the_row_itself(monkeypatch: pytest.MonkeyPatch) -> N
     cosines = unit @ unit.T
     cosines.fill_diagonal_(-2)
     torch.testing.assert_close(max_cosine(rows), cosines.amax(1))
+
+
+def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_research.evals.sae_bench_stats import misc_metrics
+    from sae_research.stats import LatentWeights, weights
+
+    rows = torch.randn(320, 5, generator=torch.Generator().manual_seed(0))
+    exact = max_cosine(rows)
+    monkeypatch.setattr(weights, "EXACT_WIDTH", 80)
+    monkeypatch.setattr(weights, "CHUNK_ROWS", 7)
+    looked_at = weights.measured_rows(320)
+    assert len(looked_at) * 320 == 80**2 and looked_at.unique().numel() == 20 and int(looked_at.max()) < 320
+    got = max_cosine(rows)
+    torch.testing.assert_close(got[looked_at], exact[looked_at])
+    assert int(got.isnan().sum()) == 300
+    means = misc_metrics(torch.ones(320), LatentWeights(*[got] * 5))
+    assert means["average_max_decoder_cosine_sim"] == pytest.approx(float(exact[looked_at].mean()))
+    assert len(weights.measured_rows(80)) == 80 and len(weights.measured_rows(10**9)) == 1
+
+
+def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_research.saes import SAEConfig
+    from sae_research.saes.linear import LinearSAE
+    from sae_research.stats import latent_weights, weights
+
+    def sae() -> LinearSAE:
+        rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+        return LinearSAE(SAEConfig(form="linear", d_in=5, d_sae=12, hook_name="blocks.0.hook_resid_post", options={}),
+                         W_enc=rows.T.contiguous(), b_enc=torch.zeros(12), W_dec=rows * 2, b_dec=torch.zeros(5))
+
+    calls: list[int] = []
+    monkeypatch.setattr(weights, "_looked_for", {})
+    monkeypatch.setattr(weights, "max_cosine", lambda rows: calls.append(len(rows)) or max_cosine(rows))
+    first, second = latent_weights(sae()), latent_weights(sae())
+    assert len(calls) == 2 and torch.equal(first.max_decoder_cosine, second.max_decoder_cosine)
+    torch.testing.assert_close(first.max_decoder_cosine, max_cosine(sae().W_dec))

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
+from sae_research.cached_files import CHECKSUMS, damage
 from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.store import held, prune, remove_unheld
@@ -62,12 +64,13 @@ def test_the_file_is_made_once_and_serves_shorter_runs(byte_tokenizer: PreTraine
     early = contexts(byte_tokenizer, text, 3_000)
     late = contexts(byte_tokenizer, text, 6_000)  # takes its place, for who reads the first nothing changes
     [path] = cached(tmp_path)
-    before = path.stat().st_mtime
-    os.utime(path, (before - 100, before - 100))
+    used = path / CHECKSUMS
+    before = used.stat().st_mtime
+    os.utime(used, (before - 100, before - 100))
     with monkeypatch.context() as patch:
         patch.setattr(stored, "context_chunks", None)
         again = contexts(byte_tokenizer, text, 2_000)
-    assert torch.equal(again[:], late[:125]) and torch.equal(early[:], late[:188]) and path.stat().st_mtime > before - 1
+    assert torch.equal(again[:], late[:125]) and torch.equal(early[:], late[:188]) and used.stat().st_mtime > before - 1
     other = Text(dataset=text.dataset, context_size=32)
     contexts(byte_tokenizer, other, 2_000)
     assert len(cached(tmp_path)) == 2
@@ -80,10 +83,32 @@ def test_nothing_half_written_stays(byte_tokenizer: PreTrainedTokenizerFast, tex
     with pytest.raises(UserError, match=r"ends after [\d,]+ of 1,000,000 tokens"):
         contexts(byte_tokenizer, text, 1_000_000)
     assert not cached(tmp_path)
-    leftover = tmp_path / ".cache/tokens" / ".abc-1.int32.xyz"  # of a process that was killed
-    leftover.write_bytes(b"half")
+    leftover = tmp_path / ".cache/tokens" / ".abc-1.xyz.tmp"  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "ids").write_bytes(b"half")
     contexts(byte_tokenizer, text, 2_000)
     assert not leftover.exists() and len(cached(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_made_again(kind: str, byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    want = contexts(byte_tokenizer, text, 3_000)[:]
+    [path] = cached(tmp_path)
+    DAMAGES[kind](path / "tokens.int32")
+    assert torch.equal(contexts(byte_tokenizer, text, 2_000)[:], want[:125])
+    assert "tokens.int32" in capsys.readouterr().out
+    assert [damage(entry) for entry in cached(tmp_path)] == [None], "what was damaged is gone"
+
+
+def test_the_switch_passes_over_the_file(byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts(byte_tokenizer, text, 3_000)
+    monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
+    monkeypatch.setattr(stored, "context_chunks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        contexts(byte_tokenizer, text, 2_000)
+    assert len(cached(tmp_path)) == 1
 
 
 def test_what_a_process_holds_is_not_pruned(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import flip
 
 from sae_research.errors import UserError
 from sae_research.params import Text
@@ -41,6 +42,23 @@ def test_made_once_and_only_below_the_hook(base: Any, make_params: Any) -> None:
     itself = outputs_moved(base, base, rows)
     assert itself["kl"] == pytest.approx(0, abs=1e-6) and itself["same_top_token"] == 1
     assert weights_moved(base, base)["relative_change"] == 0
+
+
+def test_a_changed_finetune_is_made_again(base: Any, make_params: Any, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    def made() -> Any:
+        return finetuned_model(base, OwnFinetune(source=None, steps=2), text_of(make_params()), "blocks.1.hook_resid_post",
+                               "cpu", 0)
+
+    first, tokens = made(), torch.arange(12)[None]
+    want, [folder] = first.logits(tokens), cache_dir("models").iterdir()
+    flip(folder / "model.safetensors")
+    again = made()
+    assert again.fingerprint == first.fingerprint and torch.equal(again.logits(tokens), want)
+    assert "model.safetensors has another checksum" in capsys.readouterr().out
+    monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
+    stamp = (folder / "model.safetensors").stat().st_ino
+    assert made().fingerprint == first.fingerprint and (folder / "model.safetensors").stat().st_ino != stamp
 
 
 @pytest.mark.slow

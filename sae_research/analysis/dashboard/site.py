@@ -39,7 +39,7 @@ FIGURES = {"variance_explained": "Variance explained", "loss_recovered": "Loss r
 def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Comparison] = ()) -> Path:
     """Write or refresh a site; returns its first page. Raises `UserError` for names that make no folders, and for a folder
     with a page of somebody else's."""
-    wrong = [one.name for one in shown if not SLUG.match(one.name) or one.name in OWN_FOLDERS]
+    wrong = [one.name for one in shown if not SLUG.fullmatch(one.name) or one.name in OWN_FOLDERS]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: names become folders of the site, so they are made of a-z, 0-9 and _ and are "
                         f"none of {', '.join(OWN_FOLDERS)}")

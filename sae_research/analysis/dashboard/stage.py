@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.params import Params
-from sae_research.store import read_json, stage_folder
+from sae_research.store import read_json, read_manifest, stage_folder
 
 FOLDER = Path("dashboards")
 SAES = Path("downloaded_saes")
@@ -32,7 +32,7 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
 
 def chosen(params: Params) -> list[str]:
     """Names of the SAEs to show: those asked for, else the baseline. Raises `UserError` for one that is not there."""
-    manifest = read_json(SAES / "manifest.json")
+    manifest = read_manifest(SAES / "manifest.json")
     if params.dashboards.saes is None:
         return [name for name in manifest["order"] if manifest["saes"][name]["role"] == "baseline"] or manifest["order"][:1]
     missing = [name for name in params.dashboards.saes if name not in manifest["saes"]]

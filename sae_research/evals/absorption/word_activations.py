@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_research.evals.absorption.words import Words
 from sae_research.evals.pool import HookActivations
@@ -72,7 +73,7 @@ class WordActivations:
         encoded = self._token_level(saes, size) if all(s.per_token for s in saes.values()) else self._whole(saes, size)
         parts: dict[str, list[Any]] = {name: [] for name in saes}
         order = []
-        for index, latents in encoded:
+        for index, latents in tqdm(encoded, "encode", unit="batch", leave=False, disable=None, dynamic_ncols=True):
             order.append(index)
             for name, z in latents:
                 parts[name].append(sparse.csr_matrix(z.float().cpu().numpy()))

@@ -10,7 +10,6 @@ only where an SAE reads sequences.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -20,12 +19,14 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from sae_research.cached_files import new_entry, usable
 from sae_research.evals.pool import HookActivations
 from sae_research.lm import Batch, LanguageModel, token_mask
 from sae_research.params import Params, TokenMask
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.store import cache_dir, fingerprint, prune, write_bytes
+from sae_research.store import cache_dir, fingerprint, prune
 
+_FILE = "last_tokens.npy"
 _ENCODE_AT_ONCE = 1024
 """Texts whose last tokens are encoded together."""
 _TOKENS_PER_PASS_ON_CPU = 1024
@@ -114,10 +115,9 @@ class LastTokens:
         key = fingerprint(["last token", self.lm.fingerprint, self.hook, str(self.lm.dtype), self.lm.device.type,
                            torch.__version__, self.norm.key, self.params.token_mask.model_dump(),
                            fingerprint([ids.tolist() for ids in self.tokens])])[:32]
-        path = root / key / "last_tokens.npy"
-        if caching.enabled and path.is_file():
-            path.touch()  # the most recently used stay when the cache is pruned
-            stored = torch.from_numpy(np.load(path, allow_pickle=False))
+        entry = root / key
+        if caching.enabled and usable(entry):
+            stored = torch.from_numpy(np.load(entry / _FILE, allow_pickle=False))
             return Vectors(stored[0, :, :-1], stored[1, :, :-1]), stored[1, :, -1] > 0
         found = torch.zeros(2, len(self.tokens), self.lm.d_in(self.hook) + 1)  # the last column says whether one counts
         for batch in self._batches():
@@ -127,8 +127,9 @@ class LastTokens:
             found[1, batch.index, :-1] = (batch.acts[rows, counted] * any_counted[:, None]).cpu()
             found[1, batch.index, -1] = any_counted.float().cpu()
         if caching.enabled:
-            write_bytes(path, _npy(found))
-            prune(root, caching.max_gb, keep=[path.parent])
+            with new_entry(entry) as folder:
+                np.save(folder / _FILE, found.numpy(), allow_pickle=False)
+            prune(root, caching.max_gb, keep=[entry])
         return Vectors(found[0, :, :-1], found[1, :, :-1]), found[1, :, -1] > 0
 
     def _batches(self) -> Iterator[Batch]:
@@ -191,9 +192,3 @@ class LastTokens:
                     part.append(sparse.csr_matrix(values.float().cpu().numpy()))
         back = np.argsort(rows)
         return {name: tuple(sparse.vstack(part, format="csr")[back] for part in both) for name, both in parts.items()}
-
-
-def _npy(tensor: Tensor) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, tensor.numpy(), allow_pickle=False)
-    return stream.getvalue()

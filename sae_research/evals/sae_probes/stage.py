@@ -10,7 +10,7 @@ keyed by the SAE's name alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ from sae_research.text.tasks import TaskUnavailable
 _TOKENS_AT_ONCE = 200_000
 """Tasks are taken together up to so many tokens: whole texts of more are never held for encoders over sequences."""
 _NORM_SAMPLE = 32
-"""Texts, spread evenly over all, that the typical activation norm is taken from."""
+"""Texts, spread evenly over the first task's, that the typical activation norm is taken from: tasks added after it change
+nothing for those there."""
 
 
 class _Texts(NamedTuple):
@@ -49,18 +50,19 @@ class _Texts(NamedTuple):
         splits = [[part.tolist() for part in split] for split in (task.sae_bench, task.lab)]
         return fingerprint([[self.tokens[row].tolist() for row in self.rows[task.name]], splits])
 
-    def groups(self) -> Iterator[list[ProbeTask]]:
+    def groups(self, tasks: Sequence[ProbeTask]) -> Iterator[list[ProbeTask]]:
         """Tasks in order, as many together as `_TOKENS_AT_ONCE` allows; tasks that share texts are neighbours."""
         group: list[ProbeTask] = []
         size = 0
-        for task in self.tasks:
+        for task in tasks:
             tokens = sum(len(self.tokens[row]) for row in self.rows[task.name])
             if group and size + tokens > _TOKENS_AT_ONCE:
                 yield group
                 group, size = [], 0
             group.append(task)
             size += tokens
-        yield group
+        if group:
+            yield group
 
 
 def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
@@ -71,7 +73,8 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     reason. Raises `UserError` when no task is left.
     """
     texts, guard = _load(lm, params, stage), Guard(stage.skip)
-    sample = np.linspace(0, len(texts.tokens) - 1, min(_NORM_SAMPLE, len(texts.tokens))).astype(int)
+    first = texts.rows[texts.tasks[0].name]
+    sample = first[np.linspace(0, len(first) - 1, min(_NORM_SAMPLE, len(first))).astype(int)]
     for hook, members in by_hook(saes).items():
         norm = TypicalNorm(lm, hook, [texts.tokens[i] for i in sample], params)
         raw, found = _HookScores(members, norm, texts, params, guard).compute()
@@ -125,15 +128,15 @@ class _HookScores:
         missing = sum(record is None for records in found.values() for record in records.values())
         with tqdm(total=missing, desc="encode and probe", unit="task", dynamic_ncols=True, disable=not missing,
                   file=sys.stderr) as bar:
-            for group in self.texts.groups():
+            lacking = [task for task in self.texts.tasks
+                       if raw[task.name] is None or any(records[task.name] is None for records in found.values())]
+            for group in self.texts.groups(lacking):
                 self._group(group, raw, found, bar)
         return raw, found
 
     def _group(self, group: list[ProbeTask], raw: dict[str, Any], found: dict[str, dict[str, Any]], bar: Any) -> None:
         missing = {name: sae for name, sae in self.guard.left(self.saes).items()
                    if any(found[name][task.name] is None for task in group)}
-        if not missing and all(raw[task.name] for task in group):
-            return
         numbers = torch.cat([self.texts.rows[task.name] for task in group]).unique()
         last = LastTokens([self.texts.tokens[i] for i in numbers], self.norm, self.params,
                           whole=not all(sae.per_token for sae in self.saes.values()))

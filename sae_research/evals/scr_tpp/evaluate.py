@@ -8,14 +8,14 @@ dictionary row, defines the cases SAE Bench leaves open (see `scr.py`), and give
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sae_research.evals.scr_tpp import results, scr, tpp
 from sae_research.evals.scr_tpp.ablation import Definition, View
 from sae_research.evals.scr_tpp.stage import Settings, Study, evaluate
 from sae_research.evals.tasks import load_tasks, need_one
-from sae_research.evals.text_means import text_numbers, tokenise
+from sae_research.evals.text_means import brought_in, text_numbers, tokenise
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
@@ -54,8 +54,8 @@ def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
             "tasks": {entry.task.name: scr.lab_details(entry, thresholds) for entry in lab}}}
 
     probe_tasks = {name: task.probes for name, task in own.items()}
-    study = Study("scr", settings, tokenise(lm, list(row_of), settings.context_length), probe_tasks, _rows(probe_tasks),
-                  score, __name__)
+    study = Study("scr", settings, tokenise(lm, list(row_of), settings.context_length), _sizes(row_of, tasks), probe_tasks,
+                  _rows(probe_tasks), score, __name__)
     pairs = {task.name: task.first for task in tasks}
     for name, found in evaluate(study, saes, lm, params, stage):
         yield name, results.scr_output(name, saes[name], lm, params, settings, found["sae_bench"], pairs, found["lab"])
@@ -88,8 +88,8 @@ def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
                         "tasks": details}}
 
     probe_tasks = {name: list(task.probes.values()) for name, task in own.items()}
-    study = Study("tpp", settings, tokenise(lm, list(row_of), settings.context_length), probe_tasks, _rows(probe_tasks),
-                  score, __name__)
+    study = Study("tpp", settings, tokenise(lm, list(row_of), settings.context_length), _sizes(row_of, tasks), probe_tasks,
+                  _rows(probe_tasks), score, __name__)
     for name, found in evaluate(study, saes, lm, params, stage):
         means = {task: tpp.mean_metrics(list(classes.values())) for task, classes in found["sae_bench"].items()}
         yield name, results.tpp_output(name, saes[name], lm, params, settings, means, found["sae_bench"], found["lab"])
@@ -114,6 +114,10 @@ def _with_classes(tasks: list[Task], stage: StageFolder) -> list[Task]:
             stage.skip(task.name, f"task {task.name} has {len(task.train)} classes: their probes mirror each other, and "
                                   f"the score would be about 0 for any SAE; TPP needs {tpp.MIN_CLASSES}")
     return [task for task in tasks if len(task.train) >= tpp.MIN_CLASSES]
+
+
+def _sizes(row_of: dict[str, int], tasks: Sequence[Task | CrossedTask]) -> list[int]:
+    return brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks))
 
 
 def _rows(tasks: dict[str, Any]) -> Any:

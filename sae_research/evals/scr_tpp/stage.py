@@ -15,7 +15,7 @@ from sae_research.evals.probes import ProbeTask
 from sae_research.evals.scr_tpp import linear
 from sae_research.evals.scr_tpp.ablation import Definition, View, decoder_matrix
 from sae_research.evals.scr_tpp.linear import Probes
-from sae_research.evals.text_means import Means, TextActivations
+from sae_research.evals.text_means import Means, TextsByTask
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
@@ -43,6 +43,8 @@ class Study(NamedTuple):
     """`scr` or `tpp`."""
     settings: Settings
     tokens: list[Tensor]
+    sizes: Sequence[int]
+    """How many of them each task brought in."""
     tasks: dict[str, Sequence[ProbeTask]]
     """Task -> its probes, in the order of the columns of a `View`."""
     identity: Any
@@ -63,11 +65,12 @@ def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel
         found = {name: cache.get(keys[name]) for name in members}
         missing = _linear({name: sae for name, sae in members.items() if found[name] is None}, guard)
         if missing:
-            group = TextActivations(lm, hook, study.tokens, params, study.settings.context_length)
-            trained = _train(study, group.raw_means(), params.random_seed)
+            group = TextsByTask(lm, hook, study.tokens, study.sizes, params, study.settings.context_length)
+            rows = torch.arange(len(study.tokens))
+            trained = _train(study, group.raw_means(rows), params.random_seed)
             with tqdm(total=len(missing), desc=f"encode and ablate ({study.kind})", unit="SAE", dynamic_ncols=True) as bar:
                 for name, scores in guard.each({name: members[name] for name in missing},
-                                               partial(_scores, study, group, trained, missing, thresholds, guard)):
+                                               partial(_scores, study, group, rows, trained, missing, thresholds, guard)):
                     with guard.on(name):
                         cache.put(keys[name], scores)
                         found[name] = scores
@@ -78,9 +81,9 @@ def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel
                 yield name, found[name]
 
 
-def _scores(study: Study, group: TextActivations, trained: _Trained, matrices: dict[str, Tensor], thresholds: list[int],
-            guard: Guard, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, means in group.latent_means(family):
+def _scores(study: Study, group: TextsByTask, rows: Tensor, trained: _Trained, matrices: dict[str, Tensor],
+            thresholds: list[int], guard: Guard, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, means in group.latent_means(family, rows):
         with guard.on(name):
             yield name, study.score(_views(study, trained, means, matrices[name]), thresholds)
 
@@ -88,7 +91,7 @@ def _scores(study: Study, group: TextActivations, trained: _Trained, matrices: d
 def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> str:
     tokens = fingerprint([row.tolist() for row in study.tokens])
     settings = {**study.settings._asdict(), "dataset_names": list(study.tasks)}
-    return result_key(sae, lm, [study.kind, settings, tokens, study.identity, params.token_mask.model_dump(),
+    return result_key(sae, lm, [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(),
                                 params.random_seed], study.module, __name__)
 
 

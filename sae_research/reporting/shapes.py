@@ -1,0 +1,140 @@
+"""What stages left on disk, read for the report: held against its shape before it is believed, in one line where it is not.
+
+A shape is a type, a tuple of types, `[shape]` for a list of such items, `{str: shape}` for a mapping of names to such
+values, or a mapping of keys to shapes; `key!` must be there, other keys may be absent or null.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_research.errors import UserError
+from sae_research.reporting.metrics import EVALS, LAB
+from sae_research.store import checked_name, read_json, read_results, read_status
+
+Shape = Any
+NUMBER = (int, float)
+FIGURE = (int, float, type(None))
+CFG = {"form": str, "architecture": str, "role": str, "base": str, "provenance": {str: object}}
+EVIDENCE = {
+    "intervals": {str: [NUMBER]},
+    "cluster_sums": {str: {"clusters!": str, "numerator!": [NUMBER], "denominator!": [NUMBER]}},
+    "clusters": {str: {str: object}},
+    "outcomes": {"key!": str, "asked!": {str: {str: [str]}}, "correct!": {str: {str: {str: str}}}},
+    "density_histogram": {"log10_edges!": [NUMBER], "counts!": [NUMBER], "dead!": NUMBER},
+    "tasks": {str: {str: object}},
+}
+"""What our own part of a result, and the merged record, keep for intervals, tests and pictures."""
+RESULT = {
+    "eval_result_metrics!": {str: {str: FIGURE}}, "eval_config": {str: object}, "sae_cfg_dict": CFG,
+    "eval_result_details": [object], "eval_type_id": str,
+}
+STATUS = {"status!": str, "message": str, "skipped": {str: str}, "notes": {"random_seed": NUMBER}, "config": {str: object}}
+MERGED_RECORD = {"sae!": str, "cfg!": CFG, "evals!": {str: {"status!": str, "metrics": {str: FIGURE}, **EVIDENCE}}}
+EVALUATIONS = {"order!": [str], "evals!": {f"{name}!": STATUS for name in EVALS}}
+MANIFEST = {"saes!": {str: CFG}, "order": [str]}
+TRAINING = {"saes": {str: {str: object}}, "tokens": NUMBER}
+TRANSFER = {key: {str: object} for key in ("setting", "similarity", "quality", "losses", "latents")}
+TYPE_IDS = {"absorption": "absorption_first_letter"}
+"""SAE Bench's name of an evaluation where it is not ours."""
+
+
+def shaped(value: Any, shape: Shape, path: Path, mend: str) -> Any:
+    """The value, of this shape. path: the file it was read from. Raises `UserError` that names the first place that is of
+    another shape; mend: what to do about it."""
+    wrong = _mismatch(value, shape, "")
+    if wrong:
+        raise UserError(f"{path}: {wrong}; the file is damaged or no result of this project: {mend}")
+    return value
+
+
+def _mismatch(value: Any, shape: Shape, place: str) -> str | None:
+    if isinstance(shape, dict):
+        return _mapping_mismatch(value, shape, place)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{place or 'the whole'} is no list"
+        found = (_mismatch(item, shape[0], f"{place}[{index}]") for index, item in enumerate(value)) \
+            if shape[0] is not object else iter(())
+        return next((wrong for wrong in found if wrong), None)
+    if not isinstance(value, shape) or isinstance(value, bool) and shape is not object:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        return f"{place} is no {'number' if int in kinds else 'text'}"
+    return None
+
+
+def _mapping_mismatch(value: Any, shape: dict[Any, Shape], place: str) -> str | None:
+    if not isinstance(value, dict):
+        return f"{place or 'the whole'} is no mapping"
+    for key, inner in shape.items():
+        if key is str:
+            found = (_mismatch(item, inner, f"{place}.{name}".lstrip(".")) for name, item in value.items()) \
+                if inner is not object else iter(())
+            wrong = next((wrong for wrong in found if wrong), None)
+        else:
+            name = key.removesuffix("!")
+            here = f"{place}.{name}".lstrip(".")
+            if value.get(name) is None:
+                wrong = f"{here} is missing" if key.endswith("!") else None
+            else:
+                wrong = _mismatch(value[name], inner, here)
+        if wrong:
+            return wrong
+    return None
+
+
+# --- what is read --------------------------------------------------------------------------------
+
+def evaluation_status(folder: Path) -> dict[str, Any]:
+    """The status of an evaluation's folder, complete. Raises `UserError` for one that is damaged."""
+    found = shaped(read_status(folder), STATUS, folder / "_status.json", "run its stage again")
+    return {**found, **{key: found.get(key) or empty for key, empty in (("message", ""), ("skipped", {}), ("notes", {}))}}
+
+
+def evaluation_results(eval_name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Every SAE's result of an evaluation, by name. Raises `UserError` for one that is damaged or another evaluation's."""
+    results = read_results(folder)
+    for name, result in results.items():
+        path = folder / f"{checked_name(name, folder)}_eval_results.json"
+        mend = f"remove it and run `dvc repro {eval_name}_eval`"
+        shaped(result, RESULT, path, mend)
+        unstructured = result.get("eval_result_unstructured")
+        if isinstance(unstructured, dict):
+            shaped(unstructured, {LAB: {"metrics": {str: FIGURE}, **EVIDENCE}}, path, mend)
+        kind = result.get("eval_type_id", eval_name)
+        if kind not in (eval_name, TYPE_IDS.get(eval_name)):
+            raise UserError(f"{path}: a result of the evaluation {kind}; it belongs in another folder")
+    return results
+
+
+def transfer_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every pair's result of the transfer evaluation, by name. Raises `UserError` for one that is damaged."""
+    results = read_results(folder)
+    for name, result in results.items():
+        shaped(result, TRANSFER, folder / f"{name}_eval_results.json", "remove it and run `dvc repro transfer_eval`")
+    return results
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """`{"saes": by name, "order": names}` of `downloaded_saes/manifest.json`, names fit for files."""
+    found = shaped(read_json(path), MANIFEST, path, "run the setup stage again")
+    for name in (*found["saes"], *(found.get("order") or ())):
+        checked_name(name, path)
+    return found
+
+
+def merged_evaluations(path: Path) -> dict[str, Any]:
+    """`eval_results/merged/_evaluations.json`, names fit for files."""
+    found = shaped(read_json(path), EVALUATIONS, path, MERGE_AGAIN)
+    for name in found["order"]:
+        checked_name(name, path)
+    return found
+
+
+MERGE_AGAIN = "run `python -m scripts.process_results`"
+
+
+def merged_record(path: Path) -> dict[str, Any]:
+    """One SAE's `eval_results/merged/<sae>.json`."""
+    return shaped(read_json(path), MERGED_RECORD, path, MERGE_AGAIN)

@@ -1,0 +1,178 @@
+"""What every reader of SAE files checks: values of a configuration, weights files, shapes, names of hooks.
+
+A file is used in full or refused in one line: what is read without a doubt is the SAE that was saved.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sae_research.errors import UserError
+from sae_research.store import regular_file
+
+DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
+           MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError)
+"""What parsers of weights files raise on bytes that are none of theirs."""
+LARGEST = 10**9
+"""No number of dimensions, latents, tokens or steps of an SAE is beyond this."""
+
+
+# --- configurations --------------------------------------------------------------------------
+
+def whole(value: Any, key: str, where: object, least: int = 1) -> int:
+    """A whole number from `least` to `LARGEST`. Raises `UserError` for anything else, `true` and "8" too."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST or value != int(value):
+        raise UserError(f"{where}: {key} must be a whole number from {least} to {LARGEST:,}, not {shown(value)}")
+    return int(value)
+
+
+def number(value: Any, key: str, where: object) -> float:
+    """A finite number. Raises `UserError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise UserError(f"{where}: {key} must be a number, not {shown(value)}")
+    return float(value)
+
+
+def flag(value: Any, key: str, where: object) -> bool:
+    """true or false. Raises `UserError` for anything else."""
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} must be true or false, not {shown(value)}")
+    return value
+
+
+def text(value: Any, key: str, where: object) -> str:
+    """A text, empty for null. Raises `UserError` for anything else."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {key} must be a text, not {shown(value)}")
+    return value or ""
+
+
+def precision(value: Any, key: str, where: object) -> str:
+    """A floating-point type by torch's name, with or without `torch.`. Raises `UserError` for anything else."""
+    name = text(value, key, where).removeprefix("torch.")
+    dtype = getattr(torch, name, None) if name else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{where}: {key} {shown(value)} is no precision of weights, such as float32")
+    return name
+
+
+def section(value: Any, key: str, where: object) -> dict[str, Any]:
+    """A section of settings, empty for null. Raises `UserError` for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where}: {key} must be a section of settings, not {shown(value)}")
+    return value or {}
+
+
+def shown(value: Any) -> str:
+    """The value as a message names it, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises `UserError` for one that is missing, damaged or no plain file."""
+    regular_file(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (*DAMAGED, OSError) as error:  # an offset outside the file arrives as an OSError
+        raise UserError(f"{path}: damaged weights ({_reason(error)}); make or fetch them again") from None
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.pt` file, read without executing anything in it and held against the checksums it carries.
+
+    Raises `UserError` for one that is missing, damaged, no plain file, or holds more than tensors.
+    """
+    regular_file(path)
+    try:
+        whole_file = zipfile.is_zipfile(path)
+        damaged = _damaged_record(path) if whole_file else None
+        # files of torch before 1.6 are no zip archives and cannot be mapped
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=whole_file)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: damaged, or holds more than tensors; only plain state dicts are read") from None
+    except (*DAMAGED, OSError) as error:  # an offset outside the file arrives as an OSError
+        raise UserError(f"{path}: damaged weights ({_reason(error)}); fetch them again") from None
+    if damaged:
+        raise UserError(f"{path}: damaged weights ({damaged} does not fit its checksum); fetch them again")
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
+                                              for key, value in state.items()):
+        raise UserError(f"{path}: not a state dict of tensors")
+    return state
+
+
+def _damaged_record(path: Path) -> str | None:
+    """A part of the archive that is not what its checksum says; torch itself looks at none. Files written without
+    (`torch.serialization.set_crc32_options(False)`) have zeros there."""
+    with zipfile.ZipFile(path) as archive:
+        if not any(record.CRC for record in archive.infolist()):
+            return None
+        return archive.testzip()
+
+
+def floats(tensors: dict[str, Tensor], where: object) -> dict[str, Tensor]:
+    """The tensors in float32, contiguous, on the CPU. Raises `UserError` for one that holds no real numbers, or none."""
+    made = {}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.numel():
+            kind = "empty" if not tensor.numel() else str(tensor.dtype if tensor.layout == torch.strided
+                                                          else tensor.layout).removeprefix("torch.")
+            raise UserError(f"{where}: {name} is {kind}; weights must be dense floating-point numbers")
+        try:
+            made[name] = tensor.detach().cpu().float().contiguous()
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(f"{where}: {name} of shape {tuple(tensor.shape)} cannot be read ({_reason(error)})") from None
+    return made
+
+
+def expected_shape(name: str, d_in: int, d_sae: int) -> tuple[int, ...]:
+    """Shape of a tensor by its name: matrices, `b_dec`, and for every other name one number a latent."""
+    return {"W_enc": (d_in, d_sae), "W_gate": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}.get(name, (d_sae,))
+
+
+def check_shapes(tensors: dict[str, Tensor], d_in: int, d_sae: int, where: object) -> None:
+    """Raises `UserError` for a tensor of another shape than the configuration says, and names a transposed matrix."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[0] != "W_enc", item[0] != "W_dec")):
+        shape, expected = tuple(tensor.shape), expected_shape(name, d_in, d_sae)
+        if shape != expected:
+            transposed = " (it is transposed)" if len(shape) == 2 and shape[::-1] == expected else ""
+            raise UserError(f"{where}: {name} has shape {shape}, expected {expected} for d_in {d_in} and d_sae "
+                            f"{d_sae}{transposed}")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+# --- hooks -----------------------------------------------------------------------------------
+
+_OWN = re.compile(r"blocks\.[0-9]{1,6}\.[A-Za-z_.]+")
+_MODULE = re.compile(r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.([0-9]{1,6})")
+
+
+def hook_of(name: str, where: object) -> str:
+    """The hook that a name from a file stands for: TransformerLens' own names as they are, a Hugging Face layer by what
+    it puts out (`model.layers.14` -> `blocks.14.hook_resid_post`).
+
+    Empty stays empty. Raises `UserError` for any other name: a guess would feed the SAE something else. What a module inside
+    a layer puts out (`model.layers.14.mlp`) is not always what is added to the stream: some families norm or scale it.
+    """
+    module = _MODULE.fullmatch(name)
+    if module:
+        return f"blocks.{int(module[1])}.hook_resid_post"
+    if name and not _OWN.fullmatch(name):
+        raise UserError(f"{where}: the hook {shown(name)} is not known; write TransformerLens' name of it, such as "
+                        "blocks.8.hook_resid_post or blocks.8.hook_mlp_out, or a layer such as model.layers.8")
+    return name
