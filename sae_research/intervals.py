@@ -159,20 +159,29 @@ def interval(figure: Ratio, seed: int, level: float = LEVEL) -> tuple[float, flo
     """
     if not figure.enough:
         return None
-    error, freedom = _error([float(np.square(figure.left_out).sum())], [figure.freedom], [figure])
-    return _percentiles(figure.value, figure.drawn(seed), error, freedom, level)
+    retrained = _retrained([figure])
+    error, freedom = _error([float(np.square(figure.left_out).sum()), *retrained[:1]], [figure.freedom, *retrained[1:]])
+    return _percentiles(figure.value, _moved(figure.drawn(seed), retrained, seed), error, freedom, level)
 
 
-def _error(variances: list[float], freedoms: list[float], ones: Sequence[Ratio],
-           others: Sequence[Ratio] = ()) -> tuple[float, float]:
-    """Standard error of all parts together, that of training texts among them, and its degrees of freedom (Welch and
-    Satterthwaite)."""
-    retrained = ones[0].retrained
-    if retrained is not None:
-        sides = [np.mean([r.retrained.figures for r in side], axis=0) for side in (ones, others)
-                 if side and all(r.retrained is not None for r in side)]
-        moved = sides[0] - (sides[1] if len(sides) > 1 else 0.0)
-        variances, freedoms = [*variances, retrained.variance(moved)], [*freedoms, len(moved) - 1]
+def _retrained(ones: Sequence[Ratio], others: Sequence[Ratio] = ()) -> tuple[float, ...]:
+    """(variance, degrees of freedom) that the choice of training texts adds to a figure or a difference; empty where they
+    were drawn once."""
+    if any(r.retrained is None for r in (*ones, *others)):
+        return ()
+    one, other = (np.mean([r.retrained.figures for r in side], axis=0) if side else 0.0 for side in (ones, others))
+    return ones[0].retrained.variance(one - other), len(ones[0].retrained.figures) - 1
+
+
+def _moved(drawn: np.ndarray, retrained: tuple[float, ...], seed: int) -> np.ndarray:
+    """Resamples [RESAMPLES] that vary with training texts as well, as a normal figure would."""
+    if not retrained:
+        return drawn
+    return drawn + np.random.default_rng([seed, len(drawn)]).normal(0, math.sqrt(retrained[0]), len(drawn))
+
+
+def _error(variances: list[float], freedoms: list[float]) -> tuple[float, float]:
+    """Standard error of all parts together, and its degrees of freedom (Welch and Satterthwaite)."""
     total = sum(variances)
     below = sum(part**2 / degrees for part, degrees in zip(variances, freedoms, strict=True))
     return math.sqrt(total), total**2 / below if below else freedoms[0]
@@ -233,9 +242,11 @@ def difference(ones: Sequence[Ratio], others: Sequence[Ratio], seed: int) -> Dif
     values = [[r.value for r in side] for side in (ones, others)]
     value = float(np.mean(values[0]) - np.mean(values[1]))
     several = [side for side in values if len(side) > 1]
-    error, freedom = _error([float(np.square(left_out).sum()), *(float(np.var(s, ddof=1)) / len(s) for s in several)],
-                            [ones[0].freedom, *(len(s) - 1.0 for s in several)], ones, others)
-    bounds = _percentiles(value, drawn, error, freedom)
+    retrained = _retrained(ones, others)
+    spreads = [float(np.var(side, ddof=1)) / len(side) for side in several]
+    error, freedom = _error([float(np.square(left_out).sum()), *retrained[:1], *spreads],
+                            [ones[0].freedom, *retrained[1:], *(len(side) - 1.0 for side in several)])
+    bounds = _percentiles(value, _moved(drawn, retrained, seed), error, freedom)
     if bounds is None:
         return None
     if several and error:
