@@ -23,9 +23,9 @@ import numpy as np
 from scipy.special import stdtr
 
 from sae_research.intervals import FREEDOM_PER_ROOT, holm
-from sae_research.store import round_significant, write_json
+from sae_research.store import round_significant, write_json, write_text
 
-RECORD = Path("docs/noise/rates.json")
+RECORD, PAGE = Path("docs/noise/rates.json"), Path("docs/noise.md")
 LEVELS = (0.05, 0.005, 0.0005)
 NOISES = ("gaussian", "exponential", "lognormal")
 """Of skewness 0, 2 and 2.9."""
@@ -119,6 +119,27 @@ def _spreads(sizes: Sequence[int]) -> Iterator[str]:
     yield from SPREADS if len(set(sizes)) > 1 else SPREADS[:1]
 
 
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """The page's tables by the name of their marks."""
+    head = ("| clusters | number | effective | noise | variance | " + " | ".join(f"at {level:g}" for level in found["levels"])
+            + " | " + " | ".join(f"t, at {level:g}" for level in found["levels"]) + " |\n| :-- | --: | --: | :-- | :-- |"
+            + " --: |" * 2 * len(found["levels"]))
+    rows = [f"| {row['clusters']} | {row['number']} | {row['effective']:g} | {row['noise']} | {row['spread']} | "
+            + " | ".join(f"{value:.2f}" for value in (*row["ours"], *row["ordinary"])) + " |" for row in found["rates"]]
+    families = ["| clusters | noise | tables with a finding |", "| :-- | :-- | --: |",
+                *(f"| {row['clusters']} | {row['noise']} | {100 * row['rate']:.1f} % |" for row in found["families"])]
+    return {"rates": "\n".join([head, *rows]), "families": "\n".join(families)}
+
+
+def page(text: str, found: dict[str, Any]) -> str:
+    """The page with its tables as the record has them."""
+    for name, table in tables(found).items():
+        before, begin, rest = text.partition(f"<!-- begin {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end {name} -->")
+        text = f"{before}{begin}{table}\n{end}{after}"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400_000)
@@ -126,6 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     found = record(options.samples, options.tables)
     write_json(RECORD, found)
+    write_text(PAGE, page(PAGE.read_text(), found))
     for row in found["rates"]:
         print(f"{row['clusters']:24s} {row['effective']:6.1f} {row['noise']:12s} {row['spread']:10s} "
               f"ours {row['ours']}  ordinary {row['ordinary']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.noise import LEVELS, NOISES, family_rate, p_values, rates
+from benchmarks.noise import LEVELS, NOISES, PAGE, RECORD, family_rate, p_values, page, rates
 from sae_research import intervals
 from sae_research.intervals import Ratio, difference, holm, interval, packed, ratio, unpacked
 
@@ -54,6 +55,14 @@ def test_the_simulated_test_is_the_one_that_the_report_runs() -> None:
     zero = ratio(np.zeros(15), DEFAULT)
     found = [difference([ratio(y_C * DEFAULT, DEFAULT)], [zero], 0).p for y_C in y_SC]
     assert found == pytest.approx(p_values(y_SC, DEFAULT).tolist())
+
+
+def test_the_page_holds_the_record() -> None:
+    root = Path(__file__).parents[1]
+    text, found = (root / PAGE).read_text(), json.loads((root / RECORD).read_text())
+    assert page(text, found) == text
+    assert max(rate for row in found["rates"] for rate in row["ours"]) <= 1.3
+    assert max(row["rate"] for row in found["families"]) <= 0.06
 
 
 def test_leaving_a_cluster_out_is_what_is_said_of_it() -> None:

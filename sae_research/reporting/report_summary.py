@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sae_research.reporting.metrics import Metric, headline
+from sae_research.reporting.metrics import Metric
 from sae_research.reporting.run import Run
 from sae_research.reporting.seeds import SEEDS_FOR_A_CLAIM, contenders
 from sae_research.reporting.tables import number
@@ -90,5 +90,4 @@ def _not_varied(run: Run) -> str:
     probing = next((found for row in run.rows if (found := row.evals.get("sparse_probing", {}).get("outcomes"))), {})
     if probing and probing.get("train_draws", 1) < 2:
         fixed.append("the probes' training texts")
-    return f"Not varied: {', '.join(fixed)}. What differs here differs on these texts; {headline(MAIN).label.lower()} says " \
-           "nothing of whether latents mean something."
+    return f"Not varied: {', '.join(fixed)}. What differs here differs on these texts."
