@@ -16,10 +16,11 @@ def check_sizes(params: Params, d_in: int, d_sae: int) -> None:
     """Raises `UserError` where a control or a pursuit variant would need more latents than the baseline has, or more
     components than its activations have dimensions."""
     controls = params.controls
-    if {"random", "data_rows"} & set(controls.names) and controls.s > d_sae:
-        raise UserError(f"controls.s = {controls.s} is larger than the baseline's d_sae = {d_sae}")
-    if "pca" in controls.names and controls.pca_components > d_in:
-        raise UserError(f"controls.pca_components = {controls.pca_components} is larger than the activations' width {d_in}")
+    if {"random", "data_rows"} & set(controls.names) and max(controls.s) > d_sae:
+        raise UserError(f"controls.s = {max(controls.s)} is larger than the baseline's d_sae = {d_sae}")
+    if "pca" in controls.names and max(controls.pca_components) > d_in:
+        raise UserError(f"controls.pca_components = {max(controls.pca_components)} is larger than the activations' width "
+                        f"{d_in}")
     for label, section in params.sae_variants:
         for key in SIZES:
             sizes: list[int] = getattr(section, key, []) if getattr(section, "enabled", False) else []

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sae_research.section import (
     Above0,
+    Above1,
     Count,
     Fraction,
     LocalName,
@@ -51,6 +52,12 @@ class SparseProbing(Section):
     probe_test_set_size: Annotated[Positive, Field(ge=4)] = 60
     context_length: Annotated[Positive, Field(ge=4)] = 128
     k_values: list[Positive] = [1, 2, 5]
+    train_draws: Annotated[Positive, Field(ge=2)] = 20
+    """Sets of training texts that every probe is fitted on: accuracies are means over them, and their spread is part of
+    every interval. SAE Bench's own figures come from one set."""
+    train_pool: Annotated[Above1, Field(le=100)] = 3.0
+    """Training texts that sets are drawn from without replacement, in sizes of a set. A task with fewer draws with
+    replacement."""
 
 
 class SCR(Section):

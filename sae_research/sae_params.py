@@ -7,7 +7,19 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sae_research.section import Above1, ClassName, Count, FromOneSource, LocalName, Name, Positive, Section, Slug, Tokens
+from sae_research.section import (
+    Above1,
+    ClassName,
+    Count,
+    FromOneSource,
+    LocalName,
+    Name,
+    Positive,
+    Section,
+    Sizes,
+    Slug,
+    Tokens,
+)
 
 
 class BaselineSAE(FromOneSource):
@@ -100,9 +112,10 @@ class Comparison(Section):
 
 class Controls(Section):
     names: list[Literal["random", "data_rows", "pca"]] = ["random", "data_rows", "pca"]
-    s: Positive = 32
-    """Matching-pursuit steps over the untrained dictionaries."""
-    pca_components: Positive = 64
+    s: Sizes = [32, 64]
+    """Matching-pursuit steps over the untrained dictionaries, one control each: between two of them SAEs of any L0 are
+    compared with untrained rows at their own."""
+    pca_components: Sizes = [32, 64]
 
 
 class Preflight(Section):

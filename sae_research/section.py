@@ -35,11 +35,17 @@ def _writable(value: str, allowed: str = "\n\t") -> str:
     return value
 
 
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Sizes = Annotated[list[Annotated[Whole, Field(ge=1, le=MOST)]], BeforeValidator(_several), Field(min_length=1)]
+"""One number or several."""
 Count = Annotated[Whole, Field(ge=0, le=MOST)]
 Positive = Annotated[Whole, Field(ge=1, le=MOST)]
 Tokens = Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]

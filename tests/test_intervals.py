@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.noise import LEVELS, NOISES, PAGE, RECORD, family_rate, p_values, page, rates
 from sae_research import intervals
 from sae_research.intervals import Ratio, difference, holm, interval, packed, ratio, unpacked
 
@@ -21,11 +23,57 @@ def clustered(rng: np.random.Generator, clusters: int, between: float) -> Ratio:
 
 
 @pytest.mark.parametrize(("clusters", "between"), [(20, 0.5), (60, 0.0), (60, 0.5)])
-def test_95_percent_intervals_cover_95_percent(clusters: int, between: float) -> None:
+def test_95_percent_intervals_cover_95_percent_and_little_more(clusters: int, between: float) -> None:
     rng = np.random.default_rng(0)
     hits = sum(low <= 5 <= high for low, high in (
         interval(clustered(rng, clusters, between), seed=1) for _ in range(600)))
-    assert 0.925 <= hits / 600 <= 0.975  # 600 draws of 95 % have a standard deviation of 0.9 %
+    assert 0.94 <= hits / 600 <= 0.99  # degrees of freedom that allow for skewed noise cover more where there is none
+
+
+# tokens of the 15 sources that the default predictions are measured on, and of as many equal ones
+DEFAULT, EQUAL = [439, 268, 254, 170, 154, 130, 127, 127, 127, 68, 50, 40, 35, 24, 10], [100] * 40
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("sizes", [DEFAULT, EQUAL])
+def test_the_rate_of_false_findings_is_at_most_1_3_times_its_level(noise: str, sizes: list[int]) -> None:
+    samples = 100_000
+    found = rates(sizes, noise, "equal", samples)
+    for level, rate, ordinary in zip(LEVELS, *found, strict=True):
+        assert rate <= 1.3 + 3 * np.sqrt(1.3 / (samples * level))  # three standard deviations of the simulation
+        if noise != "gaussian":
+            assert ordinary > 1.3 + 3 * np.sqrt(1.3 / (samples * level)) or level == 0.05
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_whole_table_holds_a_false_finding_at_most_one_time_in_twenty(noise: str) -> None:
+    assert family_rate(DEFAULT, noise, contenders=12, samples=300) <= 0.06
+
+
+def test_the_simulated_test_is_the_one_that_the_report_runs() -> None:
+    y_SC = np.random.default_rng(0).exponential(size=(3, 15)) - 1
+    zero = ratio(np.zeros(15), DEFAULT)
+    found = [difference([ratio(y_C * DEFAULT, DEFAULT)], [zero], 0).p for y_C in y_SC]
+    assert found == pytest.approx(p_values(y_SC, DEFAULT).tolist())
+
+
+def test_the_page_holds_the_record() -> None:
+    root = Path(__file__).parents[1]
+    text, found = (root / PAGE).read_text(), json.loads((root / RECORD).read_text())
+    assert page(text, found) == text
+    assert max(rate for row in found["rates"] for rate in row["ours"]) <= 1.3
+    assert max(row["rate"] for row in found["families"]) <= 0.06
+
+
+def test_leaving_a_cluster_out_is_what_is_said_of_it() -> None:
+    figure = clustered(np.random.default_rng(0), 12, 0.5)
+    without = [Ratio(np.delete(figure.numerator, c), np.delete(figure.denominator, c)).value for c in range(12)]
+    assert figure.left_out == pytest.approx(np.array(without) - figure.value)
+    assert ratio(np.ones(9), np.ones(9)).effective == pytest.approx(9)
+    assert ratio(np.ones(9), [1000, *[1] * 8]).effective == pytest.approx(1, abs=0.02)
+    strata = Ratio(np.array([1.0, 0, 1, 1, 0, 0]), np.ones(6), np.array([0, 0, 0, 1, 1, 1]))
+    # two strata of three, each mean of variance 1/3 / 3 and of weight 1/2; the jackknife's is n / (n - 1) as much
+    assert np.square(strata.left_out).sum() == pytest.approx(2 * (1 / 3 / 3) / 4 * 3 / 2)
 
 
 def test_clustered_is_wider_than_naive_exactly_where_clusters_correlate() -> None:
@@ -79,14 +127,14 @@ def test_pairing_cancels_what_both_share() -> None:
     assert found.high - found.low < (high - low) / 20
 
 
-def test_no_difference_is_found_in_noise_but_one_time_in_twenty() -> None:
+def test_no_difference_is_found_in_noise_but_at_most_one_time_in_twenty() -> None:
     rng = np.random.default_rng(0)
     found = 0
     for _ in range(600):
         sizes = rng.integers(20, 200, 25)
         one, other = (ratio(sizes * rng.normal(1, 0.2, 25), sizes) for _ in range(2))
         found += difference([one], [other], 1).p < 0.05
-    assert 0.03 <= found / 600 <= 0.075
+    assert 0.005 <= found / 600 <= 0.065
 
 
 def test_the_spread_between_seeds_joins_the_error() -> None:

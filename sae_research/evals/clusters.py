@@ -74,11 +74,12 @@ def _clusters(index: np.ndarray, count: int, tokens: Tensor, **about: Any) -> Cl
 
 
 class ReconstructionSums:
-    """One SAE's sums by cluster, for L0 and variance explained."""
+    """One SAE's sums by cluster, for L0, variance explained, and cosine and bias about the mean."""
 
     def __init__(self, clusters: Clusters) -> None:
         self.clusters = clusters
-        self.tokens, self.l0, self.residual, self.total = (np.zeros(clusters.count) for _ in range(4))
+        self.sums = {name: np.zeros(clusters.count) for name in (
+            "tokens", "l0", "residual", "total", "cosine", "rebuilt", "shared")}
 
     @torch.no_grad()
     def update(self, contexts: Tensor, x: Tensor, x_hat: Tensor, z: Tensor, mask: Tensor, mean_D: Tensor) -> None:
@@ -88,11 +89,16 @@ class ReconstructionSums:
             return self.clusters.sums(contexts, mask, values)
 
         x, x_hat = x.float(), x_hat.float()
-        self.tokens += add(mask)
+        self.sums["tokens"] += add(mask)
         # the norm of order 0 counts, five times as fast as `count_nonzero`
-        self.l0 += add(torch.linalg.vector_norm(z, 0, dim=-1, dtype=torch.float32))
-        self.residual += add((x - x_hat).square().sum(-1))
-        self.total += add((x - mean_D).square().sum(-1))
+        self.sums["l0"] += add(torch.linalg.vector_norm(z, 0, dim=-1, dtype=torch.float32))
+        self.sums["residual"] += add((x - x_hat).square().sum(-1))
+        x, x_hat = x - mean_D, x_hat - mean_D
+        total, rebuilt, shared = x.square().sum(-1), x_hat.square().sum(-1), (x * x_hat).sum(-1)
+        self.sums["total"] += add(total)
+        self.sums["rebuilt"] += add(rebuilt)
+        self.sums["shared"] += add(shared)
+        self.sums["cosine"] += add(shared / (total * rebuilt).sqrt().clamp_min(1e-30))
 
     def as_lists(self) -> dict[str, list[float]]:
-        return {name: getattr(self, name).tolist() for name in ("tokens", "l0", "residual", "total")}
+        return {name: values.tolist() for name, values in self.sums.items()}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sae_research.evals import output
 from sae_research.evals.clusters import Clusters, ReconstructionSums, clusters_by_context, clusters_of
-from sae_research.evals.core_figures import evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
+from sae_research.evals.core_figures import about_mean, evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
 from sae_research.evals.inputs import by_hook, result_key
 from sae_research.evals.pool import HookActivations
 from sae_research.evals.sae_bench_stats import SaeBenchStats, feature_details, misc_metrics
@@ -215,7 +215,10 @@ def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mas
     kept_B = mask.sum(dim=1)
     limit_B = kept_B.clamp(max=sae.cfg.d_in)
     state.support += int(support_B.sum())
-    state.interpolating += int(((support_B >= limit_B) & (kept_B > 0)).sum()) if not sae.per_token else 0
+    if sae.per_token:  # as many latents as dimensions solve each token by themselves
+        state.interpolating += int(((torch.linalg.vector_norm(z, 0, dim=-1) >= sae.cfg.d_in) & mask).sum())
+    else:
+        state.interpolating += int(((support_B >= limit_B) & (kept_B > 0)).sum())
     state.kept += int(kept_B.sum())
     state.total += mask.numel()
     state.sequences += len(mask)
@@ -228,10 +231,10 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
         "sae_bench": minus_one_for_nan({**state.sae_bench.metrics(),
                                          "misc_metrics": misc_metrics(bench_density, latent)}),
         "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
-        "lab": {**state.lab.metrics(), "support": state.support / sequences,
+        "lab": {**state.lab.metrics(), **about_mean(state.by_cluster.as_lists()), "support": state.support / sequences,
                 "fraction_tokens_kept": state.kept / max(state.total, 1)},
         "clusters": state.by_cluster.as_lists(),
-        "interpolating_fraction": state.interpolating / sequences,
+        "interpolating_fraction": state.interpolating / (max(state.kept, 1) if sae.per_token else sequences),
         "density_histogram": density_histogram(density),
     }
 

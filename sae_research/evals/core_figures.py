@@ -72,7 +72,15 @@ def evidence(sparsity: dict[str, list[float]], sums: Sums, sparsity_about: dict[
 
 def _reconstruction_ratios(sums: dict[str, list[float]]) -> dict[str, Ratio]:
     explained = np.subtract(sums["total"], sums["residual"])
-    return {"l0": ratio(sums["l0"], sums["tokens"]), "variance_explained": ratio(explained, sums["total"])}
+    return {"l0": ratio(sums["l0"], sums["tokens"]), "variance_explained": ratio(explained, sums["total"]),
+            "cosine_about_mean": ratio(sums["cosine"], sums["tokens"]),
+            "bias_about_mean": ratio(sums["rebuilt"], sums["shared"])}
+
+
+def about_mean(sums: dict[str, list[float]]) -> dict[str, float]:
+    """Cosine and relative bias of what activations and reconstructions are beyond the mean activation."""
+    figures = _reconstruction_ratios(sums)
+    return {key: figures[key].value for key in ("cosine_about_mean", "bias_about_mean")}
 
 
 def _prediction_ratios(sums: Sums) -> dict[str, Ratio]:

@@ -44,7 +44,8 @@ MEMBERS: dict[str, tuple[type[PursuitSAE], tuple[int, ...]]] = {
     "nn_mpsae": (NonNegativeMPSAE, (1, 2, 5, 10, 20, 50, 100)),
     "nn_omp": (NonNegativeOMPSAE, (1, 2, 5, 10, 20, 50)),
 }
-CONTROLS = {"data_rows": "control_data_rows", "random": "control_random"}
+CONTROLS = ("data_rows", "random")
+"""Kinds of control whose dictionaries are studied too."""
 
 
 class Member(NamedTuple):
@@ -66,14 +67,14 @@ def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
     """
     saes = load_saes(folder, lm)
     baseline = next((sae for sae in saes.values() if sae.cfg.role == "baseline"), None)
-    missing = [name for name in CONTROLS.values() if name not in saes]
-    if baseline is None or missing:
-        raise UserError(f"{folder}: the study needs a baseline and {' and '.join(CONTROLS.values())}; "
+    untrained = {sae.cfg.provenance.get("kind"): sae for sae in reversed(saes.values()) if sae.cfg.role == "control"}
+    if baseline is None or not set(CONTROLS) <= set(untrained):
+        raise UserError(f"{folder}: the study needs a baseline and controls {' and '.join(CONTROLS)}; "
                         "set controls.names and run the setup stage (dvc repro setup)")
     hook = baseline.cfg.hook_name
     own = {Member("", name, 0): sae for name, sae in saes.items()
            if sae.cfg.role in ("baseline", "comparison") and sae.cfg.hook_name == hook}
-    found = own | dict(_members({"trained": baseline} | {key: saes[name] for key, name in CONTROLS.items()}))
+    found = own | dict(_members({"trained": baseline} | {kind: untrained[kind] for kind in CONTROLS}))
     contexts = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
                                      (LOSS_CONTEXTS + STATISTICS_CONTEXTS) * params.text.context_size), LOSS_CONTEXTS)
     acts = HookActivations(lm, hook, contexts.tokens, params)

@@ -3,7 +3,9 @@
 Every text becomes one vector: the mean over its tokens of the latents (or of the raw activations, the baseline).
 SAE Bench 0.6.0's definition counts every token but BOS, EOS and padding, shows sequence-level encoders the zeroed
 padding, and picks the epoch of the full probe on the test texts. Ours (`lab_v1`) counts tokens inside `token_mask`
-only, hides everything else from the encoder, and picks nothing on test texts. Texts and draws are the same.
+only, hides everything else from the encoder, and picks nothing on test texts. Test texts are the same. Training texts choose
+the latents, so that one set of them is one draw of the accuracy: ours is the mean over `train_draws` sets out of a pool of
+`train_pool` times the size, and its interval holds both the test texts and the training texts.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -23,11 +26,10 @@ from sae_research.evals.probes import (
     Draw,
     ProbeTask,
     draw,
-    full_correct,
     sae_bench_full_accuracy,
     top_k_accuracy,
-    top_k_correct,
 )
+from sae_research.evals.redrawn_probes import TrainDraws, pool_size, redrawn_correct, train_draws
 from sae_research.evals.tasks import load_tasks, need_one
 from sae_research.evals.text_means import Means, TextsByTask, brought_in, text_numbers, tokenise
 from sae_research.evaluated import Evaluated
@@ -37,15 +39,15 @@ from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.guard import Family, Guard
 from sae_research.store import ResultCache, StageFolder, fingerprint
-from sae_research.text.tasks import Task
+from sae_research.text.tasks import Task, load_task
 
 _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
 
 # of one set of features and one task: `sae_bench` -> metric -> class -> accuracy, and `lab` -> metric -> class -> which
 # test rows were right (`intervals.packed`)
 Scores = dict[str, Any]
-Outcomes = dict[str, dict[str, dict[str, str]]]
-"""By task, metric and class."""
+Outcomes = dict[str, dict[str, dict[str, list[str]]]]
+"""By task, metric and class: one string for each draw of training texts."""
 
 
 class _Texts(NamedTuple):
@@ -56,6 +58,8 @@ class _Texts(NamedTuple):
     """How many of them each task brought in."""
     tasks: dict[str, dict[str, ProbeTask]]
     """task -> class -> rows and labels"""
+    draws: dict[str, TrainDraws]
+    """task -> draws of training texts out of a larger pool"""
     notes: dict[str, Any]
 
 
@@ -85,17 +89,16 @@ def _scores(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: Langu
     found = {name: {task: cache.get(keys[name, task]) for task in texts.tasks} for name in ("", *members)}
     with tqdm(total=sum(score is None for name in members for score in found[name].values()), desc="encode and probe",
               unit="SAE·task", dynamic_ncols=True) as bar:
-        for task, classes in texts.tasks.items():
-            rows = _rows(classes)
+        for task in texts.tasks:
+            rows = _rows(texts, task)
             if found[""][task] is None:
-                found[""][task] = _accuracies(group.raw_means(rows), classes, params, "llm")
+                found[""][task] = _accuracies(group.raw_means(rows), texts, task, params, "llm")
                 cache.put(keys["", task], found[""][task])
 
-            def score(family: Family, rows: Tensor = rows,
-                      classes: dict[str, ProbeTask] = classes) -> Iterator[tuple[str, Scores]]:
+            def score(family: Family, rows: Tensor = rows, task: str = task) -> Iterator[tuple[str, Scores]]:
                 for name, means in group.latent_means(family, rows):
                     with guard.on(name):
-                        yield name, _accuracies(means, classes, params, "sae")
+                        yield name, _accuracies(means, texts, task, params, "sae")
 
             missing = {name: sae for name, sae in guard.left(members).items() if found[name][task] is None}
             for name, scores in guard.each(missing, score):
@@ -117,15 +120,17 @@ def _keys(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: Languag
               params.random_seed]
     of = {name: result_key(sae, lm, shared, __name__) for name, sae in members.items()}
     of[""] = model_key(lm, ["raw", next(iter(members.values())).cfg.hook_name, shared], __name__)
-    drawn = {task: [group.key(_rows(classes)), {label: [_ids(texts, draw) for draw in probe]
-                                                for label, probe in classes.items()}]
+    drawn = {task: [group.key(_rows(texts, task)), {label: [_ids(texts, draw) for draw in probe]
+                                                    for label, probe in classes.items()},
+                    fingerprint([[_ids(texts, draw) for draw in draws] for draws in texts.draws[task].of_class.values()])]
              for task, classes in texts.tasks.items()}
     return {(name, task): fingerprint([key, about])[:40] for name, key in of.items() for task, about in drawn.items()}
 
 
-def _rows(classes: dict[str, ProbeTask]) -> Tensor:
+def _rows(texts: _Texts, task: str) -> Tensor:
     """Every text of a task."""
-    return torch.cat([draw.rows for probe in classes.values() for draw in probe]).unique()
+    draws = [one for probe in texts.tasks[task].values() for one in probe]
+    return torch.cat([one.rows for some in (draws, *texts.draws[task].of_class.values()) for one in some]).unique()
 
 
 def _ids(texts: _Texts, draw: Draw) -> list[Any]:
@@ -139,11 +144,37 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
     tasks = load_tasks(config.dataset_names, config.probe_train_set_size, config.probe_test_set_size, params.random_seed,
                        stage)
     need_one("sparse_probing", tasks, stage)
+    pools = {task.name: _pool(task, params) for task in tasks}
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
-    return _Texts(tokenise(lm, list(row_of), config.context_length),
-                  brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks)),
-                  {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks},
-                  {task.name: {**task.notes, "classes": list(task.train)} for task in tasks})
+    own = brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks))
+    more = len(row_of)
+    for pool in pools.values():  # after all else, so that whoever reads the tasks without pools runs the same texts together
+        for text in (text for texts in pool.values() for text in texts):
+            row_of.setdefault(text, len(row_of))
+    sizes = [*own, *brought_in(row_of, ([[*([text for text in texts if row_of[text] >= more] for texts in pool.values())]]
+                                        for pool in pools.values()), more)]
+    draws = {name: train_draws({label: torch.tensor([row_of[text] for text in texts]) for label, texts in pool.items()},
+                               config.probe_train_set_size // 2, config.train_draws, config.train_pool, params.random_seed)
+             for name, pool in pools.items()}
+    return _Texts(tokenise(lm, list(row_of), config.context_length), sizes,
+                  {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks}, draws,
+                  {task.name: {**task.notes, "classes": list(task.train), **_drawn(draws[task.name])} for task in tasks})
+
+
+def _pool(task: Task, params: Params) -> dict[str, list[str]]:
+    """Training texts of every class to draw from: more than one draw's where the task has them."""
+    config = params.sparse_probing
+    if "available" not in task.notes:  # SAE Bench's own selection holds no more
+        return task.train
+    available = {label: task.notes["available"][label] for label in task.train}
+    size = pool_size(available, config.probe_train_set_size // 2, config.train_pool)
+    return load_task(task.name, 2 * size, config.probe_test_set_size, params.random_seed).train
+
+
+def _drawn(draws: TrainDraws) -> dict[str, Any]:
+    """What the stage notes of the draws of training texts."""
+    return {"train_draws": len(next(iter(draws.of_class.values()))), "train_share": round(draws.share, 4),
+            "train_replaced": draws.replaced}
 
 
 def _probe_tasks(task: Task, row_of: dict[str, int], seed: int) -> dict[str, ProbeTask]:
@@ -155,13 +186,14 @@ def _probe_tasks(task: Task, row_of: dict[str, int], seed: int) -> dict[str, Pro
 
 # --- probes ----------------------------------------------------------------------------------
 
-def _accuracies(means: Means, classes: dict[str, ProbeTask], params: Params, prefix: str) -> Scores:
+def _accuracies(means: Means, texts: _Texts, task: str, params: Params, prefix: str) -> Scores:
     """Every probe of a task on one kind of features: accuracies in SAE Bench's definition, in ours which test texts it
-    gets right."""
+    gets right with each draw of training texts."""
+    classes = texts.tasks[task]
     # many fits of a few hundred texts: threads would only wait for one another
     with threadpool_limits(1):
         return {"sae_bench": _sae_bench_accuracies(means.sae_bench, classes, params, prefix),
-                "lab": _lab_outcomes(means.lab, classes, params, prefix), "fires": bool(means.lab.any())}
+                "lab": _lab_outcomes(means.lab, classes, texts.draws[task], params, prefix), "fires": bool(means.lab.any())}
 
 
 def _sae_bench_accuracies(features: Tensor, classes: dict[str, ProbeTask], params: Params,
@@ -174,14 +206,13 @@ def _sae_bench_accuracies(features: Tensor, classes: dict[str, ProbeTask], param
         label: sae_bench_full_accuracy(features, task, params.random_seed) for label, task in classes.items()}}
 
 
-def _lab_outcomes(features: Tensor, classes: dict[str, ProbeTask], params: Params,
-                  prefix: str) -> dict[str, dict[str, str]]:
-    """metric -> class -> which test texts were told right, by our names of metrics."""
-    top = {f"{prefix}_top_{k}_accuracy": {
-               label: packed(top_k_correct(features, task.train, task.test, k)) for label, task in classes.items()}
-           for k in _ks(features, params)}
-    return {**top, f"{prefix}_full_accuracy": {
-        label: packed(full_correct(features, task)) for label, task in classes.items()}}
+def _lab_outcomes(features: Tensor, classes: dict[str, ProbeTask], draws: TrainDraws, params: Params,
+                  prefix: str) -> dict[str, dict[str, list[str]]]:
+    """metric -> class -> which test texts were told right with each draw of training texts, by our names of metrics."""
+    found = redrawn_correct(features, draws, {label: task.test for label, task in classes.items()}, _ks(features, params))
+    return {f"{prefix}_full_accuracy" if k is None else f"{prefix}_top_{k}_accuracy":
+            {label: [packed(bits) for bits in correct] for label, correct in of_class.items()}
+            for k, of_class in found.items()}
 
 
 def _ks(features: Tensor, params: Params) -> list[int]:
@@ -215,16 +246,28 @@ def _result(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params
 
 def _lab_block(texts: _Texts, outcomes: Outcomes, seed: int) -> dict[str, Any]:
     """Our accuracies, their intervals, and every outcome behind them, so that SAEs can be compared text by text."""
-    by_task = {task: _class_means({metric: {label: _share(bits, texts.tasks[task][label]) for label, bits in cells.items()}
+    by_task = {task: _class_means({metric: {label: _share(draws, texts.tasks[task][label]) for label, draws in cells.items()}
                                    for metric, cells in metrics.items()}) for task, metrics in outcomes.items()}
     asked = {task: {label: _asked(probe) for label, probe in classes.items()} for task, classes in texts.tasks.items()}
     correct = {metric: {task: metrics[metric] for task, metrics in outcomes.items()}
                for metric in sorted({metric for metrics in outcomes.values() for metric in metrics})}
-    intervals = {metric: interval(accuracy(asked, cells), seed) for metric, cells in correct.items()}
+    # one share for all tasks: the largest, whose draws have most in common
+    share, replaced = max(d.share for d in texts.draws.values()), any(d.replaced for d in texts.draws.values())
+
+    def bounds(tasks: dict[str, dict[str, list[str]]]) -> list[float] | None:
+        found = interval(accuracy({task: asked[task] for task in tasks}, tasks, share, replaced), seed)
+        return None if found is None else list(found)
+
+    intervals = {metric: bounds(cells) for metric, cells in correct.items()}
+    of_tasks = {task: {metric: bounds({task: cells}) for metric, cells in metrics.items()}
+                for task, metrics in outcomes.items()}
     return {"metrics": _task_means(by_task), "tasks": by_task,
-            "intervals": {metric: list(bounds) for metric, bounds in intervals.items() if bounds is not None},
-            "outcomes": {"asked": asked, "correct": correct, "key": fingerprint(
-                [asked, fingerprint([t.tolist() for t in texts.tokens])])[:16]}}
+            "intervals": {metric: found for metric, found in intervals.items() if found is not None},
+            "task_intervals": {task: {metric: found for metric, found in metrics.items() if found is not None}
+                               for task, metrics in of_tasks.items()},
+            "outcomes": {"asked": asked, "correct": correct, "train_share": share, "train_replaced": replaced,
+                         "train_draws": len(next(iter(next(iter(texts.draws.values())).of_class.values()))),
+                         "key": fingerprint([asked, fingerprint([t.tolist() for t in texts.tokens]), share, replaced])[:16]}}
 
 
 def _asked(task: ProbeTask) -> list[str]:
@@ -232,8 +275,9 @@ def _asked(task: ProbeTask) -> list[str]:
     return [" ".join(str(int(row)) for row in task.test.rows[task.test.labels == label]) for label in (1, 0)]
 
 
-def _share(bits: str, task: ProbeTask) -> float:
-    return float(unpacked(bits, len(task.test.rows)).mean())
+def _share(draws: list[str], task: ProbeTask) -> float:
+    """Mean accuracy over draws of training texts."""
+    return float(np.mean([unpacked(bits, len(task.test.rows)).mean() for bits in draws]))
 
 
 def _class_means(by_metric: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -64,10 +64,10 @@ def text_numbers(parts: Iterable[Iterable[Sequence[str]]]) -> dict[str, int]:
     return row_of
 
 
-def brought_in(row_of: dict[str, int], tasks: Iterable[Iterable[Iterable[Sequence[str]]]]) -> list[int]:
-    """How many of the texts each task is the first to have. tasks: of each its parts, class by class."""
+def brought_in(row_of: dict[str, int], tasks: Iterable[Iterable[Iterable[Sequence[str]]]], start: int = 0) -> list[int]:
+    """How many of the texts from row `start` on each task is the first to have. tasks: of each its parts, class by class."""
     ends = accumulate((max((row_of[text] + 1 for part in parts for texts in part for text in texts), default=0)
-                       for parts in tasks), max, initial=0)
+                       for parts in tasks), max, initial=start)
     return [end - start for start, end in pairwise(ends)]
 
 

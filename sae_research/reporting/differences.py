@@ -1,4 +1,4 @@
-"""Which differences between SAEs exceed noise: paired on the same text, clustered, corrected for all comparisons at once.
+"""Which differences at equal L0 exceed noise: paired on the same text, clustered, corrected for all comparisons at once.
 
 The only reporting module that needs numpy; the report imports it when it gets there.
 """
@@ -13,18 +13,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_research.intervals import Difference, Ratio, accuracy, difference, holm, ratio
+from sae_research.intervals import Difference, Ratio, accuracy, averaged, difference, holm, mixed, ratio
+from sae_research.reporting.equal_l0 import Grid, Point, grids, meetings
 from sae_research.reporting.metrics import EVAL_NOTES, EVALS, Metric, headline, metric_named, residual_key, sort_keys
 from sae_research.reporting.run import Row, Run
-from sae_research.reporting.seeds import SEEDS_FOR_A_CLAIM, Contender, contenders
+from sae_research.reporting.seeds import SEEDS_FOR_A_CLAIM
 from sae_research.store import write_text
 
 LEVEL = 0.05
-COMPARABLE = 1.5
-"""Two SAEs are compared where the larger L0 is at most this many times the smaller."""
 RESIDUAL = "raw residual stream"
 DIFFERENCES_CSV = Path("metrics/differences.csv")
-CSV_COLUMNS = ("one", "other", "eval", "metric", "difference", "low", "high", "p", "p_holm", "seeds_one", "seeds_other")
+CSV_COLUMNS = ("one", "other", "l0", "eval", "metric", "difference", "low", "high", "p", "p_holm", "seeds_one",
+               "seeds_other")
 
 
 class Evidence(NamedTuple):
@@ -36,15 +36,19 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two contenders in one metric."""
+    """Two contenders in one metric, at one L0."""
 
-    one: Contender
-    other: Contender | None
+    one: Point
+    other: Point | None
     """None for the raw residual stream."""
     metric: Metric
     found: Difference
     adjusted: float = 1.0
     """p after Holm's correction over all tests of the report."""
+
+    @property
+    def l0(self) -> float:
+        return self.one.l0
 
     @property
     def exceeds_noise(self) -> bool:
@@ -69,7 +73,10 @@ def evidence(row: Row, metric: Metric) -> Evidence | None:
         return Evidence(clusters["key"], ratio(sums["numerator"], sums["denominator"], clusters.get("strata")))
     outcomes = record.get("outcomes", {})
     correct = outcomes.get("correct", {}).get(metric.key)
-    return None if correct is None else Evidence(outcomes["key"], accuracy(outcomes["asked"], correct))
+    if correct is None:
+        return None
+    return Evidence(outcomes["key"], accuracy(outcomes["asked"], correct, outcomes.get("train_share", 0.0),
+                                              outcomes.get("train_replaced", False)))
 
 
 def tested_metrics(run: Run) -> list[Metric]:
@@ -91,36 +98,47 @@ def comparisons(run: Run) -> list[Comparison]:
     return [replace(item, adjusted=p) for item, p in zip(found, adjusted, strict=True)]
 
 
+def unmatched(run: Run) -> list[tuple[Grid, Grid]]:
+    """Pairs of grids that share no L0 and so are not compared; no two controls."""
+    return [pair for pair in _pairs(run) if not meetings(*pair)]
+
+
+def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
+    found = [grid for grid in grids(run, controls=True) if grid.curve(headline("l0"))]
+    return [(one, other) for one, other in combinations(found, 2)
+            if not (one.members[0].is_control and other.members[0].is_control)]
+
+
 def _uncorrected(run: Run) -> Iterator[Comparison]:
-    rivals = [rival for rival in contenders(run.rows) if not rival.interpolating]
+    met = [meeting for pair in _pairs(run) for meeting in meetings(*pair)]
+    alone = [Point(grid, member.mean(headline("l0")) or 0.0, member) for grid in grids(run, controls=True)
+             for member in grid.members]
     for metric in tested_metrics(run):
-        sides = [(rival, _all_evidence(rival, metric)) for rival in rivals]
         seed = int(run.evals[metric.eval].get("notes", {}).get("random_seed", 0))
-        for (one, mine), (other, theirs) in combinations(sides, 2):
-            if _comparable(one, other):
-                yield from _compare(one, other, metric, mine, theirs, seed)
+        for one, other in met:
+            yield from _compare(one, other, metric, _all_evidence(one, metric), _all_evidence(other, metric), seed)
         reference = residual_key(metric.key) if metric.eval == "sparse_probing" else None
         if reference is not None:
-            for rival, mine in sides:
-                raw = None if rival.is_control else evidence(rival.rows[0], headline(reference))
-                yield from _compare(rival, None, metric, mine, [raw] if raw else [], seed)
+            for one in alone:
+                raw = None if one.is_control else evidence(one.lower.rows[0], headline(reference))
+                yield from _compare(one, None, metric, _all_evidence(one, metric), [raw] if raw else [], seed)
 
 
-def _comparable(one: Contender, other: Contender) -> bool:
-    """Not two controls, and of like L0: at another price another figure is no surprise."""
-    prices = [contender.mean(headline("l0")) for contender in (one, other)]
-    if one.is_control and other.is_control or any(price is None or price <= 0 for price in prices):
-        return False
-    return max(prices) <= COMPARABLE * min(prices)
+def _all_evidence(point: Point, metric: Metric) -> list[Evidence]:
+    """Of every run, between the two neighbours where nothing was measured; empty unless all have it on the same clusters."""
+    sides = [[evidence(row, metric) for row in member.rows] for member in point.members]
+    if any(item is None for side in sides for item in side) or len({item.key for side in sides for item in side}) != 1:
+        return []
+    if point.upper is None:
+        return sides[0]
+    lower, upper = sides
+    if len(lower) != len(upper):  # the mean over runs of either side; their spread is then not known
+        lower, upper = ([Evidence(side[0].key, averaged([item.figure for item in side]))] for side in sides)
+    found = [(low.key, mixed(low.figure, high.figure, point.weight)) for low, high in zip(lower, upper, strict=True)]
+    return [Evidence(key, figure) for key, figure in found if figure is not None] if all(f for _, f in found) else []
 
 
-def _all_evidence(contender: Contender, metric: Metric) -> list[Evidence]:
-    """Of every run; empty unless all have it on the same clusters."""
-    found = [evidence(row, metric) for row in contender.rows]
-    return found if None not in found and len({item.key for item in found}) == 1 else []
-
-
-def _compare(one: Contender, other: Contender | None, metric: Metric, mine: Sequence[Evidence],
+def _compare(one: Point, other: Point | None, metric: Metric, mine: Sequence[Evidence],
              theirs: Sequence[Evidence], seed: int) -> Iterator[Comparison]:
     if not (mine and theirs) or mine[0].key != theirs[0].key:
         return
@@ -136,6 +154,7 @@ def write_differences_csv(found: Sequence[Comparison], root: Path = Path(".")) -
     writer.writerow(CSV_COLUMNS)
     for item in found:
         numbers = (item.found.value, item.found.low, item.found.high, item.found.p, item.adjusted)
-        writer.writerow([item.one.name, item.other.name if item.other else RESIDUAL, item.metric.eval, item.metric.key,
-                         *(f"{value:.4g}" for value in numbers), item.one.seeds, item.other.seeds if item.other else ""])
+        writer.writerow([item.one.name, item.other.name if item.other else RESIDUAL, f"{item.l0:.4g}", item.metric.eval,
+                         item.metric.key, *(f"{value:.4g}" for value in numbers), item.one.seeds,
+                         item.other.seeds if item.other else ""])
     write_text(root / DIFFERENCES_CSV, buffer.getvalue())

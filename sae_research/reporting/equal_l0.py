@@ -16,6 +16,8 @@ from sae_research.reporting.metrics import Metric, headline
 from sae_research.reporting.run import Run
 from sae_research.reporting.seeds import Contender, contenders
 
+SAME = 1.02
+"""Two L0 are equal where the larger is at most this many times the smaller."""
 STEPS = 256
 """Steps of the area's trapezoids over log L0, besides the measured points."""
 
@@ -41,21 +43,87 @@ class Grid:
         return [(x, fmean(by_l0[x])) for x in sorted(by_l0)]
 
 
-def grids(run: Run) -> list[Grid]:
-    """All architectures but controls, interpolating rows left out, several seeds of a recipe as one point."""
+def grids(run: Run, controls: bool = False) -> list[Grid]:
+    """All architectures, interpolating rows left out, several seeds of a recipe as one point; controls where wanted, one
+    grid for each kind."""
     groups: dict[tuple[object, ...], list[Contender]] = {}
-    for contender in contenders(row for row in run.rows if not row.interpolating and not row.is_control):
+    for contender in contenders(row for row in run.rows if not row.interpolating and (controls or not row.is_control)):
         row = contender.rows[0]
-        place = row.group, row.cfg.get("base"), row.cfg.get("d_sae"), row.cfg.get("hook_name")
+        width = None if row.is_control else row.cfg.get("d_sae")  # as many as it has components, where it is linear
+        place = row.kind, row.cfg.get("base"), width, row.cfg.get("hook_name")
         groups.setdefault(place, []).append(contender)
     times = Counter(place[0] for place in groups)
-    return [Grid(str(place[0]) if times[place[0]] == 1 else _distinct(place), str(place[0]), tuple(members))
+    return [Grid(str(place[0]) if times[place[0]] == 1 else _distinct(place), members[0].rows[0].group, tuple(members))
             for place, members in groups.items()]
 
 
 def _distinct(place: tuple[object, ...]) -> str:
     group, base, d_sae, hook = place
     return f"{group} ({', '.join(str(part) for part in (base, d_sae, hook) if part is not None)})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A grid at one L0: a measured point, or between the two beside it."""
+
+    grid: Grid
+    l0: float
+    lower: Contender
+    upper: Contender | None = None
+    """None at a measured point."""
+    weight: float = 0.0
+    """Share of `upper`, linear in log L0."""
+
+    @property
+    def members(self) -> tuple[Contender, ...]:
+        return (self.lower,) if self.upper is None else (self.lower, self.upper)
+
+    @property
+    def seeds(self) -> int:
+        return min(member.seeds for member in self.members)
+
+    @property
+    def is_control(self) -> bool:
+        return self.lower.is_control
+
+    @property
+    def name(self) -> str:
+        """One name, or two with a slash between."""
+        return "/".join(member.name for member in self.members)
+
+    @property
+    def title(self) -> str:
+        """Its name in running text and tables."""
+        if self.upper is None:
+            return self.lower.title
+        return f"{self.grid.label}, between `{self.lower.name}` and `{self.upper.name}`"
+
+
+def point(grid: Grid, l0: float) -> Point | None:
+    """The grid at an L0: the measured point where one lies within 2 %, else between its neighbours; None outside."""
+    measured = sorted(((x, member) for member in grid.members if (x := member.mean(headline("l0"))) is not None and x > 0),
+                      key=lambda pair: pair[0])
+    near = [(x, member) for x, member in measured if max(x, l0) <= SAME * min(x, l0)]
+    if near:
+        x, member = min(near, key=lambda pair: abs(math.log(pair[0] / l0)))
+        return Point(grid, x, member)
+    for (x0, lower), (x1, upper) in zip(measured, measured[1:], strict=False):
+        if x0 < l0 < x1:
+            return Point(grid, l0, lower, upper, math.log(l0 / x0) / math.log(x1 / x0))
+    return None
+
+
+def meetings(one: Grid, other: Grid) -> list[tuple[Point, Point]]:
+    """Both grids at every L0 at which the one of fewer points was measured and the other has points on both sides."""
+    few, many = (one, other) if len(one.members) <= len(other.members) else (other, one)
+    found = []
+    for member in few.members:
+        l0 = member.mean(headline("l0"))
+        there = point(many, l0) if l0 else None
+        if l0 and there is not None:
+            here = Point(few, l0, member)
+            found.append((here, there) if few is one else (there, here))
+    return found
 
 
 def at(curve: Curve, l0: float) -> float | None:

@@ -13,6 +13,7 @@ from sae_research.reporting.ground_truth_report import ground_truth
 from sae_research.reporting.report_noise import differences, equal_l0, intervals, seeds
 from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side, stricter
 from sae_research.reporting.report_setting import definitions, images, statuses, what_ran
+from sae_research.reporting.report_summary import summary
 from sae_research.reporting.report_training import training
 from sae_research.reporting.run import Run
 from sae_research.reporting.transfer_report import transfer
@@ -40,6 +41,7 @@ def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".
 
         found = comparisons(run)
     sections = (
+        summary(run, found),
         what_ran(run),
         results(run, root),
         stricter(run),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sae_research.reporting.differences import Comparison
 
 FEW_CLUSTERS = 20
-"""Below this an interval is called rough."""
+"""Below this *effective* number an interval is called rough."""
 PAIRS_SHOWN = 60
 
 
@@ -32,15 +32,24 @@ def intervals(run: Run) -> str:
     lines = [
         "## Intervals",
         "",
-        "95 % intervals by the bootstrap (2,000 resamples, percentiles widened for few clusters): where the figure would "
-        "lie on other text of the same kind, with the same SAE. They hold no other training seed and no other training "
-        "texts of a probe. *Fraction alive* has none: a resample repeats tokens and so always finds fewer latents.",
+        "95 % intervals by the bootstrap (5,000 resamples, percentiles widened to the jackknife's error and Student's t for "
+        "few clusters of unequal size): where the figure would lie on other text of the same kind, with the same SAE. "
+        f"{probe_texts(run)}They hold no other training seed. *Fraction alive* has none: a resample repeats tokens and so "
+        "always finds fewer latents.",
         "",
         *clusters(run.rows),
         "",
         markdown(["SAE", *(metric.label + metric.arrow for metric in metrics)], body),
     ]
     return "\n".join(lines)
+
+
+def probe_texts(run: Run) -> str:
+    """How often the probes' training texts were drawn, in a sentence; empty where they were drawn once."""
+    outcomes = next((found for row in run.rows if (found := row.evals.get("sparse_probing", {}).get("outcomes"))), {})
+    drawn = outcomes.get("train_draws", 1)
+    return (f"Those of probing hold the choice of training texts too, drawn {drawn} times. " if drawn > 1 else
+            "Those of probing hold one choice of training texts. ")
 
 
 def clusters(rows: Sequence[Row]) -> list[str]:
@@ -59,10 +68,17 @@ def clusters(rows: Sequence[Row]) -> list[str]:
 def _core_clusters(core: dict[str, Any], part: str, about: dict[str, Any]) -> str:
     labels = [headline(key).label for key, sums in core["cluster_sums"].items() if sums["clusters"] == part]
     count, unit = about["clusters"], about["level"]
+    effective = _effective(next(s for s in core["cluster_sums"].values() if s["clusters"] == part)["denominator"])
     of = f" ({about['documents']} documents)" if unit == "source" else ""
     of += f" of {_counted(about['sources'], 'source')}" if unit == "document" else ""
-    rough = f" **Few {unit}s: take these intervals as rough.**" if count < FEW_CLUSTERS else ""
-    return f"- {', '.join(labels)}: {_counted(count, unit)}{of}.{rough}"
+    rough = f" **Few {unit}s: take these intervals as rough.**" if effective < FEW_CLUSTERS else ""
+    return f"- {', '.join(labels)}: {_counted(count, unit)}{of}, which vary as {effective:.1f} of equal size would.{rough}"
+
+
+def _effective(sizes: Sequence[float]) -> float:
+    """How many clusters of equal size would vary as these do: 1 / sum(share squared)."""
+    squares = sum(size * size for size in sizes)
+    return sum(sizes) ** 2 / squares if squares else 0.0
 
 
 def _counted(count: int, word: str) -> str:
@@ -91,7 +107,7 @@ def differences(run: Run, found: Sequence[Comparison]) -> str:
     """Which paired differences exceed noise, and how that was decided."""
     title = "## Which differences exceed noise"
     if not found:
-        why = ("No two SAEs of comparable L0 have figures on the same text with enough documents, so nothing was tested."
+        why = ("No two SAEs of equal L0 have figures on the same text with enough documents, so nothing was tested."
                if run.rows else "")
         return f"{title}\n\n{why}" if why else ""
     exceeding = [item for item in found if item.exceeds_noise]
@@ -100,13 +116,16 @@ def differences(run: Run, found: Sequence[Comparison]) -> str:
         title,
         "",
         f"{_counted(len(found), 'test')}: {_counted(len(pairs), 'pair')}, "
-        f"{', '.join(dict.fromkeys(item.metric.label for item in found))}. Pairs are SAEs whose L0 "
-        "differ by a factor of 1.5 at most (no two controls), and every SAE against the raw residual stream in probing; "
-        "interpolating rows are left out. Both sides are measured on the same text (paired) and resampled together, "
-        "clustered as above; Student's t of the difference over its standard error; all p-values corrected together by "
-        "Holm's method, at 5 %. Every test: [metrics/differences.csv](metrics/differences.csv).",
+        f"{', '.join(dict.fromkeys(item.metric.label for item in found))}. SAEs are compared at equal L0: where one of two "
+        "was measured at several, its figure between the nearest two is interpolated, linear in log L0, and nowhere beyond "
+        "them. In probing every SAE is also compared with the raw residual stream. No two controls, no interpolating rows. "
+        "Both sides are measured on the same text (paired), clustered as above; Student's t of the difference over its "
+        "jackknife error, with degrees of freedom for few clusters of unequal size and skewed noise "
+        "([docs/noise.md](docs/noise.md)); all p-values corrected together by Holm's method, at 5 %. Every test: "
+        "[metrics/differences.csv](metrics/differences.csv).",
         "",
         *_seed_terms(run),
+        *_unmatched(run),
         "",
     ]
     if not exceeding:
@@ -115,7 +134,7 @@ def differences(run: Run, found: Sequence[Comparison]) -> str:
     lines += [f"{len(exceeding)} of {len(found)} differences exceed noise, in {len(shown)} of {len(pairs)} pairs. "
               "First SAE less second, with the 95 % interval of that difference alone; "
               f"·: does not exceed noise; {ABSENT}: not tested.", *_difference_tables(found)]
-    claims = [_claim(item) for item in exceeding if item.may_claim]
+    claims = list(dict.fromkeys(_claim(item) for item in exceeding if item.may_claim))
     return "\n".join([*lines, *(["", *claims] if claims else [])])
 
 
@@ -134,6 +153,26 @@ def _seed_terms(run: Run) -> list[str]:
            "seed may differ." if alone else "")]
 
 
+def _unmatched(run: Run) -> list[str]:
+    """Which SAEs were not compared, for want of a common L0."""
+    from sae_research.reporting.differences import unmatched  # numpy, which no other part needs
+
+    pairs = unmatched(run)
+    if not pairs:
+        return []
+    partners: dict[str, list[str]] = {}
+    for one, other in pairs:
+        partners.setdefault(_spanned(one), []).append(_spanned(other))
+    return ["", "Not compared, for they share no L0: " + "; ".join(
+        f"{one} with {', '.join(others)}" for one, others in partners.items()) + "."]
+
+
+def _spanned(grid: Grid) -> str:
+    curve = grid.curve(headline("l0"))
+    low, high = number(curve[0][0]), number(curve[-1][0])
+    return f"`{grid.label}` (L0 {low if low == high else f'{low} to {high}'})"
+
+
 def _difference_tables(found: Sequence[Comparison]) -> list[str]:
     """One table for core and sparse probing, one for every other evaluation that was tested."""
     groups: dict[str, list[Comparison]] = {}
@@ -142,13 +181,14 @@ def _difference_tables(found: Sequence[Comparison]) -> list[str]:
         groups.setdefault(title, []).append(item)
     lines: list[str] = []
     for title, items in groups.items():
-        shown = list(dict.fromkeys(item.pair for item in items if item.exceeds_noise))
+        shown = list(dict.fromkeys((item.pair, item.l0) for item in items if item.exceeds_noise))
         metrics = list(dict.fromkeys(item.metric for item in items))
-        cells = {(item.pair, item.metric): _cell(item) for item in items}
-        body = [[*pair, *(cells.get((pair, metric), ABSENT) for metric in metrics)] for pair in shown[:PAIRS_SHOWN]]
+        cells = {(item.pair, item.l0, item.metric): _cell(item) for item in items}
+        body = [[*pair, number(l0), *(cells.get((pair, l0, metric), ABSENT) for metric in metrics)]
+                for pair, l0 in shown[:PAIRS_SHOWN]]
         if shown:
             lines += ["", *([f"{title}:", ""] if title else []),
-                      markdown(["SAE", "less", *(metric.label + metric.arrow for metric in metrics)], body, left=2)]
+                      markdown(["SAE", "less", "at L0", *(metric.label + metric.arrow for metric in metrics)], body, left=2)]
         if len(shown) > PAIRS_SHOWN:
             lines += ["", f"{len(shown) - PAIRS_SHOWN} more pairs stand in metrics/differences.csv."]
     return lines

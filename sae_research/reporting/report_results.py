@@ -32,7 +32,7 @@ GROUPS = {
 SIDE_BY_SIDE = ("l0", "variance_explained", "variance_explained_legacy", "loss_recovered", "kl", "fraction_alive")
 """Core figures shown in both definitions; probing accuracies follow."""
 STRICTER = ("variance_explained", "variance_explained_per_dim", "loss_recovered", "loss_recovered_mean_ablation",
-            "cosine_similarity", "relative_reconstruction_bias")
+            "cosine_about_mean", "bias_about_mean")
 """Figures of the first table, each followed by what says the same more strictly, and what they leave out."""
 FOLLOWED = ("variance_explained", "top_1_probing")
 """Figures of the first table that the ground-truth evaluation compares with the truth."""
@@ -59,8 +59,8 @@ def results(run: Run, root: Path = Path(".")) -> str:
             table,
             "",
             "↑ a higher value is wanted, ↓ a lower one; L0 is a price, not a virtue, and has neither. "
-            "**Bold**: the highest (or lowest) value of the column, over SAEs of different L0. Controls and "
-            "rows flagged *interpolating* are never marked. "
+            "Nothing is marked as best: these SAEs differ in L0, which drives the first columns; "
+            "[differences at equal L0](#which-differences-exceed-noise) are tested. "
             "*interpolating*: the encoder has as many free coefficients as "
             "equations, so its reconstruction says nothing. *not causal*: a token's code depends on later "
             "tokens. *signed*: activations may be negative. "
@@ -80,8 +80,9 @@ def stricter(run: Run) -> str:
     return "\n".join([
         "## By stricter references", "",
         "A few dimensions of large variance can carry *variance explained*, and zero in place of activations is a poor "
-        "guess, which flatters *loss recovered*. The mean over dimensions and mean-ablation are harder to please. A bias "
-        "below 1 is shrinkage: activations too small for their directions.", "",
+        "guess, which flatters *loss recovered*. The mean over dimensions and mean-ablation are harder to please. Cosine "
+        "and bias are taken about the mean activation, which every SAE can add for nothing. A bias below 1 is shrinkage: "
+        "activations too small for their directions.", "",
         markdown(header, body)])
 
 
@@ -101,7 +102,10 @@ def controls(run: Run) -> str:
         "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
         "control_pca": "the leading principal components",
     }
-    lines = [f"- `{name}`: {known[name]}" if name in known else f"- `{name}`" for name in names]
+    kinds = {kind: [row.name for row in run.rows if row.is_control and row.kind == kind] for kind in dict.fromkeys(
+        row.kind for row in run.rows if row.is_control)}
+    lines = [f"- {', '.join(f'`{name}`' for name in members)}" + (f": {known[kind]}" if kind in known else "")
+             for kind, members in kinds.items()]
     lines.append("- raw residual stream: the probe on the model's own dimensions (probing only)")
     findings = control_findings(run) + residual_findings(run)
     return "\n".join(
@@ -215,9 +219,10 @@ def probing_tasks(run: Run) -> str:
     parts = ["## Sparse probing by task", ""]
     for key in shown:
         body = [
-            [f"`{sae}`", *(number(by_task.get(task, {}).get(key)) for task in names)]
-            for sae, by_task in tasks.items()
-            if by_task
+            [f"`{row.name}`", *(with_interval(tasks[row.name].get(task, {}).get(key), _task_interval(row, task, key))
+                                for task in names)]
+            for row in run.rows
+            if tasks[row.name]
         ]
         body += [
             [
@@ -228,6 +233,11 @@ def probing_tasks(run: Run) -> str:
         ]
         parts += [f"{headline(key).label} accuracy:", "", markdown(["SAE", *names], body), ""]
     return "\n".join(parts).rstrip()
+
+
+def _task_interval(row: Row, task: str, key: str) -> tuple[float, float] | None:
+    bounds = (row.evals.get("sparse_probing", {}).get("task_intervals") or {}).get(task, {}).get(key)
+    return None if bounds is None else (bounds[0], bounds[1])
 
 
 def _first(by_sae: Iterable[dict[str, Any]], task: str, key: str) -> float | None:

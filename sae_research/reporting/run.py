@@ -47,6 +47,12 @@ class Row:
         return "control" if self.is_control else self.architecture
 
     @property
+    def kind(self) -> str:
+        """Its architecture; of a control what it is made of."""
+        made_of = (self.cfg.get("provenance") or {}).get("kind") if self.is_control else None
+        return f"control_{made_of}" if made_of else self.name if self.is_control else self.architecture
+
+    @property
     def interpolating(self) -> bool:
         """Its reconstruction has as many free coefficients as equations: reconstruction says nothing."""
         return bool(self.evals.get("core", {}).get("interpolating", False))

@@ -21,7 +21,7 @@ EVIDENCE = {
     "intervals": {str: [NUMBER]},
     "cluster_sums": {str: {"clusters!": str, "numerator!": [NUMBER], "denominator!": [NUMBER]}},
     "clusters": {str: {str: object}},
-    "outcomes": {"key!": str, "asked!": {str: {str: [str]}}, "correct!": {str: {str: {str: str}}}},
+    "outcomes": {"key!": str, "asked!": {str: {str: [str]}}, "correct!": {str: {str: {str: (str, list)}}}},
     "density_histogram": {"log10_edges!": [NUMBER], "counts!": [NUMBER], "dead!": NUMBER},
     "tasks": {str: {str: object}},
 }

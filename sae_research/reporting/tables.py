@@ -72,22 +72,9 @@ def count(value: float) -> str:
     return f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.0f}"
 
 
-def extreme(rows: Iterable[Row], metric: Metric) -> str | None:
-    """The number to set in bold in a column, as printed: highest or lowest of the rows that may be marked.
-
-    None where neither direction is a virtue (L0) or nothing may be marked.
-    """
-    values = [value for row in rows if row.may_be_marked and (value := row.value(metric.key, metric.eval)) is not None]
-    if metric.better is None or not values:
-        return None
-    return number(max(values) if metric.better == "higher" else min(values))
-
-
 def cells(rows: Sequence[Row], metric: Metric) -> list[str]:
-    """One column of a table; equal prints are marked alike, for they are not told apart here."""
-    mark = extreme(rows, metric)
-    texts = [(row, number(row.value(metric.key, metric.eval))) for row in rows]
-    return [f"**{text}**" if row.may_be_marked and text == mark else text for row, text in texts]
+    """One column of a table."""
+    return [number(row.value(metric.key, metric.eval)) for row in rows]
 
 
 def headline_columns(rows: Sequence[Row], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -15,6 +15,7 @@ from sae_research.errors import UserError
 from sae_research.instance_sae import MPSAE
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
 from sae_research.params import Params
+from sae_research.sae_params import Controls
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.linear import LinearSAE
 from sae_research.text.stream import token_contexts
@@ -39,15 +40,26 @@ def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: i
     return acts[mask]
 
 
-def make_control(kind: str, x_TD: Tensor, base: SAEConfig, params: Params) -> SparseAutoencoder:
-    """One control (`random`, `data_rows` or `pca`) for the baseline's width, hook and model.
+def control_names(controls: Controls) -> list[tuple[str, str, int]]:
+    """(name, kind, size) of every control, in table order; a kind of one size is called by the kind alone."""
+    found = []
+    for kind in controls.names:
+        sizes, unit = (controls.pca_components, "n") if kind == "pca" else (controls.s, "s")
+        found += [(f"{PREFIX}{kind}" + (f"_{unit}{size}" if len(sizes) > 1 else ""), kind, size)
+                  for size in dict.fromkeys(sizes)]
+    return found
+
+
+def make_control(kind: str, size: int, x_TD: Tensor, base: SAEConfig, params: Params) -> SparseAutoencoder:
+    """One control (`random`, `data_rows` or `pca`) for the baseline's width, hook and model. size: matching-pursuit steps,
+    or components.
 
     x_TD: activations [tokens, d_in] as `sample_activations` gives them.
     """
     if base.center_input:
         x_TD = x_TD - x_TD.mean(dim=1, keepdim=True)
     mean_D = x_TD.double().mean(dim=0).float()
-    seed, s = params.random_seed, params.controls.s
+    seed = params.random_seed
     cfg = base.replace(
         apply_b_dec_to_input=True,
         architecture="control",
@@ -57,13 +69,13 @@ def make_control(kind: str, x_TD: Tensor, base: SAEConfig, params: Params) -> Sp
         provenance={"source": "control", "kind": kind, "seed": seed, "sample_tokens": len(x_TD)},
     )
     if kind == "pca":
-        return pca(x_TD, mean_D, params.controls.pca_components, cfg)
+        return pca(x_TD, mean_D, size, cfg)
     rows = (
         random_rows(base.d_sae, base.d_in, seed)
         if kind == "random"
         else data_rows(x_TD, mean_D, base.d_sae, seed)
     )
-    return MPSAE(rows, mean_D, s, cfg.replace(form=MPSAE.form, options={"s": s}))
+    return MPSAE(rows, mean_D, size, cfg.replace(form=MPSAE.form, options={"s": size}))
 
 
 def random_rows(d_sae: int, d_in: int, seed: int) -> Tensor:

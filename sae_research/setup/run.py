@@ -118,12 +118,12 @@ class Setup:
         return lambda folder: save_variant(cfg, options, folder, folder.parent / self.name)
 
     def _controls(self) -> Iterator[Planned]:
-        for kind in self.params.controls.names:
-            yield Planned(controls.PREFIX + kind, f"controls.names ({kind})", self._control_writer(kind))
+        for name, kind, size in controls.control_names(self.params.controls):
+            yield Planned(name, f"controls.names ({kind}, {size})", self._control_writer(kind, size))
 
-    def _control_writer(self, kind: str) -> Callable[[Path], None]:
+    def _control_writer(self, kind: str, size: int) -> Callable[[Path], None]:
         return lambda folder: save_sae(
-            controls.make_control(kind, self.sample(), self.baseline.cfg, self.params), folder)
+            controls.make_control(kind, size, self.sample(), self.baseline.cfg, self.params), folder)
 
     # --- SAEs beside it ---
 

@@ -27,7 +27,8 @@ def folder(in_project: Path) -> Path:
     baseline.cfg = baseline.cfg.replace(role="baseline")
     save_sae(baseline, in_project / "saes" / names[0])
     for seed, name in enumerate(names[1:]):
-        cfg = SAEConfig(form="matching_pursuit", d_in=D, d_sae=64, hook_name=HOOK, role="control", options={"s": 4})
+        cfg = SAEConfig(form="matching_pursuit", d_in=D, d_sae=64, hook_name=HOOK, role="control", options={"s": 4},
+                        provenance={"kind": name.removeprefix("control_")})
         save_sae(MPSAE(dictionary(5 + seed), torch.zeros(D), 4, cfg), in_project / "saes" / name)
     (in_project / "saes" / "manifest.json").write_text(json.dumps({"order": names}))
     return in_project / "saes"
@@ -97,5 +98,5 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
 
 def test_what_is_missing_is_named(folder: Path, lm: Any, make_params: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps({"order": ["standard", "control_random"]}))
-    with pytest.raises(UserError, match="needs a baseline and control_data_rows"):
+    with pytest.raises(UserError, match="needs a baseline and controls data_rows"):
         pursuit_study.study(folder, lm, make_params())

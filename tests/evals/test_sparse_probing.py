@@ -84,14 +84,14 @@ def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_para
     saes = {"standard": standard(), "mpsae_s3": everything()["mpsae_s3"]}
     alone, _ = run(saes, lm, with_tasks(task_file), tmp_path / "a")
     computed, read, real = [], [], sparse_probing._accuracies
-    monkeypatch.setattr(sparse_probing, "_accuracies", lambda *a: computed.append(a[3]) or real(*a))
+    monkeypatch.setattr(sparse_probing, "_accuracies", lambda *a: computed.append(a[4]) or real(*a))
     monkeypatch.setattr(lm, "activations", lambda tokens, hook: read.append(len(tokens)) or LanguageModel.activations(
         lm, tokens, hook))
     both, _ = run(saes, lm, with_tasks(task_file, str(other)), tmp_path / "b")
     assert sorted(computed) == ["llm", "sae", "sae"]
     texts = sparse_probing._load(lm, with_tasks(task_file, str(other)), StageFolder(tmp_path / "c"))
     assert texts.sizes[1] < texts.sizes[0] and sum(texts.sizes) == len(texts.tokens)
-    assert sum(read) == texts.sizes[1], "the model reads the new texts alone"
+    assert sum(read) == texts.sizes[1] + texts.sizes[3], "the model reads the new texts alone"
     tasks = {name: result["eval_result_unstructured"]["lab_v1"]["tasks"] for name, result in both.items()}
     for name, result in alone.items():
         assert tasks[name][task_file] == result["eval_result_unstructured"]["lab_v1"]["tasks"][task_file]

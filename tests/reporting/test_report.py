@@ -26,26 +26,9 @@ def row(name: str, role: str = "comparison", interpolating: bool = False, **figu
     return Row(name, {"architecture": name, "role": role}, {"core": core})
 
 
-def test_highest_value_is_bold_but_never_a_control_or_an_interpolating_encoder():
-    rows = [
-        row("a", variance_explained=0.7),
-        row("b", variance_explained=0.8),
-        row("c", variance_explained=0.8),
-        row("d", role="control", variance_explained=0.9),
-        row("e", interpolating=True, variance_explained=1.0),
-    ]
-    assert cells(rows, headline("variance_explained")) == [
-        "0.700",
-        "**0.800**",
-        "**0.800**",
-        "0.900",
-        "1.000",
-    ]
-
-
-def test_lowest_value_is_bold_where_lower_is_wanted_and_l0_has_no_bold():
+def test_nothing_is_marked_as_best_over_saes_of_different_l0():
     rows = [row("a", kl=0.2, l0=10.0), row("b", kl=0.1, l0=20.0), row("c", l0=5.0)]
-    assert cells(rows, headline("kl")) == ["0.200", "**0.100**", "–"]
+    assert cells(rows, headline("kl")) == ["0.200", "0.100", "–"]
     assert cells(rows, headline("l0")) == ["10.0", "20.0", "5.000"]
 
 
