@@ -121,9 +121,9 @@ def _spreads(sizes: Sequence[int]) -> Iterator[str]:
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
     """The page's tables by the name of their marks."""
-    head = ("| clusters | number | effective | noise | variance | " + " | ".join(f"at {level:g}" for level in found["levels"])
-            + " | " + " | ".join(f"t, at {level:g}" for level in found["levels"]) + " |\n| :-- | --: | --: | :-- | :-- |"
-            + " --: |" * 2 * len(found["levels"]))
+    at = [f"{which}at {level:g}" for which in ("", "t, ") for level in found["levels"]]
+    head = (f"| clusters | number | effective | noise | variance | {' | '.join(at)} |\n"
+            f"| :-- | --: | --: | :-- | :-- |{' --: |' * len(at)}")
     rows = [f"| {row['clusters']} | {row['number']} | {row['effective']:g} | {row['noise']} | {row['spread']} | "
             + " | ".join(f"{value:.2f}" for value in (*row["ours"], *row["ordinary"])) + " |" for row in found["rates"]]
     families = ["| clusters | noise | tables with a finding |", "| :-- | :-- | --: |",
