@@ -91,7 +91,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path, tiny_in
     for attempt in range(3 * KILLS):
         number = (signal.SIGKILL, signal.SIGTERM)[attempt % 2]
         target = TARGETS[attempt % len(TARGETS)]
-        code, said = killed(project, moments.uniform(0.02, 0.5) * duration, target, number)
+        code, said = killed(project, moments.uniform(0.02, 0.25) * duration, target, number)
         print(f"{target.__name__} {signal.Signals(number).name}: exit {code}\n{said[-600:]}")
         own = [line for line in said.splitlines() if line.startswith("error:")]
         assert "Traceback" not in said and "Error:" not in said, said[-3000:]

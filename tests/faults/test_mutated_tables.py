@@ -115,7 +115,7 @@ def campaign(folder: Path, count: int, seed: int) -> dict[str, collections.Count
     return seen
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_table_is_refused_or_read_as_it_stands(tmp_path: Path, count: int,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     seen = campaign(tmp_path, count, seed=count)
@@ -124,7 +124,7 @@ def test_a_table_is_refused_or_read_as_it_stands(tmp_path: Path, count: int,
     print({suffix: dict(kinds) for suffix, kinds in seen.items()})
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
 def test_questions_are_refused_or_asked_as_they_stand(tmp_path: Path, count: int) -> None:
     rng, path = random.Random(count), tmp_path / "some.jsonl"
     original = json_lines(QUESTIONS).encode()
