@@ -177,7 +177,7 @@ class MetaSAE(Section):
 class ChatEndpoint(Section):
     """An OpenAI-compatible service (`POST {base_url}/chat/completions`) and what may be asked of it."""
 
-    base_url: Annotated[str, Field(max_length=4096)] | None = None
+    base_url: Name | None = None
     """Up to and without `/chat/completions`, e.g. `https://api.openai.com/v1` or `http://localhost:8000/v1`."""
     model: Name | None = None
     """The model's name at that endpoint."""

@@ -22,6 +22,7 @@ from sae_research.environment import secret
 from sae_research.errors import UserError
 from sae_research.eval_params import ChatEndpoint
 from sae_research.llm_client import ChatClient, NoAnswer
+from sae_research.params import check_params
 
 KEY = "sk-very-secret-0123456789"
 PROJECT = Path(__file__).parents[1]
@@ -91,12 +92,18 @@ def test_what_only_looks_like_this_machine(url: str) -> None:
 
 @pytest.mark.parametrize("url", [f"https://user:{KEY}@host/v1", f"https://{KEY}@host", f"https://host/v1?key={KEY}",
                                  f"https://host/#{KEY}", f"ftp://{KEY}", f"https://{KEY * 20}.org/v1", f"https://a..b/{KEY}",
-                                 f"https://host/\x7f{KEY}", f"http://host:99999/{KEY}", KEY, ""])
+                                 f"http://host:99999/{KEY}", KEY, ""])
 def test_bad_addresses_are_not_repeated(url: str) -> None:
     for make in (lambda: chat(url) if url else checked_url(url, "x", "y"), lambda: Neuronpedia("a/b", url)):
         with pytest.raises(UserError, match="must") as refused:
             make()
         assert KEY not in str(refused.value)
+
+
+def test_an_address_that_is_no_text_is_not_repeated() -> None:
+    with pytest.raises(UserError, match="autointerp.base_url: holds the control character") as refused:
+        check_params({"autointerp": {"base_url": f"https://host/\x7f{KEY}"}}, "here")
+    assert KEY not in str(refused.value)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

@@ -58,7 +58,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("controls: {pca_components: 6_4}\npreflight: {max_norm_ratio: 1e1}\n")
     params = load_params(tmp_path / "params.yaml", partial=True)
-    assert params.controls.pca_components == 64
+    assert params.controls.pca_components == [64]
     assert params.preflight.max_norm_ratio == 10
 
 

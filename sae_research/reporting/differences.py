@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_research.intervals import Difference, Ratio, accuracy, averaged, difference, holm, mixed, ratio
-from sae_research.reporting.equal_l0 import Grid, Point, grids, meetings
+from sae_research.reporting.equal_l0 import Grid, Point, alike, grids, meetings
 from sae_research.reporting.metrics import EVAL_NOTES, EVALS, Metric, headline, metric_named, residual_key, sort_keys
 from sae_research.reporting.run import Row, Run
 from sae_research.reporting.seeds import SEEDS_FOR_A_CLAIM
@@ -111,6 +111,7 @@ def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
 
 def _uncorrected(run: Run) -> Iterator[Comparison]:
     met = [meeting for pair in _pairs(run) for meeting in meetings(*pair)]
+    met += [pair for grid in grids(run) for pair in alike(grid)]
     alone = [Point(grid, member.mean(headline("l0")) or 0.0, member) for grid in grids(run, controls=True)
              for member in grid.members]
     for metric in tested_metrics(run):

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean
 
 from sae_research.reporting.metrics import Metric, headline
@@ -111,6 +112,13 @@ def point(grid: Grid, l0: float) -> Point | None:
         if x0 < l0 < x1:
             return Point(grid, l0, lower, upper, math.log(l0 / x0) / math.log(x1 / x0))
     return None
+
+
+def alike(grid: Grid) -> list[tuple[Point, Point]]:
+    """Members of one grid that were measured at equal L0: two recipes of one architecture."""
+    placed = [Point(grid, l0, member) for member in grid.members if (l0 := member.mean(headline("l0")))]
+    return [(one, other) for one, other in combinations(placed, 2)
+            if max(one.l0, other.l0) <= SAME * min(one.l0, other.l0)]
 
 
 def meetings(one: Grid, other: Grid) -> list[tuple[Point, Point]]:

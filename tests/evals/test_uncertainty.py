@@ -19,7 +19,8 @@ from sae_research.text import stream
 from sae_research.text.split import split_of
 from sae_research.text.stream import Contexts
 
-RATIOS = {"l0", "variance_explained", "kl", "ce_delta", "loss_recovered", "loss_recovered_mean_ablation"}
+RATIOS = {"l0", "variance_explained", "kl", "ce_delta", "loss_recovered", "loss_recovered_mean_ablation",
+          "cosine_about_mean", "bias_about_mean"}
 
 
 def contexts(doc_ids: list[list[int]], sources: list[str]) -> Contexts:

@@ -118,6 +118,7 @@ def test_names_of_a_manifest_lead_nowhere_else(lab: Lab, name: str):
         merge(lab.root)
     (lab.root / "downloaded_saes/manifest.json").unlink()
     merge(lab.root)
-    lab.write("eval_results/merged/_evaluations.json", {"order": [name], "evals": {}})
+    evaluations = lab.read("eval_results/merged/_evaluations.json")
+    lab.write("eval_results/merged/_evaluations.json", {**evaluations, "order": [name]})
     with pytest.raises(UserError, match="no name that a file could be called after"):
         read_run(lab.root)
