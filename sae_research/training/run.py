@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sae_research.errors import Interrupted, UserError
 from sae_research.folders import replaced_folder
-from sae_research.lm import LanguageModel, load_language_model
+from sae_research.lm import LanguageModel, load_language_model, pick_device
 from sae_research.params import Params
+from sae_research.precision import pass_dtype
 from sae_research.recipe_params import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.stats import ReconstructionStats
@@ -72,7 +73,8 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
 
 def _train(params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals,
            tracker: Tracker) -> Report:
-    lm = load_language_model(params.model.name, params.model.device, params.train.llm_dtype)
+    dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
+    lm = load_language_model(params.model.name, params.model.device, dtype)
     if compared:
         check_comparison(params, lm)
     check_room(params, lm, output)

@@ -88,5 +88,5 @@ def _identity(lm: LanguageModel, tokens: Tensor | StoredContexts, device: torch.
         "text": contexts_sha256(tokens),
         "training code": sources_fingerprint("sae_research.training.run"),
         "version of torch": torch.__version__,
-        "kind of device": f"{lm.device.type}, {device.type}, {precision}",
+        "kind of device": f"{lm.device.type}, {device.type}, {lm.dtype}, {precision}",
     }

@@ -1,0 +1,30 @@
+"""Numbers in the README are those of the committed run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from sae_research.reporting.tables import number
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = (("core", "l0"), ("core", "variance_explained"), ("core", "loss_recovered"), ("core", "kl"),
+           ("sparse_probing", "sae_top_1_accuracy"))
+
+
+def test_the_table_of_the_run_is_the_runs() -> None:
+    metrics = json.loads((ROOT / "metrics/all_metrics.json").read_text())
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ((?:[\d.]+ \| ?){5})$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 6
+    for name, cells in rows:
+        want = [number(metrics[name][evaluation][key]) for evaluation, key in COLUMNS]
+        assert [cell.strip() for cell in cells.strip("| ").split("|")] == want, name
+
+
+def test_what_the_text_says_of_two_rows_is_theirs() -> None:
+    metrics = json.loads((ROOT / "metrics/all_metrics.json").read_text())
+    said = re.search(r"\(`(\w+)` against `(\w+)`: ([\d.]+) and ([\d.]+) of the variance", (ROOT / "README.md").read_text())
+    assert said is not None
+    for name, value in zip(said.group(1, 2), said.group(3, 4), strict=True):
+        assert number(metrics[name]["core"]["variance_explained"]) == value
