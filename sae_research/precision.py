@@ -6,8 +6,8 @@ import torch
 
 
 def pass_dtype(wanted: str, device: torch.device) -> str:
-    """Precision of a language model's pass: float32 where bfloat16 is wanted and the device only emulates it, which takes tens
-    of times as long; said in a line."""
+    """Precision of a language model's pass: float32 where bfloat16 is wanted and the device only emulates it, which takes
+    tens of times as long; said in a line."""
     if wanted != "bfloat16" or has_bfloat16(device):
         return wanted
     print(f"train.llm_dtype: bfloat16 is emulated on this {device.type} device; the model's pass stays float32", flush=True)

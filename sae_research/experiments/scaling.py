@@ -26,6 +26,7 @@ def measure(params: Params, hooks: Iterable[str]) -> dict[str, Scale]:
     Raises `UserError` for a model, hook or text that is not there, and where no token counts.
     """
     from sae_research.lm import load_language_model, median_activation_norm, pick_device, token_mask
+    from sae_research.precision import pass_dtype
     from sae_research.text.stream import token_contexts
 
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
