@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from training_helpers import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
 from sae_research.params import Train
@@ -342,3 +343,20 @@ def test_jump_relu_starts_with_twice_its_target_active(planted_rows):
             z = recipe._encode(planted_rows)[1]
         assert recipe.W_enc.norm(dim=1).max() < 0.8
         assert float((z > 0).float().sum(1).mean()) == pytest.approx(2 * target, rel=0.25)
+
+
+def test_jump_relu_recovers_known_directions_as_batch_top_k_does():
+    """At the same L0: both spend latents on tokens as they need them."""
+    generator = torch.Generator().manual_seed(11)
+    truth = torch.nn.functional.normalize(torch.randn(48, 20, generator=generator), dim=1)
+    active = torch.rand(4096, 48, generator=generator) < 3 / 48
+    rows = ((1 + 0.3 * torch.randn(4096, 48, generator=generator)) * active) @ truth
+    rows /= rows.square().sum(1).mean().sqrt()
+    found = {}
+    for name, sparsity in (("jump_relu", {"target_l0": 3}), ("batch_top_k", {"k": 3})):
+        config = {"recipe": name, "d_sae": 48, "learning_rate": 0.006, **sparsity}
+        recipe = trained(recipe_of(RECIPES[name], 20, rows, **config), rows, steps=250)
+        cosine = (truth @ recipe.W_dec.detach().T).numpy()
+        found[name] = cosine[linear_sum_assignment(-cosine)].mean()
+        assert float(recipe.compute(rows, 1.0).l0) == pytest.approx(3, rel=0.2)
+    assert found["jump_relu"] > 0.75 and found["jump_relu"] > found["batch_top_k"] - 0.05, found
