@@ -78,9 +78,11 @@ def _reconstruction_ratios(sums: dict[str, list[float]]) -> dict[str, Ratio]:
 
 
 def about_mean(sums: dict[str, list[float]]) -> dict[str, float]:
-    """Cosine and relative bias of what activations and reconstructions are beyond the mean activation."""
+    """Cosine and relative bias of what activations and reconstructions are beyond the mean activation; without those that
+    have no meaning, because no token counted or no reconstruction moved."""
     figures = _reconstruction_ratios(sums)
-    return {key: figures[key].value for key in ("cosine_about_mean", "bias_about_mean")}
+    values = {key: figures[key].value for key in ("cosine_about_mean", "bias_about_mean")}
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def _prediction_ratios(sums: Sums) -> dict[str, Ratio]:
