@@ -33,13 +33,13 @@ def test_every_kind_of_pointer_is_followed_without_a_path_or_a_time(in_project: 
                  "runs/y/trainer_0/ae.pt", "task.csv", "sae/cfg.json", "questions.jsonl", "known.json"):
         (outside / name).parent.mkdir(parents=True, exist_ok=True)
         (outside / name).write_text(name)
-    (in_project / "custom_saes").mkdir()
-    (in_project / "custom_saes/mine.py").write_text("from custom_saes import helper\n")
-    (in_project / "custom_saes/helper.py").write_text("")
+    (in_project / "own_saes").mkdir()
+    (in_project / "own_saes/mine.py").write_text("from own_saes import helper\n")
+    (in_project / "own_saes/helper.py").write_text("")
     os.mkfifo(outside / "texts/pipe")
     params = check_params({
         "text": {"dataset": str(outside / "texts")}, "model": {"name": "some where/model"},
-        "comparison_saes": {"folders": [str(outside / "runs/*/trainer_0"), "absent/*"], "python": ["custom_saes.mine:A"]},
+        "comparison_saes": {"folders": [str(outside / "runs/*/trainer_0"), "absent/*"], "python": ["own_saes.mine:A"]},
         "baseline_sae": {"source": "folder", "path": str(outside / "sae")},
         "sparse_probing": {"dataset_names": ["news_topic", str(outside / "task.csv")]},
         "unlearning": {"forget_questions": [str(outside / "questions.jsonl")]},
@@ -69,7 +69,7 @@ def test_every_kind_of_pointer_is_followed_without_a_path_or_a_time(in_project: 
         assert changed() == section, name
     (outside / "texts/new.txt").write_text("new")
     assert changed() == {"text"}
-    (in_project / "custom_saes/helper.py").write_text("1\n")
+    (in_project / "own_saes/helper.py").write_text("1\n")
     local_inputs.sources.__globals__["_read"].cache_clear()
     assert changed() == {"comparison_saes"}
 

@@ -36,7 +36,7 @@ EVALUATIONS = {"order!": [str], "evals!": {f"{name}!": STATUS for name in EVALS}
 MANIFEST = {"saes!": {str: CFG}, "order": [str]}
 TRAINING = {"saes": {str: {str: object}}, "tokens": NUMBER}
 TRANSFER = {key: {str: object} for key in ("setting", "similarity", "quality", "losses", "latents")}
-TYPE_IDS = {"absorption": "absorption_first_letter"}
+TYPE_IDS = {"absorption": "absorption_first_letter", "meta_sae": "meta_structure_decoder_variance"}
 """SAE Bench's name of an evaluation where it is not ours."""
 
 

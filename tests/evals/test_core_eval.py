@@ -137,7 +137,7 @@ def test_masked_tokens_keep_the_models_own_activations(lm: LanguageModel, make_p
 def test_interpolating_is_flagged(lm: LanguageModel, make_params: Any) -> None:
     results = run(everything(), lm, make_params())
     flags = {name: r["eval_result_unstructured"]["lab_v1"]["interpolating"] for name, r in results.items()}
-    assert flags == {"standard": False, "identity": False, "mpsae_s3": False, "mpsae_s6": False, "ihtp_k1": False,
+    assert flags == {"standard": False, "identity": True, "mpsae_s3": False, "mpsae_s6": False, "ihtp_k1": False,
                      "ihtp_k4": True}
     assert lab(results["ihtp_k4"])["variance_explained"] > 0.99
 
