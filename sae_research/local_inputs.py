@@ -20,7 +20,7 @@ from sae_research.errors import UserError
 from sae_research.params import Params
 from sae_research.section import MayBeLocal, PythonClass, Section
 from sae_research.sources import sources
-from sae_research.store import cache_dir, file_sha256, fingerprint, project_root, write_json
+from sae_research.store import cache_dir, caches_readable, file_sha256, fingerprint, project_root, write_json
 
 FOLDER = Path("inputs")
 _MEMORY = "inputs.json"
@@ -180,7 +180,7 @@ class _Memory:
     def __init__(self) -> None:
         self.path = project_root() / ".cache" / _MEMORY
         self.old: dict[str, Any] = {}
-        if os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0") and self.path.is_file():
+        if caches_readable() and self.path.is_file():
             try:
                 values = json.loads(self.path.read_text())
                 self.old = values if isinstance(values, dict) else {}
