@@ -27,6 +27,9 @@ class Text(Section):
     column_name: Name = "text"
     context_size: Annotated[Positive, Field(ge=8)] = 128
     """Tokens per context, the leading separator included."""
+    held_out_characters: Positive = 20_000_000
+    """Where the core_eval split ends, after 5 million tokens or so. It is read and indexed before training starts, since
+    training text near it is left out: ten times as much is then streamed of a hub's data, once."""
 
 
 class TokenMask(Section):

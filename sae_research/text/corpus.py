@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.store import fingerprint
+from sae_research.text.held_out import held_out_index
 from sae_research.text.hub import hub_revision, stream_rows
 from sae_research.text.local import (
     as_text,
@@ -22,6 +23,7 @@ from sae_research.text.local import (
     looks_local,
     read_rows,
 )
+from sae_research.text.near_copies import DEFINITION, NearIndex
 from sae_research.text.packaged import packaged_version, read_packaged
 from sae_research.text.split import SHARES, SPLITS, split_of_hash, text_hash
 
@@ -33,6 +35,10 @@ MAX_CHARACTERS = 4_000
 DOC_ID_DIGITS = 12
 HASHES_IN_MEMORY = 2**18
 """About 25 MB; the packaged text has fewer."""
+TRAINING, HELD_OUT = "sae_train", "core_eval"
+"""Training text that is a near copy of held-out text is left out."""
+_COMPARED = 64
+"""Training documents looked up together."""
 
 
 class Document(NamedTuple):
@@ -92,12 +98,13 @@ PACKAGED_SOURCES: tuple[PackagedSource, ...] = (
 )
 
 
-def documents(text: Text, split: str, decode: Decode | None = None) -> Iterator[Document]:
+def documents(text: Text, split: str, decode: Decode | None = None) -> Documents:
     """The documents of one split, without duplicates, in an order that never changes.
 
     The packaged sources take turns; local files come in order of their names, hub rows as the hub streams
     them. The iterator ends when the text does: `stream.token_contexts` is the caller that says when that was
-    too soon.
+    too soon. `core_eval` also ends at `text.held_out_characters`; it is indexed before the first document of `sae_train`
+    is given, so that near copies of it (`text.near_copies`) are left out there.
 
     Raises `UserError` at the first document asked for: no such folder, no readable file, no such column, hub
     out of reach; and at the end if the data set held no document in any split. Where the column holds lists of token
@@ -105,15 +112,69 @@ def documents(text: Text, split: str, decode: Decode | None = None) -> Iterator[
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    seen, empty = _Seen(), True
-    for content, source in _raw_documents(text, decode):
-        digest, empty = text_hash(content), False
-        if split_of_hash(digest) == split and seen.add(digest):
-            kept = content[:MAX_CHARACTERS] if text.dataset == PACKAGED else content
-            yield Document(kept, digest[:DOC_ID_DIGITS], source)
-    if empty:
-        raise UserError(f"text.dataset {text.dataset}: the data set is empty; looked for text in column "
-                        f"{text.column_name!r}")
+    return Documents(text, split, decode)
+
+
+class Documents(Iterator[Document]):
+    """What `documents` gives, and why there is no more of it."""
+
+    def __init__(self, text: Text, split: str, decode: Decode | None) -> None:
+        self.text, self.split, self.decode = text, split, decode
+        self.near_copies = 0
+        """Training documents left out so far, near copies of held-out ones."""
+        self.limited = False
+        """Whether held-out text went on after `text.held_out_characters`."""
+        self._found = {TRAINING: self._apart, HELD_OUT: self._first}.get(split, self._all)()
+
+    def __next__(self) -> Document:
+        return next(self._found)
+
+    def why_no_more(self) -> str:
+        """What to say, after a comma, where the documents turn out too few; empty where the text just ends."""
+        if self.near_copies:
+            return f", {self.near_copies:,} others are near copies of held-out text"
+        return f", text.held_out_characters is {self.text.held_out_characters:,}" if self.limited else ""
+
+    def _all(self) -> Iterator[Document]:
+        seen, empty = _Seen(), True
+        for content, source in _raw_documents(self.text, self.decode):
+            digest, empty = text_hash(content), False
+            if split_of_hash(digest) == self.split and seen.add(digest):
+                kept = content[:MAX_CHARACTERS] if self.text.dataset == PACKAGED else content
+                yield Document(kept, digest[:DOC_ID_DIGITS], source)
+        if empty:
+            raise UserError(f"text.dataset {self.text.dataset}: the data set is empty; looked for text in column "
+                            f"{self.text.column_name!r}")
+
+    def _first(self) -> Iterator[Document]:
+        characters = 0
+        for document in self._all():
+            if characters >= self.text.held_out_characters:
+                self.limited = True
+                return
+            characters += len(document.text)
+            yield document
+
+    def _apart(self) -> Iterator[Document]:
+        index, found = None, self._all()
+        while batch := list(islice(found, _COMPARED)):
+            index = index or _held_out_index(self.text, self.decode)  # only of text that can be read
+            near = index.near([document.text for document in batch])
+            self.near_copies += int(near.sum())
+            yield from (document for document, is_near in zip(batch, near, strict=True) if not is_near)
+
+
+def _held_out_index(text: Text, decode: Decode | None) -> NearIndex:
+    decoded = False
+
+    def noted(ids: list[int]) -> str:
+        nonlocal decoded
+        decoded = True  # the text is then the tokenizer's too, which the fingerprint does not know
+        assert decode is not None
+        return decode(ids)
+
+    held_out = documents(text, HELD_OUT, noted if decode else None)
+    return held_out_index(text_fingerprint(text, HELD_OUT), (document.text for document in held_out), lambda: not decoded)
 
 
 class _Seen:
@@ -153,7 +214,8 @@ def text_fingerprint(text: Text, split: str) -> str:
         data = [local_fingerprint(local), text.column_name]
     else:
         data = [hub_revision(text.dataset), text.column_name]
-    return fingerprint({"dataset": text.dataset, "data": data, "split": split, "shares": SHARES})
+    return fingerprint({"dataset": text.dataset, "data": data, "split": split, "shares": SHARES,
+                        "held_out": [text.held_out_characters, *DEFINITION]})
 
 
 def _raw_documents(text: Text, decode: Decode | None) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,10 @@ from sae_research.text.local import (
     looks_local,
     read_rows,
 )
+from sae_research.text.near_copies import NearIndex, shingle_sets
 from sae_research.text.packaged import read_packaged
 from sae_research.text.split import text_hash
-from sae_research.text.tasks import TaskUnavailable, distinct_texts, pick
+from sae_research.text.tasks import TaskUnavailable, Texts, apart, distinct_texts, pick
 
 Cell = tuple[int, int]
 Cells = dict[Cell, list[str]]
@@ -118,7 +120,8 @@ def crossed_fingerprint(task: CrossedTask) -> str:
 
 
 class _Parts(NamedTuple):
-    """All texts a task could use; `seed_picks` says whether the seed chooses among them or their order does."""
+    """All texts a task could use; `seed_picks` says whether the seed chooses among them, or their order does and test texts
+    near those chosen for training are passed over."""
 
     name: str
     first: tuple[str, str]
@@ -139,14 +142,30 @@ def _select(parts: _Parts, train_size: int, test_size: int, seed: int) -> Crosse
         raise TaskUnavailable(f"task {parts.name}: sizes {train_size} and {test_size} ask for {train_size // 4} train and "
                               f"{test_size // 4} test texts in each cell and twice that where the attributes agree: "
                               f"set sizes of at most {largest[0]} and {largest[1]}")
+
     def choose(cells: Cells, size: int) -> Cells:
         return {cell: (pick({"": texts}, len(texts), seed)[""] if parts.seed_picks else texts)[:size // 4 * _share(cell)]
                 for cell, texts in cells.items()}
 
+    train = choose(parts.train, train_size)
+    test = choose(parts.test if parts.seed_picks else _far(parts, train, test_size), test_size)
     available = {f"{parts.first[a]}, {parts.second[b]}": {"train": len(parts.train[a, b]), "test": len(parts.test[a, b])}
                  for a, b in CELLS}
-    return CrossedTask(parts.name, parts.first, parts.second, choose(parts.train, train_size),
-                       choose(parts.test, test_size), {**parts.notes, "available": available})
+    return CrossedTask(parts.name, parts.first, parts.second, train, test, {**parts.notes, "available": available})
+
+
+def _far(parts: _Parts, train: Cells, test_size: int) -> Cells:
+    """The first test texts of every cell that are no near copies of `train`, as many as are needed."""
+    index = NearIndex(shingle_sets(text for texts in train.values() for text in texts))
+    far: Cells = {cell: [] for cell in CELLS}
+    for cell, texts in parts.test.items():
+        wanted, rest = test_size // 4 * _share(cell), iter(texts)
+        while len(far[cell]) < wanted and (batch := list(islice(rest, wanted))):
+            far[cell] += [text for text, near in zip(batch, index.near(batch), strict=True) if not near]
+        if len(far[cell]) < wanted:
+            raise TaskUnavailable(f"task {parts.name}: only {len(far[cell])} test texts of {parts.first[cell[0]]}, "
+                                  f"{parts.second[cell[1]]} are no near copies of its train texts, {wanted} are needed")
+    return far
 
 
 def _share(cell: Cell) -> int:
@@ -207,7 +226,7 @@ def _local(name: str, path: Path, needed: int, skip: Callable[[str, str], None])
 
 def _one_split(name: str, first: tuple[str, str], second: tuple[str, str], rows: list[tuple[str, Cell]],
                notes: dict[str, Any], characters: int | None = None) -> _Parts:
-    """Distinct texts of the probing splits by cell, cut to `characters` if given.
+    """Distinct texts of the probing splits by cell, cut to `characters` if given, no test text near a train text.
 
     Where a text belongs is decided before it is cut; texts that are equal after it count once, train first.
     """
@@ -215,20 +234,21 @@ def _one_split(name: str, first: tuple[str, str], second: tuple[str, str], rows:
     seen: set[str] = set()
     short, parts = 0, []
     for part in (pool.train, pool.test):
-        cells: Cells = {cell: [] for cell in CELLS}
-        for cell in CELLS:
-            for text in part.get(f"{cell[0]}{cell[1]}", []):
+        kept: Texts = {f"{a}{b}": [] for a, b in CELLS}
+        for cell, texts in part.items():
+            for text in texts:
                 if characters is not None and len(text) < characters:
                     short += 1
                     continue
                 cut = text if characters is None else _cut(text, characters)
                 if text_hash(cut) not in seen:
                     seen.add(text_hash(cut))
-                    cells[cell].append(cut)
-        parts.append(cells)
-    counts = {"copies_dropped": pool.copies, "conflicting_dropped": pool.conflicting}
+                    kept[cell].append(cut)
+        parts.append(kept)
+    pool = apart(pool._replace(train=parts[0], test=parts[1]))
     cutting = {} if characters is None else {"characters": characters, "shorter_dropped": short}
-    return _Parts(name, first, second, parts[0], parts[1], {**notes, **counts, **cutting})
+    train, test = ({(a, b): part[f"{a}{b}"] for a, b in CELLS} for part in (pool.train, pool.test))
+    return _Parts(name, first, second, train, test, {**notes, **pool.dropped, **cutting})
 
 
 def _cut(text: str, characters: int) -> str:
@@ -242,7 +262,8 @@ def _cut(text: str, characters: int) -> str:
 # --- SAE Bench's hub data sets ---------------------------------------------------------------
 
 def _hub(name: str) -> Iterator[_Parts]:
-    """SAE Bench's pairs, its texts in its order, less copies and the test texts that have a copy in train."""
+    """SAE Bench's pairs, its texts in its order, less copies and the test texts that have a copy in train (near copies are
+    passed over when texts are chosen)."""
     with hub_errors(name, _MEND):
         from datasets import load_dataset
         from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig

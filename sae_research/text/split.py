@@ -2,7 +2,8 @@
 
 SAE training, core evaluation, probing train and probing test never share a text, whatever file or task it
 came from: where a text belongs is a property of the text alone. Splitting by row leaks, because the packaged
-sets repeat themselves and each other (28 % of test rows had their copy in train).
+sets repeat themselves and each other (28 % of test rows had their copy in train). Texts that are much the same without
+being equal are the matter of `text.near_copies`.
 """
 
 from __future__ import annotations

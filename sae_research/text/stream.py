@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_research.errors import UserError
 from sae_research.params import Text
-from sae_research.text.corpus import Decode, Document, documents
+from sae_research.text.corpus import Decode, Document, Documents, documents
 
 TOKENIZER_BATCH = 64
 """Documents per tokenizer call: enough for a fast tokenizer to use its threads, few enough to stay lazy."""
@@ -50,7 +50,7 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     texts = documents(text, split, decoder(tokenizer))
     tokens, docs, used = _token_stream(tokenizer, separator_id, texts, n_contexts * size)
     if len(tokens) < n_contexts * size:
-        raise _runs_out(text, split, n_tokens, len(tokens), len(used))
+        raise _runs_out(texts, n_tokens, len(tokens), len(used))
     return _contexts(tokens, docs, used, separator_id, size)
 
 
@@ -98,7 +98,7 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
             held_tokens, held_docs = held_tokens[cut:], held_docs[cut:]
             made += whole
         if whole < rows:
-            raise _runs_out(text, split, n_tokens, made * size + len(held_tokens), met)
+            raise _runs_out(texts, n_tokens, made * size + len(held_tokens), met)
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
@@ -127,12 +127,12 @@ def _contexts(tokens: np.ndarray, docs: np.ndarray, used: list[Document], separa
                     [document.doc_id for document in used], [document.source for document in used])
 
 
-def _runs_out(text: Text, split: str, wanted: int, found: int, n_documents: int) -> TextRunsOut:
-    """What there is (`found` tokens of the stream), and which of three causes to mend."""
-    size = text.context_size - 1
+def _runs_out(texts: Documents, wanted: int, found: int, n_documents: int) -> TextRunsOut:
+    """What there is (`found` tokens of the stream), and which of the causes to mend."""
+    text, size = texts.text, texts.text.context_size - 1
     whole = found // size * text.context_size
-    ends = (f"text.dataset {text.dataset}: the split {split} ends after {whole:,} of {wanted:,} tokens "
-            f"({whole / wanted:.1%}, {n_documents:,} documents)")
+    ends = (f"text.dataset {text.dataset}: the split {texts.split} ends after {whole:,} of {wanted:,} tokens "
+            f"({whole / wanted:.1%}, {n_documents:,} documents{texts.why_no_more()})")
     if n_documents < FEW_DOCUMENTS:
         return TextRunsOut(f"{ends}; every document stands in one split as a whole: give more documents, long ones cut into "
                            "many rows or files")

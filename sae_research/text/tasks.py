@@ -1,8 +1,8 @@
 """Labelled texts for the probing evaluations: packaged tasks, a user's own files, SAE Bench's hub data sets.
 
-Packaged and local tasks keep the one split: train texts are `probe_train`, test texts `probe_test`, and
-copies of a text count once. SAE Bench's hub data sets keep their own train and test parts, less the test
-texts that have a copy in train.
+Packaged and local tasks keep the one split: train texts are `probe_train`, test texts `probe_test`, copies of a text
+count once, and no text of one part is a near copy of one of the other (`text.near_copies`). SAE Bench's hub data sets
+keep their own train and test parts, less the test texts that have a copy or near copy in train.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sae_research.text.local import (
     looks_local,
     read_rows,
 )
+from sae_research.text.near_copies import NearIndex, out_of_place, shingle_sets
 from sae_research.text.packaged import read_packaged
 from sae_research.text.packaged_tasks import PACKAGED_TASKS, PackagedTask
 from sae_research.text.split import split_of_hash, text_hash
@@ -71,6 +72,13 @@ class Pool(NamedTuple):
     test: Texts
     copies: int
     conflicting: int
+    near_copies: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """For a task's notes."""
+        return {"copies_dropped": self.copies, "conflicting_dropped": self.conflicting,
+                "near_copies_dropped": self.near_copies}
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
@@ -86,7 +94,7 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     if name in PACKAGED_TASKS:
         task = PACKAGED_TASKS[name]
         notes = {"origin": "packaged", "caveat": task.caveat}
-        return _select(name, distinct_texts(_packaged_rows(task)), notes, train_size, test_size, seed)
+        return _select(name, apart(distinct_texts(_packaged_rows(task))), notes, train_size, test_size, seed)
     if name in SAE_BENCH_TASKS:
         return _sae_bench_task(name, train_size, test_size, seed)
     local = find_local(name)
@@ -124,7 +132,7 @@ def _packaged_rows(task: PackagedTask) -> Iterator[LabelledRow]:
 def _local_task(name: str, path: Path, train_size: int, test_size: int, seed: int) -> Task:
     """The classes of a user's table that have texts enough; `notes` says what was left out."""
     empty_cells: list[int] = []
-    pool = distinct_texts(_local_rows(path, empty_cells))
+    pool = apart(distinct_texts(_local_rows(path, empty_cells)))
     classes = enough(_available(pool), train_size // 2, test_size // 2)
     rare = {listed([label]): have for label, have in _available(pool).items() if label not in classes}
     notes: dict[str, Any] = {"origin": "local"}
@@ -172,6 +180,18 @@ def distinct_texts(rows: Iterable[LabelledRow]) -> Pool:
     return Pool(parts[TRAIN], parts[TEST], total - len(first), len(conflicting))
 
 
+def apart(pool: Pool) -> Pool:
+    """The pool without texts that have near copies in the other part, as far as `near_copies.out_of_place` says."""
+    places = [(split, label, text) for split, part in ((TRAIN, pool.train), (TEST, pool.test))
+              for label, texts in part.items() for text in texts]
+    wrong = out_of_place([text for *_, text in places], [split for split, *_ in places])
+    parts: dict[str, Texts] = {split: {label: [] for label in pool.train} for split in (TRAIN, TEST)}
+    for (split, label, text), left_out in zip(places, wrong, strict=True):
+        if not left_out:
+            parts[split][label].append(text)
+    return pool._replace(train=parts[TRAIN], test=parts[TEST], near_copies=int(wrong.sum()))
+
+
 # --- selection -------------------------------------------------------------------------------
 
 def _select(name: str, pool: Pool, notes: dict[str, Any], train_size: int, test_size: int,
@@ -181,15 +201,15 @@ def _select(name: str, pool: Pool, notes: dict[str, Any], train_size: int, test_
     if len(available) < 2:
         raise TaskUnavailable(f"task {name}: a task needs two classes, found {listed(available) or 'none'}")
     fit = enough(available, train_size // 2, test_size // 2)
+    near = f" ({pool.near_copies:,} near copies of texts of the other part left out)" if pool.near_copies else ""
     short = [f"{listed([label])} has {have['train']} train and {have['test']} test texts"
              for label, have in available.items() if label not in fit]
     if short:
         raise TaskUnavailable(
             f"task {name}: each class needs {train_size // 2} train and {test_size // 2} test texts, but "
-            f"{_several(short)}: {_mend(available, keep_all=notes['origin'] != 'local')}")
-    counts = {"available": available, "copies_dropped": pool.copies, "conflicting_dropped": pool.conflicting}
+            f"{_several(short)}{near}: {_mend(available, keep_all=notes['origin'] != 'local')}")
     return Task(name, pick(pool.train, train_size // 2, seed), pick(pool.test, test_size // 2, seed),
-                {**notes, **counts})
+                {**notes, "available": available, **pool.dropped})
 
 
 def _several(short: Sequence[str], most: int = 5) -> str:
@@ -217,15 +237,21 @@ def pick(texts: Texts, count: int, seed: int) -> Texts:
 # --- SAE Bench's hub data sets ---------------------------------------------------------------
 
 def _sae_bench_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
-    """SAE Bench's own selection, less the test texts that have a copy in train."""
+    """SAE Bench's own selection, less the test texts that have a copy or near copy in train."""
     train, test = _sae_bench_texts(name, train_size, test_size, seed)
-    in_train = {text_hash(text) for texts in train.values() for text in texts}
-    kept = {label: [text for text in texts if text_hash(text) not in in_train]
-            for label, texts in test.items()}
+    train_texts = [text for texts in train.values() for text in texts]
+    in_train, near_train = {text_hash(text) for text in train_texts}, NearIndex(shingle_sets(train_texts))
+    kept: Texts = {}
+    copies = near_copies = 0
+    for label, texts in test.items():
+        new = [text for text in texts if text_hash(text) not in in_train]
+        near = near_train.near(new)
+        kept[label] = [text for text, left_out in zip(new, near, strict=True) if not left_out]
+        copies, near_copies = copies + len(texts) - len(new), near_copies + int(near.sum())
     if not all(kept.values()):
-        raise TaskUnavailable(f"task {name}: every test text of a class has a copy in train")
-    dropped = sum(len(test[label]) - len(kept[label]) for label in test)
-    return Task(name, train, kept, {"origin": "hub", "test_copies_of_train_dropped": dropped})
+        raise TaskUnavailable(f"task {name}: every test text of a class has a copy or near copy in train")
+    return Task(name, train, kept, {"origin": "hub", "test_copies_of_train_dropped": copies,
+                                    "test_near_copies_of_train_dropped": near_copies})
 
 
 def _sae_bench_texts(name: str, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:

@@ -76,7 +76,8 @@ def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_para
                                        monkeypatch: Any) -> None:
     other = tmp_path / "other.jsonl"  # some of its texts stand in the first task too
     lines = [json.loads(line) for line in Path(task_file).read_text().splitlines()]
-    other.write_text("\n".join(json.dumps(row) for old in lines for row in (old, old | {"text": "so " + old["text"]})))
+    other.write_text("\n".join(json.dumps(row) for old in lines for row in (
+        old, old | {"text": " ".join(reversed(old["text"].split()))})))
 
     def with_tasks(*names: str) -> Any:
         return make_params(sparse_probing=params.sparse_probing.model_dump() | {"dataset_names": list(names)})

@@ -24,6 +24,7 @@ from sae_research.text.corpus import (
     documents,
     text_fingerprint,
 )
+from sae_research.text.near_copies import NearIndex, shingle_sets
 from sae_research.text.split import SPLITS, split_of, text_hash
 
 ROWS = [f"Document number {number}, about {'rain' if number % 2 else 'sun'}." for number in range(60)]
@@ -90,6 +91,12 @@ def test_packaged_code_stays_modest(packaged: dict[str, list[Document]]) -> None
     for found in (packaged["sae_train"], packaged["sae_train"][:1500], packaged["core_eval"]):
         code = sum(len(document.text) for document in found if document.source == "code")
         assert 0.02 < code / sum(len(document.text) for document in found) < 0.12
+
+
+def test_default_training_text_has_no_near_copies_of_core_text(packaged: dict[str, list[Document]]) -> None:
+    near = NearIndex(shingle_sets(document.text for document in packaged["core_eval"]))
+    assert not near.near([document.text for document in packaged["sae_train"][:1_800]]).any()  # 3 % of them had one
+    assert len(packaged["core_eval"]) > 5_000, "all of the packaged part can be read"
 
 
 def test_corpus_needs_neither_torch_nor_hub_libraries() -> None:

@@ -52,19 +52,19 @@ def test_tokens_decode_back_to_their_documents(byte_tokenizer: PreTrainedTokeniz
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_tokenised_rows_are_what_their_text_is(byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
-                                               suffix: str) -> None:
+def test_tokenised_rows_are_what_their_text_is(byte_tokenizer: PreTrainedTokenizerFast, text: Text, suffix: str,
+                                               tmp_path_factory: pytest.TempPathFactory) -> None:
     texts = [file.read_text() for file in sorted(Path(text.dataset).glob("*.txt"))]
     rows = pd.DataFrame({"input_ids": [
         [SEPARATOR, *byte_tokenizer(content, add_special_tokens=False)["input_ids"]] for content in texts]})
-    (tmp_path / "rows").mkdir()
-    path = tmp_path / "rows" / f"rows.{suffix}"
+    folder = tmp_path_factory.mktemp("rows")
+    path = folder / f"rows.{suffix}"
     rows.to_parquet(path) if suffix == "parquet" else rows.to_json(path, orient="records", lines=True)
-    tokenised = Text(dataset=str(tmp_path / "rows"), column_name="input_ids", context_size=16)
+    tokenised = Text(dataset=str(folder), column_name="input_ids", context_size=16)
     want = token_contexts(byte_tokenizer, SEPARATOR, text, "sae_train", 1_000)
     assert torch.equal(token_contexts(byte_tokenizer, SEPARATOR, tokenised, "sae_train", 1_000).tokens, want.tokens)
     path.unlink()
-    (tmp_path / "rows" / "bad.jsonl").write_text('{"input_ids": [5, 300000]}\n')
+    (folder / "bad.jsonl").write_text('{"input_ids": [5, 300000]}\n')
     with pytest.raises(UserError, match="token ids that are not this model's .ids 5 to 300000, the vocabulary has"):
         token_contexts(byte_tokenizer, SEPARATOR, tokenised, "sae_train", 1_000)
 

@@ -1,8 +1,8 @@
 """The 113 binary tasks of the package `sae_probes`: their texts, stock's split, and the split without leaks.
 
 Stock's split draws rows at random, so that copies of a text land on either side (28 % of all rows have a copy). Ours
-puts every distinct text where the project's one split puts it, drops texts whose copies disagree on the label, and takes
-as many of either class.
+puts every distinct text where the project's one split puts it, drops texts whose copies disagree on the label and near
+copies that would stand on either side (`text.near_copies`), and takes as many of either class.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pandas as pd
 
 from sae_research.errors import UserError
 from sae_research.params import SparseProbingSaeProbes
+from sae_research.text.near_copies import out_of_place
 from sae_research.text.packaged import packaged_folder, packaged_version
 from sae_research.text.split import split_of_hash, text_hash
 from sae_research.text.tasks import TEST, TRAIN, TaskUnavailable
@@ -100,7 +101,7 @@ def make_task(name: str, texts: Sequence[str], targets: Sequence[Any], config: S
     in_train = {rows.hashes[row] for row in train}
     notes = {
         "positive_class": str(classes[1]), "rows": len(labels), "rows_in_sae_bench_split": len(kept),
-        "texts": len(index_of), "conflicting_dropped": len(rows.conflicting),
+        "texts": len(index_of), "conflicting_dropped": len(rows.conflicting), "near_copies_dropped": len(rows.crossing),
         "sae_bench_test_texts_with_copy_in_train": sum(rows.hashes[row] in in_train for row in test),
         "sizes": {"sae_bench": [len(train), len(test)], "lab_v1": [len(lab_train), len(lab_test)]}}
     return ProbeTask(name, list(index_of), Split(numbers[0], labels[train], numbers[1], labels[test]),
@@ -144,6 +145,10 @@ class TaskRows:
         label_of: dict[str, int] = {}
         self.conflicting = {digest for digest, label in zip(self.hashes, labels, strict=True)
                             if label_of.setdefault(digest, label) != label}
+        probed = {self.hashes[row]: row for row in reversed(range(len(texts)))  # of copies the first, as `of_lab` takes
+                  if self.splits[row] in (TRAIN, TEST) and self.hashes[row] not in self.conflicting}
+        wrong = out_of_place([texts[row] for row in probed.values()], [self.splits[row] for row in probed.values()])
+        self.crossing = {digest for digest, left_out in zip(probed, wrong, strict=True) if left_out}
 
     def of_stock(self, most: int | None) -> np.ndarray:
         """All rows in the file's order, or the first `most` by hash, half of either class, copies and all."""
@@ -156,10 +161,10 @@ class TaskRows:
         """One row for each distinct text of a split, as many of either class, at most `size`, in an order without
         meaning. Raises `TaskUnavailable` where a class has fewer than `least`."""
         rows: dict[int, list[int]] = {0: [], 1: []}
-        seen: set[str] = set()
+        seen = self.conflicting | self.crossing
         for row in self.order:
             digest = self.hashes[row]
-            if self.splits[row] == part and digest not in seen and digest not in self.conflicting:
+            if self.splits[row] == part and digest not in seen:
                 seen.add(digest)
                 rows[int(self.labels[row])].append(row)
         each = min(size // 2, *(len(members) for members in rows.values()))
