@@ -19,7 +19,7 @@ from sae_research.evals.absorption.words import LETTERS, alphabetic_words, in_pr
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 
 def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,

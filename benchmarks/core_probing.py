@@ -12,7 +12,7 @@ from sae_research.evals import core, sparse_probing
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.stream import token_contexts
 from sae_research.text.tasks import load_task
 

@@ -17,7 +17,7 @@ from sae_research.lm import LanguageModel
 from sae_research.lm.load import packaged_folder
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 ALONE, BOTH = "RAVEL, SAE Bench's definition", "RAVEL, both definitions"
 AT_MOST = 1

@@ -19,7 +19,7 @@ from sae_research.evals.sae_probes.tasks import TaskRows, chosen_names, read_row
 from sae_research.lm import LanguageModel
 from sae_research.params import Params, SparseProbingSaeProbes
 from sae_research.saes import SparseAutoencoder
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 STOCK_CONTEXT = 1024
 BLOCKS = {

@@ -34,7 +34,7 @@ from sae_research.evals.scr_tpp.stage import Settings
 from sae_research.lm import LanguageModel
 from sae_research.params import SCR, TPP, Params
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.crossed_tasks import CrossedTask, load_crossed_tasks
 from sae_research.text.tasks import Task, load_task
 

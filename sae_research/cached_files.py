@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sae_research.folders import remove_leftovers, replaced_folder
-from sae_research.store import UNWRITABLE, cache_writes, caches_readable, file_sha256, write_json
+from sae_research.store import file_sha256, write_json
+from sae_research.store_cache import UNWRITABLE, cache_writes, caches_readable
 
 CHECKSUMS = "checksums.json"
 """In every entry: name of each other file -> {"bytes": length, "sha256": of its bytes}."""

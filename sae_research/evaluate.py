@@ -21,7 +21,8 @@ from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.reporting.extract import EXTRACTORS
 from sae_research.saes.guard import Guard
-from sae_research.store import NAME_LIMIT, SLUG, stage_folder
+from sae_research.store import NAME_LIMIT, SLUG
+from sae_research.store_stages import stage_folder
 
 Figures = dict[str, dict[str, dict[str, float]]]
 

@@ -19,7 +19,8 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import ResultCache, cache_dir, caches_readable, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache, cache_dir, caches_readable
 from sae_research.text.corpus import text_fingerprint
 
 

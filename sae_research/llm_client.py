@@ -23,7 +23,8 @@ from sae_research.endpoints import BadAnswer, blotted, checked_url, error_text, 
 from sae_research.errors import UserError
 from sae_research.eval_params import ChatEndpoint
 from sae_research.llm_budget import Messages
-from sae_research.store import ResultCache, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache
 
 _RETRIED = (408, 409, 425, 429, *range(500, 600))
 _NOBODY = (401, 402, 403, 404, 405)

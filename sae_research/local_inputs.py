@@ -20,7 +20,8 @@ from sae_research.errors import UserError
 from sae_research.params import Params
 from sae_research.section import MayBeLocal, PythonClass, Section
 from sae_research.sources import sources
-from sae_research.store import cache_dir, caches_readable, file_sha256, fingerprint, project_root, write_json
+from sae_research.store import file_sha256, fingerprint, project_root, write_json
+from sae_research.store_cache import cache_dir, caches_readable
 
 FOLDER = Path("inputs")
 _MEMORY = "inputs.json"

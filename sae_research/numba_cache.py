@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from sae_research.errors import UserError
-from sae_research.store import cache_dir, writable_cache_dir
+from sae_research.store_cache import cache_dir, writable_cache_dir
 
 
 def _folder() -> Path:

@@ -18,7 +18,7 @@ import psutil
 from ruamel.yaml import YAML, YAMLError
 
 from sae_research.errors import UserError
-from sae_research.store import APART
+from sae_research.store_stages import APART
 
 PATIENCE = 3.0
 """Seconds that a short command of DVC (`dvc status`) may hold its lock before we give up; DVC itself waits as long."""

@@ -11,7 +11,7 @@ from sae_research.errors import run_main
 def main() -> None:
     from sae_research.params import load_params
     from sae_research.setup.run import OUTPUT, run_setup
-    from sae_research.store import writing
+    from sae_research.store_stages import writing
 
     with writing(OUTPUT):
         run_setup(load_params())

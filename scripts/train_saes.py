@@ -10,7 +10,7 @@ from sae_research.errors import run_main
 
 def main() -> None:
     from sae_research.params import check_trained_names, load_params
-    from sae_research.store import writing
+    from sae_research.store_stages import writing
     from sae_research.training.run import OUTPUT, train
 
     params = load_params()

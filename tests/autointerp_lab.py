@@ -15,7 +15,7 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 BUFFER, TOP, WEIGHTED = 4, 6, 4
 """Of the fixture `settings`."""

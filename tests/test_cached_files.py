@@ -20,7 +20,8 @@ from sae_research.errors import UserError
 from sae_research.evals import core
 from sae_research.lm import LanguageModel, collect, load, load_language_model
 from sae_research.params import ActivationCaching, Params
-from sae_research.store import cache_dir, write_json
+from sae_research.store import write_json
+from sae_research.store_cache import cache_dir
 
 
 @pytest.fixture(scope="session")

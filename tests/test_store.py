@@ -13,7 +13,9 @@ import pytest
 
 from sae_research import store
 from sae_research.errors import UserError
-from sae_research.store import ResultCache, StageFolder, fingerprint, prune, read_json, stage_folder, write_json
+from sae_research.store import fingerprint, read_json, write_json
+from sae_research.store_cache import ResultCache, prune
+from sae_research.store_stages import StageFolder, stage_folder
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from sae_research import workspace
 from sae_research.errors import UserError
-from sae_research.store import read_status, stage_folder, writing
+from sae_research.store_stages import read_status, stage_folder, writing
 from sae_research.workspace import prepare
 
 LOCK = "schema: '2.0'\nstages:\n  one:\n    cmd: echo\n    outs:\n    - path: out\n      md5: 0\n"

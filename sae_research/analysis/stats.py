@@ -29,18 +29,8 @@ from sae_research.lm import LanguageModel, median_activation_norm, token_mask
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import (
-    cache_dir,
-    cache_writes,
-    caches_readable,
-    file_sha256,
-    fingerprint,
-    prune,
-    read_checked_json,
-    write_bytes,
-    write_checked_json,
-    write_json,
-)
+from sae_research.store import file_sha256, fingerprint, write_bytes, write_json
+from sae_research.store_cache import cache_dir, cache_writes, caches_readable, prune, read_checked_json, write_checked_json
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.stream import Contexts, context_chunks
 from sae_research.text.vocabulary import token_strings

@@ -37,7 +37,9 @@ from sae_research.stats import (
     density_histogram,
     latent_weights,
 )
-from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 from sae_research.text.stream import spread, token_contexts
 
 Sums = dict[str, float | list[float]]

@@ -11,7 +11,8 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import fingerprint, read_manifest
+from sae_research.store import fingerprint
+from sae_research.store_stages import read_manifest
 
 SAE_FOLDER = Path("downloaded_saes")
 

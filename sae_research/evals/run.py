@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_research.errors import UserError
 from sae_research.params import Params
-from sae_research.store import StageFolder, stage_folder
+from sae_research.store_stages import StageFolder, stage_folder
 
 if TYPE_CHECKING:
     from sae_research.lm import LanguageModel

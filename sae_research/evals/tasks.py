@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 
 from sae_research.errors import UserError
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.local import listed
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
 

@@ -26,7 +26,8 @@ from sae_research.evals.pool import SAMPLE, HookActivations
 from sae_research.lm import Batch, LanguageModel
 from sae_research.params import ActivationCaching, Params
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.store import cache_dir, fingerprint, prune
+from sae_research.store import fingerprint
+from sae_research.store_cache import cache_dir, prune
 
 _MEANS = "means.safetensors"
 _LARGEST_SHARE = 0.1

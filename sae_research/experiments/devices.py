@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_research.errors import UserError
-from sae_research.store import cache_dir, writable_cache_dir
+from sae_research.store_cache import cache_dir, writable_cache_dir
 
 DEVICE_VARIABLE = "SAE_RESEARCH_DEVICE"
 """What `model.device: auto` means to a worker's processes (see `lm.load.pick_device`)."""

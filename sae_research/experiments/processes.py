@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from sae_research.store import cache_dir, writable_cache_dir, write_json
+from sae_research.store import write_json
+from sae_research.store_cache import cache_dir, writable_cache_dir
 
 
 class Record:

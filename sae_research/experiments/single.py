@@ -23,7 +23,8 @@ from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.scaling import Scale, measure
 from sae_research.experiments.translate import Changes, Measure, translate
 from sae_research.params import Params, check_params, read_params
-from sae_research.store import fingerprint, writing
+from sae_research.store import fingerprint
+from sae_research.store_stages import writing
 from sae_research.training.progress import progress_path
 from sae_research.yaml_files import read_mapping
 

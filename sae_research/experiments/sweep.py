@@ -23,7 +23,8 @@ from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.dvc_queue import DVCQueue, Entry, Experiment
 from sae_research.experiments.jobs import Job, sae_keys, set_params, without
 from sae_research.params import check_params, read_params
-from sae_research.store import cache_dir, project_root, writable_cache_dir, write_json, write_text
+from sae_research.store import project_root, write_json, write_text
+from sae_research.store_cache import cache_dir, writable_cache_dir
 from sae_research.training.progress import progress_path
 from sae_research.yaml_files import parse
 

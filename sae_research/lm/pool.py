@@ -19,7 +19,8 @@ from sae_research.lm.continuation import Openings, continued
 from sae_research.lm.model import LanguageModel
 from sae_research.params import ActivationCaching
 from sae_research.sources import sources_fingerprint
-from sae_research.store import cache_dir, fingerprint, prune, write_json
+from sae_research.store import fingerprint, write_json
+from sae_research.store_cache import cache_dir, prune
 
 _FILE = "activations.bin"
 

@@ -10,7 +10,7 @@ from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, STOCK_SU
 from sae_research.reporting.run import Row, Run
 from sae_research.reporting.tables import ABSENT, count, markdown, number
 from sae_research.reporting.transfer_data import FOLDER as TRANSFER
-from sae_research.store import read_status
+from sae_research.store_stages import read_status
 
 FIELD_TOKENS = 50e6
 """Fewest training tokens in common use; a run below it calls itself a smoke run."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.reporting.metrics import EVALS, LAB
-from sae_research.store import checked_name, read_json, read_results, read_status
+from sae_research.store import checked_name, read_json
+from sae_research.store_stages import read_results, read_status
 
 Shape = Any
 NUMBER = (int, float)

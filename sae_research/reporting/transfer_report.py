@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_research.reporting.tables import ABSENT, markdown, number
 from sae_research.reporting.transfer_data import FOLDER, MAIN, MODELS, NAMES, TransferRun, at, read_transfer
-from sae_research.store import read_status
+from sae_research.store_stages import read_status
 
 CAPTIONS = {
     "quality": ("SAE quality on both models",

@@ -8,7 +8,8 @@ import numpy as np
 
 from sae_research.cached_files import new_entry, usable
 from sae_research.sources import sources_fingerprint
-from sae_research.store import cache_dir, fingerprint, prune
+from sae_research.store import fingerprint
+from sae_research.store_cache import cache_dir, prune
 from sae_research.text.near_copies import NearIndex, ShingleSets, shingle_sets
 
 MAX_GB = 1.0

@@ -17,7 +17,8 @@ from sae_research.cached_files import damage, new_entry, usable
 from sae_research.errors import UserError
 from sae_research.params import Text
 from sae_research.sources import sources_fingerprint
-from sae_research.store import cache_dir, fingerprint, prune, remove_unheld
+from sae_research.store import fingerprint
+from sae_research.store_cache import cache_dir, prune, remove_unheld
 from sae_research.text.stream import Contexts, context_chunks, token_contexts
 
 IN_MEMORY_TOKENS = 2**20

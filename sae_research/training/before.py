@@ -14,7 +14,7 @@ from sae_research.errors import UserError
 from sae_research.folders import check_writable
 from sae_research.lm import LanguageModel, token_mask
 from sae_research.params import Params, TokenMask
-from sae_research.store import cache_dir
+from sae_research.store_cache import cache_dir
 from sae_research.text.stream import TextRunsOut, token_contexts
 from sae_research.training.held_out import HELD_OUT_SPLIT
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sae_research.errors import UserError
 from sae_research.folders import remove_leftovers, replaced_folder
-from sae_research.store import file_sha256, held, prune, read_json, write_json
+from sae_research.store import file_sha256, read_json, write_json
+from sae_research.store_cache import held, prune
 
 STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
 _NAME = re.compile(r"^checkpoint_(\d+)$")

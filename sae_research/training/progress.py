@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_research.params import Params
-from sae_research.store import cache_dir, fingerprint, round_significant, write_json
+from sae_research.store import fingerprint, round_significant, write_json
+from sae_research.store_cache import cache_dir
 
 PROGRESS_FILE = "progress.json"
 SECONDS_BETWEEN_WRITES = 1.0

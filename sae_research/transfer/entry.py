@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae_research.params import Params
-from sae_research.store import stage_folder
+from sae_research.store_stages import stage_folder
 
 RESULTS = Path("eval_results/transfer")
 

@@ -19,7 +19,8 @@ from sae_research.lm.hooks import find_layers, parse_hook
 from sae_research.params import Text
 from sae_research.sources import sources_fingerprint
 from sae_research.stats import CleanPredictions
-from sae_research.store import cache_dir, file_sha256, fingerprint, prune, write_json
+from sae_research.store import file_sha256, fingerprint, write_json
+from sae_research.store_cache import cache_dir, prune
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer.text import TextSource, contexts, documents_of
 from sae_research.transfer_params import OwnFinetune

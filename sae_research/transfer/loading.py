@@ -12,7 +12,8 @@ from sae_research.params import Params, Text
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.setup.fits import check_fits, fill_in, is_model
 from sae_research.setup.sources import read_folder, read_release
-from sae_research.store import StageFolder, fingerprint, round_significant, user_path, write_json, write_text
+from sae_research.store import fingerprint, round_significant, user_path, write_json, write_text
+from sae_research.store_stages import StageFolder
 from sae_research.transfer.finetune import finetuned_model
 from sae_research.transfer.tokenizers import TokenizerCheck, check_tokenizers, choose_tokenization
 from sae_research.transfer_params import TransferSAE

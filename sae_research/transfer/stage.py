@@ -15,7 +15,9 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes.guard import Guard
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import ResultCache, StageFolder, fingerprint, round_significant, write_text
+from sae_research.store import fingerprint, round_significant, write_text
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer import results
 from sae_research.transfer.finetune import outputs_moved, perturbed_model, weights_moved

@@ -28,7 +28,8 @@ from sae_research.lm import LanguageModel
 from sae_research.lm.unembedding import unembedding
 from sae_research.params import Params
 from sae_research.saes import save_sae
-from sae_research.store import read_status, write_json
+from sae_research.store import write_json
+from sae_research.store_stages import read_status
 
 
 def dense(stats: LatentStats) -> np.ndarray:

@@ -24,7 +24,7 @@ from sae_research.lm import LanguageModel, continuation
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from sae_research.evals.inputs import SAE_FOLDER
 from sae_research.evals.run import run_evaluation
 from sae_research.params import Params
 from sae_research.saes import save_sae
-from sae_research.store import read_json, read_status, write_json
+from sae_research.store import read_json, write_json
+from sae_research.store_stages import read_status
 
 KEY = "sk-very-secret-0123456789"
 

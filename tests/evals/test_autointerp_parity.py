@@ -22,7 +22,7 @@ from sae_research.evals.pool import HookActivations
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import encode_each
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 

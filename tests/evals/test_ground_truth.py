@@ -34,7 +34,7 @@ from sae_research.reporting.ground_truth_data import FOLDER, extract_ground_trut
 from sae_research.reporting.ground_truth_figures import draw_ground_truth
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sae
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import cache_dir
+from sae_research.store_cache import cache_dir
 from sae_research.visualization_params import Visualization
 
 SMALL = {"num_features": 48, "hidden_dim": 24, "hierarchy_roots": 6, "max_probability": 0.2, "min_probability": 0.02}

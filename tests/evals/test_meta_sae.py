@@ -22,7 +22,7 @@ from sae_research.instance_sae import IHTPSAE, MPSAE
 from sae_research.lm import LanguageModel
 from sae_research.params import MetaSAE
 from sae_research.saes.linear import LinearSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 

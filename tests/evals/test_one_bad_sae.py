@@ -24,7 +24,7 @@ from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.guard import Guard
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 
 def made(cls: type[StandardSAE] = StandardSAE, d_sae: int = 64, scale: float = 1.0, bias: float = -0.5,

@@ -19,7 +19,7 @@ from sae_research.evals.probes import Draw, top_k_accuracy
 from sae_research.evals.text_means import TextActivations
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 FORMS = ("standard", "topk", "mpsae", "ihtp")

@@ -26,7 +26,7 @@ from sae_research.params import Params
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.linear import LinearSAE
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 D = world.D
 

@@ -26,7 +26,7 @@ from sae_research.intervals import accuracy
 from sae_research.lm import LanguageModel
 from sae_research.params import SparseProbingSaeProbes
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.split import split_of, text_hash
 from sae_research.text.tasks import TaskUnavailable
 

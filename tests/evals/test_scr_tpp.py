@@ -28,7 +28,7 @@ from sae_research.lm import LanguageModel
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.linear import LinearSAE
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.split import split_of
 
 KINDS = ["animals", "weather", "trades"]

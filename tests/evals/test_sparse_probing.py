@@ -15,7 +15,7 @@ from sae_research.errors import UserError
 from sae_research.evals import probes, sparse_probing
 from sae_research.instance_sae import MPSAE
 from sae_research.lm import LanguageModel
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.split import split_of
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from sae_research.errors import UserError
 from sae_research.evals.tasks import load_tasks, need_one
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 
 def table(path: Path, count: int) -> str:

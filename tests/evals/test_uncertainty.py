@@ -14,7 +14,7 @@ from evals_saes import identity, standard
 from sae_research.evals import clusters, core, sparse_probing
 from sae_research.intervals import accuracy, difference, ratio
 from sae_research.lm import LanguageModel
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text import stream
 from sae_research.text.split import split_of
 from sae_research.text.stream import Contexts

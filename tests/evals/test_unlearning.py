@@ -24,7 +24,7 @@ from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.standard import StandardSAE
-from sae_research.store import StageFolder, read_status, stage_folder
+from sae_research.store_stages import StageFolder, read_status, stage_folder
 from tests import knowing_model
 
 SAEs = dict[str, SparseAutoencoder]

@@ -16,7 +16,7 @@ from sae_research import cached_files
 from sae_research.evals import core, sparse_probing
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.params import Params
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from sae_research.errors import UserError
 from sae_research.evals.tasks import load_tasks
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.local import read_rows
 from sae_research.text.questions import load_question_set

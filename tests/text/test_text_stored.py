@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_research.cached_files import CHECKSUMS, damage
 from sae_research.errors import UserError
 from sae_research.params import Text
-from sae_research.store import held, prune, remove_unheld
+from sae_research.store_cache import held, prune, remove_unheld
 from sae_research.text import corpus, stored
 from sae_research.text.stored import StoredContexts, contexts_sha256, long_contexts
 from sae_research.text.stream import token_contexts

@@ -19,7 +19,7 @@ from training_helpers import CONFIGS, HOOK, STANDARD, TOP_K
 
 from sae_research.errors import Interrupted, UserError, run_main
 from sae_research.saes import load_sae
-from sae_research.store import held
+from sae_research.store_cache import held
 from sae_research.text import stored
 from sae_research.training import checkpoint, run, trainer
 from sae_research.training.progress import PROGRESS_FILE, progress_path, run_folder

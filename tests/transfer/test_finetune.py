@@ -11,7 +11,7 @@ from damage import flip
 
 from sae_research.errors import UserError
 from sae_research.params import Text
-from sae_research.store import cache_dir
+from sae_research.store_cache import cache_dir
 from sae_research.transfer.finetune import finetuned_model, outputs_moved, perturbed_model, weights_moved
 from sae_research.transfer_params import OwnFinetune
 

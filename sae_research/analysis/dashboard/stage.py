@@ -7,7 +7,8 @@ from typing import Any
 
 from sae_research.errors import UserError
 from sae_research.params import Params
-from sae_research.store import read_json, read_manifest, stage_folder
+from sae_research.store import read_json
+from sae_research.store_stages import read_manifest, stage_folder
 
 FOLDER = Path("dashboards")
 SAES = Path("downloaded_saes")

@@ -24,7 +24,8 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.guard import Family, Guard
-from sae_research.store import ResultCache, StageFolder
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 
 MIN_TRAIN_WORDS = 10
 MIN_TEST_WORDS = 5

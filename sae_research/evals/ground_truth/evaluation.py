@@ -24,7 +24,9 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sa
 from sae_research.saes.registry import code_fingerprint
 from sae_research.setup.run import VARIANTS
 from sae_research.setup.sources import matching_folders, python_name, read_folder, read_python
-from sae_research.store import ResultCache, StageFolder, fingerprint, prune, slugify, stage_folder, write_json
+from sae_research.store import fingerprint, slugify, write_json
+from sae_research.store_cache import ResultCache, prune
+from sae_research.store_stages import StageFolder, stage_folder
 
 FOLDER = Path("eval_results/ground_truth")
 RESULTS_FILE = "results.json"
@@ -201,7 +203,7 @@ def _given(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], tr
 
 
 def prune_cache(params: Params) -> None:
-    from sae_research.store import cache_dir
+    from sae_research.store_cache import cache_dir
 
     prune(cache_dir("ground_truth"), params.activation_caching.max_gb)
 

@@ -17,7 +17,8 @@ from sae_research.evals.ground_truth.data import World
 from sae_research.ground_truth_params import GridPoint, GroundTruth
 from sae_research.saes import SAEConfig, SparseAutoencoder, load_sae, save_sae
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import cache_dir, caches_readable, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import cache_dir, caches_readable
 from sae_research.train_params import Train
 from sae_research.training.member import make_member, start
 from sae_research.training.progress import PROGRESS_FILE, ProgressFile

@@ -27,7 +27,9 @@ from sae_research.params import MetaSAE, Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.guard import Guard
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 
 EVAL_TYPE = "meta_structure_decoder_variance"
 _STOCK_EVAL_ROWS = 4096

@@ -36,7 +36,9 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.guard import Family, Guard
-from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 
 # one SAE's findings: task -> definition -> {"latents": how many the mask takes, "answers": to every test pair}
 Findings = dict[str, dict[str, dict[str, Any]]]

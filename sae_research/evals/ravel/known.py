@@ -17,7 +17,8 @@ from sae_research.evals.ravel.answers import right, right_sae_bench
 from sae_research.evals.ravel.prompts import Prompt, build_prompts, load_class
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
-from sae_research.store import ResultCache, StageFolder
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 
 
 class Known(NamedTuple):

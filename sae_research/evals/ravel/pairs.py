@@ -14,7 +14,7 @@ from sae_research.evals.ravel.answers import names
 from sae_research.evals.ravel.known import Known
 from sae_research.evals.ravel.prompts import Prompt
 from sae_research.params import Params
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 
 
 class Pair(NamedTuple):

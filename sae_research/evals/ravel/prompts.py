@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
-from sae_research.store import StageFolder, read_json
+from sae_research.store import read_json
+from sae_research.store_stages import StageFolder
 from sae_research.text.hub import hub_errors
 from sae_research.text.local import find_local, looks_local
 

@@ -24,7 +24,8 @@ from sae_research.evals.pool import HookActivations
 from sae_research.lm import Batch, LanguageModel, token_mask
 from sae_research.params import Params, TokenMask
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.store import cache_dir, fingerprint, prune
+from sae_research.store import fingerprint
+from sae_research.store_cache import cache_dir, prune
 
 _FILE = "last_tokens.npy"
 _ENCODE_AT_ONCE = 1024

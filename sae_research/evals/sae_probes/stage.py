@@ -30,7 +30,9 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder, families
 from sae_research.saes.guard import Family, Guard
-from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 from sae_research.text.tasks import TaskUnavailable
 
 _TOKENS_AT_ONCE = 200_000

@@ -19,7 +19,7 @@ from sae_research.evals.text_means import brought_in, text_numbers, tokenise
 from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.store import StageFolder
+from sae_research.store_stages import StageFolder
 from sae_research.text.crossed_tasks import CrossedTask, load_crossed_tasks
 from sae_research.text.tasks import Task
 

@@ -20,7 +20,9 @@ from sae_research.lm import LanguageModel
 from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.guard import Family, Guard
-from sae_research.store import ResultCache, StageFolder, fingerprint
+from sae_research.store import fingerprint
+from sae_research.store_cache import ResultCache
+from sae_research.store_stages import StageFolder
 
 DEFINITIONS: tuple[Definition, ...] = ("sae_bench", "lab")
 
