@@ -1,5 +1,5 @@
-"""Where numba keeps compiled code: with the other caches, not beside the source. Import before numba, which reads the
-setting when it is imported."""
+"""numba, told before its import to keep compiled code with the other caches, not beside the source. Import it from
+here."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def _folder() -> Path:
 
 if "NUMBA_CACHE_DIR" not in os.environ:
     os.environ["NUMBA_CACHE_DIR"] = str(_folder())
+
+import numba  # noqa: E402  (reads the setting above when it is imported)
+from numba.core import types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+__all__ = ["intrinsic", "numba", "types"]

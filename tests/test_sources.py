@@ -26,7 +26,7 @@ REACHED_BY: dict[str, set[str]] = {
     "lm/model.py": LM, "lm/hooks.py": LM, "lm/pool.py": LM, "lm/products.py": LM, "store.py": LM, "model_params.py": LM,
     "saes/base.py": LM - {"activations"}, "stats/losses.py": LM - {"activations", "probing"},
     "intervals.py": {"core", "core_ihtp", "probing"}, "evals/core_figures.py": {"core", "core_ihtp"},
-    "pursuit/screening.py": PURSUIT, "pursuit/kernels_triton.py": PURSUIT, "precision.py": PURSUIT,
+    "pursuit/kernels_triton.py": PURSUIT, "precision.py": PURSUIT,
     "training/recipes/gated.py": {"train"}, "saes/topk.py": {"core", "probing"}, "reporting/report.py": set(),
     "analysis/steer.py": set(), "analysis/dashboard/templates/latent.html": {"dashboard"},
     "analysis/dashboard/static/core.js": {"dashboard"},

@@ -134,8 +134,8 @@ def _verb(verbs: Verbs, name: str, help_line: str, example: str, sae: bool = Tru
 
 def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        from sae_research.analysis import verbs  # torch takes seconds to import
+        from sae_research.analysis import verbs as actions  # torch takes seconds to import
 
-        getattr(verbs, name)(options)
+        getattr(actions, name)(options)
         return 0
     return run

@@ -8,15 +8,9 @@ from functools import cached_property
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.lm import (
-    ActivationPool,
-    Batch,
-    LanguageModel,
-    collect,
-    median_activation_norm,
-    sae_bench_mask,
-    token_mask,
-)
+from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
+from sae_research.lm.model import LanguageModel
+from sae_research.lm.pool import ActivationPool, Batch, collect
 from sae_research.params import Params
 
 SAMPLE = 64

@@ -26,7 +26,7 @@ from sae_research.params import check_params, read_params
 from sae_research.store import project_root, write_json, write_text
 from sae_research.store_cache import cache_dir, writable_cache_dir
 from sae_research.training.progress import progress_path
-from sae_research.yaml_files import parse
+from sae_research.yaml_files import parse as parse_yaml
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
 """What an experiment's figures depend on beside its parameters."""
@@ -72,7 +72,7 @@ def _figures(root: Path, experiment: Experiment) -> dict[str, Any]:
 def _keys(root: Path, experiment: Experiment) -> dict[str, str]:
     text = dvc_queue.file_at(root, experiment.revision, str(PARAMS))
     try:
-        return sae_keys(check_params(parse(text, experiment.name), experiment.name)) if text else {}
+        return sae_keys(check_params(parse_yaml(text, experiment.name), experiment.name)) if text else {}
     except UserError:  # made when params.yaml had other keys
         return {}
 

@@ -137,8 +137,6 @@ class Dictionary:
         self.max_chunk_bytes = MAX_CHUNK_BYTES if max_chunk_bytes is None else max_chunk_bytes
         self.max_gram_bytes = _gram_limit(atoms_FD.device) if max_gram_bytes is None else max_gram_bytes
         self._rows: dict[torch.dtype, GramRows] = {}
-        self.rounded: tuple[Tensor, float, float] | None = None
-        """What `screening` keeps of the atoms."""
 
     def gram(self, dtype: torch.dtype | None = None) -> GramRows:
         """Gram rows in `dtype` (the atoms' own by default), made when first asked for."""

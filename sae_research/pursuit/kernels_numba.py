@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 
-from sae_research import numba_cache  # noqa: F401  (before numba: says where compiled code is kept)
+from sae_research.numba_cache import intrinsic, numba, types
 
-import numba  # isort: skip
-from numba.core import types  # isort: skip
-from numba.extending import intrinsic  # isort: skip
 
 # One running maximum per lane lets the compiler update and compare whole vector registers; a single running maximum
 # was seen to be four times slower.

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from sae_research.pursuit.dictionary import Dictionary
 from sae_research.pursuit.least_squares import fit
-from sae_research.pursuit.screening import can_screen, largest
 
 PADDED_TO = 32
 """Supports are padded to a multiple of this where those of several sequences are solved together."""
@@ -40,11 +39,7 @@ def fit_sequences(x: Sequence[Tensor], dictionary: Dictionary, k_values: Sequenc
     found: list[list[SequenceFit]] = [[] for _ in k_values]
     for chunk in _chunks(x, dictionary):
         correlations: Sequence[Tensor | None] = [None] * len(chunk)
-        if can_screen(chunk[0]):
-            sizes = [len(tokens) for tokens in chunk]
-            best = largest(torch.cat(chunk), dictionary, max(k_values))
-            ranked = list(zip(*(part.split(sizes) for part in best), strict=True))
-        elif sum(map(len, chunk)) > dictionary.tokens_at_a_time():  # one sequence, too long to keep its correlations
+        if sum(map(len, chunk)) > dictionary.tokens_at_a_time():  # one sequence, too long to keep its correlations
             ranked = [_ranked_in_parts(chunk[0], dictionary, max(k_values))]
         else:
             correlations = dictionary.correlations(torch.cat(chunk)).split([len(tokens) for tokens in chunk])

@@ -22,7 +22,7 @@ SAME = 1.02
 STEPS = 256
 """Steps of the area's trapezoids over log L0, besides the measured points."""
 
-Curve = list[tuple[float, float]]
+Points = list[tuple[float, float]]
 """(L0, figure), ascending in L0."""
 
 
@@ -34,7 +34,7 @@ class Grid:
     group: str
     members: tuple[Contender, ...]
 
-    def curve(self, metric: Metric) -> Curve:
+    def curve(self, metric: Metric) -> Points:
         """Measured points; several at one L0 count as their mean."""
         by_l0: dict[float, list[float]] = {}
         for member in self.members:
@@ -134,7 +134,7 @@ def meetings(one: Grid, other: Grid) -> list[tuple[Point, Point]]:
     return found
 
 
-def at(curve: Curve, l0: float) -> float | None:
+def at(curve: Points, l0: float) -> float | None:
     """The figure at an L0, linear in log L0 between the points beside it; None outside the measured range.
 
     >>> at([(10.0, 0.0), (1000.0, 1.0)], 100.0), at([(10.0, 0.0), (1000.0, 1.0)], 9.9)
@@ -150,7 +150,7 @@ def at(curve: Curve, l0: float) -> float | None:
     return y0 + (y1 - y0) * math.log(l0 / x0) / math.log(x1 / x0)
 
 
-def common_l0(curves: Sequence[Curve]) -> list[float]:
+def common_l0(curves: Sequence[Points]) -> list[float]:
     """Powers of two that lie on at least one curve of two points or more."""
     wide = [curve for curve in curves if len(curve) > 1]
     if not wide:
@@ -160,7 +160,7 @@ def common_l0(curves: Sequence[Curve]) -> list[float]:
     return [power for power in powers if any(at(curve, power) is not None for curve in wide)]
 
 
-def common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+def common_range(curves: Sequence[Points]) -> tuple[float, float] | None:
     """The L0 that all curves of two points or more cover; None where they have no stretch in common."""
     wide = [curve for curve in curves if len(curve) > 1]
     if not wide:
@@ -169,16 +169,16 @@ def common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
     return (low, high) if low < high else None
 
 
-def pareto(curve: Curve, better: str) -> Curve:
+def pareto(curve: Points, better: str) -> Points:
     """The best figure at no higher an L0, along the curve: what spending up to that much L0 buys."""
     best = max if better == "higher" else min
-    front: Curve = []
+    front: Points = []
     for x, y in curve:
         front.append((x, best(y, front[-1][1]) if front else y))
     return front
 
 
-def area(curve: Curve, better: str, low: float, high: float) -> float:
+def area(curve: Points, better: str, low: float, high: float) -> float:
     """Mean of the Pareto curve over log L0 from `low` to `high`: its area there, divided by the width.
 
     The curve must cover the range. The best so far counts from the curve's own start, also where that lies below `low`.

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sae_research.reporting.canvas import INK, MUTED, SMALL, TEXT, log_axis, plain, say, span
-from sae_research.reporting.equal_l0 import Curve, Grid, at, common_l0, common_range, grids
+from sae_research.reporting.equal_l0 import Grid, Points, at, common_l0, common_range, grids
 from sae_research.reporting.metrics import Metric, headline
 from sae_research.reporting.run import Run
 from sae_research.reporting.style import Look, marker_size
@@ -65,7 +65,7 @@ def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Ma
             axes.plot(*zip(*ticks, strict=True), linestyle="none", marker="|", markersize=7, color=style.color, zorder=2.5)
 
 
-def _drawn(curve: Curve) -> Curve:
+def _drawn(curve: Points) -> Points:
     """The curve with places between its points: linear in the figure, it is bent where the axis is logarithmic."""
     between = [(x0 * (x1 / x0) ** (step / STEPS)) for (x0, _), (x1, _) in pairwise(curve) for step in range(STEPS)]
     return [*((x, y) for x in between if (y := at(curve, x)) is not None), curve[-1]]

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sae_research.params import Visualization
 from sae_research.reporting.canvas import INK, SMALL, TEXT, plain
+from sae_research.visualization_params import Visualization
 
 
 def new_figure(style: Visualization, columns: int, rows: int = 1, height: float = 0.75, legend: float = 0.0) -> Figure:

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research import numba_cache  # noqa: F401  (before numba: says where compiled code is kept)
+from sae_research.numba_cache import numba
 from sae_research.pursuit.kernels_numba import in_threads
-
-import numba  # isort: skip
 
 STEPS = 64
 """Of the bisection, at most: by then the limits are neighbours among float32 numbers."""

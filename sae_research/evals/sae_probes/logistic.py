@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sae_research import numba_cache  # noqa: F401  (before numba: says where compiled code is kept)
-
-import numba  # isort: skip
+from sae_research.numba_cache import numba
 
 _NEWTON_STEPS = 200
 _SWEEPS = 500

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_research.evals.probes import Draw, ProbeTask, draw
 from sae_research.evals.scr_tpp.ablation import Definition, View, ablated_logits, effects, strongest
+from sae_research.evals.scr_tpp.scr import Metrics
 from sae_research.intervals import Ratio, interval
 from sae_research.text.tasks import Task
 
@@ -23,7 +24,6 @@ MIN_CLASSES = 3
 """The two probes of a two-class task mirror each other: what one loses the other loses."""
 KINDS = ("total_metric", "intended_diff_only", "unintended_diff_only")
 
-Metrics = dict[str, float]
 
 
 class TppTask(NamedTuple):
