@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_research.errors import UserError, run_main
+from sae_research.runtime.errors import UserError, run_main
 
 if TYPE_CHECKING:
     from sae_research.saes import SparseAutoencoder
@@ -41,10 +41,10 @@ def main() -> None:
     import torch  # imports take seconds that --help need not wait
 
     from benchmarks import stock
-    from sae_research.evals.inputs import SAE_FOLDER, load_saes
+    from sae_research.config.params import load_params
+    from sae_research.evals.harness import SAE_FOLDER, load_saes
     from sae_research.lm import load_language_model
     from sae_research.lm.load import packaged_folder
-    from sae_research.params import load_params
 
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     params = load_params()
@@ -64,7 +64,7 @@ def main() -> None:
 
 def prepare_saes(root: Path) -> None:
     """Train and prepare the SAEs of `params.yaml` where that was not done yet. Raises `UserError` where it fails."""
-    from sae_research.workspace import prepare
+    from sae_research.runtime.workspace import prepare
 
     if (root / "downloaded_saes/manifest.json").is_file():
         return

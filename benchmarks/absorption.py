@@ -14,12 +14,12 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks import stock_absorption
+from sae_research.config.params import Params
 from sae_research.evals.absorption import evaluate, evaluation
 from sae_research.evals.absorption.words import LETTERS, alphabetic_words, in_prompts
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.store_stages import StageFolder
 
 
 def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,

@@ -10,11 +10,11 @@ from unittest import mock
 
 import torch
 
-from sae_research.analysis.stats import LatentStats, collect_stats
+from sae_research.analysis.collect import LatentStats, collect_stats
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
 
 
 def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params, tokens: int = 16_384,
@@ -35,7 +35,7 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, p
         lm.activations(part, sae.cfg.hook_name)
     bare = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder, \
-            mock.patch("sae_research.analysis.stats.cache_dir", lambda kind: _made(Path(folder) / kind)):
+            mock.patch("sae_research.analysis.collect.cache_dir", lambda kind: _made(Path(folder) / kind)):
         start = time.perf_counter()
         found = collect_stats({name: sae}, lm, params)[name]
         ours = time.perf_counter() - start

@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 from benchmarks import stock_autointerp
+from sae_research.config.params import Params
 from sae_research.evals import autointerp
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
 
 ROW = "autointerp, windows"
 

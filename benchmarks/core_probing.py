@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import stock
-from sae_research.evals import core, sparse_probing
+from sae_research.config.params import Params
+from sae_research.evals.core import evaluation
+from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.store_stages import StageFolder
-from sae_research.text.stream import token_contexts
 from sae_research.text.tasks import load_task
+from sae_research.text.tokens import token_contexts
 
 SAEs = dict[str, SparseAutoencoder]
 
@@ -52,10 +53,10 @@ def _core(saes: SAEs, lm: LanguageModel, model: Any, params: Params) -> tuple[fl
     tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
                             contexts * params.text.context_size).tokens[:contexts]
     start = time.perf_counter()
-    for _ in core.evaluate(saes, lm, params, tokens=tokens, lab=False):
+    for _ in evaluation.evaluate(saes, lm, params, tokens=tokens, lab=False):
         pass
     alone, start = time.perf_counter() - start, time.perf_counter()
-    ours = dict(core.evaluate(saes, lm, params, tokens=tokens))
+    ours = dict(evaluation.evaluate(saes, lm, params, tokens=tokens))
     both, start = time.perf_counter() - start, time.perf_counter()
     theirs = {name: stock.core(sae, model, tokens, config.batch_size_prompts, config.n_eval_reconstruction_batches,
                                config.n_eval_sparsity_variance_batches) for name, sae in saes.items()}

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.analysis.dashboard.make import write_dashboard
-from sae_research.analysis.sources import Lab
-from sae_research.dashboard_params import Dashboards
+from sae_research.analysis.context import Lab
+from sae_research.analysis.dashboard.stage import write_dashboard
+from sae_research.config.params import Params
+from sae_research.config.reporting import Dashboards
 from sae_research.lm import LanguageModel
-from sae_research.lm.unembedding import unembedding
-from sae_research.params import Params
+from sae_research.lm.generate import unembedding
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.stream import token_contexts
-from sae_research.text.vocabulary import token_strings
+from sae_research.text.tokens import token_contexts, token_strings
 
 TOKENS = 16_384
 LATENTS_PER_BATCH = 128

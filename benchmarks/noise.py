@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtr
 
-from sae_research.intervals import FREEDOM_PER_ROOT, holm
-from sae_research.store import round_significant, write_json, write_text
+from sae_research.runtime.files import round_significant, write_json, write_text
+from sae_research.stats.intervals import FREEDOM_PER_ROOT, holm
 
 RECORD, PAGE = Path("docs/noise/rates.json"), Path("docs/noise.md")
 LEVELS = (0.05, 0.005, 0.0005)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_research.instance_sae import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, TopKRefitSAE
-from sae_research.pursuit import matching, thresholding
-from sae_research.store import round_significant, write_json
+from sae_research.runtime.files import round_significant, write_json
+from sae_research.saes.pursuit import matching, thresholding
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, TopKRefitSAE
 
 STEPS = 100
 """Matching-pursuit steps of the headline row."""

@@ -7,17 +7,15 @@ import time
 from pathlib import Path
 
 from benchmarks import stock_ravel
-from sae_research.evals.inputs import by_hook
-from sae_research.evals.ravel.evaluation import findings_of
-from sae_research.evals.ravel.known import known_prompts
-from sae_research.evals.ravel.pairs import build_tasks
-from sae_research.evals.ravel.patches import PromptActivations, Swap
-from sae_research.evals.ravel.scoring import mean_scores, sae_bench_scores
+from sae_research.config.params import Params
+from sae_research.evals.harness import by_hook
+from sae_research.evals.ravel.evaluation import findings_of, mean_scores, sae_bench_scores
+from sae_research.evals.ravel.patches import PromptActivations, Swap, build_tasks
+from sae_research.evals.ravel.prompts import known_prompts
 from sae_research.lm import LanguageModel
 from sae_research.lm.load import packaged_folder
-from sae_research.params import Params
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.store_stages import StageFolder
 
 ALONE, BOTH = "RAVEL, SAE Bench's definition", "RAVEL, both definitions"
 AT_MOST = 1

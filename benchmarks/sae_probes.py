@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import stock_sae_probes
+from sae_research.config.params import Params, SparseProbingSaeProbes
 from sae_research.evals import sae_probes
 from sae_research.evals.sae_probes.tasks import TaskRows, chosen_names, read_rows, task_names
 from sae_research.lm import LanguageModel
-from sae_research.params import Params, SparseProbingSaeProbes
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.store_stages import StageFolder
 
 STOCK_CONTEXT = 1024
 BLOCKS = {

@@ -27,14 +27,12 @@ from benchmarks import stock_scr_tpp  # first: they switch jaxtyping off
 
 import torch  # isort: skip
 
-from sae_research.evals.scr_tpp import evaluate as evaluation
-from sae_research.evals.scr_tpp import evaluate_scr, evaluate_tpp
-from sae_research.evals.scr_tpp.evaluate import tpp_settings
-from sae_research.evals.scr_tpp.stage import Settings
+from sae_research.config.params import SCR, TPP, Params
+from sae_research.evals.scr_tpp import evaluate_scr, evaluate_tpp, evaluation
+from sae_research.evals.scr_tpp.evaluation import Settings, tpp_settings
 from sae_research.lm import LanguageModel
-from sae_research.params import SCR, TPP, Params
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.store_stages import StageFolder
 from sae_research.text.crossed_tasks import CrossedTask, load_crossed_tasks
 from sae_research.text.tasks import Task, load_task
 

@@ -25,9 +25,9 @@ from sae_bench.sae_bench_utils import activation_collection
 from torch import Tensor
 
 from benchmarks.stock import StockSAE
-from sae_research.evals.ravel.known import Known
+from sae_research.config.params import Params
+from sae_research.evals.ravel.prompts import Known
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 
 

@@ -21,7 +21,7 @@ from sae_bench.evals.sparse_probing import probe_training
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from sae_research.evals.scr_tpp.stage import Settings
+from sae_research.evals.scr_tpp.evaluation import Settings
 from sae_research.saes import SparseAutoencoder
 from sae_research.text.crossed_tasks import Cell, CrossedTask
 from sae_research.text.tasks import Task

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.training.recipes import Recipe
 
 FOLDER = Path("/tmp/dl")

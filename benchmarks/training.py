@@ -13,17 +13,15 @@ from torch import Tensor
 
 from benchmarks import stock_training
 from benchmarks.stock_training import Step
-from sae_research.errors import UserError
+from sae_research.config.params import Params, Train
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
-from sae_research.params import Params, Train
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
+from sae_research.training.checkpoints import ProgressFile
+from sae_research.training.loop import StopSignals, Team, Trainer
 from sae_research.training.member import Member, make_member, start, train_step
-from sae_research.training.progress import ProgressFile
-from sae_research.training.signals import StopSignals
 from sae_research.training.stream import ActivationStream, StreamBatch
-from sae_research.training.team import Team
-from sae_research.training.trainer import Trainer
 
 BATCH, TOKENS, D_SAE = 512, 6_144, 2_304
 STEPS, STEPS_TOGETHER, UNTIMED = 40, 10, 3

@@ -14,13 +14,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sae_research.errors import run_main
+from sae_research.config.params import Params, Text, load_params
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params, Text, load_params
+from sae_research.runtime.errors import run_main
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.transfer.finetune import perturbed_model
-from sae_research.transfer.loading import SAE_FOLDER, hooks
-from sae_research.transfer.pair import Pair
+from sae_research.transfer.loading import SAE_FOLDER, Pair, hooks
 from sae_research.transfer.sweep import sweep
 from sae_research.transfer.table import latent_table
 from sae_research.transfer.text import SPLIT, PairBatch, TextSource, batches

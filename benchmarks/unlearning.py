@@ -15,16 +15,14 @@ import torch
 
 from benchmarks import stock_unlearning
 from benchmarks.open_book import open_book_rows
-from sae_research.evals.inputs import by_hook
-from sae_research.evals.unlearning.evaluation import Material, measure
+from sae_research.config.params import Params
+from sae_research.evals.harness import by_hook
+from sae_research.evals.unlearning.evaluation import Material, Record, measure
 from sae_research.evals.unlearning.prompts import Known, Prompt, find_known, question_text
-from sae_research.evals.unlearning.results import Record
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.questions import Question
-from sae_research.text.stream import pack_documents
-from sae_research.text.topic_corpora import topic_documents
+from sae_research.text.questions import Question, topic_documents
+from sae_research.text.tokens import pack_documents
 
 PROMPT_FORMAT = "<|endoftext|>{prompt}\n"
 SETS = {stock_unlearning.FORGET_SET: "biology", "other_science": "other science"}

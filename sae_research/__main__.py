@@ -1,10 +1,10 @@
 """`python -m sae_research VERB`."""
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> int:
-    from sae_research.cli import main as verbs
+    from sae_research.cli.main import main as verbs
 
     return verbs()
 

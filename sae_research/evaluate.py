@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from sae_research.analysis.sources import Lab, open_sae
-from sae_research.errors import UserError
-from sae_research.evals.run import EVALUATIONS
+from sae_research.analysis.context import Lab, open_sae
+from sae_research.config.params import Params
+from sae_research.evals.harness import EVALUATIONS
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
-from sae_research.reporting.extract import EXTRACTORS
-from sae_research.saes.guard import Guard
-from sae_research.store import NAME_LIMIT, SLUG
-from sae_research.store_stages import stage_folder
+from sae_research.reporting.results import EXTRACTORS
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import NAME_LIMIT, SLUG
+from sae_research.runtime.stages import stage_folder
+from sae_research.saes.base import Guard
 
 Figures = dict[str, dict[str, dict[str, float]]]
 

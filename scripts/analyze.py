@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> int:
-    from sae_research.cli import main as verbs
+    from sae_research.cli.main import main as verbs
 
     return verbs(["analyze", *sys.argv[1:]])
 

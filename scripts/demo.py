@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> int:

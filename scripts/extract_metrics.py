@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.reporting.extract import aggregate, extract
-    from sae_research.reporting.ground_truth_data import extract_ground_truth
+    from sae_research.reporting.ground_truth import extract_ground_truth
     from sae_research.reporting.metrics import EVALS
-    from sae_research.reporting.transfer_metrics import extract_transfer
+    from sae_research.reporting.results import aggregate, extract
+    from sae_research.reporting.transfer import extract_transfer
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,11 +1,11 @@
 """Stage `inputs`: fingerprints of the files that parameters point at. Writes `inputs/`."""
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.local_inputs import write_inputs
-    from sae_research.params import load_params
+    from sae_research.config.local_inputs import write_inputs
+    from sae_research.config.params import load_params
 
     write_inputs(load_params())
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
     from sae_research.reporting.report import write_report
-    from sae_research.reporting.run import read_run
+    from sae_research.reporting.results import read_run
     from sae_research.reporting.tables import write_results_csv
 
     run = read_run()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> int:
-    from sae_research.experiments.commands import main as commands
+    from sae_research.cli.experiments import main as commands
 
     return commands("monitor")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.reporting.merge import merge
+    from sae_research.reporting.results import merge
 
     print(f"merged {len(merge())} SAEs")
 

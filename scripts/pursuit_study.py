@@ -8,7 +8,7 @@ comes from `python -m benchmarks.pursuit --json docs/pursuit/speed.json`.
 import argparse
 from pathlib import Path
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 PAGE = Path("docs/pursuit.md")
 FOLDER = Path("docs/pursuit")
@@ -22,14 +22,14 @@ def main() -> None:
     from sae_research.reporting import pursuit_page
 
     if not draw_only:
-        from sae_research.evals import inputs, pursuit_study
+        from sae_research.config.params import load_params
+        from sae_research.evals import harness, pursuit_study
         from sae_research.lm import load_language_model
-        from sae_research.params import load_params
-        from sae_research.store import write_json
+        from sae_research.runtime.files import write_json
 
         params = load_params()
         lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-        write_json(FOLDER / "study.json", pursuit_study.study(inputs.SAE_FOLDER, lm, params))
+        write_json(FOLDER / "study.json", pursuit_study.study(harness.SAE_FOLDER, lm, params))
     for path in pursuit_page.draw(FOLDER):
         print(path)
     pursuit_page.write_tables(PAGE, FOLDER)

@@ -1,11 +1,11 @@
 """The stage `dashboards`: a static site to browse latents with. Writes `dashboards/`."""
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
     from sae_research.analysis.dashboard.stage import run_stage
-    from sae_research.params import load_params
+    from sae_research.config.params import load_params
 
     run_stage(load_params())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
@@ -19,14 +19,14 @@ def main() -> None:
     parser.add_argument("--sae", action="append", default=[], help="module:Class, or a folder (glob); writes no results")
     parser.add_argument("--save-worlds", type=Path, help="write every seed's synthetic model into this folder, and stop")
     arguments = parser.parse_args()
+    from sae_research.config.params import load_params
     from sae_research.evals.ground_truth import evaluation
-    from sae_research.params import load_params
 
     params = load_params()
     if arguments.save_worlds is not None:
         evaluation.save_worlds(params, arguments.save_worlds)
     elif arguments.sae:
-        from sae_research.reporting.ground_truth_report import plain_table
+        from sae_research.reporting.ground_truth import plain_table
 
         print(plain_table(evaluation.evaluate(evaluation.beside(params, arguments.sae))))
     else:

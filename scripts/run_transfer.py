@@ -1,11 +1,11 @@
 """The stage `transfer_eval`: does an SAE of a base model serve a finetuned one? Writes `eval_results/transfer/`."""
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.params import load_params
-    from sae_research.transfer.entry import run_stage
+    from sae_research.config.params import load_params
+    from sae_research.transfer.stage import run_stage
 
     run_stage(load_params())
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.params import load_params
-    from sae_research.setup.run import OUTPUT, run_setup
-    from sae_research.store_stages import writing
+    from sae_research.config.params import load_params
+    from sae_research.runtime.stages import writing
+    from sae_research.setup.stage import OUTPUT, run_setup
 
     with writing(OUTPUT):
         run_setup(load_params())

@@ -5,13 +5,13 @@ python -m scripts.train_saes
 
 from __future__ import annotations
 
-from sae_research.errors import run_main
+from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.params import check_trained_names, load_params
-    from sae_research.store_stages import writing
-    from sae_research.training.run import OUTPUT, train
+    from sae_research.config.params import check_trained_names, load_params
+    from sae_research.runtime.stages import writing
+    from sae_research.training.stage import OUTPUT, train
 
     params = load_params()
     check_trained_names(params)

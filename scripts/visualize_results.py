@@ -9,16 +9,16 @@ import sys
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would spin beside the drawing
 gc.disable()  # a process of a second that only makes objects: looking through them again and again took a tenth of it
 
-from sae_research.errors import run_main  # noqa: E402
+from sae_research.runtime.errors import run_main  # noqa: E402
 
 
 def main() -> None:
+    from sae_research.config.reporting import load_visualization
     from sae_research.reporting.figures import draw_all
-    from sae_research.reporting.ground_truth_figures import draw_ground_truth
-    from sae_research.reporting.plot_data import write_plot_data
-    from sae_research.reporting.run import read_run
+    from sae_research.reporting.ground_truth import draw_ground_truth
+    from sae_research.reporting.results import read_run
+    from sae_research.reporting.tables import write_plot_data
     from sae_research.reporting.transfer_figures import draw_transfer
-    from sae_research.visualization_params import load_visualization
 
     style = load_visualization()
     run = read_run()

@@ -8,14 +8,14 @@ from typing import Any
 from evals_saes import HOOK, standard
 from fixtures import make_autointerp as fixture
 
+from sae_research.config.params import Params
 from sae_research.evals import autointerp
 from sae_research.evals.autointerp.windows import Windows, collect_windows
-from sae_research.evals.pool import HookActivations
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder
+from sae_research.saes.forms import StandardSAE
 
 BUFFER, TOP, WEIGHTED = 4, 6, 4
 """Of the fixture `settings`."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_research.dashboard_params import Dashboards
+from sae_research.config.reporting import Dashboards
 
 
 def small(**settings: Any) -> Dashboards:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from sae_research.instance_sae import IHTPSAE, MPSAE
 from sae_research.saes import SAEConfig, SparseAutoencoder
-from sae_research.saes.linear import LinearSAE
-from sae_research.saes.standard import StandardSAE
+from sae_research.saes.forms import LinearSAE, StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 
 D, HOOK = 32, "blocks.1.hook_resid_post"
 

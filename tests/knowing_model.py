@@ -16,11 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_research.evals.unlearning.prompts import question_text
-from sae_research.instance_sae import IHTPSAE, MPSAE
 from sae_research.lm import LanguageModel
 from sae_research.saes import SAEConfig, SparseAutoencoder
-from sae_research.saes.standard import StandardSAE
-from sae_research.saes.topk import TopKSAE
+from sae_research.saes.forms import StandardSAE, TopKSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 from sae_research.text.questions import Question
 
 FOLDER = Path(__file__).parent / "fixtures" / "knowing_model"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import prepare_saes
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 
 FAILS = "stages:\n  setup:\n    cmd: exit 3\n    outs: [downloaded_saes]\n"
 WORKS = FAILS.replace("exit 3", "mkdir downloaded_saes && echo x > downloaded_saes/manifest.json")

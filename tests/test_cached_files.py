@@ -14,14 +14,14 @@ import torch
 from damage import DAMAGES, flip, read_only
 from evals_saes import HOOK, standard
 
-from sae_research import cached_files, numba_cache
-from sae_research.cached_files import CHECKSUMS, damage, intact, new_entry, usable
-from sae_research.errors import UserError
-from sae_research.evals import core
+from sae_research.config.params import ActivationCaching, Params
+from sae_research.evals.core import evaluation
 from sae_research.lm import LanguageModel, collect, load, load_language_model
-from sae_research.params import ActivationCaching, Params
-from sae_research.store import write_json
-from sae_research.store_cache import cache_dir
+from sae_research.runtime import cache as cached_files
+from sae_research.runtime import numba_cache
+from sae_research.runtime.cache import CHECKSUMS, cache_dir, damage, intact, new_entry, usable
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import write_json
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def params(tiny_inputs: Path, in_project: Path) -> Params:
 
 
 def figures(lm: LanguageModel, params: Params) -> dict[str, Any]:
-    return dict(core.evaluate({"standard": standard()}, lm, params))["standard"]
+    return dict(evaluation.evaluate({"standard": standard()}, lm, params))["standard"]
 
 
 def another_process() -> None:

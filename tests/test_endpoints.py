@@ -17,12 +17,11 @@ import pytest
 from hub_server import hub_env
 
 from sae_research.analysis.neuronpedia import Neuronpedia
-from sae_research.endpoints import checked_url, is_loopback, keeps_secrets, one_line
-from sae_research.environment import secret
-from sae_research.errors import UserError
-from sae_research.eval_params import ChatEndpoint
-from sae_research.llm_client import ChatClient, NoAnswer
-from sae_research.params import check_params
+from sae_research.config.evaluation_params import ChatEndpoint
+from sae_research.config.params import check_params
+from sae_research.evals.autointerp.client import ChatClient, NoAnswer
+from sae_research.runtime.endpoints import checked_url, is_loopback, keeps_secrets, one_line, secret
+from sae_research.runtime.errors import UserError
 
 KEY = "sk-very-secret-0123456789"
 PROJECT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.errors import environment_line
+from sae_research.runtime.errors import environment_line
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py"))
@@ -38,7 +38,7 @@ sys.exit("; ".join(failures) or 0)
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
     """`run_main` of a function, given its lines."""
-    program = ("import os\nfrom pathlib import Path\nfrom sae_research.errors import run_main\n"
+    program = ("import os\nfrom pathlib import Path\nfrom sae_research.runtime.errors import run_main\n"
                f"def main():\n    {body}\nrun_main(main)\n")
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
 
@@ -78,7 +78,7 @@ def test_every_command_says_what_is_missing_before_setup() -> None:
 
 
 @pytest.mark.parametrize(("limit", "body", "line"), [
-    ("RLIMIT_FSIZE, (10, 10)", "from sae_research.store import write_json; write_json(Path('FOLDER/a.json'), [1] * 99)",
+    ("RLIMIT_FSIZE, (10, 10)", "from sae_research.runtime.files import write_json; write_json(Path('FOLDER/a.json'), [1] * 99)",
      "error: the file would be larger than allowed (FOLDER/a.json): "),
     ("RLIMIT_NOFILE, (8, 8)", "files = [open(os.devnull) for _ in range(99)]", "error: too many open files (/dev/null)"),
     ("RLIMIT_AS, (2**29, 2**29)", "bytes(2**34)", "error: out of memory"),
@@ -90,9 +90,9 @@ def test_limits_of_the_shell_are_one_line(limit: str, body: str, line: str, tmp_
 
 
 @pytest.mark.parametrize("body", [
-    "from sae_research.store import write_json; write_json(Path('eval_results/a.json'), 1)",
-    "from sae_research.folders import replaced_folder\n    with replaced_folder('trained_saes') as folder: pass",
-    "from sae_research.store import ResultCache; ResultCache('x').put('a', 1)"], ids=["file", "folder", "cache"])
+    "from sae_research.runtime.files import write_json; write_json(Path('eval_results/a.json'), 1)",
+    "from sae_research.runtime.files import replaced_folder\n    with replaced_folder('trained_saes') as folder: pass",
+    "from sae_research.runtime.files import ResultCache; ResultCache('x').put('a', 1)"], ids=["file", "folder", "cache"])
 def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
     """Root may write everywhere, so that the program then becomes somebody else."""
     with tempfile.TemporaryDirectory() as project:
@@ -100,7 +100,7 @@ def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
         for folder in (project, f"{project}/eval_results"):
             os.chmod(folder, 0o555)
         drop = "os.setuid(65534)" if os.geteuid() == 0 else "pass"
-        start = f"import sae_research.store; os.environ.pop('DVC_ROOT', None); os.chdir({project!r})"
+        start = f"import sae_research.runtime.files; os.environ.pop('DVC_ROOT', None); os.chdir({project!r})"
         done = run(f"{start}\n    {drop}\n    {body}")
         for folder in (project, f"{project}/eval_results"):
             os.chmod(folder, 0o755)
@@ -110,7 +110,7 @@ def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
 
 
 def test_a_pipe_that_nobody_reads_ends_quietly() -> None:
-    program = "import sae_research.errors as e; e.run_main(lambda: print('x ' * 99999))"
+    program = "import sae_research.runtime.errors as e; e.run_main(lambda: print('x ' * 99999))"
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{program}" | head -c 1; exit ${{PIPESTATUS[0]}}'],
                           capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.stdout, done.stderr, done.returncode) == ("x", "", 141)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_research.errors import UserError
+from sae_research.config.params import Params
 from sae_research.evaluate import evaluate
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, form_class, save_sae
 
 HOOK, D, F = "blocks.1.hook_resid_post", 32, 64

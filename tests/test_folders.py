@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_research import folders
-from sae_research.errors import UserError
-from sae_research.folders import first_folder, remove_leftovers, replaced_folder
+from sae_research.runtime import files
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import first_folder, remove_leftovers, replaced_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def test_what_a_kill_leaves_goes_with_the_next_run(tmp_path: Path, monkeypatch: 
             with replaced_folder(tmp_path / "out") as folder:
                 (folder / "a").write_text("half")
                 die()
-        monkeypatch.setattr(folders.shutil, "rmtree", die)
+        monkeypatch.setattr(files.shutil, "rmtree", die)
         write(tmp_path / "out", "new")
 
     killed(work)
@@ -166,7 +166,7 @@ def test_replacing_under_fire(tmp_path: Path) -> None:
         time.sleep(0.02 + 0.003 * number)
         process.kill()
         process.join()
-        folders.clear_leftovers(tmp_path / "out")
+        files.clear_leftovers(tmp_path / "out")
         assert names(tmp_path) == ["out"]
         assert len({file.read_text() for file in (tmp_path / "out").iterdir()}) == 1
 

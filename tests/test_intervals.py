@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.noise import LEVELS, NOISES, PAGE, RECORD, family_rate, p_values, page, rates
-from sae_research import intervals
-from sae_research.intervals import Ratio, difference, holm, interval, packed, ratio, unpacked
+from sae_research.stats import intervals
+from sae_research.stats.intervals import Ratio, difference, holm, interval, packed, ratio, unpacked
 
 
 def clustered(rng: np.random.Generator, clusters: int, between: float) -> Ratio:
@@ -205,6 +205,6 @@ def test_stored_sums_read_back() -> None:
 
 
 def test_reporting_reads_this_without_torch_or_scipy() -> None:
-    code = "import sys, sae_research.intervals; print(sorted({'torch', 'scipy', 'pandas'} & set(sys.modules)))"
+    code = "import sys, sae_research.stats.intervals; print(sorted({'torch', 'scipy', 'pandas'} & set(sys.modules)))"
     said = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True)
     assert said.strip() == "[]"

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from llm_server import DROP, HANG, Http, completion, serve_llm
 
-from sae_research.errors import UserError
-from sae_research.eval_params import ChatEndpoint
-from sae_research.llm_budget import Budget, check_budget, estimate_tokens
-from sae_research.llm_client import ChatClient, NoAnswer
+from sae_research.config.evaluation_params import ChatEndpoint
+from sae_research.evals.autointerp.client import Budget, ChatClient, NoAnswer, check_budget, estimate_tokens
+from sae_research.runtime.errors import UserError
 
 KEY = "sk-very-secret-0123456789"
 

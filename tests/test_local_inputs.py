@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_research import local_inputs
-from sae_research.local_inputs import pointers, sections, write_inputs
-from sae_research.params import Params, check_params
+from sae_research.config import local_inputs
+from sae_research.config.local_inputs import pointers, sections, write_inputs
+from sae_research.config.params import Params, check_params
 
 
 def written(folder: Path) -> dict[str, dict[str, dict[str, object]]]:

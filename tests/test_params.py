@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from sae_research.cli import read_preset
-from sae_research.errors import UserError
-from sae_research.params import Params, load_params
-from sae_research.visualization_params import load_visualization
+from sae_research.cli.main import read_preset
+from sae_research.config.params import Params, load_params
+from sae_research.config.reporting import load_visualization
+from sae_research.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

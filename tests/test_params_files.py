@@ -13,15 +13,15 @@ from dvc.utils.hydra import apply_overrides
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from sae_research.cli import read_preset
-from sae_research.errors import UserError
+from sae_research.cli.main import read_preset
+from sae_research.config.params import Params, check_params, check_trained_names, load_params, read_params
+from sae_research.config.reporting import Style
+from sae_research.config.section import Section
+from sae_research.config.training import AnyRecipe
 from sae_research.experiments import sae_interpretability
 from sae_research.experiments.config_files import flatten, parse_overrides
-from sae_research.params import Params, check_params, check_trained_names, load_params, read_params
-from sae_research.recipe_params import AnyRecipe
-from sae_research.section import Section
-from sae_research.visualization_params import Style
-from sae_research.yaml_files import read_mapping
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.yaml_files import read_mapping
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "params.yaml").read_text()

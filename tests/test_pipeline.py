@@ -16,9 +16,9 @@ import pytest
 from dvc_project import ENV, ROOT, SAES, make_project, read, run, set_params
 from ruamel.yaml import YAML
 
-from sae_research.cli import PRESETS, read_preset
-from sae_research.errors import run_main
-from sae_research.params import load_params
+from sae_research.cli.main import PRESETS, read_preset
+from sae_research.config.params import load_params
+from sae_research.runtime.errors import run_main
 
 
 @pytest.fixture(scope="module")

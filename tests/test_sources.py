@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from sae_research import pipeline_deps
-from sae_research.sources import PROJECT, library_version, sources
+from sae_research.cli import dependencies
+from sae_research.runtime.sources import PROJECT, library_version, sources
 
-CORE, PROBING, POOL = "sae_research.evals.core", "sae_research.evals.sparse_probing", "sae_research.lm.pool"
-TRAIN, IHTP = "sae_research.training.run", "sae_research.instance_sae"
-ROOTS = {"core": [CORE, "sae_research.saes.topk"], "core_ihtp": [CORE, IHTP], "activations": [POOL], "train": [TRAIN],
-         "probing": [PROBING, "sae_research.saes.topk"], "dashboard": ["sae_research.analysis.dashboard.stage"]}
+CORE, PROBING, POOL = "sae_research.evals.core.evaluation", "sae_research.evals.sparse_probing.evaluation", "sae_research.lm.activations"
+TRAIN, IHTP = "sae_research.training.stage", "sae_research.saes.pursuit.encoders"
+ROOTS = {"core": [CORE, "sae_research.saes.forms"], "core_ihtp": [CORE, IHTP], "activations": [POOL], "train": [TRAIN],
+         "probing": [PROBING, "sae_research.saes.forms"], "dashboard": ["sae_research.analysis.dashboard.stage"]}
 LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
 PURSUIT = {"core_ihtp", "train", "dashboard"}
 REACHED_BY: dict[str, set[str]] = {
@@ -34,7 +34,7 @@ REACHED_BY: dict[str, set[str]] = {
 BY_NAME: dict[str, tuple[str, ...]] = {"sae_research.saes.registry": ()}
 FINGERPRINTS = """
 import json, sys
-from sae_research.sources import sources_fingerprint
+from sae_research.runtime.sources import sources_fingerprint
 roots, by_name = json.load(sys.stdin)
 print(json.dumps([sources_fingerprint(*modules, by_name=by_name) for modules in roots]))
 """
@@ -93,7 +93,7 @@ def test_every_way_to_import_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_another_version_of_a_library_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    probing = sources("sae_research.evals.sae_probes.stage", by_name={"sae_research.saes.registry": ()})
+    probing = sources("sae_research.evals.sae_probes.evaluation", by_name={"sae_research.saes.registry": ()})
     assert {"torch", "transformers", "numpy", "scipy", "sklearn"} <= set(probing.libraries)
     assert library_version("sklearn") == f"scikit-learn {importlib.metadata.version('scikit-learn')}"
     library_version.cache_clear()
@@ -113,10 +113,10 @@ def stages() -> dict[str, dict[str, Any]]:
 
 def test_dependencies_of_every_stage_are_what_its_code_reaches(stages: dict[str, dict[str, Any]]) -> None:
     text = (PROJECT / "dvc.yaml").read_text()
-    assert pipeline_deps.written(text) == text, "run `python -m sae_research.pipeline_deps`"
+    assert dependencies.written(text) == text, "run `python -m sae_research.cli.dependencies`"
     for name, stage in stages.items():
         code = {dep for dep in stage["deps"] if dep.startswith(("sae_research/", "scripts/"))}
-        reached = pipeline_deps._code(stage)
+        reached = dependencies._code(stage)
         missing = [file for file in reached if not any(file == dep or file.startswith(f"{dep}/") for dep in code)]
         assert not missing, f"{name} does not depend on {missing}"
         for_nothing = [dep for dep in code if not any(file == dep or file.startswith(f"{dep}/") for file in reached)]
@@ -124,12 +124,12 @@ def test_dependencies_of_every_stage_are_what_its_code_reaches(stages: dict[str,
 
 
 @pytest.mark.parametrize(("file", "concerned"), [
-    ("sae_research/reporting/report_training.py", {"generate_report"}),
+    ("sae_research/reporting/report.py", {"generate_report"}),
     ("sae_research/text/local.py", {"train", "setup", "core_eval", "sparse_probing_eval", "unlearning_eval", "dashboards"}),
     ("sae_research/text/hub.py", {"train", "core_eval"}),
-    ("sae_research/store.py", {"inputs", "train", "core_metrics", "aggregate_metrics", "visualize", "generate_report"}),
-    ("sae_research/eval_params.py", {"inputs", "train", "core_eval", "ravel_eval"}),
-    ("sae_research/precision.py", {"train", "setup", "core_eval", "transfer_eval"}),
+    ("sae_research/runtime/files.py", {"inputs", "train", "core_metrics", "aggregate_metrics", "visualize", "generate_report"}),
+    ("sae_research/config/evaluation_params.py", {"inputs", "train", "core_eval", "ravel_eval"}),
+    ("sae_research/training/products.py", {"train", "setup", "core_eval", "transfer_eval"}),
     ("sae_research/evals/ravel/data/ravel_city_attribute_to_prompts.json", {"ravel_eval"}),
 ])
 def test_an_edit_marks_the_stages_it_concerns(stages: dict[str, dict[str, Any]], file: str, concerned: set[str]) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sae_research import store
-from sae_research.errors import UserError
-from sae_research.store import fingerprint, read_json, write_json
-from sae_research.store_cache import ResultCache, prune
-from sae_research.store_stages import StageFolder, stage_folder
+from sae_research.runtime import files
+from sae_research.runtime.cache import ResultCache, prune
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import fingerprint, read_json, write_json
+from sae_research.runtime.stages import StageFolder, stage_folder
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,30 +43,30 @@ def test_fingerprint_ignores_order_and_sees_values() -> None:
 
 
 def test_rounding() -> None:
-    assert store.round_significant({"a": 123456.0, "b": [0.00012346], "c": "x", "d": 7}) == {
+    assert files.round_significant({"a": 123456.0, "b": [0.00012346], "c": "x", "d": 7}) == {
         "a": 123500.0, "b": [0.0001235], "c": "x", "d": 7}
-    assert store.round_significant(0.123456) == 0.1235
-    assert store.round_significant(-98765.4) == -98770.0
+    assert files.round_significant(0.123456) == 0.1235
+    assert files.round_significant(-98765.4) == -98770.0
 
 
 def test_stage_status_tells_how_it_ended(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with stage_folder(folder, enabled=False) as stage:
         assert stage is None
-    assert store.read_status(folder)["status"] == "disabled"
+    assert files.read_status(folder)["status"] == "disabled"
     with stage_folder(folder) as stage:
         assert isinstance(stage, StageFolder)
-        assert store.read_status(folder)["status"] == "incomplete"
+        assert files.read_status(folder)["status"] == "incomplete"
         stage.skip("task", "too few texts")
         stage.write_result("sae", {"x": 1})
-    assert store.read_status(folder) == {"status": "ok", "message": "", "skipped": {"task": "too few texts"}, "notes": {}}
-    assert store.read_results(folder) == {"sae": {"x": 1}}
+    assert files.read_status(folder) == {"status": "ok", "message": "", "skipped": {"task": "too few texts"}, "notes": {}}
+    assert files.read_results(folder) == {"sae": {"x": 1}}
     with pytest.raises(UserError), stage_folder(folder):
         raise UserError("the disk is a teapot")
-    assert store.read_status(folder)["status"] == "failed"
-    assert "teapot" in store.read_status(folder)["message"]
-    assert store.read_results(folder) == {}, "nothing stale survives"
-    assert store.read_status(tmp_path / "nowhere")["status"] == "missing"
+    assert files.read_status(folder)["status"] == "failed"
+    assert "teapot" in files.read_status(folder)["message"]
+    assert files.read_results(folder) == {}, "nothing stale survives"
+    assert files.read_status(tmp_path / "nowhere")["status"] == "missing"
 
 
 def test_result_cache_survives_damage(in_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_prune_drops_the_least_recently_used(tmp_path: Path) -> None:
     ("return 3", 3, ""),
 ])
 def test_exit_codes_and_one_line(body: str, code: int, line: str) -> None:
-    program = f"from sae_research.errors import UserError, run_main\ndef main():\n    {body}\nrun_main(main)\n"
+    program = f"from sae_research.runtime.errors import UserError, run_main\ndef main():\n    {body}\nrun_main(main)\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr.startswith(line)
@@ -115,16 +115,16 @@ def test_damaged_json_names_the_file(tmp_path: Path) -> None:
                                   "x" * 300, 3, None])
 def test_names_that_lead_elsewhere_are_refused(name: object, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^there: .* is no name that a file could be called after"):
-        store.checked_name(name, "there")
+        files.checked_name(name, "there")
     (tmp_path / "manifest.json").write_text(json.dumps({"order": [name], "saes": {str(name): {}}}))
     with pytest.raises(UserError, match=r"manifest\.json"):
-        store.read_manifest(tmp_path / "manifest.json")
+        files.read_manifest(tmp_path / "manifest.json")
 
 
 def test_long_names_are_cut_alike_and_stay_apart() -> None:
-    one, other = store.slugify("a" * 300), store.slugify("a" * 299 + "b")
-    assert one == store.slugify("A" * 300) and one != other
-    assert len(one) == store.NAME_LIMIT and store.SLUG.fullmatch(one) and store.slugify("a" * 150) == "a" * 150
+    one, other = files.slugify("a" * 300), files.slugify("a" * 299 + "b")
+    assert one == files.slugify("A" * 300) and one != other
+    assert len(one) == files.NAME_LIMIT and files.SLUG.fullmatch(one) and files.slugify("a" * 150) == "a" * 150
 
 
 @pytest.mark.parametrize("value", [[], {}, {"order": 3}, {"order": ["a"], "saes": {}}, {"order": ["a"], "saes": {"a": 1}},
@@ -132,11 +132,11 @@ def test_long_names_are_cut_alike_and_stay_apart() -> None:
 def test_a_manifest_of_another_shape(value: object, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"manifest\.json: "):
-        store.read_manifest(tmp_path / "manifest.json")
+        files.read_manifest(tmp_path / "manifest.json")
 
 
 def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store.user_path("~/saes") == tmp_path / "saes"
+    assert files.user_path("~/saes") == tmp_path / "saes"
     with pytest.raises(UserError, match="no such home folder"):
-        store.user_path("~nobody_of_that_name/x")
+        files.user_path("~nobody_of_that_name/x")

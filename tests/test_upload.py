@@ -12,10 +12,10 @@ import pytest
 from hub_server import Uploads, hub_env, serve_hub
 from random_saes import make_sae, random_activations
 
-from sae_research.environment import redacted, secret
-from sae_research.errors import UserError
+from sae_research.runtime.endpoints import redacted, secret
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
-from sae_research.upload import card, upload
+from sae_research.saes.hub import card, upload
 
 TOKEN = "hf_" + "loopback" * 4
 

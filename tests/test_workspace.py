@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from sae_research import workspace
-from sae_research.errors import UserError
-from sae_research.store_stages import read_status, stage_folder, writing
-from sae_research.workspace import prepare
+from sae_research.runtime import workspace
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import read_status, stage_folder, writing
+from sae_research.runtime.workspace import prepare
 
 LOCK = "schema: '2.0'\nstages:\n  one:\n    cmd: echo\n    outs:\n    - path: out\n      md5: 0\n"
 
@@ -163,7 +163,7 @@ def test_no_project(tmp_path: Path):
 
 def hold(folder: Path, output: str, **environment: str) -> subprocess.Popen[str]:
     """Another process that writes `output` until its input ends."""
-    code = ("import sys\nfrom sae_research.store import writing\n"
+    code = ("import sys\nfrom sae_research.runtime.files import writing\n"
             "with writing(sys.argv[1]):\n    print(1, flush=True)\n    input()")
     process = subprocess.Popen([sys.executable, "-c", code, output], cwd=folder, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from sae_research.params import Train
-from sae_research.recipe_params import TrainedSAE
+from sae_research.config.params import Train
+from sae_research.config.training import TrainedSAE
 from sae_research.training.member import Member, train_step
 from sae_research.training.stream import StreamBatch
 

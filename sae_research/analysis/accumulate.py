@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_research.analysis.layout import BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS, histogram_edges, histogram_quantile
+from sae_research.analysis.store import BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS, histogram_edges, histogram_quantile
 
 
 class Firings(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_research.analysis.layout import LatentStats, check_latents
+from sae_research.analysis.context import Lab
 from sae_research.analysis.prompt import CHUNK_LATENTS, direct_logits
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
+from sae_research.analysis.store import LatentStats, check_latents
+from sae_research.runtime.errors import UserError
 
 HELD_OUT_EVERY = 4
 """Every fourth document, by its number, is held out."""

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_research.analysis.layout import check_latents
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
+from sae_research.analysis.context import Lab
+from sae_research.analysis.store import check_latents
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 
 LatentEdit = Callable[[Tensor], Tensor]

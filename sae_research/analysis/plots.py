@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sae_research.analysis.attribute import Attribution
-from sae_research.analysis.layout import DENSE, RARE, LatentStats
 from sae_research.analysis.steer import Steering
+from sae_research.analysis.store import DENSE, RARE, LatentStats
 from sae_research.analysis.subspace import OTHER, Subspace
-from sae_research.drawing import INK, MUTED, SMALL, TEXT, pixels_of, plain, save
+from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, pixels_of, plain, save
 
 DPI = 110
 # Okabe and Ito's palette: told apart under every common colour blindness

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_research.analysis.context import Lab
 from sae_research.analysis.patching import Internals, run_with_saes
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
-from sae_research.lm.unembedding import unembedding
+from sae_research.lm.generate import unembedding
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 
 CHUNK_LATENTS = 512

@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_research.analysis.context import Lab
 from sae_research.analysis.patching import check_lab_latents
 from sae_research.analysis.prompt import promoted_tokens
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
-from sae_research.lm.sampling import sample
+from sae_research.lm.generate import sample
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.stats import CleanPredictions
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
 
 Method = Literal["add", "clamp", "project"]
 METHODS: dict[str, str] = {

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae_research.analysis.layout import LatentStats, check_latents
-from sae_research.errors import UserError
+from sae_research.analysis.store import LatentStats, check_latents
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 
 Grouping = Callable[[str], str | None]

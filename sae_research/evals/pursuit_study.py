@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import UserError
-from sae_research.evals.inputs import load_saes
-from sae_research.evals.pool import HookActivations
-from sae_research.instance_sae import (
+from sae_research.config.params import Params
+from sae_research.evals.harness import load_saes
+from sae_research.lm import Batch, LanguageModel
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import round_significant
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.pursuit.encoders import (
     IHTPSAE,
     MPSAE,
     OMPSAE,
@@ -25,12 +29,8 @@ from sae_research.instance_sae import (
     PursuitSAE,
     TopKRefitSAE,
 )
-from sae_research.lm import Batch, LanguageModel
-from sae_research.params import Params
-from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import CleanPredictions, ReconstructionStats
-from sae_research.store import round_significant
-from sae_research.text.stream import spread, token_contexts
+from sae_research.text.tokens import spread, token_contexts
 
 LOSS_CONTEXTS = 4
 STATISTICS_CONTEXTS = 16

@@ -10,9 +10,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from sae_research.errors import UserError
-from sae_research.params import Params
-from sae_research.yaml_files import parse
+from sae_research.config.params import Params
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.yaml_files import parse
 
 Values = dict[str, Any]
 PARAMS = Path("params.yaml")

@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.environment import secret
-from sae_research.errors import UserError
-from sae_research.params import Params, check_params, load_params
-from sae_research.store import read_json
-from sae_research.upload import TOKEN_NAMES, upload
+from sae_research.config.params import Params, check_params, load_params
+from sae_research.runtime.endpoints import secret
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import read_json
+from sae_research.saes.hub import TOKEN_NAMES, upload
 
 PICTURE = "pareto.png"
 TOKENS = 60_000
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder: Path = options.save_dir
     _check(folder, options.hf_repo_id)
-    from sae_research.training.run import train
+    from sae_research.training.stage import train
 
     train(params, folder)
     from sae_research.reporting.pareto import draw_pareto

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.errors import UserError
 from sae_research.experiments.config_files import nearest
-from sae_research.experiments.jobs import Job
+from sae_research.experiments.grid import Job
 from sae_research.experiments.processes import tail
+from sae_research.runtime.errors import UserError
 
 
 class Entry(NamedTuple):

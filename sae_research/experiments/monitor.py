@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from sae_research.errors import UserError
 from sae_research.experiments import processes
 from sae_research.experiments.config_files import nearest
 from sae_research.experiments.dvc_queue import DVCQueue, Entry
-from sae_research.store import project_root, read_json
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import project_root, read_json
 
 SECONDS = 3.0
 MAX_LINE = 200

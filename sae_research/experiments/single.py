@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_research.errors import UserError
+from sae_research.config.params import Params, check_params, read_params
 from sae_research.experiments import processes
 from sae_research.experiments import sae_interpretability as foreign
 from sae_research.experiments.config_files import (
@@ -19,14 +19,13 @@ from sae_research.experiments.config_files import (
     with_values,
     write_yaml,
 )
-from sae_research.experiments.devices import Lease, Slot
-from sae_research.experiments.scaling import Scale, measure
-from sae_research.experiments.translate import Changes, Measure, translate
-from sae_research.params import Params, check_params, read_params
-from sae_research.store import fingerprint
-from sae_research.store_stages import writing
-from sae_research.training.progress import progress_path
-from sae_research.yaml_files import read_mapping
+from sae_research.experiments.processes import Lease, Slot
+from sae_research.experiments.sae_interpretability import Changes, Measure, Scale, measure, translate
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.stages import writing
+from sae_research.runtime.yaml_files import read_mapping
+from sae_research.training.checkpoints import progress_path
 
 SAES = "trained_saes"
 
@@ -114,7 +113,7 @@ def run_one(path: Path, overrides: Values, changes: Changes, device: str | None,
     processes.record("run", understood.name, os.getpid(), device=chosen, log=None, saes=list(train.saes),
                      progress=str(progress_path(understood.params)), folder=str(folder))
     try:
-        from sae_research.training.run import train as train_saes
+        from sae_research.training.stage import train as train_saes
 
         with writing(folder / SAES):
             train_saes(understood.params, folder / SAES)

@@ -1,12 +1,17 @@
-"""A sweep: the points of a grid, as few runs as share a stream, through DVC's queue onto the devices there are."""
+"""From the flags of a sweep to its end: read, expand, leave out what is finished, say so, run, report.
+
+A sweep: the points of a grid, as few runs as share a stream, through DVC's queue onto the devices there are.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fcntl
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -16,17 +21,87 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from sae_research.errors import Interrupted, UserError
+from sae_research.config.params import check_params, read_params
 from sae_research.experiments import dvc_queue, processes
 from sae_research.experiments.config_files import PARAMS, Values, write_yaml
-from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.dvc_queue import DVCQueue, Entry, Experiment
-from sae_research.experiments.jobs import Job, sae_keys, set_params, without
-from sae_research.params import check_params, read_params
-from sae_research.store import project_root, write_json, write_text
-from sae_research.store_cache import cache_dir, writable_cache_dir
-from sae_research.training.progress import progress_path
-from sae_research.yaml_files import parse as parse_yaml
+from sae_research.experiments.grid import Job, expand, make_jobs, sae_keys, set_params, without, write_wandb_sweep
+from sae_research.experiments.processes import Lease, Slot, parse_devices
+from sae_research.experiments.sae_interpretability import Changes
+from sae_research.experiments.single import scales_over
+from sae_research.runtime.cache import cache_dir, writable_cache_dir
+from sae_research.runtime.errors import Interrupted, UserError
+from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.yaml_files import parse as parse_yaml
+from sae_research.runtime.yaml_files import read_mapping
+from sae_research.training.checkpoints import progress_path
+
+
+def carry_out(options: argparse.Namespace, changes: Changes) -> int:
+    """The sweep that the flags describe. Returns 1 where a job failed."""
+    for flag in ("limit", "saes_per_run"):
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise UserError(f"--{flag} must be above 0")
+    root = project_root()
+    params_yaml = read_params(root / PARAMS)
+    name = re.sub(r"[^a-zA-Z0-9_-]+", "-", options.name or options.sweep_config.stem).strip("-") or "sweep"
+    base = read_mapping(options.base_config) if options.base_config else {}
+    where = (str(options.base_config or PARAMS), str(options.sweep_config))
+    slots = parse_devices(options.devices)[:1 if options.sequential else None]
+    grid = expand(base, read_mapping(options.sweep_config), params_yaml, changes,
+                  scales_over(params_yaml, slots[0].device), options.limit, where)
+    for line in grid.notes:
+        print(f"note: {line}")
+    if options.wandb_sweep:
+        flags = [part for flag, value in (("--model", changes.model), ("--text", changes.text), ("--tokens", changes.tokens))
+                 if value is not None for part in (flag, str(value))]
+        write_wandb_sweep(options.wandb_sweep, grid.points, grid.total, options.base_config, flags, options.wandb_project)
+        print(f"wrote {options.wandb_sweep}: wandb sweep {options.wandb_sweep}, then wandb agent on each machine")
+        return 0
+    stages = list(dict.fromkeys(["core", *(part.strip() for part in options.stages.split(",") if part.strip())]))
+    jobs = make_jobs(grid.points, stages, name, where[1], options.saes_per_run)
+    finished = finished_saes(root)
+    left = remaining(jobs, finished, stages, name)
+    _say(grid.total, len(grid.points), jobs, left, [slot.device for slot in slots])
+    if options.dry_run:
+        return 0
+    if options.output_dir:
+        _make(options.output_dir)
+    outcome = Runner(name, left, slots, options.sequential).run() if left else None
+    finished = finished_saes(root)
+    print(f"\n{results_table(jobs, finished)}")
+    if options.output_dir:
+        write_copies(options.output_dir, left or jobs, finished, outcome)
+    if outcome and outcome.failed:
+        print(f"\n{len(outcome.failed)} of {len(left)} jobs failed:")
+        for job, why in outcome.failed.items():
+            print(f"  {job}: {why}\n    dvc queue logs {job}; the same call tries again")
+        return 1
+    print("\nalso: dvc exp show --only-changed; python -m sae_research apply NAME brings an "
+          "experiment's SAEs into trained_saes/")
+    return 0
+
+
+def _make(folder: Path) -> None:
+    """The folder for copies, before hours are spent. Raises `UserError` where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder}: no permission to write there")
+
+
+def _say(total: int, chosen: int, jobs: list[Job], left: list[Job], devices: list[str]) -> None:
+    n_saes, n_left = (sum(len(job.saes) for job in group) for group in (jobs, left))
+    print(f"{chosen} of {total} points, {n_saes} SAEs in {len(jobs)} runs; "
+          f"{n_saes - n_left} SAEs are finished, {n_left} to train in {len(left)} runs on {', '.join(devices)}")
+    for job in left:
+        print(f"  {job.name}: {len(job.saes)} SAE{'s' * (len(job.saes) > 1)}, {job.params.train.tokens:,} tokens, "
+              f"{job.params.model.name}, {', '.join(job.params.train.hooks)}")
+        for point in job.points:
+            print(f"    {point.label}")
+
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
 """What an experiment's figures depend on beside its parameters."""

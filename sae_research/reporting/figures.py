@@ -17,31 +17,32 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
-from sae_research.errors import UserError
-from sae_research.reporting.canvas import (
+from sae_research.config.reporting import Style, Visualization
+from sae_research.plotting.axes import (
     GRID,
     INK,
     MUTED,
     SMALL,
     TEXT,
+    Box,
     below,
     beside,
     count,
     log_axis,
     pixels_of,
+    place_labels,
     plain,
     save,
     say,
     sheet,
     span,
 )
-from sae_research.reporting.figure_equal_l0 import equal_l0
-from sae_research.reporting.labels import Box, place_labels
+from sae_research.reporting.equal_l0_figure import equal_l0
 from sae_research.reporting.metrics import headline
-from sae_research.reporting.plot_data import Point, points, residual_baseline
-from sae_research.reporting.run import Row, Run
+from sae_research.reporting.results import Row, Run
 from sae_research.reporting.style import Look, looks, marker_size, short_names
-from sae_research.visualization_params import Style, Visualization
+from sae_research.reporting.tables import Point, points, residual_baseline
+from sae_research.runtime.errors import UserError
 
 IMAGES = Path("images")
 LOG_Y = {"kl"}

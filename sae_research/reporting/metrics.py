@@ -12,10 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
-from sae_research.reporting.metric import LAB, SAE_BENCH, STOCK_SUFFIX, Metric
-
 # The records themselves stand in metric_table.py: add yours there.
-from sae_research.reporting.metric_table import METRICS
+from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, STOCK_SUFFIX, Metric
 
 __all__ = ["CORE_HEADLINE", "CORE_PLOTTED", "EVALS", "EVAL_NOTES", "EVAL_TITLES", "LAB", "METRICS", "SAE_BENCH",
            "STOCK_SUFFIX", "WANTED_K", "Metric", "family_of", "headline", "home", "leading_ks", "metric_named",

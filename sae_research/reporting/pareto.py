@@ -18,10 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_research.errors import UserError
-from sae_research.reporting.canvas import INK, MUTED, SMALL, TEXT, log_axis, pixels_of, plain, save, span
+from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, pixels_of, plain, save, span
 from sae_research.reporting.style import Look, looks
-from sae_research.store import read_json
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import read_json
 
 EVAL_FILE = "eval_results.json"
 METRICS = {

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sae_research.errors import UserError
-from sae_research.reporting.canvas import INK, SMALL, TEXT, log_axis, pixels_of, plain, save
-from sae_research.store import read_json, write_text
+from sae_research.plotting.axes import INK, SMALL, TEXT, log_axis, pixels_of, plain, save
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import read_json, write_text
 
 DPI = 110
 ENCODERS = {"ihtp": ("IHTP", "k"), "topk_refit": ("top-k refit", "k"), "mpsae": ("MPSAE", "s"), "omp": ("OMP", "s"),

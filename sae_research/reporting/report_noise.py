@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sae_research.reporting.equal_l0 import Grid, area, at, common_l0, common_range, grids
+from sae_research.reporting.comparisons import (
+    SEEDS_FOR_A_CLAIM,
+    Grid,
+    area,
+    at,
+    common_l0,
+    common_range,
+    contenders,
+    grids,
+    recipes,
+    seed_lines,
+)
 from sae_research.reporting.metrics import EVAL_TITLES, Metric, headline
-from sae_research.reporting.run import Row, Run
-from sae_research.reporting.seeds import SEEDS_FOR_A_CLAIM, contenders, recipes, seed_lines
+from sae_research.reporting.results import Row, Run
 from sae_research.reporting.tables import ABSENT, markdown, number, with_interval
 
 if TYPE_CHECKING:
-    from sae_research.reporting.differences import Comparison
+    from sae_research.reporting.comparisons import Comparison
 
 FEW_CLUSTERS = 20
 """Below this *effective* number an interval is called rough."""
@@ -155,7 +165,7 @@ def _seed_terms(run: Run) -> list[str]:
 
 def _unmatched(run: Run) -> list[str]:
     """Which SAEs were not compared, for want of a common L0."""
-    from sae_research.reporting.differences import unmatched  # numpy, which no other part needs
+    from sae_research.reporting.comparisons import unmatched  # numpy, which no other part needs
 
     pairs = unmatched(run)
     if not pairs:

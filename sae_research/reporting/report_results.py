@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_research.reporting.ground_truth_report import beside
-from sae_research.reporting.merge import ROLES
+from sae_research.reporting.ground_truth import beside
 from sae_research.reporting.metrics import (
     EVAL_NOTES,
     EVAL_TITLES,
@@ -20,7 +19,7 @@ from sae_research.reporting.metrics import (
     residual_key,
     sort_keys,
 )
-from sae_research.reporting.run import Row, Run
+from sae_research.reporting.results import ROLES, Row, Run
 from sae_research.reporting.tables import ABSENT, headline_columns, markdown, number, with_interval
 
 GROUPS = {

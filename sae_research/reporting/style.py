@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import cycle
 from typing import NamedTuple
 
-from sae_research.reporting.run import Row
+from sae_research.reporting.results import Row
 
 
 class Look(NamedTuple):

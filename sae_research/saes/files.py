@@ -12,8 +12,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import checked_name, file_sha256, read_settings, write_bytes, write_json
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
+from sae_research.saes.formats.sae_lens import convert
 from sae_research.saes.reading import (
     flag,
     floats,
@@ -27,8 +29,6 @@ from sae_research.saes.reading import (
     whole,
 )
 from sae_research.saes.registry import form_class
-from sae_research.saes.sae_lens import convert
-from sae_research.store import checked_name, file_sha256, read_settings, write_bytes, write_json
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"

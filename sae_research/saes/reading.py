@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.store import regular_file
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import regular_file
 
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
            MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError)

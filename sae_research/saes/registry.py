@@ -6,27 +6,27 @@ import importlib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes.base import SparseAutoencoder
-from sae_research.sources import sources_fingerprint
 
 _PLACES = {
-    "standard": "sae_research.saes.standard:StandardSAE",
-    "standard_norm_rescaled": "sae_research.saes.norm_rescaled:NormRescaledSAE",
-    "linear": "sae_research.saes.linear:LinearSAE",
-    "topk": "sae_research.saes.topk:TopKSAE",
-    "jumprelu": "sae_research.saes.jumprelu:JumpReLUSAE",
-    "gated": "sae_research.saes.gated:GatedSAE",
-    "hard_concrete": "sae_research.saes.hard_concrete:HardConcreteSAE",
-    "signed_hard_concrete": "sae_research.saes.hard_concrete:SignedHardConcreteSAE",
-    "gated_hard_concrete": "sae_research.saes.hard_concrete:GatedHardConcreteSAE",
-    "ihtp": "sae_research.instance_sae:IHTPSAE",
-    "matching_pursuit": "sae_research.instance_sae:MPSAE",
-    "nonnegative_matching_pursuit": "sae_research.instance_sae:NonNegativeMPSAE",
-    "sae_lens_matching_pursuit": "sae_research.saes.lens_pursuit:LensPursuitSAE",
-    "omp": "sae_research.instance_sae:OMPSAE",
-    "nonnegative_omp": "sae_research.instance_sae:NonNegativeOMPSAE",
-    "topk_refit": "sae_research.instance_sae:TopKRefitSAE",
+    "standard": "sae_research.saes.forms:StandardSAE",
+    "standard_norm_rescaled": "sae_research.saes.forms:NormRescaledSAE",
+    "linear": "sae_research.saes.forms:LinearSAE",
+    "topk": "sae_research.saes.forms:TopKSAE",
+    "jumprelu": "sae_research.saes.forms:JumpReLUSAE",
+    "gated": "sae_research.saes.forms:GatedSAE",
+    "hard_concrete": "sae_research.saes.forms:HardConcreteSAE",
+    "signed_hard_concrete": "sae_research.saes.forms:SignedHardConcreteSAE",
+    "gated_hard_concrete": "sae_research.saes.forms:GatedHardConcreteSAE",
+    "ihtp": "sae_research.saes.pursuit.encoders:IHTPSAE",
+    "matching_pursuit": "sae_research.saes.pursuit.encoders:MPSAE",
+    "nonnegative_matching_pursuit": "sae_research.saes.pursuit.encoders:NonNegativeMPSAE",
+    "sae_lens_matching_pursuit": "sae_research.saes.forms:LensPursuitSAE",
+    "omp": "sae_research.saes.pursuit.encoders:OMPSAE",
+    "nonnegative_omp": "sae_research.saes.pursuit.encoders:NonNegativeOMPSAE",
+    "topk_refit": "sae_research.saes.pursuit.encoders:TopKRefitSAE",
 }
 
 

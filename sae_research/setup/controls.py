@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.instance_sae import MPSAE
+from sae_research.config.inputs import Controls
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
-from sae_research.params import Params
-from sae_research.sae_params import Controls
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder
-from sae_research.saes.linear import LinearSAE
-from sae_research.text.stream import token_contexts
+from sae_research.saes.forms import LinearSAE
+from sae_research.saes.pursuit.encoders import MPSAE
+from sae_research.text.tokens import token_contexts
 
 PREFIX = "control_"
 MIN_SAMPLE_TOKENS = 8_192

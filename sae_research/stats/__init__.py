@@ -1,6 +1,6 @@
 """Streaming statistics shared by training, set-up and the evaluations."""
 
-from sae_research.stats.losses import CleanPredictions
+from sae_research.stats.predictions import CleanPredictions
 from sae_research.stats.reconstruction import ReconstructionStats, density_histogram
 from sae_research.stats.weights import LatentWeights, latent_weights
 

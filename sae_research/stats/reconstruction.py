@@ -1,11 +1,26 @@
-"""Streaming statistics of a reconstruction: one pass over batches, memory that does not grow with tokens."""
+"""Streaming statistics of a reconstruction: one pass over batches, memory that does not grow with tokens.
+
+Which tokens vary together: clusters of documents or sources, and sums over them.
+
+Contexts are packed from documents end to end, so a document may fill several contexts and a context may hold several
+documents. Every token therefore counts for its own document, wherever it was packed. Documents of one source (a
+packaged set, a file) resemble each other; with at least `MIN_SOURCES` sources the sources are the clusters, else the
+documents are.
+
+Statistics that are sums: what is kept apart while reading can be added up afterwards. And how figures are written.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sae_research.runtime.files import fingerprint
+from sae_research.text.tokens import Contexts
 
 HISTOGRAM_EDGES = [x / 4 for x in range(-20, 1)]
 """log10 of density, from 1e-5 to 1"""
@@ -88,3 +103,124 @@ class ReconstructionStats:
         if float(self.dot) != 0:
             values["relative_reconstruction_bias"] = float(self.norm_squared / self.dot)
         return values
+
+
+MIN_SOURCES = 10
+MAX_CLUSTERS = 256
+"""More documents than this are pooled at random, by their id: results stay small, intervals valid."""
+
+
+class Clusters(NamedTuple):
+    """Clusters of some contexts."""
+
+    index: np.ndarray
+    """Cluster of every token, -1 for none [contexts, seq]."""
+    count: int
+    about: dict[str, Any]
+    """What is stored of them: level (source, document or context), how many clusters, documents and sources, and a
+    key that is equal only for equal clusters of equal tokens."""
+
+    def sums(self, contexts: Tensor, counted: Tensor, values: Tensor) -> np.ndarray:
+        """Sums of `values` [batch, seq] over counted tokens, by cluster [clusters], float64.
+
+        contexts: numbers of the batch's contexts [batch]; counted: bool [batch, seq], where seq may end before the
+        contexts do. Summed on the CPU in a fixed order, so that equal runs agree to the last digit.
+        """
+        index = self.index[contexts.cpu().numpy(), :counted.shape[1]]
+        kept = counted.cpu().numpy() & (index >= 0)
+        return np.bincount(index[kept], values.double().cpu().numpy()[kept], minlength=self.count)
+
+
+def clusters_of(contexts: Contexts, first: int, last: int) -> Clusters:
+    """Clusters of the contexts numbered `first` to `last` (not included); the index covers all contexts."""
+    doc_ids = contexts.doc_ids.numpy()[first:last]
+    used = np.unique(doc_ids[doc_ids >= 0])
+    sources = [contexts.sources[i] for i in used]
+    level = "source" if len(set(sources)) >= MIN_SOURCES else "document"
+    names = sources if level == "source" else [contexts.documents[i] for i in used]
+    if len(set(names)) > MAX_CLUSTERS:
+        names = [str(int(fingerprint(name)[:12], 16) % MAX_CLUSTERS) for name in names]
+    labels, cluster_of = np.unique(names, return_inverse=True) if names else (np.empty(0), np.empty(0, np.int64))
+    table = np.full(len(contexts.documents) + 1, -1)  # the last entry is where a separator's -1 leads
+    table[used] = cluster_of
+    index = np.full(contexts.doc_ids.shape, -1)
+    index[first:last] = table[doc_ids]
+    return _clusters(index, len(labels), contexts.tokens[first:last], level=level, documents=len(used),
+                     sources=len(set(sources)))
+
+
+def clusters_by_context(tokens: Tensor, first: int, last: int) -> Clusters:
+    """Every context a cluster of its own: for tokens of which no documents are known."""
+    index = np.full(tokens.shape, -1)
+    index[first:last] = np.arange(last - first)[:, None]
+    return _clusters(index, last - first, tokens[first:last], level="context")
+
+
+def _clusters(index: np.ndarray, count: int, tokens: Tensor, **about: Any) -> Clusters:
+    key = fingerprint([tokens.tolist(), index.tolist()])[:16]
+    return Clusters(index, count, {**about, "clusters": count, "key": key})
+
+
+class ReconstructionSums:
+    """One SAE's sums by cluster, for L0, variance explained, and cosine and bias about the mean."""
+
+    def __init__(self, clusters: Clusters) -> None:
+        self.clusters = clusters
+        self.sums = {name: np.zeros(clusters.count) for name in (
+            "tokens", "l0", "residual", "total", "cosine", "rebuilt", "shared")}
+
+    @torch.no_grad()
+    def update(self, contexts: Tensor, x: Tensor, x_hat: Tensor, z: Tensor, mask: Tensor, mean_D: Tensor) -> None:
+        """Add a batch. x, x_hat: [batch, seq, d_in]; z: [batch, seq, d_sae]; mask: bool [batch, seq]; mean_D: mean of x
+        over all tokens that count. It stays where it is when clusters are drawn anew."""
+        def add(values: Tensor) -> np.ndarray:
+            return self.clusters.sums(contexts, mask, values)
+
+        x, x_hat = x.float(), x_hat.float()
+        self.sums["tokens"] += add(mask)
+        # the norm of order 0 counts, five times as fast as `count_nonzero`
+        self.sums["l0"] += add(torch.linalg.vector_norm(z, 0, dim=-1, dtype=torch.float32))
+        self.sums["residual"] += add((x - x_hat).square().sum(-1))
+        x, x_hat = x - mean_D, x_hat - mean_D
+        total, rebuilt, shared = x.square().sum(-1), x_hat.square().sum(-1), (x * x_hat).sum(-1)
+        self.sums["total"] += add(total)
+        self.sums["rebuilt"] += add(rebuilt)
+        self.sums["shared"] += add(shared)
+        self.sums["cosine"] += add(shared / (total * rebuilt).sqrt().clamp_min(1e-30))
+
+    def as_lists(self) -> dict[str, list[float]]:
+        return {name: values.tolist() for name, values in self.sums.items()}
+
+
+T = TypeVar("T")
+_FIXED = ("shift", "dtype")
+
+
+def together(kept: T, removed: T) -> T:
+    """The statistics over both sets of tokens: every number and tensor of `removed` added to a copy of `kept`.
+
+    For classes all of whose numbers and tensors are sums over tokens, but for those named in `_FIXED`; they may hold others
+    of their kind.
+    """
+    total = copy.copy(kept)
+    for name, value in vars(removed).items():
+        if name not in _FIXED:
+            own = getattr(kept, name)
+            setattr(total, name, own + value if isinstance(value, Tensor | int | float) else together(own, value))
+    return total
+
+
+def rounded_list(values: Any) -> list[float]:
+    """Floats of a tensor with 6 significant digits, for files that are read by people and plots."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """Precision of sums: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def counted(values: Tensor, edges: list[float]) -> Tensor:
+    """How many values fall into each bin between `edges` [bins]; those outside count in the outermost."""
+    bins = torch.bucketize(values, torch.tensor(edges[1:-1], dtype=values.dtype, device=values.device), right=True)
+    return torch.bincount(bins, minlength=len(edges) - 1).to(sums_dtype(values.device))

@@ -1,18 +1,24 @@
-"""Running text for SAE training and core evaluation, one document at a time, each in exactly one split."""
+"""Running text for SAE training and core evaluation, one document at a time, each in exactly one split.
+
+The index of held-out texts that training text is compared with, kept under `.cache/held_out/`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.errors import UserError
-from sae_research.params import Text
-from sae_research.store import fingerprint
-from sae_research.text.held_out import held_out_index
+import numpy as np
+
+from sae_research.config.params import Text
+from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.sources import sources_fingerprint
 from sae_research.text.hub import hub_revision, stream_rows
 from sae_research.text.local import (
     as_text,
@@ -23,9 +29,17 @@ from sae_research.text.local import (
     looks_local,
     read_rows,
 )
-from sae_research.text.near_copies import DEFINITION, NearIndex
 from sae_research.text.packaged import packaged_version, read_packaged
-from sae_research.text.split import SHARES, SPLITS, split_of_hash, text_hash
+from sae_research.text.split import (
+    DEFINITION,
+    SHARES,
+    SPLITS,
+    NearIndex,
+    ShingleSets,
+    shingle_sets,
+    split_of_hash,
+    text_hash,
+)
 
 PACKAGED = "packaged"
 MIN_CHARACTERS = 200
@@ -291,3 +305,27 @@ def _content(value: Any, where: str, decode: Decode | None) -> str:
             raise UserError(f"{where} holds token ids that are not this model's ({error}); name a column of text, or "
                             "a data set that was tokenised for it") from None
     return as_text(value, where)
+
+
+MAX_GB = 1.0
+"""Size limit of the folder; the packaged text's index has 4 MB."""
+_CODES, _BOUNDS = "codes.npy", "bounds.npy"
+
+
+def held_out_index(text_fingerprint: str, texts: Iterable[str], kept: Callable[[], bool]) -> NearIndex:
+    """The index of held-out texts; `texts` is read only where the cache does not hold it.
+
+    text_fingerprint: of the data that `texts` comes from. kept: whether that alone says what the texts are, so that the
+    index may be cached; asked once they are read. Raises `UserError` where the cache cannot be written.
+    """
+    folder = cache_dir("held_out")
+    entry = folder / fingerprint([text_fingerprint, sources_fingerprint(__name__)])[:32]
+    if usable(entry):
+        return NearIndex(ShingleSets(np.load(entry / _CODES), np.load(entry / _BOUNDS)))
+    sets = shingle_sets(texts)
+    if kept():
+        with new_entry(entry) as temporary:
+            np.save(temporary / _CODES, sets.codes)
+            np.save(temporary / _BOUNDS, sets.bounds)
+        prune(folder, MAX_GB, keep=[entry])
+    return NearIndex(sets)

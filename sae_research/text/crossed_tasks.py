@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.errors import UserError
-from sae_research.store import fingerprint
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import fingerprint
 from sae_research.text.hub import hub_errors
 from sae_research.text.local import (
     TABLE_SUFFIXES,
@@ -27,9 +27,8 @@ from sae_research.text.local import (
     looks_local,
     read_rows,
 )
-from sae_research.text.near_copies import NearIndex, shingle_sets
 from sae_research.text.packaged import read_packaged
-from sae_research.text.split import text_hash
+from sae_research.text.split import NearIndex, shingle_sets, text_hash
 from sae_research.text.tasks import TaskUnavailable, Texts, apart, distinct_texts, pick
 
 Cell = tuple[int, int]

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 
 OFFLINE_TEXT = "set `text.dataset: packaged`"
 OFFLINE_TASKS = "name packaged tasks in `sparse_probing.dataset_names`"

@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_research.errors import UserError
-from sae_research.store import file_sha256, project_root
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import file_sha256, project_root
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet", ".tsv")
 SUFFIXES = (".txt", *TABLE_SUFFIXES)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.errors import UserError
-from sae_research.store import fingerprint
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import fingerprint
 from sae_research.text.hub import OFFLINE_TASKS, hub_errors, one_line
 from sae_research.text.local import (
     TABLE_SUFFIXES,
@@ -26,10 +26,8 @@ from sae_research.text.local import (
     looks_local,
     read_rows,
 )
-from sae_research.text.near_copies import NearIndex, out_of_place, shingle_sets
-from sae_research.text.packaged import read_packaged
-from sae_research.text.packaged_tasks import PACKAGED_TASKS, PackagedTask
-from sae_research.text.split import split_of_hash, text_hash
+from sae_research.text.packaged import PACKAGED_TASKS, PackagedTask, read_packaged
+from sae_research.text.split import NearIndex, out_of_place, shingle_sets, split_of_hash, text_hash
 
 TRAIN, TEST = "probe_train", "probe_test"
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_research.params import Train
-from sae_research.store import fingerprint
+from sae_research.config.params import Train
+from sae_research.runtime.files import fingerprint
 from sae_research.training.recipes import RECIPES, Recipe, StepOutput
 from sae_research.training.stream import StreamBatch
 

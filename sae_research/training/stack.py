@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from sae_research.params import Train
-from sae_research.recipe_params import SAERecipe
-from sae_research.store import fingerprint
+from sae_research.config.params import Train
+from sae_research.config.training import SAERecipe
+from sae_research.runtime.files import fingerprint
 from sae_research.training.member import Member, adam, merged, note_losses
 from sae_research.training.recipes import Recipe, StepOutput
 from sae_research.training.recipes.base import project_rows, unit_rows

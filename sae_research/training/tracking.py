@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sae_research.endpoints import keeps_secrets, one_line
-from sae_research.environment import secret
-from sae_research.errors import UserError
-from sae_research.params import Params
-from sae_research.recipe_params import SAERecipe
-from sae_research.store import project_root
+from sae_research.config.params import Params
+from sae_research.config.training import SAERecipe
+from sae_research.runtime.endpoints import keeps_secrets, one_line, secret
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import project_root
 from sae_research.training.member import Member
 
 KEY = "WANDB_API_KEY"

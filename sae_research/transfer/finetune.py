@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.cached_files import new_entry, usable
-from sae_research.errors import UserError
+from sae_research.config.params import Text
+from sae_research.config.transfer import OwnFinetune
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.lm.hooks import find_layers, parse_hook
-from sae_research.params import Text
-from sae_research.sources import sources_fingerprint
+from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import file_sha256, fingerprint, write_json
+from sae_research.runtime.sources import sources_fingerprint
 from sae_research.stats import CleanPredictions
-from sae_research.store import file_sha256, fingerprint, write_json
-from sae_research.store_cache import cache_dir, prune
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer.text import TextSource, contexts, documents_of
-from sae_research.transfer_params import OwnFinetune
 
 SPLIT = "sae_train"
 """Text nothing is evaluated on."""

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import UserError
-from sae_research.params import Train
-from sae_research.recipe_params import StandardRecipe, TopKRecipe
+from sae_research.config.params import Train
+from sae_research.config.training import StandardRecipe, TopKRecipe
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import ReconstructionStats
 from sae_research.training.recipes.base import Recipe
-from sae_research.training.recipes.standard import Standard
+from sae_research.training.recipes.l1 import Standard
 from sae_research.training.recipes.top_k import TopK
-from sae_research.transfer.pair import MODELS, Pair, masks
+from sae_research.transfer.loading import MODELS, Pair, masks
 from sae_research.transfer.text import batches
 
 TRAIN_SPLIT = "sae_train"

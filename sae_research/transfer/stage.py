@@ -1,34 +1,114 @@
-"""The stage `transfer_eval`: writes `eval_results/transfer/`, one result for the pair and one for every control.
+"""From sums to what is written: one result for a pair of models, as plain data.
+
+The stage `transfer_eval`: writes `eval_results/transfer/`, one result for the pair and one for every control.
 
 Every part of a result (statistics, patched losses, how far the model moved, repair) is kept in the result cache when it is
 done: a run that was stopped, or that changes one part's settings, computes only what is missing.
+
+Where the stage begins: what is switched off must not wait for torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
-from sae_research.saes.guard import Guard
+from sae_research.runtime.cache import ResultCache
+from sae_research.runtime.files import fingerprint, round_significant, write_text
+from sae_research.runtime.stages import StageFolder, stage_folder
+from sae_research.saes.base import Guard
 from sae_research.saes.registry import code_fingerprint
-from sae_research.store import fingerprint, round_significant, write_text
-from sae_research.store_cache import ResultCache
-from sae_research.store_stages import StageFolder
+from sae_research.stats import ReconstructionStats
+from sae_research.stats.reconstruction import together
 from sae_research.text.corpus import text_fingerprint
-from sae_research.transfer import results
 from sae_research.transfer.finetune import outputs_moved, perturbed_model, weights_moved
-from sae_research.transfer.loading import DIGITS, Models, hooks, load
-from sae_research.transfer.losses import patched_losses
-from sae_research.transfer.outliers import known_values
-from sae_research.transfer.pair import Pair
+from sae_research.transfer.loading import DIGITS, MODELS, Models, Pair, hooks, load
+from sae_research.transfer.losses import logit_similarity, patched_losses
 from sae_research.transfer.repair import repair
-from sae_research.transfer.sweep import FirstPass, sweep
-from sae_research.transfer.table import as_tsv
+from sae_research.transfer.statistics import ACTIVATION_EDGES, Similarity, known_values
+from sae_research.transfer.sweep import PROMPT_EDGES, FirstPass, HookStats, SaeStats, Statistics, sweep
+from sae_research.transfer.table import as_tsv, by_interval, by_sample, density_shift, latent_table, wilson
 from sae_research.transfer.text import SPLIT, TextSource, batches
+
+
+def similarity(statistics: Statistics) -> dict[str, Any]:
+    """By hook: figures without and with outliers, how many were removed, and what pictures are drawn from."""
+    return {hook: _similarity(stats) for hook, stats in statistics.hooks.items()}
+
+
+def _similarity(stats: HookStats) -> dict[str, Any]:
+    everything: Similarity = together(stats.kept, stats.removed)
+    return {"tokens": everything.n, "kept": stats.kept.means(), "all": everything.means(),
+            "fraction_removed": stats.removed.n / max(everything.n, 1),
+            "limit": None if stats.limit == float("inf") else stats.limit,
+            "profile": stats.kept.profile(), "heat_map": stats.heat_map,
+            "prompt_means": {"edges": PROMPT_EDGES, "counts": [int(c) for c in stats.prompt_means]}}
+
+
+def quality(stats: SaeStats) -> dict[str, Any]:
+    """By model and filter: the figures of `ReconstructionStats`, the published R^2, and dead latents with an interval."""
+    return {model: {"kept": _quality(stats.kept[model]),
+                    "all": _quality(together(stats.kept[model], stats.removed[model])),
+                    "activation_histogram": {"log10_edges": ACTIVATION_EDGES,
+                                             "counts": [int(c) for c in stats.histogram[model].counts]}}
+            for model in MODELS}
+
+
+def _quality(stats: ReconstructionStats) -> dict[str, float]:
+    found = stats.metrics()
+    if not found:
+        return {}
+    dead, d_sae = int((stats.firing_F == 0).sum()), len(stats.firing_F)
+    low, high = wilson(dead, d_sae)
+    found |= {"dead_latents": float(dead), "fraction_dead": dead / d_sae, "fraction_dead_low": float(low),
+              "fraction_dead_high": float(high), "mean_density": float(stats.density.mean())}
+    r2 = flattened_r2(stats)
+    return found if r2 is None else found | {"r2_flattened": r2}
+
+
+def flattened_r2(stats: ReconstructionStats) -> float | None:
+    """The published comparison's R^2: about one mean over all tokens *and dimensions*, so that a mere constant vector
+    already scores 0.3 to 0.6 and the figure is no variance explained. None without variance."""
+    n = stats.tokens * len(stats.sum_D)
+    total = float(stats.sum_squares_D.sum()) - float(stats.sum_D.sum()) ** 2 / n
+    return None if total <= 0 else 1 - float(stats.residual_D.sum()) / total
+
+
+def latents(pair: Pair, stats: SaeStats, role: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    """(summaries, the table of all latents) of one SAE."""
+    sampling, seed = pair.params.transfer.sampling, pair.params.random_seed
+    logits = logit_similarity(pair.base, pair.finetuned, pair.saes[role])
+    frame = latent_table(stats, None if logits is None else logits.correlation, sampling, seed)
+    tokens = {model: stats.kept[model].tokens for model in MODELS}
+    found = {"by_interval": by_interval(frame), "by_sample": by_sample(frame, sampling),
+             "density_shift": density_shift(frame, tokens, stats.moments_kept.halves),
+             "pairs": stats.moments_kept.models.n,
+             "logits": None if logits is None else logits.report(),
+             "pearson_histograms": {name: _histogram(frame[column]) for name, column in (
+                 ("models", "pearson"), ("shuffled", "pearson_shuffled"), ("halves", "pearson_halves"))}}
+    return found, frame
+
+
+def _histogram(values: pd.Series) -> dict[str, Any]:
+    edges = np.linspace(-1, 1, 81)
+    return {"edges": [round(float(edge), 4) for edge in edges],
+            "counts": np.histogram(values.dropna(), edges)[0].tolist(), "undefined": int(values.isna().sum())}
+
+
+def coverage(pair: Pair, statistics: Statistics) -> dict[str, Any]:
+    """How much was read, and how much of it stands in the same place for both."""
+    tokens = statistics.tokens
+    return {"tokens_base": tokens["base"], "tokens_finetuned": tokens["finetuned"], "matched": tokens["aligned"],
+            "matched_fraction": tokens["aligned"] / max(tokens["counted_base"], 1),
+            "tokenizers": "each its own" if pair.source.own else "the base model's for both"}
+
 
 MAIN = "finetuned"
 """The pair asked about; the others are controls, which read fewer tokens."""
@@ -83,13 +163,13 @@ def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:
     """The first pass: figures, tables, and what the other parts need of it."""
     statistics = sweep(pair, n_tokens, f"{name}: statistics")
     result: dict[str, Any] = {
-        "coverage": results.coverage(pair, statistics), "similarity": results.similarity(statistics),
+        "coverage": coverage(pair, statistics), "similarity": similarity(statistics),
         "outliers": statistics.outliers.report(), "latents": {},
-        "quality": {role: results.quality(stats) for role, stats in statistics.saes.items()}}
+        "quality": {role: quality(stats) for role, stats in statistics.saes.items()}}
     prefix = "" if name == MAIN else f"{name}_"
     tables = {"outlier_tokens.tsv": _outlier_tokens(result["outliers"]["listed"])} if name == MAIN else {}
     for role, stats in statistics.saes.items():
-        result["latents"][role], frame = results.latents(pair, stats, role)
+        result["latents"][role], frame = latents(pair, stats, role)
         tables[f"{prefix}latents.tsv" if role == "base" else f"{prefix}latents_{role}_sae.tsv"] = as_tsv(frame)
     return {"result": result, "tables": tables, "first": statistics.first.plain()}
 
@@ -159,3 +239,15 @@ def _key(pair: Pair, name: str) -> str:
         "mask": params.token_mask.model_dump(), "seed": params.random_seed, "dtype": str(pair.base.dtype),
         "device": pair.base.device.type,
         "code": code_fingerprint(__name__, classes=[type(sae) for sae in pair.saes.values()])})
+
+
+RESULTS = Path("eval_results/transfer")
+
+
+def run_stage(params: Params, folder: Path = RESULTS) -> None:
+    """One run: results and status in `folder`. Raises `UserError` for what cannot be compared."""
+    with stage_folder(folder, params.eval_types.transfer) as stage:
+        if stage is None:
+            return
+
+        run(params, stage)

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import UserError
+from sae_research.config.params import TokenMask
 from sae_research.lm import token_mask
-from sae_research.params import TokenMask
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats import ReconstructionStats
-from sae_research.transfer.latents import ActivationHistogram, LatentMoments
-from sae_research.transfer.outliers import Norms, OutlierLog, chosen_limit, limits
-from sae_research.transfer.pair import MODELS, Masks, Pair, masks
-from sae_research.transfer.similarity import Similarity
-from sae_research.transfer.sums import counted, sums_dtype
+from sae_research.stats.reconstruction import counted, sums_dtype
+from sae_research.transfer.loading import MODELS, Masks, Pair, masks
+from sae_research.transfer.statistics import (
+    ActivationHistogram,
+    LatentMoments,
+    Norms,
+    OutlierLog,
+    Similarity,
+    chosen_limit,
+    limits,
+)
 from sae_research.transfer.text import PairBatch, batches
 
 HEAT_MAP_PROMPTS = 40

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from sae_research.transfer.latents import EPSILON, PairMoments
-from sae_research.transfer.pair import MODELS
-from sae_research.transfer.sums import together
+from sae_research.config.transfer import Sampling
+from sae_research.stats.reconstruction import together
+from sae_research.transfer.loading import MODELS
+from sae_research.transfer.statistics import EPSILON, PairMoments
 from sae_research.transfer.sweep import SaeStats
-from sae_research.transfer_params import Sampling
 
 Z95 = 1.959963984540054
 DEAD = ("both_dead", "base_dead", "finetuned_dead")

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_research.errors import UserError
+from sae_research.config.params import Text
 from sae_research.lm import LanguageModel
-from sae_research.params import Text
+from sae_research.runtime.errors import UserError
 from sae_research.text.corpus import Document, documents
-from sae_research.text.stream import decoder
+from sae_research.text.tokens import decoder
 
 SPLIT = "core_eval"
 HEAD_DOCUMENTS = 512

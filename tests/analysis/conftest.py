@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_saes import D_SAE, tiny_sae
 
-from sae_research.analysis.sources import Lab
+from sae_research.analysis.context import Lab
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
 from sae_research.saes import SparseAutoencoder
 
 SIZE = 32

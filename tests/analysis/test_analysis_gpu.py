@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sae_research.analysis.attribute import attribute, check_by_ablation, logit_difference
-from sae_research.analysis.sources import Lab
+from sae_research.analysis.context import Lab
 from sae_research.analysis.steer import steer
+from sae_research.config.params import Params
 from sae_research.lm import load_language_model
-from sae_research.params import Params
 
 from .conftest import biased
 

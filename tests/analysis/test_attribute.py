@@ -14,10 +14,10 @@ from sae_research.analysis.attribute import (
     long_table,
     prompt_metric,
 )
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
+from sae_research.analysis.context import Lab
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
 
 from .conftest import EARLY, LATE, biased
 

@@ -13,23 +13,20 @@ from dashboards import content, small
 from tiny_model import make_tiny_model
 from tiny_saes import tiny_sae
 
-from sae_research.analysis.dashboard.comparison import compare
-from sae_research.analysis.dashboard.contexts import significant
-from sae_research.analysis.dashboard.latents import Shown
-from sae_research.analysis.dashboard.make import write_dashboard
+from sae_research.analysis.context import Lab
+from sae_research.analysis.dashboard.latents import Shown, significant
 from sae_research.analysis.dashboard.neighbours import match_by_activation, match_by_decoder, nearest
 from sae_research.analysis.dashboard.neuronpedia_batch import Batch
-from sae_research.analysis.dashboard.site import NEURONPEDIA
-from sae_research.analysis.dashboard.stage import run_stage
-from sae_research.analysis.layout import LatentStats
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
+from sae_research.analysis.dashboard.site import NEURONPEDIA, compare
+from sae_research.analysis.dashboard.stage import run_stage, write_dashboard
+from sae_research.analysis.store import LatentStats
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
-from sae_research.lm.unembedding import unembedding
-from sae_research.params import Params
+from sae_research.lm.generate import unembedding
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import write_json
+from sae_research.runtime.stages import read_status
 from sae_research.saes import save_sae
-from sae_research.store import write_json
-from sae_research.store_stages import read_status
 
 
 def dense(stats: LatentStats) -> np.ndarray:

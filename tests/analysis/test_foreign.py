@@ -16,14 +16,14 @@ import torch
 from evals_saes import config, dictionary, standard
 from torch import Tensor
 
-from sae_research.analysis.foreign import ForeignSAE, adapt
-from sae_research.errors import UserError
+from sae_research.analysis.released import ForeignSAE, adapt
+from sae_research.config.params import Params
 from sae_research.evaluate import evaluate
-from sae_research.instance_sae import IHTPSAE
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
+from sae_research.saes.forms import StandardSAE
 from sae_research.saes.identity import Unidentified, identity
-from sae_research.saes.standard import StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE
 
 HOOK, D = "blocks.1.hook_resid_post", 32
 SCALE = 1.0

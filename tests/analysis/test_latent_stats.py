@@ -11,16 +11,16 @@ import torch
 from damage import flip
 from tiny_saes import D_SAE, tiny_sae
 
-from sae_research.analysis import stats as stats_module
+from sae_research.analysis import collect as stats_module
 from sae_research.analysis.accumulate import Accumulator, firings, joined
-from sae_research.analysis.layout import N_BINS, histogram_quantile
-from sae_research.analysis.stats import LatentStats, collect_stats, load_stats, store_folder
-from sae_research.errors import UserError
-from sae_research.instance_sae import IHTPSAE
+from sae_research.analysis.collect import LatentStats, collect_stats, load_stats, store_folder
+from sae_research.analysis.store import N_BINS, histogram_quantile
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, token_mask
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.stream import context_chunks, token_contexts
+from sae_research.saes.pursuit.encoders import IHTPSAE
+from sae_research.text.tokens import context_chunks, token_contexts
 
 from .conftest import LATE, SIZE, biased
 

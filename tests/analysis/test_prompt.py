@@ -8,12 +8,12 @@ import pytest
 import torch
 from random_saes import make_sae
 
-from sae_research.analysis.ablate import ablate
+from sae_research.analysis.attribute import ablate
+from sae_research.analysis.context import Lab
 from sae_research.analysis.patching import run_with_saes, zeroed
 from sae_research.analysis.prompt import promoted_tokens, run_prompt, search_by_promoted, search_by_prompt, top_latents
-from sae_research.analysis.sources import Lab
-from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
+from sae_research.runtime.errors import UserError
 
 from .conftest import EARLY, LATE, biased
 

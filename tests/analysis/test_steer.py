@@ -12,17 +12,17 @@ import torch
 from tiny_saes import D_SAE, tiny_sae
 from torch import Tensor
 
+from sae_research.analysis.context import Lab
 from sae_research.analysis.neuronpedia import Neuronpedia
-from sae_research.analysis.sources import Lab
 from sae_research.analysis.steer import Edit, as_rows, steer
-from sae_research.errors import UserError
-from sae_research.instance_sae import IHTPSAE
 from sae_research.lm import LanguageModel
-from sae_research.lm.sampling import choose, sample
+from sae_research.lm.generate import choose, sample
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.standard import StandardSAE
+from sae_research.saes.forms import StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE
 from sae_research.stats import CleanPredictions
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
 
 from .conftest import LATE, biased
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from sae_research.analysis.context import Lab
 from sae_research.analysis.explain import Explainer, as_json, explain_latents, logit_tail, ranking_scores
-from sae_research.analysis.sources import Lab
 from sae_research.analysis.subspace import by_word, firing_together, subspace
-from sae_research.errors import UserError
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 
 from .conftest import LATE, biased
@@ -41,7 +41,7 @@ class ByRule(SparseAutoencoder):
 @pytest.fixture
 def known(lm: LanguageModel, params: Params, in_project: object) -> Lab:
     """An SAE whose latents follow rules, and the word it fires on."""
-    from sae_research.text.stream import token_contexts
+    from sae_research.text.tokens import token_contexts
 
     base = biased("standard")
     sae = ByRule(base.cfg.replace(form="by_rule", options={}), W_dec=base.W_dec, b_dec=base.b_dec)

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from sae_research.analysis import directory
-from sae_research.analysis.tables import table
-from sae_research.cli import main
-from sae_research.errors import UserError
-from sae_research.params import Params
+from sae_research.analysis import neuronpedia
+from sae_research.cli.analyze_verbs import table
+from sae_research.cli.main import main
+from sae_research.config.params import Params
+from sae_research.runtime.errors import UserError
 from sae_research.saes import save_sae
 
 from .conftest import EARLY, SIZE, biased
@@ -143,16 +143,16 @@ def test_the_directory_of_releases(in_project: Path, capsys: pytest.CaptureFixtu
         main(["analyze", "saes", "--search", "no such model"])
     with pytest.raises(UserError, match="did you mean gpt2-small-res-jb"):
         main(["analyze", "saes", "--describe", "gpt2-small-res-j"])
-    rows = directory.list_releases("gpt2-small-res-jb$")
+    rows = neuronpedia.list_releases("gpt2-small-res-jb$")
     assert [row["release"] for row in rows] == ["gpt2-small-res-jb"] and rows[0]["model"] == "gpt2-small"
-    saes = directory.list_saes("gpt2-small-res-jb", "blocks.7")
+    saes = neuronpedia.list_saes("gpt2-small-res-jb", "blocks.7")
     assert saes[0]["neuronpedia"] == "gpt2-small/7-res-jb"
-    assert directory.neuronpedia_source("gpt2-small-res-jb", "blocks.7.hook_resid_pre") == "gpt2-small/7-res-jb"
-    assert directory.neuronpedia_page("gpt2-small/7-res-jb", 5).endswith("/gpt2-small/7-res-jb/5")
+    assert neuronpedia.neuronpedia_source("gpt2-small-res-jb", "blocks.7.hook_resid_pre") == "gpt2-small/7-res-jb"
+    assert neuronpedia.neuronpedia_page("gpt2-small/7-res-jb", 5).endswith("/gpt2-small/7-res-jb/5")
     with pytest.raises(UserError, match="has no SAE 'blocks.99'"):
-        directory.neuronpedia_source("gpt2-small-res-jb", "blocks.99")
+        neuronpedia.neuronpedia_source("gpt2-small-res-jb", "blocks.99")
     with pytest.raises(UserError, match="not a regular expression"):
-        directory.list_releases("(")
+        neuronpedia.list_releases("(")
 
 
 def test_tables() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from autointerp_lab import BUFFER, TOP, WEIGHTED
 
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,18 @@ from evals_saes import HOOK, D, config, dictionary, everything, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from sae_research.errors import NotApplicable, UserError
-from sae_research.evals.absorption import evaluate, evaluation, main_latents, words
+from sae_research.config.params import Params
+from sae_research.evals.absorption import absorbed as main_latents
+from sae_research.evals.absorption import evaluate, evaluation, words
 from sae_research.evals.absorption.absorbed import lab_absorbed, sae_bench_absorbed, usual_activation
-from sae_research.evals.absorption.letter_probes import Probes, Training, f1, train
-from sae_research.evals.absorption.logistic import fit_balanced
-from sae_research.evals.absorption.word_activations import WordActivations
-from sae_research.instance_sae import IHTPSAE, MPSAE
-from sae_research.lm import LanguageModel, continuation
-from sae_research.params import Params
+from sae_research.evals.absorption.letter_probes import Probes, Training, f1, fit_balanced, train
+from sae_research.evals.absorption.words import WordActivations
+from sae_research.lm import LanguageModel, activations
+from sae_research.runtime.errors import NotApplicable, UserError
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder
+from sae_research.saes.forms import StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 
 
 @pytest.fixture
@@ -109,8 +109,8 @@ def test_words_that_merge_with_the_template_are_dropped_and_counted(lm: Language
 @pytest.mark.parametrize("hook", [HOOK, "blocks.0.hook_resid_pre", "blocks.2.attn.hook_z"])
 def test_words_activations_are_those_of_whole_prompts(lm: LanguageModel, params: Params, hook: str, continues: bool,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    assert continuation._can_continue(lm, hook, torch.tensor([0, 9, 8, 7]), torch.tensor([5, 6]))
-    monkeypatch.setattr(continuation, "_can_continue", lambda *_: continues)
+    assert activations._can_continue(lm, hook, torch.tensor([0, 9, 8, 7]), torch.tensor([5, 6]))
+    monkeypatch.setattr(activations, "_can_continue", lambda *_: continues)
     found = words.load_words(lm, changed(params, max_words=20).absorption, 42)
     got = WordActivations(lm, hook, found, params).vectors
     for i, tail in enumerate(found.tails):
@@ -132,8 +132,8 @@ def test_sequence_level_encoders_read_whole_prompts_and_the_word_counts(lm: Lang
     i = 7
     prompt = torch.cat([found.openings.tokens[found.openings.of[i]], found.tails[i]])[None]
     x = lm.activations(prompt, HOOK)
-    from sae_research.evals.pool import HookActivations
     from sae_research.lm import token_mask
+    from sae_research.lm.activations import HookActivations
 
     median = HookActivations(lm, HOOK, found.openings.tokens, strict).median_norm
     mask = token_mask(lm, prompt, x, strict.token_mask, median)

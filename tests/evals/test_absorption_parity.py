@@ -16,8 +16,7 @@ from fixtures import make_absorption as fixture
 from sae_research.evals.absorption import evaluation
 from sae_research.evals.absorption.evaluation import Letters
 from sae_research.evals.absorption.letter_probes import Probes
-from sae_research.evals.absorption.word_activations import WordActivations
-from sae_research.evals.absorption.words import LETTERS
+from sae_research.evals.absorption.words import LETTERS, WordActivations
 from sae_research.lm import load_language_model
 
 STOCK = json.loads(fixture.FIXTURE.read_text())

@@ -14,15 +14,15 @@ import torch
 from fixtures import make_autointerp as fixture
 from llm_server import is_scoring, serve_llm
 
+from sae_research.config.params import Params
 from sae_research.evals import autointerp
-from sae_research.evals.autointerp import judge, prompts
-from sae_research.evals.autointerp.prompts import Example
+from sae_research.evals.autointerp import judge
+from sae_research.evals.autointerp.judge import Example
 from sae_research.evals.autointerp.windows import collect_windows, n_top
-from sae_research.evals.pool import HookActivations
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import encode_each
-from sae_research.store_stages import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 
@@ -35,7 +35,7 @@ def settings(tiny_inputs: Path, in_project: Path) -> Params:
 def example(line: str, lm: LanguageModel) -> Example:
     """One of SAE Bench's examples, its tokens put into words by us."""
     plain = json.loads(line)
-    ours = Example(prompts.token_strings(lm.tokenizer, plain["toks"]), plain["acts"], plain["threshold"])
+    ours = Example(judge.token_strings(lm.tokenizer, plain["toks"]), plain["acts"], plain["threshold"])
     assert ours.active == plain["active"]
     return ours
 
@@ -80,14 +80,14 @@ def test_windows_equal_stock(lm: LanguageModel, settings: Params) -> None:
 def test_both_questions_equal_stock_to_the_byte(lm: LanguageModel, settings: Params) -> None:
     for stock in STOCK["windows"].values():
         shown, scored = ([example(line, lm) for line in stock[key]] for key in ("shown", "scored"))
-        assert prompts.explanation_messages(shown, True) == stock["explanation_question"]
+        assert judge.explanation_messages(shown, True) == stock["explanation_question"]
         sample = sample_of(stock["scoring_question"])
-        assert prompts.scoring_messages("a word", scored, sample) == stock["scoring_question"]
+        assert judge.scoring_messages("a word", scored, sample) == stock["scoring_question"]
     for stock in STOCK["wording"]:
         examples = [example(line, lm) for line in stock["examples"]]
-        assert prompts.explanation_messages(examples, stock["demonstrations"]) == stock["explanation_question"]
+        assert judge.explanation_messages(examples, stock["demonstrations"]) == stock["explanation_question"]
         listed = sorted(examples, key=lambda ex: max(ex.acts), reverse=True)
-        asked = prompts.scoring_messages("odd text", listed, sample_of(stock["scoring_question"]))
+        asked = judge.scoring_messages("odd text", listed, sample_of(stock["scoring_question"]))
         # five odd texts in place of fourteen windows: SAE Bench names the number of its configuration
         asked[0]["content"] = asked[0]["content"].replace("shown 5 example", "shown 14 example")
         assert asked == stock["scoring_question"]
@@ -116,17 +116,17 @@ def test_the_questions_we_ask_are_sae_benchs_up_to_draws(lm: LanguageModel, sett
 def test_parsing_equals_stock() -> None:
     stock = STOCK["parsing"]
     for answer, explanation in stock["explanations"].items():
-        assert prompts.parse_explanation(answer) == explanation
+        assert judge.parse_explanation(answer) == explanation
     active, n = stock["active"], len(stock["active"])
     fires, silent = Example(["a"], [1.0], 0.5), Example(["a"], [0.0], 0.5)
     sheet = judge.Sheet(0, 99, [], [fires if a else silent for a in active], [not a for a in active], [])
     for answer, predictions in stock["predictions"].items():
-        assert prompts.parse_predictions(answer) == predictions, repr(answer)
+        assert judge.parse_predictions(answer) == predictions, repr(answer)
         got = judge._scores(sheet, answer)
         assert got.get("score_sae_bench") == stock["scores"][answer], repr(answer)
         sensible = predictions is not None and answer.strip() and all(1 <= p <= n for p in predictions)
         assert got["state"] == (judge.SCORED if sensible else judge.UNPARSABLE), repr(answer)
-    assert prompts.parse_predictions("²") is None, "SAE Bench stops with an error here"
+    assert judge.parse_predictions("²") is None, "SAE Bench stops with an error here"
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from fixtures import make_autointerp as fixture
 from sae_research.evals import autointerp
 from sae_research.evals.autointerp import windows
 from sae_research.evals.autointerp.windows import Windows, collect_windows
-from sae_research.evals.pool import HookActivations
-from sae_research.instance_sae import MPSAE
 from sae_research.lm import LanguageModel
+from sae_research.lm.activations import HookActivations
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.saes.standard import StandardSAE
+from sae_research.saes.forms import StandardSAE
+from sae_research.saes.pursuit.encoders import MPSAE
 
 
 def dense_codes(sae: SparseAutoencoder, acts: HookActivations) -> torch.Tensor:

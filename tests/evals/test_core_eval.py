@@ -8,16 +8,16 @@ import pytest
 import torch
 from evals_saes import HOOK, D, config, dictionary, everything, identity, mean_predictor, standard
 
-from sae_research.errors import UserError
-from sae_research.evals import core
-from sae_research.instance_sae import MPSAE
+from sae_research.evals.core import evaluation
 from sae_research.lm import LanguageModel
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
-from sae_research.text.stream import spread, token_contexts
+from sae_research.saes.pursuit.encoders import MPSAE
+from sae_research.text.tokens import spread, token_contexts
 
 
 def run(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
-    return dict(core.evaluate(saes, lm, params, **kwargs))
+    return dict(evaluation.evaluate(saes, lm, params, **kwargs))
 
 
 def lab(result: dict[str, Any]) -> dict[str, float]:
@@ -60,12 +60,12 @@ def test_one_sae_equals_many_and_cold_equals_warm(lm: LanguageModel, make_params
 def test_bars_move_inside_one_sae(lm: LanguageModel, make_params: Any, monkeypatch: Any) -> None:
     moved: dict[str, int] = {}
 
-    class Bar(core.tqdm):
+    class Bar(evaluation.tqdm):
         def update(self, n: float | None = 1) -> bool | None:
             moved[self.desc] = moved.get(self.desc, 0) + 1
             return super().update(n)
 
-    monkeypatch.setattr(core, "tqdm", Bar)
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
     run({"standard": standard()}, lm, make_params())
     assert moved["sparsity and variance"] == 3
 
@@ -85,9 +85,9 @@ def test_added_sae_pays_only_for_itself(lm: LanguageModel, make_params: Any, mon
 def test_interruption_keeps_what_was_finished(lm: LanguageModel, make_params: Any, monkeypatch: Any) -> None:
     params = make_params()
     want = run(everything(), lm, make_params(activation_caching={"enabled": False}))
-    for path in core.ResultCache("core_predictions").folder.iterdir():
+    for path in evaluation.ResultCache("core_predictions").folder.iterdir():
         path.unlink()
-    real, calls = core._predict_batch, []
+    real, calls = evaluation._predict_batch, []
 
     def failing(*args: Any) -> Any:
         calls.append(1)
@@ -95,10 +95,10 @@ def test_interruption_keeps_what_was_finished(lm: LanguageModel, make_params: An
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(core, "_predict_batch", failing)
+    monkeypatch.setattr(evaluation, "_predict_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         run(everything(), lm, params)
-    monkeypatch.setattr(core, "_predict_batch", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(evaluation, "_predict_batch", lambda *args: calls.append(1) or real(*args))
     calls.clear()
     assert run(everything(), lm, params) == want
     assert len(calls) == 1, "the first batch came from the cache"

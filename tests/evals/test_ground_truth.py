@@ -21,21 +21,27 @@ from sae_lens.synthetic import (
 from scipy.stats import binom, multivariate_normal, norm, spearmanr
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.evals.ground_truth import data, ranks
+from sae_research.config.ground_truth import PURSUITS, GroundTruth
+from sae_research.config.params import Params, check_params
+from sae_research.config.reporting import Visualization
+from sae_research.evals.ground_truth import data, measures
 from sae_research.evals.ground_truth.data import World
-from sae_research.evals.ground_truth.evaluation import beside, evaluate, make_worlds, run_stage, save_worlds
+from sae_research.evals.ground_truth.evaluation import (
+    Planned,
+    beside,
+    evaluate,
+    make_worlds,
+    run_stage,
+    save_worlds,
+    train_all,
+)
 from sae_research.evals.ground_truth.measures import Truth, correlations, flags, measure
-from sae_research.evals.ground_truth.train import Planned, train_all
-from sae_research.ground_truth_params import PURSUITS, GroundTruth
-from sae_research.params import Params, check_params
-from sae_research.reporting import ground_truth_report
-from sae_research.reporting.ground_truth_data import FOLDER, extract_ground_truth
-from sae_research.reporting.ground_truth_figures import draw_ground_truth
+from sae_research.reporting import ground_truth
+from sae_research.reporting.ground_truth import FOLDER, draw_ground_truth, extract_ground_truth
+from sae_research.runtime.cache import cache_dir
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sae
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_cache import cache_dir
-from sae_research.visualization_params import Visualization
+from sae_research.saes.forms import StandardSAE
 
 SMALL = {"num_features": 48, "hidden_dim": 24, "hierarchy_roots": 6, "max_probability": 0.2, "min_probability": 0.02}
 QUICK: dict[str, Any] = {
@@ -250,7 +256,7 @@ def made_rows(seeds: int, methods: int = 6, sparsities: int = 2) -> list[dict[st
 
 
 def test_ranks_are_compared_at_equal_l0() -> None:
-    found = ranks.follow(made_rows(3), near=7.0, seed=0)
+    found = measures.follow(made_rows(3), near=7.0, seed=0)
     assert len(found["methods"]) == 6 and 6 <= found["l0"] <= 12 and found["note"] == ""
     follows = found["correlations"]
     assert follows["variance_explained"]["mcc"]["spearman"] == -1
@@ -259,17 +265,17 @@ def test_ranks_are_compared_at_equal_l0() -> None:
     assert follows["fraction_alive"]["mcc"] == {"note": "constant over methods"}
     one, other = np.random.default_rng(0).normal(size=(2, 4, 7)).round(1)
     theirs = np.mean([spearmanr(a, b)[0] for a, b in zip(one, other, strict=True)])
-    assert ranks._mean_spearman(one, other) == pytest.approx(theirs)
+    assert measures._mean_spearman(one, other) == pytest.approx(theirs)
 
 
 def test_one_seed_one_sparsity_and_few_methods_are_said() -> None:
-    single = ranks.follow(made_rows(1), near=7.0, seed=0)
+    single = measures.follow(made_rows(1), near=7.0, seed=0)
     assert single["note"] == "one seed: no interval"
     assert all("interval" not in values for truths in single["correlations"].values() for values in truths.values())
-    points = ranks.follow(made_rows(3, sparsities=1), near=7.0, seed=0)
+    points = measures.follow(made_rows(3, sparsities=1), near=7.0, seed=0)
     assert points["correlations"] == {} and "4 are needed" in points["note"] and len(points["left_out"]) >= 4
-    assert ranks.follow(made_rows(3, methods=3), near=7.0, seed=0)["correlations"] == {}
-    assert ranks.follow([], near=7.0, seed=0)["l0"] is None
+    assert measures.follow(made_rows(3, methods=3), near=7.0, seed=0)["correlations"] == {}
+    assert measures.follow([], near=7.0, seed=0)["l0"] is None
 
 
 # --- the stage -----------------------------------------------------------------------------------
@@ -373,9 +379,9 @@ def test_a_folder_of_another_width_is_refused(tmp_path: Path) -> None:
 def test_report_metrics_and_pictures_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_stage(params(pursuit={"encoders": ["mpsae", "omp"], "sizes": [3, 6]}))
-    text = ground_truth_report.ground_truth()
+    text = ground_truth.ground_truth()
     assert "| `top_k, k 3` |" in text and "Which metric follows the truth" in text and "[" in text
-    assert ground_truth_report.beside("variance_explained").startswith("*Variance explained and the truth*")
+    assert ground_truth.beside("variance_explained").startswith("*Variance explained and the truth*")
     extract_ground_truth(FOLDER, Path("metrics/ground_truth.json"))
     metrics = json.loads(Path("metrics/ground_truth.json").read_text())
     assert metrics["_status"] == {"status": "ok", "seeds": 2, "methods": 4 + 12}
@@ -386,5 +392,5 @@ def test_report_metrics_and_pictures_of_a_run(tmp_path: Path, monkeypatch: pytes
     run_stage(off)
     extract_ground_truth(FOLDER, Path("metrics/ground_truth.json"))
     assert json.loads(Path("metrics/ground_truth.json").read_text()) == {"_status": {"status": "disabled"}}
-    assert ground_truth_report.ground_truth() == "" and draw_ground_truth(Visualization()) == []
-    assert ground_truth_report.beside("variance_explained") == "" and not list(Path("images").rglob("*.png"))
+    assert ground_truth.ground_truth() == "" and draw_ground_truth(Visualization()) == []
+    assert ground_truth.beside("variance_explained") == "" and not list(Path("images").rglob("*.png"))

@@ -14,15 +14,14 @@ import torch
 from evals_saes import D, config, dictionary, standard
 from fixtures import make_meta_sae as fixture
 
+from sae_research.config.params import MetaSAE
 from sae_research.evals import meta_sae
 from sae_research.evals.meta_sae import evaluation
-from sae_research.evals.meta_sae.evaluation import measure, shared_dictionaries
-from sae_research.evals.meta_sae.training import BatchTopKSAE, train_meta_sae
-from sae_research.instance_sae import IHTPSAE, MPSAE
+from sae_research.evals.meta_sae.evaluation import BatchTopKSAE, measure, shared_dictionaries, train_meta_sae
 from sae_research.lm import LanguageModel
-from sae_research.params import MetaSAE
-from sae_research.saes.linear import LinearSAE
-from sae_research.store_stages import StageFolder
+from sae_research.runtime.stages import StageFolder
+from sae_research.saes.forms import LinearSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 

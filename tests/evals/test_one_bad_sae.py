@@ -15,16 +15,18 @@ from evals_saes import D, config, dictionary, standard
 from fixtures import make_autointerp as fixture
 from torch import Tensor
 
-from sae_research.errors import NotApplicable, UserError
-from sae_research.evals import autointerp, core, meta_sae, sae_probes, scr_tpp, sparse_probing
-from sae_research.evals.probes import Draw, ProbeTask, full_accuracy
-from sae_research.instance_sae import IHTPSAE
+from sae_research.config.params import Params
+from sae_research.evals import autointerp, meta_sae, sae_probes, scr_tpp
+from sae_research.evals.core import evaluation
+from sae_research.evals.probing import Draw, ProbeTask, full_accuracy
+from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.runtime.errors import NotApplicable, UserError
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.guard import Guard
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder
+from sae_research.saes.base import Guard
+from sae_research.saes.forms import StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE
 
 
 def made(cls: type[StandardSAE] = StandardSAE, d_sae: int = 64, scale: float = 1.0, bias: float = -0.5,
@@ -117,12 +119,12 @@ def compared(evaluate: Any, lm: LanguageModel, params: Params, folder: Path, bad
 
 def test_core(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
     bad = {name: make() for name, (make, _) in BAD.items()} | {"one": made(d_sae=1), "large": made(scale=1e25)}
-    skipped = compared(core.evaluate, lm, make_params(), tmp_path, bad)
+    skipped = compared(evaluation.evaluate, lm, make_params(), tmp_path, bad)
     assert set(skipped) == set(bad)
     assert all(reason in skipped[name] for name, (_, reason) in BAD.items()), skipped
     assert "is NaN or infinite" in skipped["one"] and "is NaN or infinite" in skipped["large"]
     with pytest.raises(UserError, match="NaN or infinity"):  # nowhere to list it
-        list(core.evaluate({"overflow": BAD["overflow"][0]()}, lm, make_params()))
+        list(evaluation.evaluate({"overflow": BAD["overflow"][0]()}, lm, make_params()))
 
 
 def test_sparse_probing(lm: LanguageModel, make_params: Any, tasks: str, tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_windows_of_autointerp(lm: LanguageModel, settings: Any) -> None:
 
 def test_a_defect_of_the_program_keeps_its_traceback(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        list(core.evaluate({"good": standard(), "defect": made(Defect)}, lm, make_params(), StageFolder(tmp_path)))
+        list(evaluation.evaluate({"good": standard(), "defect": made(Defect)}, lm, make_params(), StageFolder(tmp_path)))
 
 
 def test_what_has_no_meaning_at_all_is_no_failure_of_one() -> None:

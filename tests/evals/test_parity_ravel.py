@@ -17,12 +17,10 @@ import pytest
 import torch
 from fixtures import make_ravel as fixture
 
-from sae_research.evals.ravel import masks
-from sae_research.evals.ravel.known import Known
-from sae_research.evals.ravel.masks import Problem, learn, temperatures
-from sae_research.evals.ravel.pairs import Plan, sae_bench_plan
-from sae_research.evals.ravel.patches import PromptActivations, Swap
-from sae_research.evals.ravel.scoring import sae_bench_scores
+from sae_research.evals.ravel import patches
+from sae_research.evals.ravel.evaluation import sae_bench_scores
+from sae_research.evals.ravel.patches import Plan, Problem, PromptActivations, Swap, learn, sae_bench_plan, temperatures
+from sae_research.evals.ravel.prompts import Known
 from sae_research.lm import LanguageModel, load_language_model
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
@@ -61,14 +59,14 @@ def test_pairs_equal_stock(known: list[Known], plan: Plan) -> None:
 
 def test_learning_equals_stock(plan: Plan, swap: Swap, monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[float] = []
-    original = masks._loss
+    original = patches._loss
 
     def noted(rows: Any, swap: Swap) -> torch.Tensor:
         loss = original(rows, swap)
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(masks, "_loss", noted)
+    monkeypatch.setattr(patches, "_loss", noted)
     numbers = learn([Problem(plan.train, keeps_error=False)], swap, fixture.PARAMS)[0]
     assert losses == pytest.approx(STOCK["losses"], rel=1e-4)
     torch.testing.assert_close(numbers, torch.tensor(STOCK["numbers"]), atol=2e-5, rtol=1e-3)

@@ -14,12 +14,12 @@ import torch
 from fixtures import make_sae_bench as fixture
 from torch import Tensor
 
-from sae_research.evals import core, sparse_probing
-from sae_research.evals.probes import Draw, top_k_accuracy
-from sae_research.evals.text_means import TextActivations
+from sae_research.evals.core import evaluation
+from sae_research.evals.probing import Draw, TextActivations, top_k_accuracy
+from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel, load_language_model
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, families
-from sae_research.store_stages import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 FORMS = ("standard", "topk", "mpsae", "ihtp")
@@ -40,7 +40,7 @@ def ours(lm: LanguageModel, saes: dict[str, SparseAutoencoder], tmp_path_factory
     patch = pytest.MonkeyPatch()
     patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
     try:
-        return dict(core.evaluate(saes, lm, fixture.PARAMS, tokens=fixture.core_tokens(lm), lab=False))
+        return dict(evaluation.evaluate(saes, lm, fixture.PARAMS, tokens=fixture.core_tokens(lm), lab=False))
     finally:
         patch.undo()
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from evals_saes import HOOK, D, dictionary, standard
 
-from sae_research.errors import UserError
 from sae_research.evals import pursuit_study
-from sae_research.instance_sae import IHTPSAE, MPSAE
 from sae_research.reporting import pursuit_page
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, save_sae
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 
 MARKED = "".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in ("study", "basis", "speed"))
 
@@ -76,9 +76,9 @@ def test_figures_pictures_and_tables(folder: Path, lm: Any, make_params: Any, mo
 
 def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, make_params: Any) -> None:
     """The study's figures on its contexts equal the core evaluation's on the same ones."""
-    from sae_research.evals import core
-    from sae_research.evals.pool import HookActivations
-    from sae_research.text.stream import spread, token_contexts
+    from sae_research.evals.core import evaluation
+    from sae_research.lm.activations import HookActivations
+    from sae_research.text.tokens import spread, token_contexts
 
     params = make_params(core_eval={"batch_size_prompts": 4, "n_eval_reconstruction_batches": 1,
                                     "n_eval_sparsity_variance_batches": 4})
@@ -87,7 +87,7 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
     for sae in saes.values():
         sae.cfg = sae.cfg.replace(hook_name=HOOK)
     expected = {name: result["eval_result_unstructured"]["lab_v1"]["metrics"]
-                for name, result in core.evaluate(saes, lm, params)}
+                for name, result in evaluation.evaluate(saes, lm, params)}
     tokens = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
                                    20 * params.text.context_size), 4).tokens
     members = {pursuit_study.Member("trained", name, 1): sae for name, sae in saes.items()}

@@ -16,17 +16,16 @@ import ravel_world as world
 import torch
 from hub_server import hub_env, serve_hub
 
-from sae_research.errors import NotApplicable, UserError
+from sae_research.config.params import Params
 from sae_research.evals import ravel
-from sae_research.evals.ravel import evaluation, known, pairs, patches, prompts, scoring
-from sae_research.evals.ravel.answers import right, right_sae_bench
-from sae_research.instance_sae import IHTPSAE, MPSAE
+from sae_research.evals.ravel import evaluation, patches, prompts
+from sae_research.evals.ravel.prompts import right, right_sae_bench
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
+from sae_research.runtime.errors import NotApplicable, UserError
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SAEConfig, SparseAutoencoder
-from sae_research.saes.linear import LinearSAE
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder
+from sae_research.saes.forms import LinearSAE, StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 
 D = world.D
 
@@ -123,8 +122,8 @@ def test_a_latent_that_carries_an_attribute_is_found(town_lm: LanguageModel, tow
 
 def test_held_out_entities_are_scored_and_not_learnt_from(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     stage = StageFolder(tmp_path)
-    facts = known.known_prompts(town_lm, town_params(), stage)
-    for task in pairs.build_tasks(facts, range(len(facts)), town_params(), stage):
+    facts = prompts.known_prompts(town_lm, town_params(), stage)
+    for task in patches.build_tasks(facts, range(len(facts)), town_params(), stage):
         for part, held_out in ((task.lab.train, False), (task.lab.test, True)):
             assert {facts[row].prompt.held_out for pair in part for row in pair[:2]} == {held_out}
             assert sum(pair.cause for pair in part) == len(part) / 2 == 6
@@ -208,11 +207,11 @@ def test_whole_prompts_are_encoded(town_lm: LanguageModel, town_params: Any, tmp
     assert not torch.equal(sae.encode(batch.acts[:, [group.known[row].prompt.position]])[0, 0], z)
 
 
-def _group(lm: LanguageModel, params: Params, folder: Path) -> tuple[patches.PromptActivations, list[pairs.Task]]:
+def _group(lm: LanguageModel, params: Params, folder: Path) -> tuple[patches.PromptActivations, list[patches.Task]]:
     stage = StageFolder(folder)
-    facts = known.known_prompts(lm, params, stage)
+    facts = prompts.known_prompts(lm, params, stage)
     group = patches.PromptActivations(lm, world.HOOK, facts, params)
-    return group, pairs.build_tasks(facts, group.usable, params, stage)
+    return group, patches.build_tasks(facts, group.usable, params, stage)
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -310,9 +309,9 @@ def test_packaged_prompts_are_sound() -> None:
 HUB = """
 import json, sys
 from pathlib import Path
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.evals.ravel.prompts import load_class
-from sae_research.store import StageFolder
+from sae_research.runtime.files import StageFolder
 for name in sys.argv[1:]:
     try:
         towns = load_class(name, "town", ["Country", "Language"], StageFolder(Path("unused")))
@@ -348,11 +347,11 @@ def test_figures_are_means_of_means_and_intervals_draw_entities(town_lm: Languag
     facts = group.known
     kept = "old Kent", "Nice", "Ohm", "port Pau"
 
-    def said(pair: pairs.Pair) -> str:  # right about some entities, wrong about all others
+    def said(pair: patches.Pair) -> str:  # right about some entities, wrong about all others
         return facts[pair.target].prompt.label if facts[pair.base].prompt.entity in kept else "nothing"
 
-    found = scoring.Outcomes(facts, tasks, {task.name: [said(pair) for pair in task.lab.test] for task in tasks})
-    mean, figures = scoring.mean_scores(found.scores(), tasks), found.figures()
+    found = evaluation.Outcomes(facts, tasks, {task.name: [said(pair) for pair in task.lab.test] for task in tasks})
+    mean, figures = evaluation.mean_scores(found.scores(), tasks), found.figures()
     for key in ("cause", "isolation", "disentanglement"):
         assert figures[key].value == pytest.approx(getattr(mean, key))
         for task in tasks:
@@ -362,13 +361,13 @@ def test_figures_are_means_of_means_and_intervals_draw_entities(town_lm: Languag
     assert low < mean.disentanglement < high
     # eight entities, each all right or all wrong: the interval is one of eight outcomes, not of some twenty pairs
     assert high - low > 0.5
-    everything = scoring.Outcomes(facts, tasks, {t.name: [facts[p.target].prompt.label for p in t.lab.test] for t in tasks})
+    everything = evaluation.Outcomes(facts, tasks, {t.name: [facts[p.target].prompt.label for p in t.lab.test] for t in tasks})
     assert everything.evidence(0)["intervals"]["cause"] == [1, 1]
 
 
 def test_pairs_depend_on_the_seed_alone(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
-    facts = known.known_prompts(town_lm, town_params(), StageFolder(tmp_path))
-    plans = [pairs.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
+    facts = prompts.known_prompts(town_lm, town_params(), StageFolder(tmp_path))
+    plans = [patches.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
              for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from sae_research.evals.probes import draw, top_dimensions
-from sae_research.evals.redrawn_probes import fit, pool_size, redrawn_correct, train_draws
-from sae_research.intervals import Retrained, accuracy, difference, interval, packed
+from sae_research.evals.probing import draw, top_dimensions
+from sae_research.evals.sparse_probing.redrawn import fit, pool_size, redrawn_correct, train_draws
+from sae_research.stats.intervals import Retrained, accuracy, difference, interval, packed
 
 SIZE, POOL, TEST = 20, 60, 16
 

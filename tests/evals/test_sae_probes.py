@@ -13,20 +13,38 @@ from evals_saes import HOOK, D, config, dictionary, everything, identity, standa
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
-from sae_research.errors import UserError
+from sae_research.config.params import SparseProbingSaeProbes
 from sae_research.evals import sae_probes
-from sae_research.evals.sae_probes import stage as stage_module
-from sae_research.evals.sae_probes.fit import COSTS, Scores, auc, top_k_scores, top_latents, weighted_f1
-from sae_research.evals.sae_probes.last_token import LastTokens, TypicalNorm, tokenise
-from sae_research.evals.sae_probes.logistic import l1_path, l2_path
-from sae_research.evals.sae_probes.tasks import chosen_names, load_probe_task, make_task, task_names
-from sae_research.evals.sae_probes.uncertainty import RESAMPLES, _text_draws, mean_interval, resampled_metrics
-from sae_research.instance_sae import IHTPSAE, MPSAE
-from sae_research.intervals import accuracy
+from sae_research.evals.sae_probes import evaluation as stage_module
+from sae_research.evals.sae_probes.probes import (
+    COSTS,
+    RESAMPLES,
+    Scores,
+    _text_draws,
+    auc,
+    l1_path,
+    l2_path,
+    mean_interval,
+    resampled_metrics,
+    top_k_scores,
+    top_latents,
+    weighted_f1,
+)
+from sae_research.evals.sae_probes.tasks import (
+    LastTokens,
+    TypicalNorm,
+    chosen_names,
+    load_probe_task,
+    make_task,
+    task_names,
+    tokenise,
+)
 from sae_research.lm import LanguageModel
-from sae_research.params import SparseProbingSaeProbes
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import StageFolder
+from sae_research.saes.forms import StandardSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
+from sae_research.stats.intervals import accuracy
 from sae_research.text.split import split_of, text_hash
 from sae_research.text.tasks import TaskUnavailable
 

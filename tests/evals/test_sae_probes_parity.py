@@ -20,8 +20,8 @@ from fixtures import make_sae_probes as fixture
 from sae_research.evals import sae_probes
 from sae_research.evals.sae_probes.tasks import TaskRows, read_rows, stock_split
 from sae_research.lm import load_language_model
-from sae_research.store import fingerprint
-from sae_research.store_stages import StageFolder
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.stages import StageFolder
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 ONE_TEXT = 1 / 99

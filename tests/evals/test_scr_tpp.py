@@ -16,19 +16,18 @@ from damage import DAMAGES
 from evals_saes import HOOK, D, config, dictionary, everything, standard
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.evals import sparse_probing
-from sae_research.evals.probes import Draw, ProbeTask
-from sae_research.evals.scr_tpp import evaluate_scr, evaluate_tpp, linear, scr, stage
+from sae_research.evals.probing import Draw, ProbeTask, TextActivations, tokenise
+from sae_research.evals.scr_tpp import ablation, evaluate_scr, evaluate_tpp, measures
+from sae_research.evals.scr_tpp import evaluation as stage
 from sae_research.evals.scr_tpp.ablation import NotLinear, View, ablated_logits, decoder_matrix, effects, strongest
-from sae_research.evals.scr_tpp.scr import Direction, LabTask, ScrTask
-from sae_research.evals.text_means import TextActivations, tokenise
-from sae_research.instance_sae import MPSAE
+from sae_research.evals.scr_tpp.measures import Direction, LabTask, ScrTask
+from sae_research.evals.sparse_probing import evaluation
 from sae_research.lm import LanguageModel
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.linear import LinearSAE
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder
+from sae_research.saes.forms import LinearSAE, StandardSAE
+from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.text.split import split_of
 
 KINDS = ["animals", "weather", "trades"]
@@ -191,9 +190,9 @@ def test_our_probes_never_see_a_test_text() -> None:
     rows = torch.arange(60)
     train = Draw(rows[:40], labels[:40])
     honest, flipped = (ProbeTask(train, Draw(rows[40:], test)) for test in (labels[40:], 1 - labels[40:]))
-    starts = [linear.start(0, 0, 12, 40, 300)]
-    ours = [linear.fit(features, [task], starts, pick_on_test=False) for task in (honest, flipped)]
-    stocks = [linear.fit(features, [task], starts, pick_on_test=True) for task in (honest, flipped)]
+    starts = [ablation.start(0, 0, 12, 40, 300)]
+    ours = [ablation.fit(features, [task], starts, pick_on_test=False) for task in (honest, flipped)]
+    stocks = [ablation.fit(features, [task], starts, pick_on_test=True) for task in (honest, flipped)]
     assert np.array_equal(ours[0].weight, ours[1].weight)
     assert not np.array_equal(stocks[0].weight, stocks[1].weight), "stock's recipe picks its epoch on test texts"
     assert ((ours[0].logits(features)[:, 0] > 0) == (labels.numpy() > 0)).mean() > 0.8
@@ -203,10 +202,10 @@ def test_probes_of_different_sizes_train_as_they_would_alone() -> None:
     features = np.random.default_rng(1).standard_normal((80, 9)).astype(np.float32)
     tasks = [ProbeTask(Draw(torch.arange(n), torch.arange(n) % 2.0), Draw(torch.arange(n, 80), torch.arange(80 - n) % 2.0))
              for n in (40, 24, 40)]
-    starts = [linear.start(5, i, 9, len(task.train.rows), 3) for i, task in enumerate(tasks)]
-    together = linear.fit(features, tasks, starts, pick_on_test=True)
+    starts = [ablation.start(5, i, 9, len(task.train.rows), 3) for i, task in enumerate(tasks)]
+    together = ablation.fit(features, tasks, starts, pick_on_test=True)
     for i in range(3):
-        alone = linear.fit(features, [tasks[i]], [starts[i]], pick_on_test=True)
+        alone = ablation.fit(features, [tasks[i]], [starts[i]], pick_on_test=True)
         assert together.weight[i] == pytest.approx(alone.weight[0], abs=1e-6)
 
 
@@ -262,7 +261,7 @@ def test_tpp_encodes_nothing_after_sparse_probing(lm: LanguageModel, params: Any
         path.unlink()
     for path in (TextActivations(lm, HOOK, tokenise(lm, ["a"], 9), params, 9)._kept.folder).glob("means_*"):
         shutil.rmtree(path)
-    list(sparse_probing.evaluate(everything(), lm, params, StageFolder(tmp_path / "b")))
+    list(evaluation.evaluate(everything(), lm, params, StageFolder(tmp_path / "b")))
     monkeypatch.setattr(TextActivations, "_encoded", lambda *_: pytest.fail("encoded again"))
     assert run("tpp", everything(), lm, params, tmp_path / "c")[0] == want
 
@@ -331,23 +330,23 @@ def lab_task(both: tuple[Direction, Direction], neglected: tuple[int, ...], name
 
 def test_scr_of_a_tie_and_of_no_gap() -> None:
     tie = direction(0.9, 0.5, 0.7), direction(1.0, 0.5, 0.5)
-    assert scr.sae_bench_metrics(tie, [5]) == pytest.approx({"scr_dir1_threshold_5": 0.5, "scr_dir2_threshold_5": 0.0})
-    ours, intervals = scr.lab_metrics([lab_task(tie, (0, 1))], [5], 0)
+    assert measures.sae_bench_metrics(tie, [5]) == pytest.approx({"scr_dir1_threshold_5": 0.5, "scr_dir2_threshold_5": 0.0})
+    ours, intervals = measures.lab_metrics([lab_task(tie, (0, 1))], [5], 0)
     # the accuracy given back over that lost, of both directions: 0.2 of 0.4 + 0.5
     assert ours["scr_metric_threshold_5"] == pytest.approx(0.2 / 0.9)
     assert ours["scr_dir1_threshold_5"] == pytest.approx(0.5) and "scr_dir1_threshold_5" in intervals
 
     none = direction(0.8, 0.9, 0.95), direction(0.7, 0.7, 0.2)
-    assert scr.sae_bench_metrics(none, [5]) == {"scr_dir1_threshold_5": 0.0, "scr_dir2_threshold_5": 0.0,
+    assert measures.sae_bench_metrics(none, [5]) == {"scr_dir1_threshold_5": 0.0, "scr_dir2_threshold_5": 0.0,
                                                 "scr_metric_threshold_5": 0.0}
-    assert scr.lab_metrics([lab_task(none, (0,))], [5], 0) == ({}, {}), "nothing was lost, so there is no figure"
-    both, _ = scr.lab_metrics([lab_task(none, (0,), "a"), lab_task(tie, (0,), "b")], [5], 0)
+    assert measures.lab_metrics([lab_task(none, (0,))], [5], 0) == ({}, {}), "nothing was lost, so there is no figure"
+    both, _ = measures.lab_metrics([lab_task(none, (0,), "a"), lab_task(tie, (0,), "b")], [5], 0)
     assert both["scr_metric_threshold_5"] == pytest.approx(0.5), "a task without a loss is left out"
 
 
 def test_scr_sums_over_tasks_before_dividing() -> None:
     small, large = direction(0.925, 0.9, 0.5), direction(0.9, 0.5, 0.7)
-    ours, _ = scr.lab_metrics([lab_task((small, small), (0,), "a"), lab_task((large, large), (0,), "b")], [5], 0)
+    ours, _ = measures.lab_metrics([lab_task((small, small), (0,), "a"), lab_task((large, large), (0,), "b")], [5], 0)
     assert ours["scr_metric_threshold_5"] == pytest.approx((-0.4 + 0.2) / (0.025 + 0.4))
 
 

@@ -15,11 +15,10 @@ import pytest
 import torch
 from fixtures import make_scr_tpp
 
-from sae_research.evals.probes import Draw, ProbeTask
-from sae_research.evals.scr_tpp import linear, scr, tpp
+from sae_research.evals.probing import Draw, ProbeTask, TextActivations, text_numbers, tokenise
+from sae_research.evals.scr_tpp import ablation, measures
 from sae_research.evals.scr_tpp.ablation import View, ablated_logits, decoder_matrix, effects, strongest
-from sae_research.evals.scr_tpp.stage import Settings
-from sae_research.evals.text_means import TextActivations, text_numbers, tokenise
+from sae_research.evals.scr_tpp.evaluation import Settings
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import SparseAutoencoder
 
@@ -34,7 +33,7 @@ class Side(NamedTuple):
 
     task: Any
     group: TextActivations
-    probes: linear.Probes
+    probes: ablation.Probes
     logits: torch.Tensor
     draw: Callable[[dict[str, Any], str], Draw]
     """(a recorded draw, its part) -> rows of the pool of texts."""
@@ -67,13 +66,13 @@ def side(lm: LanguageModel, settings: Settings, task: Any, row_of: dict[str, int
     trained = {record["class"]: [] for record in stock["draws"][:2 * len(stock["trainings"])]}
     for record, part in zip(stock["draws"], ["train", "test"] * len(trained), strict=False):
         trained[record["class"]].append(draw(record, part))
-    starts = {name: linear.Start(np.array(training["start"].split(), np.float32),
+    starts = {name: ablation.Start(np.array(training["start"].split(), np.float32),
                                  np.array([order.split() for order in training["orders"]], np.int64))
               for name, training in zip(trained, stock["trainings"], strict=True)}
     group = TextActivations(lm, make_scr_tpp.HOOK, tokenise(lm, list(row_of), settings.context_length),
                             make_scr_tpp.PARAMS, settings.context_length)
     raw = group.raw_means().sae_bench.numpy()
-    probes = linear.fit(raw, [ProbeTask(*trained[name]) for name in classes], [starts[name] for name in classes],
+    probes = ablation.fit(raw, [ProbeTask(*trained[name]) for name in classes], [starts[name] for name in classes],
                         pick_on_test=True)
     return Side(task, group, probes, torch.from_numpy(probes.logits(raw)), draw)
 
@@ -89,7 +88,7 @@ def scr_side(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Sid
     row_of = text_numbers(part.values() for part in (task.train, task.test))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
-        return side(lm, make_scr_tpp.SCR, scr.scr_task(task, row_of), row_of, parts, STOCK["scr"]["standard"], CLASSES)
+        return side(lm, make_scr_tpp.SCR, measures.scr_task(task, row_of), row_of, parts, STOCK["scr"]["standard"], CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def tpp_side(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Sid
     row_of = text_numbers(part.values() for part in (task.train, task.test))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
-        return side(lm, make_scr_tpp.TPP, tpp.tpp_task(task, row_of, 0), row_of, parts, STOCK["tpp"]["standard"],
+        return side(lm, make_scr_tpp.TPP, measures.tpp_task(task, row_of, 0), row_of, parts, STOCK["tpp"]["standard"],
                     list(task.train))
 
 
@@ -119,8 +118,8 @@ def test_probes_become_what_stocks_become(scr_side: Side, tpp_side: Side) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_scr_equals_stock(form: str, scr_side: Side, saes: dict[str, SparseAutoencoder]) -> None:
     thresholds = list(make_scr_tpp.SCR.n_values)
-    both = scr.directions(scr_side.task, scr_side.view(saes[form]), thresholds, "sae_bench")
-    got = scr.sae_bench_metrics(both, thresholds)
+    both = measures.directions(scr_side.task, scr_side.view(saes[form]), thresholds, "sae_bench")
+    got = measures.sae_bench_metrics(both, thresholds)
     want = {key: value for key, value in STOCK["scr"][form]["metrics"].items() if not isinstance(value, dict)}
     assert got == pytest.approx(want, abs=1e-5)
 
@@ -166,7 +165,7 @@ def test_the_leak_of_masked_positions_is_there(scr_side: Side, saes: dict[str, S
     view = scr_side.view(saes["standard"])
     tight = view._replace(removed=view.latents)
     assert (view.removed - view.latents).abs().max() > 1
-    got, without = (torch.cat([d.ablated for d in scr.directions(scr_side.task, v, thresholds, "sae_bench")])
+    got, without = (torch.cat([d.ablated for d in measures.directions(scr_side.task, v, thresholds, "sae_bench")])
                     for v in (view, tight))
     assert not torch.equal(got, without)
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from evals_saes import D, config, dictionary, everything, identity, standard
 
-from sae_research.errors import UserError
-from sae_research.evals import probes, sparse_probing
-from sae_research.instance_sae import MPSAE
+from sae_research.evals import probing
+from sae_research.evals.sparse_probing import evaluation
 from sae_research.lm import LanguageModel
-from sae_research.store_stages import StageFolder
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import StageFolder
+from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.text.split import split_of
 
 
@@ -38,7 +39,7 @@ def task_file(tmp_path: Path) -> str:
 
 def run(saes: Any, lm: LanguageModel, params: Any, folder: Path) -> tuple[dict[str, Any], StageFolder]:
     stage = StageFolder(folder)
-    return dict(sparse_probing.evaluate(saes, lm, params, stage)), stage
+    return dict(evaluation.evaluate(saes, lm, params, stage)), stage
 
 
 def lab(result: dict[str, Any]) -> dict[str, float]:
@@ -68,7 +69,7 @@ def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any
         alone = run({name: sae}, lm, params, tmp_path / "b")[0][name]
         assert alone == together[name], name
     monkeypatch.delenv("SAE_RESEARCH_NO_CACHE")
-    monkeypatch.setattr(sparse_probing, "_accuracies", lambda *_: pytest.fail("computed again although cached"))
+    monkeypatch.setattr(evaluation, "_accuracies", lambda *_: pytest.fail("computed again although cached"))
     assert run(everything(), lm, params, tmp_path / "c")[0] == together
 
 
@@ -84,13 +85,13 @@ def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_para
 
     saes = {"standard": standard(), "mpsae_s3": everything()["mpsae_s3"]}
     alone, _ = run(saes, lm, with_tasks(task_file), tmp_path / "a")
-    computed, read, real = [], [], sparse_probing._accuracies
-    monkeypatch.setattr(sparse_probing, "_accuracies", lambda *a: computed.append(a[4]) or real(*a))
+    computed, read, real = [], [], evaluation._accuracies
+    monkeypatch.setattr(evaluation, "_accuracies", lambda *a: computed.append(a[4]) or real(*a))
     monkeypatch.setattr(lm, "activations", lambda tokens, hook: read.append(len(tokens)) or LanguageModel.activations(
         lm, tokens, hook))
     both, _ = run(saes, lm, with_tasks(task_file, str(other)), tmp_path / "b")
     assert sorted(computed) == ["llm", "sae", "sae"]
-    texts = sparse_probing._load(lm, with_tasks(task_file, str(other)), StageFolder(tmp_path / "c"))
+    texts = evaluation._load(lm, with_tasks(task_file, str(other)), StageFolder(tmp_path / "c"))
     assert texts.sizes[1] < texts.sizes[0] and sum(texts.sizes) == len(texts.tokens)
     assert sum(read) == texts.sizes[1] + texts.sizes[3], "the model reads the new texts alone"
     tasks = {name: result["eval_result_unstructured"]["lab_v1"]["tasks"] for name, result in both.items()}
@@ -135,21 +136,21 @@ def test_dimensions_are_chosen_on_training_texts_alone() -> None:
     labels = torch.cat([torch.ones(20), torch.zeros(20)])
     features[:40, 2] += 3 * labels          # informative where the probe is trained
     features[40:, 5] += 90 * labels         # informative only among the test texts
-    train, test = probes.Draw(torch.arange(40), labels), probes.Draw(torch.arange(40, 80), labels)
-    assert probes.top_dimensions(features[:40], labels, 1).tolist() == [2]
-    assert probes.top_k_accuracy(features, train, test, 1) < 0.75
+    train, test = probing.Draw(torch.arange(40), labels), probing.Draw(torch.arange(40, 80), labels)
+    assert probing.top_dimensions(features[:40], labels, 1).tolist() == [2]
+    assert probing.top_k_accuracy(features, train, test, 1) < 0.75
 
 
 def test_draws_are_balanced_and_paired() -> None:
     rows = {"a": torch.arange(10), "b": torch.arange(10, 20), "c": torch.arange(20, 30), "d": torch.arange(30, 40)}
-    first, again = (probes.draw(rows, "b", 3, "train") for _ in range(2))
+    first, again = (probing.draw(rows, "b", 3, "train") for _ in range(2))
     assert torch.equal(first.rows, again.rows)
     assert first.labels.sum() == 10
     negatives = first.rows[first.labels == 0]
     assert len(set(negatives.tolist())) == 10
     assert not set(negatives.tolist()) & set(rows["b"].tolist())
     assert all(3 <= sum(int(row) // 10 == c for row in negatives) + 1 <= 5 for c in (0, 2, 3))
-    assert not torch.equal(first.rows, probes.draw(rows, "b", 3, "test").rows)
+    assert not torch.equal(first.rows, probing.draw(rows, "b", 3, "test").rows)
 
 
 def test_full_probe_steps_as_adamw_does() -> None:
@@ -162,7 +163,7 @@ def test_full_probe_steps_as_adamw_does() -> None:
         gradient = rng.standard_normal(6).astype(np.float32)
         parameter.grad = torch.tensor(gradient)
         optimiser.step()
-        probes.adamw_step(theta, gradient, first, second, step, 1e-2)
+        probing.adamw_step(theta, gradient, first, second, step, 1e-2)
         assert theta == pytest.approx(parameter.detach().numpy(), abs=1e-6)
 
 
@@ -170,7 +171,7 @@ def test_full_probe_separates_what_is_separable() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 8)).astype(np.float32)
     y = (x[:, 3] > 0).astype(np.float32)
-    probe, accuracy = probes.fit_full_probe(x[:40], y[:40], x[40:], y[40:], 0, batch_size=4)
+    probe, accuracy = probing.fit_full_probe(x[:40], y[:40], x[40:], y[40:], 0, batch_size=4)
     assert accuracy >= 0.9
     assert np.abs(probe.weight).argmax() == 3
 
@@ -181,8 +182,8 @@ def test_our_full_probe_is_logistic_regression_on_all_dimensions() -> None:
 
     features = torch.randn(120, 300, generator=torch.Generator().manual_seed(0))
     labels = (features[:, :40].sum(1) > 0).float()
-    task = probes.ProbeTask(probes.Draw(torch.arange(60), labels[:60]), probes.Draw(torch.arange(60, 120), labels[60:]))
+    task = probing.ProbeTask(probing.Draw(torch.arange(60), labels[:60]), probing.Draw(torch.arange(60, 120), labels[60:]))
     plain = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(features[:60].numpy(), labels[:60].numpy())
     want = (plain.predict(features[60:].numpy()) == labels[60:].numpy()).mean()
-    assert abs(probes.full_accuracy(features, task) - want) <= 1 / 60
+    assert abs(probing.full_accuracy(features, task) - want) <= 1 / 60
     assert want > 0.6

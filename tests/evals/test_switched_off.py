@@ -7,8 +7,8 @@ import sys
 
 CODE = """
 import sys
-from sae_research.evals.run import OPTIONAL, run_evaluation
-from sae_research.params import Params
+from sae_research.evals.harness import OPTIONAL, run_evaluation
+from sae_research.config.params import Params
 for name in OPTIONAL:
     run_evaluation(name, Params())
 print("torch" in sys.modules)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.evals.tasks import load_tasks, need_one
-from sae_research.store_stages import StageFolder
+from sae_research.evals.harness import load_tasks, need_one
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import StageFolder
 
 
 def table(path: Path, count: int) -> str:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from evals_saes import identity, standard
 
-from sae_research.evals import clusters, core, sparse_probing
-from sae_research.intervals import accuracy, difference, ratio
+from sae_research.evals.core import evaluation
+from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel
-from sae_research.store_stages import StageFolder
-from sae_research.text import stream
+from sae_research.runtime.stages import StageFolder
+from sae_research.stats import reconstruction
+from sae_research.stats.intervals import accuracy, difference, ratio
+from sae_research.text import tokens as stream
 from sae_research.text.split import split_of
-from sae_research.text.stream import Contexts
+from sae_research.text.tokens import Contexts
 
 RATIOS = {"l0", "variance_explained", "kl", "ce_delta", "loss_recovered", "loss_recovered_mean_ablation",
           "cosine_about_mean", "bias_about_mean"}
@@ -31,7 +33,7 @@ def contexts(doc_ids: list[list[int]], sources: list[str]) -> Contexts:
 # --- clusters --------------------------------------------------------------------------------
 
 def test_a_token_counts_for_its_own_document_wherever_it_was_packed() -> None:
-    found = clusters.clusters_of(contexts([[-1, 0, 0, -1], [-1, 1, 1, 1], [-1, 1, 2, 2]], ["x", "x", "x"]), 0, 3)
+    found = reconstruction.clusters_of(contexts([[-1, 0, 0, -1], [-1, 1, 1, 1], [-1, 1, 2, 2]], ["x", "x", "x"]), 0, 3)
     assert found.about | {"key": ""} == {"level": "document", "clusters": 3, "documents": 3, "sources": 1, "key": ""}
     assert found.index.tolist() == [[-1, 0, 0, -1], [-1, 1, 1, 1], [-1, 1, 2, 2]]
     values = torch.tensor([[9.0, 1, 2, 9], [9, 10, 20, 40]])
@@ -42,35 +44,35 @@ def test_a_token_counts_for_its_own_document_wherever_it_was_packed() -> None:
 
 def test_sources_are_the_clusters_once_there_are_enough() -> None:
     many = [f"s{i % 10}" for i in range(30)]
-    found = clusters.clusters_of(contexts([list(range(30))], many), 0, 1)
+    found = reconstruction.clusters_of(contexts([list(range(30))], many), 0, 1)
     assert (found.about["level"], found.count, found.about["documents"]) == ("source", 10, 30)
     assert found.index[0, 3] == found.index[0, 13] == found.index[0, 23]
-    few = clusters.clusters_of(contexts([list(range(30))], [f"s{i % 9}" for i in range(30)]), 0, 1)
+    few = reconstruction.clusters_of(contexts([list(range(30))], [f"s{i % 9}" for i in range(30)]), 0, 1)
     assert (few.about["level"], few.count, few.about["sources"]) == ("document", 30, 9)
 
 
 def test_only_the_contexts_asked_for_belong_and_other_tokens_are_another_key() -> None:
     text = contexts([[-1, 0, 0], [-1, 1, 1]], ["x", "x"])
-    first, second = clusters.clusters_of(text, 0, 1), clusters.clusters_of(text, 1, 2)
+    first, second = reconstruction.clusters_of(text, 0, 1), reconstruction.clusters_of(text, 1, 2)
     assert first.index.tolist() == [[-1, 0, 0], [-1, -1, -1]]
     assert (first.count, second.count) == (1, 1)
     assert first.about["key"] != second.about["key"]
     changed = text._replace(tokens=text.tokens + 1)
-    assert clusters.clusters_of(changed, 0, 1).about["key"] != first.about["key"]
-    assert clusters.clusters_of(text, 0, 1).about == first.about
+    assert reconstruction.clusters_of(changed, 0, 1).about["key"] != first.about["key"]
+    assert reconstruction.clusters_of(text, 0, 1).about == first.about
 
 
 def test_contexts_for_predictions_come_from_all_over_the_text() -> None:
     text = contexts([[-1, doc, doc] for doc in range(4) for _ in range(3)], ["x"] * 4)
     found = stream.spread(text, 4)
     assert found.doc_ids[:4, 1].tolist() == [0, 1, 2, 3]
-    assert clusters.clusters_of(found, 0, 4).about["documents"] == 4 > clusters.clusters_of(text, 0, 4).about["documents"]
+    assert reconstruction.clusters_of(found, 0, 4).about["documents"] == 4 > reconstruction.clusters_of(text, 0, 4).about["documents"]
     assert sorted(map(tuple, found.tokens.tolist())) == sorted(map(tuple, text.tokens.tolist()))
 
 
 def test_very_many_documents_are_pooled() -> None:
-    found = clusters.clusters_of(contexts([list(range(2000))], ["x"] * 2000), 0, 1)
-    assert found.count <= clusters.MAX_CLUSTERS
+    found = reconstruction.clusters_of(contexts([list(range(2000))], ["x"] * 2000), 0, 1)
+    assert found.count <= reconstruction.MAX_CLUSTERS
     assert np.bincount(found.index[0]).min() >= 1
     assert found.about["documents"] == 2000
 
@@ -84,7 +86,7 @@ def block(result: dict[str, Any]) -> dict[str, Any]:
 def test_cluster_sums_add_up_to_the_figures_and_intervals_hold_them(lm: LanguageModel, make_params: Any) -> None:
     params = make_params(core_eval={"batch_size_prompts": 10, "n_eval_reconstruction_batches": 5,
                                     "n_eval_sparsity_variance_batches": 6})
-    for name, result in core.evaluate({"identity": identity(), "standard": standard()}, lm, params):
+    for name, result in evaluation.evaluate({"identity": identity(), "standard": standard()}, lm, params):
         got = block(result)
         assert set(got["cluster_sums"]) == RATIOS
         for key, sums in got["cluster_sums"].items():
@@ -102,7 +104,7 @@ def test_cluster_sums_add_up_to_the_figures_and_intervals_hold_them(lm: Language
 def test_batch_size_changes_no_cluster(lm: LanguageModel, make_params: Any) -> None:
     sizes = ({"batch_size_prompts": 6, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
              {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 4})
-    wide, narrow = (block(dict(core.evaluate({"s": standard()}, lm, make_params(core_eval=size)))["s"]) for size in sizes)
+    wide, narrow = (block(dict(evaluation.evaluate({"s": standard()}, lm, make_params(core_eval=size)))["s"]) for size in sizes)
     assert wide["clusters"] == narrow["clusters"]
     for key, sums in wide["cluster_sums"].items():
         assert sums["numerator"] == pytest.approx(narrow["cluster_sums"][key]["numerator"], rel=1e-3, abs=1e-4), key
@@ -110,7 +112,7 @@ def test_batch_size_changes_no_cluster(lm: LanguageModel, make_params: Any) -> N
 
 def test_tokens_of_unknown_origin_are_clustered_by_context(lm: LanguageModel, make_params: Any) -> None:
     tokens = torch.randint(10, 200, (15, 24), generator=torch.Generator().manual_seed(0))
-    about = block(dict(core.evaluate({"s": standard()}, lm, make_params(), tokens=tokens))["s"])["clusters"]
+    about = block(dict(evaluation.evaluate({"s": standard()}, lm, make_params(), tokens=tokens))["s"])["clusters"]
     assert about["predictions"] | {"key": ""} == {"level": "context", "clusters": 6, "key": ""}
     assert about["sparsity"]["clusters"] == 9
 

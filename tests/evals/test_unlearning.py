@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.errors import UserError
+from sae_research.config.params import Params
 from sae_research.evals import unlearning
-from sae_research.evals.pool import HookActivations
-from sae_research.evals.unlearning import scores
-from sae_research.evals.unlearning.densities import Firing, choose_latents, firing
+from sae_research.evals.unlearning import intervention
 from sae_research.evals.unlearning.evaluation import load_material
-from sae_research.evals.unlearning.intervention import Configuration, correct_answers
+from sae_research.evals.unlearning.intervention import Configuration, Firing, choose_latents, correct_answers, firing
 from sae_research.evals.unlearning.prompts import Prompt, find_known, wordings
-from sae_research.instance_sae import MPSAE
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import StageFolder, read_status, stage_folder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.standard import StandardSAE
-from sae_research.store_stages import StageFolder, read_status, stage_folder
+from sae_research.saes.forms import StandardSAE
+from sae_research.saes.pursuit.encoders import MPSAE
 from tests import knowing_model
 
 SAEs = dict[str, SparseAutoencoder]
@@ -312,24 +311,24 @@ def test_nothing_depends_on_the_order_of_latents(lm: LanguageModel, saes: SAEs, 
 def test_score_by_hand() -> None:
     forget = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)
     retain = np.array([[1, 1], [1, 0], [1, 1]], dtype=bool)
-    assert scores.unlearning_score(forget, retain, 0.99) == 0.75  # the second forgets too much else
-    assert scores.best_configuration(forget, retain, 0.99) == 2
-    assert scores.unlearning_score(forget, retain, 0.5) == 0.75
-    assert scores.unlearning_score(forget[1:2], retain[1:2], 0.99) == 0
-    assert scores.best_configuration(forget[1:2], retain[1:2], 0.99) is None
+    assert intervention.unlearning_score(forget, retain, 0.99) == 0.75  # the second forgets too much else
+    assert intervention.best_configuration(forget, retain, 0.99) == 2
+    assert intervention.unlearning_score(forget, retain, 0.5) == 0.75
+    assert intervention.unlearning_score(forget[1:2], retain[1:2], 0.99) == 0
+    assert intervention.best_configuration(forget[1:2], retain[1:2], 0.99) is None
 
 
 def test_interval_covers_and_held_out_corrects_for_choosing() -> None:
     """Fifty configurations that each forget a tenth at random: the best of them looks better than it is."""
     rng = np.random.default_rng(0)
     forget, retain = rng.random((50, 40)) > 0.1, np.ones((50, 40), dtype=bool)
-    score = scores.unlearning_score(forget, retain, 0.99)
-    low, high = scores.interval(forget, retain, 0.99, seed=1)
-    held_out, kept = scores.held_out(forget, retain, 0.99, seed=1)
+    score = intervention.unlearning_score(forget, retain, 0.99)
+    low, high = intervention.interval(forget, retain, 0.99, seed=1)
+    held_out, kept = intervention.held_out(forget, retain, 0.99, seed=1)
     assert score > 0.15 and low <= score <= high
     assert held_out < score and abs(held_out - 0.1) < 0.08 and kept == 1.0
-    assert scores.interval(forget, retain, 0.99, seed=1) == [low, high]
-    assert scores.held_out(forget, np.zeros((50, 40), dtype=bool), 0.99, seed=1) == (0.0, 1.0)
+    assert intervention.interval(forget, retain, 0.99, seed=1) == [low, high]
+    assert intervention.held_out(forget, np.zeros((50, 40), dtype=bool), 0.99, seed=1) == (0.0, 1.0)
 
 
 def test_one_bad_sae_is_listed_and_the_others_score(lm: LanguageModel, saes: SAEs, make_params: Any) -> None:

@@ -12,11 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.evals.pool import HookActivations
-from sae_research.evals.unlearning import scores
-from sae_research.evals.unlearning.densities import Firing, choose_latents, codes, firing
-from sae_research.evals.unlearning.intervention import Configuration, Job, correct_answers, edited_logits, edits
+from sae_research.evals.unlearning import intervention
+from sae_research.evals.unlearning.intervention import (
+    Configuration,
+    Firing,
+    Job,
+    choose_latents,
+    codes,
+    correct_answers,
+    edited_logits,
+    edits,
+    firing,
+)
 from sae_research.evals.unlearning.prompts import Prompt, find_known, wordings
+from sae_research.lm.activations import HookActivations
 from tests.fixtures import make_unlearning as fixture
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
@@ -100,7 +109,7 @@ def test_answers_probabilities_and_score_equal_stock(case: str, name: str, ready
         assert np.array([probabilities[row][i] for i in asked]).reshape(-1, 4) == pytest.approx(
             want[asked].reshape(-1, 4), rel=2e-3, abs=2e-4)
     assert changed > 0
-    assert scores.unlearning_score(right[:, :run.n_forget], right[:, run.n_forget:], 0.99) == pytest.approx(
+    assert intervention.unlearning_score(right[:, :run.n_forget], right[:, run.n_forget:], 0.99) == pytest.approx(
         stock["score"], abs=1e-6)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, save_sae
 from sae_research.setup.controls import sample_activations
 

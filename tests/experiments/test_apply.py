@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.errors import UserError
 from sae_research.experiments.dvc_queue import apply_experiment
+from sae_research.runtime.errors import UserError
 
 PIPELINE = """stages:
   one:

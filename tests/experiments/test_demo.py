@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from training_helpers import HOOK
 
-from sae_research.errors import UserError
+from sae_research.config.training import recipe_model
 from sae_research.experiments.demo import LADDERS, demo_saes, main
-from sae_research.recipe_params import recipe_model
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sae_research.errors import UserError
 from sae_research.experiments import monitor, processes
-from sae_research.experiments.devices import DEVICE_VARIABLE, Found, Lease, Slot, holder, parse
 from sae_research.experiments.dvc_queue import Entry
+from sae_research.experiments.processes import DEVICE_VARIABLE, Found, Lease, Slot, holder, parse_devices
 from sae_research.experiments.sweep import Runner
 from sae_research.lm.load import pick_device
-from sae_research.store import write_json
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import write_json
 
 GPUS = [Found("cuda:0", ""), Found("cuda:1", ""), Found("cpu", "")]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -24,15 +24,15 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 def test_names_become_slots(in_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [slot.name for slot in parse("cuda:1, cpu,cpu", GPUS)] == ["cuda_1", "cpu", "cpu_2"]
-    assert parse("cuda", GPUS) == [Slot("cuda:0", 0)]
-    assert parse("auto", GPUS) == [Slot("cuda:0", 0), Slot("cuda:1", 0)]
-    assert parse("auto", [Found("mps", ""), Found("cpu", "")]) == [Slot("mps", 0)]
-    assert parse("auto", GPUS[2:]) == [Slot("cpu", 0)]
+    assert [slot.name for slot in parse_devices("cuda:1, cpu,cpu", GPUS)] == ["cuda_1", "cpu", "cpu_2"]
+    assert parse_devices("cuda", GPUS) == [Slot("cuda:0", 0)]
+    assert parse_devices("auto", GPUS) == [Slot("cuda:0", 0), Slot("cuda:1", 0)]
+    assert parse_devices("auto", [Found("mps", ""), Found("cpu", "")]) == [Slot("mps", 0)]
+    assert parse_devices("auto", GPUS[2:]) == [Slot("cpu", 0)]
     for text, line in (("cuda:7", "cuda:7 is not there; found cuda:0, cuda:1, cpu"), ("gpu", "'gpu' is no device"),
                        (",", "names no device")):
         with pytest.raises(UserError, match=line):
-            parse(text, GPUS)
+            parse_devices(text, GPUS)
     assert Slot("cuda:1", 0).environment(0) == {"CUDA_VISIBLE_DEVICES": "1", DEVICE_VARIABLE: "cuda"}
     assert Slot("cpu", 0).environment(1) == {"CUDA_VISIBLE_DEVICES": "", DEVICE_VARIABLE: "cpu"}
     assert "OMP_NUM_THREADS" in Slot("cpu", 1).environment(2)
@@ -51,7 +51,7 @@ def test_a_lease_keeps_others_off_until_every_holder_has_ended(in_project: Path)
     with pytest.raises(UserError, match="cuda:0 is busy with sweep a"):
         Lease(slot, "sweep b")
     assert holder(slot) == "sweep a"
-    assert parse("auto", GPUS) == [Slot("cuda:1", 0)]
+    assert parse_devices("auto", GPUS) == [Slot("cuda:1", 0)]
     Lease(Slot("cuda:0", 1), "a second worker on the same GPU, asked for by name").close()
     worker = subprocess.Popen(SLEEP, pass_fds=[lease.descriptor])
     lease.close()

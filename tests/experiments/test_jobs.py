@@ -10,13 +10,11 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from sae_research.errors import UserError
+from sae_research.config.params import check_params, load_params
 from sae_research.experiments.config_files import names_sections, over, with_values
-from sae_research.experiments.grid import Grid, expand
-from sae_research.experiments.jobs import hydra, make_jobs, sae_keys, set_params, without
-from sae_research.experiments.translate import Changes
-from sae_research.experiments.wandb_sweep import write_wandb_sweep
-from sae_research.params import check_params, load_params
+from sae_research.experiments.grid import Grid, expand, hydra, make_jobs, sae_keys, set_params, without, write_wandb_sweep
+from sae_research.experiments.sae_interpretability import Changes
+from sae_research.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,10 +9,10 @@ import pytest
 from experiments_helpers import README_CONFIG, tiny_params
 from ruamel.yaml import YAML
 
-from sae_research.cli import main
-from sae_research.errors import UserError
-from sae_research.experiments import commands
-from sae_research.params import load_params
+from sae_research.cli import experiments
+from sae_research.cli.main import main
+from sae_research.config.params import load_params
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 
 SMALL = ["data.context_length=24", "saes.sae_positions=[blocks.1.hook_resid_pre,blocks.2.hook_resid_pre]",
@@ -28,9 +28,9 @@ def test_a_foreign_file_trains(params_only: Path, tiny_inputs: Path, capsys: pyt
     config = write(params_only / "relu.yaml", README_CONFIG)
     arguments = ["--config_path", config, "--device", "cpu", "--wandb_project", "null", "--model",
                  str(tiny_inputs / "tiny"), "--text", str(tiny_inputs / "texts"), "--tokens", "3000", *SMALL]
-    assert commands.main("run", [*arguments, "--dry_run"]) == 0
+    assert experiments.main("run", [*arguments, "--dry_run"]) == 0
     assert not (params_only / "output").exists()
-    assert commands.main("run", arguments) == 0
+    assert experiments.main("run", arguments) == 0
     said = capsys.readouterr().out
     assert "note: lr_schedule: cosine" in said
     folder, = (params_only / "output").iterdir()

@@ -10,13 +10,12 @@ import torch
 from experiments_helpers import README_CONFIG, README_SWEEP
 from ruamel.yaml import YAML
 
-from sae_research.errors import UserError
+from sae_research.config.params import Train, check_params, load_params
 from sae_research.experiments import sae_interpretability as foreign
 from sae_research.experiments.config_files import parse_overrides, with_values
 from sae_research.experiments.grid import expand
-from sae_research.experiments.scaling import Scale
-from sae_research.experiments.translate import Changes, translate
-from sae_research.params import Train, check_params, load_params
+from sae_research.experiments.sae_interpretability import Changes, Scale, translate
+from sae_research.runtime.errors import UserError
 from sae_research.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]

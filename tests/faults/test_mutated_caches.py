@@ -12,11 +12,12 @@ import pytest
 from evals_saes import everything
 from mutations import changed_bytes
 
-from sae_research import cached_files
-from sae_research.evals import core, sparse_probing
+from sae_research.config.params import Params
+from sae_research.evals.core import evaluation
+from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params
-from sae_research.store_stages import StageFolder
+from sae_research.runtime import cache as cached_files
+from sae_research.runtime.stages import StageFolder
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def figures(lm: LanguageModel, params: Params, *names: str) -> list[dict[str, An
     cached_files._found_intact.clear()
     saes = {name: sae for name, sae in everything().items() if name in names}
     stage = StageFolder(Path("unused"))
-    return [dict(core.evaluate(saes, lm, params)), dict(sparse_probing.evaluate(saes, lm, params, stage))]
+    return [dict(evaluation.evaluate(saes, lm, params)), dict(sparse_probing.evaluate(saes, lm, params, stage))]
 
 
 def harm(path: Path, others: list[Path], rng: random.Random) -> str:

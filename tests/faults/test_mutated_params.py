@@ -14,8 +14,8 @@ import pytest
 from mutations import changed_bytes, changed_mapping, mappings_of
 from ruamel.yaml import YAML
 
-from sae_research.errors import UserError
-from sae_research.params import Params, check_params, load_params
+from sae_research.config.params import Params, check_params, load_params
+from sae_research.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "params.yaml").read_text()

@@ -21,9 +21,10 @@ import yaml
 from mutations import changed_mapping
 from random_saes import D_IN, D_SAE, make_sae, random_activations
 
-from sae_research.errors import UserError
-from sae_research.saes import exchange, save_sae
-from sae_research.saes.dictionary_learning_export import export_dictionary_learning
+from sae_research.runtime.errors import UserError
+from sae_research.saes import save_sae
+from sae_research.saes.formats import exchange
+from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 
 KEYS = ["threshold", "k", "activation_fn", "activation_fn_str", "noise", "scaling_factor", "finetuning_scaling_factor",
         "skip", "post_encoder_bias", "hook_head_index", "d_out", "normalize_activations"]

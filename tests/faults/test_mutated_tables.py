@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from mutations import VALUES, changed_bytes
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.local import read_rows
 from sae_research.text.questions import load_question_set

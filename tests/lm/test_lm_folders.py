@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_research.errors import UserError
 from sae_research.lm import load_language_model
+from sae_research.runtime.errors import UserError
 
 WEIGHTS = "model.safetensors"
 

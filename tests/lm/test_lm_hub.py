@@ -10,7 +10,7 @@ from pathlib import Path
 from hub_server import hub_env, serve_hub
 
 PROGRAM = """
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.lm import load_language_model
 lm = load_language_model("someone/tiny", "cpu")
 print(lm.d_model, lm.n_layers, lm.can_resume)

@@ -17,9 +17,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from sae_research.errors import UserError
+from sae_research.config.params import ActivationCaching, TokenMask
 from sae_research.lm import LanguageModel, collect, load_language_model, token_mask
-from sae_research.params import ActivationCaching, TokenMask
+from sae_research.runtime.errors import UserError
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 FAMILIES = {

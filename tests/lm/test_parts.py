@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers import AutoModelForCausalLM as Auto
 
-from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
+from sae_research.runtime.errors import UserError
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "num_local_experts": 4,

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from sae_research.lm import products
+from sae_research.lm import model
 
 
 @pytest.fixture
 def layer() -> nn.Linear:
     torch.manual_seed(0)
     layer = nn.Linear(48, 40).requires_grad_(False)
-    products.use_onednn(layer)
+    model.use_onednn(layer)
     return layer
 
 

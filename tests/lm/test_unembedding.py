@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import Gemma2Config, GPT2Config, LlamaConfig
 
 from sae_research.lm import LanguageModel
-from sae_research.lm.unembedding import unembedding
+from sae_research.lm.generate import unembedding
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = {

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae_research.intervals import accuracy, interval, packed, ratio, stored
 from sae_research.reporting.metrics import EVALS
+from sae_research.stats.intervals import accuracy, interval, packed, ratio, stored
 
 # name: (form, architecture, role, base, L0, variance explained, loss recovered, KL, top-1, top-5)
 SAES: dict[str, tuple[str, str, str, str | None, float, float, float, float, float, float]] = {

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.reporting.extract import aggregate, extract
-from sae_research.reporting.merge import merge
-from sae_research.reporting.run import read_run
+from sae_research.reporting.results import aggregate, extract, merge, read_run
 from sae_research.reporting.shapes import TYPE_IDS
-from sae_research.store import checked_name
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import checked_name
 from tests.reporting.conftest import SAES, Lab
 
 RESULT = "eval_results/core/topk_eval_results.json"
@@ -88,9 +86,9 @@ def test_the_manifest(lab: Lab) -> None:
 
 
 def test_results_of_every_evaluation_carry_a_name_that_is_known() -> None:
-    from sae_research.evals.absorption.result import EVAL_TYPE as absorption
+    from sae_research.evals.absorption.evaluation import EVAL_TYPE as absorption
     from sae_research.evals.meta_sae.evaluation import EVAL_TYPE as meta_sae
-    from sae_research.evals.sae_probes.results import EVAL_TYPE as sae_probes
+    from sae_research.evals.sae_probes.evaluation import EVAL_TYPE as sae_probes
 
     assert {"absorption": absorption, "meta_sae": meta_sae} == TYPE_IDS
     assert sae_probes == "sparse_probing_sae_probes", "the others carry their own names"

@@ -6,12 +6,11 @@ import math
 
 import pytest
 
-from sae_research.reporting.equal_l0 import area, at, common_l0, common_range, grids, pareto
+from sae_research.reporting.comparisons import area, at, common_l0, common_range, grids, pareto
 from sae_research.reporting.figures import Artist
-from sae_research.reporting.merge import merge
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
-from sae_research.reporting.run import Row, Run, read_run
+from sae_research.reporting.results import Row, Run, merge, read_run
 from tests.reporting.conftest import Lab
 from tests.reporting.test_figures import STYLE
 from tests.reporting.test_noise import section

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.reporting.extract import aggregate, extract, extract_core_metrics, extract_table_metrics
 from sae_research.reporting.metrics import METRICS, metric_named
+from sae_research.reporting.results import aggregate, extract, extract_core_metrics, extract_table_metrics
+from sae_research.runtime.errors import UserError
 from tests.reporting.conftest import SAES, Lab, core_result, probing_result
 
 

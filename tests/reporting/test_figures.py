@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_research.errors import UserError
+from sae_research.config.reporting import Style, Visualization
+from sae_research.plotting.axes import Box, place_labels
 from sae_research.reporting.figures import Artist, draw_all
-from sae_research.reporting.labels import Box, place_labels
-from sae_research.reporting.merge import merge
-from sae_research.reporting.plot_data import CURVE_POINTS, points, write_plot_data
-from sae_research.reporting.run import Row, Run, read_run
+from sae_research.reporting.results import Row, Run, merge, read_run
 from sae_research.reporting.style import KNOWN, Look, looks, short_names
-from sae_research.visualization_params import Style, Visualization
+from sae_research.reporting.tables import CURVE_POINTS, points, write_plot_data
+from sae_research.runtime.errors import UserError
 from tests.reporting.conftest import SAES, Lab, core_result
 
 STYLE = Visualization(dpi=60)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.reporting.merge import merge
-from sae_research.reporting.run import read_run
+from sae_research.reporting.results import merge, read_run
+from sae_research.runtime.errors import UserError
 from tests.reporting.conftest import SAES, TASKS, Lab, config, core_result
 
 

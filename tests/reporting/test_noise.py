@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 
-from sae_research.reporting.check import failures
-from sae_research.reporting.differences import comparisons, write_differences_csv
+from sae_research.reporting.comparisons import comparisons, contenders, recipes, write_differences_csv
 from sae_research.reporting.figures import Artist
-from sae_research.reporting.merge import merge
 from sae_research.reporting.metrics import headline, leading_ks
-from sae_research.reporting.plot_data import write_plot_data
 from sae_research.reporting.report import report
-from sae_research.reporting.run import Row, Run, read_run
-from sae_research.reporting.seeds import contenders, recipes
-from sae_research.reporting.tables import write_results_csv
+from sae_research.reporting.results import Row, Run, merge, read_run
+from sae_research.reporting.shapes import failures
+from sae_research.reporting.tables import write_plot_data, write_results_csv
 from tests.reporting.conftest import Lab, config, core_evidence, core_result, probing_result
 from tests.reporting.test_figures import STYLE
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_research.errors import UserError
 from sae_research.reporting.pareto import Point, draw_pareto, frontier, read_points
+from sae_research.runtime.errors import UserError
 
 
 def write(folder: Path, name: str, **values: Any) -> None:
@@ -42,7 +42,7 @@ def test_the_frontier_is_what_nothing_beats() -> None:
 
 
 def test_labels_folders_and_a_picture_without_torch(runs: Path) -> None:
-    code = ("import sys; from sae_research.cli import main; code = main(sys.argv[1:]); "
+    code = ("import sys; from sae_research.cli.main import main; code = main(sys.argv[1:]); "
             "assert 'torch' not in sys.modules; sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", code, "pareto", f"{runs / 'one'}=now", f"{runs / 'two'}=before",
                            "--out", str(runs / "p.png")], capture_output=True, text=True, check=False)

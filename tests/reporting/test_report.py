@@ -7,11 +7,10 @@ import re
 
 import pytest
 
-from sae_research.reporting.merge import merge
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
 from sae_research.reporting.report_results import control_findings, stricter
-from sae_research.reporting.run import Row, Run, read_run
+from sae_research.reporting.results import Row, Run, merge, read_run
 from sae_research.reporting.tables import cells, count, number, write_results_csv
 from tests.reporting.conftest import SAES, Lab
 

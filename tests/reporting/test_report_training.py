@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sae_research.reporting.merge import merge
 from sae_research.reporting.report import report
-from sae_research.reporting.run import read_run
+from sae_research.reporting.results import merge, read_run
 from tests.reporting.conftest import Lab
 
 FINDING = {"what": "dead_latents", "says": "9.0% of latents did not fire any more at the end", "figure":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import pursuit
-from sae_research.instance_sae import IHTPSAE, MPSAE
+from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 
 SHAPE = pursuit.Shape(d_in=24, d_sae=150, sequences=8, seq=10)
 

@@ -10,9 +10,9 @@ import pytest
 
 CODE = """
 import sys
-import sae_research.instance_sae
+import sae_research.saes.pursuit.encoders
 print(sorted({"numba", "llvmlite", "triton"} & set(sys.modules)))
-import sae_research.training.rows_top_k
+import sae_research.saes.pursuit.kernels_numba
 import numba
 print(numba.config.CACHE_DIR)
 """

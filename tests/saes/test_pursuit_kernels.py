@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_research.pursuit import kernels_numba, matching, orthogonal, thresholding
-from sae_research.pursuit.dictionary import Dictionary, GramRows, shared_dictionary
+from sae_research.saes.pursuit import kernels_numba, matching, orthogonal, thresholding
+from sae_research.saes.pursuit.dictionary import Dictionary, GramRows, shared_dictionary
 
 D_IN, D_SAE, TOKENS = 24, 150, 40
 Pursuit = Callable[..., Tensor]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch
 from sae_research.pursuit import kernels_triton, matching
-from sae_research.pursuit.dictionary import Dictionary
+from sae_research.saes.pursuit.dictionary import Dictionary
 
 g = torch.Generator().manual_seed(0)
 W = torch.nn.functional.normalize(torch.randn(300, 24, generator=g), dim=1)
@@ -47,8 +47,8 @@ def test_interpreted_kernels_equal_the_torch_steps() -> None:
 @pytest.mark.parametrize("nonnegative", [False, True])
 def test_cuda_kernels_equal_the_torch_steps(d_in: int, d_sae: int, nonnegative: bool,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_research.pursuit import matching
-    from sae_research.pursuit.dictionary import Dictionary
+    from sae_research.saes.pursuit import matching
+    from sae_research.saes.pursuit.dictionary import Dictionary
 
     g = torch.Generator().manual_seed(0)
     W = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=1)
@@ -68,7 +68,7 @@ def test_cuda_kernels_equal_the_torch_steps(d_in: int, d_sae: int, nonnegative: 
 
 @pytest.mark.gpu
 def test_every_encoder_runs_on_cuda_as_on_cpu() -> None:
-    from sae_research.instance_sae import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, TopKRefitSAE
+    from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE, OMPSAE, NonNegativeMPSAE, NonNegativeOMPSAE, TopKRefitSAE
 
     g = torch.Generator().manual_seed(0)
     W, b, x = torch.randn(500, 64, generator=g), torch.randn(64, generator=g), torch.randn(4, 20, 64, generator=g)

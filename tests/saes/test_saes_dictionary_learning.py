@@ -13,9 +13,8 @@ import torch
 from random_saes import D_IN, D_SAE, make_sae, random_activations
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.saes.dictionary_learning import load_dictionary_learning
-from sae_research.saes.dictionary_learning_export import export_dictionary_learning
+from sae_research.runtime.errors import UserError
+from sae_research.saes.formats.dictionary_learning import export_dictionary_learning, load_dictionary_learning
 
 G = torch.Generator()
 

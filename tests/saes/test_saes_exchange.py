@@ -12,12 +12,12 @@ import yaml
 from random_saes import D_IN, D_SAE, make_sae, random_activations
 from torch import Tensor
 
-from sae_research.cli import main
-from sae_research.errors import UserError
+from sae_research.cli.main import main
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
-from sae_research.saes.dictionary_learning import load_dictionary_learning
-from sae_research.saes.exchange import export_saes, import_saes, read_folder
-from sae_research.saes.sae_interpretability import load_run
+from sae_research.saes.formats.dictionary_learning import load_dictionary_learning
+from sae_research.saes.formats.exchange import export_saes, import_saes, read_folder
+from sae_research.saes.formats.sae_interpretability import load_run
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.4.hook_resid_pre")
 LOW, HIGH = -0.1, 1.1

@@ -9,8 +9,10 @@ import torch
 from pursuit_loops import loop_ihtp, loop_matching
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.instance_sae import (
+from sae_research.runtime.errors import UserError
+from sae_research.saes import SAEConfig, encode_each, families, load_sae, registry, save_sae
+from sae_research.saes.pursuit import matching
+from sae_research.saes.pursuit.encoders import (
     IHTPSAE,
     MPSAE,
     OMPSAE,
@@ -19,8 +21,6 @@ from sae_research.instance_sae import (
     PursuitSAE,
     TopKRefitSAE,
 )
-from sae_research.pursuit import matching
-from sae_research.saes import SAEConfig, encode_each, families, load_sae, registry, save_sae
 
 D_IN, D_SAE = 24, 100
 

@@ -14,13 +14,12 @@ import safetensors.torch
 import torch
 from random_saes import D_IN, D_SAE, make_sae, random_activations
 
-from sae_research.errors import UserError
-from sae_research.saes import exchange, load_sae, save_sae, save_variant
-from sae_research.saes.dictionary_learning import hook_name, load_dictionary_learning
-from sae_research.saes.dictionary_learning_export import export_dictionary_learning
+from sae_research.runtime.errors import UserError
+from sae_research.saes import load_sae, save_sae, save_variant
+from sae_research.saes.formats import exchange
+from sae_research.saes.formats.dictionary_learning import export_dictionary_learning, hook_name, load_dictionary_learning
+from sae_research.saes.formats.sae_lens import OF_ALL, OF_ARCHITECTURE, TRAINING_ONLY, from_sae_lens, settings
 from sae_research.saes.reading import hook_of, load_state
-from sae_research.saes.sae_lens import from_sae_lens
-from sae_research.saes.sae_lens_settings import OF_ALL, OF_ARCHITECTURE, TRAINING_ONLY, settings
 
 
 def lens_folder(folder: Path, **changes: Any) -> Path:

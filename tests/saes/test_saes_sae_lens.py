@@ -9,10 +9,10 @@ import pytest
 import torch
 from random_saes import D_IN, D_SAE, make_sae, random_activations
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import sae_lens_lacks
-from sae_research.saes.sae_lens import centres_input, convert, from_sae_lens, matching_saes, released_saes
+from sae_research.saes.formats.sae_lens import centres_input, convert, from_sae_lens, matching_saes, released_saes
 
 sae_lens = pytest.importorskip("sae_lens")
 

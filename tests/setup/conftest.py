@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_saes import tiny_sae
 
-from sae_research.params import Params
+from sae_research.config.params import Params
 from sae_research.saes import save_sae
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from tiny_model import make_tiny_model
 
-from sae_research.errors import UserError
+from sae_research.config.params import Params
 from sae_research.lm import load_language_model
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
 from sae_research.saes.base import SAEConfig
-from sae_research.saes.sae_lens import centres_input, model_name
-from sae_research.setup.fits import check_fits, same_model
+from sae_research.saes.formats.sae_lens import centres_input, model_name
+from sae_research.saes.sources import check_fits, same_model
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -16,14 +16,14 @@ from hub_server import hub_env, serve_hub
 from tiny_saes import tiny_sae
 
 from sae_research.saes import save_sae
-from sae_research.saes.dictionary_learning_export import export_dictionary_learning
+from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 
 CLIENT = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the client's patience with a dead hub is not under test
 from huggingface_hub import close_session
-from sae_research.errors import UserError
-from sae_research.setup.sources import read_hub
+from sae_research.runtime.errors import UserError
+from sae_research.saes.sources import read_hub
 for line in sys.stdin:
     close_session()  # no connection may outlive the server
     repo, file = json.loads(line)
@@ -98,7 +98,7 @@ def test_hub(tmp_path: Path) -> None:
 
 
 def test_fits_names() -> None:
-    from sae_research.setup.fits import same_model
+    from sae_research.saes.sources import same_model
 
     assert same_model("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped")
     assert same_model("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct")

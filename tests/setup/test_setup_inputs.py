@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.params import Params
-from sae_research.setup import run, run_setup
-from sae_research.setup.inputs import check_inputs
+from sae_research.config.params import Params
+from sae_research.runtime.errors import UserError
+from sae_research.setup import run_setup, stage
+from sae_research.setup.stage import check_inputs
 
 
 @pytest.fixture
@@ -69,11 +69,11 @@ def test_the_check_needs_no_torch() -> None:
 
 def test_setup_refuses_before_it_computes(project: Path, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run, "load_language_model", lambda *_: pytest.fail("loaded a model"))
+        patch.setattr(stage, "load_language_model", lambda *_: pytest.fail("loaded a model"))
         with pytest.raises(UserError, match="sparse_probing.dataset_names: task ./gone.csv: no such file"):
             run_setup(make_params(sparse_probing={"dataset_names": ["./gone.csv"]}))
-    monkeypatch.setattr(run, "preflight", lambda *_: pytest.fail("computed"))
-    monkeypatch.setattr(run.controls, "sample_activations", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(stage, "preflight", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(stage.controls, "sample_activations", lambda *_: pytest.fail("computed"))
     with pytest.raises(UserError, match="pca_components = 33 is larger"):
         run_setup(make_params(controls={"pca_components": 33, "s": 2}))
     with pytest.raises(UserError, match="preflight.tokens: text.dataset .* the split core_eval ends after"):

@@ -8,11 +8,11 @@ import pytest
 from pydantic import ValidationError
 from tiny_saes import tiny_sae
 
-from sae_research.errors import UserError
-from sae_research.params import Params
+from sae_research.config.params import Params
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import NAME_LIMIT
 from sae_research.saes import save_sae
-from sae_research.setup.sources import folder_names, read_folder
-from sae_research.store import NAME_LIMIT
+from sae_research.saes.sources import folder_names, read_folder
 
 
 def named(*patterns: str) -> dict[str, str]:

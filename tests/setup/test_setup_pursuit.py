@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_saes import D_IN, tiny_sae
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.setup import run_setup
 

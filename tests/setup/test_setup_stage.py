@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
-from sae_research.errors import UserError
+from sae_research.config.params import Params
 from sae_research.lm import load_language_model
-from sae_research.params import Params
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
-from sae_research.saes.dictionary_learning_export import export_dictionary_learning
+from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 from sae_research.setup import run_setup
-from sae_research.setup.preflight import preflight, preflight_tokens
+from sae_research.setup.checks import preflight, preflight_tokens
 
 ORDER = ["standard", "standard_ihtp_k1", "standard_ihtp_k2", "standard_mpsae_s3", "standard_mpsae_s5", "topk",
          "control_random", "control_data_rows", "control_pca"]
@@ -64,7 +64,7 @@ def test_what_it_writes(project: Path, make_params: Any, capsys: pytest.CaptureF
 
 
 def test_the_estimate_leaves_out_what_is_cached(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from sae_research.evals import core
+    from sae_research.evals.core import evaluation
 
     params = make_params(controls={"names": []}, core_eval={
         "batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1})
@@ -73,10 +73,10 @@ def test_the_estimate_leaves_out_what_is_cached(project: Path, make_params: Any,
     lm = load_language_model(params.model.name, "cpu")
     names = json.loads((project / "downloaded_saes/manifest.json").read_text())["order"]
     saes = {name: load_sae(project / "downloaded_saes" / name) for name in names}
-    list(core.evaluate({names[0]: saes[names[0]]}, lm, params))
+    list(evaluation.evaluate({names[0]: saes[names[0]]}, lm, params))
     run_setup(params)
     second = capsys.readouterr().out
-    list(core.evaluate(saes, lm, params))
+    list(evaluation.evaluate(saes, lm, params))
     capsys.readouterr()
     run_setup(params)
     third = capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_mistakes(project: Path, make_params: Any) -> None:
 def test_directory_matches_are_named_and_read(
     project: Path, make_params: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae_research.setup import sources
+    from sae_research.saes import sources
 
     asked = []
 

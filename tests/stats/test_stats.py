@@ -80,7 +80,7 @@ def test_losses_stay_finite_where_a_softmax_underflows() -> None:
 
 
 def test_shared_logits_stand_for_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_research.stats import losses
+    from sae_research.stats import predictions as losses
 
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 150)  # three tokens a chunk: chunks cross sequences
     torch.manual_seed(0)
@@ -102,8 +102,8 @@ def test_max_cosine_ignores_the_row_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_research.evals.sae_bench_stats import misc_metrics
     from sae_research.stats import LatentWeights, weights
+    from sae_research.stats.sae_bench import misc_metrics
 
     rows = torch.randn(320, 5, generator=torch.Generator().manual_seed(0))
     exact = max_cosine(rows)
@@ -121,7 +121,7 @@ def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sae_research.saes import SAEConfig
-    from sae_research.saes.linear import LinearSAE
+    from sae_research.saes.forms import LinearSAE
     from sae_research.stats import latent_weights, weights
 
     def sae() -> LinearSAE:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.text.crossed_tasks import CELLS, CROSSED_TASKS, CrossedTask, crossed_fingerprint, load_crossed_tasks
 from sae_research.text.split import text_hash
 

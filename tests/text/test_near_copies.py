@@ -13,17 +13,16 @@ import pytest
 from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
-from sae_research.errors import UserError
+from sae_research.config.params import SparseProbing, SparseProbingSaeProbes, Text
 from sae_research.evals.sae_probes.tasks import ProbeTask, load_probe_task, read_rows, task_names
-from sae_research.params import SparseProbing, SparseProbingSaeProbes, Text
+from sae_research.runtime.errors import UserError
 from sae_research.text import corpus, tasks
 from sae_research.text.corpus import documents, text_fingerprint
 from sae_research.text.crossed_tasks import CELLS, CROSSED_TASKS, _Parts, _select, load_crossed_tasks
-from sae_research.text.near_copies import NearIndex, groups, out_of_place, shingle_sets, shingles
-from sae_research.text.packaged_tasks import PACKAGED_TASKS
-from sae_research.text.split import SPLITS, split_of
-from sae_research.text.stream import token_contexts
+from sae_research.text.packaged import PACKAGED_TASKS
+from sae_research.text.split import SPLITS, NearIndex, groups, out_of_place, shingle_sets, shingles, split_of
 from sae_research.text.tasks import TaskUnavailable, Texts, load_task
+from sae_research.text.tokens import token_contexts
 
 WORDS = [f"word{number}" for number in range(2_000)]
 
@@ -97,8 +96,8 @@ def test_portions_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [words(*(rng.randrange(3) for _ in range(9))) for _ in range(150)]
     rows += [words(*range(start, start + 20)) for start in range(0, 600, 4)]  # one chain
     whole = groups(rows)
-    monkeypatch.setattr("sae_research.text.near_copies._CANDIDATES", 50)
-    monkeypatch.setattr("sae_research.text.near_copies._VERIFIED", 10)
+    monkeypatch.setattr("sae_research.text.split._CANDIDATES", 50)
+    monkeypatch.setattr("sae_research.text.split._VERIFIED", 10)
     parted = groups(rows)
     assert len(set(zip(whole, parted, strict=True))) == len(set(whole)) == len(set(parted)) < 150
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.evals.tasks import load_tasks
-from sae_research.store_stages import StageFolder
+from sae_research.evals.harness import load_tasks
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.stages import StageFolder
 from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.local import read_rows
 from sae_research.text.questions import load_question_set

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.params import Text
+from sae_research.config.params import Text
+from sae_research.runtime.errors import UserError
 from sae_research.text import corpus
 from sae_research.text.corpus import (
     MAX_CHARACTERS,
@@ -24,8 +24,7 @@ from sae_research.text.corpus import (
     documents,
     text_fingerprint,
 )
-from sae_research.text.near_copies import NearIndex, shingle_sets
-from sae_research.text.split import SPLITS, split_of, text_hash
+from sae_research.text.split import SPLITS, NearIndex, shingle_sets, split_of, text_hash
 
 ROWS = [f"Document number {number}, about {'rain' if number % 2 else 'sun'}." for number in range(60)]
 

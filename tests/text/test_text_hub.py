@@ -19,8 +19,8 @@ from hub_server import hub_env, serve_hub
 CLIENT = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the client's pauses between retries
-from sae_research.errors import UserError
-from sae_research.params import Text
+from sae_research.runtime.errors import UserError
+from sae_research.config.params import Text
 from sae_research.text.corpus import documents, text_fingerprint
 from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.split import SPLITS

@@ -13,11 +13,18 @@ import pandas as pd
 import pytest
 from hub_server import hub_env, serve_hub
 
-from sae_research.errors import UserError
-from sae_research.text.questions import Question, load_question_set
-from sae_research.text.science_questions import ShortQuestion, distractors, science_questions, topic_of
+from sae_research.runtime.errors import UserError
+from sae_research.text.questions import (
+    PACKAGED_TOPICS,
+    Question,
+    ShortQuestion,
+    distractors,
+    load_question_set,
+    science_questions,
+    topic_documents,
+    topic_of,
+)
 from sae_research.text.split import split_of
-from sae_research.text.topic_corpora import PACKAGED_TOPICS, topic_documents
 
 ROWS = [{"question": "what carries oxygen?", "choices": ["bone", "blood", "hair", "nail"], "answer": 1},
         {"question": "how many legs has an ant?", "choices": ["2", "4", "6", "8"], "answer": 2}]
@@ -127,9 +134,9 @@ def test_unknown_corpus() -> None:
 
 CLIENT = """
 import json
-from sae_research.errors import UserError
+from sae_research.runtime.errors import UserError
 from sae_research.text.questions import load_question_set
-from sae_research.text.topic_corpora import topic_documents
+from sae_research.text.questions import topic_documents
 
 def ask(function, *arguments):
     try:

@@ -13,13 +13,11 @@ import torch
 from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
-from sae_research.cached_files import CHECKSUMS, damage
-from sae_research.errors import UserError
-from sae_research.params import Text
-from sae_research.store_cache import held, prune, remove_unheld
-from sae_research.text import corpus, stored
-from sae_research.text.stored import StoredContexts, contexts_sha256, long_contexts
-from sae_research.text.stream import token_contexts
+from sae_research.config.params import Text
+from sae_research.runtime.cache import CHECKSUMS, damage, held, prune, remove_unheld
+from sae_research.runtime.errors import UserError
+from sae_research.text import corpus, tokens
+from sae_research.text.tokens import StoredContexts, contexts_sha256, long_contexts, token_contexts
 
 SEPARATOR, SPLIT = 256, "sae_train"
 
@@ -28,8 +26,8 @@ SEPARATOR, SPLIT = 256, "sae_train"
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Text:
     """Documents of 20 to 200 letters, every third one twice."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(stored, "IN_MEMORY_TOKENS", 1_000)
-    monkeypatch.setattr(stored, "CHUNK_TOKENS", 700)
+    monkeypatch.setattr(tokens, "IN_MEMORY_TOKENS", 1_000)
+    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 700)
     monkeypatch.setattr(corpus, "HASHES_IN_MEMORY", 8)
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -68,7 +66,7 @@ def test_the_file_is_made_once_and_serves_shorter_runs(byte_tokenizer: PreTraine
     before = used.stat().st_mtime
     os.utime(used, (before - 100, before - 100))
     with monkeypatch.context() as patch:
-        patch.setattr(stored, "context_chunks", None)
+        patch.setattr(tokens, "context_chunks", None)
         again = contexts(byte_tokenizer, text, 2_000)
     assert torch.equal(again[:], late[:125]) and torch.equal(early[:], late[:188]) and used.stat().st_mtime > before - 1
     other = Text(dataset=text.dataset, context_size=32)
@@ -105,7 +103,7 @@ def test_the_switch_passes_over_the_file(byte_tokenizer: PreTrainedTokenizerFast
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     contexts(byte_tokenizer, text, 3_000)
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
-    monkeypatch.setattr(stored, "context_chunks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(tokens, "context_chunks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         contexts(byte_tokenizer, text, 2_000)
     assert len(cached(tmp_path)) == 1
@@ -137,7 +135,7 @@ def peak_growth(work) -> int:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux counts peaks")
 def test_memory_stays_flat(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(stored, "IN_MEMORY_TOKENS", 0)
+    monkeypatch.setattr(tokens, "IN_MEMORY_TOKENS", 0)
     monkeypatch.setattr(corpus, "HASHES_IN_MEMORY", 64)
     (tmp_path / "texts").mkdir()
     letters = np.random.default_rng(0).integers(97, 123, 4_500_000, np.uint8).tobytes().decode()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sae_research.errors import UserError
-from sae_research.params import Text
+from sae_research.config.params import Text
+from sae_research.runtime.errors import UserError
 from sae_research.text.corpus import documents
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
 
 SEPARATOR = 256
 

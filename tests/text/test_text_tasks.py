@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sae_research.errors import UserError
-from sae_research.text.packaged_tasks import PACKAGED_TASKS
+from sae_research.runtime.errors import UserError
+from sae_research.text.packaged import PACKAGED_TASKS
 from sae_research.text.split import split_of, text_hash
 from sae_research.text.tasks import Task, TaskUnavailable, load_task, task_fingerprint
 

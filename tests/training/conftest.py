@@ -11,7 +11,7 @@ import torch
 from tiny_model import make_tiny_model, make_tiny_text
 from training_helpers import HOOK, STANDARD, TOP_K
 
-from sae_research.params import Params
+from sae_research.config.params import Params
 
 
 @pytest.fixture(scope="session")

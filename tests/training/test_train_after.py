@@ -12,12 +12,12 @@ import pytest
 import torch
 from training_helpers import CONFIGS, STANDARD, TOP_K
 
-from sae_research.errors import UserError
 from sae_research.lm import load_language_model
 from sae_research.lm.mask import token_mask
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
-from sae_research.text.stream import token_contexts
-from sae_research.training import run, tracking
+from sae_research.text.tokens import token_contexts
+from sae_research.training import stage, tracking
 
 UPPER = "blocks.2.hook_resid_post"
 
@@ -29,7 +29,7 @@ def results_of(folder: Path) -> dict[str, dict[str, Any]]:
 def test_figures_equal_a_plain_recomputation(make_params, tmp_path):
     saes = {"standard": STANDARD, "upper": {**TOP_K, "hook_name": UPPER}, "gates": CONFIGS["hard_concrete"]}
     params = make_params(saes=saes, tokens=2048, evaluate_tokens=256, held_out_tokens=1024)
-    report = run.train(params, tmp_path / "out")
+    report = stage.train(params, tmp_path / "out")
     results = results_of(tmp_path / "out")
     assert set(results) == set(saes)
     lm = load_language_model(params.model.name, "cpu", "float32")
@@ -63,7 +63,7 @@ def test_figures_equal_a_plain_recomputation(make_params, tmp_path):
 
 
 def test_predictions_can_be_left_out(make_params, tmp_path, capsys):
-    run.train(make_params(evaluate_tokens=0, saes={"gates": CONFIGS["hard_concrete"]}), tmp_path / "out")
+    stage.train(make_params(evaluate_tokens=0, saes={"gates": CONFIGS["hard_concrete"]}), tmp_path / "out")
     result = results_of(tmp_path / "out")["gates"]
     assert "loss_recovered" not in result and "ce_clean" not in result and result["l0"] > 0
     report = json.loads((tmp_path / "out" / "training_report.json").read_text())
@@ -105,7 +105,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeRun]:
 
 def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp_path, fake_runs, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "abc123secret")
-    run.train(with_tracking(make_params(tokens=2048), project="p"), tmp_path / "tracked")
+    stage.train(with_tracking(make_params(tokens=2048), project="p"), tmp_path / "tracked")
     curve = (tmp_path / "tracked" / "standard" / "training_curve.tsv").read_text().splitlines()[1:]
     standard, topk = fake_runs["standard"], fake_runs["topk"]
     assert [row["step"] for row in standard.rows] == [int(line.split("\t")[0]) for line in curve]
@@ -115,14 +115,14 @@ def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp
     assert len(topk.rows) == 3 and topk.exit_code is None
     warning = capsys.readouterr().err
     assert "topk is no longer tracked: logging failed" in warning and "abc123secret" not in warning
-    run.train(make_params(tokens=2048), tmp_path / "plain")
+    stage.train(make_params(tokens=2048), tmp_path / "plain")
     assert {p.name: p.read_bytes() for p in (tmp_path / "plain" / "topk").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "tracked" / "topk").iterdir()}
 
 
 def test_a_failed_training_ends_its_runs_as_failed(make_params, tmp_path, fake_runs):
     with pytest.raises(UserError, match="fewer than one batch"):
-        run.train(with_tracking(make_params(tokens=512, batch_size=512), project="p"), tmp_path / "out")
+        stage.train(with_tracking(make_params(tokens=512, batch_size=512), project="p"), tmp_path / "out")
     assert fake_runs["standard"].exit_code == 1
 
 
@@ -130,7 +130,7 @@ def test_asked_for_and_missing(make_params, tmp_path, monkeypatch):
     params = with_tracking(make_params(), project="p")
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
-        run.train(params, tmp_path / "out")
+        stage.train(params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -168,7 +168,7 @@ def test_the_real_library_offline(make_params, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     params = with_tracking(make_params(tokens=2048), project="lab", tags=["tiny"], name="{recipe}_{seed}")
-    run.train(params, tmp_path / "out")
+    stage.train(params, tmp_path / "out")
     wandb.teardown()
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2

@@ -10,8 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 from training_helpers import CONFIGS, STANDARD, TOP_K
 
-from sae_research.recipe_params import TrainedSAE
-from sae_research.training import run
+from sae_research.config.training import TrainedSAE
+from sae_research.training import stage
 from sae_research.training.diagnose import (
     LIMITS,
     CurvePoint,
@@ -132,7 +132,7 @@ def test_text_the_model_does_not_know() -> None:
 
 def test_a_run_says_what_is_wrong_with_it(make_params, tmp_path, capsys):
     saes = {"crawling": {**TOP_K, "learning_rate": 1e-6, "k": 20}, "dense": {**STANDARD, "l1_coefficient": 0.001}}
-    report = run.train(make_params(saes=saes), tmp_path / "out")
+    report = stage.train(make_params(saes=saes), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "training_report.json").read_text())["diagnose"]
     assert written["saes"].keys() == saes.keys() and report["diagnose"]["saes"].keys() == saes.keys()
     whats = {name: [finding["what"] for finding in findings] for name, findings in written["saes"].items()}

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from training_helpers import STANDARD, TOP_K
 
-from sae_research.errors import Interrupted, UserError
-from sae_research.params import Params
+from sae_research.config.params import Params
+from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.saes import load_sae
-from sae_research.training import before, run, trainer
-from sae_research.training.checkpoint import saved_checkpoints
-from sae_research.training.progress import ProgressFile, progress_path, run_folder, run_key
+from sae_research.training import loop, stage
+from sae_research.training.checkpoints import ProgressFile, progress_path, run_folder, run_key, saved_checkpoints
 
 FEW = {"topk": TOP_K}
 
@@ -33,7 +32,7 @@ def undisturbed(short, tmp_path_factory, monkeypatch, _done={}) -> dict[str, byt
         folder = tmp_path_factory.mktemp("undisturbed")
         with monkeypatch.context() as patch:
             patch.setenv("DVC_ROOT", str(folder))
-            run.train(short, folder / "out")
+            stage.train(short, folder / "out")
         _done |= files(folder / "out")
     return _done
 
@@ -41,7 +40,7 @@ def undisturbed(short, tmp_path_factory, monkeypatch, _done={}) -> dict[str, byt
 @pytest.fixture
 def no_steps(monkeypatch):
     """Any step is a failure of the test."""
-    monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("took a step"))
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("took a step"))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -64,20 +63,20 @@ def test_text_that_cannot_be_measured_on_is_refused_at_the_start(short, document
     params = short.model_copy(update={"text": short.text.model_copy(update={"dataset": str(folder)}),
                                       "train": short.train.model_copy(update={"held_out_tokens": 20_000})})
     with pytest.raises(UserError, match=message) as caught:
-        run.train(params, tmp_path / "out")
+        stage.train(params, tmp_path / "out")
     assert "\n" not in str(caught.value)
 
 
 def test_contexts_longer_than_the_text_are_named(short, tmp_path, no_steps):
     text = short.text.model_copy(update={"context_size": 10_000_000})
     with pytest.raises(UserError, match=r"do not fill one context; lower text.context_size \(10,000,000\)"):
-        run.train(short.model_copy(update={"text": text}), tmp_path / "out")
+        stage.train(short.model_copy(update={"text": text}), tmp_path / "out")
 
 
 def test_a_missing_column_is_named(short, tmp_path, no_steps):
     text = short.text.model_copy(update={"column_name": "body"})
     with pytest.raises(UserError, match="no column 'body'; available: text"):
-        run.train(short.model_copy(update={"text": text}), tmp_path / "out")
+        stage.train(short.model_copy(update={"text": text}), tmp_path / "out")
 
 
 def test_names_and_places_that_cannot_be_written_are_refused_at_the_start(make_params, tmp_path, no_steps):
@@ -86,23 +85,23 @@ def test_names_and_places_that_cannot_be_written_are_refused_at_the_start(make_p
             make_params(saes={"a" * length: TOP_K})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file where a folder is to be written"):
-        run.train(make_params(saes=FEW), tmp_path / "file")
+        stage.train(make_params(saes=FEW), tmp_path / "file")
     longest = make_params(saes={"a" * 150: TOP_K})
-    before.check_output(longest, tmp_path / "out")
+    stage.check_output(longest, tmp_path / "out")
     with pytest.raises(UserError, match="train.saes: the name aaa.* of 230 characters is too long for this file system"):
-        before.check_output(longest.model_copy(update={"train": longest.train.model_copy(
+        stage.check_output(longest.model_copy(update={"train": longest.train.model_copy(
             update={"saes": {"a" * 230: longest.train.saes["a" * 150]}})}), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_disk_without_room_is_said_at_the_start(make_params, tmp_path, monkeypatch, capsys, no_steps):
-    original = before.shutil.disk_usage
-    monkeypatch.setattr(before.shutil, "disk_usage", lambda path: original(path)._replace(free=10_000))
+    original = stage.shutil.disk_usage
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: original(path)._replace(free=10_000))
     with pytest.raises(UserError, match=r"the SAEs of train.saes take 1.64e-05 GB, the disk has 1e-05 GB free; make room"):
-        run.train(make_params(saes=FEW), tmp_path / "out")
-    monkeypatch.setattr(before.shutil, "disk_usage", lambda path: original(path)._replace(free=20_000))
-    lm = run.load_language_model(make_params().model.name, "cpu")
-    before.check_room(make_params(saes=FEW), lm, tmp_path / "out")
+        stage.train(make_params(saes=FEW), tmp_path / "out")
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: original(path)._replace(free=20_000))
+    lm = stage.load_language_model(make_params().model.name, "cpu")
+    stage.check_room(make_params(saes=FEW), lm, tmp_path / "out")
     assert "warning: a checkpoint takes" in capsys.readouterr().err
 
 
@@ -115,7 +114,7 @@ def test_a_disk_without_room_is_said_at_the_start(make_params, tmp_path, monkeyp
 def test_the_pipeline_s_training_refuses_what_setup_would(make_params, tmp_path, no_steps, sections, message):
     params = Params.model_validate({**make_params().model_dump(), **sections})
     with pytest.raises(UserError, match=message):
-        run.train(params, tmp_path / "out", compared=True)
+        stage.train(params, tmp_path / "out", compared=True)
 
 
 # --- after the last step --------------------------------------------------------------------------
@@ -126,13 +125,13 @@ def broken(*_: object, **__: object) -> None:
 
 def test_a_failed_measurement_is_made_up_for_without_a_step(short, undisturbed, make_params, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be measured"):
-        patch.setattr(run, "read_held_out", broken)
-        run.train(short, tmp_path / "out")
+        patch.setattr(stage, "read_held_out", broken)
+        stage.train(short, tmp_path / "out")
     [(step, _)] = saved_checkpoints(run_folder(short))
     assert f"the SAEs are trained and kept, all {step} steps; start the same run again" in capsys.readouterr().err
-    monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("took a step"))
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("took a step"))
     fewer = make_params(saes=FEW, tokens=2048, held_out_tokens=256, evaluate_tokens=0)
-    run.train(fewer, tmp_path / "fewer")
+    stage.train(fewer, tmp_path / "fewer")
     assert f"going on from the checkpoint of step {step}" in capsys.readouterr().out
     ours, theirs = files(tmp_path / "fewer"), undisturbed
     assert ours["topk/sae_weights.safetensors"] == theirs["topk/sae_weights.safetensors"]
@@ -144,32 +143,32 @@ def test_a_failed_measurement_is_made_up_for_without_a_step(short, undisturbed, 
 def test_a_signal_after_the_last_step_keeps_what_is_trained(short, undisturbed, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the SAEs are trained and kept, all") as stop:
         if where == "the final checkpoint":
-            original = trainer.Trainer.save_checkpoint
+            original = loop.Trainer.save_checkpoint
 
             def save(self) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
                 original(self)
 
-            patch.setattr(trainer.Trainer, "save_checkpoint", save)
+            patch.setattr(loop.Trainer, "save_checkpoint", save)
         else:
-            patch.setattr(run, where, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        run.train(short, tmp_path / "out")
+            patch.setattr(stage, where, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        stage.train(short, tmp_path / "out")
     assert stop.value.code == 143 and json.loads(progress_path(short).read_text())["state"] == "interrupted"
-    monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("took a step"))
-    run.train(short, tmp_path / "out")
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("took a step"))
+    stage.train(short, tmp_path / "out")
     assert files(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.parametrize("where", ["save_sae", "remove_checkpoints"])
 def test_a_signal_while_saes_are_written_lets_them_be_written(short, tmp_path, monkeypatch, where):
-    original = getattr(run, where)
+    original = getattr(stage, where)
 
     def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(run, where, signalled)
-    run.train(short, tmp_path / "out")
+    monkeypatch.setattr(stage, where, signalled)
+    stage.train(short, tmp_path / "out")
     assert load_sae(tmp_path / "out" / "topk").cfg.d_sae == 64
     assert json.loads(progress_path(short).read_text())["state"] == "finished"
 
@@ -178,17 +177,17 @@ def test_a_checkpoint_that_could_not_be_written_is_not_promised(short, tmp_path,
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sae_research.training.session.save_checkpoint", full)
-    monkeypatch.setattr(run, "_evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("sae_research.training.stage.save_checkpoint", full)
+    monkeypatch.setattr(stage, "_evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="nothing is kept: no checkpoint could be written"):
-        run.train(short, tmp_path / "out")
+        stage.train(short, tmp_path / "out")
 
 
 def test_a_full_disk_does_not_end_a_run_by_its_progress_file(tmp_path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sae_research.training.progress.write_json", full)
+    monkeypatch.setattr("sae_research.training.checkpoints.write_json", full)
     progress = ProgressFile(tmp_path / "progress.json", "cpu")
     progress.update(0.5)
     progress.end("finished")
@@ -234,13 +233,13 @@ def test_what_comes_to_the_same_is_one_run(make_params):
 
 def test_another_way_to_write_trained_saes_takes_no_step(make_params, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr(run, "_evaluate", broken)
-        run.train(make_params(saes=FEW, tokens=1024), tmp_path / "out")
+        patch.setattr(stage, "_evaluate", broken)
+        stage.train(make_params(saes=FEW, tokens=1024), tmp_path / "out")
     asked = make_params(saes={"topk": {**TOP_K, "inference": "top_k"}}, tokens=1024)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_step", lambda *_: pytest.fail("took a step"))
-        run.train(asked, tmp_path / "out")
+        patch.setattr(loop, "train_step", lambda *_: pytest.fail("took a step"))
+        stage.train(asked, tmp_path / "out")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))
-    run.train(asked, tmp_path / "undisturbed")
+    stage.train(asked, tmp_path / "undisturbed")
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
     assert load_sae(tmp_path / "out" / "topk").cfg.form == "topk"

@@ -7,12 +7,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from training_helpers import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
-from sae_research.params import Train
+from sae_research.config.params import Train
 from sae_research.saes import SAEConfig
-from sae_research.training import products, sparse
+from sae_research.saes.pursuit.kernels_numba import largest
+from sae_research.training import products
 from sae_research.training.recipes import RECIPES, Recipe, base
-from sae_research.training.rows_top_k import largest
-from sae_research.training.schedules import warmup, warmup_then_decay
+from sae_research.training.recipes.base import warmup, warmup_then_decay
 
 SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 """Recipes that work on active latents only where those are few."""
@@ -41,7 +41,7 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
     if hasattr(recipe, "dead"):  # the auxiliary loss takes part where there is one
         recipe.dead.index_N, recipe.host["refreshed"] = torch.arange(5), 1.0
     chosen = []
-    monkeypatch.setattr(base, "decode_at", lambda *args: chosen.append(True) or sparse.decode_at(*args))
+    monkeypatch.setattr(base, "decode_at", lambda *args: chosen.append(True) or products.decode_at(*args))
     monkeypatch.setattr(base, "MAX_DENSITY", 1.0)
     by_support = gradients(recipe, rows[:100])
     calls = len(chosen)
@@ -55,12 +55,12 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
 
 def test_sparse_functions_pass_gradcheck():
     generator = torch.Generator().manual_seed(0)
-    support = sparse.fixed_support(
+    support = products.fixed_support(
         torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(5)]), 6
     )
     values = torch.randn(10, dtype=torch.float64, generator=generator, requires_grad=True)
     W_dec = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v, w: sparse.decode_at(support, v, w), (values, W_dec))
+    assert torch.autograd.gradcheck(lambda v, w: products.decode_at(support, v, w), (values, W_dec))
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 300])
@@ -77,7 +77,7 @@ def test_the_largest_of_a_row_are_those_of_torch(k):
 def test_a_support_is_torchs_and_so_are_its_products():
     generator = torch.Generator().manual_seed(0)
     values = torch.relu(torch.randn(9, 20, generator=generator) - 1)
-    matrix, support = values.to_sparse_csr(), sparse.support_of(values > 0)
+    matrix, support = values.to_sparse_csr(), products.support_of(values > 0)
     assert torch.equal(support.crow, matrix.crow_indices()) and torch.equal(support.col, matrix.col_indices())
     other = torch.randn(9, 5, generator=generator)
     torch.testing.assert_close(support.transposed(matrix.values()) @ other, values.T @ other)

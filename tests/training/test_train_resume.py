@@ -17,13 +17,13 @@ import safetensors.torch
 import torch
 from training_helpers import CONFIGS, HOOK, STANDARD, TOP_K
 
-from sae_research.errors import Interrupted, UserError, run_main
+from sae_research.runtime.cache import held
+from sae_research.runtime.errors import Interrupted, UserError, run_main
 from sae_research.saes import load_sae
-from sae_research.store_cache import held
-from sae_research.text import stored
-from sae_research.training import checkpoint, run, trainer
-from sae_research.training.progress import PROGRESS_FILE, progress_path, run_folder
-from sae_research.training.recipes.standard import Standard
+from sae_research.text import tokens
+from sae_research.training import checkpoints, loop, stage
+from sae_research.training.checkpoints import PROGRESS_FILE, progress_path, run_folder
+from sae_research.training.recipes.l1 import Standard
 
 MANY = {
     **{name: dict(config) for name, config in CONFIGS.items()},
@@ -47,7 +47,7 @@ def progress(params):
 
 def stop_at(step: int, number: int, monkeypatch) -> None:
     """The process gets a signal in the middle of a step."""
-    original, calls = trainer.train_step, []
+    original, calls = loop.train_step, []
 
     def train_step(member, batch):
         calls.append(member)
@@ -55,22 +55,22 @@ def stop_at(step: int, number: int, monkeypatch) -> None:
             os.kill(os.getpid(), number)
         return original(member, batch)
 
-    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", train_step)
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(make_params, tmp_path, monkeypatch, capsys):
     params = make_params(saes=STATEFUL, tokens=2048, dead_fraction=0.05, saved_checkpoints=5)
-    run.train(params, tmp_path / "undisturbed")
+    stage.train(params, tmp_path / "undisturbed")
     assert not list(run_folder(params).glob("checkpoint_*")) and not (run_folder(params) / "saved").exists()
     assert progress(params)["state"] == "finished"
     for call, number in ((80, signal.SIGTERM), (60, signal.SIGINT)):
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match="go on from there") as stop:
             stop_at(call, number, patch)
-            run.train(params, tmp_path / "out")
+            stage.train(params, tmp_path / "out")
         assert stop.value.code == 128 + number and not (tmp_path / "out").exists()
         assert progress(params)["state"] == "interrupted"
     assert progress(params)["checkpoint_step"] == progress(params)["step"] > 15
-    run.train(params, tmp_path / "out")
+    stage.train(params, tmp_path / "out")
     assert "going on from the checkpoint of step" in capsys.readouterr().out
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
@@ -79,7 +79,7 @@ def test_progress_says_how_far_a_run_is(make_params, tmp_path, monkeypatch):
     params = make_params()
     stop_at(120, signal.SIGTERM, monkeypatch)
     with pytest.raises(Interrupted):
-        run.train(params, tmp_path / "out")
+        stage.train(params, tmp_path / "out")
     said = progress(params)
     assert said["step"] == 60 and said["tokens"] == 60 * 64 and 0.4 < said["fraction"] < 0.6
     assert said["total_steps"] == pytest.approx(60 / said["fraction"], rel=0.05)
@@ -93,7 +93,7 @@ def killed_at_random(params, output: Path, seconds: float, number: int) -> int:
     def work() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         torch.set_num_threads(1)
-        run_main(lambda: run.train(params, output) and 0)
+        run_main(lambda: stage.train(params, output) and 0)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -105,7 +105,7 @@ def killed_at_random(params, output: Path, seconds: float, number: int) -> int:
 
 
 def ends_as_if_undisturbed(params, tmp_path: Path, kills: int) -> None:
-    run.train(params, tmp_path / "undisturbed")
+    stage.train(params, tmp_path / "undisturbed")
     began = time.perf_counter()
     assert killed_at_random(params, tmp_path / "timed", 60, signal.SIGKILL) == 0
     duration = time.perf_counter() - began
@@ -117,7 +117,7 @@ def ends_as_if_undisturbed(params, tmp_path: Path, kills: int) -> None:
         if codes[-1] == 0:  # done before the signal came: the next one starts afresh
             assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
     assert set(codes) <= {-signal.SIGKILL, 128 + signal.SIGTERM, 0}
-    run.train(params, tmp_path / "out")
+    stage.train(params, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
@@ -136,7 +136,7 @@ def halfway(make_params, tmp_path, monkeypatch):
     params = make_params(saes={"topk": TOP_K}, tokens=4096)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(30, signal.SIGTERM, patch)
-        run.train(params, tmp_path / "out")
+        stage.train(params, tmp_path / "out")
     return params
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_said_to_be_and_the_run_starts_afresh(halfway, t
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    run.train(halfway, tmp_path / "out")
+    stage.train(halfway, tmp_path / "out")
     out = capsys.readouterr().out
     assert "the checkpoint of step 30 is damaged and not used" in out and "going on" not in out
     assert load_sae(tmp_path / "out" / "topk").cfg.provenance["tokens"] > 3000
@@ -155,11 +155,11 @@ def test_an_interrupted_start_says_what_is_there_already(halfway, make_params, t
     def stop(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run, "load_language_model", stop)
+    monkeypatch.setattr(stage, "load_language_model", stop)
     with pytest.raises(Interrupted, match="step 30 is kept"):
-        run.train(halfway, tmp_path / "out")
+        stage.train(halfway, tmp_path / "out")
     with pytest.raises(Interrupted, match="before the first step: nothing to keep"):
-        run.train(make_params(tokens=2048), tmp_path / "out")
+        stage.train(make_params(tokens=2048), tmp_path / "out")
 
 
 def test_a_checkpoint_of_other_code_or_settings_is_not_used(halfway, make_params, tmp_path, capsys, monkeypatch):
@@ -168,11 +168,11 @@ def test_a_checkpoint_of_other_code_or_settings_is_not_used(halfway, make_params
     path.write_text(json.dumps({**written, "identity": {**written["identity"], "training code": "earlier"}}))
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 30 is kept"):
         stop_at(30, signal.SIGTERM, patch)
-        run.train(halfway, tmp_path / "out")
+        stage.train(halfway, tmp_path / "out")
     assert "step 30 is not used: it was made with another training code" in capsys.readouterr().out
-    run.train(halfway, tmp_path / "out")  # the new one of that step has taken its place
+    stage.train(halfway, tmp_path / "out")  # the new one of that step has taken its place
     assert "going on from the checkpoint of step 30" in capsys.readouterr().out
-    run.train(make_params(saes={"topk": {**TOP_K, "k": 3}}, tokens=4096), tmp_path / "out")
+    stage.train(make_params(saes={"topk": {**TOP_K, "k": 3}}, tokens=4096), tmp_path / "out")
     assert "going on" not in capsys.readouterr().out
 
 
@@ -187,10 +187,10 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(make_params, tmp_path, monke
         written.append(path)
         original(tensors, path)
 
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(checkpoints.safetensors.torch, "save_file", save_file)
     stop_at(50, signal.SIGTERM, monkeypatch)
     with pytest.raises(Interrupted, match="step 20 is kept"):
-        run.train(params, tmp_path / "out")
+        stage.train(params, tmp_path / "out")
     assert "no checkpoint at step 40: No space left on device; the last good one is kept" in capsys.readouterr().err
     assert [path.name for path in run_folder(params).iterdir() if path.is_dir()] == ["checkpoint_20"]
 
@@ -205,14 +205,14 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(make_params, tmp_path, m
 
     monkeypatch.setattr(Standard, "compute", diverge)
     with pytest.raises(UserError, match=r"train\.saes\.standard: the loss at step \d+ is not finite"):
-        run.train(params, tmp_path / "out")
-    [(step, path)] = checkpoint.saved_checkpoints(run_folder(params))
+        stage.train(params, tmp_path / "out")
+    [(step, path)] = checkpoints.saved_checkpoints(run_folder(params))
     assert all(tensor.isfinite().all() for tensor in safetensors.torch.load_file(path / "tensors.safetensors").values())
     assert 20 <= step < 50 and progress(params)["state"] == "failed" and "not finite" in progress(params)["message"]
 
 
 def test_saved_moments_are_log_spaced_saes(make_params, tmp_path):
-    run.train(make_params(saes={"topk": TOP_K}, saved_checkpoints=4), tmp_path / "out")
+    stage.train(make_params(saes={"topk": TOP_K}, saved_checkpoints=4), tmp_path / "out")
     steps = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "out/topk/checkpoints").iterdir())
     total = load_sae(tmp_path / "out/topk").cfg.provenance["tokens"] // 64
     assert steps[0] == 0 and steps[1:] == pytest.approx([0.0316 * total, 0.1 * total, 0.316 * total], abs=2)
@@ -233,14 +233,14 @@ def test_the_exit_code_is_the_signals(capsys):
 
 def test_a_run_from_a_token_file_is_the_same_run(make_params, tmp_path, monkeypatch, capsys):
     params = make_params(saes={"topk": TOP_K}, tokens=3072)
-    run.train(params, tmp_path / "in_memory")
-    monkeypatch.setattr(stored, "IN_MEMORY_TOKENS", 1000)
+    stage.train(params, tmp_path / "in_memory")
+    monkeypatch.setattr(tokens, "IN_MEMORY_TOKENS", 1000)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(20, signal.SIGTERM, patch)
-        run.train(params, tmp_path / "out")
+        stage.train(params, tmp_path / "out")
     [path] = (tmp_path / ".cache/tokens").iterdir()
-    monkeypatch.setattr(stored, "context_chunks", None)  # made once
-    run.train(params, tmp_path / "out")
+    monkeypatch.setattr(tokens, "context_chunks", None)  # made once
+    stage.train(params, tmp_path / "out")
     assert "going on from the checkpoint of step 20" in capsys.readouterr().out
     assert (path / "tokens.int32").stat().st_size == 3072 * 4 and files(tmp_path / "out") == files(tmp_path / "in_memory")
 
@@ -259,14 +259,14 @@ def interrupted(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_checkpoints_nobody_goes_on_with_are_bounded(interrupted, make_params, tmp_path, capsys):
-    with held(interrupted["first"]), checkpoint.in_use(interrupted["third"], 2.1e-6):
+    with held(interrupted["first"]), checkpoints.in_use(interrupted["third"], 2.1e-6):
         assert set(tmp_path.joinpath(".cache/train").iterdir()) == set(interrupted.values()) - {interrupted["second"]}
         assert capsys.readouterr().out == ("removed the checkpoints of 1 unfinished run: .cache/train held more than "
                                            "2.1e-06 GB (activation_caching.max_gb)\n")
-        with checkpoint.in_use(tmp_path / ".cache/train/new", 1e-6):
-            assert checkpoint.saved_checkpoints(interrupted["first"]) and checkpoint.saved_checkpoints(interrupted["third"])
+        with checkpoints.in_use(tmp_path / ".cache/train/new", 1e-6):
+            assert checkpoints.saved_checkpoints(interrupted["first"]) and checkpoints.saved_checkpoints(interrupted["third"])
     params = make_params(saes={"topk": TOP_K}, tokens=2048).model_copy(
         update={"activation_caching": make_params().activation_caching.model_copy(update={"max_gb": 1e-6})})
-    run.train(params, tmp_path / "out")
+    stage.train(params, tmp_path / "out")
     assert not interrupted["first"].exists() and not interrupted["third"].exists()
     assert interrupted["finished"].exists() and progress_path(params).is_file() and run_folder(params).is_dir()

@@ -10,16 +10,15 @@ import torch
 from pydantic import TypeAdapter
 from training_helpers import HOOK, STANDARD, TOP_K
 
-from sae_research.errors import UserError
+from sae_research.config.params import Train
+from sae_research.config.training import TrainedSAE
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Train
-from sae_research.recipe_params import TrainedSAE
+from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
-from sae_research.text.stream import token_contexts
-from sae_research.training import member, run
-from sae_research.training.pca import StreamingPCA, pca_variance_explained
-from sae_research.training.recipes.standard import Standard
-from sae_research.training.stream import ActivationStream, StreamBatch
+from sae_research.text.tokens import token_contexts
+from sae_research.training import member, stage
+from sae_research.training.recipes.l1 import Standard
+from sae_research.training.stream import ActivationStream, StreamBatch, StreamingPCA, pca_variance_explained
 
 
 def files(folder):
@@ -36,7 +35,7 @@ def curve(folder):
 
 
 def test_a_run_learns_and_writes_what_it_says(make_params, tmp_path, capsys):
-    report = run.train(make_params(), tmp_path / "out")
+    report = stage.train(make_params(), tmp_path / "out")
     assert sorted(files(tmp_path / "out")) == [
         f"{name}/{file}"
         for name in ("standard", "topk")
@@ -63,20 +62,20 @@ def test_a_run_learns_and_writes_what_it_says(make_params, tmp_path, capsys):
 
 
 def test_two_runs_write_the_same_bytes(make_params, tmp_path):
-    run.train(make_params(), tmp_path / "a")
-    run.train(make_params(), tmp_path / "b")  # this one reads the activation cache
+    stage.train(make_params(), tmp_path / "a")
+    stage.train(make_params(), tmp_path / "b")  # this one reads the activation cache
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_an_sae_does_not_depend_on_its_companions(make_params, tmp_path):
-    run.train(make_params(), tmp_path / "both")
-    run.train(make_params(saes={"more": {**TOP_K, "k": 2}, "topk": TOP_K}), tmp_path / "other")
+    stage.train(make_params(), tmp_path / "both")
+    stage.train(make_params(saes={"more": {**TOP_K, "k": 2}, "topk": TOP_K}), tmp_path / "other")
     assert files(tmp_path / "both" / "topk") == files(tmp_path / "other" / "topk")
 
 
 def test_the_seed_matters(make_params, tmp_path):
-    run.train(make_params(), tmp_path / "a")
-    run.train(make_params().model_copy(update={"random_seed": 1}), tmp_path / "b")
+    stage.train(make_params(), tmp_path / "a")
+    stage.train(make_params().model_copy(update={"random_seed": 1}), tmp_path / "b")
     assert (
         files(tmp_path / "a")["topk/sae_weights.safetensors"]
         != files(tmp_path / "b")["topk/sae_weights.safetensors"]
@@ -85,7 +84,7 @@ def test_the_seed_matters(make_params, tmp_path):
 
 def test_seeds_of_one_recipe_share_its_id_and_nothing_else_does(make_params, tmp_path):
     entries = {"a": {**TOP_K, "seed": 1}, "b": {**TOP_K, "seed": 2}, "c": {**TOP_K, "seed": 1, "k": 2}}
-    run.train(make_params(saes=entries), tmp_path / "out")
+    stage.train(make_params(saes=entries), tmp_path / "out")
     a, b, c = (load_sae(tmp_path / "out" / name) for name in "abc")
     assert a.cfg.provenance["recipe_id"] == b.cfg.provenance["recipe_id"] != c.cfg.provenance["recipe_id"]
     assert (a.cfg.provenance["seed"], b.cfg.provenance["seed"]) == (1, 2)
@@ -103,19 +102,19 @@ def test_the_model_reads_each_text_once_for_all_saes(make_params, tmp_path, monk
     params = make_params()
     load_language_model(params.model.name, "cpu")
     seen.clear()
-    run.train(params, tmp_path / "out")
+    stage.train(params, tmp_path / "out")
     check_at_load = 8
     assert sum(seen) == 8192 + 512 + check_at_load
     seen.clear()
-    run.train(params, tmp_path / "again")
+    stage.train(params, tmp_path / "again")
     assert sum(seen) == check_at_load
 
 
 def test_without_the_cache_the_result_is_the_same(make_params, tmp_path):
-    run.train(make_params(), tmp_path / "a")
+    stage.train(make_params(), tmp_path / "a")
     params = make_params()
     caching = params.activation_caching.model_copy(update={"enabled": False})
-    run.train(params.model_copy(update={"activation_caching": caching}), tmp_path / "b")
+    stage.train(params.model_copy(update={"activation_caching": caching}), tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -128,16 +127,16 @@ def test_hooks_share_a_pass_and_change_nothing_for_one_another(make_params, tmp_
     monkeypatch.setattr(LanguageModel, "activations_at", lambda self, tokens, hooks: (
         seen.append((tokens.numel(), sorted(hooks))), original(self, tokens, hooks))[1])
     caching = {"activation_caching": make_params().activation_caching.model_copy(update={"enabled": False})}
-    report = run.train(make_params(saes=entries).model_copy(update=caching), tmp_path / "both")
+    report = stage.train(make_params(saes=entries).model_copy(update=caching), tmp_path / "both")
     assert sum(n for n, _ in seen) == 8192 + 512 and {tuple(hooks) for _, hooks in seen} == {(HOOK, other)}
-    run.train(make_params(saes={"topk": TOP_K}), tmp_path / "one")
-    run.train(make_params(saes={"deeper": TOP_K}, hook_name=other), tmp_path / "two")
+    stage.train(make_params(saes={"topk": TOP_K}), tmp_path / "one")
+    stage.train(make_params(saes={"deeper": TOP_K}, hook_name=other), tmp_path / "two")
     assert files(tmp_path / "both" / "topk") == files(tmp_path / "one" / "topk")
     assert files(tmp_path / "both" / "deeper") == files(tmp_path / "two" / "deeper")
     assert load_sae(tmp_path / "both" / "deeper").cfg.hook_name == report["saes"]["deeper"]["hook_name"] == other
     assert list(report["hooks"]) == [HOOK, other] and report["saes"]["deeper"]["held_out"]["variance_explained"] > 0.2
     with pytest.raises(UserError, match="hook blocks.7.hook_mlp_out: the model has layers 0 to"):
-        run.train(make_params(saes={"deeper": {**TOP_K, "hook_name": "blocks.7.hook_mlp_out"}}), tmp_path / "none")
+        stage.train(make_params(saes={"deeper": {**TOP_K, "hook_name": "blocks.7.hook_mlp_out"}}), tmp_path / "none")
 
 
 def test_a_step_in_parts_is_the_same_step(make_params, planted_rows, tmp_path):
@@ -150,7 +149,7 @@ def test_a_step_in_parts_is_the_same_step(make_params, planted_rows, tmp_path):
         gradients.append([output.loss, output.residual, output.l0, *(p.grad for p in recipe.parameters())])
     for whole, part in zip(*gradients, strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)
-    run.train(make_params(tokens=1024, accumulation_steps=4), tmp_path / "out")
+    stage.train(make_params(tokens=1024, accumulation_steps=4), tmp_path / "out")
     rows = curve(tmp_path / "out" / "topk")
     assert [row["tokens"] for row in rows] == [64 * row["step"] for row in rows]
     with pytest.raises(ValueError, match="equal parts"):
@@ -170,8 +169,8 @@ def test_the_buffer_never_grows(make_params):
 
 
 def test_nothing_to_train_loads_no_model(make_params, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_language_model", lambda *_: pytest.fail("loaded a model"))
-    run.train(make_params(saes={}), tmp_path / "out")
+    monkeypatch.setattr(stage, "load_language_model", lambda *_: pytest.fail("loaded a model"))
+    stage.train(make_params(saes={}), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "training_report.json").read_text())["saes"] == {}
 
 
@@ -186,19 +185,19 @@ def test_a_diverging_sae_is_named_and_the_old_output_stays(make_params, tmp_path
 
     monkeypatch.setattr(Standard, "compute", diverge)
     with pytest.raises(UserError, match=r"train\.saes\.standard: the loss at step \d+ is not finite"):
-        run.train(make_params(), tmp_path / "out")
+        stage.train(make_params(), tmp_path / "out")
     assert [p.name for p in tmp_path.glob("*out*")] == ["out"]
     assert (tmp_path / "out" / "old").exists()
 
 
 def test_text_that_runs_out_is_a_user_error(make_params, tmp_path):
     with pytest.raises(UserError, match="ends after"):
-        run.train(make_params(tokens=1_000_000), tmp_path / "out")
+        stage.train(make_params(tokens=1_000_000), tmp_path / "out")
 
 
 def test_fewer_tokens_than_a_batch_is_a_user_error(make_params, tmp_path):
     with pytest.raises(UserError, match="fewer than one batch"):
-        run.train(make_params(tokens=512, batch_size=512, buffer_tokens=1024), tmp_path / "out")
+        stage.train(make_params(tokens=512, batch_size=512, buffer_tokens=1024), tmp_path / "out")
 
 
 @pytest.fixture
@@ -261,7 +260,7 @@ def test_pca_explains_what_svd_does():
 def test_sae_lens_reads_the_folders(make_params, tmp_path):
     from sae_lens import SAE
 
-    run.train(make_params(), tmp_path / "out")
+    stage.train(make_params(), tmp_path / "out")
     x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0)) * 5
     for name in ("standard", "topk"):
         ours, theirs = load_sae(tmp_path / "out" / name), SAE.load_from_disk(str(tmp_path / "out" / name))
@@ -276,7 +275,7 @@ def test_seeds_differ_by_name_and_run():
 
 def test_standard_config_is_listed(make_params):
     params = make_params()
-    listed = run.hyper_parameters(params.train.saes["standard"], params)
+    listed = stage.hyper_parameters(params.train.saes["standard"], params)
     assert (
         listed["l1_coefficient"] == STANDARD["l1_coefficient"]
         and "k" not in listed
@@ -286,8 +285,8 @@ def test_standard_config_is_listed(make_params):
 
 @pytest.mark.gpu
 def test_saes_on_another_device_than_the_model_learn_the_same(make_params, tmp_path):
-    here = run.train(make_params(), tmp_path / "here")
-    there = run.train(make_params(device="cuda:0"), tmp_path / "there")
+    here = stage.train(make_params(), tmp_path / "here")
+    there = stage.train(make_params(device="cuda:0"), tmp_path / "there")
     for name in ("standard", "topk"):
         for key, tolerance in (("l0", 0.5), ("variance_explained", 0.02)):
             assert there["saes"][name]["held_out"][key] == pytest.approx(

@@ -8,13 +8,13 @@ import pytest
 import torch
 from training_helpers import CONFIGS, STANDARD, TOP_K
 
-from sae_research.params import Train
-from sae_research.training import run, stack
+from sae_research.config.params import Train
+from sae_research.training import stack, stage
+from sae_research.training.loop import Team
 from sae_research.training.member import Member, make_member, start, train_step
 from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, grouped
 from sae_research.training.stream import StreamBatch
-from sae_research.training.team import Team
 
 SPARSITIES = {"l1_coefficient": [0.05, 0.1, 0.02], "l0_coefficient": [0.003, 0.006, 0.001], "k": [2, 6, 4],
               "target_l0": [4, 2, 6]}
@@ -113,7 +113,7 @@ def test_only_what_has_one_shape_and_one_loss_is_stacked(planted_rows, monkeypat
 def test_stacks_in_a_run_learn_what_single_saes_learn(make_params, tmp_path):
     saes = {"k4": TOP_K, "k2": {**TOP_K, "k": 2}, "k3": {**TOP_K, "k": 3}, "one": STANDARD}
     for how in ("always", "never"):
-        run.train(make_params(saes=saes, stack=how, tokens=4096), tmp_path / how)
+        stage.train(make_params(saes=saes, stack=how, tokens=4096), tmp_path / how)
     for name in saes:
         rows = [[[float(value) for value in line.split("\t")] for line in
                  (tmp_path / how / name / "training_curve.tsv").read_text().splitlines()[1:]] for how in ("always", "never")]

@@ -14,10 +14,10 @@ from tiny_saes import tiny_sae
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from sae_research.config.params import Params, Text
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.params import Params, Text
 from sae_research.saes import save_sae
-from sae_research.transfer.pair import Pair
+from sae_research.transfer.loading import Pair
 from sae_research.transfer.text import TextSource
 
 HOOK, DEEPER = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"

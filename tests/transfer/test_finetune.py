@@ -9,11 +9,11 @@ import pytest
 import torch
 from damage import flip
 
-from sae_research.errors import UserError
-from sae_research.params import Text
-from sae_research.store_cache import cache_dir
+from sae_research.config.params import Text
+from sae_research.config.transfer import OwnFinetune
+from sae_research.runtime.cache import cache_dir
+from sae_research.runtime.errors import UserError
 from sae_research.transfer.finetune import finetuned_model, outputs_moved, perturbed_model, weights_moved
-from sae_research.transfer_params import OwnFinetune
 
 
 def text_of(params: Any) -> Text:

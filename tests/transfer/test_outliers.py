@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from sae_research.errors import UserError
-from sae_research.transfer.outliers import Norms, OutlierLog, chosen_limit, limits
+from sae_research.config.transfer import Outliers
+from sae_research.runtime.errors import UserError
+from sae_research.transfer.statistics import Norms, OutlierLog, chosen_limit, limits
 from sae_research.transfer.sweep import sweep
-from sae_research.transfer_params import Outliers
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from sae_research.cli import read_preset
-from sae_research.params import Params
-from sae_research.saes.sae_lens import convert
-from sae_research.setup.fits import same_model
-from sae_research.transfer.outliers import Norms, chosen_limit, limits
+from sae_research.cli.main import read_preset
+from sae_research.config.params import Params
+from sae_research.saes.formats.sae_lens import convert
+from sae_research.saes.sources import same_model
+from sae_research.transfer.statistics import Norms, chosen_limit, limits
 
 ROOT = Path(__file__).parents[2]
 PAIRS = {"transfer-gpt2-portuguese": "gpt2-small", "transfer-gemma-2b-python": "gemma-2b",

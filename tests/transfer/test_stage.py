@@ -13,15 +13,14 @@ from PIL import Image
 from tiny_model import make_tiny_model
 from tiny_saes import tiny_sae
 
-from sae_research.errors import UserError
-from sae_research.params import Params
+from sae_research.config.params import Params
 from sae_research.reporting import transfer_figures
-from sae_research.reporting.transfer_metrics import extract_transfer
-from sae_research.reporting.transfer_report import transfer
+from sae_research.reporting.transfer import extract_transfer, transfer
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import write_json
 from sae_research.saes import save_sae
-from sae_research.store import write_json
 from sae_research.transfer import stage
-from sae_research.transfer.entry import RESULTS, run_stage
+from sae_research.transfer.stage import RESULTS, run_stage
 
 
 def read(path: Path) -> Any:

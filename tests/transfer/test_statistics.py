@@ -10,11 +10,10 @@ import torch
 from tiny_saes import HOOK
 
 from sae_research.saes import encode_each
-from sae_research.transfer.logits import logit_similarity
-from sae_research.transfer.losses import patched_losses
-from sae_research.transfer.pair import MODELS, Pair, masks
-from sae_research.transfer.results import flattened_r2
-from sae_research.transfer.sums import together
+from sae_research.stats.reconstruction import together
+from sae_research.transfer.loading import MODELS, Pair, masks
+from sae_research.transfer.losses import logit_similarity, patched_losses
+from sae_research.transfer.stage import flattened_r2
 from sae_research.transfer.sweep import sweep
 from sae_research.transfer.table import latent_table, wilson
 from sae_research.transfer.text import batches

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sae_research.errors import UserError
-from sae_research.params import Text
+from sae_research.config.params import Text
+from sae_research.config.transfer import Transfer
+from sae_research.runtime.errors import UserError
 from sae_research.text.corpus import documents
-from sae_research.text.stream import token_contexts
+from sae_research.text.tokens import token_contexts
+from sae_research.transfer.loading import check_tokenizers, choose_tokenization
 from sae_research.transfer.losses import patched_losses
 from sae_research.transfer.sweep import sweep
 from sae_research.transfer.text import align, batches, contexts, windows
-from sae_research.transfer.tokenizers import check_tokenizers, choose_tokenization
-from sae_research.transfer_params import Transfer
 
 
 def test_contexts_are_those_of_the_stream(base: Any, make_params: Any) -> None:

@@ -1,24 +1,186 @@
-"""Everything a latent's page shows, for one file of latents at a time."""
+"""The text around a latent's firings, cut to a window, for many latents at a time.
+
+Histograms coarse enough to draw, from the fine logarithmic ones of the store.
+
+What every latent's direction does to the next token: tokens raised and lowered, and the spread over the vocabulary.
+
+Everything a latent's page shows, for one file of latents at a time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from sae_research.analysis.dashboard.contexts import Places, significant
-from sae_research.analysis.dashboard.histograms import activation_bars
-from sae_research.analysis.dashboard.logits import LogitEffects, logit_effects
 from sae_research.analysis.dashboard.neighbours import nearest
 from sae_research.analysis.explain import Explainer, Explanation, LogitTail
-from sae_research.analysis.layout import LatentStats
-from sae_research.dashboard_params import Dashboards
-from sae_research.errors import UserError
+from sae_research.analysis.store import DENSE, N_BINS, RARE, LatentStats
+from sae_research.config.reporting import Dashboards
 from sae_research.lm import LanguageModel
+from sae_research.lm.generate import unembedding
+from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
+
+
+class Windows(NamedTuple):
+    """Contexts of some latents: top ones first, then the sampled ones, highest level first. L latents, M contexts each."""
+
+    value: np.ndarray
+    """Activation at the token that the context is about [L, M]"""
+    context: np.ndarray
+    """Which context of the store, -1 where there are fewer [L, M]"""
+    position: np.ndarray
+    """[L, M]"""
+    level: np.ndarray
+    """-1 for top contexts [M]"""
+
+
+class Places:
+    """Where every latent's contexts lie, read once."""
+
+    def __init__(self, stats: LatentStats) -> None:
+        self.stats = stats
+        self._top, self._sampled = ([np.load(stats.folder / f"{kind}_{part}.npy", mmap_mode="r")
+                                     for part in ("value", "context", "position")] for kind in ("top", "sample"))
+        self._ids = np.asarray(stats.token_ids)
+        self._documents = np.asarray(stats.document)
+
+    def of(self, latents: slice) -> Windows:
+        """The contexts of some latents."""
+        levels, per_level = self._sampled[0].shape[1:]
+        columns = []
+        for top, sampled in zip(self._top, self._sampled, strict=True):
+            flat = np.asarray(sampled[latents])[:, ::-1].reshape(-1, levels * per_level)
+            columns.append(np.concatenate([np.asarray(top[latents]), flat], axis=1))
+        level = np.concatenate([np.full(self._top[0].shape[1], -1), np.repeat(np.arange(levels)[::-1], per_level)])
+        return Windows(*columns, level)
+
+    def cut(self, latent: int, windows: Windows, row: int, around: int) -> list[dict[str, Any]]:
+        """One latent's contexts as JSON-able values: `t` token ids from `from` on, `i` and `a` where it fires and how
+        strongly, `at` the token it is about."""
+        size = self.stats.context_size
+        there = np.flatnonzero(windows.context[row] >= 0)
+        context, position = windows.context[row, there].astype(np.int64), windows.position[row, there].astype(np.int64)
+        first, end = np.maximum(position - around, 0), np.minimum(position + around + 1, size)
+        tokens, values = self.stats.activations(latent)
+        begin, stop = np.searchsorted(tokens, context * size + first), np.searchsorted(tokens, context * size + end)
+        names = [self.stats.documents[number] for number in self._documents[context, position].tolist()]
+        shown, about = significant(values), significant(windows.value[row, there])
+        columns = (context, first, end, position, begin, stop, windows.level[there], about)
+        cut = []
+        for (name, source), c, a, b, at, low, high, level, value in zip(
+                names, *(column.tolist() for column in columns), strict=True):
+            cut.append({"v": value, "level": level, "c": c, "from": a, "at": at - a, "more": [a > 0, b < size], "doc": name,
+                        "source": source, "t": self._ids[c, a:b], "i": tokens[low:high] - (c * size + a),
+                        "a": shown[low:high]})
+        return cut
+
+
+def significant(values: Any, digits: int = 4) -> Any:
+    """A number, or an array as float64, rounded to significant digits, which JSON writes short. Exact from 1e-18 on."""
+    if isinstance(values, float | np.floating):
+        return float(f"{values:.{digits}g}")
+    array = np.ascontiguousarray(values, np.float64)
+    with np.errstate(divide="ignore"):
+        exponent = np.floor(np.log10(np.abs(array)))
+    # powers of ten are exact to 1e22 as multipliers and divisors, so the quotient is the nearest short decimal
+    power = np.where(np.isfinite(exponent), digits - 1 - exponent, 0).clip(-22, 22)
+    up, down = 10.0 ** np.maximum(power, 0), 10.0 ** np.maximum(-power, 0)
+    return np.rint(array * up / down) / up * down
+
+
+MERGED = 4
+"""Bins of the store that become one bar: four to a factor of two."""
+DENSITY_STEP = 0.25
+"""Decades."""
+
+
+def activation_bars(stats: LatentStats, latents: slice) -> list[list[dict[str, Any]]]:
+    """For every latent its histograms of non-zero activations, on a logarithmic axis: one of the negative ones where there
+    are any, one of the positive ones. Each `{edges: [n + 1], counts: [n]}`, without the empty bars at its ends."""
+    counts = np.asarray(stats.histogram[latents])
+    sides = [(counts[:, :N_BINS], stats.edges[:N_BINS + 1]), (counts[:, N_BINS + 1:], stats.edges[N_BINS + 1:])] \
+        if stats.signed else [(counts, stats.edges)]
+    merged = [(side.reshape(len(side), -1, MERGED).sum(2), significant(edges[::MERGED])) for side, edges in sides]
+    found = []
+    for row in range(len(counts)):
+        bars = []
+        for side, edges in merged:
+            filled = np.flatnonzero(side[row])
+            if len(filled):
+                first, end = int(filled[0]), int(filled[-1]) + 1
+                bars.append({"edges": edges[first:end + 1], "counts": side[row, first:end]})
+        found.append(bars)
+    return found
+
+
+def density_bars(stats: LatentStats) -> dict[str, Any]:
+    """Latents by log10 of density: `{dead, edges: log10 [n + 1], counts [n], rare, dense: log10 of the bounds}`."""
+    alive = stats.density[stats.count > 0]
+    lowest = np.floor(np.log10(alive.min()) / DENSITY_STEP) * DENSITY_STEP if len(alive) else -1.0
+    edges = np.arange(lowest, DENSITY_STEP, DENSITY_STEP)
+    counts, _ = np.histogram(np.log10(alive).clip(edges[0], edges[-1]), edges)
+    return {"dead": int((stats.count == 0).sum()), "edges": edges, "counts": counts, "rare": float(np.log10(RARE)),
+            "dense": float(np.log10(DENSE))}
+
+
+CHUNK_LATENTS = 256
+BINS = 40
+
+
+class LogitEffects(NamedTuple):
+    """Logits that one unit of each latent adds directly, less their mean over the vocabulary. F latents."""
+
+    raised: np.ndarray
+    """Token ids, largest first int [F, k]"""
+    raised_by: np.ndarray
+    """float [F, k]"""
+    lowered: np.ndarray
+    """Token ids, smallest first int [F, k]"""
+    lowered_by: np.ndarray
+    """float [F, k]"""
+    histogram: np.ndarray
+    """Tokens of the vocabulary in `BINS` equal bins from the smallest logit to the largest int [F, BINS]"""
+    skew: np.ndarray
+    """[F]"""
+    kurtosis: np.ndarray
+    """Excess [F]"""
+
+
+def in_residual_stream(sae: SparseAutoencoder, lm: LanguageModel) -> bool:
+    """Whether an SAE's directions can be read through the unembedding."""
+    return sae.cfg.d_in == lm.d_model and not sae.cfg.hook_name.endswith("hook_z")
+
+
+@torch.no_grad()
+def logit_effects(sae: SparseAutoencoder, lm: LanguageModel, k: int) -> LogitEffects | None:
+    """Effects of all latents, `W_dec W_U` with the final norm's gain folded in; None for an SAE outside the residual
+    stream, whose latents promote no tokens directly."""
+    if not in_residual_stream(sae, lm):
+        return None
+    out = unembedding(lm)
+    parts = [_effects(out.logits(rows), k) for rows in sae.W_dec.detach().split(CHUNK_LATENTS)]
+    return LogitEffects(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def _effects(logits: Tensor, k: int) -> tuple[Tensor, ...]:
+    centred = logits - logits.mean(1, keepdim=True)
+    up, down = (centred.topk(min(k, centred.shape[1]), largest=largest) for largest in (True, False))
+    low, high = down.values[:, :1], up.values[:, :1]
+    bins = ((centred - low) * (BINS / (high - low).clamp_min(1e-12))).to(torch.uint8).clamp_max_(BINS - 1)
+    counts = torch.stack([torch.bincount(row, minlength=BINS) for row in bins])
+    square = centred * centred
+    deviation = square.mean(1).sqrt().clamp_min(1e-12)
+    skew = (square * centred).mean(1) / deviation**3
+    kurtosis = square.square_().mean(1) / deviation**4 - 3
+    return up.indices, up.values, down.indices, down.values, counts, skew, kurtosis
+
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.99)
 LABEL_TOKENS = 4

@@ -10,7 +10,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
-from sae_research.analysis.layout import LatentStats
+from sae_research.analysis.store import LatentStats
 from sae_research.saes import SparseAutoencoder
 
 CHUNK_LATENTS = 1024

@@ -15,9 +15,8 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from sae_research.analysis.dashboard.histograms import activation_bars
-from sae_research.analysis.dashboard.latents import Shown, latent_records
-from sae_research.store import write_bytes
+from sae_research.analysis.dashboard.latents import Shown, activation_bars, latent_records
+from sae_research.runtime.files import write_bytes
 
 LATENTS_PER_BATCH = 128
 DECIMALS = 3

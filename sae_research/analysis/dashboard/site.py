@@ -1,4 +1,6 @@
-"""Writes the site: pages from templates, data as scripts.
+"""Two SAEs, or one SAE on two models, latent by latent.
+
+Writes the site: pages from templates, data as scripts.
 
 A page opened from disk may not `fetch` anything, so each data file is a script that hands its content to `lab.put`.
 """
@@ -9,20 +11,76 @@ import base64
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import orjson
 
-from sae_research.analysis.dashboard.comparison import Comparison
-from sae_research.analysis.dashboard.contexts import significant
-from sae_research.analysis.dashboard.histograms import density_bars
-from sae_research.analysis.dashboard.latents import QUANTILES, Shown, latent_files
-from sae_research.analysis.directory import EMBED, neuronpedia_source
-from sae_research.errors import UserError
-from sae_research.folders import replaced_folder
-from sae_research.store import SLUG, write_bytes, write_text
+from sae_research.analysis.dashboard.latents import QUANTILES, Shown, density_bars, latent_files, significant
+from sae_research.analysis.dashboard.neighbours import (
+    Matches,
+    activation_correlation,
+    match_by_activation,
+    match_by_decoder,
+    same_text,
+)
+from sae_research.analysis.neuronpedia import EMBED, neuronpedia_source
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import SLUG, replaced_folder, write_bytes, write_text
+
+
+class Comparison(NamedTuple):
+    """A compare view."""
+
+    name: str
+    one: str
+    other: str
+    how: str
+    """What partners are, in words."""
+    score: str
+    """What the score is called."""
+    content: dict[str, Any]
+    """What the page's data file holds."""
+
+
+def compare(one: Shown, other: Shown) -> Comparison:
+    """Give every latent of one SAE its partner in the other.
+
+    Latents of one SAE on two models are their own partners. Otherwise partners are those of highest correlation of
+    activations where both read the same text, else of highest cosine of decoder rows where both read the same hook of the
+    same model. Raises `UserError` where neither holds.
+    """
+    text = same_text(one.stats, other.stats)
+    same_sae = one.sae.weights_fingerprint() == other.sae.weights_fingerprint()
+    if same_sae:
+        found = Matches(np.arange(one.stats.d_sae),
+                        activation_correlation(one.stats, other.stats) if text else np.full(one.stats.d_sae, np.nan))
+        how = "the same latent of one SAE on two models"
+    elif text:
+        found, how = match_by_activation(one.stats, other.stats), "the latent whose activations correlate most"
+    elif one.sae.cfg.hook_name == other.sae.cfg.hook_name and one.lm.fingerprint == other.lm.fingerprint:
+        found, how = match_by_decoder(one.sae, other.sae), "the latent whose decoder row is likest"
+    else:
+        raise UserError(f"{one.name} and {other.name} share neither text nor hook, so their latents cannot be matched; "
+                        "collect both statistics on the same text")
+    score = "correlation" if text else "cosine" if not same_sae else "not compared: the texts differ"
+    return Comparison(f"{one.name}_and_{other.name}", one.name, other.name, how, score, _content(one, other, found))
+
+
+def _content(one: Shown, other: Shown, found: Matches) -> dict[str, Any]:
+    matched = found.partner >= 0
+    partner = np.where(matched, found.partner, 0)
+    density = np.where(matched, other.stats.density[partner], 0)
+    known = found.score[matched & np.isfinite(found.score)]
+    return {
+        "one": one.name, "other": other.name, "partner": found.partner,
+        "score": [significant(float(s)) if np.isfinite(s) else None for s in found.score],
+        "median": significant(float(np.median(known))) if len(known) else None,
+        "density_one": significant(one.stats.density), "density_other": significant(density),
+        "labels_one": one.labels, "labels_other": [other.labels[p] if m else "" for p, m in zip(
+            partner.tolist(), matched.tolist(), strict=True)]}
+
 
 HERE = Path(__file__).parent
 NEURONPEDIA = "neuronpedia"
@@ -165,4 +223,3 @@ def _renewed(folder: Path) -> Iterator[Path]:
     with replaced_folder(folder) as temporary:
         write_text(temporary / MARK, "")
         yield temporary
-

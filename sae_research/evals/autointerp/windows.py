@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.evals.pool import HookActivations
-from sae_research.params import Autointerp
+from sae_research.config.params import Autointerp
+from sae_research.lm.activations import HookActivations
 from sae_research.saes import SparseAutoencoder, encode_each
 
 _SPARE = 64

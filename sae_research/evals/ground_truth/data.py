@@ -26,8 +26,8 @@ from sae_lens.synthetic import (
 from scipy import sparse
 from torch import Tensor
 
-from sae_research.errors import UserError
-from sae_research.store import fingerprint
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import fingerprint
 
 BLOCK = 1024
 """Samples drawn at a time: what a CPU's cache holds."""

@@ -1,4 +1,8 @@
-"""RAVEL: do single latents carry single attributes of an entity?
+"""One SAE's findings as SAE Bench's `RAVELEvalOutput`, with our own definition beside it.
+
+What the answers to patched prompts add up to: cause, isolation, disentanglement, and how sure they are.
+
+RAVEL: do single latents carry single attributes of an entity?
 
 Two prompts ask about two entities that differ in an attribute ("The city of Paris is located in the country of"). A
 mask over latents is learnt such that giving the base's last entity token the source's values of those latents makes
@@ -16,29 +20,183 @@ token alone. Here the SAE's own hook, the entity's own last token, and whole pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import NotApplicable
-from sae_research.evals import output
-from sae_research.evals.inputs import by_hook, model_key, result_key
-from sae_research.evals.ravel.known import Known, known_prompts
-from sae_research.evals.ravel.masks import Problem, learn
-from sae_research.evals.ravel.pairs import Pair, Task, build_tasks
-from sae_research.evals.ravel.patches import PromptActivations, Swap
-from sae_research.evals.ravel.result import ravel_result
+from sae_research.config.params import Params
+from sae_research.evals import harness
+from sae_research.evals.harness import by_hook, model_key, result_key
+from sae_research.evals.ravel.patches import (
+    Pair,
+    Problem,
+    PromptActivations,
+    Swap,
+    Task,
+    build_tasks,
+    learn,
+    seems_isolation,
+)
+from sae_research.evals.ravel.prompts import Known, known_prompts, right, right_sae_bench
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.runtime.cache import ResultCache
+from sae_research.runtime.errors import NotApplicable
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.guard import Family, Guard
-from sae_research.store import fingerprint
-from sae_research.store_cache import ResultCache
-from sae_research.store_stages import StageFolder
+from sae_research.saes.base import Family, Guard
+from sae_research.stats.intervals import Ratio, interval, ratio, stored
+
+
+def ravel_result(name: str, sae: SparseAutoencoder, known: Sequence[Known], tasks: Sequence[Task],
+                 findings: Mapping[str, Any], whole: Mapping[str, Sequence[str]], params: Params,
+                 lm: LanguageModel) -> dict[str, Any]:
+    """A validated `RAVELEvalOutput` as plain data. findings: task -> definition -> latents and answers; whole: task ->
+    answers when the whole activation is patched."""
+    from sae_bench.evals.ravel import eval_output as types
+    from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
+
+    stock = {task.name: sae_bench_scores(known, task.sae_bench.test, findings[task.name]["sae_bench"]["answers"])
+             for task in tasks}
+    config = params.ravel
+    return asdict(types.RAVELEvalOutput(
+        eval_config=RAVELEvalConfig(
+            entity_attribute_selection=config.entity_attribute_selection, top_n_entities=config.top_n_entities,
+            full_dataset_downsample=config.full_dataset_downsample, random_seed=params.random_seed,
+            num_pairs_per_attribute=config.num_pairs_per_attribute, train_test_split=config.train_test_split,
+            model_name=lm.name, llm_dtype=params.model.torch_dtype, llm_batch_size=config.batch_size,
+            learning_rate=config.learning_rate, num_epochs=config.num_epochs,
+            n_generated_tokens=config.n_generated_tokens),
+        eval_result_metrics=types.RAVELMetricCategories(
+            ravel=types.RAVELMetricResults(**_stock_names(mean_scores(stock, tasks), "disentanglement_score"))),
+        eval_result_details=[],
+        eval_result_unstructured={
+            **{f"{kind}_results": {task.name: _stock_names(stock[task.name], "disentangle_score") for task in tasks
+                                   if task.entity_class == kind} for kind in dict.fromkeys(t.entity_class for t in tasks)},
+            harness.LAB: _lab(known, tasks, findings, whole, params.random_seed)},
+        **harness.envelope(name, sae, "ravel")))
+
+
+def _lab(known: Sequence[Known], tasks: Sequence[Task], findings: Mapping[str, Any], whole: Mapping[str, Sequence[str]],
+         seed: int) -> dict[str, Any]:
+    found = Outcomes(known, tasks, {task.name: findings[task.name][harness.LAB]["answers"] for task in tasks})
+    scores, most = found.scores(), Outcomes(known, tasks, whole).scores()
+    latents = {task.name: findings[task.name][harness.LAB]["latents"] for task in tasks}
+    return {
+        "metrics": {**_names(mean_scores(scores, tasks)), "mask_latents": sum(latents.values()) / len(latents),
+                    **{f"whole_activation_{key}": value for key, value in _names(mean_scores(most, tasks)).items()}},
+        **found.evidence(seed),
+        "attributes": {task.name: {
+            **_names(scores[task.name]), "intervals": bounds(found.figures(task), seed),
+            "mask_latents": latents[task.name], "train_pairs": len(task.lab.train), "test_pairs": len(task.lab.test),
+            **{f"whole_activation_{key}": value for key, value in _names(most[task.name]).items()}} for task in tasks}}
+
+
+def _names(scores: Scores) -> dict[str, float]:
+    return {"disentanglement": scores.disentanglement, "cause": scores.cause, "isolation": scores.isolation}
+
+
+def _stock_names(scores: Scores, mean: str) -> dict[str, float]:
+    return {"cause_score": scores.cause, "isolation_score": scores.isolation, mean: scores.disentanglement}
+
+
+KINDS = ("cause", "isolation")
+CLUSTERS = "entities"
+
+
+class Scores(NamedTuple):
+    """Fractions of pairs."""
+
+    cause: float
+    """Of cause pairs: the patched model says the source's value."""
+    isolation: float
+    """Of isolation pairs: it still says the base's value."""
+
+    @property
+    def disentanglement(self) -> float:
+        return (self.cause + self.isolation) / 2
+
+
+def sae_bench_scores(known: Sequence[Known], pairs: Sequence[Pair], answers: Sequence[str]) -> Scores:
+    """SAE Bench's, its way of telling the kinds of pairs and of comparing answers included."""
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    for pair, answer in zip(pairs, answers, strict=True):
+        hit = right_sae_bench(known[pair.base].prompt.text, known[pair.target].prompt.label, answer)
+        hits[not seems_isolation(known, pair)].append(hit)
+    return Scores(*(sum(hits[kind]) / len(hits[kind]) for kind in (True, False)))
+
+
+def mean_scores(by_task: Mapping[str, Scores], tasks: Sequence[Task]) -> Scores:
+    """The mean over a class's attributes, then over classes, as in SAE Bench."""
+    classes = dict.fromkeys(task.entity_class for task in tasks)
+    means = [np.mean([by_task[task.name] for task in tasks if task.entity_class == name], axis=0) for name in classes]
+    return Scores(*(float(x) for x in np.mean(means, axis=0)))
+
+
+class Outcomes:
+    """Right answers to the held-out pairs, by task, kind and base entity: an entity's pairs vary together."""
+
+    def __init__(self, known: Sequence[Known], tasks: Sequence[Task], answers: Mapping[str, Sequence[str]]) -> None:
+        self.tasks = tasks
+        self.entities = sorted({_base(known, pair) for task in tasks for pair in task.lab.test})
+        """(class, entity) of every column."""
+        classes = sorted({entity_class for entity_class, _ in self.entities})
+        self.strata = [classes.index(entity_class) for entity_class, _ in self.entities]
+        column = {entity: i for i, entity in enumerate(self.entities)}
+        self.right, self.pairs = (np.zeros((len(tasks), len(KINDS), len(column))) for _ in range(2))
+        for row, task in enumerate(tasks):
+            for pair, answer in zip(task.lab.test, answers[task.name], strict=True):
+                where = row, int(not pair.cause), column[_base(known, pair)]
+                self.right[where] += right(known[pair.target].prompt.label, answer)
+                self.pairs[where] += 1
+        self.key = fingerprint([[task.name, [[known[row].prompt.text for row in pair[:2]] for pair in task.lab.test]]
+                                for task in tasks])[:16]
+
+    def scores(self) -> dict[str, Scores]:
+        """By task."""
+        shares = self.right.sum(-1) / self.pairs.sum(-1)
+        return {task.name: Scores(*map(float, shares[row])) for row, task in enumerate(self.tasks)}
+
+    def figures(self, only: Task | None = None) -> dict[str, Ratio]:
+        """Cause, isolation and disentanglement of all tasks (`mean_scores`), or of one, as ratios of sums over entities.
+
+        A mean of fractions is a ratio of sums once every pair weighs one over the pairs of its task and kind.
+        """
+        sizes: dict[str, int] = {}
+        for task in self.tasks:
+            sizes[task.entity_class] = sizes.get(task.entity_class, 0) + 1
+        share = [float(only is None or task is only) / sizes[task.entity_class] for task in self.tasks]
+        weight = np.asarray(share)[:, None, None] / self.pairs.sum(-1, keepdims=True)
+        parts = {"cause": slice(0, 1), "isolation": slice(1, 2), "disentanglement": slice(0, 2)}
+        return {key: Ratio((weight * self.right)[:, kinds].sum((0, 1)), (weight * self.pairs)[:, kinds].sum((0, 1)),
+                           np.asarray(self.strata)) for key, kinds in parts.items()}
+
+    def evidence(self, seed: int) -> dict[str, Any]:
+        """What `lab_v1` holds on how sure its figures are: intervals, and the sums by entity behind them."""
+        figures = self.figures()
+        return {"intervals": bounds(figures, seed),
+                "clusters": {CLUSTERS: {"level": "entity", "clusters": len(self.entities), "strata": self.strata,
+                                        "key": self.key}},
+                "cluster_sums": {key: stored(figure, CLUSTERS) for key, figure in figures.items()}}
+
+
+def bounds(figures: Mapping[str, Ratio], seed: int) -> dict[str, list[float]]:
+    """Intervals of those figures that rest on enough entities."""
+    # entities without a pair of some kind say nothing of it, and are not drawn
+    found = {key: interval(ratio(one.numerator, one.denominator, one.strata), seed) for key, one in figures.items()}
+    return {key: list(limits) for key, limits in found.items() if limits is not None}
+
+
+def _base(known: Sequence[Known], pair: Pair) -> tuple[str, str]:
+    prompt = known[pair.base].prompt
+    return prompt.entity_class, prompt.entity
+
 
 # one SAE's findings: task -> definition -> {"latents": how many the mask takes, "answers": to every test pair}
 Findings = dict[str, dict[str, dict[str, Any]]]
@@ -93,11 +251,11 @@ def _findings(members: dict[str, SparseAutoencoder], group: PromptActivations, t
 
 
 def findings_of(swap: Swap, tasks: Sequence[Task], params: Params,
-                definitions: Sequence[str] = ("sae_bench", output.LAB)) -> Findings:
+                definitions: Sequence[str] = ("sae_bench", harness.LAB)) -> Findings:
     """Learn one SAE's masks of every task in both definitions, and ask the patched model."""
     asked = [(task, definition) for task in tasks for definition in definitions]
-    plans = [task.lab if definition == output.LAB else task.sae_bench for task, definition in asked]
-    problems = [Problem(plan.train, definition == output.LAB) for plan, (_, definition) in zip(plans, asked, strict=True)]
+    plans = [task.lab if definition == harness.LAB else task.sae_bench for task, definition in asked]
+    problems = [Problem(plan.train, definition == harness.LAB) for plan, (_, definition) in zip(plans, asked, strict=True)]
     findings: Findings = {task.name: {} for task in tasks}
     learnt = learn(problems, swap, params)
     for (task, definition), plan, problem, numbers in zip(asked, plans, problems, learnt, strict=True):
@@ -136,4 +294,3 @@ def _ask(group: PromptActivations, asked: list[Pair], patch: Callable[[Sequence[
 def _inputs(facts: Sequence[Known], params: Params) -> list[Any]:
     return [params.ravel.model_dump(), params.token_mask.model_dump(), params.random_seed,
             fingerprint([[one.first, *one.prompt] for one in facts])]
-

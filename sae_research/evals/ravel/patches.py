@@ -1,19 +1,222 @@
-"""Running base prompts with the entity's token patched: what masks are learnt through and scored on."""
+"""Base and source prompts: which answer should become the source's (cause), which should stay the base's (isolation).
+
+For attribute A, cause pairs ask A of two entities that differ in it; isolation pairs ask another attribute B of two
+entities that differ in B, and patching what carries A should leave B alone.
+
+Differential binary masks (MDBM): which latents to take from the source so that one attribute moves and the others stay.
+
+As in SAE Bench 0.6.0: one number per latent, from 0; sigmoid of it over a temperature that falls from 1 to 1e-4 in
+equal ratios, step by step; Adam; cross-entropy of the target answer's first token over cause and isolation pairs alike;
+in the end a latent is in where its number is above 0. SAE Bench drops an incomplete last batch; here it is used.
+
+Running base prompts with the entity's token patched: what masks are learnt through and scored on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_research.evals.pool import HookActivations
-from sae_research.evals.ravel.known import Known, answer_text, by_length
-from sae_research.evals.ravel.pairs import Pair
+from sae_research.config.params import Params
+from sae_research.config.params import Ravel as Config
+from sae_research.evals.ravel.prompts import Known, Prompt, answer_text, by_length, names, rows_at_once
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
+
+
+class Pair(NamedTuple):
+    """Two prompts about the same attribute, by their rows among the known ones."""
+
+    base: int
+    source: int
+    cause: bool
+
+    @property
+    def target(self) -> int:
+        """The prompt whose answer is right after patching."""
+        return self.source if self.cause else self.base
+
+
+class Plan(NamedTuple):
+    """What a mask is learnt on, and what it is scored on."""
+
+    train: list[Pair]
+    test: list[Pair]
+
+
+class Task(NamedTuple):
+    """One attribute whose latents are sought, in both definitions."""
+
+    entity_class: str
+    attribute: str
+    sae_bench: Plan
+    lab: Plan
+
+    @property
+    def name(self) -> str:
+        """As SAE Bench keys it."""
+        return f"{self.entity_class}_{self.attribute}"
+
+
+Differ = Callable[[Prompt, Prompt], bool]
+
+
+def build_tasks(known: Sequence[Known], rows: Sequence[int], params: Params, stage: StageFolder) -> list[Task]:
+    """A task for every attribute among `rows` of the known prompts; those without pairs of both kinds to learn from
+    and to score are skipped with that reason."""
+    tasks, config = [], params.ravel
+    for entity_class, attribute in dict.fromkeys(
+            (known[row].prompt.entity_class, known[row].prompt.attribute) for row in rows):
+        mine = [row for row in rows if known[row].prompt.entity_class == entity_class]
+        others = list(dict.fromkeys(known[row].prompt.attribute for row in mine))
+        others.remove(attribute)
+        prompts = [one.prompt for one in known]
+        sizes = config.num_pairs_per_attribute, config.train_test_split
+        seed = f"{params.random_seed} {entity_class} {attribute}"
+        task = Task(entity_class, attribute,
+                    sae_bench_plan(random.Random(seed), prompts, mine, attribute, others, *sizes),
+                    lab_plan(random.Random(f"{seed} lab"), prompts, mine, attribute, others, *sizes))
+        if _scorable(task, known):
+            tasks.append(task)
+        else:
+            stage.skip(f"{entity_class}/{attribute}", "too few pairs of prompts to learn from and to score")
+    return tasks
+
+
+def seems_isolation(known: Sequence[Known], pair: Pair) -> bool:
+    """How SAE Bench tells the kinds apart when it scores: by the target's first token being the base's. A cause pair
+    whose values begin alike, South Africa and South Korea say, counts as isolation there."""
+    return known[pair.base].first == known[pair.target].first
+
+
+def sae_bench_plan(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str,
+                   others: Sequence[str], n_pairs: int, train_share: float) -> Plan:
+    """SAE Bench's pairs, drawn in its order, split at random: an entity, even a prompt, may stand on both sides."""
+    pairs = _draw(rng, prompts, rows, attribute, others, n_pairs, lambda a, b: a.label != b.label)
+    n_train = int(len(pairs) * train_share)
+    return Plan(pairs[:n_train], pairs[n_train:])
+
+
+def lab_plan(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str, others: Sequence[str],
+             n_pairs: int, train_share: float) -> Plan:
+    """As many pairs, those to learn from and those to score about different entities."""
+    n_train = max(1, int(n_pairs * train_share))
+    parts = []
+    for held_out, size in ((False, n_train), (True, max(1, n_pairs - n_train))):
+        part = [row for row in rows if prompts[row].held_out == held_out]
+        parts.append(_draw(rng, prompts, part, attribute, others, size,
+                           lambda a, b: not names(a.label) & names(b.label)))
+    return Plan(*parts)
+
+
+def _draw(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str, others: Sequence[str],
+          n_pairs: int, differ: Differ) -> list[Pair]:
+    """`n_pairs` cause pairs and as many isolation pairs, spread over the other attributes, shuffled."""
+    cause = _pairs(rng, prompts, rows, attribute, n_pairs, differ, True)
+    isolation = [pair for other in others for pair in _pairs(rng, prompts, rows, other, n_pairs, differ, False)]
+    rng.shuffle(isolation)
+    pairs = cause + isolation[:len(cause)]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _pairs(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str, n_pairs: int,
+           differ: Differ, cause: bool) -> list[Pair]:
+    """Prompts about `attribute`, none of them twice as base, each with a source of another value."""
+    mine = [row for row in rows if prompts[row].attribute == attribute]
+    bases = mine if len(mine) < n_pairs else rng.sample(mine, n_pairs)
+    pairs = []
+    for base in bases:
+        sources = [row for row in mine if differ(prompts[base], prompts[row])]
+        if sources:
+            pairs.append(Pair(base, rng.choice(sources), cause))
+    return pairs
+
+
+def _scorable(task: Task, known: Sequence[Known]) -> bool:
+    kinds = [{pair.cause for pair in part} for part in (task.sae_bench.train, *task.lab)]
+    kinds.append({not seems_isolation(known, pair) for pair in task.sae_bench.test})
+    return all(kind == {True, False} for kind in kinds)
+
+
+HOT, COLD = 1.0, 1e-4
+
+
+class Problem(NamedTuple):
+    """One mask to learn."""
+
+    pairs: list[Pair]
+    keeps_error: bool
+
+
+def temperatures(n_steps: int) -> Tensor:
+    """Of every step [n_steps]."""
+    return torch.logspace(torch.log10(torch.tensor(HOT)), torch.log10(torch.tensor(COLD)), n_steps)
+
+
+def learn(problems: Sequence[Problem], swap: Swap, params: Params) -> list[Tensor]:
+    """The numbers of one mask [d_sae] per problem; a latent is in where its number is above 0.
+
+    All problems take their steps side by side, because one pass over many rows is faster than many over few; each has
+    its own pairs, temperature and optimiser, and the model is frozen, so none depends on another.
+    """
+    config = params.ravel
+    numbers = [torch.zeros(swap.sae.cfg.d_sae, device=swap.group.lm.device, requires_grad=True) for _ in problems]
+    optimisers = [torch.optim.Adam([number], lr=config.learning_rate) for number in numbers]
+    batches = [_batches(problem.pairs, config) for problem in problems]
+    schedules = [temperatures(len(steps)) for steps in batches]
+    for step in range(max(map(len, batches))):
+        rows = [_Row(pair, problem.keeps_error, numbers[p], float(schedules[p][step]), 1 / len(batches[p][step]))
+                for p, problem in enumerate(problems) if step < len(batches[p]) for pair in batches[p][step]]
+        for part in _like_length(rows, swap, params):
+            _loss(part, swap).backward()
+        for p, optimiser in enumerate(optimisers):
+            if step < len(batches[p]):
+                optimiser.step()
+                optimiser.zero_grad()
+    return [number.detach() for number in numbers]
+
+
+class _Row(NamedTuple):
+    """One pair of one problem's batch."""
+
+    pair: Pair
+    keeps_error: bool
+    number: Tensor
+    """The problem's numbers [d_sae]."""
+    temperature: float
+    share: float
+    """Of the batch's mean."""
+
+
+def _loss(rows: Sequence[_Row], swap: Swap) -> Tensor:
+    """The rows' part in the sum over problems of their batches' mean cross-entropy."""
+    device = swap.group.lm.device
+    mask = torch.stack([torch.sigmoid(row.number / row.temperature) for row in rows])
+    keeps_error = torch.tensor([row.keeps_error for row in rows], device=device)
+    pairs = [row.pair for row in rows]
+    losses = swap.group.loss(pairs, swap.patched(pairs, mask, keeps_error))
+    return (losses * torch.tensor([row.share for row in rows], device=device)).sum()
+
+
+def _batches(pairs: list[Pair], config: Config) -> list[list[Pair]]:
+    """The batch of every step: the same in every epoch, as in SAE Bench, the last one as large as is left."""
+    epoch = [pairs[start:start + config.batch_size] for start in range(0, len(pairs), config.batch_size)]
+    return epoch * config.num_epochs
+
+
+def _like_length(rows: list[_Row], swap: Swap, params: Params) -> Iterator[list[_Row]]:
+    """Rows in parts that fit one pass, of like length together so that little is padding."""
+    ordered = sorted(rows, key=lambda row: swap.group.length(row.pair))
+    size = rows_at_once(params, swap.group.length(ordered[-1].pair))
+    for start in range(0, len(ordered), size):
+        yield ordered[start:start + size]
 
 
 class PromptActivations(HookActivations):

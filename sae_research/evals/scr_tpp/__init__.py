@@ -5,6 +5,6 @@ A warning from the literature: arXiv 2605.18229 finds both unreliable at their u
 trains longer, SCR can run against the quality it should measure), so neither belongs in a headline.
 """
 
-from sae_research.evals.scr_tpp.evaluate import evaluate_scr, evaluate_tpp
+from sae_research.evals.scr_tpp.evaluation import evaluate_scr, evaluate_tpp
 
 __all__ = ["evaluate_scr", "evaluate_tpp"]

@@ -1,4 +1,6 @@
-"""Unlearning by clamping latents (Farrell et al., arXiv 2410.19278), in SAE Bench 0.6.0's definition and in ours.
+"""One SAE's result: SAE Bench's own output type, every configuration's figures, our definition with its interval.
+
+Unlearning by clamping latents (Farrell et al., arXiv 2410.19278), in SAE Bench 0.6.0's definition and in ours.
 
 Latents that fire often on a forget corpus and hardly ever on a retain corpus are clamped to a negative value while the
 model answers questions it is known to answer. Questions are asked once per model, densities are measured once per SAE,
@@ -11,28 +13,105 @@ one-word answers against three other answers. They show how an SAE behaves, not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import NotApplicable, UserError
-from sae_research.evals.inputs import by_hook, model_key, result_key
-from sae_research.evals.pool import HookActivations
-from sae_research.evals.unlearning.densities import DEFINITIONS, Firing, choose_latents, firing
-from sae_research.evals.unlearning.intervention import Configuration, Plans, correct_answers
+from sae_research.config.params import Params
+from sae_research.evals import harness
+from sae_research.evals.harness import by_hook, model_key, result_key
+from sae_research.evals.unlearning import intervention
+from sae_research.evals.unlearning.intervention import (
+    DEFINITIONS,
+    Configuration,
+    Firing,
+    Plans,
+    choose_latents,
+    correct_answers,
+    firing,
+)
 from sae_research.evals.unlearning.prompts import PACKAGED_QUESTIONS, Known, Prompt, find_known, wordings
-from sae_research.evals.unlearning.results import Record, result
 from sae_research.lm import LanguageModel
-from sae_research.params import Params
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.cache import ResultCache
+from sae_research.runtime.errors import NotApplicable, UserError
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.guard import Family, Guard
-from sae_research.store import fingerprint
-from sae_research.store_cache import ResultCache
-from sae_research.store_stages import StageFolder
-from sae_research.text.stream import pack_documents
-from sae_research.text.topic_corpora import PACKAGED_TOPICS, topic_documents
+from sae_research.saes.base import Family, Guard
+from sae_research.text.questions import PACKAGED_TOPICS, topic_documents
+from sae_research.text.tokens import pack_documents
+
+# definition -> configurations, each {retain_threshold, n_features, multiplier, latents, forget, retain}; the last two
+# as "0110...", one digit per known question
+Record = dict[str, list[dict[str, Any]]]
+
+
+def result(name: str, sae: SparseAutoencoder, model: str, params: Params, asked: dict[str, Any], record: Record,
+           stand_in: str | None) -> dict[str, Any]:
+    """SAE Bench's `UnlearningEvalOutput` as plain data.
+
+    asked: side -> question set -> {asked, known}. stand_in: what the packaged data stand for, None where none are used.
+    """
+    bar = params.unlearning.min_retain_accuracy
+    (forget, retain), own = (_matrices(record[definition]) for definition in DEFINITIONS)
+    label = {} if stand_in is None else {"stand_in": stand_in}
+    return _unlearning_output(
+        _config(params, model), intervention.unlearning_score(forget, retain, bar),
+        {**label, "configurations": _figures(record["sae_bench"], forget, retain),
+         harness.LAB: {**label, "questions": asked, **_lab_block(record["lab"], *own, params)}},
+        harness.envelope(name, sae, "unlearning"))
+
+
+def _config(params: Params, model: str) -> dict[str, Any]:
+    config = params.unlearning
+    return {"random_seed": params.random_seed, "dataset_names": [*config.forget_questions, *config.retain_questions],
+            "retain_thresholds": list(config.retain_thresholds), "n_features_list": list(config.n_features_list),
+            "multipliers": list(config.multipliers), "dataset_size": config.dataset_size, "seq_len": config.seq_len,
+            "model_name": model, "llm_batch_size": params.model.llm_batch_size, "llm_dtype": params.model.torch_dtype}
+
+
+def _unlearning_output(config: dict[str, Any], score: float, unstructured: dict[str, Any],
+                       common: dict[str, Any]) -> dict[str, Any]:
+    from sae_bench.evals.unlearning import eval_output as types
+    from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
+
+    return asdict(types.UnlearningEvalOutput(
+        eval_config=UnlearningEvalConfig(**config),
+        eval_result_metrics=types.UnlearningMetricCategories(
+            unlearning=types.UnlearningMetrics(unlearning_score=score)),
+        eval_result_details=[], eval_result_unstructured=unstructured, **common))
+
+
+def _lab_block(record: list[dict[str, Any]], forget: np.ndarray, retain: np.ndarray, params: Params) -> dict[str, Any]:
+    bar, seed = params.unlearning.min_retain_accuracy, params.random_seed
+    held_out, kept = intervention.held_out(forget, retain, bar, seed)
+    return {
+        "metrics": {"unlearning_score": intervention.unlearning_score(forget, retain, bar),
+                    "unlearning_score_held_out": held_out, "retain_accuracy_held_out": kept,
+                    "forget_questions": forget.shape[1], "retain_questions": retain.shape[1]},
+        "intervals": {"unlearning_score": intervention.interval(forget, retain, bar, seed)},
+        "best_configuration": intervention.best_configuration(forget, retain, bar),
+        "configurations": [{**figures, "forget_right": entry["forget"], "retain_right": entry["retain"]}
+                           for figures, entry in zip(_figures(record, forget, retain), record, strict=True)]}
+
+
+def _matrices(record: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Which forget and which retain questions are answered rightly, bool [configurations, questions] each."""
+    forget, retain = (np.array([[digit == "1" for digit in entry[side]] for entry in record])
+                      for side in ("forget", "retain"))
+    return forget, retain
+
+
+def _figures(record: list[dict[str, Any]], forget: np.ndarray, retain: np.ndarray) -> list[dict[str, Any]]:
+    return [{"retain_threshold": entry["retain_threshold"], "n_features": entry["n_features"],
+             "multiplier": entry["multiplier"], "latents": entry["latents"],
+             "forget_accuracy": float(forget[row].mean()), "retain_accuracy": float(retain[row].mean())}
+            for row, entry in enumerate(record)]
+
 
 CHARACTERS_PER_TOKEN = 5
 """About what English needs: a document is cut to one context's worth of text."""

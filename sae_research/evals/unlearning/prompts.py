@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.errors import UserError
 from sae_research.lm import LanguageModel
-from sae_research.text.questions import LETTERS, Question, load_question_set
-from sae_research.text.science_questions import distractors, science_questions
+from sae_research.runtime.errors import UserError
+from sae_research.text.questions import LETTERS, Question, distractors, load_question_set, science_questions
 
 PACKAGED_QUESTIONS = {"packaged_biomedical": "biomedical", "packaged_other_science": "other"}
 """Names of the stand-in's question sets -> topic."""

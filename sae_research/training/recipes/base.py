@@ -1,4 +1,10 @@
-"""What every recipe shares: parameters, initialisation, the constraint on decoder rows, dead latents, export."""
+"""Schedules as functions of progress, the fraction of the run that is done (0 at its start, 1 at its end).
+
+Literature gives warm-ups and decays in absolute steps for runs of 10^5 steps; a short run would never leave
+them.
+
+What every recipe shares: parameters, initialisation, the constraint on decoder rows, dead latents, export.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +14,21 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_research.params import Train
-from sae_research.recipe_params import SAERecipe
+from sae_research.config.params import Train
+from sae_research.config.training import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 from sae_research.training import products
-from sae_research.training.schedules import warmup, warmup_then_decay
-from sae_research.training.sparse import MAX_DENSITY, Support, decode_at, encode_at, products_at
+from sae_research.training.products import MAX_DENSITY, Support, decode_at, encode_at, products_at
+
+
+def warmup(progress: float, fraction: float) -> float:
+    """Linear from 0 to 1 over the first `fraction` of the run, then 1."""
+    return 1.0 if fraction <= 0 else min(1.0, progress / fraction)
+
+
+def warmup_then_decay(progress: float, warmup_fraction: float, decay_fraction: float) -> float:
+    """Linear from 0 to 1, flat, then linear to 0 over the last `decay_fraction` of the run."""
+    return min(warmup(progress, warmup_fraction), warmup(1.0 - progress, decay_fraction))
 
 
 class StepOutput(NamedTuple):

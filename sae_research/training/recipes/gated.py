@@ -1,8 +1,64 @@
-"""Recipe `gated`: the gated SAE of SAE-Interpretability."""
+"""Recipe `gated_rajamanoharan`: gates and magnitudes apart (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+Recipe `gated`: the gated SAE of SAE-Interpretability.
+"""
 
 from __future__ import annotations
 
-from sae_research.training.recipes.gated_rajamanoharan import GatedRajamanoharan
+import torch
+from torch import Tensor
+
+from sae_research.config.params import Train
+from sae_research.config.training import GatedRecipe
+from sae_research.training import products
+from sae_research.training.recipes.base import StepOutput, length_factor
+from sae_research.training.recipes.l1 import INITIAL_DENSITY, L1Family
+
+
+class GatedRajamanoharan(L1Family):
+    """Minimises `mean over tokens of |x - x_hat|^2 + l1 * sum_i ReLU(gate_i) + aux * |x - x_hat_gate|^2`.
+
+    `pi = (x - b_dec) W_enc^T`; `gate = pi + b_gate`; `z = 1[gate > 0] ReLU(exp(r_mag) pi + b_mag)`;
+    `x_hat_gate = ReLU(gate) sg(W_dec) + sg(b_dec)`, sg stopping the gradient (equations 6 to 8; SAELens lets it
+    through). Decoder rows have unit norm. `b_enc` stands for `b_gate`.
+    """
+
+    form = "gated"
+    betas = (0.0, 0.999)
+    config: GatedRecipe
+
+    def __init__(self, d_in: int, config: GatedRecipe, train: Train) -> None:
+        super().__init__(d_in, config, train)
+        self.r_mag = torch.nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = torch.nn.Parameter(torch.zeros(config.d_sae))
+
+    @torch.no_grad()
+    def fit_encoder(self, rows_ND: Tensor) -> None:
+        self.b_enc.fill_(-float(self.sparsify_start(rows_ND, INITIAL_DENSITY)))
+        self.b_mag.copy_(self.b_enc)
+        _, z_NF, _ = self._encode(rows_ND)
+        factor = length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec)
+        for parameter in (self.W_enc, self.b_enc, self.b_mag):
+            parameter.mul_(factor)
+
+    def _encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(ReLU of the gate, activations, which are active) [B, F]."""
+        pi_BF = products.encode(x_BD, self.W_enc, None, self.b_dec, self.bfloat16)
+        gate_BF = pi_BF + self.b_enc
+        z_BF = (gate_BF > 0) * torch.relu(self.r_mag.exp() * pi_BF + self.b_mag)
+        return torch.relu(gate_BF), z_BF, z_BF.detach() > 0
+
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        gate_BF, z_BF, active_BF = self._encode(x_BD)
+        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
+        gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
+        loss = (residual_BD.square().sum() + self.penalty(progress) * gate_BF.sum()
+                + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(x_BD)
+        return StepOutput(loss, residual_BD.detach(), active_BF.sum() / len(x_BD), active_BF.any(0))
+
+    def own_tensors(self, scale: float) -> dict[str, Tensor]:
+        return {"W_enc": self.W_enc.T, "W_dec": self.W_dec, "b_dec": self.b_dec / scale, "b_gate": self.b_enc / scale,
+                "b_mag": self.b_mag / scale, "r_mag": self.r_mag}
 
 
 class Gated(GatedRajamanoharan):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sae_research.params import Train
-from sae_research.recipe_params import JumpReLURecipe
+from sae_research.config.params import Train
+from sae_research.config.training import JumpReLURecipe
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 
 

@@ -1,14 +1,26 @@
-"""What the recipes with a penalty on activations share: the support of a ReLU, a sparse start, resampling."""
+"""What the recipes with a penalty on activations share: the support of a ReLU, a sparse start, resampling.
+
+Recipe `standard`: ReLU with an L1 penalty (Bricken et al. 2023, Towards Monosemanticity).
+
+Recipe `standard_new`: L1 weighted by decoder norms, which are free (Anthropic, April 2024 update).
+
+Recipe `relu`: ReLU SAE without centring, decoder rows normalised in the forward pass (SAE-Interpretability).
+
+Recipe `p_anneal`: an Lp^p penalty whose p falls from 1 towards 0 (Karvonen et al. 2024, arXiv 2408.00113).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sae_research.params import Train
-from sae_research.recipe_params import L1Recipe as L1Config
+from sae_research.config.params import Train
+from sae_research.config.training import L1Recipe as L1Config
+from sae_research.config.training import PAnnealRecipe
+from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
+from sae_research.saes.forms import fold_decoder_norms
+from sae_research.training.products import Support, support_of
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
-from sae_research.training.sparse import Support, support_of
 
 INITIAL_DENSITY = 0.05
 """Fraction of latents active at the start, set through `b_enc`."""
@@ -85,3 +97,125 @@ class L1Family(Recipe):
             state["exp_avg"][chosen] = 0.0
             state["exp_avg_sq"][chosen] = 0.0
         return n
+
+
+class Standard(L1Family):
+    """Minimises `mean over tokens of |x - x_hat|^2 + l1 * sum_i z_i`, with unit decoder rows.
+
+    The coefficient warms up linearly over the first `sparsity_warmup_fraction` of the run.
+    """
+
+    form = "standard"
+
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        code = self.reconstruct(x_BD)
+        residual_BD = x_BD - code.x_hat
+        loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / len(x_BD)
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
+
+
+class StandardNew(L1Family):
+    """Minimises `mean over tokens of |x - x_hat|^2 + l1 * sum_i z_i |W_dec,i|`; gradients are clipped to a norm of 1.
+
+    Rows are not constrained: shrinking activations while growing rows gains nothing. They are folded to unit norm in
+    the SAE that comes out, which computes the same.
+    """
+
+    form = "standard"
+    unit_rows = False
+    clip_norm = 1.0
+
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        code = self.reconstruct(x_BD)
+        residual_BD = x_BD - code.x_hat
+        weighted = (code.activations * self.row_norms(code)).sum()
+        loss = (residual_BD.square().sum() + self.penalty(progress) * weighted) / len(x_BD)
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
+
+    @torch.no_grad()
+    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
+        sae = super().export(scale, cfg)
+        return form_class(self.form)(cfg=sae.cfg, **fold_decoder_norms(self.form, sae.tensors()))
+
+
+class Relu(L1Family):
+    """Minimises `mean over tokens of (|x - x_hat|^2 + l1 * sum_i z_i) / d_in`, `z = ReLU(x W_enc^T + b_enc)`.
+
+    The division by d_in is that framework's mean over dimensions; it scales both terms alike, so `l1_coefficient`
+    means the same as in `standard`. Rows are normalised on the way, so that only directions are learned.
+    """
+
+    form = "standard"
+    unit_rows = False
+    reads_b_dec = False
+    clip_norm = 1.0
+
+    def decoder(self) -> Tensor:
+        return torch.nn.functional.normalize(self.W_dec, dim=1)
+
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        code = self.reconstruct(x_BD)
+        residual_BD = x_BD - code.x_hat
+        loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / x_BD.numel()
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
+
+    def own_tensors(self, scale: float) -> dict[str, Tensor]:
+        return {**super().own_tensors(scale), "W_dec": self.decoder()}
+
+
+class PAnneal(L1Family):
+    """Minimises `mean over tokens of |x - x_hat|^2 + c * sum_i z_i^p`, with unit decoder rows.
+
+    p goes from 1 to `p_end` in `sparsity_updates` steps between `anneal_start` and `anneal_end` of the run. At each
+    step c is rescaled so that the penalty over the last `queue_length` batches is what it was. dictionary_learning
+    fixes the start at 10,000 optimiser steps, so that its shorter runs never anneal.
+    """
+
+    form = "standard"
+    config: PAnnealRecipe
+
+    def __init__(self, d_in: int, config: PAnnealRecipe, train: Train) -> None:
+        super().__init__(d_in, config, train)
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("queue_Q2", torch.full((config.queue_length, 2), torch.nan))
+        self.host |= {"updates": 0, "seen": 0}
+
+    def p_after(self, updates: int) -> float:
+        """p once so many updates are done: 1 before the first, `p_end` after the last."""
+        return 1.0 - (1.0 - self.config.p_end) * min(updates, self.config.sparsity_updates) / self.config.sparsity_updates
+
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        code = self.reconstruct(x_BD)
+        residual_BD = x_BD - code.x_hat
+        updates = self.host["updates"]
+        penalty = power_sum(code, self.p_after(updates)) / len(x_BD)
+        following = power_sum(code, self.p_after(updates + 1)) / len(x_BD)
+        loss = residual_BD.square().sum() / len(x_BD) + self.penalty(progress) * self.scale * penalty
+        return StepOutput(loss, residual_BD.detach(), code.l0, code.fired, torch.stack([penalty, following]).detach())
+
+    def follow(self, output: StepOutput, progress: float) -> None:
+        super().follow(output, progress)
+        self.queue_Q2[self.host["seen"] % len(self.queue_Q2)] = output.noted
+        self.host["seen"] += 1
+
+    def prepare(self, progress: float) -> None:
+        """Lower p when a step of the schedule is reached."""
+        config = self.config
+        span = max(config.anneal_end - config.anneal_start, 1e-9)
+        due = int((progress - config.anneal_start) / span * config.sparsity_updates) + 1 if (
+            progress >= config.anneal_start) else 0
+        if min(due, config.sparsity_updates) > self.host["updates"] and self.host["seen"]:
+            now, following = self.queue_Q2.nanmean(0)
+            self.scale.mul_(now / following.clamp_min(1e-12))
+            self.host["updates"] += 1
+            self.queue_Q2.fill_(torch.nan)
+            self.host["seen"] = 0
+
+
+def power_sum(code: Reconstruction, p: float) -> Tensor:
+    """`sum z^p` over the active latents of a batch; zeros are left out, where the power has no slope."""
+    z = code.activations
+    if p == 1.0:
+        return z.sum()
+    active = z > 0
+    return (torch.where(active, z, 1.0).pow(p) * active).sum()

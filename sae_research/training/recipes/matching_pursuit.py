@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sae_research.instance_sae import MPSAE
-from sae_research.params import Train
-from sae_research.recipe_params import MatchingPursuitRecipe
+from sae_research.config.params import Train
+from sae_research.config.training import MatchingPursuitRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
+from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.training.recipes.base import Recipe, StepOutput
 
 

@@ -1,20 +1,68 @@
-"""Recipe `top_k`: a token's k largest latents, and a loss that revives dead ones (Gao et al. 2024)."""
+"""Dead latents of the TopK family: which they are, and the auxiliary loss that revives them (Gao et al. 2024).
+
+Recipe `top_k`: a token's k largest latents, and a loss that revives dead ones (Gao et al. 2024).
+
+Recipe `batch_top_k`: the k * B largest activations of a batch (Bussmann et al. 2024, arXiv 2412.06410).
+
+Recipe `matryoshka_batch_top_k`: nested dictionaries, each to reconstruct alone (Bussmann et al. 2025).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_research.params import Train
-from sae_research.recipe_params import KRecipe
+from sae_research.config.params import Train
+from sae_research.config.training import KRecipe, MatryoshkaRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
+from sae_research.saes.pursuit.kernels_numba import largest
+from sae_research.training.products import Support, decode_at, fixed_support, support_of
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
-from sae_research.training.recipes.dead import DeadLatents
-from sae_research.training.rows_top_k import largest
-from sae_research.training.sparse import Support, fixed_support
+
+REFRESHES = 10
+"""How often the list of dead latents is made afresh per `dead_fraction`: reading it stops a GPU, so not each step."""
+
+
+class DeadLatents:
+    """The list of latents silent for `dead_fraction` of the run, and their auxiliary loss."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.window = recipe.train_config.dead_fraction
+        self.k_aux = max(1, recipe.W_dec.shape[1] // 2)
+        self.index_N = torch.empty(0, dtype=torch.long)
+        self.valid_N: Tensor | None = None
+        """Where lists of several SAEs are filled up to one length: which entries count."""
+        recipe.host["refreshed"] = 0.0
+
+    def refresh(self, progress: float) -> None:
+        if progress - self.recipe.host["refreshed"] < self.window / REFRESHES:
+            return
+        self.recipe.host["refreshed"] = progress
+        self.index_N = (progress - self.recipe.last_fired_F >= self.window).nonzero().flatten()
+
+    def auxiliary_loss(self, centred_BD: Tensor, residual_BD: Tensor) -> Tensor:
+        """Fraction of the residual's variance that the k_aux = d_in / 2 most active dead latents leave unexplained.
+
+        Neither argument has a graph. Only the dead rows are touched; `b_dec` gets no gradient from here, it belongs
+        to the living.
+        """
+        recipe = self.recipe
+        W_enc_ND, W_dec_ND = recipe.W_enc[self.index_N], recipe.W_dec[self.index_N]
+        z_BN = torch.relu(torch.addmm(recipe.b_enc[self.index_N], centred_BD, W_enc_ND.T))
+        if self.valid_N is not None:
+            z_BN = z_BN * self.valid_N
+        if len(self.index_N) > self.k_aux:
+            values_BK, index_BK = z_BN.topk(self.k_aux, dim=1, sorted=False)
+            z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, values_BK)
+        variance = (residual_BD - residual_BD.mean(0)).square().sum().clamp_min(1e-12)
+        unexplained = (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
+        return unexplained if self.valid_N is None else unexplained * self.valid_N.any()
+
 
 THRESHOLD_WINDOW = 0.02
 """Fraction of the run over which the threshold is averaged: long enough to be steady, short enough to belong to the
@@ -147,3 +195,60 @@ class TopK(Recipe):
 
 ARCHITECTURES = {"top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk"}
 """SAELens' names of the architectures these recipes train."""
+
+
+class BatchTopK(TopK):
+    """As `top_k`, with k on average rather than for every token.
+
+    At inference tokens must not depend on one another: the SAE that comes out has one threshold, the average of
+    recent batches' smallest active activation.
+    """
+
+    def select(self, pre_BF: Tensor) -> Support | None:
+        if not self.use_sparse(self.k / pre_BF.shape[1]):
+            return None
+        return support_of(self.active(pre_BF))
+
+    def dense_activations(self, pre_BF: Tensor) -> Tensor:
+        return torch.relu(pre_BF) * self.active(pre_BF.detach())
+
+    def active(self, pre_BF: Tensor) -> Tensor:
+        """The k * B largest positive entries of a batch; among equals at the limit all count."""
+        self.limit = self.batch_limit(pre_BF)
+        return (pre_BF >= self.limit) & (pre_BF > 0)
+
+
+class MatryoshkaBatchTopK(BatchTopK):
+    """BatchTopK whose loss is the mean over nested prefixes of the dictionary of `|x - x_hat_prefix|^2`
+    (arXiv 2503.17547); the auxiliary loss sees the residual of the whole.
+
+    dictionary_learning weights the prefixes by 1/n and then takes their mean as well, so that its reconstruction
+    loss is n times smaller beside the auxiliary one; here the mean is taken once.
+    """
+
+    config: MatryoshkaRecipe
+
+    def __init__(self, d_in: int, config: MatryoshkaRecipe, train: Train) -> None:
+        super().__init__(d_in, config, train)
+        sizes = [int(fraction * config.d_sae) for fraction in config.group_fractions[:-1]]
+        self.bounds = [0, *accumulate(sizes), config.d_sae]
+        """Where each group begins, and the width."""
+
+    def reconstruction_loss(self, x_BD: Tensor, code: Reconstruction) -> Tensor:
+        total, x_hat_BD = x_BD.new_zeros(()), self.b_dec.expand_as(x_BD)
+        groups = list(zip(self.bounds, self.bounds[1:], strict=False))
+        for start, end in groups[:-1]:
+            if end > start:
+                x_hat_BD = x_hat_BD + self._part(code, start, end)
+            total = total + (x_BD - x_hat_BD).square().sum()
+        total = total + (x_BD - code.x_hat).square().sum()  # the whole dictionary is there already
+        return total / (len(groups) * len(x_BD))
+
+    def _part(self, code: Reconstruction, start: int, end: int) -> Tensor:
+        """What latents `start` to `end` add to the reconstruction [B, D]."""
+        if code.support is None:
+            return self.decode(code.activations[:, start:end], self.W_dec[start:end])
+        crow, col, width = code.support.crow, code.support.col, code.support.n_latents
+        inside_N = (col >= start) & (col < end)
+        counts = torch.cat([inside_N.new_zeros(1, dtype=torch.long), inside_N.long().cumsum(0)])
+        return decode_at(Support(counts[crow], col[inside_N], width), code.activations[inside_N], self.W_dec)

@@ -1,0 +1,1 @@
+"""The command `python -m sae_research`: its verbs and what they do."""

@@ -1,0 +1,85 @@
+"""What the section `visualization` of `params.yaml` may say.
+
+What the section `analysis` of `params.yaml` may say.
+
+What the section `dashboards` of `params.yaml` may say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from sae_research.config.section import Above0, LocalName, Name, Positive, Section, Tokens, Whole
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.yaml_files import read_mapping
+
+Inches = Annotated[float, Field(gt=1, le=60)]
+
+
+class Style(Section):
+    marker: Name
+    color: Name
+
+
+class Visualization(Section):
+    dpi: Annotated[Whole, Field(ge=30, le=600)] = 110
+    width_inches: Inches = 7.0
+    height_inches: Inches = 4.6
+    architectures: dict[Name, Style] = {}
+
+
+def load_visualization(path: str | Path = "params.yaml") -> Visualization:
+    """The section alone: building every section's checks would take longer than half the drawing. Raises `UserError` as
+    `load_params` does."""
+    try:
+        values = read_mapping(path)["visualization"]
+        section = Visualization.model_validate(values)
+        whole = not Visualization.left_out(values)
+    except (UserError, KeyError, ValidationError):
+        whole = False
+    if not whole:
+        from sae_research.config.params import load_params  # it says what is wrong, or fills in defaults
+
+        return load_params(path).visualization
+    return section
+
+
+class Analysis(Section):
+    tokens: Tokens = 65_536
+    """Tokens that `analyze stats` reads."""
+    split: Literal["sae_train", "core_eval", "probe_train", "probe_test"] = "core_eval"
+    """Which part of the text; `core_eval` holds no document that SAEs are trained on."""
+    top_contexts: Annotated[Whole, Field(ge=1, le=1000)] = 20
+    """Top contexts kept of each latent, no two from one document."""
+    sample_levels: Annotated[Whole, Field(ge=1, le=20)] = 5
+    """Levels of activation that contexts are sampled from, each an equal part of a latent's firings."""
+    samples_per_level: Annotated[Whole, Field(ge=1, le=100)] = 5
+    max_gb: Above0 = 10.0
+    """Size limit of .cache/latents; the least recently used stores go first."""
+
+
+Pair = Annotated[list[Name], Field(min_length=2, max_length=2)]
+
+
+class Dashboards(Section):
+    saes: list[Name] | None = None
+    """Names in downloaded_saes/; null takes the baseline."""
+    compare: list[Pair] = []
+    """Pairs of these names, shown side by side."""
+    other_model: LocalName | None = None
+    """A second model, e.g. a finetuned one: every SAE is shown on it too, beside itself on the first."""
+    window: Annotated[Whole, Field(ge=1, le=2048)] = 24
+    """Tokens of text on either side of the one that fires."""
+    logits: Annotated[Whole, Field(ge=1, le=100)] = 10
+    """Tokens listed that a latent raises and lowers."""
+    neighbours: Annotated[Whole, Field(ge=1, le=100)] = 10
+    """Nearest latents listed, by decoder cosine."""
+    explain: bool = True
+    """Describe and score latents without labels; off saves some milliseconds a latent."""
+    latents_per_file: Positive = 16
+    """A page loads one file of this many latents."""
+    neuronpedia: bool = False
+    """Write Neuronpedia's JSON beside the site too."""

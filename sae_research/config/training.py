@@ -1,0 +1,287 @@
+"""Where training curves go besides `trained_saes/`: Weights & Biases, when a project is named.
+
+What one SAE of `train.saes` may say, recipe by recipe. Defaults hold for activations of unit mean square norm.
+
+Everything that literature gives in steps is a fraction of the run here.
+
+What the section `train` of `params.yaml` may say; its SAEs, recipe by recipe, stand in `recipe_params.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from sae_research.config.section import (
+    Above0,
+    Count,
+    Fraction,
+    Interval,
+    Name,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Slug,
+    Tokens,
+    Whole,
+    Width,
+)
+
+
+class Tracking(Section):
+    """Changes nothing about the SAEs: the train stage does not run again for it."""
+
+    project: Name | None = None
+    """Of Weights & Biases; null tracks nothing there. The key comes from WANDB_API_KEY, in the environment or `.env`."""
+    entity: Name | None = None
+    """User or team; null takes WANDB_ENTITY, else the key's own."""
+    tags: list[Name] = []
+    name: Name = "{sae}"
+    """Of a run, one for each SAE: {sae}, {recipe}, {model}, {hook}, {seed}, {tokens}, or any parameter of the SAE's entry
+    such as {learning_rate}, {d_sae} or {k} (empty where its recipe has none)."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes to wandb/ only; `wandb sync` sends it later. WANDB_MODE has the last word."""
+
+
+class SAERecipe(Section):
+    """What every recipe has."""
+
+    recipe: Name
+    d_sae: Width
+    hook_name: Name | None = None
+    """Where in the model; null takes `train.hook_name`. All hooks of a run are read in one pass."""
+    learning_rate: Above0 = 3.0e-3
+    """Adam's at its height: some ten times the literature's, because a run of minutes has some hundred steps."""
+    init: Literal["data_rows", "random"] = "data_rows"
+    """Decoder rows at the start: activations less their mean, or random directions."""
+    seed: Seed | None = None
+    """Null takes `random_seed`. Entries that differ in name and seed alone are one recipe, and the report gives their
+    mean and spread; the text and its order are the run's."""
+
+
+class L1Recipe(SAERecipe):
+    """Recipes whose penalty grows with activations: dead latents are resampled, if at all."""
+
+    l1_coefficient: NonNegative
+    resample_every: Fraction = 0.0
+    """Resample dead latents each time this fraction of the run has passed, in its first half; 0 never does."""
+    resample_window: Fraction = 0.1
+    """A latent is dead for resampling when it was silent for this fraction of the run."""
+
+
+class StandardRecipe(L1Recipe):
+    recipe: Literal["standard"]
+
+
+class StandardNewRecipe(L1Recipe):
+    recipe: Literal["standard_new"]
+
+
+class ReluRecipe(L1Recipe):
+    recipe: Literal["relu"]
+
+
+class PAnnealRecipe(L1Recipe):
+    recipe: Literal["p_anneal"]
+    p_end: Annotated[float, Field(gt=0, le=1)] = 0.2
+    anneal_start: Fraction = 0.2
+    anneal_end: Fraction = 0.9
+    sparsity_updates: Positive = 10
+    """How often p is lowered on the way."""
+    queue_length: Positive = 10
+    """Batches over which the coefficient is matched when p changes."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PAnnealRecipe:
+        if self.anneal_start > self.anneal_end:
+            raise ValueError(f"anneal_start = {self.anneal_start} is above anneal_end = {self.anneal_end}")
+        return self
+
+
+class GatedRecipe(L1Recipe):
+    recipe: Literal["gated", "gated_rajamanoharan"]
+    aux_coefficient: NonNegative = 1.0
+
+
+class HardConcreteRecipe(SAERecipe):
+    recipe: Literal["hard_concrete", "gated_hard_concrete"]
+    l0_coefficient: NonNegative
+    """Weight of the expected L0."""
+    aux_coefficient: NonNegative = 1.0
+    """Of the gate's own reconstruction; `gated_hard_concrete` only."""
+    initial_beta: Above0 = 0.5
+    final_beta: Above0 | None = None
+    """Where `beta_annealing` ends; null: half of `initial_beta`, as in SAE-Interpretability's own sweep (1.0 to 0.5), which
+    has no default for it."""
+    beta_annealing: bool = False
+    stretch: Interval = (-0.1, 1.1)
+    """Limits the concrete distribution is stretched to before clipping to [0, 1]."""
+    input_dependent_gates: bool = True
+    """False: one gate a latent, the same for every token; `hard_concrete` only."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> HardConcreteRecipe:
+        if not (self.stretch[0] < 0 and self.stretch[1] > 1):
+            raise ValueError(f"stretch must reach below 0 and above 1, or no gate ever closes or opens: {self.stretch}")
+        if self.recipe == "gated_hard_concrete" and not self.input_dependent_gates:
+            raise ValueError("gated_hard_concrete has input-dependent gates by construction")
+        return self
+
+    @property
+    def last_beta(self) -> float:
+        """Beta at the end of the run."""
+        if not self.beta_annealing:
+            return self.initial_beta
+        return self.initial_beta / 2 if self.final_beta is None else self.final_beta
+
+
+class JumpReLURecipe(SAERecipe):
+    recipe: Literal["jump_relu"]
+    target_l0: Above0
+    sparsity_coefficient: NonNegative = 1.0
+    bandwidth: Above0 = 0.05
+    """Width of the window in which pre-activations move their threshold, in normalised activations."""
+    initial_threshold: Above0 = 0.02
+
+    @model_validator(mode="after")
+    def _fits(self) -> JumpReLURecipe:
+        if self.target_l0 > self.d_sae:
+            raise ValueError(f"target_l0 = {self.target_l0:g} exceeds d_sae = {self.d_sae}")
+        return self
+
+
+class KRecipe(SAERecipe):
+    """The TopK family."""
+
+    k: Positive
+    aux_k_coefficient: NonNegative = 1 / 32
+    inference: Literal["threshold", "top_k"] = "threshold"
+    """How the trained SAE encodes: pre-activations above the recorded threshold (any subset of latents, each for
+    itself), or the k largest."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> KRecipe:
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} exceeds d_sae = {self.d_sae}")
+        return self
+
+
+class TopKRecipe(KRecipe):
+    recipe: Literal["top_k"]
+
+
+class BatchTopKRecipe(KRecipe):
+    recipe: Literal["batch_top_k"]
+    inference: Literal["threshold"] = "threshold"
+
+
+class MatryoshkaRecipe(KRecipe):
+    recipe: Literal["matryoshka_batch_top_k"]
+    inference: Literal["threshold"] = "threshold"
+    group_fractions: list[Annotated[float, Field(gt=0, le=1)]] = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
+    """Shares of the dictionary, each group nested in the next."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> MatryoshkaRecipe:
+        if abs(sum(self.group_fractions) - 1) > 1e-6:
+            raise ValueError(f"group_fractions must add up to 1, not {sum(self.group_fractions):.4g}")
+        return self
+
+
+class MatchingPursuitRecipe(SAERecipe):
+    recipe: Literal["matching_pursuit"]
+    s: Positive
+    """Greedy steps a token."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> MatchingPursuitRecipe:
+        if self.s > self.d_sae:
+            raise ValueError(f"s = {self.s} exceeds d_sae = {self.d_sae}")
+        return self
+
+
+AnyRecipe = (StandardRecipe | StandardNewRecipe | ReluRecipe | PAnnealRecipe | GatedRecipe | HardConcreteRecipe
+             | JumpReLURecipe | TopKRecipe | BatchTopKRecipe | MatryoshkaRecipe | MatchingPursuitRecipe)
+TrainedSAE = Annotated[AnyRecipe, Field(discriminator="recipe")]
+
+
+def recipe_model(name: str) -> type[SAERecipe]:
+    """The settings of a recipe. Raises `KeyError` for an unknown one."""
+    return {recipe: model for model in get_args(AnyRecipe)
+            for recipe in get_args(model.model_fields["recipe"].annotation)}[name]
+
+
+class Train(Section):
+    enabled: bool = True
+    """Whether the pipeline trains SAEs of its own; a baseline from elsewhere needs none."""
+    hook_name: Name = "blocks.8.hook_resid_post"
+    tokens: Tokens = 240_000
+    """Tokens of text that the language model reads; those that count are trained on."""
+    batch_size: Positive = 512
+    """Activations per optimiser step."""
+    accumulation_steps: Positive = 1
+    """A step's batch goes through in this many equal parts whose gradients add up: the same step in less memory. What
+    a recipe takes over a batch (BatchTopK's limit, JumpReLU's L0, the auxiliary loss's variance) it takes over a part."""
+    buffer_tokens: Positive = 65_536
+    """Activations held and shuffled at a time, for each hook."""
+    llm_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    held_out_tokens: Positive = 8_192
+    evaluate_tokens: Count = 1_024
+    """Held-out tokens on which predictions are compared with the reconstruction in place; 0 leaves that out."""
+    learning_rate: Above0 | None = 3.0e-3
+    """Of every SAE that gives none of its own; null: its recipe's default."""
+    warmup_fraction: Fraction = 0.05
+    sparsity_warmup_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.3
+    dead_fraction: Fraction = 0.05
+    """A latent silent for this fraction of the run counts as dead (auxiliary loss of the TopK family)."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] | None = None
+    """Where SAEs and the shuffled activations live; null: where the language model is (`model.device`)."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products; parameters, moments and losses stay float32."""
+    stack: Literal["auto", "always", "never"] = "auto"
+    """SAEs of one hook, recipe and width step together, in batched products; auto: on CUDA, where single ones leave the
+    device waiting."""
+    checkpoint_seconds: Above0 | None = 60.0
+    """Time between checkpoints under .cache/train/, from which an interrupted run goes on; null: none by time."""
+    checkpoint_steps: Positive | None = None
+    """The same in optimiser steps."""
+    saved_checkpoints: Annotated[Whole, Field(ge=0, le=20)] = 0
+    """SAEs of this many moments are kept beside the finished one, in checkpoints/step_N/: the first step's start, then
+    fractions of the run half a decade apart that end at 10^-0.5 (7: 0, 0.1 %, 0.3 %, 1 %, 3 %, 10 % and 32 %)."""
+    saes: dict[Slug, TrainedSAE] = {
+        "standard": StandardRecipe(recipe="standard", d_sae=2304, learning_rate=4.0e-3, l1_coefficient=0.06),
+        "topk": TopKRecipe(recipe="top_k", d_sae=2304, k=32, inference="top_k")}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_learning_rate(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = {key: field.default for key, field in cls.model_fields.items()}
+        rate, saes = (values.get(key, defaults[key]) for key in ("learning_rate", "saes"))
+        if rate is None or not isinstance(saes, dict):
+            return values
+        given = {name: sae.model_dump(exclude_unset=True) if isinstance(sae, Section) else sae for name, sae in saes.items()}
+        return {**values, "saes": {name: {"learning_rate": rate} | sae if isinstance(sae, dict) else sae
+                                   for name, sae in given.items()}}
+
+    @model_validator(mode="after")
+    def _sound(self) -> Train:
+        if self.enabled and self.batch_size > self.tokens:
+            raise ValueError(f"batch_size {self.batch_size:,} exceeds tokens {self.tokens:,}: not one step could be taken")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation_steps "
+                             f"{self.accumulation_steps} equal parts")
+        return self
+
+    def hook_of(self, name: str) -> str:
+        """The hook that an SAE of `saes` is trained at."""
+        return self.saes[name].hook_name or self.hook_name
+
+    @property
+    def hooks(self) -> list[str]:
+        """Every hook an SAE is trained at, in order of first use."""
+        return list(dict.fromkeys(self.hook_of(name) for name in self.saes))

@@ -1,0 +1,371 @@
+"""Core evaluation: reconstruction, sparsity, and what the model loses when the reconstruction stands in.
+
+Two definitions from the same activations. SAE Bench 0.6.0's patches every token, sinks included, and counts every
+token that is not BOS, EOS or padding. Ours (`lab_v1`) neither counts nor patches tokens outside `token_mask`.
+
+Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs;
+the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
+predictions, so that an interrupted run or an added SAE pays only for what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.config.params import Params
+from sae_research.evals import harness
+from sae_research.evals.core.metrics import about_mean, evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
+from sae_research.evals.harness import by_hook, result_key
+from sae_research.lm import Batch, LanguageModel
+from sae_research.lm.activations import HookActivations
+from sae_research.runtime.cache import ResultCache
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.stages import StageFolder
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.base import Family, Guard, check_finite
+from sae_research.setup.evaluated import Evaluated
+from sae_research.stats import (
+    CleanPredictions,
+    ReconstructionStats,
+    density_histogram,
+    latent_weights,
+)
+from sae_research.stats.reconstruction import Clusters, ReconstructionSums, clusters_by_context, clusters_of
+from sae_research.stats.sae_bench import SaeBenchStats, feature_details, misc_metrics
+from sae_research.text.tokens import spread, token_contexts
+
+Sums = dict[str, float | list[float]]
+"""By quantity; lists hold one number per cluster."""
+
+
+class _Text(NamedTuple):
+    """What is evaluated on."""
+
+    tokens: Tensor
+    """Ids [contexts, seq]."""
+    predictions: Clusters
+    """Clusters of the contexts that serve predictions."""
+    sparsity: Clusters
+    """Clusters of the contexts that serve sparsity and variance."""
+
+
+class _Group(HookActivations):
+    """SAEs that read one hook, and what they share."""
+
+    def __init__(self, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], text: _Text,
+                 params: Params, lab: bool) -> None:
+        super().__init__(lm, hook, text.tokens, params)
+        self.saes = saes
+        self.text = text
+        self.lab = lab
+        """Whether our own definitions are computed beside SAE Bench's."""
+
+    @cached_property
+    def mean_activation(self) -> Tensor:
+        """Mean over the counted tokens of the sparsity contexts [d_in]: what mean-ablation puts in place."""
+        total, count = torch.zeros((), device=self.lm.device), 0
+        config = self.params.core_eval
+        for index in self.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+            batch = self.pool.batch(index)
+            kept = batch.acts[self.lab_mask(batch)]
+            total, count = total + kept.sum(0), count + len(kept)
+        return total / max(count, 1)
+
+    def numbers(self, first: int, count: int) -> list[list[int]]:
+        """Numbers of the contexts in `count` batches from batch `first` on."""
+        size = self.params.core_eval.batch_size_prompts
+        return [list(range(i * size, (i + 1) * size)) for i in range(first, first + count)]
+
+
+def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder | None = None,
+             *, tokens: Tensor | None = None, lab: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `CoreEvalOutput` in plain data.
+
+    tokens: [contexts, seq], by default the core_eval split of the configured text, from all over which the contexts for
+    predictions are taken. The first `n_eval_reconstruction_batches` batches serve predictions, the next
+    `n_eval_sparsity_variance_batches` serve sparsity and variance, as SAE Bench has it. `lab=False` leaves our own
+    definitions out, for timings against stock at equal work. An SAE that fails is skipped with its reason; without a
+    `stage` to list it in, its error is raised. Raises `UserError` for text that runs out.
+    """
+    guard = Guard(stage.skip if stage else None)
+    text = _text(lm, params, tokens)
+    for hook, members in by_hook(saes).items():
+        group = _Group(lm, hook, members, text, params, lab)
+        keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
+        sparsity = _sparsity(group, keys, guard)
+        prediction = _predictions(group, keys, guard)
+        if tokens is None:
+            _note(guard.left(members), keys, lm, params)
+        for name, sae in guard.left(members).items():
+            with guard.on(name):
+                yield name, _result(name, sae, group, sparsity[name], prediction[name])
+
+
+def _note(saes: dict[str, SparseAutoencoder], keys: dict[str, str], lm: LanguageModel, params: Params) -> None:
+    """For estimates: where each SAE's results lie."""
+    notes, batches = Evaluated("core", lm, params), range(params.core_eval.n_eval_reconstruction_batches)
+    for name, sae in saes.items():
+        notes.note(sae, "core", [f"core_sparsity/{keys[name]}", *(f"core_predictions/{keys[name]}-{n}" for n in batches)])
+
+
+def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
+    """The contexts of both parts, and what varies together in them."""
+    config = params.core_eval
+    first = config.batch_size_prompts * config.n_eval_reconstruction_batches
+    last = first + config.batch_size_prompts * config.n_eval_sparsity_variance_batches
+    if tokens is not None:
+        tokens = tokens[:last]
+        return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
+    contexts = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
+                                     last * params.text.context_size), first)
+    return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
+
+
+def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:
+    return result_key(sae, lm, [params.core_eval.model_dump(), params.token_mask.model_dump(),
+                                fingerprint(text.tokens.tolist()), text.predictions.about,
+                                text.sparsity.about, lab], __name__)
+
+
+# --- sparsity and variance -------------------------------------------------------------------
+
+def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Any]:
+    """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
+    cache = ResultCache("core_sparsity")
+    found = {name: cache.get(keys[name]) for name in group.saes}
+    missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
+    batches = group.params.core_eval.n_eval_sparsity_variance_batches
+    with tqdm(total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True,
+              disable=not missing) as bar:
+        def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+            for name, done in _sparsity_of(family, group, bar).items():
+                with guard.on(name):
+                    check_finite(done)
+                    cache.put(keys[name], done)
+                    yield name, done
+
+        found |= dict(guard.each(missing, score))
+    return found
+
+
+class _SparsityState:
+    """Running statistics of one SAE."""
+
+    def __init__(self, sae: SparseAutoencoder, clusters: Clusters, device: torch.device) -> None:
+        self.sae_bench = SaeBenchStats(sae.cfg.d_sae, device)
+        self.lab = ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, device)
+        self.by_cluster = ReconstructionSums(clusters)
+        self.support = self.interpolating = self.kept = self.total = self.sequences = 0
+
+
+@torch.no_grad()
+def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -> dict[str, dict[str, Any]]:
+    config = group.params.core_eval
+    states = {name: _SparsityState(sae, group.text.sparsity, group.lm.device) for name, sae in saes.items()}
+    for index in group.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+        batch = group.pool.batch(index)
+        lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
+        for name, z_all, z_lab in _encodings(saes, batch.acts, lab_mask if group.lab else None):
+            state, sae = states[name], saes[name]
+            target, x_hat = sae.target(batch.acts), sae.decode(z_all)
+            state.sae_bench.update(target, x_hat, z_all, bench_mask)
+            if z_lab is not None:
+                x_hat = _lab_reconstruction(sae, x_hat, z_lab)
+                state.lab.update(target, x_hat, z_lab, lab_mask)
+                state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
+                _count_support(state, sae, z_lab, lab_mask)
+            bar.update()
+    return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
+
+
+def _encodings(saes: dict[str, SparseAutoencoder], x: Tensor,
+               mask: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, activations with every token counted, activations under the mask, or None without one).
+
+    Token by token the second follows from the first; an encoder that sees the sequence must run twice.
+    """
+    masked = encode_each({n: s for n, s in saes.items() if not s.per_token}, x, mask)
+    for name, z in encode_each(saes, x, None):
+        sae = saes[name]
+        if mask is None:
+            yield name, z, None
+        elif sae.per_token:
+            yield name, z, sae.keep(z, mask)
+        else:
+            masked_name, z_masked = next(masked)
+            if masked_name != name:
+                raise RuntimeError(f"families came in another order: {masked_name} for {name}")
+            yield name, z, z_masked
+
+
+def _lab_reconstruction(sae: SparseAutoencoder, x_hat: Tensor, z_lab: Tensor) -> Tensor:
+    """For our definition, read where tokens count alone: encoded token by token it is there `x_hat` of all tokens."""
+    return x_hat if sae.per_token else sae.decode(z_lab)
+
+
+def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mask: Tensor) -> None:
+    """How many latents a sequence uses at all, and whether least squares on them can reproduce anything."""
+    support_B = (z != 0).any(dim=1).sum(dim=-1)
+    kept_B = mask.sum(dim=1)
+    limit_B = kept_B.clamp(max=sae.cfg.d_in)
+    state.support += int(support_B.sum())
+    if sae.per_token:  # as many latents as dimensions solve each token by themselves
+        state.interpolating += int(((torch.linalg.vector_norm(z, 0, dim=-1) >= sae.cfg.d_in) & mask).sum())
+    else:
+        state.interpolating += int(((support_B >= limit_B) & (kept_B > 0)).sum())
+    state.kept += int(kept_B.sum())
+    state.total += mask.numel()
+    state.sequences += len(mask)
+
+
+def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, Any]:
+    latent, sequences = latent_weights(sae), max(state.sequences, 1)
+    bench_density, density = state.sae_bench.density(), state.lab.density
+    return {
+        "sae_bench": minus_one_for_nan({**state.sae_bench.metrics(),
+                                         "misc_metrics": misc_metrics(bench_density, latent)}),
+        "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
+        "lab": {**state.lab.metrics(), **about_mean(state.by_cluster.as_lists()), "support": state.support / sequences,
+                "fraction_tokens_kept": state.kept / max(state.total, 1)},
+        "clusters": state.by_cluster.as_lists(),
+        "interpolating_fraction": state.interpolating / (max(state.kept, 1) if sae.per_token else sequences),
+        "density_histogram": density_histogram(density),
+    }
+
+
+# --- predictions -----------------------------------------------------------------------------
+
+def _predictions(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Sums]:
+    """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
+    cache = ResultCache("core_predictions")
+    totals: dict[str, Sums] = {name: {} for name in group.saes}
+    batches = group.numbers(0, group.params.core_eval.n_eval_reconstruction_batches)
+    ablation = None
+    with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
+              dynamic_ncols=True) as bar:
+        for number, index in enumerate(batches):
+            found = {name: cache.get(f"{keys[name]}-{number}") for name in guard.left(group.saes)}
+            missing = {name: group.saes[name] for name in found if found[name] is None}
+            bar.update(len(group.saes) - len(missing))
+            if missing:
+                batch = group.pool.batch(index)
+                if ablation is None:
+                    ablation = _Ablation(_zero_logits(group, batch), group.mean_activation)
+                for name, sums in _predict_batch(group, missing, batch, ablation, guard):
+                    cache.put(f"{keys[name]}-{number}", sums)
+                    found[name] = sums
+                    bar.update()
+            for name in guard.left(found):
+                for key, value in found[name].items():
+                    totals[name][key] = np.add(totals[name].get(key, 0.0), value).tolist()
+    return totals
+
+
+class _Ablation(NamedTuple):
+    """What stands in for the activations when they are ablated."""
+
+    zero_logits: Tensor | None
+    mean_D: Tensor
+
+
+def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
+    """Logits with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
+    one sequence [1, seq, vocab] stands for all; None where each batch needs its own."""
+    if not (group.lm.can_resume and "hook_resid" in group.hook):
+        return None
+    return group.lm.resume(group.hook, torch.zeros_like(batch.acts[:1]), batch.tokens[:1])
+
+
+@torch.no_grad()
+def _predict_batch(group: _Group, saes: Family, batch: Batch, ablation: _Ablation,
+                   guard: Guard) -> Iterator[tuple[str, Sums]]:
+    """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
+    lm, x, tokens = group.lm, batch.acts, batch.tokens
+    lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
+    clean = CleanPredictions(lm.resume(group.hook, x, tokens), tokens)
+
+    def run(acts: Tensor) -> tuple[Tensor, Tensor]:
+        return clean.compare(lm.resume(group.hook, acts, tokens))
+
+    kept = lab_mask[..., None]
+    zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
+    shared = _sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None))
+    if group.lab:
+        runs = {"zero": run(torch.where(kept, 0.0, x)), "clean": (clean.ce, None),
+                "mean": run(torch.where(kept, ablation.mean_D, x))}
+        shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
+
+    def score(family: Family) -> Iterator[tuple[str, Sums]]:
+        for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
+            sae = family[name]
+            x_hat = sae.decode(z_all)
+            sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
+            if z_lab is not None:
+                patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
+                sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
+            check_finite(sums)
+            yield name, sums
+
+    yield from guard.each(saes, score)
+
+
+def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
+    """Sums over counted positions, and their number. A prediction counts where its position does."""
+    sums = {f"{definition}/ce_tokens": float(mask[:, :-1].sum()), f"{definition}/kl_tokens": float(mask.sum())}
+    for name, (ce, kl) in runs.items():
+        sums[f"{definition}/ce_{name}"] = float(ce[mask[:, :-1]].double().sum())
+        if kl is not None:
+            sums[f"{definition}/kl_{name}"] = float(kl[mask].double().sum())
+    return sums
+
+
+def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
+    """The same by cluster, in our definition."""
+    def add(values: Tensor) -> list[float]:
+        return group.text.predictions.sums(batch.index, mask[:, :values.shape[1]], values).tolist()
+
+    sums: Sums = {"cluster/ce_tokens": add(mask[:, :-1]), "cluster/kl_tokens": add(mask)}
+    for name, (ce, kl) in runs.items():
+        sums[f"cluster/ce_{name}"] = add(ce)
+        if kl is not None:
+            sums[f"cluster/kl_{name}"] = add(kl)
+    return sums
+
+
+# --- results ---------------------------------------------------------------------------------
+
+def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
+            sums: Sums) -> dict[str, Any]:
+    params, config = group.params, group.params.core_eval
+    tokens = config.batch_size_prompts * group.text.tokens.shape[1]
+    metrics = {
+        **sparsity["sae_bench"], **sae_bench_predictions(sums),
+        "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
+                        "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches},
+    }
+    figures = {**sparsity["lab"], **lab_predictions(sums)} if group.lab else {}
+    lab = {key: value for key, value in figures.items() if math.isfinite(value)}
+    unstructured = {harness.LAB: {
+        "metrics": lab, "interpolating": sparsity["interpolating_fraction"] >= 0.5,
+        "interpolating_fraction": sparsity["interpolating_fraction"],
+        "density_histogram": sparsity["density_histogram"],
+        **(evidence(sparsity["clusters"], sums, group.text.sparsity.about, group.text.predictions.about,
+                    params.random_seed) if group.lab else {})}}
+    bench_config = {
+        "model_name": group.lm.name, "llm_dtype": params.model.torch_dtype,
+        "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
+        "n_eval_reconstruction_batches": config.n_eval_reconstruction_batches,
+        "n_eval_sparsity_variance_batches": config.n_eval_sparsity_variance_batches,
+        "context_size": group.text.tokens.shape[1], "compute_kl": True, "compute_ce_loss": True,
+        "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
+        "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
+    return harness.core_output(bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured,
+                              harness.envelope(name, sae, "core"))

@@ -1,0 +1,332 @@
+"""Results as SAE Bench's own output types.
+
+SAE Bench has fields for n in 2, 5, 10, 20, 50, 100, 500 only and drops others without a word; ours keeps every n in
+the unstructured block.
+
+The two evaluations: tasks read, scored in both definitions, written as SAE Bench's types.
+
+SAE Bench 0.6.0's definition picks each probe's epoch on its test texts, lets the latents of padding and special
+positions into ablation, and redraws TPP's negatives at every measurement; the draws here are made once. Ours
+(`lab_v1`) trains a fixed number of epochs, counts tokens inside `token_mask` only, is blind to the sign of a
+dictionary row, defines the cases SAE Bench leaves open (see `scr.py`), and gives intervals.
+
+What SCR and TPP share: texts once, probes once per hook point, then every SAE scored from its mean latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.config.params import Params
+from sae_research.evals import harness
+from sae_research.evals.harness import by_hook, load_tasks, need_one, result_key
+from sae_research.evals.probing import Means, ProbeTask, TextsByTask, brought_in, text_numbers, tokenise
+from sae_research.evals.scr_tpp import ablation, measures
+from sae_research.evals.scr_tpp.ablation import Definition, Probes, View, decoder_matrix
+from sae_research.lm import LanguageModel
+from sae_research.runtime.cache import ResultCache
+from sae_research.runtime.files import fingerprint
+from sae_research.runtime.stages import StageFolder
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.base import Family, Guard
+from sae_research.text.crossed_tasks import CrossedTask, load_crossed_tasks
+from sae_research.text.tasks import Task
+
+Metrics = dict[str, float]
+
+
+def scr_output(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, settings: Settings,
+               tasks: dict[str, Metrics], pairs: dict[str, tuple[str, str]], lab: dict[str, Any]) -> dict[str, Any]:
+    """A validated `ScrEvalOutput` as plain data. tasks: SAE Bench's figures by task; pairs: the first attribute's
+    values by task; lab: our block."""
+    from sae_bench.evals.scr_and_tpp import eval_output as types
+
+    return asdict(types.ScrEvalOutput(
+        eval_config=_config(lm, params, settings, list(tasks), scr=True, pairs=pairs),
+        eval_result_metrics=types.ScrMetricCategories(scr_metrics=types.ScrMetrics(
+            **_known(types.ScrMetrics, _average(list(tasks.values()))))),
+        eval_result_details=[types.ScrResultDetail(dataset_name=f"{task}_results", **_known(types.ScrResultDetail, values))
+                             for task, values in tasks.items()],
+        eval_result_unstructured={harness.LAB: _with_cap(lab, sae, settings)}, **harness.envelope(name, sae, "scr")))
+
+
+def tpp_output(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, settings: Settings,
+               tasks: dict[str, Metrics], classes: dict[str, dict[str, Metrics]], lab: dict[str, Any]) -> dict[str, Any]:
+    """A validated `TppEvalOutput` as plain data. tasks and classes: SAE Bench's figures by task, and by task and
+    class; lab: our block."""
+    from sae_bench.evals.scr_and_tpp import eval_output as types
+
+    return asdict(types.TppEvalOutput(
+        eval_config=_config(lm, params, settings, list(tasks), scr=False, pairs={}),
+        eval_result_metrics=types.TppMetricCategories(tpp_metrics=types.TppMetrics(
+            **_known(types.TppMetrics, _average(list(tasks.values()))))),
+        eval_result_details=[types.TppResultDetail(dataset_name=f"{task}_tpp_results",
+                                                   **_known(types.TppResultDetail, values))
+                             for task, values in tasks.items()],
+        eval_result_unstructured={**classes, harness.LAB: _with_cap(lab, sae, settings)},
+        **harness.envelope(name, sae, "tpp")))
+
+
+def _average(tasks: Sequence[Metrics]) -> Metrics:
+    """Mean over the tasks that have a figure (SAE Bench's `scr_metric` can be missing)."""
+    keys = {key: None for values in tasks for key in values}
+    having = {key: [values[key] for values in tasks if key in values] for key in keys}
+    return {key: sum(values) / len(values) for key, values in having.items()}
+
+
+def _known(output_type: type, metrics: Metrics) -> Metrics:
+    names = {field.name for field in fields(output_type)}
+    return {key: value for key, value in metrics.items() if key in names}
+
+
+def _with_cap(lab: dict[str, Any], sae: SparseAutoencoder, settings: Settings) -> dict[str, Any]:
+    capped = {str(n): sae.cfg.d_sae for n in sorted(set(settings.n_values)) if n > sae.cfg.d_sae}
+    return {**lab, "thresholds_capped": capped} if capped else lab
+
+
+def _config(lm: LanguageModel, params: Params, settings: Settings, tasks: list[str], scr: bool,
+            pairs: dict[str, tuple[str, str]]) -> Any:
+    from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+
+    return ScrAndTppEvalConfig(
+        random_seed=params.random_seed, dataset_names=tasks, perform_scr=scr, train_set_size=settings.train_set_size,
+        test_set_size=settings.test_set_size, context_length=settings.context_length, probe_epochs=settings.probe_epochs,
+        early_stopping_patience=settings.probe_epochs, sae_batch_size=params.model.llm_batch_size,
+        llm_batch_size=params.model.llm_batch_size, llm_dtype=params.model.torch_dtype, model_name=lm.name,
+        n_values=list(settings.n_values), column1_vals_lookup={task: [pair] for task, pair in pairs.items()})
+
+
+SAEs = dict[str, SparseAutoencoder]
+Views = dict[Definition, dict[str, View]]
+
+
+def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `ScrEvalOutput` in plain data.
+
+    A task with too few texts, and an SAE whose decoder is not linear, are skipped with their reason. Raises `UserError`
+    when no task is left.
+    """
+    settings = Settings(*(getattr(params.scr, field) for field in Settings._fields))
+    tasks: list[CrossedTask] = []
+    for name in settings.dataset_names:
+        tasks += load_crossed_tasks(name, settings.train_set_size, settings.test_set_size, params.random_seed, stage.skip)
+    need_one("scr", tasks, stage)
+    stage.notes["tasks"] = {task.name: {**task.notes, "first": list(task.first), "second": list(task.second)}
+                            for task in tasks}
+    row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
+    own = {task.name: measures.scr_task(task, row_of) for task in tasks}
+
+    def score(views: Views, thresholds: list[int]) -> dict[str, Any]:
+        bench = {name: measures.sae_bench_metrics(measures.directions(task, views["sae_bench"][name], thresholds, "sae_bench"),
+                                             thresholds) for name, task in own.items()}
+        lab = [measures.lab_task(task, views["lab"][name], measures.directions(task, views["lab"][name], thresholds, "lab"))
+               for name, task in own.items()]
+        metrics, intervals = measures.lab_metrics(lab, thresholds, params.random_seed)
+        return {"sae_bench": bench, "lab": {
+            "metrics": metrics, "intervals": intervals,
+            "tasks": {entry.task.name: measures.lab_details(entry, thresholds) for entry in lab}}}
+
+    probe_tasks = {name: task.probes for name, task in own.items()}
+    study = Study("scr", settings, tokenise(lm, list(row_of), settings.context_length), _sizes(row_of, tasks), probe_tasks,
+                  _rows(probe_tasks), score, __name__)
+    pairs = {task.name: task.first for task in tasks}
+    for name, found in evaluate(study, saes, lm, params, stage):
+        yield name, scr_output(name, saes[name], lm, params, settings, found["sae_bench"], pairs, found["lab"])
+
+
+def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, result) of every SAE, the result as SAE Bench's `TppEvalOutput` in plain data.
+
+    A task with too few texts or two classes only, and an SAE whose decoder is not linear, are skipped with their
+    reason. Raises `UserError` when no task is left.
+    """
+    settings = tpp_settings(params)
+    tasks = load_tasks(settings.dataset_names, settings.train_set_size, settings.test_set_size, params.random_seed, stage)
+    # tasks that are not scored stay in the set of texts: with sparse probing's tasks it is sparse probing's set, and
+    # activations and mean latents come from its cache
+    row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
+    own = {task.name: measures.tpp_task(task, row_of, params.random_seed) for task in _with_classes(tasks, stage)}
+    need_one("tpp", own, stage)
+    stage.notes["tasks"] = {task.name: {**task.notes, "classes": list(task.train)} for task in tasks if task.name in own}
+
+    def score(views: Views, thresholds: list[int]) -> dict[str, Any]:
+        bench = {name: measures.outcomes(task, views["sae_bench"][name], thresholds, "sae_bench") for name, task in own.items()}
+        lab = {name: measures.outcomes(task, views["lab"][name], thresholds, "lab") for name, task in own.items()}
+        details = {name: measures.details(task, lab[name], thresholds) for name, task in own.items()}
+        return {"sae_bench": {name: measures.class_metrics(task, bench[name], thresholds) for name, task in own.items()},
+                "lab": {"metrics": measures.mean_metrics([{k: v for k, v in values.items() if k.startswith("tpp_")}
+                                                     for values in details.values()]),
+                        "intervals": measures.intervals([(task, lab[name]) for name, task in own.items()], thresholds,
+                                                   params.random_seed),
+                        "tasks": details}}
+
+    probe_tasks = {name: list(task.probes.values()) for name, task in own.items()}
+    study = Study("tpp", settings, tokenise(lm, list(row_of), settings.context_length), _sizes(row_of, tasks), probe_tasks,
+                  _rows(probe_tasks), score, __name__)
+    for name, found in evaluate(study, saes, lm, params, stage):
+        means = {task: measures.mean_metrics(list(classes.values())) for task, classes in found["sae_bench"].items()}
+        yield name, tpp_output(name, saes[name], lm, params, settings, means, found["sae_bench"], found["lab"])
+
+
+def tpp_settings(params: Params) -> Settings:
+    """TPP's section of params.yaml, with sparse probing's tasks, sizes and context length where it gives none."""
+    own, probing = params.tpp, params.sparse_probing
+
+    def either(value: Any, shared: Any) -> Any:
+        return shared if value is None else value
+
+    return Settings(either(own.dataset_names, probing.dataset_names),
+                    either(own.train_set_size, probing.probe_train_set_size),
+                    either(own.test_set_size, probing.probe_test_set_size),
+                    either(own.context_length, probing.context_length), own.n_values, own.probe_epochs)
+
+
+def _with_classes(tasks: list[Task], stage: StageFolder) -> list[Task]:
+    for task in tasks:
+        if len(task.train) < measures.MIN_CLASSES:
+            stage.skip(task.name, f"task {task.name} has {len(task.train)} classes: their probes mirror each other, and "
+                                  f"the score would be about 0 for any SAE; TPP needs {measures.MIN_CLASSES}")
+    return [task for task in tasks if len(task.train) >= measures.MIN_CLASSES]
+
+
+def _sizes(row_of: dict[str, int], tasks: Sequence[Task | CrossedTask]) -> list[int]:
+    return brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks))
+
+
+def _rows(tasks: dict[str, Any]) -> Any:
+    """Which texts every probe is trained and tested on, JSON-able."""
+    return {name: [[[d.rows.tolist(), d.labels.tolist()] for d in probe] for probe in own] for name, own in tasks.items()}
+
+
+DEFINITIONS: tuple[Definition, ...] = ("sae_bench", "lab")
+
+
+class Settings(NamedTuple):
+    """The evaluation's section of params.yaml."""
+
+    dataset_names: Sequence[str]
+    train_set_size: int
+    test_set_size: int
+    context_length: int
+    n_values: Sequence[int]
+    probe_epochs: int
+
+
+class Study(NamedTuple):
+    """One evaluation, its texts and tasks read."""
+
+    kind: str
+    """`scr` or `tpp`."""
+    settings: Settings
+    tokens: list[Tensor]
+    sizes: Sequence[int]
+    """How many of them each task brought in."""
+    tasks: dict[str, Sequence[ProbeTask]]
+    """Task -> its probes, in the order of the columns of a `View`."""
+    identity: Any
+    """What tells these tasks from others, JSON-able."""
+    score: Callable[[dict[Definition, dict[str, View]], list[int]], dict[str, Any]]
+    """(views by definition and task, thresholds) -> everything a result holds; goes to the cache."""
+    module: str
+    """Name of the module that `score` is in: its code decides whether a cached result is still right."""
+
+
+def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
+             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, what `study.score` returned) of every SAE whose decoder allows it, in the order given."""
+    guard = Guard(stage.skip)
+    cache, thresholds = ResultCache(study.kind), sorted(set(study.settings.n_values))
+    for hook, members in by_hook(saes).items():
+        keys = {name: _key(study, sae, lm, params) for name, sae in members.items()}
+        found = {name: cache.get(keys[name]) for name in members}
+        missing = _linear({name: sae for name, sae in members.items() if found[name] is None}, guard)
+        if missing:
+            group = TextsByTask(lm, hook, study.tokens, study.sizes, params, study.settings.context_length)
+            rows = torch.arange(len(study.tokens))
+            trained = _train(study, group.raw_means(rows), params.random_seed)
+            with tqdm(total=len(missing), desc=f"encode and ablate ({study.kind})", unit="SAE", dynamic_ncols=True) as bar:
+                for name, scores in guard.each({name: members[name] for name in missing},
+                                               partial(_scores, study, group, rows, trained, missing, thresholds, guard)):
+                    with guard.on(name):
+                        cache.put(keys[name], scores)
+                        found[name] = scores
+                    bar.update()
+        for name, sae in members.items():
+            if found[name] is not None:
+                _note_cap(stage, name, sae.cfg.d_sae, thresholds)
+                yield name, found[name]
+
+
+def _scores(study: Study, group: TextsByTask, rows: Tensor, trained: _Trained, matrices: dict[str, Tensor],
+            thresholds: list[int], guard: Guard, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, means in group.latent_means(family, rows):
+        with guard.on(name):
+            yield name, study.score(_views(study, trained, means, matrices[name]), thresholds)
+
+
+def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> str:
+    tokens = fingerprint([row.tolist() for row in study.tokens])
+    settings = {**study.settings._asdict(), "dataset_names": list(study.tasks)}
+    return result_key(sae, lm, [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(),
+                                params.random_seed], study.module, __name__)
+
+
+def _linear(saes: dict[str, SparseAutoencoder], guard: Guard) -> dict[str, Tensor]:
+    """What each SAE's latents add to the reconstruction [d_sae, d_in]; SAEs with another kind of decoder are skipped."""
+    matrices = {}
+    for name, sae in saes.items():
+        with guard.on(name):
+            matrices[name] = decoder_matrix(sae)
+    return matrices
+
+
+def _note_cap(stage: StageFolder, name: str, d_sae: int, thresholds: Sequence[int]) -> None:
+    above = [n for n in thresholds if n > d_sae]
+    if above:
+        stage.notes.setdefault("thresholds_capped", {})[name] = d_sae
+        print(f"{name}: it has {d_sae} latents: n = {', '.join(map(str, above))} ablates at most {d_sae}", flush=True)
+
+
+# --- probes and views ------------------------------------------------------------------------
+
+class _Trained(NamedTuple):
+    """Probes of every task and what they read of the model's own activations [texts, probes], by definition."""
+
+    probes: dict[Definition, Probes]
+    logits: dict[Definition, Tensor]
+
+
+def _train(study: Study, raw: Means, seed: int) -> _Trained:
+    tasks = [task for own in study.tasks.values() for task in own]
+    # by a probe's place in its task, not by the task's name: a local task's name is a path
+    starts = [ablation.start(seed, number, raw.lab.shape[1], len(task.train.rows), study.settings.probe_epochs)
+              for own in study.tasks.values() for number, task in enumerate(own)]
+    fitted: dict[Definition, Probes] = {}
+    logits: dict[Definition, Tensor] = {}
+    for definition in DEFINITIONS:
+        features = getattr(raw, definition).numpy()
+        fitted[definition] = ablation.fit(features, tasks, starts, pick_on_test=definition == "sae_bench")
+        logits[definition] = torch.from_numpy(fitted[definition].logits(features))
+    return _Trained(fitted, logits)
+
+
+def _views(study: Study, trained: _Trained, means: Means, matrix: Tensor) -> dict[Definition, dict[str, View]]:
+    """One SAE as every task's probes see it, in both definitions."""
+    views: dict[Definition, dict[str, View]] = {}
+    for definition in DEFINITIONS:
+        latents = getattr(means, definition)
+        removed = means.everywhere if definition == "sae_bench" else latents
+        pull = matrix @ torch.from_numpy(trained.probes[definition].weight).T
+        views[definition], at = {}, 0
+        for name, own in study.tasks.items():
+            columns = slice(at, at + len(own))
+            views[definition][name] = View(trained.logits[definition][:, columns], latents, removed, pull[:, columns])
+            at += len(own)
+    return views

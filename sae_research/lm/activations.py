@@ -1,0 +1,293 @@
+"""Activations of many sequences at one hook: computed once, kept in a memory-mapped cache, shared by every SAE.
+
+Activations of many sequences that open alike: every opening runs through the model once.
+
+Activations of token sequences at one hook, and which tokens count: what every evaluation on text starts from.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_research.config.params import ActivationCaching, Params
+from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
+from sae_research.lm.model import LanguageModel
+from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
+from sae_research.runtime.files import fingerprint, write_json
+from sae_research.runtime.sources import sources_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+_FILE = "activations.bin"
+
+
+class Batch(NamedTuple):
+    """Some sequences, padded on the right."""
+
+    index: Tensor
+    """Which sequences [batch]."""
+    tokens: Tensor
+    """Ids [batch, seq]; padding holds the separator's id."""
+    real: Tensor
+    """True where a token is no padding [batch, seq]."""
+    acts: Tensor
+    """Activations [batch, seq, d_in] in the model's units, float32; zero at padding."""
+
+
+class ActivationPool:
+    """Activations of sequences of any lengths, stored end to end.
+
+    `flat` [total tokens, d_in] may be memory-mapped: it does not count against memory until it is read.
+    """
+
+    def __init__(self, sequences: Sequence[Tensor], flat: Tensor, pad_id: int, device: torch.device) -> None:
+        self.sequences, self.flat, self.pad_id, self.device = sequences, flat, pad_id, device
+        lengths = torch.tensor([len(s) for s in sequences])
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """The sequences `index`, padded to the longest of them, on the model's device."""
+        longest = max(len(self.sequences[i]) for i in index)
+        tokens = torch.full((len(index), longest), self.pad_id)
+        real = torch.zeros(len(index), longest, dtype=torch.bool)
+        acts = torch.zeros(len(index), longest, self.flat.shape[1])
+        for row, i in enumerate(index):
+            length = len(self.sequences[i])
+            tokens[row, :length] = self.sequences[i]
+            real[row, :length] = True
+            acts[row, :length] = self.flat[self.offsets[i]:self.offsets[i + 1]].float()
+        to = self.device
+        return Batch(torch.tensor(list(index)), tokens.to(to), real.to(to), acts.to(to))
+
+    def batches(self, batch_size: int, index: Sequence[int] | None = None) -> Iterator[Batch]:
+        """All sequences (or those of `index`), of like length together so that little is padding."""
+        chosen = range(len(self)) if index is None else index
+        ordered = sorted(chosen, key=lambda i: (len(self.sequences[i]), i))
+        for start in range(0, len(ordered), batch_size):
+            yield self.batch(ordered[start:start + batch_size])
+
+
+def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, batch_size: int,
+            caching: ActivationCaching, progress: str | None = None, openings: Openings | None = None) -> ActivationPool:
+    """Run the model up to `hook` over all sequences (1-D tensors of ids, or one [n, seq] tensor), or read the cache.
+
+    Kept under `.cache/activations/`, in the model's precision, by the content of model, hook and tokens.
+    `progress` names a progress bar. With `openings` the sequences continue those, which run once each; the pool holds
+    the sequences' own tokens only. Raises `UserError` for a hook the model lacks.
+    """
+    return collect_hooks(lm, [hook], sequences, batch_size, caching, progress, openings)[hook]
+
+
+def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[Tensor] | Tensor, batch_size: int,
+                  caching: ActivationCaching, progress: str | None = None,
+                  openings: Openings | None = None) -> dict[str, ActivationPool]:
+    """As `collect`, at several hooks: one pass of the model for all whose activations are not in the cache.
+
+    A hook's entry is the one that `collect` makes and reads. With `openings` the model runs once for each hook.
+    """
+    rows = [row.to("cpu") for row in sequences]
+    widths, total = {hook: lm.d_in(hook) for hook in hooks}, sum(len(row) for row in rows)
+
+    def pools(flats: dict[str, Tensor]) -> dict[str, ActivationPool]:
+        return {hook: ActivationPool(rows, flat, lm.separator_id, lm.device) for hook, flat in flats.items()}
+
+    if not caching.enabled:
+        flats = {hook: torch.empty(total, width, dtype=lm.dtype) for hook, width in widths.items()}
+        _fill(lm, rows, batch_size, flats, progress, openings)
+        return pools(flats)
+    root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
+    folders = {hook: root / fingerprint(
+        [lm.fingerprint, hook, str(lm.dtype), lm.device.type, sources_fingerprint(__name__), about_rows,
+         *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
+        for hook in hooks}
+    width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
+    with ExitStack() as stack:
+        temporaries = {hook: stack.enter_context(new_entry(folder)) for hook, folder in folders.items()
+                       if not usable(folder, {_FILE: total * widths[hook] * width_bytes})}
+        flats = {hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+")
+                 for hook, temporary in temporaries.items()}
+        _fill(lm, rows, batch_size, flats, progress, openings)
+        for hook, temporary in temporaries.items():
+            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
+        flats.clear()
+    if temporaries:
+        prune(root, caching.max_gb, keep=list(folders.values()))
+    # copy on write: files are opened for reading alone, and no tensor over one can change it
+    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
+
+
+def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) -> Tensor:
+    """A tensor over a file. numpy knows no bfloat16, so 16-bit types travel as integers."""
+    plain = np.float32 if dtype == torch.float32 else np.int16
+    mapped = np.memmap(path, dtype=plain, mode=mode, shape=(total, d_in))
+    if mode == "w+" and hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as handle:  # a disk that fills up while a map is written ends the process without a word
+            os.posix_fallocate(handle.fileno(), 0, max(1, mapped.nbytes))
+    tensor = torch.from_numpy(mapped)
+    return tensor if dtype == torch.float32 else tensor.view(dtype)
+
+
+def _fill(lm: LanguageModel, rows: Sequence[Tensor], batch_size: int, flats: dict[str, Tensor],
+          progress: str | None, openings: Openings | None) -> None:
+    """Compute activations into the tensors `flats`, by hook."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    if not flats:
+        return
+    passes = ([_plain(lm, list(flats), rows, batch_size)] if openings is None else
+              [_continued(lm, hook, rows, batch_size, openings) for hook in flats])
+    with tqdm(total=int(offsets[-1]) * len(passes), desc=progress, unit="tok", unit_scale=True, disable=progress is None,
+              mininterval=2, dynamic_ncols=True) as bar:
+        for chosen, found in itertools.chain.from_iterable(passes):
+            for hook, acts in found.items():
+                on_cpu = acts.to("cpu")
+                for row, i in enumerate(chosen):
+                    flats[hook][offsets[i]:offsets[i + 1]] = on_cpu[row, :len(rows[i])]
+            bar.update(sum(len(rows[i]) for i in chosen))
+
+
+def _plain(lm: LanguageModel, hooks: Sequence[str], rows: Sequence[Tensor],
+           batch_size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(which rows, their activations [batch, seq, d_in] by hook), rows of like length together."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start:start + batch_size]
+        tokens = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
+                                                 padding_value=lm.separator_id).to(lm.device)
+        if len(hooks) == 1:
+            yield chosen, {hooks[0]: lm.activations(tokens, hooks[0])}
+        else:
+            yield chosen, lm.activations_at(tokens, hooks)
+
+
+def _continued(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int,
+               openings: Openings) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    for chosen, acts in continued(lm, hook, rows, openings, batch_size):
+        yield chosen, {hook: acts}
+
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference between continuing and a whole run that counts as rounding."""
+
+
+class Openings(NamedTuple):
+    """What sequences continue."""
+
+    tokens: Sequence[Tensor]
+    """The openings, 1-D tensors of ids."""
+    of: Sequence[int]
+    """Which opening each sequence continues."""
+
+
+def continued(lm: LanguageModel, hook: str, rows: Sequence[Tensor], openings: Openings,
+              batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """(which rows, activations at `hook` [batch, seq, d_in] of their own tokens, padded on the right) until all ran.
+
+    Sequences of one opening reuse its keys and values; attention is causal, so this is what a whole run gives. That
+    is checked on the first sequence: an architecture that cannot continue runs whole sequences instead.
+    """
+    if not rows:
+        return
+    resumable = _can_continue(lm, hook, openings.tokens[openings.of[0]], rows[0])
+    for number, opening in enumerate(openings.tokens):
+        members = sorted((i for i in range(len(rows)) if openings.of[i] == number), key=lambda i: (len(rows[i]), i))
+        past = _read(lm, hook, opening) if members and resumable else None
+        for start in range(0, len(members), batch_size):
+            chosen = members[start:start + batch_size]
+            tails = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
+                                                    padding_value=lm.separator_id)
+            yield chosen, _continue(lm, hook, past, tails) if past is not None else _whole(lm, hook, opening, tails)
+
+
+def _read(lm: LanguageModel, hook: str, opening: Tensor) -> DynamicCache:
+    from transformers import DynamicCache
+
+    past = DynamicCache(config=lm.model.config.get_text_config())
+    lm.activations(opening[None].to(lm.device), hook, past)
+    return past
+
+
+def _continue(lm: LanguageModel, hook: str, past: DynamicCache, tails: Tensor) -> Tensor:
+    own = copy.deepcopy(past)  # a run adds to its cache
+    own.batch_repeat_interleave(len(tails))
+    return lm.activations(tails.to(lm.device), hook, own)
+
+
+def _whole(lm: LanguageModel, hook: str, opening: Tensor, tails: Tensor) -> Tensor:
+    tokens = torch.cat([opening.expand(len(tails), -1), tails], dim=1)
+    return lm.activations(tokens.to(lm.device), hook)[:, len(opening):]
+
+
+def _can_continue(lm: LanguageModel, hook: str, opening: Tensor, tail: Tensor) -> bool:
+    try:
+        got = _continue(lm, hook, _read(lm, hook, opening), tail[None]).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        print(f"{lm.name} cannot continue a sequence from its keys and values ({type(error).__name__}): "
+              "whole sequences run instead, which takes longer", flush=True)
+        return False
+    want = _whole(lm, hook, opening, tail[None]).float()
+    return bool((got - want).norm() <= _TOLERANCE[lm.dtype] * want.norm())
+
+
+SAMPLE = 64
+"""Sequences that the median norm is measured on."""
+
+
+class HookActivations:
+    """Sequences, their activations at `hook`, and both definitions' masks.
+
+    tokens: 1-D tensors of ids, or one [n, seq] tensor. The outlier rule compares with one median norm for all
+    sequences, so that no mask depends on how sequences are batched.
+    """
+
+    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor] | Tensor, params: Params) -> None:
+        self.lm, self.hook, self.tokens, self.params = lm, hook, tokens, params
+
+    @cached_property
+    def pool(self) -> ActivationPool:
+        """Made, or read and checked, when the first asks: where every result is kept nobody does."""
+        return collect(self.lm, self.hook, self.tokens, self.params.model.llm_batch_size, self.params.activation_caching,
+                       "activations")
+
+    @cached_property
+    def median_norm(self) -> float:
+        """Over the first sequences' ordinary tokens."""
+        sample = self.pool.batch(range(min(len(self), SAMPLE)))
+        return median_activation_norm(self.lm, sample.tokens, sample.acts)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def d_in(self) -> int:
+        return self.lm.d_in(self.hook)
+
+    def lab_mask(self, batch: Batch) -> Tensor:
+        """Tokens that count in our definitions. bool [batch, seq]"""
+        return token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
+
+    def sae_bench_mask(self, batch: Batch) -> Tensor:
+        """Tokens that SAE Bench counts: all but BOS, EOS and padding. bool [batch, seq]"""
+        return sae_bench_mask(self.lm, batch.tokens) & batch.real
+
+    def batches(self) -> Iterator[Batch]:
+        """All sequences, of like length together; on a terminal a passing bar shows how far one SAE or family is."""
+        size = self.params.model.llm_batch_size
+        return iter(tqdm(self.pool.batches(size), "encode", -(-len(self) // size), unit="batch", leave=False, disable=None,
+                         dynamic_ncols=True))

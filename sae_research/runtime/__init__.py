@@ -1,0 +1,1 @@
+"""What every stage stands on: errors, files, caches, stage folders, sources, endpoints. Imports no torch."""

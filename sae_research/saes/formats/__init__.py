@@ -1,0 +1,1 @@
+"""SAE files of other libraries, read and written: one module a library."""

@@ -1,0 +1,110 @@
+"""Folders of SAEs to a hub repository, in one commit: `python -m sae_research upload FOLDER... --hf_repo_id ORG/NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_research.runtime.endpoints import keeps_secrets, one_line, secret
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import read_json
+
+TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ACCESS_TOKEN")
+CARD = "README.md"
+_COLUMNS = ("l0", "variance_explained", "loss_recovered", "fraction_alive")
+
+
+def upload(folders: Sequence[Path], repo_id: str, private: bool = False) -> str:
+    """Send every file of the folders, each under its folder's own name, and return the commit's address.
+
+    The repository is made where there is none. A card that lists the SAEs goes along unless the repository has one.
+    Either everything arrives, or nothing. Raises `UserError` for a missing folder, token or permission, and when the hub
+    cannot be reached.
+    """
+    files = _files(folders)
+    token = secret(*TOKEN_NAMES)
+    if token is None:
+        raise UserError(f"upload needs a token with write access: set {TOKEN_NAMES[0]} in the environment or in .env")
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.utils import get_session
+
+    api, session = HfApi(token=token), get_session()
+    if not keeps_secrets(api.endpoint):
+        raise UserError("HF_ENDPOINT is plain http to another machine, and the token would travel there in the clear: "
+                        "use https")
+    session.event_hooks["response"].append(_refuse_redirect)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        if CARD not in files and not api.file_exists(repo_id, CARD):
+            operations.append(CommitOperationAdd(CARD, card(files, repo_id).encode()))
+        commit = api.create_commit(repo_id, operations, commit_message=f"{len(files)} files of "
+                                   f"{', '.join(folder.resolve().name for folder in folders)}")
+    except HfHubHTTPError as error:
+        raise UserError(f"{repo_id}: {_reason(error, token)}") from None
+    except HFValidationError as error:
+        raise UserError(f"--hf_repo_id {repo_id}: {str(error).partition(chr(10))[0]}") from None
+    except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
+        # lost connections, uploads that a thread gave up, answers that are no hub's
+        cause = error.__cause__ or error
+        raise UserError(f"{repo_id}: the upload failed ({type(cause).__name__}: {one_line(str(cause), token)}); nothing was "
+                        "committed, run it again") from None
+    finally:
+        session.event_hooks["response"].remove(_refuse_redirect)
+    return commit.commit_url
+
+
+def _files(folders: Sequence[Path]) -> dict[str, Path]:
+    """Path in the repository -> file; hidden files stay behind."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        inside = sorted(path for path in folder.rglob("*") if path.is_file()
+                        and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        if not inside:
+            raise UserError(f"{folder}: holds no files")
+        for path in inside:
+            name = f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"
+            if name in found:
+                raise UserError(f"two folders are called {folder.resolve().name}; rename one")
+            found[name] = path
+    return found
+
+
+def card(files: dict[str, Path], repo_id: str) -> str:
+    """A model card: which SAEs, their held-out figures, how to load them."""
+    saes = sorted(name.removesuffix("/cfg.json") for name in files if name.endswith("/cfg.json"))
+    rows = []
+    for sae in saes:
+        results = files.get(f"{sae}/eval_results.json")
+        figures: Any = read_json(results) if results else {}
+        if not isinstance(figures, dict):
+            raise UserError(f"{results}: not the figures of an SAE; remove it or write it again")
+        cells = [f"{figures[key]:.4g}" if isinstance(figures.get(key), int | float) else "–" for key in _COLUMNS]
+        rows.append(f"| `{sae}` | {' | '.join(cells)} |")
+    head = ["---", "library_name: sae_lens", "tags:", "- sparse-autoencoder", "---", "", "# Sparse autoencoders", "",
+            "Trained with sae_research; held-out figures, sinks left out.", ""]
+    table = ["| SAE | L0 | variance explained | loss recovered | fraction alive |", "|---|--:|--:|--:|--:|", *rows]
+    load = ["", "```python", "from sae_lens import SAE", "",
+            f'sae = SAE.from_pretrained("{repo_id}", "{saes[0]}")', "```"] if saes else []
+    return "\n".join([*head, *(table if saes else []), *load]) + "\n"
+
+
+def _refuse_redirect(response: Any) -> None:
+    """Called with every answer before a redirect would be followed."""
+    if response.has_redirect_location:
+        raise UserError(f"the hub answers with a redirect ({response.status_code}), which a token does not follow; give the "
+                        "repository's present name, or HF_ENDPOINT the final address")
+
+
+def _reason(error: Any, token: str) -> str:
+    """One line for a refusal of the hub."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub does not accept the token (401); make a new one with write access"
+    if status == 403:
+        return "the token may not write to this repository (403)"
+    return one_line(str(error), token)

@@ -1,0 +1,291 @@
+"""How long the evaluations will take here and how much disk they want: for the screen, never for files.
+
+A few seconds of the evaluation to come: do the SAEs work on this model, as well as their cards say, and
+how long will it take? Prints warnings; stops for what would make hours of evaluation worthless.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_research.config.params import Params
+from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import project_root, round_significant
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.base import Family, Guard, check_finite
+from sae_research.setup.controls import sample_size
+from sae_research.setup.evaluated import Evaluated
+from sae_research.stats import ReconstructionStats
+from sae_research.text.tokens import TextRunsOut, token_contexts
+
+TIMED_CONTEXTS = 2
+PROBING_CLASSES = 4
+"""Texts of a probing data set come from several classes; about this many on average."""
+
+
+def model_seconds(lm: LanguageModel, hook: str, context_size: int) -> tuple[float, float]:
+    """Seconds per token of a pass up to `hook` and of a full pass, each after a short warm-up."""
+    tokens = (
+        torch.arange(TIMED_CONTEXTS * context_size, device=lm.device).reshape(TIMED_CONTEXTS, -1)
+        % lm.vocab_size
+    )
+    lm.activations(tokens[:1, :8], hook)
+    times = []
+    for run in (lambda: lm.activations(tokens, hook), lambda: lm.logits(tokens)):
+        start = time.perf_counter()
+        float(run().flatten()[0])  # reading a value waits for the device
+        times.append((time.perf_counter() - start) / tokens.numel())
+    return times[0], max(times)
+
+
+def evaluation_tokens(params: Params) -> dict[str, tuple[int, int]]:
+    """(tokens to encode, tokens to run with each SAE patched in) of every enabled evaluation that can be
+    foretold."""
+    core, probing = params.core_eval, params.sparse_probing
+    found = {}
+    if params.eval_types.core:
+        batch = core.batch_size_prompts * params.text.context_size
+        found["core"] = (
+            core.n_eval_sparsity_variance_batches * batch,
+            core.n_eval_reconstruction_batches * batch,
+        )
+    if params.eval_types.sparse_probing:
+        texts = (probing.probe_train_set_size + probing.probe_test_set_size) // 2 * PROBING_CLASSES
+        found["sparse_probing"] = (len(probing.dataset_names) * texts * probing.context_length, 0)
+    return found
+
+
+def time_lines(
+    params: Params, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], seconds_per_token: dict[str, float]
+) -> list[str]:
+    """One line per evaluation: the time it will take, at the speeds just measured, less what is in the cache."""
+    prefix, full = model_seconds(lm, hook, params.text.context_size)
+    tokens = evaluation_tokens(params)
+    lines = []
+    for name, (encoded, patched) in tokens.items():
+        notes = Evaluated(name, lm, params)
+        parts = params.sparse_probing.dataset_names if name == "sparse_probing" else [name]
+        left = [[sae for sae in saes if not notes.has(saes[sae], part)] for part in parts]
+        seconds = 0.0
+        for todo in left:
+            if todo:
+                encoding = prefix + sum(seconds_per_token[sae] for sae in todo)
+                # the clean pass, then from the hook on once per SAE and twice for the ablations
+                seconds += encoded / len(parts) * encoding + patched * (full + (full - prefix) * (len(todo) + 2))
+        lines.append(f"{name}: {_amount(seconds, left, len(saes), encoded)}")
+    rest = [name for name, on in params.eval_types.model_dump().items() if on and name not in tokens]
+    return lines + ([f"{', '.join(rest)}: not estimated"] if rest else [])
+
+
+def _amount(seconds: float, left: list[list[str]], n_saes: int, tokens: int) -> str:
+    """left: by part, the SAEs that are still to be scored on it."""
+    n_left = len({sae for todo in left for sae in todo})
+    if not n_left:
+        return f"all {n_saes} SAEs are in the cache"
+    lacking = sum(map(len, left))
+    cached = "" if lacking == n_saes * len(left) else f"; {1 - lacking / (n_saes * len(left)):.0%} is in the cache"
+    return f"up to {_duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
+
+
+def disk_lines(
+    params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder], d_sae: int
+) -> list[str]:
+    """The activation cache's size, and a warning where the disk or the limit does not hold it."""
+    if not params.activation_caching.enabled:
+        return ["activation cache: off"]
+    tokens = sum(encoded for encoded, _ in evaluation_tokens(params).values()) + params.preflight.tokens
+    sample = sample_size(d_sae) if params.controls.names else 0
+    widths = {sae.cfg.hook_name: sae.cfg.d_in for sae in saes.values()}
+    width = torch.empty(0, dtype=lm.dtype).element_size()
+    needed = sum(widths.values()) * tokens * width + sample * max(widths.values()) * width
+    free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
+    lines = [f"activation cache: about {needed / 1e9:.2f} GB (limit {limit / 1e9:g} GB, {free / 1e9:.0f} GB "
+             f"free)"]
+    if needed > free:
+        lines.append("warning: the disk has less room than that; make room or set "
+                     "activation_caching.enabled: false")
+    elif needed > limit:
+        lines.append("warning: activation_caching.max_gb is smaller than that; activations will be computed "
+                     "more than once")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+L0_TOLERANCE = 1.5
+"""Factor by which the L0 seen may differ from the card's before a warning."""
+VARIANCE_TOLERANCE = 0.1
+BATCH_CONTEXTS = 8
+
+
+class Sample(NamedTuple):
+    """Contexts of the core evaluation's split at one hook."""
+
+    acts: Tensor
+    """[contexts, seq, d_in], on the model's device"""
+    mask: Tensor
+    """True where a token counts [contexts, seq]"""
+    median_norm: float
+    mean_norm: float
+
+
+class Preflight(NamedTuple):
+    """`report` is for preflight.json: the same inputs give the same bytes. Times are for the screen only."""
+
+    report: dict[str, Any]
+    warnings: list[str]
+    seconds_per_token: dict[str, float]
+    """Encoding and decoding, by SAE."""
+
+
+def preflight_tokens(lm: LanguageModel, params: Params) -> Tensor:
+    """The contexts [n, context_size] that SAEs are tried on. Raises `UserError` where the text does not give them."""
+    try:
+        return token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens).tokens
+    except TextRunsOut as error:
+        raise UserError(f"preflight.tokens: {error}") from None
+
+
+def preflight(
+    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params, tokens: Tensor
+) -> Preflight:
+    """Reconstruct the contexts `tokens` with every SAE and compare with what is known of each.
+
+    Raises `UserError` when activations have another size than an SAE's card says, and when the baseline
+    explains less variance than `preflight.min_variance_explained`.
+    """
+    report: dict[str, Any] = {
+        "model": _model_card(lm),
+        "tokens": tokens.numel(),
+        "hooks": {},
+        "saes": {},
+    }
+    warnings: list[str] = []
+    seconds: dict[str, float] = {}
+    for hook in dict.fromkeys(sae.cfg.hook_name for sae in saes.values()):
+        group = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
+        sample = _sample(lm, hook, tokens, params)
+        report["hooks"][hook] = _hook_card(sample)
+        ratios = {name: _norm_ratio(name, sae, sample, params) for name, sae in group.items()}
+        failed: dict[str, str] = {}
+        measured, times = measure(group, sample, Guard(failed.__setitem__))
+        if baseline in failed:
+            raise UserError(f"the baseline {baseline} fails: {failed[baseline]}")
+        seconds.update(times)
+        report["saes"] |= {name: {"failed": reason} for name, reason in failed.items()}
+        warnings += [f"{name} fails, and evaluations will skip it: {reason}" for name, reason in failed.items()]
+        for name, sae in group.items():
+            if name in failed:
+                continue
+            figures = measured[name] | ({} if ratios[name] is None else {"norm_ratio": ratios[name]})
+            card = {key: value for key, value in (sae.cfg.provenance.get("held_out") or {}).items()
+                    if key in ("l0", "variance_explained")}
+            report["saes"][name] = figures | ({"card": card} if card else {})
+            warnings += [f"{name}: {line}" for line in compare_with_card(figures, card)]
+    _check_baseline(baseline, report["saes"][baseline], params.preflight.min_variance_explained)
+    return Preflight(round_significant(report | {"warnings": warnings}), warnings, seconds)
+
+
+@torch.no_grad()
+def measure(
+    saes: dict[str, SparseAutoencoder], sample: Sample, guard: Guard | None = None
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """(figures by SAE, seconds per token by SAE). Members of a family share their family's time evenly. Without a `guard`
+    an SAE that fails raises its error."""
+    def score(members: Family) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:
+        names = list(members)
+        stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, sample.acts.device)
+                 for name, sae in members.items()}
+        spent = 0.0
+        for _ in encode_each(members, sample.acts[:1], sample.mask[:1]):
+            pass  # compiles, and fills what a family computes once
+        for x, mask in zip(sample.acts.split(BATCH_CONTEXTS), sample.mask.split(BATCH_CONTEXTS), strict=True):
+            start = time.perf_counter()
+            encoded = encode_each(members, x, mask)
+            while (item := next(encoded, None)) is not None:
+                name, z = item
+                hat = saes[name].decode(z)
+                spent += time.perf_counter() - start  # the statistics are not the evaluation's work
+                stats[name].update(saes[name].target(x), hat, z, mask)
+                start = time.perf_counter()
+        for name in names:
+            values = stats[name].metrics()
+            figures = {key: values[key] for key in ("l0", "variance_explained", "variance_explained_per_dim",
+                                                    "fraction_alive") if key in values}
+            check_finite(figures)
+            yield name, (figures, spent / len(names) / sample.mask.numel())
+
+    found = dict((guard or Guard(None)).each(saes, score))
+    return {name: figures for name, (figures, _) in found.items()}, {name: seconds for name, (_, seconds) in found.items()}
+
+
+def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list[str]:
+    """What an SAE does here against what its card says, where the two are far apart: one line each."""
+    lines = []
+    seen, said = figures.get("l0"), card.get("l0")
+    if seen is not None and said and not 1 / L0_TOLERANCE <= seen / said <= L0_TOLERANCE:
+        lines.append(f"L0 is {seen:.4g} here, its card says {said:.4g}")
+    seen, said = figures.get("variance_explained"), card.get("variance_explained")
+    if seen is not None and said is not None and abs(seen - said) > VARIANCE_TOLERANCE:
+        lines.append(f"explains {seen:.3f} of the variance here, its card says {said:.3f}")
+    return lines
+
+
+def _sample(lm: LanguageModel, hook: str, tokens: Tensor, params: Params) -> Sample:
+    pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching)
+    acts = pool.flat.float().reshape(*tokens.shape, -1)
+    median = median_activation_norm(lm, tokens, acts)
+    mask = token_mask(lm, tokens, acts, params.token_mask, median)
+    if not mask.any():
+        raise UserError(f"preflight: no token counts at {hook}; loosen token_mask")
+    if not torch.isfinite(acts[mask]).all():
+        raise UserError(f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; "
+                        "set model.torch_dtype: bfloat16 or float32")
+    norms = acts[mask].norm(dim=1)
+    return Sample(acts.to(lm.device), mask.to(lm.device), float(norms.median()), float(norms.mean()))
+
+
+def _norm_ratio(name: str, sae: SparseAutoencoder, sample: Sample, params: Params) -> float | None:
+    """Mean activation norm here over the one recorded in training; None where none was recorded."""
+    recorded = sae.cfg.provenance.get("activation_norm")
+    if not recorded:
+        return None
+    ratio = sample.mean_norm / float(recorded)
+    limit = params.preflight.max_norm_ratio
+    if not 1 / limit <= ratio <= limit:
+        raise UserError(f"SAE {name}: activations at {sae.cfg.hook_name} have mean norm "
+                        f"{sample.mean_norm:.4g}, in its "
+                        f"training {float(recorded):.4g}; the model, its precision or its scaling differ "
+                        "(preflight.max_norm_ratio)")
+    return ratio
+
+
+def _check_baseline(name: str, figures: dict[str, Any], least: float | None) -> None:
+    explained = figures.get("variance_explained")
+    if least is not None and (explained is None or explained < least):
+        raise UserError(f"the baseline {name} explains "
+                        f"{explained if explained is None else round(explained, 4)} of the "
+                        f"variance, preflight.min_variance_explained is {least}")
+
+
+def _model_card(lm: LanguageModel) -> dict[str, Any]:
+    return {"name": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype).removeprefix("torch."),
+            "n_layers": lm.n_layers, "d_model": lm.d_model, "vocab_size": lm.vocab_size,
+            "tokenizer": type(lm.tokenizer).__name__, "tokenizer_size": len(lm.tokenizer),
+            "separator_id": lm.separator_id, "resumes": lm.can_resume}
+
+
+def _hook_card(sample: Sample) -> dict[str, Any]:
+    return {"d_in": sample.acts.shape[-1], "median_norm": sample.median_norm, "mean_norm": sample.mean_norm,
+            "fraction_counted": float(sample.mask.float().mean())}

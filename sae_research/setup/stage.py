@@ -1,0 +1,352 @@
+"""The texts and files that the evaluations to come name: are they there, and can a first row be read?
+
+An evaluation that fails for a misspelt name after an hour of others could have been told before them. Cheap: nothing is
+fetched, and of a file only its beginning is read. No torch here.
+
+The stage itself: plan the SAEs, write them, check them, put the folder in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sae_research.config.params import Params, check_sizes
+from sae_research.lm import LanguageModel, load_language_model
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import check_writable, replaced_folder, slugify, write_json
+from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
+from sae_research.saes.formats.sae_lens import matching_saes
+from sae_research.saes.pursuit.dictionary import check_atoms
+from sae_research.saes.pursuit.encoders import (
+    IHTPSAE,
+    MPSAE,
+    OMPSAE,
+    NonNegativeMPSAE,
+    NonNegativeOMPSAE,
+    PursuitSAE,
+    TopKRefitSAE,
+)
+from sae_research.saes.sources import check_fits, check_tokenizer, fill_in
+from sae_research.setup import controls
+from sae_research.setup.checks import disk_lines, preflight, preflight_tokens, time_lines
+from sae_research.text.crossed_tasks import CROSSED_TASKS, HUB_TASKS, LOCAL_COLUMNS, unknown_crossed_task
+from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, find_local, local_files, looks_local, read_rows
+from sae_research.text.packaged import PACKAGED_TASKS, packaged_folder, packaged_version
+from sae_research.text.questions import COLUMNS
+from sae_research.text.tasks import SAE_BENCH_TASKS, unknown_task
+
+LABELLED = ("text", "label")
+
+
+def check_inputs(params: Params) -> None:
+    """Raises `UserError` for what an enabled evaluation would not find or could not read, naming the key that says so."""
+    on = params.eval_types
+    if on.sparse_probing:
+        _check_tasks("sparse_probing", params.sparse_probing.dataset_names)
+    if on.tpp and params.tpp.dataset_names is not None:
+        _check_tasks("tpp", params.tpp.dataset_names)
+    if on.scr:
+        for name in params.scr.dataset_names:
+            if not _is_readable("scr.dataset_names", name, LOCAL_COLUMNS, {*CROSSED_TASKS, *HUB_TASKS}):
+                raise UserError(f"scr.dataset_names: {unknown_crossed_task(name)}")
+    if on.sparse_probing_sae_probes:
+        _check_packaged(params.sparse_probing_sae_probes.dataset_names)
+    if on.unlearning:
+        unlearning = params.unlearning
+        for key in ("forget_corpus", "retain_corpus"):
+            _check_path(f"unlearning.{key}", getattr(unlearning, key), [unlearning.corpus_column], SUFFIXES)
+        for key in ("forget_questions", "retain_questions"):
+            for name in getattr(unlearning, key):
+                _check_path(f"unlearning.{key}", name, COLUMNS, TABLE_SUFFIXES)
+    if on.ravel:
+        _check_path("ravel.prompts", params.ravel.prompts)
+    if on.transfer and params.transfer.dataset is not None:
+        _check_path("transfer.dataset", params.transfer.dataset, [params.transfer.column_name], SUFFIXES)
+
+
+def _check_tasks(section: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not _is_readable(f"{section}.dataset_names", name, LABELLED, {*PACKAGED_TASKS, *SAE_BENCH_TASKS}):
+            raise UserError(f"{section}.dataset_names: {unknown_task(name)}")
+
+
+def _is_readable(key: str, name: str, columns: Sequence[str], known: Collection[str]) -> bool:
+    """Whether a task is known by its name or lies in a file; raises `UserError` where that cannot be read."""
+    if name in known:
+        return True
+    return _check_path(key, name, columns, TABLE_SUFFIXES) if find_local(name) is not None else False
+
+
+def _check_path(key: str, name: str, columns: Sequence[str] = (), suffixes: Sequence[str] = ()) -> bool:
+    """Whether `name` is a local file or folder, and every file in it has the columns. Raises `UserError` for a path that
+    leads nowhere and for files that cannot be read; what may be a name on the hub passes."""
+    local = find_local(name)
+    if local is None:
+        if looks_local(name.partition(":")[0]):
+            raise UserError(f"{key}: {name}: no such file or folder")
+        return False
+    try:
+        for file in local_files(local, suffixes) if columns else ():
+            next(read_rows(file, columns), None)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    return True
+
+
+def _check_packaged(names: Sequence[str]) -> None:
+    if isinstance(names, str):  # all of them
+        return
+    for name in names:
+        if not (packaged_folder() / f"{name}.csv.zst").is_file():
+            raise UserError(f"sparse_probing_sae_probes.dataset_names: sae-probes {packaged_version()} has no task {name!r}")
+
+
+VARIANTS: dict[str, type[PursuitSAE]] = {
+    "ihtp": IHTPSAE,
+    "mpsae": MPSAE,
+    "omp": OMPSAE,
+    "topk_refit": TopKRefitSAE,
+    "nn_mpsae": NonNegativeMPSAE,
+    "nn_omp": NonNegativeOMPSAE,
+}
+"""Sections of `sae_variants` and the encoders they make over the baseline's dictionary."""
+OUTPUT = Path("downloaded_saes")
+MANIFEST = "manifest.json"
+PREFLIGHT = "preflight.json"
+
+
+class Planned(NamedTuple):
+    """One SAE to be: its name in tables, what of params.yaml asks for it, and how it comes to lie in a
+    folder."""
+
+    name: str
+    origin: str
+    write: Callable[[Path], None]
+
+
+class Setup:
+    """What planning needs to know: parameters, model, baseline, and what had to be assumed on the way."""
+
+    def __init__(self, params: Params, lm: LanguageModel, baseline: SparseAutoencoder) -> None:
+        self.params, self.lm, self.baseline = params, lm, baseline
+        self.name = params.baseline_sae.name
+        self.warnings: list[str] = []
+        self._sample: Tensor | None = None
+
+    def sample(self) -> Tensor:
+        """Activations that all controls are made from, computed when the first asks."""
+        if self._sample is None:
+            cfg = self.baseline.cfg
+            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params,
+                                                       controls.sample_size(cfg.d_sae))
+        return self._sample
+
+    def plan(self) -> list[Planned]:
+        """Everything the comparison holds, in table order. Raises `UserError` where two SAEs claim one
+        name."""
+        self._check_dictionary()
+        check_sizes(self.params, self.baseline.cfg.d_in, self.baseline.cfg.d_sae)
+        planned = [
+            Planned(self.name, "baseline_sae", self._write_baseline),
+            *self._variants(),
+            *self._comparisons(),
+            *self._controls(),
+        ]
+        taken: dict[str, str] = {}
+        for name, origin, _ in planned:
+            if name in taken:
+                raise UserError(f"two SAEs would be called {name}: {taken[name]} and {origin}; rename one")
+            taken[name] = origin
+        return planned
+
+    # --- baseline and what is made of it ---
+
+    def _write_baseline(self, folder: Path) -> None:
+        save_sae(self.baseline, folder)
+
+    def _variants(self) -> Iterator[Planned]:
+        variants = self.params.sae_variants
+        for label, cls in VARIANTS.items():
+            section = getattr(variants, label)
+            sizes: list[int] = getattr(section, f"{cls.size_name}_values") if section.enabled else []
+            further = {name: getattr(section, name) for name, default in cls.defaults.items()
+                       if getattr(section, name) != default}
+            if variants.normalise != "note":
+                further["normalise"] = variants.normalise
+            for size in sizes:
+                key = f"sae_variants.{label}.{cls.size_name}_values"
+                yield Planned(slugify(f"{self.name}_{label}_{cls.size_name}{size}"), f"{key} ({size})",
+                              self._variant_writer(cls.form, label, {cls.size_name: size} | further))
+
+    def _check_dictionary(self) -> None:
+        """What pursuit had to assume of the baseline's atoms becomes a warning. Raises `UserError` where
+        params.yaml would rather have them refused."""
+        variants = self.params.sae_variants
+        if any(getattr(variants, label).enabled for label in VARIANTS):
+            notes = check_atoms(self.baseline.W_dec, variants.normalise).notes
+            self.warnings += [f"{self.name}, as a dictionary for pursuit: {note}" for note in notes]
+
+    def _variant_writer(
+        self, form: str, architecture: str, options: dict[str, Any]
+    ) -> Callable[[Path], None]:
+        cfg = self.baseline.cfg.replace(
+            form=form, architecture=architecture, role="variant", base=self.name, options=options,
+            apply_b_dec_to_input=True, provenance={"source": "variant"})
+        return lambda folder: save_variant(cfg, options, folder, folder.parent / self.name)
+
+    def _controls(self) -> Iterator[Planned]:
+        for name, kind, size in controls.control_names(self.params.controls):
+            yield Planned(name, f"controls.names ({kind}, {size})", self._control_writer(kind, size))
+
+    def _control_writer(self, kind: str, size: int) -> Callable[[Path], None]:
+        return lambda folder: save_sae(
+            controls.make_control(kind, size, self.sample(), self.baseline.cfg, self.params), folder)
+
+    # --- SAEs beside it ---
+
+    def _comparisons(self) -> Iterator[Planned]:
+        """Names are known before anything is read: a clash must not wait for downloads."""
+        chosen = self.params.comparison_saes
+        for name in self._trained_names():
+            yield self._compared(
+                slugify(name), f"trained_saes/{name}", lambda name=name: sources.read_trained(name)
+            )
+        for path, name in sources.folder_names(chosen.folders).items():
+            yield self._compared(name, f"the folder {path}", lambda path=path: sources.read_folder(path))
+        for place in chosen.python:
+            yield self._compared(
+                sources.python_name(place),
+                f"the class {place}",
+                lambda place=place: sources.read_python(place, self.baseline),
+                base=self.name,
+            )
+        if chosen.sae_regex_pattern is not None and chosen.sae_block_pattern is not None:
+            for item in matching_saes(chosen.sae_regex_pattern, chosen.sae_block_pattern):
+                yield self._compared(slugify(f"{item.release}_{item.sae_id}"),
+                                     f"SAELens {item.release} / {item.sae_id}",
+                                     lambda item=item: sources.read_release(item.release, item.sae_id))
+
+    def _trained_names(self) -> list[str]:
+        names = self.params.comparison_saes.trained
+        if names != ["all"]:
+            return names
+        used = self.name if self.params.baseline_sae.source == "trained" else None
+        return [name for name in sources.trained_names() if name != used]
+
+    def _compared(self, name: str, origin: str, read: Callable[[], SparseAutoencoder],
+                  base: str | None = None) -> Planned:
+        def write(folder: Path) -> None:
+            sae = read()
+            self.admit(name, sae)
+            sae.cfg = sae.cfg.replace(role="comparison", base=base)
+            save_sae(sae, folder)
+
+        return Planned(name, origin, write)
+
+    def admit(self, name: str, sae: SparseAutoencoder) -> None:
+        """Complete an SAE's configuration and check it against the model."""
+        assumed = fill_in(sae, self.lm.name, self.baseline.cfg.hook_name)
+        self.warnings += [f"{name}: {line}" for line in assumed]
+        check_fits(name, sae, self.lm, self.params.model.same_as)
+
+
+def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
+    """Write every SAE of the comparison, `manifest.json` and `preflight.json` into `output`; returns the
+    manifest.
+
+    All or nothing: an error leaves what was there before. Raises `UserError` for whatever in params.yaml, the
+    SAEs or the model would make the evaluations fail or mislead.
+    """
+    check_inputs(params)
+    baseline = sources.read_baseline(params.baseline_sae)
+    lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+    check_tokenizer(lm)
+    setup = Setup(params, lm, baseline)
+    setup.warnings += [f"{setup.name}: {line}" for line in fill_in(
+        baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")]
+    _check_layer(params, baseline)
+    check_fits(setup.name, baseline, lm, params.model.same_as)
+    baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
+    planned = setup.plan()
+    check_writable(output, [item.name for item in planned], "SAE names")
+    tokens = preflight_tokens(lm, params)  # what the end needs is looked at first
+    with replaced_folder(output) as folder:
+        for item in planned:
+            item.write(folder / item.name)
+        saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
+        result = preflight(saes, setup.name, lm, params, tokens)
+        warnings = setup.warnings + result.warnings
+        manifest = make_manifest(saes)
+        write_json(folder / MANIFEST, manifest)
+        write_json(folder / PREFLIGHT, {**result.report, "warnings": warnings})
+    print(sae_table(manifest, result.report["saes"]))
+    for line in warnings:
+        print(f"warning: {line}")
+    hook = baseline.cfg.hook_name
+    for line in (
+        *time_lines(params, lm, hook, saes, result.seconds_per_token),
+        *disk_lines(params, lm, saes, baseline.cfg.d_sae),
+    ):
+        print(line, flush=True)
+    return manifest
+
+
+def make_manifest(saes: dict[str, SparseAutoencoder]) -> dict[str, Any]:
+    """{"order": names in table order, "saes": what readers need without loading weights, by name}."""
+    return {"order": list(saes), "saes": {name: _row(sae) for name, sae in saes.items()}}
+
+
+def _row(sae: SparseAutoencoder) -> dict[str, Any]:
+    cfg = sae.cfg
+    return {
+        "form": cfg.form,
+        "architecture": cfg.architecture,
+        "role": cfg.role,
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        **sae.options(),
+        "hook_name": cfg.hook_name,
+        "model_name": cfg.model_name,
+        "base": cfg.base,
+        "per_token": sae.per_token,
+        "causal": sae.causal,
+        "signed": sae.signed,
+        "weights_fingerprint": sae.weights_fingerprint(),
+        "provenance": cfg.provenance,
+    }
+
+
+def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> str:
+    """The SAEs as text: name, role, form, sizes, and what the preflight saw."""
+    rows = [("SAE", "role", "form", "d_sae", "k/s", "L0", "var. expl.", "hook")]
+    for name in manifest["order"]:
+        row, seen = manifest["saes"][name], figures[name]
+        rows.append(
+            (
+                name,
+                row["role"],
+                row["form"].rpartition(":")[2],
+                str(row["d_sae"]),
+                str(row.get("k", row.get("s", ""))),
+                f"{seen['l0']:.4g}" if "l0" in seen else "fails",
+                f"{seen['variance_explained']:.3f}" if "variance_explained" in seen else "-",
+                row["hook_name"],
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:
+    """A baseline from outside must be of the layer that params.yaml says: a typed path is easily that of
+    another."""
+    settings = params.baseline_sae
+    if settings.source != "trained" and baseline.cfg.hook_layer != settings.hook_layer:
+        raise UserError(f"baseline_sae.hook_layer is {settings.hook_layer}, but the SAE reads "
+                        f"{baseline.cfg.hook_name}; "
+                        "correct the one that is wrong")

@@ -1,0 +1,284 @@
+"""Figures of trained SAEs on documents they were not trained on.
+
+What is known of the SAEs once they are trained: `eval_results.json` of each, and what the run's curves say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_research.config.params import Params, Text
+from sae_research.lm import LanguageModel, collect_hooks, token_mask
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import round_significant
+from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.files import sae_lens_lacks
+from sae_research.stats import CleanPredictions, ReconstructionStats, density_histogram
+from sae_research.text.tokens import token_contexts
+from sae_research.training import diagnose
+from sae_research.training.diagnose import CurvePoint, Finding, Seen
+from sae_research.training.member import Member
+
+HELD_OUT_SPLIT = "core_eval"
+KEPT = (
+    "tokens",
+    "l0",
+    "variance_explained",
+    "variance_explained_per_dim",
+    "cosine_similarity",
+    "fraction_alive",
+)
+"""Which of the statistics the training report shows."""
+BATCH = 1024
+
+
+class HeldOut(NamedTuple):
+    """Held-out contexts and their activations at some hooks, in the model's units and precision."""
+
+    tokens: Tensor
+    """[contexts, context_size]"""
+    acts: dict[str, Tensor]
+    """By hook [contexts, context_size, d_in], on the CPU; may be memory-mapped."""
+    mask: dict[str, Tensor]
+    """By hook, True where a token counts [contexts, context_size]."""
+
+    def rows(self, hook: str) -> Tensor:
+        """Activations of the tokens that count [n, d_in], float32."""
+        return self.acts[hook][self.mask[hook]].float()
+
+
+def read_held_out(lm: LanguageModel, params: Params, tokens: Tensor, median_norms: dict[str, float]) -> HeldOut:
+    """The held-out contexts `tokens` [n, context_size] at each hook of `median_norms`, which are those of training.
+
+    Raises `UserError` when no token of them counts.
+    """
+    pools = collect_hooks(lm, list(median_norms), tokens, params.model.llm_batch_size, params.activation_caching)
+    acts = {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
+    mask = {hook: token_mask(lm, tokens, acts[hook], params.token_mask, median_norms[hook]) for hook in acts}
+    if not all(part.any() for part in mask.values()):
+        raise UserError("train.held_out_tokens: no held-out token counts; raise it")
+    return HeldOut(tokens, acts, mask)
+
+
+@torch.no_grad()
+def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[str, ReconstructionStats]:
+    """Statistics of every SAE on rows in the model's units."""
+    stats = {
+        name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()
+    }
+    for x_BD in rows_ND.split(BATCH):
+        x = x_BD[None]
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        for name, z in encode_each(saes, x, mask):
+            stats[name].update(x, saes[name].decode(z), z, mask)
+    return stats
+
+
+def kept(stats: ReconstructionStats) -> dict[str, float]:
+    """The figures that the training report shows."""
+    return {key: value for key, value in stats.metrics().items() if key in KEPT}
+
+
+EVAL_FILE = "eval_results.json"
+LOGITS = 2**28
+"""Logits held at a time, clean ones and as many patched: a gigabyte of float32 each."""
+Report = dict[str, Any]
+Results = dict[str, dict[str, Any]]
+
+
+def after_training(report: Report, stats: Mapping[str, ReconstructionStats], saes: Mapping[str, SparseAutoencoder],
+                   members: Sequence[Member], held_out: HeldOut, lm: LanguageModel, params: Params) -> Results:
+    """`eval_results.json` of every SAE; adds `diagnose` to the report and prints what it found.
+
+    report: as the run wrote it, with every SAE's entry and PCA's at every hook.
+    """
+    predictions = loss_recovered(saes, held_out, lm, params)
+    results = {name: _result(report["saes"][name], stats[name], sae, predictions.get(name, {}))
+               for name, sae in saes.items()}
+    found = {member.name: diagnose.diagnose(member.name, _seen(member, report, stats[member.name], params))
+             for member in members}
+    ce = next((figures["ce_clean"] for figures in predictions.values()), None)
+    if ce is not None:
+        elsewhere = _ce_elsewhere(lm, params) if diagnose.needs_comparison(ce, lm.vocab_size) else None
+        found[""] = diagnose.diagnose_text(ce, elsewhere, lm.vocab_size, params.text.dataset)
+    report["diagnose"] = {
+        "saes": {name: [diagnose.as_json(finding) for finding in found[name]] for name in saes},
+        "text": [diagnose.as_json(finding) for finding in found.get("", [])],
+    }
+    _print(found, saes)
+    return results
+
+
+def finding_lines(report: Report) -> dict[str, list[str]]:
+    """What was found of each SAE, in words."""
+    return {name: [f"{finding['what']}: {finding['says']}; {finding['change']}" for finding in findings]
+            for name, findings in report.get("diagnose", {}).get("saes", {}).items()}
+
+
+# --- predictions -------------------------------------------------------------------------------
+
+
+class _Sums(NamedTuple):
+    """Sums of cross-entropy and KL over counted positions."""
+
+    ce: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of(cls, ce: Tensor, kl: Tensor | None, mask: Tensor) -> _Sums:
+        none = torch.zeros((), dtype=torch.float64)  # summed on the CPU: MPS has no float64
+        return cls(ce[mask[:, :-1]].cpu().double().sum(), none if kl is None else kl[mask].cpu().double().sum())
+
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(self.ce + other.ce, self.kl + other.kl)
+
+
+@torch.no_grad()
+def loss_recovered(saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm: LanguageModel,
+                   params: Params) -> dict[str, dict[str, float]]:
+    """What the language model loses with each SAE's reconstruction in place of the tokens that count.
+
+    On `train.evaluate_tokens` held-out tokens in whole contexts, spread evenly over the split. Per predicted token, in
+    nats, as core evaluation's own definition (lab_v1): `ce_clean`, `ce_zero_ablated`, `ce_patched`, `ce_delta`, `kl`;
+    `loss_recovered` is `(ce_zero - ce_patched) / (ce_zero - ce_clean)`, left out where that is 0/0. One clean pass
+    serves all SAEs, one ablated pass all SAEs of a hook. Empty when `train.evaluate_tokens` is 0.
+    """
+    n = min(len(held_out.tokens), -(-params.train.evaluate_tokens // held_out.tokens.shape[1]))
+    if n == 0:
+        return {}
+    index = torch.linspace(0, len(held_out.tokens) - 1, n).round().long()
+    sums: dict[str, _Sums] = {}
+    counts = dict.fromkeys(held_out.acts, (0, 0))
+
+    def add(key: str, compared: tuple[Tensor, Tensor | None], mask: Tensor) -> None:
+        found = _Sums.of(*compared, mask)
+        sums[key] = sums[key].plus(found) if key in sums else found
+
+    for chosen in index.split(_contexts_at_once(lm, held_out.tokens.shape[1], params)):
+        tokens = held_out.tokens[chosen].to(lm.device)
+        deepest = max(held_out.acts, key=_layer)  # the fewest layers are left to run from there
+        clean = CleanPredictions(lm.resume(deepest, held_out.acts[deepest][chosen].to(lm.device), tokens), tokens)
+        for hook, all_acts in held_out.acts.items():
+            here = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
+            acts, mask = all_acts[chosen].to(lm.device).float(), held_out.mask[hook][chosen].to(lm.device)
+            counts[hook] = counts[hook][0] + int(mask[:, :-1].sum()), counts[hook][1] + int(mask.sum())
+            keep = mask[..., None]
+
+            def run(edited: Tensor, hook: str = hook, clean: CleanPredictions = clean, tokens: Tensor = tokens,
+                    ) -> tuple[Tensor, Tensor]:
+                return clean.compare(lm.resume(hook, edited, tokens))
+
+            add(f"clean/{hook}", (clean.ce, None), mask)
+            add(f"zero/{hook}", run(torch.where(keep, 0.0, acts)), mask)
+            device = next(iter(here.values())).W_dec.device
+            for name, z in encode_each(here, acts.to(device), mask.to(device)):
+                x_hat = here[name].decode(z).to(lm.device, acts.dtype)
+                add(name, run(torch.where(keep, x_hat, acts)), mask)
+    return {name: _prediction_figures(sums[f"clean/{sae.cfg.hook_name}"], sums[f"zero/{sae.cfg.hook_name}"], sums[name],
+                                      *counts[sae.cfg.hook_name]) for name, sae in saes.items()}
+
+
+def _contexts_at_once(lm: LanguageModel, context_size: int, params: Params) -> int:
+    """Contexts whose logits fit into `LOGITS`."""
+    return max(1, min(params.model.llm_batch_size, LOGITS // (context_size * lm.vocab_size)))
+
+
+def _layer(hook: str) -> int:
+    return next(int(part) for part in hook.split(".") if part.isdigit())
+
+
+def _prediction_figures(clean: _Sums, zero: _Sums, patched: _Sums, ce_tokens: int, kl_tokens: int) -> dict[str, float]:
+    if ce_tokens == 0:
+        return {}
+    ce = {"ce_clean": float(clean.ce) / ce_tokens, "ce_zero_ablated": float(zero.ce) / ce_tokens,
+          "ce_patched": float(patched.ce) / ce_tokens}
+    gap = ce["ce_zero_ablated"] - ce["ce_clean"]
+    return {**ce, "ce_delta": ce["ce_patched"] - ce["ce_clean"], "kl": float(patched.kl) / kl_tokens,
+            **({"loss_recovered": (ce["ce_zero_ablated"] - ce["ce_patched"]) / gap} if gap else {}),
+            "prediction_tokens": float(ce_tokens)}
+
+
+def _ce_elsewhere(lm: LanguageModel, params: Params) -> float | None:
+    """The model's cross-entropy on the packaged text, on as many tokens; None where that is the text anyway."""
+    if params.text.dataset == "packaged":
+        return None
+    text = Text(dataset="packaged", context_size=params.text.context_size)
+    try:
+        contexts = token_contexts(lm.tokenizer, lm.separator_id, text, HELD_OUT_SPLIT, params.train.evaluate_tokens)
+    except UserError as error:
+        print(f"no comparison with the packaged text: {error}", flush=True)
+        return None
+    total = count = 0.0
+    for tokens in contexts.tokens.split(_contexts_at_once(lm, params.text.context_size, params)):
+        tokens = tokens.to(lm.device)
+        ce = CleanPredictions(lm.logits(tokens), tokens).ce[:, 1:]  # what follows the separator alone counts nowhere
+        total, count = total + float(ce.cpu().double().sum()), count + ce.numel()
+    return total / count
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def _result(entry: dict[str, Any], stats: ReconstructionStats, sae: SparseAutoencoder,
+            predictions: Mapping[str, float]) -> dict[str, Any]:
+    provenance = sae.cfg.provenance
+    return round_significant({
+        "recipe": entry["recipe"],
+        "form": sae.cfg.form,
+        "architecture": sae.cfg.architecture,
+        "model_name": sae.cfg.model_name,
+        "hook_name": sae.cfg.hook_name,
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "training_tokens": entry["tokens"],
+        "seed": provenance.get("seed"),
+        "text": provenance.get("text"),
+        "split": HELD_OUT_SPLIT,
+        **stats.metrics(),
+        **predictions,
+        "density_histogram": density_histogram(stats.density),
+        "hyper_parameters": entry["hyper_parameters"],
+    })
+
+
+def _seen(member: Member, report: Report, stats: ReconstructionStats, params: Params) -> Seen:
+    entry = report["saes"][member.name]
+    density_F = stats.density
+    total = float(density_F.sum())
+    dense = float(density_F[density_F > diagnose.DENSE_FROM].sum())
+    end = member.curve[-1].tokens if member.curve else 1
+    return Seen(
+        config=params.train.saes[member.name],
+        curve=[CurvePoint(row.tokens / end, row.loss, row.variance_explained) for row in member.curve],
+        d_in=stats.sum_D.shape[0],
+        l0=entry["held_out"]["l0"],
+        variance_explained=entry["held_out"].get("variance_explained", 0.0),
+        fraction_silent=fraction_silent(member),
+        dense_share=dense / total if total else 0.0,
+        pca={int(n): value for n, value in report["hooks"][member.hook]["pca_reference"].items()},
+        decay_fraction=params.train.decay_fraction,
+        sparsity_warmup_fraction=params.train.sparsity_warmup_fraction,
+    )
+
+
+def fraction_silent(member: Member) -> float:
+    """Fraction of latents that did not fire in the last `diagnose.DEAD_TOKENS` tokens, or the last half of the run."""
+    window = min(diagnose.DEAD_TOKENS / max(member.tokens, 1), 0.5)
+    last_F = member.recipe.last_fired_F
+    return float((last_F < last_F.max() - window).float().mean())
+
+
+def _print(found: Mapping[str, list[Finding]], saes: Mapping[str, SparseAutoencoder]) -> None:
+    """What was found, and which SAEs SAELens cannot read, one line each."""
+    named = {name or "text": findings for name, findings in found.items()}
+    lines = diagnose.lines(named)
+    for name, sae in saes.items():
+        if lacks := sae_lens_lacks(sae):
+            lines.append(f"{name}: {lacks}")
+    if lines:
+        print("\nwhat the curves and held-out figures say (docs/training.md):")
+        print("\n".join(f"  {line}" for line in lines), flush=True)
