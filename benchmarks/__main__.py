@@ -22,9 +22,19 @@ if TYPE_CHECKING:
     from sae_research.saes import SparseAutoencoder
 
 PARTS: dict[str, dict[str, Any]] = {
-    "core_probing": {"batches": 2, "tasks": 1}, "scr_tpp": {}, "absorption": {"words_per_letter": 6}, "sae_probes": {},
-    "unlearning": {"questions": 2}, "ravel": {}, "autointerp": {}, "training": {}, "transfer": {"n_tokens": 1024},
-    "analysis": {"tokens": 8192, "latents": 2}, "dashboards": {}, "pursuit": {}}
+    "core_probing": {"batches": 2, "tasks": 1},
+    "scr_tpp": {},
+    "absorption": {"words_per_letter": 6},
+    "sae_probes": {},
+    "unlearning": {"questions": 2},
+    "ravel": {},
+    "autointerp": {},
+    "training": {},
+    "transfer": {"n_tokens": 1024},
+    "analysis": {"tokens": 8192, "latents": 2},
+    "dashboards": {},
+    "pursuit": {},
+}
 """Modules of this package, each with `compare(saes, lm, model, params, **sizes) -> {row: (our seconds, theirs)}`, and sizes
 that keep the whole short; docs/speed.md holds larger runs."""
 
@@ -48,8 +58,9 @@ def main() -> None:
 
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     params = load_params()
-    params = params.model_copy(update={
-        "activation_caching": params.activation_caching.model_copy(update={"enabled": False})})
+    params = params.model_copy(
+        update={"activation_caching": params.activation_caching.model_copy(update={"enabled": False})}
+    )
     lm = load_language_model(params.model.name, "cpu")
     saes = _some(load_saes(SAE_FOLDER, lm), options.saes)
     model = stock.hooked_model(packaged_folder(params.model.name))

@@ -22,8 +22,9 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
-            words_per_letter: int = 20) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params, words_per_letter: int = 20
+) -> dict[str, tuple[float, float]]:
     """(our seconds, stock's) for all `saes` together, from words to results, nothing cached beforehand.
 
     Both sides get the same reduced vocabulary (SAE Bench's probes need every letter) and the same prompts; stock runs
@@ -32,9 +33,12 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
     on neither side.
     """
     chosen = {name: sae for name, sae in saes.items() if sae.per_token and sae.cfg.hook_name.endswith("hook_resid_post")}
-    params = params.model_copy(update={
-        "activation_caching": params.activation_caching.model_copy(update={"enabled": False}),
-        "absorption": params.absorption.model_copy(update={"min_ground_truth_probe_f1": 0.0})})
+    params = params.model_copy(
+        update={
+            "activation_caching": params.activation_caching.model_copy(update={"enabled": False}),
+            "absorption": params.absorption.model_copy(update={"min_ground_truth_probe_f1": 0.0}),
+        }
+    )
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     vocabulary, generator = alphabetic_words(lm.tokenizer), np.random.default_rng(params.random_seed)
     reduced = []

@@ -17,8 +17,9 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.text.tokens import token_contexts
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params, tokens: int = 16_384,
-            latents: int = 3) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params, tokens: int = 16_384, latents: int = 3
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, the other's).
 
     First row: `collect_stats` of the first SAE whose encoder is per token, everything it writes included, against the bare
@@ -34,8 +35,10 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, p
     for part in text.split(params.model.llm_batch_size):
         lm.activations(part, sae.cfg.hook_name)
     bare = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder, \
-            mock.patch("sae_research.analysis.collect.cache_dir", lambda kind: _made(Path(folder) / kind)):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("sae_research.analysis.collect.cache_dir", lambda kind: _made(Path(folder) / kind)),
+    ):
         start = time.perf_counter()
         found = collect_stats({name: sae}, lm, params)[name]
         ours = time.perf_counter() - start
@@ -48,8 +51,9 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, p
 
 
 @torch.no_grad()
-def _workshop(sae: SparseAutoencoder, model: Any, text: torch.Tensor, params: Params, found: LatentStats,
-              latents: list[int]) -> float:
+def _workshop(
+    sae: SparseAutoencoder, model: Any, text: torch.Tensor, params: Params, found: LatentStats, latents: list[int]
+) -> float:
     """Seconds of the workshop's loop. Its maxima are compared at the tokens that count here."""
     counted = torch.from_numpy(found.counted.copy())
     hook = sae.cfg.hook_name

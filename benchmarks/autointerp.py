@@ -15,8 +15,9 @@ from sae_research.text.tokens import token_contexts
 ROW = "autointerp, windows"
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
-            params: Params, n_tokens: int = 4096) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params, n_tokens: int = 4096
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, stock's) on the same contexts. model: the same one as `stock.hooked_model`.
 
     Counted are the model's pass, encoding, the choice of latents and the cutting of windows for every SAE, on either side

@@ -20,8 +20,9 @@ from sae_research.text.tokens import token_contexts
 SAEs = dict[str, SparseAutoencoder]
 
 
-def compare(saes: SAEs, lm: LanguageModel, model: Any, params: Params, batches: int = 4,
-            tasks: int = 2) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: SAEs, lm: LanguageModel, model: Any, params: Params, batches: int = 4, tasks: int = 2
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, stock's), with the largest difference of figures printed for every SAE.
 
     batches: of contexts for sparsity and variance; tasks: how many of the configured probing tasks. Both sides compute
@@ -30,10 +31,14 @@ def compare(saes: SAEs, lm: LanguageModel, model: Any, params: Params, batches: 
     activations kept for later SAEs (its best setting); without that, as its own run-all script has it, its model pass
     is repeated for every SAE: reckoned from one timed pass.
     """
-    params = params.model_copy(update={
-        "core_eval": params.core_eval.model_copy(update={"n_eval_sparsity_variance_batches": batches}),
-        "sparse_probing": params.sparse_probing.model_copy(update={
-            "dataset_names": params.sparse_probing.dataset_names[:tasks]})})
+    params = params.model_copy(
+        update={
+            "core_eval": params.core_eval.model_copy(update={"n_eval_sparsity_variance_batches": batches}),
+            "sparse_probing": params.sparse_probing.model_copy(
+                update={"dataset_names": params.sparse_probing.dataset_names[:tasks]}
+            ),
+        }
+    )
     alone, both, stock_core = _core(saes, lm, model, params)
     ours, kept, repeated = _probing(saes, lm, model, params)
     return {
@@ -48,23 +53,35 @@ def compare(saes: SAEs, lm: LanguageModel, model: Any, params: Params, batches: 
 def _core(saes: SAEs, lm: LanguageModel, model: Any, params: Params) -> tuple[float, float, float]:
     """Seconds: ours in SAE Bench's definition alone, ours in both, stock."""
     config = params.core_eval
-    contexts = config.batch_size_prompts * (
-        config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches)
-    tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                            contexts * params.text.context_size).tokens[:contexts]
+    contexts = config.batch_size_prompts * (config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches)
+    tokens = token_contexts(
+        lm.tokenizer, lm.separator_id, params.text, "core_eval", contexts * params.text.context_size
+    ).tokens[:contexts]
     start = time.perf_counter()
     for _ in evaluation.evaluate(saes, lm, params, tokens=tokens, lab=False):
         pass
     alone, start = time.perf_counter() - start, time.perf_counter()
     ours = dict(evaluation.evaluate(saes, lm, params, tokens=tokens))
     both, start = time.perf_counter() - start, time.perf_counter()
-    theirs = {name: stock.core(sae, model, tokens, config.batch_size_prompts, config.n_eval_reconstruction_batches,
-                               config.n_eval_sparsity_variance_batches) for name, sae in saes.items()}
+    theirs = {
+        name: stock.core(
+            sae,
+            model,
+            tokens,
+            config.batch_size_prompts,
+            config.n_eval_reconstruction_batches,
+            config.n_eval_sparsity_variance_batches,
+        )
+        for name, sae in saes.items()
+    }
     their_time = time.perf_counter() - start
     for name in saes:
-        gaps = {f"{category}.{key}": abs(ours[name]["eval_result_metrics"][category][key] - value) / max(abs(value), 1e-6)
-                for category, metrics in theirs[name].items() if category != "feature_metrics"
-                for key, value in metrics.items()}
+        gaps = {
+            f"{category}.{key}": abs(ours[name]["eval_result_metrics"][category][key] - value) / max(abs(value), 1e-6)
+            for category, metrics in theirs[name].items()
+            if category != "feature_metrics"
+            for key, value in metrics.items()
+        }
         worst = max(gaps, key=lambda key: gaps[key])
         print(f"core, {name}: largest relative difference in SAE Bench's definition {gaps[worst]:.1e} ({worst})")
     return alone, both, their_time
@@ -80,20 +97,24 @@ def _probing(saes: SAEs, lm: LanguageModel, model: Any, params: Params) -> tuple
         start = time.perf_counter()
         ours = dict(sparse_probing.evaluate(saes, lm, params, StageFolder(Path(folder) / "out")))
         our_time = time.perf_counter() - start
-        tasks = [load_task(name, config.probe_train_set_size, config.probe_test_set_size, params.random_seed)
-                 for name in config.dataset_names]
+        tasks = [
+            load_task(name, config.probe_train_set_size, config.probe_test_set_size, params.random_seed)
+            for name in config.dataset_names
+        ]
         theirs, seconds = {}, []
         for name, sae in [*saes.items(), *list(saes.items())[:1]]:
             start = time.perf_counter()
-            theirs[name] = stock.sparse_probing(sae, model, tasks, config, params.random_seed,
-                                                params.model.llm_batch_size, Path(folder) / "stock")
+            theirs[name] = stock.sparse_probing(
+                sae, model, tasks, config, params.random_seed, params.model.llm_batch_size, Path(folder) / "stock"
+            )
             seconds.append(time.perf_counter() - start)
     # the first SAE ran twice, with and without the model's activations at hand: the difference is the model's share
     model_pass = seconds[0] - seconds.pop()
     kept = sum(seconds)
     for name in saes:
         key = "sae_top_1_test_accuracy"
-        print(f"probing, {name}: top-1 {ours[name]['eval_result_metrics']['sae'][key]:.3f}, "
-              f"stock {theirs[name]['averages'][key]:.3f} (its draws of negatives are others)")
+        print(
+            f"probing, {name}: top-1 {ours[name]['eval_result_metrics']['sae'][key]:.3f}, "
+            f"stock {theirs[name]['averages'][key]:.3f} (its draws of negatives are others)"
+        )
     return our_time, kept, kept + model_pass * (len(saes) - 1)
-

@@ -31,8 +31,9 @@ BATCHES_TIMED = 2
 BINS, GROUPS, PER_GROUP, TOP, LOGITS = 50, 5, 5, 20, 10
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params
-            ) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params
+) -> dict[str, tuple[float, float]]:
     """Ours: the statistics of all latents of the first SAE in one pass, and the whole site written; a second row counts the
     site alone, from statistics at hand. Both without descriptions of latents, which the loop lacks. Theirs: SAEDashboard's
     plan with this project's model and SAE (the package itself does not install beside current ones), so that plans are
@@ -58,8 +59,10 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, p
         n_batches = -(-sae.cfg.d_sae // LATENTS_PER_BATCH)
         theirs = (time.perf_counter() - loop_start) / BATCHES_TIMED * n_batches
     what = f"dashboards of {sae.cfg.d_sae:,} latents on {tokens.numel():,} tokens"
-    return {f"{what}, statistics included": (written - start, theirs),
-            f"{what}, from statistics at hand": (written - collected, theirs)}
+    return {
+        f"{what}, statistics included": (written - start, theirs),
+        f"{what}, from statistics at hand": (written - collected, theirs),
+    }
 
 
 @contextmanager
@@ -76,13 +79,18 @@ def _own_cache(folder: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _one_batch(sae: SparseAutoencoder, lm: LanguageModel, tokens: Tensor, strings: list[str], first: int, batch_size: int,
-               folder: Path) -> None:
+def _one_batch(
+    sae: SparseAutoencoder, lm: LanguageModel, tokens: Tensor, strings: list[str], first: int, batch_size: int, folder: Path
+) -> None:
     """What a loop over batches of latents does for one of them."""
     latents = range(first, min(first + LATENTS_PER_BATCH, sae.cfg.d_sae))
-    acts = torch.cat([sae.encode(lm.activations(part, sae.cfg.hook_name))[..., latents.start:latents.stop]
-                      for part in tokens.split(batch_size)])
-    logits = unembedding(lm).logits(sae.W_dec[latents.start:latents.stop])
+    acts = torch.cat(
+        [
+            sae.encode(lm.activations(part, sae.cfg.hook_name))[..., latents.start : latents.stop]
+            for part in tokens.split(batch_size)
+        ]
+    )
+    logits = unembedding(lm).logits(sae.W_dec[latents.start : latents.stop])
     pages = [_page(acts[..., i], logits[i], tokens, strings, latent) for i, latent in enumerate(latents)]
     (folder / f"batch-{first}.json").write_text(json.dumps(pages))
 
@@ -100,10 +108,14 @@ def _page(acts: Tensor, logits: Tensor, tokens: Tensor, strings: list[str], late
     counts, bounds = np.histogram(nonzero.numpy(), BINS) if len(nonzero) else (np.zeros(1), np.zeros(2))
     logit_counts, logit_bounds = np.histogram(logits.numpy(), BINS)
     sides = [logits.topk(LOGITS, largest=largest) for largest in (True, False)]
-    return {"latent": latent, "density": float((flat != 0).float().mean()), "sequences": sequences,
-            "histogram": [counts.tolist(), bounds.tolist()],
-            "logit_histogram": [logit_counts.tolist(), logit_bounds.tolist()],
-            "logits": [[[strings[i] for i in side.indices.tolist()], side.values.tolist()] for side in sides]}
+    return {
+        "latent": latent,
+        "density": float((flat != 0).float().mean()),
+        "sequences": sequences,
+        "histogram": [counts.tolist(), bounds.tolist()],
+        "logit_histogram": [logit_counts.tolist(), logit_bounds.tolist()],
+        "logits": [[[strings[i] for i in side.indices.tolist()], side.values.tolist()] for side in sides],
+    }
 
 
 def _sequence(acts: Tensor, tokens: Tensor, strings: list[str], place: int) -> dict[str, Any]:

@@ -94,25 +94,49 @@ def _draws(rng: np.random.Generator, samples: int, sizes: Sequence[int], noise: 
 
 # --- record ------------------------------------------------------------------------------------
 
+
 def committed_sizes(results: Path = Path("eval_results/core")) -> dict[str, list[int]]:
     """Tokens of every cluster of the core evaluation's two parts, largest first, as the last run had them."""
     record = json.loads(next(iter(sorted(results.glob("*_eval_results.json")))).read_text())
     sums = record["eval_result_unstructured"]["lab_v1"]["cluster_sums"]
-    return {part: sorted((int(n) for n in sums[metric]["denominator"]), reverse=True)
-            for part, metric in (("predictions", "kl"), ("sparsity and variance", "l0"))}
+    return {
+        part: sorted((int(n) for n in sums[metric]["denominator"]), reverse=True)
+        for part, metric in (("predictions", "kl"), ("sparsity and variance", "l0"))
+    }
 
 
 def record(samples: int, tables: int, contenders: int = 15) -> dict[str, Any]:
     """All rates on the committed clusters and on equal ones of several numbers."""
     sizes = {**committed_sizes(), "20 equal": [100] * 20, "40 equal": [100] * 40, "80 equal": [100] * 80}
-    rows = [{"clusters": name, "number": len(n), "effective": sum(n)**2 / sum(x * x for x in n), "noise": noise,
-             "spread": spread, **rates(n, noise, spread, samples)._asdict()}
-            for name, n in sizes.items() for noise in NOISES for spread in _spreads(n)]
-    families = [{"clusters": name, "noise": noise, "contenders": contenders,
-                 "rate": family_rate(n, noise, contenders, tables)}
-                for name, n in sizes.items() for noise in NOISES]
-    return round_significant({"levels": list(LEVELS), "samples": samples, "tables": tables, "sizes": committed_sizes(),
-                              "rates": rows, "families": families}, 3)
+    rows = [
+        {
+            "clusters": name,
+            "number": len(n),
+            "effective": sum(n) ** 2 / sum(x * x for x in n),
+            "noise": noise,
+            "spread": spread,
+            **rates(n, noise, spread, samples)._asdict(),
+        }
+        for name, n in sizes.items()
+        for noise in NOISES
+        for spread in _spreads(n)
+    ]
+    families = [
+        {"clusters": name, "noise": noise, "contenders": contenders, "rate": family_rate(n, noise, contenders, tables)}
+        for name, n in sizes.items()
+        for noise in NOISES
+    ]
+    return round_significant(
+        {
+            "levels": list(LEVELS),
+            "samples": samples,
+            "tables": tables,
+            "sizes": committed_sizes(),
+            "rates": rows,
+            "families": families,
+        },
+        3,
+    )
 
 
 def _spreads(sizes: Sequence[int]) -> Iterator[str]:
@@ -122,12 +146,21 @@ def _spreads(sizes: Sequence[int]) -> Iterator[str]:
 def tables(found: dict[str, Any]) -> dict[str, str]:
     """The page's tables by the name of their marks."""
     at = [f"{which}at {level:g}" for which in ("", "t, ") for level in found["levels"]]
-    head = (f"| clusters | number | effective | noise | variance | {' | '.join(at)} |\n"
-            f"| :-- | --: | --: | :-- | :-- |{' --: |' * len(at)}")
-    rows = [f"| {row['clusters']} | {row['number']} | {row['effective']:g} | {row['noise']} | {row['spread']} | "
-            + " | ".join(f"{value:.2f}" for value in (*row["ours"], *row["ordinary"])) + " |" for row in found["rates"]]
-    families = ["| clusters | noise | tables with a finding |", "| :-- | :-- | --: |",
-                *(f"| {row['clusters']} | {row['noise']} | {100 * row['rate']:.1f} % |" for row in found["families"])]
+    head = (
+        f"| clusters | number | effective | noise | variance | {' | '.join(at)} |\n"
+        f"| :-- | --: | --: | :-- | :-- |{' --: |' * len(at)}"
+    )
+    rows = [
+        f"| {row['clusters']} | {row['number']} | {row['effective']:g} | {row['noise']} | {row['spread']} | "
+        + " | ".join(f"{value:.2f}" for value in (*row["ours"], *row["ordinary"]))
+        + " |"
+        for row in found["rates"]
+    ]
+    families = [
+        "| clusters | noise | tables with a finding |",
+        "| :-- | :-- | --: |",
+        *(f"| {row['clusters']} | {row['noise']} | {100 * row['rate']:.1f} % |" for row in found["families"]),
+    ]
     return {"rates": "\n".join([head, *rows]), "families": "\n".join(families)}
 
 
@@ -149,8 +182,10 @@ def main() -> None:
     write_json(RECORD, found)
     write_text(PAGE, page(PAGE.read_text(), found))
     for row in found["rates"]:
-        print(f"{row['clusters']:24s} {row['effective']:6.1f} {row['noise']:12s} {row['spread']:10s} "
-              f"ours {row['ours']}  ordinary {row['ordinary']}")
+        print(
+            f"{row['clusters']:24s} {row['effective']:6.1f} {row['noise']:12s} {row['spread']:10s} "
+            f"ours {row['ours']}  ordinary {row['ordinary']}"
+        )
     for row in found["families"]:
         print(f"{row['clusters']:24s} {row['noise']:12s} family {row['rate']:.3f}")
 

@@ -58,21 +58,35 @@ def measured(shape: Shape | None = None, device: str = "cpu") -> dict[str, tuple
     """
     shape = Shape() if shape is None else shape
     W, b, x = _inputs(shape, device)
-    few = x[:max(1, shape.sequences // 8)]
+    few = x[: max(1, shape.sequences // 8)]
     matched = MPSAE(W, b, STEPS)
-    rows = {f"matching pursuit, s = {STEPS}": (_seconds(lambda: matched.encode(few), device),
-                                               _seconds(lambda: plain_matching(few - b, W, STEPS), device, 1))}
+    rows = {
+        f"matching pursuit, s = {STEPS}": (
+            _seconds(lambda: matched.encode(few), device),
+            _seconds(lambda: plain_matching(few - b, W, STEPS), device, 1),
+        )
+    }
     family = [IHTPSAE(W, b, k) for k in (1, 2, K, 10)]
-    rows[f"IHTP, k = {K}"] = (_seconds(lambda: family[2].encode(x), device),
-                              _seconds(lambda: plain_ihtp(x - b, W, K), device))
-    rows["IHTP, four k"] = (_seconds(lambda: list(IHTPSAE.encode_family(family, x, None)), device),
-                            _seconds(lambda: [plain_ihtp(x - b, W, member.k) for member in family], device))
+    rows[f"IHTP, k = {K}"] = (
+        _seconds(lambda: family[2].encode(x), device),
+        _seconds(lambda: plain_ihtp(x - b, W, K), device),
+    )
+    rows["IHTP, four k"] = (
+        _seconds(lambda: list(IHTPSAE.encode_family(family, x, None)), device),
+        _seconds(lambda: [plain_ihtp(x - b, W, member.k) for member in family], device),
+    )
     supports, products = _chosen(family[2], x - b)
     sequences = list(x - b)
     rows[f"IHTP, k = {K}, the fits alone"] = (
         _seconds(lambda: thresholding._fit_together(family[2].dictionary(), supports, sequences, products), device),
-        _seconds(lambda: [torch.linalg.lstsq(W[s].T, x_TD.T, driver=_driver(device)).solution.T
-                          for s, x_TD in zip(supports, sequences, strict=True)], device))
+        _seconds(
+            lambda: [
+                torch.linalg.lstsq(W[s].T, x_TD.T, driver=_driver(device)).solution.T
+                for s, x_TD in zip(supports, sequences, strict=True)
+            ],
+            device,
+        ),
+    )
     return rows
 
 
@@ -102,14 +116,21 @@ def speeds(shape: Shape | None = None, device: str = "cpu") -> dict[str, float]:
     """Tokens per second of every encoder, from activations to dense latents."""
     shape = Shape() if shape is None else shape
     W, b, x = _inputs(shape, device)
-    x = x[:max(1, shape.sequences // 8)]
-    encoders = {"ihtp, k = 5": IHTPSAE(W, b, 5), "ihtp, k = 5, 3 iterations": IHTPSAE(W, b, 5, iterations=3),
-                "topk_refit, k = 10": TopKRefitSAE(W, b, 10), "topk_refit, k = 50": TopKRefitSAE(W, b, 50),
-                "mpsae, s = 10": MPSAE(W, b, 10), "mpsae, s = 100": MPSAE(W, b, 100),
-                "mpsae, s = 100, bfloat16 Gram": MPSAE(W, b, 100, gram_dtype="bfloat16"),
-                "nn_mpsae, s = 100": NonNegativeMPSAE(W, b, 100),
-                "omp, s = 10": OMPSAE(W, b, 10), "omp, s = 50": OMPSAE(W, b, 50),
-                "nn_omp, s = 10": NonNegativeOMPSAE(W, b, 10), "nn_omp, s = 50": NonNegativeOMPSAE(W, b, 50)}
+    x = x[: max(1, shape.sequences // 8)]
+    encoders = {
+        "ihtp, k = 5": IHTPSAE(W, b, 5),
+        "ihtp, k = 5, 3 iterations": IHTPSAE(W, b, 5, iterations=3),
+        "topk_refit, k = 10": TopKRefitSAE(W, b, 10),
+        "topk_refit, k = 50": TopKRefitSAE(W, b, 50),
+        "mpsae, s = 10": MPSAE(W, b, 10),
+        "mpsae, s = 100": MPSAE(W, b, 100),
+        "mpsae, s = 100, bfloat16 Gram": MPSAE(W, b, 100, gram_dtype="bfloat16"),
+        "nn_mpsae, s = 100": NonNegativeMPSAE(W, b, 100),
+        "omp, s = 10": OMPSAE(W, b, 10),
+        "omp, s = 50": OMPSAE(W, b, 50),
+        "nn_omp, s = 10": NonNegativeOMPSAE(W, b, 10),
+        "nn_omp, s = 50": NonNegativeOMPSAE(W, b, 50),
+    }
     return {name: x[..., 0].numel() / _seconds(lambda sae=sae: sae.encode(x), device, 2) for name, sae in encoders.items()}
 
 
@@ -122,7 +143,7 @@ def memory_traffic(shape: Shape | None = None, device: str = "cpu") -> dict[str,
     """
     shape = Shape() if shape is None else shape
     W, b, x = _inputs(shape, device)
-    x = (x[:max(1, shape.sequences // 8)] - b).reshape(-1, shape.d_in)
+    x = (x[: max(1, shape.sequences // 8)] - b).reshape(-1, shape.d_in)
     found = {"bandwidth, GB/s": measured_bandwidth(device)}
     for name, gram_dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         dictionary = MPSAE(W, b, STEPS).dictionary()
@@ -130,9 +151,12 @@ def memory_traffic(shape: Shape | None = None, device: str = "cpu") -> dict[str,
         product = _seconds(lambda d=dictionary: d.correlations(x), device)
         whole = _seconds(lambda d=dictionary, g=gram_dtype: matching.pursue(x, d, STEPS, gram_dtype=g), device)
         rate = len(x) * STEPS / (whole - product)
-        found |= {f"{name}: bytes a step": bytes_per_step, f"{name}: million steps/s": rate / 1e6,
-                  f"{name}: GB/s": rate * bytes_per_step / 1e9,
-                  f"{name}: fraction of bandwidth": rate * bytes_per_step / 1e9 / found["bandwidth, GB/s"]}
+        found |= {
+            f"{name}: bytes a step": bytes_per_step,
+            f"{name}: million steps/s": rate / 1e6,
+            f"{name}: GB/s": rate * bytes_per_step / 1e9,
+            f"{name}: fraction of bandwidth": rate * bytes_per_step / 1e9 / found["bandwidth, GB/s"],
+        }
     return found
 
 
@@ -140,8 +164,14 @@ def measured_bandwidth(device: str) -> float:
     """GB/s (1e9 bytes) of the fastest of a copy, a sum and a triad, from arrays far larger than caches."""
     a, b, c = (torch.ones(BANDWIDTH_NUMBERS, device=device) for _ in range(3))
     size = a.numel() * a.element_size()
-    return max(2 * size / _seconds(lambda: a.copy_(b), device), size / _seconds(lambda: b.sum(), device),
-               3 * size / _seconds(lambda: torch.add(b, c, alpha=0.5, out=a), device)) / 1e9
+    return (
+        max(
+            2 * size / _seconds(lambda: a.copy_(b), device),
+            size / _seconds(lambda: b.sum(), device),
+            3 * size / _seconds(lambda: torch.add(b, c, alpha=0.5, out=a), device),
+        )
+        / 1e9
+    )
 
 
 def _inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,8 +182,11 @@ def _inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
     popularity = torch.arange(1, shape.d_sae + 1).float().reciprocal()
     for _ in range(TRUE_L0):
         x += torch.rand(len(x), 1, generator=g) * W[torch.multinomial(popularity, len(x), replacement=True, generator=g)]
-    return (W.to(device), torch.zeros(shape.d_in, device=device),
-            x.reshape(shape.sequences, shape.seq, shape.d_in).to(device))
+    return (
+        W.to(device),
+        torch.zeros(shape.d_in, device=device),
+        x.reshape(shape.sequences, shape.seq, shape.d_in).to(device),
+    )
 
 
 def _chosen(sae: IHTPSAE, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -195,15 +228,28 @@ def main() -> None:
         for d_sae in options.d_sae:
             shape = Shape(options.d_in, d_sae)
             print(f"d_in {shape.d_in:,} x d_sae {d_sae:,} on {options.device}", flush=True)
-            against = {name: {"ours_seconds": ours, "loop_seconds": loop, "ratio": loop / ours}
-                       for name, (ours, loop) in measured(shape, options.device).items()}
+            against = {
+                name: {"ours_seconds": ours, "loop_seconds": loop, "ratio": loop / ours}
+                for name, (ours, loop) in measured(shape, options.device).items()
+            }
             for name, row in against.items():
-                print(f"  {name:32} ours {row['ours_seconds']:8.3f} s, loop {row['loop_seconds']:8.3f} s: "
-                      f"{row['ratio']:6.1f}x", flush=True)
+                print(
+                    f"  {name:32} ours {row['ours_seconds']:8.3f} s, loop {row['loop_seconds']:8.3f} s: "
+                    f"{row['ratio']:6.1f}x",
+                    flush=True,
+                )
             memory = _shown("matching pursuit's steps", memory_traffic(shape, options.device))
-            figures.append({"device": options.device, "threads": torch.get_num_threads(), "d_in": shape.d_in,
-                            "d_sae": d_sae, "against": against, "memory": memory,
-                            "tokens_per_second": _shown("tokens per second", speeds(shape, options.device))})
+            figures.append(
+                {
+                    "device": options.device,
+                    "threads": torch.get_num_threads(),
+                    "d_in": shape.d_in,
+                    "d_sae": d_sae,
+                    "against": against,
+                    "memory": memory,
+                    "tokens_per_second": _shown("tokens per second", speeds(shape, options.device)),
+                }
+            )
     if options.json:
         write_json(options.json, round_significant(figures, 3))
 

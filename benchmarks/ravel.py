@@ -22,8 +22,9 @@ AT_MOST = 1
 """SAEs."""
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object,
-            params: Params) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, stock's), with both sides' scores printed, of the first SAE: either side's time grows
     with their number alike. model: unused, stock's RAVEL runs on the Hugging Face model.
 
@@ -48,15 +49,29 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
                 for name, sae in members.items():
                     swap = Swap(sae, group.entity_latents({name: sae})[name], group)
                     found = findings_of(swap, tasks, params, definitions)
-                    scores = mean_scores({task.name: sae_bench_scores(
-                        known, task.sae_bench.test, found[task.name]["sae_bench"]["answers"]) for task in tasks}, tasks)
+                    scores = mean_scores(
+                        {
+                            task.name: sae_bench_scores(known, task.sae_bench.test, found[task.name]["sae_bench"]["answers"])
+                            for task in tasks
+                        },
+                        tasks,
+                    )
                     print(f"RAVEL, {name}: ours cause {scores.cause:.3f}, isolation {scores.isolation:.3f}")
             ours[row] = time.perf_counter() - start
     start = time.perf_counter()
     for name, sae in saes.items():
-        stock = [stock_ravel.one_attribute(sae, lm, known, task.attribute, params,
-                                           f"{params.random_seed} {task.entity_class} {task.attribute}",
-                                           str(packaged_folder(params.model.name)))["scores"] for task in tasks]
+        stock = [
+            stock_ravel.one_attribute(
+                sae,
+                lm,
+                known,
+                task.attribute,
+                params,
+                f"{params.random_seed} {task.entity_class} {task.attribute}",
+                str(packaged_folder(params.model.name)),
+            )["scores"]
+            for task in tasks
+        ]
         cause, isolation = (sum(one[key] for one in stock) / len(stock) for key in ("cause_score", "isolation_score"))
         print(f"RAVEL, {name}: stock cause {cause:.3f}, isolation {isolation:.3f}")
     their_time = time.perf_counter() - start

@@ -39,8 +39,13 @@ def stock_rows(config: SparseProbingSaeProbes, seed: int) -> dict[str, pd.DataFr
     return found
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
-            blocks: tuple[str, ...] = tuple(BLOCKS)) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder],
+    lm: LanguageModel,
+    model: object,
+    params: Params,
+    blocks: tuple[str, ...] = tuple(BLOCKS),
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, stock's), with agreement printed for every SAE. model: the same one as `stock.hooked_model`.
 
     Counted are tokenising, the model's pass, encoding, all probes and writing results, on either side from nothing; not
@@ -50,14 +55,18 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
     sequences. `SAE_RESEARCH_NO_CACHE=1` must be set, and activation caching off.
     """
     saes = {name: sae for name, sae in saes.items() if sae.per_token}
-    return {f"sae-probes, {block}, both definitions; stock keeps activations": _block(saes, lm, model, params, block)
-            for block in blocks}
+    return {
+        f"sae-probes, {block}, both definitions; stock keeps activations": _block(saes, lm, model, params, block)
+        for block in blocks
+    }
 
 
-def _block(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
-           block: str) -> tuple[float, float]:
-    config = params.sparse_probing_sae_probes.model_copy(update={
-        "dataset_names": list(BLOCKS[block]), "context_length": STOCK_CONTEXT})
+def _block(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params, block: str
+) -> tuple[float, float]:
+    config = params.sparse_probing_sae_probes.model_copy(
+        update={"dataset_names": list(BLOCKS[block]), "context_length": STOCK_CONTEXT}
+    )
     params = params.model_copy(update={"sparse_probing_sae_probes": config})
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -67,12 +76,15 @@ def _block(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object,
             stage.write_result(name, result)
             ours[name] = result
         seconds, start = time.perf_counter() - start, time.perf_counter()
-        theirs = stock_sae_probes.sae_probes(saes, model, stock_rows(config, params.random_seed), config,
-                                             params.random_seed, Path(folder))
+        theirs = stock_sae_probes.sae_probes(
+            saes, model, stock_rows(config, params.random_seed), config, params.random_seed, Path(folder)
+        )
         stock_seconds = time.perf_counter() - start
     for name in saes:
         both = [results[name]["eval_result_metrics"]["sae"] for results in (ours, theirs)]
         gap = max(abs(both[0][key] - value) for key, value in both[1].items() if value is not None)
-        print(f"sae-probes, {block}, {name}: top-1 {both[0]['sae_top_1_test_accuracy']:.3f}, largest difference of a mean "
-              f"{gap:.1e}")
+        print(
+            f"sae-probes, {block}, {name}: top-1 {both[0]['sae_top_1_test_accuracy']:.3f}, largest difference of a mean "
+            f"{gap:.1e}"
+        )
     return seconds, stock_seconds

@@ -40,12 +40,17 @@ SCR_TASK, TPP_TASK = "film_or_restaurant_by_sentiment", "code_language"
 SIZES = {"train_set_size": 32, "test_set_size": 16}
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
-            params: Params) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, stock's). model: the same one as `stock.hooked_model`."""
-    params = params.model_copy(update={
-        "activation_caching": params.activation_caching.model_copy(update={"enabled": True}),
-        "scr": SCR(dataset_names=[SCR_TASK], **SIZES), "tpp": TPP(dataset_names=[TPP_TASK], context_length=128, **SIZES)})
+    params = params.model_copy(
+        update={
+            "activation_caching": params.activation_caching.model_copy(update={"enabled": True}),
+            "scr": SCR(dataset_names=[SCR_TASK], **SIZES),
+            "tpp": TPP(dataset_names=[TPP_TASK], context_length=128, **SIZES),
+        }
+    )
     crossed = load_crossed_tasks(SCR_TASK, *SIZES.values(), params.random_seed, lambda *reason: print(*reason))
     tasks = [load_task(TPP_TASK, *SIZES.values(), params.random_seed)]
     _warm_up(saes)
@@ -58,9 +63,13 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any,
     scr_settings = Settings(*(getattr(params.scr, field) for field in Settings._fields))
     stock_scr = _stock_seconds(stock_scr_tpp.scr, saes, model, crossed, scr_settings, seed, batch)
     stock_tpp = _stock_seconds(stock_scr_tpp.tpp, saes, model, tasks, tpp_settings(params), seed, batch)
-    return {"SCR": (scr, stock_scr), "TPP": (tpp, stock_tpp), "TPP after sparse probing": (tpp_after_probing, stock_tpp),
-            "SCR and TPP, each from nothing": (scr + tpp, stock_scr + stock_tpp),
-            "SCR and TPP after sparse probing": (scr + tpp_after_probing, stock_scr + stock_tpp)}
+    return {
+        "SCR": (scr, stock_scr),
+        "TPP": (tpp, stock_tpp),
+        "TPP after sparse probing": (tpp_after_probing, stock_tpp),
+        "SCR and TPP, each from nothing": (scr + tpp, stock_scr + stock_tpp),
+        "SCR and TPP after sparse probing": (scr + tpp_after_probing, stock_scr + stock_tpp),
+    }
 
 
 def _seconds(evaluate: Callable[..., Any], saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params) -> float:
@@ -82,16 +91,20 @@ def _stock_seconds(run: Callable[..., Any], saes: dict[str, SparseAutoencoder], 
 @contextlib.contextmanager
 def _read_beforehand(crossed: list[CrossedTask], tasks: list[Task]) -> Iterator[None]:
     """Hand our evaluations the tasks that stock is handed, read already."""
-    with mock.patch.object(evaluation, "load_crossed_tasks", lambda *_: crossed), \
-            mock.patch.object(evaluation, "load_tasks", lambda *_: tasks):
+    with (
+        mock.patch.object(evaluation, "load_crossed_tasks", lambda *_: crossed),
+        mock.patch.object(evaluation, "load_tasks", lambda *_: tasks),
+    ):
         yield
 
 
 @contextlib.contextmanager
 def _empty_project() -> Iterator[Path]:
     """A project whose caches are empty and are used."""
-    with tempfile.TemporaryDirectory() as folder, \
-            mock.patch.dict(os.environ, {"DVC_ROOT": folder, "SAE_RESEARCH_NO_CACHE": ""}):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {"DVC_ROOT": folder, "SAE_RESEARCH_NO_CACHE": ""}),
+    ):
         yield Path(folder)
 
 

@@ -38,8 +38,15 @@ class StockSAE(BaseSAE):
     """One of our SAEs behind SAE Bench's contract; encoding and decoding are ours, unchanged."""
 
     def __init__(self, sae: SparseAutoencoder, model_name: str) -> None:
-        super().__init__(sae.cfg.d_in, sae.cfg.d_sae, model_name, sae.cfg.hook_layer, torch.device("cpu"),
-                         torch.float32, hook_name=sae.cfg.hook_name)
+        super().__init__(
+            sae.cfg.d_in,
+            sae.cfg.d_sae,
+            model_name,
+            sae.cfg.hook_layer,
+            torch.device("cpu"),
+            torch.float32,
+            hook_name=sae.cfg.hook_name,
+        )
         W_enc, b_enc = sae.encoder_weights()
         for name, value in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", sae.W_dec), ("b_dec", sae.b_dec)):
             getattr(self, name).data = value.detach().float().clone()
@@ -80,40 +87,72 @@ def hooked_model(folder: Path) -> HookedTransformer:
         return HookedTransformer.from_pretrained_no_processing(name, device="cpu", dtype=torch.float32)
 
 
-def core(sae: SparseAutoencoder, model: HookedTransformer, tokens: Tensor, batch_size: int, n_reconstruction: int,
-         n_sparsity: int) -> dict[str, Any]:
+def core(
+    sae: SparseAutoencoder, model: HookedTransformer, tokens: Tensor, batch_size: int, n_reconstruction: int, n_sparsity: int
+) -> dict[str, Any]:
     """SAE Bench's core metrics by category, plus `feature_metrics` (lists over latents)."""
     stock = StockSAE(sae, model.cfg.model_name)
     config = CoreEvalConfig(
-        model_name=model.cfg.model_name, batch_size_prompts=batch_size, n_eval_reconstruction_batches=n_reconstruction,
-        n_eval_sparsity_variance_batches=n_sparsity, context_size=tokens.shape[1], compute_kl=True,
-        compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True)
+        model_name=model.cfg.model_name,
+        batch_size_prompts=batch_size,
+        n_eval_reconstruction_batches=n_reconstruction,
+        n_eval_sparsity_variance_batches=n_sparsity,
+        context_size=tokens.shape[1],
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+    )
     tokenizer = model.tokenizer
     metrics, features = core_main.run_evals(
-        stock, _Tokens(tokens, batch_size), model, config,
-        ignore_tokens={tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id})
+        stock,
+        _Tokens(tokens, batch_size),
+        model,
+        config,
+        ignore_tokens={tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id},
+    )
     metrics["misc_metrics"] = core_main.calculate_misc_metrics(features)
     return {**metrics, "feature_metrics": features}
 
 
-def sparse_probing(sae: SparseAutoencoder, model: HookedTransformer, tasks: list[Task], config: SparseProbing,
-                   seed: int, batch_size: int, artifacts: Path) -> dict[str, Any]:
+def sparse_probing(
+    sae: SparseAutoencoder,
+    model: HookedTransformer,
+    tasks: list[Task],
+    config: SparseProbing,
+    seed: int,
+    batch_size: int,
+    artifacts: Path,
+) -> dict[str, Any]:
     """SAE Bench's sparse probing over `tasks`. `artifacts` keeps the model's activations for the next SAE.
 
     Returns {"averages", "per_class", "draws"}; `draws` lists, in the order SAE Bench made them, the rows every probe
     met: (class, split, row numbers as they stand in the task's texts one class after another, labels).
     """
     draws: list[dict[str, Any]] = []
-    with _our_tasks(tasks), _recorded(draws), contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+    with (
+        _our_tasks(tasks),
+        _recorded(draws),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         bench = SparseProbingEvalConfig(
-            model_name=model.cfg.model_name, dataset_names=[task.name for task in tasks], random_seed=seed,
-            probe_train_set_size=config.probe_train_set_size, probe_test_set_size=config.probe_test_set_size,
-            context_length=config.context_length, k_values=list(config.k_values), llm_batch_size=batch_size,
-            llm_dtype="float32")
+            model_name=model.cfg.model_name,
+            dataset_names=[task.name for task in tasks],
+            random_seed=seed,
+            probe_train_set_size=config.probe_train_set_size,
+            probe_test_set_size=config.probe_test_set_size,
+            context_length=config.context_length,
+            k_values=list(config.k_values),
+            llm_batch_size=batch_size,
+            llm_dtype="float32",
+        )
         averages, per_class = probing_main.run_eval_single_sae(
-            bench, StockSAE(sae, model.cfg.model_name), model, "cpu", str(artifacts))
+            bench, StockSAE(sae, model.cfg.model_name), model, "cpu", str(artifacts)
+        )
     return {"averages": averages, "per_class": per_class, "draws": draws}
 
 

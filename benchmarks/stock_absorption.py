@@ -38,8 +38,16 @@ GROUND_TRUTH_BATCH = 64
 """SAE Bench trains its probe on the model in batches of 64, its probes on latents in batches of 4,096."""
 
 
-def absorption(sae: SparseAutoencoder, name: str, model: HookedTransformer, words: Words, config: Absorption,
-               artifacts: Path, seed: int | None = None, batch_size: int = 64) -> dict[str, Any]:
+def absorption(
+    sae: SparseAutoencoder,
+    name: str,
+    model: HookedTransformer,
+    words: Words,
+    config: Absorption,
+    artifacts: Path,
+    seed: int | None = None,
+    batch_size: int = 64,
+) -> dict[str, Any]:
     """What SAE Bench says of one SAE, with its best settings (latents computed once for the k-sparse probes).
 
     `artifacts` keeps the model's probe and activations for the next SAE. With `seed`, probes start and shuffle as ours
@@ -47,10 +55,17 @@ def absorption(sae: SparseAutoencoder, name: str, model: HookedTransformer, word
     """
     stock = StockSAE(sae, model.cfg.model_name)
     common_arguments: dict[str, Any] = {
-        "model": model, "sae": stock, "layer": sae.cfg.hook_layer, "sae_name": name, "force": True,
-        "max_k_value": config.max_k_value, "prompt_template": config.prompt_template,
-        "prompt_token_pos": int(words.positions[0]) - len(words.tails[0]), "device": "cpu",
-        "probes_dir": artifacts / "probes"}
+        "model": model,
+        "sae": stock,
+        "layer": sae.cfg.hook_layer,
+        "sae_name": name,
+        "force": True,
+        "max_k_value": config.max_k_value,
+        "prompt_template": config.prompt_template,
+        "prompt_token_pos": int(words.positions[0]) - len(words.tails[0]),
+        "device": "cpu",
+        "probes_dir": artifacts / "probes",
+    }
     with contextlib.ExitStack() as stack:
         for change in _our_words(words, whole_prompts(words, config)):
             stack.enter_context(change)
@@ -60,33 +75,47 @@ def absorption(sae: SparseAutoencoder, name: str, model: HookedTransformer, word
             stack.enter_context(stream(io.StringIO()))
         torch.set_grad_enabled(True)
         probing_df = k_sparse_probing.run_k_sparse_probing_experiment(
-            **common_arguments, experiment_dir=artifacts / "k_sparse", f1_jump_threshold=config.f1_jump_threshold,
-            k_sparse_probe_l1_decay=config.k_sparse_probe_l1_decay, precalc_k_sparse_probe_sae_acts=True,
-            eval_batch_size=256, verbose=False)
+            **common_arguments,
+            experiment_dir=artifacts / "k_sparse",
+            f1_jump_threshold=config.f1_jump_threshold,
+            k_sparse_probe_l1_decay=config.k_sparse_probe_l1_decay,
+            precalc_k_sparse_probe_sae_acts=True,
+            eval_batch_size=256,
+            verbose=False,
+        )
         raw = feature_absorption.run_feature_absortion_experiment(
-            **common_arguments, experiment_dir=artifacts / "absorption",
+            **common_arguments,
+            experiment_dir=artifacts / "absorption",
             sparse_probing_experiment_dir=artifacts / "k_sparse",
-            feature_split_f1_jump_threshold=config.f1_jump_threshold, batch_size=batch_size)
+            feature_split_f1_jump_threshold=config.f1_jump_threshold,
+            batch_size=batch_size,
+        )
     return _figures(probing_df, main._aggregate_results_df(raw), config)
 
 
 def _figures(probing_df: Any, absorbed_df: Any, config: Absorption) -> dict[str, Any]:
     by_letter = {row["letter"]: row for _, row in probing_df.iterrows()}
-    return {"f1_probe": {letter: float(row["f1_probe"]) for letter, row in by_letter.items()},
-            "letters": {row["letter"]: {
+    return {
+        "f1_probe": {letter: float(row["f1_probe"]) for letter, row in by_letter.items()},
+        "letters": {
+            row["letter"]: {
                 "mean_absorption_fraction": float(row["mean_absorption_fraction"]),
                 "full_absorption_rate": float(row["full_absorption_rate"]),
                 "num_full_absorption": int(row["num_full_absorption"]),
                 "num_probe_true_positives": int(row["num_probe_true_positives"]),
                 "split_feats": [int(i) for i in row["split_feats"]],
-                "f1_by_k": [float(by_letter[row["letter"]][f"f1_sparse_sae_{k}"])
-                            for k in range(1, config.max_k_value + 1)],
-            } for _, row in absorbed_df.iterrows()}}
+                "f1_by_k": [float(by_letter[row["letter"]][f"f1_sparse_sae_{k}"]) for k in range(1, config.max_k_value + 1)],
+            }
+            for _, row in absorbed_df.iterrows()
+        },
+    }
 
 
 def _our_words(words: Words, prompts: list[str]) -> Iterator[Any]:
-    prompt_of = {word: prompting.SpellingPrompt(base=prompt, answer=f" {LETTERS[letter].upper()}", word=word)
-                 for word, prompt, letter in zip(words.texts, prompts, words.letters, strict=True)}
+    prompt_of = {
+        word: prompting.SpellingPrompt(base=prompt, answer=f" {LETTERS[letter].upper()}", word=word)
+        for word, prompt, letter in zip(words.texts, prompts, words.letters, strict=True)
+    }
     rows = list(zip(words.texts, words.letters, words.test, strict=True))
     parts = [[(prompt_of[word], int(letter)) for word, letter, test in rows if test == held] for held in (False, True)]
     yield patch.object(common, "get_alpha_tokens", lambda _: list(words.texts))

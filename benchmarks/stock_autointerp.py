@@ -33,15 +33,22 @@ def stock_config(config: Autointerp, model: HookedTransformer, tokens: Tensor, s
     shared = set(AutoInterpEvalConfig.__dataclass_fields__) & set(Autointerp.model_fields) - {"n_latents", "total_tokens"}
     named = config.override_latents
     result = AutoInterpEvalConfig(
-        **{key: getattr(config, key) for key in shared}, n_latents=config.n_latents if named is None else None,
-        total_tokens=tokens.numel(), llm_context_size=tokens.shape[1], model_name=model.cfg.model_name, random_seed=seed,
-        llm_batch_size=batch_size, llm_dtype="float32")
+        **{key: getattr(config, key) for key in shared},
+        n_latents=config.n_latents if named is None else None,
+        total_tokens=tokens.numel(),
+        llm_context_size=tokens.shape[1],
+        model_name=model.cfg.model_name,
+        random_seed=seed,
+        llm_batch_size=batch_size,
+        llm_dtype="float32",
+    )
     result.latents = named
     return result
 
 
-def gather(sae: SparseAutoencoder, model: HookedTransformer, tokens: Tensor, config: Autointerp, seed: int,
-           batch_size: int) -> tuple[Any, dict[int, Any], dict[int, Any]]:
+def gather(
+    sae: SparseAutoencoder, model: HookedTransformer, tokens: Tensor, config: Autointerp, seed: int, batch_size: int
+) -> tuple[Any, dict[int, Any], dict[int, Any]]:
     """SAE Bench's local work: sparsity, choice of latents, windows. Returns (its AutoInterp, generation and scoring
     examples by latent)."""
     random.seed(seed)
@@ -50,13 +57,21 @@ def gather(sae: SparseAutoencoder, model: HookedTransformer, tokens: Tensor, con
     bench = stock_config(config, model, tokens, seed, batch_size)
     with _quiet():
         sparsity = activation_collection.get_feature_activation_sparsity(
-            tokens, model, stock, batch_size, sae.cfg.hook_layer, sae.cfg.hook_name, mask_bos_pad_eos_tokens=True)
+            tokens, model, stock, batch_size, sae.cfg.hook_layer, sae.cfg.hook_name, mask_bos_pad_eos_tokens=True
+        )
         task = autointerp_main.AutoInterp(bench, model, stock, tokens, sparsity, "cpu", "none")
         return task, *task.gather_data()
 
 
-def run(sae: SparseAutoencoder, model: HookedTransformer, tokens: Tensor, config: Autointerp, seed: int, batch_size: int,
-        base_url: str) -> dict[int, dict[str, Any]]:
+def run(
+    sae: SparseAutoencoder,
+    model: HookedTransformer,
+    tokens: Tensor,
+    config: Autointerp,
+    seed: int,
+    batch_size: int,
+    base_url: str,
+) -> dict[int, dict[str, Any]]:
     """SAE Bench's whole evaluation of one SAE against the judge at `base_url`: its records by latent."""
     bench = stock_config(config, model, tokens, seed, batch_size)
     with tempfile.TemporaryDirectory() as folder, _environment(OPENAI_BASE_URL=base_url), _quiet():

@@ -33,24 +33,52 @@ from sae_research.saes import SparseAutoencoder
 
 def dataset(known: Sequence[Known]) -> RAVELFilteredDataset:
     """Our known prompts as stock's; places of entities count from the end, as stock counts them."""
-    return RAVELFilteredDataset([Prompt(
-        text=one.prompt.text, template="", attribute_type=one.prompt.attribute, attribute_label=one.prompt.label,
-        entity_label=one.prompt.entity, context_split="train", entity_split="train", input_ids=list(one.prompt.ids),
-        final_entity_token_pos=one.prompt.position - len(one.prompt.ids), first_generated_token_id=one.first,
-        is_correct=True) for one in known], {})
+    return RAVELFilteredDataset(
+        [
+            Prompt(
+                text=one.prompt.text,
+                template="",
+                attribute_type=one.prompt.attribute,
+                attribute_label=one.prompt.label,
+                entity_label=one.prompt.entity,
+                context_split="train",
+                entity_split="train",
+                input_ids=list(one.prompt.ids),
+                final_entity_token_pos=one.prompt.position - len(one.prompt.ids),
+                first_generated_token_id=one.first,
+                is_correct=True,
+            )
+            for one in known
+        ],
+        {},
+    )
 
 
 def config(params: Params, model_folder: str) -> RAVELEvalConfig:
     ours = params.ravel
     return RAVELEvalConfig(
-        model_name=model_folder, llm_batch_size=ours.batch_size, num_pairs_per_attribute=ours.num_pairs_per_attribute,
-        train_test_split=ours.train_test_split, learning_rate=ours.learning_rate, num_epochs=ours.num_epochs,
-        n_generated_tokens=ours.n_generated_tokens, llm_dtype="float32", random_seed=params.random_seed,
-        entity_attribute_selection=ours.entity_attribute_selection)
+        model_name=model_folder,
+        llm_batch_size=ours.batch_size,
+        num_pairs_per_attribute=ours.num_pairs_per_attribute,
+        train_test_split=ours.train_test_split,
+        learning_rate=ours.learning_rate,
+        num_epochs=ours.num_epochs,
+        n_generated_tokens=ours.n_generated_tokens,
+        llm_dtype="float32",
+        random_seed=params.random_seed,
+        entity_attribute_selection=ours.entity_attribute_selection,
+    )
 
 
-def one_attribute(sae: SparseAutoencoder, lm: LanguageModel, known: Sequence[Known], attribute: str, params: Params,
-                  seed: str, model_folder: str) -> dict[str, Any]:
+def one_attribute(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    known: Sequence[Known],
+    attribute: str,
+    params: Params,
+    seed: str,
+    model_folder: str,
+) -> dict[str, Any]:
     """Stock's `run_eval_single_cause_attribute`, its generator seeded with `seed`.
 
     Returns its scores, and what it did on the way: `pairs` (base text, source text, label) as formatted for its loaders,
@@ -59,10 +87,15 @@ def one_attribute(sae: SparseAutoencoder, lm: LanguageModel, known: Sequence[Kno
     seen: dict[str, Any] = {"losses": [], "answers": []}
     others = [a for a in dict.fromkeys(one.prompt.attribute for one in known) if a != attribute]
     random.seed(seed)
-    with _any_decoder(lm), _recorded(seen), contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+    with (
+        _any_decoder(lm),
+        _recorded(seen),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         scores = ravel_main.run_eval_single_cause_attribute(
-            dataset(known), attribute, others, config(params, model_folder), StockSAE(sae, lm.name), lm.model)
+            dataset(known), attribute, others, config(params, model_folder), StockSAE(sae, lm.name), lm.model
+        )
     return {"scores": scores, **seen}
 
 
@@ -86,8 +119,12 @@ def _any_decoder(lm: LanguageModel) -> Iterator[None]:
 @contextlib.contextmanager
 def _recorded(seen: dict[str, Any]) -> Iterator[None]:
     """Note what stock computes: its losses, its pairs, its mask, its generations."""
-    loss, loader, train, judge = (mdbm.compute_loss, ravel_main.create_dataloader_from_pairs, mdbm.train_mdbm,
-                                  intervention.evaluate_completion)
+    loss, loader, train, judge = (
+        mdbm.compute_loss,
+        ravel_main.create_dataloader_from_pairs,
+        mdbm.train_mdbm,
+        intervention.evaluate_completion,
+    )
 
     def compute_loss(logits: Tensor, targets: Tensor) -> Any:
         result = loss(logits, targets)

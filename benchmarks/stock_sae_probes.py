@@ -42,20 +42,36 @@ class LastTokenSAE(StockSAE):
         return super().encode(x[:, None])[:, 0] if x.dim() == 2 else super().encode(x)
 
 
-def sae_probes(saes: Mapping[str, SparseAutoencoder], model: HookedTransformer, rows: Mapping[str, pd.DataFrame],
-               config: SparseProbingSaeProbes, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+def sae_probes(
+    saes: Mapping[str, SparseAutoencoder],
+    model: HookedTransformer,
+    rows: Mapping[str, pd.DataFrame],
+    config: SparseProbingSaeProbes,
+    seed: int,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
     """SAE name -> SAE Bench's result in plain data. rows: task -> its rows (prompt, target) in the file's order.
 
     `folder` keeps the model's activations from SAE to SAE: stock's best setting, which its command line does not set.
     """
     bench = SparseProbingSaeProbesEvalConfig(
-        model_name=MODEL, random_seed=seed, dataset_names=list(rows), ks=list(config.k_values),
-        results_path=str(folder / "results"), model_cache_path=str(folder / "activations"))
+        model_name=MODEL,
+        random_seed=seed,
+        dataset_names=list(rows),
+        ks=list(config.k_values),
+        results_path=str(folder / "results"),
+        model_cache_path=str(folder / "activations"),
+    )
     silent = io.StringIO()
-    with _our_inputs(model, rows, config.context_length, folder), contextlib.redirect_stdout(silent), \
-            contextlib.redirect_stderr(silent):
-        results = {name: probes_main.run_eval(bench, [(name, LastTokenSAE(sae, MODEL))], "cpu", str(folder / "out"))
-                   for name, sae in saes.items()}
+    with (
+        _our_inputs(model, rows, config.context_length, folder),
+        contextlib.redirect_stdout(silent),
+        contextlib.redirect_stderr(silent),
+    ):
+        results = {
+            name: probes_main.run_eval(bench, [(name, LastTokenSAE(sae, MODEL))], "cpu", str(folder / "out"))
+            for name, sae in saes.items()
+        }
     return {name: next(iter(found.values())) for name, found in results.items()}
 
 
@@ -70,8 +86,9 @@ def split_rows(rows: Mapping[str, pd.DataFrame], seed: int) -> dict[str, tuple[n
 
 
 @contextlib.contextmanager
-def _our_inputs(model: HookedTransformer, rows: Mapping[str, pd.DataFrame], context_length: int,
-                folder: Path) -> Iterator[None]:
+def _our_inputs(
+    model: HookedTransformer, rows: Mapping[str, pd.DataFrame], context_length: int, folder: Path
+) -> Iterator[None]:
     class InMemory:
         @staticmethod
         def from_pretrained_no_processing(*_: Any, **__: Any) -> HookedTransformer:
@@ -83,11 +100,15 @@ def _our_inputs(model: HookedTransformer, rows: Mapping[str, pd.DataFrame], cont
     for name, frame in rows.items():
         frame.to_csv(files / "cleaned_data" / f"{name}.csv.zst", compression="zstd", index=False)
     replaced = [
-        (model_activations, "HookedTransformer", InMemory), (model_activations, "DATA_PATH", files),
+        (model_activations, "HookedTransformer", InMemory),
+        (model_activations, "DATA_PATH", files),
         (model_activations, "_process_activations", lambda **given: process(**{**given, "max_seq_len": context_length})),
         (data, "DATA_PATH", files),
-        *((module, "DATASET_SIZES", {name: len(frame) for name, frame in rows.items()})
-          for module in (sae_activations, baselines, sae_evals))]
+        *(
+            (module, "DATASET_SIZES", {name: len(frame) for name, frame in rows.items()})
+            for module in (sae_activations, baselines, sae_evals)
+        ),
+    ]
     originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
         setattr(module, name, value)

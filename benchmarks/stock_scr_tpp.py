@@ -34,13 +34,25 @@ def groups(cells: dict[Cell, list[str]]) -> dict[str, list[str]]:
     """A two-attribute task's texts as SAE Bench's six data sets."""
     m = len(cells[0, 1])
     both, neither = cells[0, 0], cells[1, 1]
-    return {SECOND: both[:m] + cells[1, 0], "female_data_only": cells[0, 1] + neither[:m],
-            FIRST: both[:m] + cells[0, 1], "nurse_data_only": cells[1, 0] + neither[:m],
-            BIASED: both, "female_nurse_data_only": neither}
+    return {
+        SECOND: both[:m] + cells[1, 0],
+        "female_data_only": cells[0, 1] + neither[:m],
+        FIRST: both[:m] + cells[0, 1],
+        "nurse_data_only": cells[1, 0] + neither[:m],
+        BIASED: both,
+        "female_nurse_data_only": neither,
+    }
 
 
-def scr(sae: SparseAutoencoder, model: HookedTransformer, tasks: Sequence[CrossedTask], settings: Settings, seed: int,
-        batch_size: int, artifacts: Path) -> dict[str, Any]:
+def scr(
+    sae: SparseAutoencoder,
+    model: HookedTransformer,
+    tasks: Sequence[CrossedTask],
+    settings: Settings,
+    seed: int,
+    batch_size: int,
+    artifacts: Path,
+) -> dict[str, Any]:
     """SAE Bench's SCR. `artifacts` keeps activations and probes for the next SAE.
 
     Returns {"metrics", "draws", "trainings"}: averages and every task's figures, and what it drew at random, as
@@ -52,16 +64,31 @@ def scr(sae: SparseAutoencoder, model: HookedTransformer, tasks: Sequence[Crosse
     dataset_creation.get_train_test_data = lambda name, *_: data[name]
     scr_tpp_main.COLUMN2_VALS_LOOKUP.update({task.name: task.second for task in tasks})
     try:
-        return _run(sae, model, list(by_name), settings, seed, batch_size, artifacts,
-                    pairs={task.name: [task.first] for task in tasks})
+        return _run(
+            sae,
+            model,
+            list(by_name),
+            settings,
+            seed,
+            batch_size,
+            artifacts,
+            pairs={task.name: [task.first] for task in tasks},
+        )
     finally:
         dataset_creation.get_train_test_data = original
         for name in by_name:
             del scr_tpp_main.COLUMN2_VALS_LOOKUP[name]
 
 
-def tpp(sae: SparseAutoencoder, model: HookedTransformer, tasks: Sequence[Task], settings: Settings, seed: int,
-        batch_size: int, artifacts: Path) -> dict[str, Any]:
+def tpp(
+    sae: SparseAutoencoder,
+    model: HookedTransformer,
+    tasks: Sequence[Task],
+    settings: Settings,
+    seed: int,
+    batch_size: int,
+    artifacts: Path,
+) -> dict[str, Any]:
     """SAE Bench's TPP, as `scr`; figures of every class stand under "classes"."""
     scr_tpp_main.COLUMN2_VALS_LOOKUP.update({task.name: None for task in tasks})
     try:
@@ -72,19 +99,41 @@ def tpp(sae: SparseAutoencoder, model: HookedTransformer, tasks: Sequence[Task],
             del scr_tpp_main.COLUMN2_VALS_LOOKUP[task.name]
 
 
-def _run(sae: SparseAutoencoder, model: HookedTransformer, names: list[str], settings: Settings, seed: int, batch_size: int,
-         artifacts: Path, pairs: dict[str, Any] | None) -> dict[str, Any]:
+def _run(
+    sae: SparseAutoencoder,
+    model: HookedTransformer,
+    names: list[str],
+    settings: Settings,
+    seed: int,
+    batch_size: int,
+    artifacts: Path,
+    pairs: dict[str, Any] | None,
+) -> dict[str, Any]:
     config = ScrAndTppEvalConfig(
-        random_seed=seed, dataset_names=names, perform_scr=pairs is not None, train_set_size=settings.train_set_size,
-        test_set_size=settings.test_set_size, context_length=settings.context_length, probe_epochs=settings.probe_epochs,
-        llm_batch_size=batch_size, llm_dtype="float32", model_name=model.cfg.model_name, n_values=list(settings.n_values),
-        column1_vals_lookup=pairs or {})
+        random_seed=seed,
+        dataset_names=names,
+        perform_scr=pairs is not None,
+        train_set_size=settings.train_set_size,
+        test_set_size=settings.test_set_size,
+        context_length=settings.context_length,
+        probe_epochs=settings.probe_epochs,
+        llm_batch_size=batch_size,
+        llm_dtype="float32",
+        model_name=model.cfg.model_name,
+        n_values=list(settings.n_values),
+        column1_vals_lookup=pairs or {},
+    )
     draws: list[dict[str, Any]] = []
     trainings: list[dict[str, Any]] = []
-    with stock._recorded(draws), _trainings(trainings), contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+    with (
+        stock._recorded(draws),
+        _trainings(trainings),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         metrics, classes = scr_tpp_main.run_eval_single_sae(
-            config, stock.StockSAE(sae, model.cfg.model_name), model, "cpu", str(artifacts))
+            config, stock.StockSAE(sae, model.cfg.model_name), model, "cpu", str(artifacts)
+        )
     return {"metrics": metrics, "classes": classes, "draws": draws, "trainings": trainings}
 
 

@@ -35,8 +35,17 @@ def dictionary_learning(recipe: Recipe, n_steps: int) -> Step:
         sys.modules["dictionary_learning"] = package
     config: Any = recipe.config
     F, D = recipe.W_dec.shape
-    common = {"steps": n_steps + 2, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "none", "device": "cpu",
-              "warmup_steps": 0, "lr": config.learning_rate, "seed": 0}
+    common = {
+        "steps": n_steps + 2,
+        "activation_dim": D,
+        "dict_size": F,
+        "layer": 0,
+        "lm_name": "none",
+        "device": "cpu",
+        "warmup_steps": 0,
+        "lr": config.learning_rate,
+        "seed": 0,
+    }
     if config.recipe == "top_k":
         module = importlib.import_module("dictionary_learning.trainers.top_k")
         trainer = module.TopKTrainer(**common, k=config.k, auxk_alpha=config.aux_k_coefficient)
@@ -93,8 +102,16 @@ def sae_lens(recipe: Recipe, n_steps: int, batch_size: int) -> Step:
         sae.b_enc.copy_(recipe.b_enc)
         sae.W_dec.copy_(recipe.W_dec)
         sae.b_dec.copy_(recipe.b_dec)
-    trainer = SAETrainer(SAETrainerConfig(total_training_samples=(n_steps + 2) * batch_size, lr=config.learning_rate,
-                                          lr_end=config.learning_rate, train_batch_size_samples=batch_size), sae, iter(()))
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=(n_steps + 2) * batch_size,
+            lr=config.learning_rate,
+            lr_end=config.learning_rate,
+            train_batch_size_samples=batch_size,
+        ),
+        sae,
+        iter(()),
+    )
 
     def step(x_BD: Tensor) -> float:
         return float(trainer.step(x_BD).loss.detach())

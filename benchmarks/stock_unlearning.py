@@ -32,9 +32,17 @@ FORGET_SET = "wmdp-bio"
 _GEMMA = "gemma-2-2b-it"
 
 
-def unlearning(sae: SparseAutoencoder, model: HookedTransformer, corpora: Mapping[str, Tensor],
-               questions: Mapping[str, Sequence[dict[str, Any]]], prompt_format: str, config: Unlearning, batch_size: int,
-               artifacts: Path, known: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+def unlearning(
+    sae: SparseAutoencoder,
+    model: HookedTransformer,
+    corpora: Mapping[str, Tensor],
+    questions: Mapping[str, Sequence[dict[str, Any]]],
+    prompt_format: str,
+    config: Unlearning,
+    batch_size: int,
+    artifacts: Path,
+    known: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
     """SAE Bench's `run_eval_single_sae` and the score of its results.
 
     corpora: forget and retain -> contexts [n, seq]. questions: set -> rows of question, choices and answer; the set to
@@ -45,20 +53,31 @@ def unlearning(sae: SparseAutoencoder, model: HookedTransformer, corpora: Mappin
     latents, sets: {set: {correct, probabilities}}}]}; a set of fewer latents than asked for appears once.
     """
     bench = UnlearningEvalConfig(
-        dataset_names=list(questions), retain_thresholds=list(config.retain_thresholds),
-        n_features_list=list(config.n_features_list), multipliers=list(config.multipliers), model_name=_GEMMA,
-        llm_batch_size=batch_size, llm_dtype="float32")
+        dataset_names=list(questions),
+        retain_thresholds=list(config.retain_thresholds),
+        n_features_list=list(config.n_features_list),
+        multipliers=list(config.multipliers),
+        model_name=_GEMMA,
+        llm_batch_size=batch_size,
+        llm_dtype="float32",
+    )
     if known is not None:
         write_known(artifacts, known)
-    with _our_data(model, corpora, questions, prompt_format), contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+    with (
+        _our_data(model, corpora, questions, prompt_format),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         single.run_eval_single_sae(model, stock.StockSAE(sae, _GEMMA), bench, str(artifacts), "sae", False)
     results = artifacts / "sae" / "results"
     frame = unlearning_main.get_metrics_df(str(results / "metrics"))
     densities = {side: np.loadtxt(results / "sparsities" / f"feature_sparsity_{side}.txt") for side in ("forget", "retain")}
-    return {"score": float(unlearning_main.get_unlearning_scores(frame)), "known": _read_known(artifacts, questions),
-            "density": {side: values.tolist() for side, values in densities.items()},
-            "configurations": [_configuration(path) for path in sorted((results / "metrics").glob("*.pkl"))]}
+    return {
+        "score": float(unlearning_main.get_unlearning_scores(frame)),
+        "known": _read_known(artifacts, questions),
+        "density": {side: values.tolist() for side, values in densities.items()},
+        "configurations": [_configuration(path) for path in sorted((results / "metrics").glob("*.pkl"))],
+    }
 
 
 def write_known(artifacts: Path, known: Mapping[str, Sequence[int]]) -> None:
@@ -85,22 +104,37 @@ def _configuration(path: Path) -> dict[str, Any]:
         saved = pickle.load(handle)  # noqa: S301  (written by SAE Bench a moment ago)
     parameters = saved.pop("ablate_params")
     multiplier, n_features, _, threshold = unlearning_main.get_params(path.name)
-    return {"retain_threshold": float(threshold), "n_features": int(n_features), "multiplier": int(multiplier),
-            "latents": [int(latent) for latent in parameters["features_to_ablate"]],
-            "sets": {name: {"correct": [int(value) for value in found["is_correct"]],
-                            "probabilities": found["output_probs"].astype(float).tolist()} for name, found in saved.items()}}
+    return {
+        "retain_threshold": float(threshold),
+        "n_features": int(n_features),
+        "multiplier": int(multiplier),
+        "latents": [int(latent) for latent in parameters["features_to_ablate"]],
+        "sets": {
+            name: {
+                "correct": [int(value) for value in found["is_correct"]],
+                "probabilities": found["output_probs"].astype(float).tolist(),
+            }
+            for name, found in saved.items()
+        },
+    }
 
 
 @contextlib.contextmanager
-def _our_data(model: HookedTransformer, corpora: Mapping[str, Tensor], questions: Mapping[str, Sequence[dict[str, Any]]],
-              prompt_format: str) -> Iterator[None]:
+def _our_data(
+    model: HookedTransformer,
+    corpora: Mapping[str, Tensor],
+    questions: Mapping[str, Sequence[dict[str, Any]]],
+    prompt_format: str,
+) -> Iterator[None]:
     def load(_: str, name: str, split: str) -> Sequence[dict[str, Any]]:
         return questions[name]
 
-    replaced = [(feature_activation, "get_shuffled_forget_retain_tokens",
-                 lambda *_, **__: (corpora["forget"], corpora["retain"])),
-                (metrics, "load_dataset", load), (metrics, "GEMMA_INST_FORMAT", prompt_format),
-                (model.cfg, "model_name", _GEMMA)]
+    replaced = [
+        (feature_activation, "get_shuffled_forget_retain_tokens", lambda *_, **__: (corpora["forget"], corpora["retain"])),
+        (metrics, "load_dataset", load),
+        (metrics, "GEMMA_INST_FORMAT", prompt_format),
+        (model.cfg, "model_name", _GEMMA),
+    ]
     originals = [(where, name, getattr(where, name)) for where, name, _ in replaced]
     grad = torch.is_grad_enabled()  # SAE Bench switches it off for good
     for where, name, value in replaced:

@@ -32,8 +32,9 @@ SPARSITIES = ((16, 32, 48, 64), (0.06, 0.08, 0.1, 0.12))
 """Of the eight SAEs: k of four TopK, coefficients of four ReLU."""
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object,
-            params: Params) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params
+) -> dict[str, tuple[float, float]]:
     """Row -> (our seconds, theirs) for 40 steps of 512 tokens of one SAE of 576 x 2,304, and for 10 steps of eight.
 
     Both sides take turns on the same batches of the packaged model's activations, normalised, from the same weights, at
@@ -50,14 +51,18 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
     x_ND = _activations(lm, params)
     relu_of: dict[str, tuple[str, Callable[[Member, int], Step]]] = {
         "dictionary_learning": ("standard", lambda m, n: stock_training.dictionary_learning(m.recipe, n)),
-        "SAELens": ("standard_new", lambda m, n: stock_training.sae_lens(m.recipe, n, BATCH))}
+        "SAELens": ("standard_new", lambda m, n: stock_training.sae_lens(m.recipe, n, BATCH)),
+    }
     rows: dict[str, tuple[float, float]] = {}
     for library, (relu, stock) in relu_of.items():
         ks, coefficients = SPARSITIES
         eight = [*({**TOP_K, "k": k} for k in ks), *({**RELU, "recipe": relu, "l1_coefficient": c} for c in coefficients)]
         try:
-            for name, entries, n_steps in (("TopK", [TOP_K], STEPS), ("ReLU", [{**RELU, "recipe": relu}], STEPS),
-                                           ("eight SAEs", eight, STEPS_TOGETHER)):
+            for name, entries, n_steps in (
+                ("TopK", [TOP_K], STEPS),
+                ("ReLU", [{**RELU, "recipe": relu}], STEPS),
+                ("eight SAEs", eight, STEPS_TOGETHER),
+            ):
                 row = f"training, {name}, {n_steps} steps, against {library}"
                 rows[row] = _race(row, entries, stock, x_ND, n_steps, params)
         except UserError as error:
@@ -68,11 +73,21 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
 def _whole_against_parts(lm: LanguageModel, params: Params) -> tuple[float, float]:
     ks, coefficients = SPARSITIES
     entries = {f"top_k_{k}": {**TOP_K, "k": k} for k in ks} | {
-        f"relu_{i}": {**RELU, "recipe": "standard", "l1_coefficient": c} for i, c in enumerate(coefficients)}
-    train = Train(**{**params.train.model_dump(), "saes": entries, "tokens": TOKENS, "buffer_tokens": TOKENS // 2,
-                     "batch_size": BATCH, "checkpoint_seconds": None})
-    params = params.model_copy(update={
-        "train": train, "activation_caching": params.activation_caching.model_copy(update={"enabled": False})})
+        f"relu_{i}": {**RELU, "recipe": "standard", "l1_coefficient": c} for i, c in enumerate(coefficients)
+    }
+    train = Train(
+        **{
+            **params.train.model_dump(),
+            "saes": entries,
+            "tokens": TOKENS,
+            "buffer_tokens": TOKENS // 2,
+            "batch_size": BATCH,
+            "checkpoint_seconds": None,
+        }
+    )
+    params = params.model_copy(
+        update={"train": train, "activation_caching": params.activation_caching.model_copy(update={"enabled": False})}
+    )
     tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", TOKENS).tokens
     stream = ActivationStream(lm, tokens, params)
     began = time.perf_counter()
@@ -86,13 +101,13 @@ def _whole_against_parts(lm: LanguageModel, params: Params) -> tuple[float, floa
         whole += time.perf_counter() - began
     began = time.perf_counter()
     for start_row in range(0, len(tokens), params.model.llm_batch_size):
-        lm.activations(tokens[start_row:start_row + params.model.llm_batch_size], train.hook_name)
+        lm.activations(tokens[start_row : start_row + params.model.llm_batch_size], train.hook_name)
     parts = time.perf_counter() - began
     fresh = [_started(name, train, rows) for name in entries]
     n_steps = members[0].step
     with Team(len(fresh), torch.device("cpu")) as team:
         for i in range(n_steps):
-            batch = StreamBatch(rows[i * BATCH % (len(rows) - BATCH):][:BATCH], (i + 0.5) / n_steps)
+            batch = StreamBatch(rows[i * BATCH % (len(rows) - BATCH) :][:BATCH], (i + 0.5) / n_steps)
             began = time.perf_counter()
             team.map(lambda member, batch=batch: train_step(member, batch), fresh)
             parts += time.perf_counter() - began
@@ -105,35 +120,46 @@ def _started(name: str, train: Train, rows_ND: Tensor) -> Member:
     return member
 
 
-def _race(row: str, entries: list[dict[str, Any]], stock: Callable[[Member, int], Step], x_ND: Tensor, n_steps: int,
-          params: Params) -> tuple[float, float]:
+def _race(
+    row: str, entries: list[dict[str, Any]], stock: Callable[[Member, int], Step], x_ND: Tensor, n_steps: int, params: Params
+) -> tuple[float, float]:
     members = [_member(entry, x_ND, params) for entry in entries]
     theirs = [stock(member, n_steps + UNTIMED) for member in members]
     spent, apart, l0s = [0.0, 0.0], 0.0, [0.0] * len(members)
     with Team(len(members), torch.device("cpu")) as team:
         for i in range(n_steps + UNTIMED):
             first = i * BATCH % (len(x_ND) // BATCH * BATCH)
-            batch = StreamBatch(x_ND[first:first + BATCH], 0.5)
+            batch = StreamBatch(x_ND[first : first + BATCH], 0.5)
             began = time.perf_counter()
             outputs = team.map(lambda member, batch=batch: train_step(member, batch), members)
             between = time.perf_counter()
             their_losses = [stock_step(batch.acts) for stock_step in theirs]
             ended = time.perf_counter()
             l0s = [float(output.l0) for output in outputs]
-            apart = max(apart, *(abs(float(output.loss) - other) / other
-                                 for output, other in zip(outputs, their_losses, strict=True)))
+            apart = max(
+                apart,
+                *(abs(float(output.loss) - other) / other for output, other in zip(outputs, their_losses, strict=True)),
+            )
             if i >= UNTIMED:
                 spent = [spent[0] + between - began, spent[1] + ended - between]
-    print(f"{row}: losses part by at most {apart:.2g} of themselves; last L0 "
-          f"{', '.join(f'{l0:.0f}' for l0 in l0s)}; {n_steps * BATCH * len(members) / spent[0]:,.0f} tokens/s against "
-          f"{n_steps * BATCH * len(members) / spent[1]:,.0f}")
+    print(
+        f"{row}: losses part by at most {apart:.2g} of themselves; last L0 "
+        f"{', '.join(f'{l0:.0f}' for l0 in l0s)}; {n_steps * BATCH * len(members) / spent[0]:,.0f} tokens/s against "
+        f"{n_steps * BATCH * len(members) / spent[1]:,.0f}"
+    )
     return spent[0], spent[1]
 
 
 def _member(entry: dict[str, Any], x_ND: Tensor, params: Params) -> Member:
     """An SAE of ours at a constant rate and penalty, of which no latent is ever dead."""
-    train = Train(saes={"sae": entry}, warmup_fraction=0, sparsity_warmup_fraction=0, decay_fraction=0, dead_fraction=1,
-                  precision=params.train.precision)
+    train = Train(
+        saes={"sae": entry},
+        warmup_fraction=0,
+        sparsity_warmup_fraction=0,
+        decay_fraction=0,
+        dead_fraction=1,
+        precision=params.train.precision,
+    )
     return _started("sae", train, x_ND)
 
 

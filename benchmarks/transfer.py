@@ -28,8 +28,9 @@ N_DENSE = 1000
 """Latents whose activations the notebooks keep."""
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
-            n_tokens: int = 4096) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params, n_tokens: int = 4096
+) -> dict[str, tuple[float, float]]:
     """(our seconds, one sweep per metric's) for the statistics of one SAE on a model and a perturbed copy of it.
 
     Sweeps of the other side: activations of both models at each hook for cosine, distance and relative error; again for
@@ -67,16 +68,21 @@ def one_sweep_per_metric(pair: Pair, texts: list[PairBatch]) -> int:
     sae = pair.saes["base"]
     samples = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(0)).split(N_DENSE)
     metrics: list[Callable[[Tensor, Tensor], Tensor]] = [
-        lambda x, z: (z > 1e-8).sum(1).float().mean(), lambda x, z: (x - sae.decode(z[None])[0]).square().sum(0),
-        lambda x, z: (z.abs() + 1e-10).log10().histc(100), lambda x, z: (z > 1e-10).float().sum(0)]
+        lambda x, z: (z > 1e-8).sum(1).float().mean(),
+        lambda x, z: (x - sae.decode(z[None])[0]).square().sum(0),
+        lambda x, z: (z.abs() + 1e-10).log10().histc(100),
+        lambda x, z: (z > 1e-10).float().sum(0),
+    ]
     for metric in metrics:
         for lm in pair.models.values():
             for x in _acts(lm, pair.hook, texts):
                 metric(x, sae.encode(x[None])[0])
             n_sweeps += 1
     for sample in islice((*samples, samples[-1], samples[-1]), 3):  # latents dead in one or the other model, and dense ones
-        kept = [torch.cat([sae.encode(x[None])[0][:, sample] for x in _acts(lm, pair.hook, texts)])
-                for lm in pair.models.values()]
+        kept = [
+            torch.cat([sae.encode(x[None])[0][:, sample] for x in _acts(lm, pair.hook, texts)])
+            for lm in pair.models.values()
+        ]
         n_sweeps += 2
         a, b = (part - part.mean(0) for part in kept)
         (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))
@@ -106,8 +112,10 @@ def main() -> None:
     lm = load_language_model(params.model.name, "cpu")
     saes = {"standard": load_sae(SAE_FOLDER / params.transfer.sae.name)}
     for row, (ours, theirs) in compare(saes, lm, None, params, options.tokens).items():
-        print(f"{row}: ours {ours:.1f} s, one sweep per metric {theirs:.1f} s, {theirs / ours:.1f}x, "
-              f"{torch.get_num_threads()} threads")
+        print(
+            f"{row}: ours {ours:.1f} s, one sweep per metric {theirs:.1f} s, {theirs / ours:.1f}x, "
+            f"{torch.get_num_threads()} threads"
+        )
 
 
 if __name__ == "__main__":

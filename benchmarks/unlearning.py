@@ -28,8 +28,14 @@ PROMPT_FORMAT = "<|endoftext|>{prompt}\n"
 SETS = {stock_unlearning.FORGET_SET: "biology", "other_science": "other science"}
 
 
-def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params,
-            questions: int = 4, contexts: int = 16) -> dict[str, tuple[float, float]]:
+def compare(
+    saes: dict[str, SparseAutoencoder],
+    lm: LanguageModel,
+    model: object,
+    params: Params,
+    questions: int = 4,
+    contexts: int = 16,
+) -> dict[str, tuple[float, float]]:
     """(our seconds, stock's) for all `saes` together, from densities to every configuration's answers, nothing cached
     beforehand.
 
@@ -39,38 +45,47 @@ def compare(saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object
     count on neither side. Ours scores both definitions.
     """
     config = params.unlearning
-    params = params.model_copy(update={"activation_caching": params.activation_caching.model_copy(
-        update={"enabled": False})})
+    params = params.model_copy(
+        update={"activation_caching": params.activation_caching.model_copy(update={"enabled": False})}
+    )
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
-    corpora = {side: _contexts(lm, name, params, contexts) for side, name in (
-        ("forget", config.forget_corpus), ("retain", config.retain_corpus))}
+    corpora = {
+        side: _contexts(lm, name, params, contexts)
+        for side, name in (("forget", config.forget_corpus), ("retain", config.retain_corpus))
+    }
     asked, material = _questions(lm, questions, params, corpora)
     known = {name: list(range(questions)) for name in asked}
     start = time.perf_counter()
-    ours = {name: record for hook, members in by_hook(saes).items()
-            for name, record in measure(members, lm, hook, params, material)}
+    ours = {
+        name: record
+        for hook, members in by_hook(saes).items()
+        for name, record in measure(members, lm, hook, params, material)
+    }
     our_time, start = time.perf_counter() - start, time.perf_counter()
     theirs = {}
     for name, sae in saes.items():
         with tempfile.TemporaryDirectory() as artifacts:
-            theirs[name] = stock_unlearning.unlearning(sae, model, corpora, asked, PROMPT_FORMAT, config,
-                                                       params.model.llm_batch_size, Path(artifacts), known)
+            theirs[name] = stock_unlearning.unlearning(
+                sae, model, corpora, asked, PROMPT_FORMAT, config, params.model.llm_batch_size, Path(artifacts), known
+            )
     their_time = time.perf_counter() - start
     for name in saes:
         print(f"unlearning, {name}: {_agreement(ours[name], theirs[name], list(asked))}")
     return {f"unlearning, {len(saes)} SAEs, {2 * questions} questions": (our_time, their_time)}
 
 
-def _questions(lm: LanguageModel, n: int, params: Params,
-               corpora: dict[str, torch.Tensor]) -> tuple[dict[str, list[dict[str, Any]]], Material]:
+def _questions(
+    lm: LanguageModel, n: int, params: Params, corpora: dict[str, torch.Tensor]
+) -> tuple[dict[str, list[dict[str, Any]]], Material]:
     """`n` questions a set that the model answers rightly in the order given, as rows and as prompts."""
     asked: dict[str, list[dict[str, Any]]] = {}
     found: list[Known] = []
     rows = open_book_rows(40 * n)
     for name, subject in SETS.items():
         prompts = [_prompt(lm, row, subject) for row in rows]
-        known = find_known(lm, name, [lambda prompt=prompt: iter([prompt]) for prompt in prompts], n,
-                           params.model.llm_batch_size)
+        known = find_known(
+            lm, name, [lambda prompt=prompt: iter([prompt]) for prompt in prompts], n, params.model.llm_batch_size
+        )
         found.append(known)
         asked[name] = [rows[number] for number in known.known]
         rows = [row for number, row in enumerate(rows) if number not in known.known]
@@ -87,8 +102,9 @@ def _prompt(lm: LanguageModel, row: dict[str, Any], subject: str) -> Prompt:
     """SAE Bench's prompt for a question with its choices in the given order."""
     question = Question(str(row["question"]), tuple(row["choices"]), int(row["answer"]))
     text = PROMPT_FORMAT.format(prompt=question_text(question, range(4), subject)) + "Answer: ("
-    letters = tuple((lm.tokenizer.convert_tokens_to_ids(letter), lm.tokenizer(f" {letter}")["input_ids"][0])
-                    for letter in "ABCD")
+    letters = tuple(
+        (lm.tokenizer.convert_tokens_to_ids(letter), lm.tokenizer(f" {letter}")["input_ids"][0]) for letter in "ABCD"
+    )
     return Prompt(torch.tensor(lm.tokenizer(text)["input_ids"]), letters, question.answer)
 
 
@@ -96,8 +112,12 @@ def _agreement(ours: Record, theirs: dict[str, Any], sets: list[str]) -> str:
     """How many answers, over all configurations in SAE Bench's definition, both sides judge alike."""
     same = total = 0
     for entry in theirs["configurations"]:
-        own = next(c for c in ours["sae_bench"] if (c["retain_threshold"], len(c["latents"]), c["multiplier"]) == (
-            entry["retain_threshold"], entry["n_features"], entry["multiplier"]))
+        own = next(
+            c
+            for c in ours["sae_bench"]
+            if (c["retain_threshold"], len(c["latents"]), c["multiplier"])
+            == (entry["retain_threshold"], entry["n_features"], entry["multiplier"])
+        )
         correct = [value for name in sets for value in entry["sets"][name]["correct"]]
         judged = [int(digit) for digit in own["forget"] + own["retain"]]
         same += sum(a == b for a, b in zip(judged, correct, strict=True))

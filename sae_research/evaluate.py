@@ -1,7 +1,7 @@
 """Evaluate SAEs that are in memory, without the pipeline: from a notebook, a script, another library's training loop.
 
-    from sae_research.evaluate import evaluate
-    evaluate({"mine": my_module, "theirs": "trained_saes/topk"}, hook="blocks.8.hook_resid_post")
+from sae_research.evaluate import evaluate
+evaluate({"mine": my_module, "theirs": "trained_saes/topk"}, hook="blocks.8.hook_resid_post")
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ from sae_research.saes.base import Guard
 Figures = dict[str, dict[str, dict[str, float]]]
 
 
-def evaluate(saes: Mapping[str, Any], lm: LanguageModel | None = None, params: Params | None = None, *,
-             hook: str | None = None, evaluations: Sequence[str] = ("core",), folder: str | Path | None = None) -> Figures:
+def evaluate(
+    saes: Mapping[str, Any],
+    lm: LanguageModel | None = None,
+    params: Params | None = None,
+    *,
+    hook: str | None = None,
+    evaluations: Sequence[str] = ("core",),
+    folder: str | Path | None = None,
+) -> Figures:
     """`{sae: {evaluation: {metric: value}}}`, as in `metrics/all_metrics.json`: every evaluation of the pipeline, under the
     same parameters, on the same texts, with the same result cache.
 
@@ -50,8 +57,9 @@ def evaluate(saes: Mapping[str, Any], lm: LanguageModel | None = None, params: P
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
     opened = {name: open_sae(str(sae))[1] if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
-    lab = Lab.of(opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype),
-                 params, hook)
+    lab = Lab.of(
+        opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype), params, hook
+    )
     found: Figures = {name: {} for name in saes}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""The pursuit encoders under the path that configurations and notebooks use: `from sae_research.instance_sae import MPSAE`."""
+"""The pursuit encoders under the path that configurations and notebooks use."""
 
 from sae_research.saes.pursuit.encoders import (
     IHTPSAE,

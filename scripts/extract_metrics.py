@@ -1,7 +1,7 @@
 """Extract the metrics of one evaluation, or gather those of all into one file.
 
-    python -m scripts.extract_metrics core eval_results/core metrics/core.json
-    python -m scripts.extract_metrics aggregate metrics/core.json metrics/scr.json metrics/all_metrics.json
+python -m scripts.extract_metrics core eval_results/core metrics/core.json
+python -m scripts.extract_metrics aggregate metrics/core.json metrics/scr.json metrics/all_metrics.json
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ def main() -> None:
     from sae_research.reporting.results import aggregate, extract
     from sae_research.reporting.transfer import extract_transfer
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in (*EVALS, "transfer", "ground_truth"):
         command = commands.add_parser(name, help=f"metrics of the {name} evaluation")

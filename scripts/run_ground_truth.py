@@ -1,9 +1,9 @@
 """The stage `ground_truth_eval`: SAEs on synthetic activations whose true features are known.
 
-    python -m scripts.run_ground_truth                                        # the stage: eval_results/ground_truth/
-    python -m scripts.run_ground_truth --sae custom_saes.example:AbsTopK      # a class of your own beside it, as a table
-    python -m scripts.run_ground_truth --sae my_saes/one --sae 'my_saes/*'    # SAE folders of the right width
-    python -m scripts.run_ground_truth --save-worlds worlds                   # the true features, to train on elsewhere
+python -m scripts.run_ground_truth                                        # the stage: eval_results/ground_truth/
+python -m scripts.run_ground_truth --sae custom_saes.example:AbsTopK      # a class of your own beside it, as a table
+python -m scripts.run_ground_truth --sae my_saes/one --sae 'my_saes/*'    # SAE folders of the right width
+python -m scripts.run_ground_truth --save-worlds worlds                   # the true features, to train on elsewhere
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The setup stage: gather, make and check every SAE of the comparison in downloaded_saes/.
 
-    python -m scripts.setup_saes
+python -m scripts.setup_saes
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ BUFFER, TOP, WEIGHTED = 4, 6, 4
 """Of the fixture `settings`."""
 
 
-def run(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-        folder: Path) -> tuple[dict[str, Any], StageFolder]:
+def run(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, folder: Path
+) -> tuple[dict[str, Any], StageFolder]:
     stage = StageFolder(folder)
     return dict(autointerp.evaluate(saes, lm, params, stage)), stage
 

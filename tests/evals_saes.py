@@ -24,13 +24,13 @@ def dictionary(seed: int = 0, d_sae: int = 64) -> torch.Tensor:
 
 def standard(seed: int = 0, sign: float = 1.0) -> StandardSAE:
     W = dictionary(seed)
-    return StandardSAE(config("standard"), W_enc=W.T.contiguous(), b_enc=torch.full((64,), -0.5), W_dec=W * sign,
-                       b_dec=torch.zeros(D))
+    return StandardSAE(
+        config("standard"), W_enc=W.T.contiguous(), b_enc=torch.full((64,), -0.5), W_dec=W * sign, b_dec=torch.zeros(D)
+    )
 
 
 def identity() -> LinearSAE:
-    return LinearSAE(config("linear", D), W_enc=torch.eye(D), b_enc=torch.zeros(D), W_dec=torch.eye(D),
-                     b_dec=torch.zeros(D))
+    return LinearSAE(config("linear", D), W_enc=torch.eye(D), b_enc=torch.zeros(D), W_dec=torch.eye(D), b_dec=torch.zeros(D))
 
 
 def mean_predictor(mean: torch.Tensor) -> LinearSAE:
@@ -39,7 +39,11 @@ def mean_predictor(mean: torch.Tensor) -> LinearSAE:
 
 def everything() -> dict[str, SparseAutoencoder]:
     W, b = dictionary(), torch.zeros(D)
-    return {"standard": standard(), "identity": identity(),
-            "mpsae_s3": MPSAE(W, b, 3, config("matching_pursuit", s=3)),
-            "mpsae_s6": MPSAE(W, b, 6, config("matching_pursuit", s=6)),
-            "ihtp_k1": IHTPSAE(W, b, 1, config("ihtp", k=1)), "ihtp_k4": IHTPSAE(W, b, 4, config("ihtp", k=4))}
+    return {
+        "standard": standard(),
+        "identity": identity(),
+        "mpsae_s3": MPSAE(W, b, 3, config("matching_pursuit", s=3)),
+        "mpsae_s6": MPSAE(W, b, 6, config("matching_pursuit", s=6)),
+        "ihtp_k1": IHTPSAE(W, b, 1, config("ihtp", k=1)),
+        "ihtp_k4": IHTPSAE(W, b, 4, config("ihtp", k=4)),
+    }

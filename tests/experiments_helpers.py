@@ -11,10 +11,19 @@ from typing import Any
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
-TRAIN = {"hook_name": "blocks.1.hook_resid_post", "tokens": 3000, "held_out_tokens": 240, "evaluate_tokens": 240,
-         "batch_size": 256, "buffer_tokens": 1024, "llm_dtype": "float32",
-         "saes": {"standard": {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1},
-                  "topk": {"recipe": "top_k", "d_sae": 64, "k": 4}}}
+TRAIN = {
+    "hook_name": "blocks.1.hook_resid_post",
+    "tokens": 3000,
+    "held_out_tokens": 240,
+    "evaluate_tokens": 240,
+    "batch_size": 256,
+    "buffer_tokens": 1024,
+    "llm_dtype": "float32",
+    "saes": {
+        "standard": {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1},
+        "topk": {"recipe": "top_k", "d_sae": 64, "k": 4},
+    },
+}
 ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
 ENV.pop("DVC_ROOT", None)
 
@@ -28,8 +37,11 @@ def tiny_params(inputs: Path) -> dict[str, Any]:
     values["baseline_sae"] |= {"hook_layer": 1}
     values["controls"] |= {"names": ["random"], "s": 4, "pca_components": 8}
     values["preflight"] |= {"tokens": 240}
-    values["core_eval"] |= {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1,
-                            "n_eval_sparsity_variance_batches": 2}
+    values["core_eval"] |= {
+        "batch_size_prompts": 3,
+        "n_eval_reconstruction_batches": 1,
+        "n_eval_sparsity_variance_batches": 2,
+    }
     return values
 
 
@@ -39,7 +51,6 @@ def run(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 def verb(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run(project, sys.executable, "-m", "sae_research", *arguments)
-
 
 
 README_CONFIG = """

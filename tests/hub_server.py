@@ -41,8 +41,7 @@ class Repo(NamedTuple):
 
     def files(self) -> list[str]:
         """Paths below the folder, with `/`."""
-        return sorted(file.relative_to(self.folder).as_posix()
-                      for file in self.folder.rglob("*") if file.is_file())
+        return sorted(file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file())
 
 
 class Uploads:
@@ -65,8 +64,9 @@ class NotFound(Exception):
 
 
 @contextmanager
-def serve_hub(repos: Mapping[str, Mapping[str, str | Path]],
-              requests: list[str] | None = None, uploads: Uploads | None = None) -> Iterator[str]:
+def serve_hub(
+    repos: Mapping[str, Mapping[str, str | Path]], requests: list[str] | None = None, uploads: Uploads | None = None
+) -> Iterator[str]:
     """Serve folders as repositories on a free port of 127.0.0.1; yields the endpoint's URL.
 
     `repos` maps `models` and `datasets` to folders by repository name. `requests`, if given, collects a line
@@ -76,8 +76,10 @@ def serve_hub(repos: Mapping[str, Mapping[str, str | Path]],
     unknown = set(repos) - set(KINDS)
     if unknown:
         raise ValueError(f"unknown kind of repository {sorted(unknown)}; known: {KINDS}")
-    served = {kind: {name: Repo(name, Path(folder), _commit(kind, name))
-                     for name, folder in repos.get(kind, {}).items()} for kind in KINDS}
+    served = {
+        kind: {name: Repo(name, Path(folder), _commit(kind, name)) for name, folder in repos.get(kind, {}).items()}
+        for kind in KINDS
+    }
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, served, requests, uploads))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -92,9 +94,16 @@ def serve_hub(repos: Mapping[str, Mapping[str, str | Path]],
 def hub_env(url: str, home: Path) -> dict[str, str]:
     """Environment variables for a client process: this hub, caches under `home`, and nothing of the real
     one."""
-    return {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1"}
+    return {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
 
 
 def _commit(kind: str, name: str) -> str:
@@ -102,10 +111,22 @@ def _commit(kind: str, name: str) -> str:
 
 
 def _info(repo: Repo) -> dict[str, Any]:
-    return {"_id": repo.commit[:24], "id": repo.name, "modelId": repo.name, "author": repo.name.split("/")[0],
-            "sha": repo.commit, "createdAt": CREATED, "lastModified": CREATED, "private": False,
-            "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
-            "siblings": [{"rfilename": name} for name in repo.files()]}
+    return {
+        "_id": repo.commit[:24],
+        "id": repo.name,
+        "modelId": repo.name,
+        "author": repo.name.split("/")[0],
+        "sha": repo.commit,
+        "createdAt": CREATED,
+        "lastModified": CREATED,
+        "private": False,
+        "gated": False,
+        "disabled": False,
+        "downloads": 0,
+        "likes": 0,
+        "tags": [],
+        "siblings": [{"rfilename": name} for name in repo.files()],
+    }
 
 
 def _refs(repo: Repo) -> dict[str, Any]:
@@ -132,10 +153,13 @@ def _tree(repo: Repo, under: str, recursive: bool) -> list[dict[str, Any]]:
     below = [name for name in repo.files() if name.startswith(prefix)]
     if not below:
         raise NotFound("EntryNotFound")
-    folders = {prefix + "/".join(parts[:depth]) for parts in (name[len(prefix):].split("/") for name in below)
-               for depth in range(1, len(parts))}
+    folders = {
+        prefix + "/".join(parts[:depth])
+        for parts in (name[len(prefix) :].split("/") for name in below)
+        for depth in range(1, len(parts))
+    }
     entries = [_folder_entry(path) for path in sorted(folders)] + [_file_entry(repo, name) for name in below]
-    return entries if recursive else [entry for entry in entries if "/" not in entry["path"][len(prefix):]]
+    return entries if recursive else [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
 
 
 def _paths_info(repo: Repo, paths: list[str]) -> list[dict[str, Any]]:
@@ -152,8 +176,9 @@ def _paths_info(repo: Repo, paths: list[str]) -> list[dict[str, Any]]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, repos: dict[str, dict[str, Repo]], requests: list[str] | None, uploads: Uploads | None,
-                 *args: Any) -> None:
+    def __init__(
+        self, repos: dict[str, dict[str, Repo]], requests: list[str] | None, uploads: Uploads | None, *args: Any
+    ) -> None:
         self.repos, self.requests, self.uploads = repos, requests, uploads
         super().__init__(*args)  # handles the request: the fields must be there before
 
@@ -184,8 +209,11 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._file(url.path)
         except NotFound as error:
-            self._send(json.dumps({"error": error.code}).encode(), HTTPStatus.NOT_FOUND,
-                       {"X-Error-Code": error.code, "Content-Type": "application/json"})
+            self._send(
+                json.dumps({"error": error.code}).encode(),
+                HTTPStatus.NOT_FOUND,
+                {"X-Error-Code": error.code, "Content-Type": "application/json"},
+            )
 
     # --- commits ---
 
@@ -200,8 +228,13 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":  # the card's head
             self._send_json({"errors": [], "warnings": []})
             return True
-        step = ("create" if path == "/api/repos/create" else "lfs" if path.endswith(".git/info/lfs/objects/batch")
-                else next((name for name in ("preupload", "commit") if f"/{name}/" in path), None))
+        step = (
+            "create"
+            if path == "/api/repos/create"
+            else "lfs"
+            if path.endswith(".git/info/lfs/objects/batch")
+            else next((name for name in ("preupload", "commit") if f"/{name}/" in path), None)
+        )
         if step is None:
             return False
         if self.headers.get("Authorization") != f"Bearer {uploads.token}":
@@ -215,14 +248,29 @@ class _Handler(BaseHTTPRequestHandler):
             self.repos["models"].setdefault(name, Repo(name, uploads.folder / name, _commit("models", name)))
             self._send_json({"url": f"{self._own_address()}/{name}", "name": name, "id": name})
         elif step == "preupload":
-            self._send_json({"files": [{
-                "path": file["path"], "shouldIgnore": False,
-                "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".pt")) else "regular"}
-                for file in json.loads(body)["files"]]})
+            self._send_json(
+                {
+                    "files": [
+                        {
+                            "path": file["path"],
+                            "shouldIgnore": False,
+                            "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".pt")) else "regular",
+                        }
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
         elif step == "lfs":
-            self._send_json({"transfer": "basic", "objects": [{**wanted, "actions": {
-                "upload": {"href": f"{self._own_address()}/lfs/{wanted['oid']}"}}}
-                for wanted in json.loads(body)["objects"]]}, content_type="application/vnd.git-lfs+json")
+            self._send_json(
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        {**wanted, "actions": {"upload": {"href": f"{self._own_address()}/lfs/{wanted['oid']}"}}}
+                        for wanted in json.loads(body)["objects"]
+                    ],
+                },
+                content_type="application/vnd.git-lfs+json",
+            )
         else:
             self._commit(uploads, unquote(path.removeprefix("/api/models/")).partition("/commit/")[0], body)
         return True
@@ -243,8 +291,14 @@ class _Handler(BaseHTTPRequestHandler):
             place = uploads.folder / name / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(data)
-        self._send_json({"success": True, "commitUrl": f"{self._own_address()}/{name}/commit/{_commit('models', name)}",
-                         "commitOid": _commit("models", name), "hookOutput": ""})
+        self._send_json(
+            {
+                "success": True,
+                "commitUrl": f"{self._own_address()}/{name}/commit/{_commit('models', name)}",
+                "commitOid": _commit("models", name),
+                "hookOutput": "",
+            }
+        )
 
     def _own_address(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -280,25 +334,32 @@ class _Handler(BaseHTTPRequestHandler):
         if match[2] not in repo.files():
             raise NotFound("EntryNotFound")
         data = (repo.folder / match[2]).read_bytes()
-        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": repo.commit, "X-Linked-Size": str(len(data)),
-                   "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers = {
+            "ETag": f'"{_etag(data)}"',
+            "X-Repo-Commit": repo.commit,
+            "X-Linked-Size": str(len(data)),
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not wanted or not data:
             self._send(data, HTTPStatus.OK, headers)
             return
         first, last = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
         if first > last:
-            self._send(b"", HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
-                       {"Content-Range": f"bytes */{len(data)}"})
+            self._send(b"", HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, {"Content-Range": f"bytes */{len(data)}"})
             return
-        self._send(data[first:last + 1], HTTPStatus.PARTIAL_CONTENT,
-                   headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+        self._send(
+            data[first : last + 1],
+            HTTPStatus.PARTIAL_CONTENT,
+            headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
+        )
 
     def _repo(self, kind: str, rest: str) -> tuple[Repo, str]:
         """The repository that `rest` starts with (names have one part or two) and what follows it."""
         for name, repo in self.repos.get(kind, {}).items():
             if rest == name or rest.startswith(f"{name}/"):
-                return repo, rest[len(name) + 1:]
+                return repo, rest[len(name) + 1 :]
         raise NotFound("RepoNotFound")
 
     def _check_revision(self, repo: Repo, revision: str) -> None:

@@ -30,10 +30,26 @@ STOCK_FORMAT = "<|endoftext|>user {prompt} model "
 """The same in the form of SAE Bench's GEMMA_INST_FORMAT."""
 
 FILLER = "table chair window bottle carpet pencil ladder basket hammer mirror".split()
-BIOLOGY = {"carries oxygen": "blood", "reads genes": "ribosome", "pumps blood": "heart", "stores genes": "dna",
-           "digests food": "stomach", "filters blood": "kidney", "fights germs": "antibody", "splits sugar": "enzyme"}
-GEOGRAPHY = {"is tall": "mountain", "is wet": "ocean", "is dry": "desert", "is frozen": "glacier",
-             "flows down": "river", "is hot": "volcano", "is green": "forest", "is round": "globe"}
+BIOLOGY = {
+    "carries oxygen": "blood",
+    "reads genes": "ribosome",
+    "pumps blood": "heart",
+    "stores genes": "dna",
+    "digests food": "stomach",
+    "filters blood": "kidney",
+    "fights germs": "antibody",
+    "splits sugar": "enzyme",
+}
+GEOGRAPHY = {
+    "is tall": "mountain",
+    "is wet": "ocean",
+    "is dry": "desert",
+    "is frozen": "glacier",
+    "flows down": "river",
+    "is hot": "volcano",
+    "is green": "forest",
+    "is round": "globe",
+}
 SUBJECTS = {"wmdp-bio": ("biology", BIOLOGY), "human_geography": ("human geography", GEOGRAPHY)}
 
 
@@ -55,8 +71,11 @@ def rows(name: str) -> list[dict[str, object]]:
 def corpus(name: str, n: int = 120) -> list[str]:
     """Sentences about what a set asks, each distinct."""
     facts = list(SUBJECTS[name][1].items())
-    return [" ".join(f"{right} {fact} ." for fact, right in (facts[(i * j + i + j) % 8] for j in range(1, 9)))
-            + f" {FILLER[i % 10]} {FILLER[i // 10 % 10]} {'.' * (1 + i // 100)}" for i in range(n)]
+    return [
+        " ".join(f"{right} {fact} ." for fact, right in (facts[(i * j + i + j) % 8] for j in range(1, 9)))
+        + f" {FILLER[i % 10]} {FILLER[i // 10 % 10]} {'.' * (1 + i // 100)}"
+        for i in range(n)
+    ]
 
 
 def prompts(name: str) -> dict[str, str]:
@@ -84,6 +103,7 @@ def _write_lines(path: Path, values: list[dict[str, object]]) -> None:
 
 # --- SAEs ------------------------------------------------------------------------------------
 
+
 def make_saes(lm: LanguageModel, hook: str = HOOK) -> dict[str, SparseAutoencoder]:
     """One SAE per inference form over a dictionary with an atom for each right answer: the mean activation of its tokens.
 
@@ -106,13 +126,16 @@ def make_saes(lm: LanguageModel, hook: str = HOOK) -> dict[str, SparseAutoencode
         return SAEConfig(form=form, d_in=lm.d_model, d_sae=d_sae, model_name=lm.name, hook_name=hook, options=options)
 
     tensors = {"W_enc": W_enc, "b_enc": torch.full((d_sae,), -6.0), "W_dec": W_dec, "b_dec": b_dec}
-    return {"standard": StandardSAE(config("standard"), **tensors),
-            "topk": TopKSAE(config("topk", k=3), k=3, **tensors),
-            "mpsae": MPSAE(W_dec, b_dec, 4, config("matching_pursuit", s=4)),
-            "ihtp": IHTPSAE(W_dec, b_dec, 1, config("ihtp", k=1))}
+    return {
+        "standard": StandardSAE(config("standard"), **tensors),
+        "topk": TopKSAE(config("topk", k=3), k=3, **tensors),
+        "mpsae": MPSAE(W_dec, b_dec, 4, config("matching_pursuit", s=4)),
+        "ihtp": IHTPSAE(W_dec, b_dec, 1, config("ihtp", k=1)),
+    }
 
 
 # --- training --------------------------------------------------------------------------------
+
 
 def train(folder: Path, d_model: int = 32, steps: int = 3000, seed: int = 0) -> None:
     """Train until every question is answered under all 24 orders, with a margin, and save.
@@ -127,12 +150,25 @@ def train(folder: Path, d_model: int = 32, steps: int = 3000, seed: int = 0) -> 
     target = torch.tensor(tokenizer.convert_tokens_to_ids(list(asked.values())))
     running = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(tokenizer(f"<|endoftext|> {text}")["input_ids"]) for name in SUBJECTS for text in corpus(name)],
-        batch_first=True, padding_value=tokenizer.pad_token_id)
+        batch_first=True,
+        padding_value=tokenizer.pad_token_id,
+    )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=d_model, intermediate_size=2 * d_model, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=d_model,
+            intermediate_size=2 * d_model,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
     for step in range(steps):
         rate = min(1.0, step / 50)
@@ -142,8 +178,10 @@ def train(folder: Path, d_model: int = 32, steps: int = 3000, seed: int = 0) -> 
         hidden = model.model(tokens[batch]).last_hidden_state[torch.arange(96), last[batch]]
         logits = model.lm_head(hidden)
         texts = running[torch.randint(len(running), (32,))]
-        loss = torch.nn.functional.cross_entropy(logits, target[batch]) + model(
-            input_ids=texts, labels=texts.where(texts != tokenizer.pad_token_id, -100)).loss
+        loss = (
+            torch.nn.functional.cross_entropy(logits, target[batch])
+            + model(input_ids=texts, labels=texts.where(texts != tokenizer.pad_token_id, -100)).loss
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -163,15 +201,26 @@ def train(folder: Path, d_model: int = 32, steps: int = 3000, seed: int = 0) -> 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     splitter = pre_tokenizers.Whitespace()
-    prompts = " ".join(["The following are multiple choice questions (with answers) about biology. human geography",
-                        "user model Answer: ( A B C D . .. ?", *FILLER])
+    prompts = " ".join(
+        [
+            "The following are multiple choice questions (with answers) about biology. human geography",
+            "user model Answer: ( A B C D . .. ?",
+            *FILLER,
+        ]
+    )
     facts = [(fact, right) for _, known in SUBJECTS.values() for fact, right in known.items()]
     words = prompts + " " + " ".join(f"what {fact} {right}" for fact, right in facts)
     vocabulary = dict.fromkeys([*SPECIAL, *(word for word, _ in splitter.pre_tokenize_str(words))])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<eos>",
-                                   pad_token="<pad>", unk_token="<unk>", chat_template=CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 if __name__ == "__main__":

@@ -65,8 +65,14 @@ def serve_llm(reply: Reply | None = None, port: int = 0) -> Iterator[LLMServer]:
 def completion(text: str | None, finish_reason: str = "stop", usage: tuple[int, int] | None = (100, 5)) -> bytes:
     """The body of a proper answer."""
     counts = {} if usage is None else {"usage": dict(zip(("prompt_tokens", "completion_tokens"), usage, strict=True))}
-    return json.dumps({"object": "chat.completion", "model": "judge", "choices": [
-        {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}], **counts}).encode()
+    return json.dumps(
+        {
+            "object": "chat.completion",
+            "model": "judge",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}],
+            **counts,
+        }
+    ).encode()
 
 
 def is_scoring(question: dict[str, Any]) -> bool:
@@ -118,12 +124,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Http) -> None:
         self.send_response(answer.status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(answer.body)),
-                            **answer.headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(answer.body)),
+            **answer.headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         try:
-            for piece in [answer.body] if not answer.drip else [answer.body[i:i + 1] for i in range(len(answer.body))]:
+            for piece in [answer.body] if not answer.drip else [answer.body[i : i + 1] for i in range(len(answer.body))]:
                 self.wfile.write(piece)
                 self.wfile.flush()
                 if answer.drip and self.state.ending.wait(answer.drip):

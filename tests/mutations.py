@@ -7,15 +7,45 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-VALUES: list[Any] = [None, True, False, 0, 1, -1, 3, 1e18, 10**18, 10**400, 1.5, "", "none", "../evil", "/etc/passwd", [],
-                     {}, [1, 2], {"a": 1}, "relu", "topk", "jumprelu", "standard", "gated", "NaN", "x" * 5000, "layer_norm"]
+VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    1e18,
+    10**18,
+    10**400,
+    1.5,
+    "",
+    "none",
+    "../evil",
+    "/etc/passwd",
+    [],
+    {},
+    [1, 2],
+    {"a": 1},
+    "relu",
+    "topk",
+    "jumprelu",
+    "standard",
+    "gated",
+    "NaN",
+    "x" * 5000,
+    "layer_norm",
+]
 """What a key may be given by mistake."""
 
 
 def mappings_of(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """The paths of all keys in nested mappings, the whole (`()`) first."""
-    return [prefix, *(path for key, inner in value.items() for path in mappings_of(inner, (*prefix, key)))] if isinstance(
-        value, dict) else [prefix]
+    return (
+        [prefix, *(path for key, inner in value.items() for path in mappings_of(inner, (*prefix, key)))]
+        if isinstance(value, dict)
+        else [prefix]
+    )
 
 
 def changed_mapping(values: dict[str, Any], rng: random.Random, kind: str, keys: list[str]) -> tuple[dict[str, Any], str]:
@@ -43,12 +73,12 @@ def _place(data: bytes, rng: random.Random) -> int:
 
 def _flipped(data: bytes, rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + bytes(byte ^ 1 << rng.randrange(8) for byte in data[at:at + 1]) + data[at + 1:]
+    return data[:at] + bytes(byte ^ 1 << rng.randrange(8) for byte in data[at : at + 1]) + data[at + 1 :]
 
 
 def _written_over(data: bytes, rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
+    return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
 
 
 def _inserted(data: bytes, rng: random.Random) -> bytes:
@@ -59,22 +89,22 @@ def _inserted(data: bytes, rng: random.Random) -> bytes:
 
 def _hole(data: bytes, rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + bytes(len(data[at:at + 512])) + data[at + 512:]
+    return data[:at] + bytes(len(data[at : at + 512])) + data[at + 512 :]
 
 
 def _part_gone(data: bytes, rng: random.Random) -> bytes:
     at = _place(data, rng)
-    return data[:at] + data[at + rng.randrange(1, 200):]
+    return data[:at] + data[at + rng.randrange(1, 200) :]
 
 
 def _line_twice(data: bytes, rng: random.Random) -> bytes:
     lines = data.splitlines(keepends=True)
     at = _place(lines, rng)  # type: ignore[arg-type]
-    return b"".join([*lines[:at + 1], *lines[at:]])
+    return b"".join([*lines[: at + 1], *lines[at:]])
 
 
 BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "cut": lambda data, rng: data[:_place(data, rng)],
+    "cut": lambda data, rng: data[: _place(data, rng)],
     "emptied": lambda data, rng: b"",
     "zeroed": lambda data, rng: bytes(len(data)),
     "longer": lambda data, rng: data + bytes(rng.randrange(1, 20)),

@@ -9,10 +9,28 @@ import torch
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 
 D_IN, D_SAE = 12, 40
-OPTIONS: dict[str, dict[str, Any]] = {"topk": {"k": 5}, "ihtp": {"k": 2}, "matching_pursuit": {"s": 4},
-    "nonnegative_matching_pursuit": {"s": 4}, "omp": {"s": 4}, "nonnegative_omp": {"s": 4}, "topk_refit": {"k": 3}}
-OWN_FORMS = ("standard", "linear", "topk", "jumprelu", "gated", "ihtp", "matching_pursuit",
-             "nonnegative_matching_pursuit", "omp", "nonnegative_omp", "topk_refit")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 5},
+    "ihtp": {"k": 2},
+    "matching_pursuit": {"s": 4},
+    "nonnegative_matching_pursuit": {"s": 4},
+    "omp": {"s": 4},
+    "nonnegative_omp": {"s": 4},
+    "topk_refit": {"k": 3},
+}
+OWN_FORMS = (
+    "standard",
+    "linear",
+    "topk",
+    "jumprelu",
+    "gated",
+    "ihtp",
+    "matching_pursuit",
+    "nonnegative_matching_pursuit",
+    "omp",
+    "nonnegative_omp",
+    "topk_refit",
+)
 
 
 def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> SparseAutoencoder:
@@ -21,12 +39,21 @@ def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> Spar
     W_dec = torch.randn(D_SAE, D_IN, generator=g)
     if unit:
         W_dec = torch.nn.functional.normalize(W_dec, dim=1)
-    pool = {"W_enc": torch.randn(D_IN, D_SAE, generator=g), "W_dec": W_dec,
-            "b_dec": torch.randn(D_IN, generator=g) / 3, "threshold": torch.rand(D_SAE, generator=g),
-            **{name: torch.randn(D_SAE, generator=g) / 2 for name in ("b_enc", "b_gate", "b_mag", "r_mag")}}
+    pool = {
+        "W_enc": torch.randn(D_IN, D_SAE, generator=g),
+        "W_dec": W_dec,
+        "b_dec": torch.randn(D_IN, generator=g) / 3,
+        "threshold": torch.rand(D_SAE, generator=g),
+        **{name: torch.randn(D_SAE, generator=g) / 2 for name in ("b_enc", "b_gate", "b_mag", "r_mag")},
+    }
     cls = form_class(form)
-    cfg = SAEConfig(form=form, d_in=D_IN, d_sae=D_SAE, options=OPTIONS.get(form, {}), **{
-        "model_name": "org/tiny", "hook_name": "blocks.1.hook_resid_post", "context_size": 16, **config})
+    cfg = SAEConfig(
+        form=form,
+        d_in=D_IN,
+        d_sae=D_SAE,
+        options=OPTIONS.get(form, {}),
+        **{"model_name": "org/tiny", "hook_name": "blocks.1.hook_resid_post", "context_size": 16, **config},
+    )
     return cls.from_tensors(cfg, {name: pool[name] for name in cls.tensor_names})
 
 

@@ -17,10 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 D, HOOK, SEPARATOR, PAD = 32, "blocks.0.hook_resid_post", "<|endoftext|>", "[PAD]"
 COUNTRY, LANGUAGE, GOT_COUNTRY, GOT_LANGUAGE, ASK_COUNTRY, ASK_LANGUAGE, SAY_COUNTRY, SAY_LANGUAGE, SAID, FILLER = range(10)
 VALUES = {"Country": {1: "Norland", -1: "Sudland"}, "Language": {1: "Norse", -1: "Sudic"}}
-TEMPLATES = {"Country": ["the town of %s lies in", "I know that %s lies in"],
-             "Language": ["the people of %s speak", "I know that in the town of %s people speak"]}
-TOWNS = {(1, 1): ["Ada", "old Bree", "Cork", "Dun"], (1, -1): ["Ely", "new Fife", "Goa", "Hull"],
-         (-1, 1): ["Ivy", "Jura", "old Kent", "Lund"], (-1, -1): ["Mull", "Nice", "Ohm", "port Pau"]}
+TEMPLATES = {
+    "Country": ["the town of %s lies in", "I know that %s lies in"],
+    "Language": ["the people of %s speak", "I know that in the town of %s people speak"],
+}
+TOWNS = {
+    (1, 1): ["Ada", "old Bree", "Cork", "Dun"],
+    (1, -1): ["Ely", "new Fife", "Goa", "Hull"],
+    (-1, 1): ["Ivy", "Jura", "old Kent", "Lund"],
+    (-1, -1): ["Mull", "Nice", "Ohm", "port Pau"],
+}
 """(country, language) -> towns, the last two of each held out."""
 
 
@@ -40,20 +46,39 @@ def make_world(folder: Path) -> Path:
 
 def write_prompts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {town: {"Country": VALUES["Country"][c], "Language": VALUES["Language"][s]}
-             for (c, s), towns in TOWNS.items() for town in towns}
+    facts = {
+        town: {"Country": VALUES["Country"][c], "Language": VALUES["Language"][s]}
+        for (c, s), towns in TOWNS.items()
+        for town in towns
+    }
     split = {town: "train" if towns.index(town) < 2 else "val" for towns in TOWNS.values() for town in towns}
-    for kind, content in {"entity_attributes": facts, "attribute_to_prompts": TEMPLATES, "entity_to_split": split,
-                          "prompt_to_split": {t: "train" for ts in TEMPLATES.values() for t in ts}}.items():
+    for kind, content in {
+        "entity_attributes": facts,
+        "attribute_to_prompts": TEMPLATES,
+        "entity_to_split": split,
+        "prompt_to_split": {t: "train" for ts in TEMPLATES.values() for t in ts},
+    }.items():
         (folder / f"ravel_town_{kind}.json").write_text(json.dumps(content))
 
 
 @torch.no_grad()
 def _model(vocabulary: dict[str, int]) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=D, intermediate_size=4, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1, head_dim=D,
-        vocab_size=len(vocabulary), max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=vocabulary[SEPARATOR], pad_token_id=vocabulary[PAD]))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=D,
+            intermediate_size=4,
+            num_hidden_layers=3,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=D,
+            vocab_size=len(vocabulary),
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=vocabulary[SEPARATOR],
+            pad_token_id=vocabulary[PAD],
+        )
+    )
     for name, weight in model.named_parameters():
         weight.fill_(1.0 if "norm" in name else 0.0)
     embed, head = model.model.embed_tokens.weight, model.lm_head.weight
@@ -69,8 +94,9 @@ def _model(vocabulary: dict[str, int]) -> LlamaForCausalLM:
             embed[vocabulary[value], SAID] = 1.0
     embed[vocabulary["."], SAID] = head[vocabulary["."], SAID] = 1.0
     copy, answer = model.model.layers[1].self_attn, model.model.layers[2].mlp
-    for i, (held, got, ask, say) in enumerate(((COUNTRY, GOT_COUNTRY, ASK_COUNTRY, SAY_COUNTRY),
-                                               (LANGUAGE, GOT_LANGUAGE, ASK_LANGUAGE, SAY_LANGUAGE))):
+    for i, (held, got, ask, say) in enumerate(
+        ((COUNTRY, GOT_COUNTRY, ASK_COUNTRY, SAY_COUNTRY), (LANGUAGE, GOT_LANGUAGE, ASK_LANGUAGE, SAY_LANGUAGE))
+    ):
         copy.v_proj.weight[got, held] = 1.0
         copy.o_proj.weight[got, got] = 8.0
         answer.gate_proj.weight[i, ask], answer.up_proj.weight[i, got] = 10.0, 1.0

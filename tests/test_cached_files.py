@@ -31,10 +31,17 @@ def lm(tiny_inputs: Path) -> LanguageModel:
 
 @pytest.fixture
 def params(tiny_inputs: Path, in_project: Path) -> Params:
-    return Params.model_validate({
-        "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 4},
-        "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
-        "core_eval": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2}})
+    return Params.model_validate(
+        {
+            "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 4},
+            "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
+            "core_eval": {
+                "batch_size_prompts": 2,
+                "n_eval_reconstruction_batches": 1,
+                "n_eval_sparsity_variance_batches": 2,
+            },
+        }
+    )
 
 
 def figures(lm: LanguageModel, params: Params) -> dict[str, Any]:
@@ -47,6 +54,7 @@ def another_process() -> None:
 
 
 # --- entries ---------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def entry(in_project: Path) -> Path:
@@ -73,8 +81,16 @@ def test_its_list_may_be_damaged_too(entry: Path) -> None:
     path = entry / CHECKSUMS
     good = path.read_text()
     digit = good.index('"sha256": "') + 15
-    for bad in ("", "[]", "{}", "null", good[:-9], good.replace("2048", "2047"), good.replace('"bytes"', '"length"'),
-                good[:digit] + ("1" if good[digit] == "0" else "0") + good[digit + 1:]):
+    for bad in (
+        "",
+        "[]",
+        "{}",
+        "null",
+        good[:-9],
+        good.replace("2048", "2047"),
+        good.replace('"bytes"', '"length"'),
+        good[:digit] + ("1" if good[digit] == "0" else "0") + good[digit + 1 :],
+    ):
         path.write_text(bad)
         assert damage(entry) is not None, bad
     path.write_bytes(b"\xff\xfe")
@@ -110,8 +126,8 @@ def test_an_entry_is_written_whole_and_takes_the_place_of_another(entry: Path) -
 
 # --- activations and results -----------------------------------------------------------------
 
-def test_damaged_activations_change_no_figure(lm: LanguageModel, params: Params,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_damaged_activations_change_no_figure(lm: LanguageModel, params: Params, capsys: pytest.CaptureFixture[str]) -> None:
     clean = figures(lm, params)
     [path] = cache_dir("activations").rglob("activations.bin")
     good = path.read_bytes()
@@ -137,13 +153,19 @@ def test_activations_are_opened_for_reading_alone(lm: LanguageModel, in_project:
 
 def _changed_digit(text: str) -> str:
     at = max(i for i, character in enumerate(text) if character.isdigit())
-    return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1:]
+    return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
 
 
 CHANGES: list[Callable[[str], str]] = [
-    _changed_digit, lambda text: "[]\n", lambda text: "{}", lambda text: "", lambda text: text[:-3],
-    lambda text: json.dumps(json.loads(text)["value"]), lambda text: json.dumps({**json.loads(text), "value": [1.0]}),
-    lambda text: text.replace('_tokens"', '_token"').replace('"l0"', '"l1"')]
+    _changed_digit,
+    lambda text: "[]\n",
+    lambda text: "{}",
+    lambda text: "",
+    lambda text: text[:-3],
+    lambda text: json.dumps(json.loads(text)["value"]),
+    lambda text: json.dumps({**json.loads(text), "value": [1.0]}),
+    lambda text: text.replace('_tokens"', '_token"').replace('"l0"', '"l1"'),
+]
 
 
 def test_a_changed_result_is_computed_again(lm: LanguageModel, params: Params, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,12 +199,18 @@ def test_one_switch_passes_over_every_cache(lm: LanguageModel, in_project: Path,
 
 # --- models ----------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "fingerprint.json"])
 def test_an_unpacked_model_is_unpacked_again_where_a_file_changed(
-        name: str, tiny_inputs: Path, in_project: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(load, "_convert_gguf", lambda source, file, target: shutil.copytree(  # 30 s for the real one
-        tiny_inputs / "tiny", target, dirs_exist_ok=True))
+    name: str, tiny_inputs: Path, in_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        load,
+        "_convert_gguf",
+        lambda source, file, target: shutil.copytree(  # 30 s for the real one
+            tiny_inputs / "tiny", target, dirs_exist_ok=True
+        ),
+    )
     packaged = next(iter(load.PACKAGED))
     clean = load_language_model(packaged, "cpu")
     folder, tokens = load.packaged_folder(packaged), torch.arange(12)[None]
@@ -210,6 +238,7 @@ def test_a_noted_fingerprint_is_not_believed_of_other_weights(tiny_inputs: Path,
 
 
 # --- read-only -------------------------------------------------------------------------------
+
 
 def test_a_full_cache_need_not_be_writable(lm: LanguageModel, params: Params, in_project: Path) -> None:
     clean, cache = figures(lm, params), in_project / ".cache"

@@ -26,10 +26,26 @@ from sae_research.runtime.errors import UserError
 KEY = "sk-very-secret-0123456789"
 PROJECT = Path(__file__).parents[1]
 HERE = ("http://localhost:8000/v1", "http://LOCALHOST", "http://127.0.0.1:1", "http://127.9.8.7", "http://[::1]:8000/v1")
-ELSEWHERE = ("http://127.evil.com", "http://127.0.0.1.evil.com", "http://localhost.evil.com", "http://evil.com#@127.0.0.1",
-             "http://127.0.0.1@evil.com", "http://localhost@evil.com", "http://evil.com/?localhost", "http://2130706433",
-             "http://0x7f000001", "http://127.1", "http://localhost.", "http://127.0.0.1.", "http://[::1", "http://1270.0.0.1",
-             "http://notlocalhost", "http://[::2]", "http://10.0.0.1", "http://")
+ELSEWHERE = (
+    "http://127.evil.com",
+    "http://127.0.0.1.evil.com",
+    "http://localhost.evil.com",
+    "http://evil.com#@127.0.0.1",
+    "http://127.0.0.1@evil.com",
+    "http://localhost@evil.com",
+    "http://evil.com/?localhost",
+    "http://2130706433",
+    "http://0x7f000001",
+    "http://127.1",
+    "http://localhost.",
+    "http://127.0.0.1.",
+    "http://[::1",
+    "http://1270.0.0.1",
+    "http://notlocalhost",
+    "http://[::2]",
+    "http://10.0.0.1",
+    "http://",
+)
 
 
 @contextmanager
@@ -89,9 +105,21 @@ def test_what_only_looks_like_this_machine(url: str) -> None:
         assert not is_loopback(url) and not keeps_secrets(url)
 
 
-@pytest.mark.parametrize("url", [f"https://user:{KEY}@host/v1", f"https://{KEY}@host", f"https://host/v1?key={KEY}",
-                                 f"https://host/#{KEY}", f"ftp://{KEY}", f"https://{KEY * 20}.org/v1", f"https://a..b/{KEY}",
-                                 f"http://host:99999/{KEY}", KEY, ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://user:{KEY}@host/v1",
+        f"https://{KEY}@host",
+        f"https://host/v1?key={KEY}",
+        f"https://host/#{KEY}",
+        f"ftp://{KEY}",
+        f"https://{KEY * 20}.org/v1",
+        f"https://a..b/{KEY}",
+        f"http://host:99999/{KEY}",
+        KEY,
+        "",
+    ],
+)
 def test_bad_addresses_are_not_repeated(url: str) -> None:
     for make in (lambda: chat(url) if url else checked_url(url, "x", "y"), lambda: Neuronpedia("a/b", url)):
         with pytest.raises(UserError, match="must") as refused:
@@ -145,8 +173,20 @@ def test_half_a_key_is_not_shown() -> None:
         assert "sk-" not in str(other.value)
 
 
-@pytest.mark.parametrize("body", [b"", b"[", b"[1]", b'"x"', b"[" * 100_000, b"\xff\xfe",
-                                  b'{"maxActApprox": "7"}', b'{"maxActApprox": NaN}', b'{"maxActApprox": true}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[",
+        b"[1]",
+        b'"x"',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"maxActApprox": "7"}',
+        b'{"maxActApprox": NaN}',
+        b'{"maxActApprox": true}',
+    ],
+)
 def test_a_server_that_answers_anything(body: bytes) -> None:
     with serve((200, {}, body)) as (url, _), pytest.raises(UserError, match="not JSON|has no latent"):
         Neuronpedia("a/b", url).feature(1)

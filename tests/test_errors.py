@@ -38,8 +38,10 @@ sys.exit("; ".join(failures) or 0)
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
     """`run_main` of a function, given its lines."""
-    program = ("import os\nfrom pathlib import Path\nfrom sae_research.runtime.errors import run_main\n"
-               f"def main():\n    {body}\nrun_main(main)\n")
+    program = (
+        "import os\nfrom pathlib import Path\nfrom sae_research.runtime.errors import run_main\n"
+        f"def main():\n    {body}\nrun_main(main)\n"
+    )
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -47,52 +49,96 @@ def missing(name: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-                                    errno.EMFILE, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EMFILE,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+    ],
+)
 def test_what_the_machine_refuses_names_the_file(number: int) -> None:
     line = environment_line(OSError(number, "x", "metrics/core.json"))
     assert line is not None and "(metrics/core.json): " in line and "\n" not in line
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.EINVAL, "x", "a"), OSError(errno.EACCES, "x"), FileNotFoundError(errno.ENOENT, "x", "a"),
-    RuntimeError("x"), missing("sae_research.gone"), missing("scripts.gone"), ModuleNotFoundError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EINVAL, "x", "a"),
+        OSError(errno.EACCES, "x"),
+        FileNotFoundError(errno.ENOENT, "x", "a"),
+        RuntimeError("x"),
+        missing("sae_research.gone"),
+        missing("scripts.gone"),
+        ModuleNotFoundError("x"),
+    ],
+    ids=repr,
+)
 def test_defects_keep_their_traceback(error: Exception) -> None:
     assert environment_line(error) is None
 
 
 def test_memory_and_packages_are_one_line() -> None:
     assert environment_line(MemoryError()) == "out of memory: lower batch sizes, widths or numbers of tokens"
-    assert "you tried to allocate 9 bytes" in str(environment_line(RuntimeError(
-        "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")))
+    assert "you tried to allocate 9 bytes" in str(
+        environment_line(
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        )
+    )
     assert "the package torch is not installed: run `make setup`" in str(environment_line(missing("torch")))
     assert "as a version with torch.new" in str(environment_line(missing("torch.new")))
     assert "was built without _sqlite3" in str(environment_line(missing("_sqlite3")))
 
 
 def test_every_command_says_what_is_missing_before_setup() -> None:
-    done = subprocess.run([sys.executable, "-c", NO_PACKAGES, "sae_research", "benchmarks", *COMMANDS], cwd=ROOT, text=True,
-                          capture_output=True, check=False, env=os.environ | {"PATH": "/nowhere"})
+    done = subprocess.run(
+        [sys.executable, "-c", NO_PACKAGES, "sae_research", "benchmarks", *COMMANDS],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PATH": "/nowhere"},
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("run `make setup`") >= 8
 
 
-@pytest.mark.parametrize(("limit", "body", "line"), [
-    ("RLIMIT_FSIZE, (10, 10)", "from sae_research.runtime.files import write_json; write_json(Path('FOLDER/a.json'), [1] * 99)",
-     "error: the file would be larger than allowed (FOLDER/a.json): "),
-    ("RLIMIT_NOFILE, (8, 8)", "files = [open(os.devnull) for _ in range(99)]", "error: too many open files (/dev/null)"),
-    ("RLIMIT_AS, (2**29, 2**29)", "bytes(2**34)", "error: out of memory"),
-], ids=["file", "files", "memory"])
+@pytest.mark.parametrize(
+    ("limit", "body", "line"),
+    [
+        (
+            "RLIMIT_FSIZE, (10, 10)",
+            "from sae_research.runtime.files import write_json; write_json(Path('FOLDER/a.json'), [1] * 99)",
+            "error: the file would be larger than allowed (FOLDER/a.json): ",
+        ),
+        ("RLIMIT_NOFILE, (8, 8)", "files = [open(os.devnull) for _ in range(99)]", "error: too many open files (/dev/null)"),
+        ("RLIMIT_AS, (2**29, 2**29)", "bytes(2**34)", "error: out of memory"),
+    ],
+    ids=["file", "files", "memory"],
+)
 def test_limits_of_the_shell_are_one_line(limit: str, body: str, line: str, tmp_path: Path) -> None:
     done = run(f"import resource; resource.setrlimit(resource.{limit}); {body.replace('FOLDER', str(tmp_path))}")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(line.replace("FOLDER", str(tmp_path))) and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("body", [
-    "from sae_research.runtime.files import write_json; write_json(Path('eval_results/a.json'), 1)",
-    "from sae_research.runtime.files import replaced_folder\n    with replaced_folder('trained_saes') as folder: pass",
-    "from sae_research.runtime.files import ResultCache; ResultCache('x').put('a', 1)"], ids=["file", "folder", "cache"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "from sae_research.runtime.files import write_json; write_json(Path('eval_results/a.json'), 1)",
+        "from sae_research.runtime.files import replaced_folder\n    with replaced_folder('trained_saes') as folder: pass",
+        "from sae_research.runtime.files import ResultCache; ResultCache('x').put('a', 1)",
+    ],
+    ids=["file", "folder", "cache"],
+)
 def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
     """Root may write everywhere, so that the program then becomes somebody else."""
     with tempfile.TemporaryDirectory() as project:
@@ -111,8 +157,13 @@ def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
 
 def test_a_pipe_that_nobody_reads_ends_quietly() -> None:
     program = "import sae_research.runtime.errors as e; e.run_main(lambda: print('x ' * 99999))"
-    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{program}" | head -c 1; exit ${{PIPESTATUS[0]}}'],
-                          capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{program}" | head -c 1; exit ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert (done.stdout, done.stderr, done.returncode) == ("x", "", 141)
     inside = run("raise BrokenPipeError(32, 'Broken pipe')")
     assert inside.returncode == 1 and "Traceback" in inside.stderr, "some connection's, not the output's"

@@ -40,21 +40,36 @@ def lm(tiny_inputs: Path) -> LanguageModel:
 
 @pytest.fixture
 def params(tiny_inputs: Path) -> Params:
-    return Params.model_validate({
-        "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu"},
-        "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
-        "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
-        "meta_sae": {"train_steps": 5, "train_batch_size": 32}})
+    return Params.model_validate(
+        {
+            "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu"},
+            "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
+            "core_eval": {
+                "batch_size_prompts": 3,
+                "n_eval_reconstruction_batches": 1,
+                "n_eval_sparsity_variance_batches": 2,
+            },
+            "meta_sae": {"train_steps": 5, "train_batch_size": 32},
+        }
+    )
 
 
 def test_a_module_scores_as_the_same_sae_of_ours(in_project: Path, lm: LanguageModel, params: Params) -> None:
     torch.manual_seed(0)
     W_enc, W_dec = torch.randn(D, F) / 8, torch.nn.functional.normalize(torch.randn(F, D), dim=1)
     cfg = SAEConfig(form="standard", d_in=D, d_sae=F, model_name=lm.name, hook_name=HOOK)
-    save_sae(form_class("standard")(cfg, W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(F), b_dec=torch.zeros(D)),
-             in_project / "ours")
-    found = evaluate({"mine": Mine(W_enc, W_dec), "ours": in_project / "ours"}, lm, params, hook=HOOK,
-                     evaluations=("core", "meta_sae"), folder=in_project / "out")
+    save_sae(
+        form_class("standard")(cfg, W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(F), b_dec=torch.zeros(D)),
+        in_project / "ours",
+    )
+    found = evaluate(
+        {"mine": Mine(W_enc, W_dec), "ours": in_project / "ours"},
+        lm,
+        params,
+        hook=HOOK,
+        evaluations=("core", "meta_sae"),
+        folder=in_project / "out",
+    )
     assert found["mine"]["core"]["l0"] == found["ours"]["core"]["l0"] > 1
     assert found["mine"]["core"]["kl"] == pytest.approx(found["ours"]["core"]["kl"], rel=1e-3)
     assert found["mine"]["meta_sae"] and found["ours"]["meta_sae"]
@@ -66,6 +81,8 @@ def test_a_module_scores_as_the_same_sae_of_ours(in_project: Path, lm: LanguageM
 
 
 def test_a_class_of_a_notebook_has_no_source_and_no_cached_result() -> None:
-    code = ("from sae_research.saes.registry import code_fingerprint as f; Mine = type('Mine', (), {}); "
-            "print(f(classes=[Mine]) != f(classes=[Mine]))")
+    code = (
+        "from sae_research.saes.registry import code_fingerprint as f; Mine = type('Mine', (), {}); "
+        "print(f(classes=[Mine]) != f(classes=[Mine]))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"

@@ -54,8 +54,9 @@ def test_a_folder_is_replaced_whole_and_stays_when_the_block_fails(tmp_path: Pat
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kill_between_the_two_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "out", "before")
     original = Path.rename
 
@@ -153,6 +154,7 @@ def test_errors_name_the_folder_that_was_to_be(tmp_path: Path) -> None:
 
 def test_replacing_under_fire(tmp_path: Path) -> None:
     """Kills at any moment: what is there, or is put back, is whole."""
+
     def work() -> None:
         for number in range(10**6):
             with replaced_folder(tmp_path / "out") as folder:
@@ -174,8 +176,12 @@ def test_replacing_under_fire(tmp_path: Path) -> None:
 def test_git_and_dvc_ignore_leftovers(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    for name in (".trained_saes.ab12cd34.tmp", ".downloaded_saes.ab12cd34.old.tmp", ".trained_saes.ab12cd34",
-                 "images/.a.x.tmp"):
+    for name in (
+        ".trained_saes.ab12cd34.tmp",
+        ".downloaded_saes.ab12cd34.old.tmp",
+        ".trained_saes.ab12cd34",
+        "images/.a.x.tmp",
+    ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "weights").touch()
     status = subprocess.run(["git", "status", "--porcelain"], cwd=tmp_path, check=True, capture_output=True, text=True)

@@ -25,8 +25,7 @@ def clustered(rng: np.random.Generator, clusters: int, between: float) -> Ratio:
 @pytest.mark.parametrize(("clusters", "between"), [(20, 0.5), (60, 0.0), (60, 0.5)])
 def test_95_percent_intervals_cover_95_percent_and_little_more(clusters: int, between: float) -> None:
     rng = np.random.default_rng(0)
-    hits = sum(low <= 5 <= high for low, high in (
-        interval(clustered(rng, clusters, between), seed=1) for _ in range(600)))
+    hits = sum(low <= 5 <= high for low, high in (interval(clustered(rng, clusters, between), seed=1) for _ in range(600)))
     assert 0.94 <= hits / 600 <= 0.99  # degrees of freedom that allow for skewed noise cover more where there is none
 
 
@@ -111,6 +110,7 @@ def test_clusters_without_tokens_are_left_out() -> None:
 
 # --- differences -----------------------------------------------------------------------------
 
+
 def test_a_figure_differs_from_itself_by_exactly_nothing() -> None:
     figure = clustered(np.random.default_rng(0), 30, 0.5)
     found = difference([figure], [figure], 1)
@@ -176,6 +176,7 @@ def test_student_is_scipys(t: float, freedom: float) -> None:
 
 
 # --- what is stored --------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 161])
 def test_outcomes_survive_packing(count: int) -> None:

@@ -20,9 +20,21 @@ KEY = "sk-very-secret-0123456789"
 
 
 def client_of(url: str, **changes: Any) -> ChatClient:
-    return ChatClient(ChatEndpoint.model_validate({
-        "base_url": url, "model": "judge", "api_key_env": "", "timeout_seconds": 5, "backoff_seconds": 0.01,
-        "max_retries": 2, "concurrency": 4, **changes}), "autointerp")
+    return ChatClient(
+        ChatEndpoint.model_validate(
+            {
+                "base_url": url,
+                "model": "judge",
+                "api_key_env": "",
+                "timeout_seconds": 5,
+                "backoff_seconds": 0.01,
+                "max_retries": 2,
+                "concurrency": 4,
+                **changes,
+            }
+        ),
+        "autointerp",
+    )
 
 
 def question(text: str) -> list[dict[str, str]]:
@@ -42,14 +54,20 @@ def test_an_answer_is_asked_for_once() -> None:
     with serve_llm(lambda body, number: f"answer {number}") as server:
         first = client_of(server.url).ask(question("a"), 7)
         assert first == ("answer 0", "stop", 100, 5)
-        assert server.bodies == [{"model": "judge", "messages": question("a"), "max_tokens": 7, "stream": False,
-                                  "temperature": 0.0}]
+        assert server.bodies == [
+            {"model": "judge", "messages": question("a"), "max_tokens": 7, "stream": False, "temperature": 0.0}
+        ]
         again = client_of(server.url + "/")
         assert again.kept(question("a"), 7) == again.ask(question("a"), 7) == first
         assert len(server.bodies) == 1
         assert again.kept(question("b"), 7) is None
-        for changes, text, limit in (({}, "b", 7), ({}, "a", 8), ({"model": "other"}, "a", 7), ({"temperature": 1}, "a", 7),
-                                     ({"completion_limit_field": "max_completion_tokens"}, "a", 7)):
+        for changes, text, limit in (
+            ({}, "b", 7),
+            ({}, "a", 8),
+            ({"model": "other"}, "a", 7),
+            ({"temperature": 1}, "a", 7),
+            ({"completion_limit_field": "max_completion_tokens"}, "a", 7),
+        ):
             client_of(server.url, **changes).ask(question(text), limit)
         assert len(server.bodies) == 6
         assert server.bodies[-1]["max_completion_tokens"] == 7
@@ -57,8 +75,9 @@ def test_an_answer_is_asked_for_once() -> None:
         assert "temperature" not in server.bodies[-1]
 
 
-def test_the_key_goes_into_one_header_and_nowhere_else(project: Path, monkeypatch: pytest.MonkeyPatch,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_key_goes_into_one_header_and_nowhere_else(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
     replies = [f"your key is {KEY}", Http(401, json.dumps({"error": {"message": f"bad key {KEY}"}}).encode()), "unreached"]
     with serve_llm(lambda body, number: replies[number]) as server:
@@ -93,18 +112,21 @@ def test_overload_is_waited_out() -> None:
         assert client.sent == 3
 
 
-@pytest.mark.parametrize(("reply", "reason", "attempts"), [
-    (Http(500, b"out of order"), r"HTTP 500: out of order \(3 attempts\)", 3),
-    (Http(429, b'{"error": {"message": "slow down"}}'), r"HTTP 429: slow down \(3 attempts\)", 3),
-    (DROP, "no connection", 3),
-    (Http(200, b'{"cut', {"Content-Length": "500"}), "no connection: IncompleteRead", 3),
-    (Http(400, b'{"error": {"message": "context too long"}}'), "^HTTP 400: context too long$", 1),
-    (Http(200, b"<html>Welcome</html>"), "no chat completion: '<html>Welcome</html>'", 1),
-    (Http(200, b"{}"), "no chat completion", 1),
-    (Http(200, b'{"choices": []}'), "no chat completion", 1),
-    (Http(200, b'{"choices": [{"message": {"content": 7}}]}'), "no chat completion", 1),
-    (Http(200, b'["' + b"x" * 500), "no chat completion: .{190,210}…", 1),
-])
+@pytest.mark.parametrize(
+    ("reply", "reason", "attempts"),
+    [
+        (Http(500, b"out of order"), r"HTTP 500: out of order \(3 attempts\)", 3),
+        (Http(429, b'{"error": {"message": "slow down"}}'), r"HTTP 429: slow down \(3 attempts\)", 3),
+        (DROP, "no connection", 3),
+        (Http(200, b'{"cut', {"Content-Length": "500"}), "no connection: IncompleteRead", 3),
+        (Http(400, b'{"error": {"message": "context too long"}}'), "^HTTP 400: context too long$", 1),
+        (Http(200, b"<html>Welcome</html>"), "no chat completion: '<html>Welcome</html>'", 1),
+        (Http(200, b"{}"), "no chat completion", 1),
+        (Http(200, b'{"choices": []}'), "no chat completion", 1),
+        (Http(200, b'{"choices": [{"message": {"content": 7}}]}'), "no chat completion", 1),
+        (Http(200, b'["' + b"x" * 500), "no chat completion: .{190,210}…", 1),
+    ],
+)
 def test_what_stays_without_an_answer_says_why(reply: Any, reason: str, attempts: int, project: Path) -> None:
     with serve_llm(lambda body, number: reply) as server:
         client = client_of(server.url)
@@ -132,18 +154,22 @@ def test_nobody_listening() -> None:
     for text in "abc":
         with pytest.raises(NoAnswer, match=r"no connection: Connection refused \(2 attempts\)"):
             client.ask(question(text), 5)
-    assert client.down == "3 questions in a row without an answer, the last one: no connection: Connection refused " \
-                          "(2 attempts)"
+    assert (
+        client.down == "3 questions in a row without an answer, the last one: no connection: Connection refused (2 attempts)"
+    )
     with pytest.raises(NoAnswer, match="given up"):
         client.ask(question("d"), 5)
     assert client.sent == 6
 
 
-@pytest.mark.parametrize(("reply", "reason"), [
-    (Http(401, b'{"error": {"message": "no"}}'), "HTTP 401: no .no key was sent"),
-    (Http(404, b'{"error": {"message": "no model judge"}}'), "HTTP 404: no model judge .check autointerp.base_url"),
-    (Http(429, b'{"error": {"message": "pay first", "code": "insufficient_quota"}}'), "HTTP 429: pay first"),
-])
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Http(401, b'{"error": {"message": "no"}}'), "HTTP 401: no .no key was sent"),
+        (Http(404, b'{"error": {"message": "no model judge"}}'), "HTTP 404: no model judge .check autointerp.base_url"),
+        (Http(429, b'{"error": {"message": "pay first", "code": "insufficient_quota"}}'), "HTTP 429: pay first"),
+    ],
+)
 def test_an_endpoint_that_refuses_everybody_is_asked_once(reply: Http, reason: str) -> None:
     with serve_llm(lambda body, number: reply) as server:
         client = client_of(server.url)
@@ -204,17 +230,20 @@ def test_an_error_of_ours_lets_nothing_further_be_asked() -> None:
         assert len(server.bodies) < 25
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"base_url": None, "model": None}, "autointerp.base_url and autointerp.model must be given"),
-    ({"model": None}, "autointerp.model must be given"),
-    ({"base_url": "localhost:8000"}, "must look like"),
-    ({"base_url": "ftp://localhost/v1"}, "must look like"),
-    ({"base_url": "http://host:port/v1"}, "must look like"),
-    ({"base_url": "http://user:hunter2@host/v1"}, "must hold no user name"),
-    ({"base_url": "https://host/v1?key=hunter2"}, "must hold no user name"),
-    ({"base_url": "http://elsewhere.example/v1", "api_key_env": "OPENAI_API_KEY"}, "in the clear"),
-    ({"api_key_env": "BROKEN_KEY"}, "no key has"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": None, "model": None}, "autointerp.base_url and autointerp.model must be given"),
+        ({"model": None}, "autointerp.model must be given"),
+        ({"base_url": "localhost:8000"}, "must look like"),
+        ({"base_url": "ftp://localhost/v1"}, "must look like"),
+        ({"base_url": "http://host:port/v1"}, "must look like"),
+        ({"base_url": "http://user:hunter2@host/v1"}, "must hold no user name"),
+        ({"base_url": "https://host/v1?key=hunter2"}, "must hold no user name"),
+        ({"base_url": "http://elsewhere.example/v1", "api_key_env": "OPENAI_API_KEY"}, "in the clear"),
+        ({"api_key_env": "BROKEN_KEY"}, "no key has"),
+    ],
+)
 def test_endpoints_that_cannot_be_asked(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "hunter2-hunter2")
     monkeypatch.setenv("BROKEN_KEY", "hunter2\nX: y")

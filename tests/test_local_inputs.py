@@ -22,35 +22,76 @@ def written(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
 def test_the_default_points_at_nothing_but_the_outlier_file(in_project: Path) -> None:
     write_inputs(Params())
     found = written(in_project)
-    assert set(found) == set(sections()) >= {"model", "text", "baseline_sae", "comparison_saes", "sparse_probing", "scr",
-                                             "tpp", "unlearning", "ravel", "transfer", "dashboards"}
+    assert (
+        set(found)
+        == set(sections())
+        >= {
+            "model",
+            "text",
+            "baseline_sae",
+            "comparison_saes",
+            "sparse_probing",
+            "scr",
+            "tpp",
+            "unlearning",
+            "ravel",
+            "transfer",
+            "dashboards",
+        }
+    )
     assert not any(found.values())
 
 
 def test_every_kind_of_pointer_is_followed_without_a_path_or_a_time(in_project: Path) -> None:
     outside = in_project / "some where"
-    for name in ("texts/a.txt", "texts/deep/b.txt", "texts/.hidden", "model/config.json", "runs/x/trainer_0/ae.pt",
-                 "runs/y/trainer_0/ae.pt", "task.csv", "sae/cfg.json", "questions.jsonl", "known.json"):
+    for name in (
+        "texts/a.txt",
+        "texts/deep/b.txt",
+        "texts/.hidden",
+        "model/config.json",
+        "runs/x/trainer_0/ae.pt",
+        "runs/y/trainer_0/ae.pt",
+        "task.csv",
+        "sae/cfg.json",
+        "questions.jsonl",
+        "known.json",
+    ):
         (outside / name).parent.mkdir(parents=True, exist_ok=True)
         (outside / name).write_text(name)
     (in_project / "own_saes").mkdir()
     (in_project / "own_saes/mine.py").write_text("from own_saes import helper\n")
     (in_project / "own_saes/helper.py").write_text("")
     os.mkfifo(outside / "texts/pipe")
-    params = check_params({
-        "text": {"dataset": str(outside / "texts")}, "model": {"name": "some where/model"},
-        "comparison_saes": {"folders": [str(outside / "runs/*/trainer_0"), "absent/*"], "python": ["own_saes.mine:A"]},
-        "baseline_sae": {"source": "folder", "path": str(outside / "sae")},
-        "sparse_probing": {"dataset_names": ["news_topic", str(outside / "task.csv")]},
-        "unlearning": {"forget_questions": [str(outside / "questions.jsonl")]},
-        "transfer": {"finetuned_model": str(outside / "model"), "outliers": {"config_file": str(outside / "known.json")},
-                     "sae": {"source": "folder", "path": str(outside / "sae")}}}, "test")
+    params = check_params(
+        {
+            "text": {"dataset": str(outside / "texts")},
+            "model": {"name": "some where/model"},
+            "comparison_saes": {"folders": [str(outside / "runs/*/trainer_0"), "absent/*"], "python": ["own_saes.mine:A"]},
+            "baseline_sae": {"source": "folder", "path": str(outside / "sae")},
+            "sparse_probing": {"dataset_names": ["news_topic", str(outside / "task.csv")]},
+            "unlearning": {"forget_questions": [str(outside / "questions.jsonl")]},
+            "transfer": {
+                "finetuned_model": str(outside / "model"),
+                "outliers": {"config_file": str(outside / "known.json")},
+                "sae": {"source": "folder", "path": str(outside / "sae")},
+            },
+        },
+        "test",
+    )
     write_inputs(params)
     found = written(in_project)
     assert {f"{name}.{key}": value["files"] for name, values in found.items() for key, value in values.items()} == {
-        "text.dataset": 2, "model.name": 1, "comparison_saes.folders.0": 2, "comparison_saes.python.0": 2,
-        "baseline_sae.path": 1, "sparse_probing.dataset_names.1": 1, "unlearning.forget_questions.0": 1,
-        "transfer.finetuned_model": 1, "transfer.outliers.config_file": 1, "transfer.sae.path": 1}
+        "text.dataset": 2,
+        "model.name": 1,
+        "comparison_saes.folders.0": 2,
+        "comparison_saes.python.0": 2,
+        "baseline_sae.path": 1,
+        "sparse_probing.dataset_names.1": 1,
+        "unlearning.forget_questions.0": 1,
+        "transfer.finetuned_model": 1,
+        "transfer.outliers.config_file": 1,
+        "transfer.sae.path": 1,
+    }
     assert str(in_project) not in json.dumps(found)
 
     def changed() -> set[str]:
@@ -60,9 +101,13 @@ def test_every_kind_of_pointer_is_followed_without_a_path_or_a_time(in_project: 
         return {name for name in found if found[name] != before[name]}
 
     assert changed() == set()
-    for name, section in (("texts/deep/b.txt", {"text"}), ("runs/y/trainer_0/ae.pt", {"comparison_saes"}),
-                          ("task.csv", {"sparse_probing"}), ("sae/cfg.json", {"baseline_sae", "transfer"}),
-                          ("model/config.json", {"model", "transfer"})):
+    for name, section in (
+        ("texts/deep/b.txt", {"text"}),
+        ("runs/y/trainer_0/ae.pt", {"comparison_saes"}),
+        ("task.csv", {"sparse_probing"}),
+        ("sae/cfg.json", {"baseline_sae", "transfer"}),
+        ("model/config.json", {"model", "transfer"}),
+    ):
         state, path = (outside / name).stat(), outside / name
         path.write_text(path.read_text()[::-1])  # the same size, and the old time put back
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))

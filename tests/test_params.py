@@ -25,23 +25,26 @@ def test_the_committed_file_names_every_section_and_key() -> None:
             assert key in values[section], f"{section}.{key}"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("model: {devcie: cpu}", r"unknown key model\.devcie, did you mean device\?"),
-    ("modle: {name: x}", r"unknown key modle, did you mean model\?"),
-    ("train: {saes: {a: {recipe: standard, d_sae: 8, l1_coefficient: 1, kk: 3}}}", r"train\.saes\.a\.kk"),
-    ("core_eval: {batch_size_prompts: many}", r"core_eval\.batch_size_prompts: .*integer.*'many'"),
-    ("core_eval: {batch_size_prompts: 0}", r"core_eval\.batch_size_prompts"),
-    ("random_seed: -1", "random_seed"),
-    ("model: {device: gpu}", r"model\.device"),
-    ("model: {torch_dtype: float8}", r"model\.torch_dtype"),
-    ("baseline_sae: {source: hub}", "source: hub needs repo_id"),
-    ("train: {saes: {Bad-Name: {recipe: standard, d_sae: 8, l1_coefficient: 1}}}", "Bad-Name"),
-    ("train: {saes: {a: {recipe: top_k, d_sae: 8, k: 9}}}", "k = 9 exceeds d_sae = 8"),
-    ("comparison_saes: {sae_regex_pattern: x}", "go together"),
-    ("controls: {names: [unknown]}", r"controls\.names"),
-    ("model: [", "not valid YAML"),
-    ("just text", "expected keys and values"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {devcie: cpu}", r"unknown key model\.devcie, did you mean device\?"),
+        ("modle: {name: x}", r"unknown key modle, did you mean model\?"),
+        ("train: {saes: {a: {recipe: standard, d_sae: 8, l1_coefficient: 1, kk: 3}}}", r"train\.saes\.a\.kk"),
+        ("core_eval: {batch_size_prompts: many}", r"core_eval\.batch_size_prompts: .*integer.*'many'"),
+        ("core_eval: {batch_size_prompts: 0}", r"core_eval\.batch_size_prompts"),
+        ("random_seed: -1", "random_seed"),
+        ("model: {device: gpu}", r"model\.device"),
+        ("model: {torch_dtype: float8}", r"model\.torch_dtype"),
+        ("baseline_sae: {source: hub}", "source: hub needs repo_id"),
+        ("train: {saes: {Bad-Name: {recipe: standard, d_sae: 8, l1_coefficient: 1}}}", "Bad-Name"),
+        ("train: {saes: {a: {recipe: top_k, d_sae: 8, k: 9}}}", "k = 9 exceeds d_sae = 8"),
+        ("comparison_saes: {sae_regex_pattern: x}", "go together"),
+        ("controls: {names: [unknown]}", r"controls\.names"),
+        ("model: [", "not valid YAML"),
+        ("just text", "expected keys and values"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)

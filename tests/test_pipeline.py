@@ -59,8 +59,9 @@ def test_nothing_is_left_untracked_or_ignored_wrongly(project: Path) -> None:
     tracked = run(project, "git", "ls-files").stdout.split()
     for name in ("dvc.lock", "METRICS.md", "metrics/core.json", "metrics/all_metrics.json", "images/overview.png"):
         assert name in tracked
-    assert not [name for name in tracked if name.startswith(("eval_results/", "trained_saes/", "downloaded_saes/",
-                                                              ".cache/"))]
+    assert not [
+        name for name in tracked if name.startswith(("eval_results/", "trained_saes/", "downloaded_saes/", ".cache/"))
+    ]
 
 
 def test_a_second_run_does_nothing(project: Path) -> None:
@@ -127,10 +128,23 @@ def queued_presets(project: Path) -> dict[str, tuple[list[str], str]]:
     """Overrides of every preset, and params.yaml as DVC makes it of them, in queued experiments that are then dropped. All
     in one process: DVC takes longer to start than to queue."""
     present = load_params(project / "params.yaml").train.saes  # this project has one SAE only to take out
-    overrides = {preset: [override for override in read_preset(preset) if not override.startswith("~train.saes.")
-                          or override.rpartition(".")[2] in present] for preset in PRESET_NAMES}
-    done = subprocess.run([sys.executable, "-c", QUEUE_EACH], input=json.dumps(overrides), cwd=project, env=ENV, text=True,
-                          capture_output=True, check=False)
+    overrides = {
+        preset: [
+            override
+            for override in read_preset(preset)
+            if not override.startswith("~train.saes.") or override.rpartition(".")[2] in present
+        ]
+        for preset in PRESET_NAMES
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", QUEUE_EACH],
+        input=json.dumps(overrides),
+        cwd=project,
+        env=ENV,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     run(project, "dvc", "queue", "remove", "--queued")
     queued = json.loads(done.stdout.rpartition("QUEUED")[2])
@@ -138,8 +152,9 @@ def queued_presets(project: Path) -> dict[str, tuple[list[str], str]]:
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
-def test_presets_mean_to_dvc_what_they_say(queued_presets: dict[str, tuple[list[str], str]], preset: str,
-                                           tmp_path: Path) -> None:
+def test_presets_mean_to_dvc_what_they_say(
+    queued_presets: dict[str, tuple[list[str], str]], preset: str, tmp_path: Path
+) -> None:
     overrides, text = queued_presets[preset]
     queued = tmp_path / "queued.yaml"
     queued.write_text(text)
@@ -159,7 +174,8 @@ def test_presets_mean_to_dvc_what_they_say(queued_presets: dict[str, tuple[list[
             assert last not in value
         elif override.startswith("+"):
             assert {key: str(value[last][key]) for key in (part.partition(":")[0] for part in want[1:-1].split(","))} == {
-                key: str(number(text)) for key, _, text in (part.partition(":") for part in want[1:-1].split(","))}
+                key: str(number(text)) for key, _, text in (part.partition(":") for part in want[1:-1].split(","))
+            }
         else:
             shown = "null" if value[last] in (None, []) else str(value[last])  # null stands for an empty list too
             assert shown.lower().replace("'", "").replace(" ", "") == want.lower()
@@ -184,8 +200,14 @@ def test_switching_evaluations_off_leaves_nothing_stale(project: Path) -> None:
 
 def test_optional_evaluations_reach_the_report_and_one_that_fails_stops_none(project: Path) -> None:
     small = {"dataset_names": ["news_section"], "train_set_size": 24, "test_set_size": 16, "n_values": [2, 5]}
-    set_params(project, {"eval_types": {"tpp": True, "meta_sae": True, "autointerp": True}, "tpp": small,
-                         "meta_sae": {"train_steps": 5, "train_batch_size": 32}})  # autointerp without an endpoint
+    set_params(
+        project,
+        {
+            "eval_types": {"tpp": True, "meta_sae": True, "autointerp": True},
+            "tpp": small,
+            "meta_sae": {"train_steps": 5, "train_batch_size": 32},
+        },
+    )  # autointerp without an endpoint
     try:
         done = run(project, sys.executable, "-m", "sae_research", "repro", check=False)
         assert done.returncode == 1
@@ -201,16 +223,25 @@ def test_optional_evaluations_reach_the_report_and_one_that_fails_stops_none(pro
         run(project, "dvc", "checkout", "-q", "--force")
 
 
-@pytest.mark.parametrize(("values", "stage", "line"), [
-    ({"model": {"nmae": "x"}}, "train", "error: params.yaml: unknown key model.nmae, did you mean name?"),
-    ({"train": {"hook_name": "blocks.77.hook_resid_post"}}, "train", "the model has layers 0 to 2"),
-    ({"baseline_sae": {"name": "absent"}}, "setup", "run the train stage"),
-    ({"text": {"dataset": "./empty_folder"}}, "train", "empty_folder"),
-    ({"sparse_probing": {"dataset_names": ["nonsense"]}}, "sparse_probing", "unknown task 'nonsense'"),
-    ({"core_eval": {"n_eval_sparsity_variance_batches": 100_000}}, "core", "ends after"),
-])
-def test_mistakes_are_one_line_and_lose_nothing(project: Path, values: dict[str, Any], stage: str, line: str,
-                                                monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("values", "stage", "line"),
+    [
+        ({"model": {"nmae": "x"}}, "train", "error: params.yaml: unknown key model.nmae, did you mean name?"),
+        ({"train": {"hook_name": "blocks.77.hook_resid_post"}}, "train", "the model has layers 0 to 2"),
+        ({"baseline_sae": {"name": "absent"}}, "setup", "run the train stage"),
+        ({"text": {"dataset": "./empty_folder"}}, "train", "empty_folder"),
+        ({"sparse_probing": {"dataset_names": ["nonsense"]}}, "sparse_probing", "unknown task 'nonsense'"),
+        ({"core_eval": {"n_eval_sparsity_variance_batches": 100_000}}, "core", "ends after"),
+    ],
+)
+def test_mistakes_are_one_line_and_lose_nothing(
+    project: Path,
+    values: dict[str, Any],
+    stage: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """In this process, as the next test starts a script of its own: importing torch takes longer than to fail."""
     scripts = {"train": "train_saes", "setup": "setup_saes", "core": "run_core_eval", "sparse_probing": "run_sparse_probing"}
     before = (project / "downloaded_saes/manifest.json").read_bytes()
@@ -249,8 +280,13 @@ def test_a_killed_stage_resumes(project: Path) -> None:
     """The status says incomplete, and the next run ends with the same bytes."""
     want = (project / "eval_results/core/standard_eval_results.json").read_bytes()
     shutil.rmtree(project / ".cache/results", ignore_errors=True)
-    process = subprocess.Popen([sys.executable, "-m", "scripts.run_core_eval"], cwd=project, env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.run_core_eval"],
+        cwd=project,
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     status = project / "eval_results/core/_status.json"
 
     def begun() -> bool:
@@ -271,10 +307,20 @@ def test_a_killed_stage_resumes(project: Path) -> None:
 @pytest.mark.slow
 def test_transfer_through_dvc(project: Path) -> None:
     """The offline pair: the tiny model and a finetune of it that the stage makes."""
-    set_params(project, {"eval_types": {"transfer": True}, "transfer": {
-        "hooks": ["blocks.0.hook_resid_post"], "tokens": 1000, "patched_tokens": 240,
-        "own_finetune": {"source": None, "steps": 3}, "controls": {"tokens": 480, "patched_tokens": 96},
-        "repair": {"tokens": 480, "held_out_tokens": 240}}})
+    set_params(
+        project,
+        {
+            "eval_types": {"transfer": True},
+            "transfer": {
+                "hooks": ["blocks.0.hook_resid_post"],
+                "tokens": 1000,
+                "patched_tokens": 240,
+                "own_finetune": {"source": None, "steps": 3},
+                "controls": {"tokens": 480, "patched_tokens": 96},
+                "repair": {"tokens": 480, "held_out_tokens": 240},
+            },
+        },
+    )
     try:
         run(project, sys.executable, "-m", "sae_research", "repro")
         metrics = read(project, "metrics/transfer.json")
@@ -288,8 +334,14 @@ def test_transfer_through_dvc(project: Path) -> None:
 @pytest.mark.slow
 def test_dashboards_through_dvc(project: Path) -> None:
     assert read(project, "dashboards/_status.json")["status"] == "disabled"
-    set_params(project, {"eval_types": {"dashboards": True}, "analysis": {"tokens": 1000},
-                         "dashboards": {"saes": ["standard", "topk"], "compare": [["standard", "topk"]]}})
+    set_params(
+        project,
+        {
+            "eval_types": {"dashboards": True},
+            "analysis": {"tokens": 1000},
+            "dashboards": {"saes": ["standard", "topk"], "compare": [["standard", "topk"]]},
+        },
+    )
     try:
         run(project, sys.executable, "-m", "sae_research", "repro")
         assert read(project, "dashboards/_status.json")["notes"]["saes"] == ["standard", "topk"]

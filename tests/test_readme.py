@@ -9,8 +9,13 @@ from pathlib import Path
 from sae_research.reporting.tables import number
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = (("core", "l0"), ("core", "variance_explained"), ("core", "loss_recovered"), ("core", "kl"),
-           ("sparse_probing", "sae_top_1_accuracy"))
+COLUMNS = (
+    ("core", "l0"),
+    ("core", "variance_explained"),
+    ("core", "loss_recovered"),
+    ("core", "kl"),
+    ("sparse_probing", "sae_top_1_accuracy"),
+)
 
 
 def test_the_table_of_the_run_is_the_runs() -> None:

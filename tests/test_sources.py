@@ -16,19 +16,40 @@ from ruamel.yaml import YAML
 from sae_research.cli import dependencies
 from sae_research.runtime.sources import PROJECT, library_version, sources
 
-CORE, PROBING, POOL = "sae_research.evals.core.evaluation", "sae_research.evals.sparse_probing.evaluation", "sae_research.lm.activations"
+CORE, PROBING, POOL = (
+    "sae_research.evals.core.evaluation",
+    "sae_research.evals.sparse_probing.evaluation",
+    "sae_research.lm.activations",
+)
 TRAIN, IHTP = "sae_research.training.stage", "sae_research.saes.pursuit.encoders"
-ROOTS = {"core": [CORE, "sae_research.saes.forms"], "core_ihtp": [CORE, IHTP], "activations": [POOL], "train": [TRAIN],
-         "probing": [PROBING, "sae_research.saes.forms"], "dashboard": ["sae_research.analysis.dashboard.stage"]}
+ROOTS = {
+    "core": [CORE, "sae_research.saes.forms"],
+    "core_ihtp": [CORE, IHTP],
+    "activations": [POOL],
+    "train": [TRAIN],
+    "probing": [PROBING, "sae_research.saes.forms"],
+    "dashboard": ["sae_research.analysis.dashboard.stage"],
+}
 LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
 PURSUIT = {"core_ihtp", "train", "dashboard"}
 REACHED_BY: dict[str, set[str]] = {
-    "lm/model.py": LM, "lm/hooks.py": LM, "lm/pool.py": LM, "lm/products.py": LM, "store.py": LM, "model_params.py": LM,
-    "saes/base.py": LM - {"activations"}, "stats/losses.py": LM - {"activations", "probing"},
-    "intervals.py": {"core", "core_ihtp", "probing"}, "evals/core_figures.py": {"core", "core_ihtp"},
-    "pursuit/kernels_triton.py": PURSUIT, "precision.py": PURSUIT,
-    "training/recipes/gated.py": {"train"}, "saes/topk.py": {"core", "probing"}, "reporting/report.py": set(),
-    "analysis/steer.py": set(), "analysis/dashboard/templates/latent.html": {"dashboard"},
+    "lm/model.py": LM,
+    "lm/hooks.py": LM,
+    "lm/pool.py": LM,
+    "lm/products.py": LM,
+    "store.py": LM,
+    "model_params.py": LM,
+    "saes/base.py": LM - {"activations"},
+    "stats/losses.py": LM - {"activations", "probing"},
+    "intervals.py": {"core", "core_ihtp", "probing"},
+    "evals/core_figures.py": {"core", "core_ihtp"},
+    "pursuit/kernels_triton.py": PURSUIT,
+    "precision.py": PURSUIT,
+    "training/recipes/gated.py": {"train"},
+    "saes/topk.py": {"core", "probing"},
+    "reporting/report.py": set(),
+    "analysis/steer.py": set(),
+    "analysis/dashboard/templates/latent.html": {"dashboard"},
     "analysis/dashboard/static/core.js": {"dashboard"},
 }
 BY_NAME: dict[str, tuple[str, ...]] = {"sae_research.saes.registry": ()}
@@ -49,8 +70,15 @@ def test_all_code_that_computes_a_value_is_found() -> None:
 
 def test_an_edit_is_another_key_wherever_the_project_lies(tmp_path: Path) -> None:
     def fingerprints(project: Path) -> list[str]:
-        done = subprocess.run([sys.executable, "-c", FINGERPRINTS], input=json.dumps([list(ROOTS.values()), BY_NAME]),
-                              cwd=project, text=True, capture_output=True, check=True, env={"PYTHONPATH": str(project)})
+        done = subprocess.run(
+            [sys.executable, "-c", FINGERPRINTS],
+            input=json.dumps([list(ROOTS.values()), BY_NAME]),
+            cwd=project,
+            text=True,
+            capture_output=True,
+            check=True,
+            env={"PYTHONPATH": str(project)},
+        )
         return json.loads(done.stdout)
 
     copy = tmp_path / "else where"
@@ -67,14 +95,25 @@ def test_every_way_to_import_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "inner").mkdir(parents=True)
     (package / "data").mkdir()
     files = {
-        "__init__.py": "", "inner/__init__.py": "", "inner/deep.py": "from .. import relative",
+        "__init__.py": "",
+        "inner/__init__.py": "",
+        "inner/deep.py": "from .. import relative",
         "top.py": "from typing import TYPE_CHECKING\nimport importlib, numpy\nfrom mine_pkg import plain\n"
-                  "if TYPE_CHECKING:\n    from mine_pkg import only_types\nelse:\n    import mine_pkg.otherwise\n"
-                  "def late():\n    import mine_pkg.lazy\n    importlib.import_module('mine_pkg.by_string')\n"
-                  "    TABLE = {'a': 'mine_pkg.in_table:Class'}\n    importlib.import_module(f'mine_pkg.inner.{late}')\n",
-        "plain.py": "import sklearn.linear_model", "only_types.py": "", "otherwise.py": "", "lazy.py": "", "relative.py": "",
-        "by_string.py": "", "in_table.py": "", "unused.py": "",
-        "data/table.json": "{}", "inner/page.html": "", ".hidden": ""}
+        "if TYPE_CHECKING:\n    from mine_pkg import only_types\nelse:\n    import mine_pkg.otherwise\n"
+        "def late():\n    import mine_pkg.lazy\n    importlib.import_module('mine_pkg.by_string')\n"
+        "    TABLE = {'a': 'mine_pkg.in_table:Class'}\n    importlib.import_module(f'mine_pkg.inner.{late}')\n",
+        "plain.py": "import sklearn.linear_model",
+        "only_types.py": "",
+        "otherwise.py": "",
+        "lazy.py": "",
+        "relative.py": "",
+        "by_string.py": "",
+        "in_table.py": "",
+        "unused.py": "",
+        "data/table.json": "{}",
+        "inner/page.html": "",
+        ".hidden": "",
+    }
     for name, text in files.items():
         (package / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -123,18 +162,28 @@ def test_dependencies_of_every_stage_are_what_its_code_reaches(stages: dict[str,
         assert not for_nothing, f"{name} would rerun for nothing after a change of {for_nothing}"
 
 
-@pytest.mark.parametrize(("file", "concerned"), [
-    ("sae_research/reporting/report.py", {"generate_report"}),
-    ("sae_research/text/local.py", {"train", "setup", "core_eval", "sparse_probing_eval", "unlearning_eval", "dashboards"}),
-    ("sae_research/text/hub.py", {"train", "core_eval"}),
-    ("sae_research/runtime/files.py", {"inputs", "train", "core_metrics", "aggregate_metrics", "visualize", "generate_report"}),
-    ("sae_research/config/evaluation_params.py", {"inputs", "train", "core_eval", "ravel_eval"}),
-    ("sae_research/training/products.py", {"train", "setup", "core_eval", "transfer_eval"}),
-    ("sae_research/evals/ravel/data/ravel_city_attribute_to_prompts.json", {"ravel_eval"}),
-])
+@pytest.mark.parametrize(
+    ("file", "concerned"),
+    [
+        ("sae_research/reporting/report.py", {"generate_report"}),
+        (
+            "sae_research/text/local.py",
+            {"train", "setup", "core_eval", "sparse_probing_eval", "unlearning_eval", "dashboards"},
+        ),
+        ("sae_research/text/hub.py", {"train", "core_eval"}),
+        (
+            "sae_research/runtime/files.py",
+            {"inputs", "train", "core_metrics", "aggregate_metrics", "visualize", "generate_report"},
+        ),
+        ("sae_research/config/evaluation_params.py", {"inputs", "train", "core_eval", "ravel_eval"}),
+        ("sae_research/training/products.py", {"train", "setup", "core_eval", "transfer_eval"}),
+        ("sae_research/evals/ravel/data/ravel_city_attribute_to_prompts.json", {"ravel_eval"}),
+    ],
+)
 def test_an_edit_marks_the_stages_it_concerns(stages: dict[str, dict[str, Any]], file: str, concerned: set[str]) -> None:
-    marked = {name for name, stage in stages.items()
-              if any(file == dep or file.startswith(f"{dep}/") for dep in stage["deps"])}
+    marked = {
+        name for name, stage in stages.items() if any(file == dep or file.startswith(f"{dep}/") for dep in stage["deps"])
+    }
     assert concerned <= marked
     if "ravel" in file:
         assert marked == concerned

@@ -44,7 +44,11 @@ def test_fingerprint_ignores_order_and_sees_values() -> None:
 
 def test_rounding() -> None:
     assert files.round_significant({"a": 123456.0, "b": [0.00012346], "c": "x", "d": 7}) == {
-        "a": 123500.0, "b": [0.0001235], "c": "x", "d": 7}
+        "a": 123500.0,
+        "b": [0.0001235],
+        "c": "x",
+        "d": 7,
+    }
     assert files.round_significant(0.123456) == 0.1235
     assert files.round_significant(-98765.4) == -98770.0
 
@@ -90,12 +94,15 @@ def test_prune_drops_the_least_recently_used(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.parametrize(("body", "code", "line"), [
-    ("raise UserError('mend this')", 1, "error: mend this"),
-    ("raise OSError(28, 'No space left on device')", 1, "error: no space left"),
-    ("raise KeyboardInterrupt", 130, "interrupted"),
-    ("return 3", 3, ""),
-])
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("raise UserError('mend this')", 1, "error: mend this"),
+        ("raise OSError(28, 'No space left on device')", 1, "error: no space left"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("return 3", 3, ""),
+    ],
+)
 def test_exit_codes_and_one_line(body: str, code: int, line: str) -> None:
     program = f"from sae_research.runtime.errors import UserError, run_main\ndef main():\n    {body}\nrun_main(main)\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -111,8 +118,9 @@ def test_damaged_json_names_the_file(tmp_path: Path) -> None:
         read_json(path)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", "a\nb", ".hidden",
-                                  "x" * 300, 3, None])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", "a\nb", ".hidden", "x" * 300, 3, None]
+)
 def test_names_that_lead_elsewhere_are_refused(name: object, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^there: .* is no name that a file could be called after"):
         files.checked_name(name, "there")
@@ -127,8 +135,17 @@ def test_long_names_are_cut_alike_and_stay_apart() -> None:
     assert len(one) == files.NAME_LIMIT and files.SLUG.fullmatch(one) and files.slugify("a" * 150) == "a" * 150
 
 
-@pytest.mark.parametrize("value", [[], {}, {"order": 3}, {"order": ["a"], "saes": {}}, {"order": ["a"], "saes": {"a": 1}},
-                                   {"order": ["a", "a"], "saes": {"a": {}}}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {},
+        {"order": 3},
+        {"order": ["a"], "saes": {}},
+        {"order": ["a"], "saes": {"a": 1}},
+        {"order": ["a", "a"], "saes": {"a": {}}},
+    ],
+)
 def test_a_manifest_of_another_shape(value: object, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"manifest\.json: "):

@@ -35,8 +35,9 @@ def run_upload(url: str, home: Path, *arguments: str, token: str | None = TOKEN)
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | hub_env(url, home / "hf")
     if token:
         env["HF_TOKEN"] = token
-    return subprocess.run([sys.executable, "-m", "sae_research", "upload", *arguments], env=env, capture_output=True,
-                          text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "sae_research", "upload", *arguments], env=env, capture_output=True, text=True, check=False
+    )
 
 
 def test_everything_arrives_and_can_be_read_back(trained: Path, tmp_path: Path) -> None:
@@ -49,11 +50,18 @@ def test_everything_arrives_and_can_be_read_back(trained: Path, tmp_path: Path) 
         assert TOKEN not in done.stdout + done.stderr
         arrived = tmp_path / "hub" / "org" / "saes"
         names = sorted(path.relative_to(arrived).as_posix() for path in arrived.rglob("*") if path.is_file())
-        assert names == ["README.md", "trained_saes/standard/cfg.json", "trained_saes/standard/sae_weights.safetensors",
-                         "trained_saes/topk/cfg.json", "trained_saes/topk/eval_results.json",
-                         "trained_saes/topk/sae_weights.safetensors"]
-        assert (load_sae(arrived / "trained_saes" / "topk").encode(random_activations())
-                == make_sae("topk").encode(random_activations())).all()
+        assert names == [
+            "README.md",
+            "trained_saes/standard/cfg.json",
+            "trained_saes/standard/sae_weights.safetensors",
+            "trained_saes/topk/cfg.json",
+            "trained_saes/topk/eval_results.json",
+            "trained_saes/topk/sae_weights.safetensors",
+        ]
+        assert (
+            load_sae(arrived / "trained_saes" / "topk").encode(random_activations())
+            == make_sae("topk").encode(random_activations())
+        ).all()
         assert any("/lfs/" in line for line in requests) and sum("/commit/" in line for line in requests) == 1
         (arrived / "README.md").write_text("mine")
         again = run_upload(url, tmp_path, str(trained / "topk"), "--hf_repo_id", "org/saes")
@@ -64,12 +72,19 @@ def test_everything_arrives_and_can_be_read_back(trained: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_sae_lens_reads_what_was_uploaded(trained: Path, tmp_path: Path) -> None:
     """As the card says. The library takes many seconds to import."""
-    code = ("from sae_lens import SAE; sae = SAE.from_pretrained('org/saes', 'trained_saes/topk'); "
-            "print(sae.cfg.architecture(), sae.cfg.k)")
+    code = (
+        "from sae_lens import SAE; sae = SAE.from_pretrained('org/saes', 'trained_saes/topk'); "
+        "print(sae.cfg.architecture(), sae.cfg.k)"
+    )
     with serve_hub({"models": {}}, None, Uploads(tmp_path / "hub", TOKEN)) as url:
         assert run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes").returncode == 0
-        read = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | hub_env(url, tmp_path / "hf"),
-                              capture_output=True, text=True, check=False)
+        read = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=os.environ | hub_env(url, tmp_path / "hf"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert read.stdout.split() == ["topk", "5"], read.stderr
 
 
@@ -110,6 +125,7 @@ def test_secrets(in_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_card_lists_what_is_there(trained: Path) -> None:
-    text = card({f"saes/{path.relative_to(trained).as_posix()}": path for path in trained.rglob("*") if path.is_file()},
-                "org/saes")
+    text = card(
+        {f"saes/{path.relative_to(trained).as_posix()}": path for path in trained.rglob("*") if path.is_file()}, "org/saes"
+    )
     assert "| `saes/topk` | 5 | – | 0.9 | – |" in text and 'SAE.from_pretrained("org/saes", "saes/standard")' in text

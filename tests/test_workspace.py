@@ -67,6 +67,7 @@ def dvc_at_work(root: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 # --- DVC's files ---------------------------------------------------------------------------------
 
+
 def test_nothing_to_mend(root: Path):
     (root / ".dvc/tmp/rwlock").write_text("{}")
     assert prepare(root) == [] and (root / ".dvc/tmp/rwlock").read_text() == "{}"
@@ -147,8 +148,9 @@ def test_refused_while_dvcs_lock_is_held(root: Path, monkeypatch: pytest.MonkeyP
     (root / ".dvc/tmp/lock").write_text("garbage")
     assert prepare(root) == [], "DVC's lock file stays behind and says nothing"
     hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", hold, root / ".dvc/tmp/lock"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, root / ".dvc/tmp/lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         holder.stdout.readline()
         with pytest.raises(UserError, match="a DVC process is at work"):
             prepare(root)
@@ -161,13 +163,22 @@ def test_no_project(tmp_path: Path):
 
 # --- stages --------------------------------------------------------------------------------------
 
+
 def hold(folder: Path, output: str, **environment: str) -> subprocess.Popen[str]:
     """Another process that writes `output` until its input ends."""
-    code = ("import sys\nfrom sae_research.runtime.files import writing\n"
-            "with writing(sys.argv[1]):\n    print(1, flush=True)\n    input()")
-    process = subprocess.Popen([sys.executable, "-c", code, output], cwd=folder, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment})
+    code = (
+        "import sys\nfrom sae_research.runtime.files import writing\n"
+        "with writing(sys.argv[1]):\n    print(1, flush=True)\n    input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, output],
+        cwd=folder,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+    )
     process.stdout.readline()
     return process
 
@@ -177,8 +188,10 @@ def test_two_processes_never_write_one_output(tmp_path: Path, monkeypatch: pytes
     with stage_folder("eval_results/core") as stage:
         stage.write_result("sae", {"x": 1})
     other = hold(tmp_path, "eval_results/core")
-    with pytest.raises(UserError, match=f"eval_results/core: process {other.pid} is writing it"), \
-            stage_folder("eval_results/core"):
+    with (
+        pytest.raises(UserError, match=f"eval_results/core: process {other.pid} is writing it"),
+        stage_folder("eval_results/core"),
+    ):
         pass
     assert read_status(Path("eval_results/core"))["status"] == "ok", "nothing of it was touched"
     with stage_folder("eval_results/scr"):  # another output of the same workspace

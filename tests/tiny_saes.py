@@ -17,8 +17,9 @@ def tiny_sae(form: str = "standard", seed: int = 0, **config: Any) -> SparseAuto
     W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=g), dim=1)
     options = {"k": 4} if form == "topk" else {}
     cls = form_class(form)
-    cfg = SAEConfig(form=form, d_in=D_IN, d_sae=D_SAE, options=options,
-                    **{"model_name": "somewhere/tiny", "hook_name": HOOK, **config})
+    cfg = SAEConfig(
+        form=form, d_in=D_IN, d_sae=D_SAE, options=options, **{"model_name": "somewhere/tiny", "hook_name": HOOK, **config}
+    )
     return cls(
         cfg,
         W_enc=W_dec.T.contiguous(),

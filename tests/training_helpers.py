@@ -16,11 +16,15 @@ HOOK = "blocks.1.hook_resid_post"
 STANDARD = {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1, "learning_rate": 0.003}
 TOP_K = {"recipe": "top_k", "d_sae": 64, "k": 4, "learning_rate": 0.003}
 _OWN: dict[str, dict[str, Any]] = {
-    **{name: {"l1_coefficient": 0.05} for name in (
-        "relu", "gated", "gated_rajamanoharan", "standard", "standard_new", "p_anneal")},
+    **{
+        name: {"l1_coefficient": 0.05}
+        for name in ("relu", "gated", "gated_rajamanoharan", "standard", "standard_new", "p_anneal")
+    },
     **{name: {"l0_coefficient": 0.003} for name in ("hard_concrete", "gated_hard_concrete")},
     **{name: {"k": 4} for name in ("top_k", "batch_top_k", "matryoshka_batch_top_k")},
-    "jump_relu": {"target_l0": 4}, "matching_pursuit": {"s": 4}}
+    "jump_relu": {"target_l0": 4},
+    "matching_pursuit": {"s": 4},
+}
 CONFIGS = {name: {"recipe": name, "d_sae": 64, **own} for name, own in _OWN.items()}
 """Every recipe, small."""
 

@@ -87,8 +87,10 @@ class Best:
         held, column = np.nonzero(np.isfinite(self.rank[touched]))
         old = touched[held]
         latents = np.concatenate([old, new])
-        columns = [np.concatenate([getattr(self, name)[old, column], values])
-                   for name, values in zip(self.FIELDS, fresh, strict=True)]
+        columns = [
+            np.concatenate([getattr(self, name)[old, column], values])
+            for name, values in zip(self.FIELDS, fresh, strict=True)
+        ]
         ranks, _, tokens, documents = columns
         order = np.lexsort((tokens, ranks, documents, latents))
         first = _starts(latents[order], documents[order])
@@ -139,8 +141,9 @@ class Accumulator:
         bins = np.floor((np.log2(magnitude) - LOWEST_OCTAVE) * BINS_PER_OCTAVE).astype(np.int64).clip(0, N_BINS - 1)
         return np.where(value > 0, N_BINS + 1 + bins, N_BINS - 1 - bins) if self.signed else bins
 
-    def _remember(self, latent: np.ndarray, token: np.ndarray, value: np.ndarray, magnitude: np.ndarray,
-                  document: np.ndarray) -> None:
+    def _remember(
+        self, latent: np.ndarray, token: np.ndarray, value: np.ndarray, magnitude: np.ndarray, document: np.ndarray
+    ) -> None:
         """Offer each document's strongest firing to the top contexts, and a random one to the sampled ones."""
         begins = np.flatnonzero(_starts(latent, document))
         lengths = np.diff(np.append(begins, len(latent)))
@@ -158,7 +161,8 @@ class Accumulator:
         self.top.settle()
         self.sampled.settle()
         return {name: getattr(self, name) for name in self.ARRAYS} | {
-            f"{kind}_{name}": getattr(getattr(self, kind), name) for kind in ("top", "sampled") for name in Best.FIELDS}
+            f"{kind}_{name}": getattr(getattr(self, kind), name) for kind in ("top", "sampled") for name in Best.FIELDS
+        }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Go on from what `state` gave."""
@@ -176,8 +180,9 @@ class Accumulator:
         low, high = np.where(alive, self.min, 0).astype(np.float32), np.where(alive, self.max, 0).astype(np.float32)
         arrays = {name: getattr(self, name) for name in self.ARRAYS} | {"max": high, "min": low, "edges": self.edges}
         arrays |= self._places("top", self.top.value, self.top.token)
-        bounds = np.stack([histogram_quantile(self.histogram, self.edges, (i + 1) / levels, low, high)
-                           for i in range(levels - 1)], axis=1)
+        bounds = np.stack(
+            [histogram_quantile(self.histogram, self.edges, (i + 1) / levels, low, high) for i in range(levels - 1)], axis=1
+        )
         level = (self.sampled.value[:, :, None] > bounds[:, None, :]).sum(-1)
         level[self.sampled.token < 0] = -1
         value = np.zeros((self.d_sae, levels, per_level), np.float32)
@@ -192,8 +197,11 @@ class Accumulator:
 
     def _places(self, kind: str, value: np.ndarray, token: np.ndarray) -> dict[str, np.ndarray]:
         context = np.where(token < 0, -1, token // self.context_size)
-        return {f"{kind}_value": value, f"{kind}_context": context.astype(np.int32),
-                f"{kind}_position": np.where(token < 0, 0, token % self.context_size).astype(np.int32)}
+        return {
+            f"{kind}_value": value,
+            f"{kind}_context": context.astype(np.int32),
+            f"{kind}_position": np.where(token < 0, 0, token % self.context_size).astype(np.int32),
+        }
 
 
 def _starts(*keys: np.ndarray) -> np.ndarray:
@@ -212,5 +220,3 @@ def uniform_hash(latent: np.ndarray, token: np.ndarray, seed: int) -> np.ndarray
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-

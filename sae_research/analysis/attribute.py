@@ -47,8 +47,14 @@ class AblationRow(NamedTuple):
     """The likeliest next token."""
 
 
-def ablate(lab: Lab, prompt: str, latents: Sequence[int], answer: str | None = None,
-           positions: Sequence[int] | None = None, each: bool = True) -> list[AblationRow]:
+def ablate(
+    lab: Lab,
+    prompt: str,
+    latents: Sequence[int],
+    answer: str | None = None,
+    positions: Sequence[int] | None = None,
+    each: bool = True,
+) -> list[AblationRow]:
     """Set latents to zero, one by one (`each`) and all together, at all positions or some (0 is the separator in front).
 
     answer: one token; by default the plain run's likeliest. Raises `UserError` for a latent or position that is not
@@ -77,13 +83,22 @@ def _named(latents: Sequence[int]) -> str:
     return f"latent {latents[0]}" if len(latents) == 1 else f"latents {', '.join(map(str, latents))}"
 
 
-def _row(lab: Lab, run: str, error_term: bool | None, latents: list[int], logits: Tensor, reference: Tensor,
-         wanted: int) -> AblationRow:
+def _row(
+    lab: Lab, run: str, error_term: bool | None, latents: list[int], logits: Tensor, reference: Tensor, wanted: int
+) -> AblationRow:
     log_p, log_r = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
     top = lab.lm.tokenizer.decode([int(logits.argmax())])
-    return AblationRow(run, error_term, latents, float(logits[wanted]), float(log_p[wanted].exp()),
-                       int((logits > logits[wanted]).sum()), float(logits[wanted] - reference[wanted]),
-                       max(0.0, float((log_r.exp() * (log_r - log_p)).sum())), top)
+    return AblationRow(
+        run,
+        error_term,
+        latents,
+        float(logits[wanted]),
+        float(log_p[wanted].exp()),
+        int((logits > logits[wanted]).sum()),
+        float(logits[wanted] - reference[wanted]),
+        max(0.0, float((log_r.exp() * (log_r - log_p)).sum())),
+        top,
+    )
 
 
 Metric = Callable[[Tensor], Tensor]
@@ -124,6 +139,7 @@ class Attribution(NamedTuple):
 
 # --- metrics -----------------------------------------------------------------------------------
 
+
 def logit_difference(answer: int, against: int, position: int = -1) -> Metric:
     """Logit of one token less that of another."""
     return lambda logits: logits[:, position, answer] - logits[:, position, against]
@@ -145,6 +161,7 @@ def prompt_metric(lab: Lab, answer: str | None, against: str | None, tokens: Ten
 
 
 # --- attribution -------------------------------------------------------------------------------
+
 
 def attribute(lab: Lab, prompt: str, metric: Metric | None = None, hooks: Sequence[str] = (), steps: int = 0) -> Attribution:
     """Shares of every latent of every SAE, of errors, biases and plain hook points in a metric of the logits.
@@ -172,8 +189,9 @@ def attribute(lab: Lab, prompt: str, metric: Metric | None = None, hooks: Sequen
     return Attribution(value, [lab.lm.tokenizer.decode([i]) for i in tokens[0].tolist()], shares, plain, steps)
 
 
-def _gradients(lab: Lab, tokens: Tensor, metric: Metric, hooks: Sequence[str]) -> tuple[float, dict[str, Tensor],
-                                                                                       dict[str, Tensor]]:
+def _gradients(
+    lab: Lab, tokens: Tensor, metric: Metric, hooks: Sequence[str]
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """(metric, activations, gradients) at hooks [1, seq, d_in] of the unedited model, from one pass."""
     taken: dict[str, Tensor] = {}
 
@@ -181,6 +199,7 @@ def _gradients(lab: Lab, tokens: Tensor, metric: Metric, hooks: Sequence[str]) -
         def edit(x: Tensor) -> Tensor:
             taken[hook] = x if x.requires_grad else x.detach().requires_grad_()
             return taken[hook]
+
         return edit
 
     with torch.enable_grad():
@@ -189,15 +208,19 @@ def _gradients(lab: Lab, tokens: Tensor, metric: Metric, hooks: Sequence[str]) -
     for hook, g in zip(hooks, found, strict=True):
         if g is None:
             raise UserError(f"the metric does not depend on {hook}")
-    return (float(value.detach()[0]), {hook: taken[hook].detach().float() for hook in hooks},
-            {hook: g.float() for hook, g in zip(hooks, found, strict=True)})
+    return (
+        float(value.detach()[0]),
+        {hook: taken[hook].detach().float() for hook in hooks},
+        {hook: g.float() for hook, g in zip(hooks, found, strict=True)},
+    )
 
 
 def _measured(metric: Metric, logits: Tensor) -> Tensor:
     value = metric(logits)
     if value.shape != logits.shape[:1]:
-        raise UserError(f"a metric gives one number per sequence, shape ({len(logits)},); this one gave "
-                        f"{tuple(value.shape)}")
+        raise UserError(
+            f"a metric gives one number per sequence, shape ({len(logits)},); this one gave {tuple(value.shape)}"
+        )
     if not torch.isfinite(value).all():
         raise UserError("the metric is NaN or infinite on this prompt")
     return value
@@ -212,8 +235,9 @@ def _shares(sae: SparseAutoencoder, x: Tensor, z: Tensor, mask: Tensor, g: Tenso
     return SAEShares(z[0].cpu(), latents[0].cpu(), (error * g).sum(-1)[0].cpu(), (bias * g).sum(-1)[0].cpu(), total)
 
 
-def _integrated(lab: Lab, sae: SparseAutoencoder, tokens: Tensor, x: Tensor, z: Tensor, mask: Tensor, metric: Metric,
-                steps: int) -> SAEShares:
+def _integrated(
+    lab: Lab, sae: SparseAutoencoder, tokens: Tensor, x: Tensor, z: Tensor, mask: Tensor, metric: Metric, steps: int
+) -> SAEShares:
     """The same with the mean gradient along the path from b_dec to x; the bias has no share, for the path starts there."""
     hook, kept = sae.cfg.hook_name, mask[..., None]
     start = torch.where(kept, sae.b_dec.to(x.dtype), x)
@@ -238,6 +262,7 @@ def _path(steps: int) -> list[tuple[float, float]]:
 
 # --- the check against real ablations ----------------------------------------------------------
 
+
 class AblationCheck(NamedTuple):
     """Attribution against what ablating really does."""
 
@@ -252,8 +277,15 @@ class AblationCheck(NamedTuple):
 
 
 @torch.no_grad()
-def check_by_ablation(lab: Lab, name: str, prompt: str, attribution: Attribution, metric: Metric | None = None,
-                      n_latents: int = 30, seed: int = 0) -> AblationCheck:
+def check_by_ablation(
+    lab: Lab,
+    name: str,
+    prompt: str,
+    attribution: Attribution,
+    metric: Metric | None = None,
+    n_latents: int = 30,
+    seed: int = 0,
+) -> AblationCheck:
     """Ablate the latents of largest shares (half of `n_latents`) and random others that fire, each alone, at all positions
     and with the error term kept; compare. Raises `UserError` when fewer than three latents fire."""
     sae, tokens = lab.saes[name], lab.tokens(prompt)
@@ -264,8 +296,8 @@ def check_by_ablation(lab: Lab, name: str, prompt: str, attribution: Attribution
     if len(firing) < 3:
         raise UserError(f"only {len(firing)} latents fire on this prompt: too few to correlate")
     order = firing[np.argsort(-np.abs(summed[firing]), kind="stable")]
-    best, rest = order[:(n_latents + 1) // 2], order[(n_latents + 1) // 2:]
-    drawn = np.random.default_rng(seed).permutation(rest)[:n_latents - len(best)]
+    best, rest = order[: (n_latents + 1) // 2], order[(n_latents + 1) // 2 :]
+    drawn = np.random.default_rng(seed).permutation(rest)[: n_latents - len(best)]
     chosen = np.concatenate([best, np.sort(drawn)])
     hook = sae.cfg.hook_name
     x = lab.lm.activations(tokens, hook).float()
@@ -278,8 +310,13 @@ def check_by_ablation(lab: Lab, name: str, prompt: str, attribution: Attribution
         measured.append(base - _measured(metric, lab.lm.resume(hook, without, tokens.expand(len(rows), -1))).cpu().numpy())
     effect, estimate = np.concatenate(measured), summed[chosen]
     varied = min(np.ptp(effect), np.ptp(estimate)) > 0
-    return AblationCheck(chosen, estimate, effect, float(np.corrcoef(estimate, effect)[0, 1]) if varied else None,
-                         float(np.mean(np.sign(estimate) == np.sign(effect))))
+    return AblationCheck(
+        chosen,
+        estimate,
+        effect,
+        float(np.corrcoef(estimate, effect)[0, 1]) if varied else None,
+        float(np.mean(np.sign(estimate) == np.sign(effect))),
+    )
 
 
 def long_table(attribution: Attribution, least: float = 0.0) -> list[dict[str, object]]:
@@ -287,11 +324,28 @@ def long_table(attribution: Attribution, least: float = 0.0) -> list[dict[str, o
     rows: list[dict[str, object]] = []
     for name, shares in attribution.saes.items():
         for position, latent in zip(*np.nonzero(shares.latents.abs().numpy() > least), strict=True):
-            rows.append({"sae": name, "position": int(position), "token": attribution.tokens[position], "part": "latent",
-                         "latent": int(latent), "activation": float(shares.activations[position, latent]),
-                         "share": float(shares.latents[position, latent])})
+            rows.append(
+                {
+                    "sae": name,
+                    "position": int(position),
+                    "token": attribution.tokens[position],
+                    "part": "latent",
+                    "latent": int(latent),
+                    "activation": float(shares.activations[position, latent]),
+                    "share": float(shares.latents[position, latent]),
+                }
+            )
         for part, values in (("error", shares.error), ("bias", shares.bias)):
-            rows += [{"sae": name, "position": position, "token": token, "part": part, "latent": None, "activation": None,
-                      "share": float(value)}
-                     for position, (token, value) in enumerate(zip(attribution.tokens, values, strict=True))]
+            rows += [
+                {
+                    "sae": name,
+                    "position": position,
+                    "token": token,
+                    "part": part,
+                    "latent": None,
+                    "activation": None,
+                    "share": float(value),
+                }
+                for position, (token, value) in enumerate(zip(attribution.tokens, values, strict=True))
+            ]
     return sorted(rows, key=lambda row: (-abs(float(row["share"])), str(row["sae"]), int(row["position"])))  # type: ignore

@@ -60,8 +60,9 @@ PROGRESS, _LOCK = "progress.json", ".lock"
 TEXT_ARRAYS = {"token_ids": np.int32, "document": np.int32, "counted": np.bool_}
 
 
-def collect_stats(saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-                  progress: bool = False) -> dict[str, LatentStats]:
+def collect_stats(
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, progress: bool = False
+) -> dict[str, LatentStats]:
     """Statistics of every latent of SAEs that read one hook, from one pass of the model over `params.analysis.tokens`
     tokens; by SAE name. What is in the cache is not computed again, an interrupted pass goes on where it stopped.
 
@@ -87,12 +88,21 @@ def collect_stats(saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, para
 def store_folder(sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> Path:
     """Where the statistics of an SAE lie or will lie: addressed by weights, code, model, text and settings."""
     chosen = params.analysis
-    key = fingerprint({
-        "sae": sae.weights_fingerprint(), "hook": sae.cfg.hook_name, "model": lm.fingerprint, "dtype": str(lm.dtype),
-        "device": lm.device.type, "text": text_fingerprint(params.text, chosen.split),
-        "context_size": params.text.context_size, "mask": params.token_mask.model_dump(), "seed": params.random_seed,
-        "settings": chosen.model_dump(exclude={"max_gb"}),
-        "code": code_fingerprint(__name__, classes=[type(sae)])})
+    key = fingerprint(
+        {
+            "sae": sae.weights_fingerprint(),
+            "hook": sae.cfg.hook_name,
+            "model": lm.fingerprint,
+            "dtype": str(lm.dtype),
+            "device": lm.device.type,
+            "text": text_fingerprint(params.text, chosen.split),
+            "context_size": params.text.context_size,
+            "mask": params.token_mask.model_dump(),
+            "seed": params.random_seed,
+            "settings": chosen.model_dump(exclude={"max_gb"}),
+            "code": code_fingerprint(__name__, classes=[type(sae)]),
+        }
+    )
     return cache_dir("latents") / key[:32]
 
 
@@ -115,18 +125,33 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fill(stores: dict[str, _Store], saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-          progress: bool) -> None:
+def _fill(
+    stores: dict[str, _Store], saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, progress: bool
+) -> None:
     """The pass: text in chunks, the model in batches, each SAE's activations into its store."""
     hook, size, batch_size = next(iter(saes.values())).cfg.hook_name, params.text.context_size, params.model.llm_batch_size
     wanted = -(-params.analysis.tokens // size)
     resumed = sorted({store.contexts for store in stores.values()})
     median = next((store.median for store in stores.values() if store.contexts), None)
     seen = 0
-    with tqdm(total=wanted * size, initial=resumed[0] * size, desc="latent statistics", unit="tok", unit_scale=True,
-              disable=not progress, mininterval=2, dynamic_ncols=True) as bar:
-        for chunk in context_chunks(lm.tokenizer, lm.separator_id, params.text, params.analysis.split,
-                                    params.analysis.tokens, max(1, CHUNK_TOKENS // size)):
+    with tqdm(
+        total=wanted * size,
+        initial=resumed[0] * size,
+        desc="latent statistics",
+        unit="tok",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=2,
+        dynamic_ncols=True,
+    ) as bar:
+        for chunk in context_chunks(
+            lm.tokenizer,
+            lm.separator_id,
+            params.text,
+            params.analysis.split,
+            params.analysis.tokens,
+            max(1, CHUNK_TOKENS // size),
+        ):
             if median is None:
                 median = _median_norm(lm, hook, chunk.tokens[:MEDIAN_CONTEXTS], batch_size)
             start = min(max(resumed[0] - seen, 0), len(chunk.tokens))
@@ -163,8 +188,7 @@ def _encoded(saes: dict[str, SparseAutoencoder], acts: Tensor, mask: Tensor) -> 
         for name, z in encode_each(saes, x, kept):
             found[name].append(firings(z))
     for name, parts in found.items():
-        yield name, parts[0] if len(parts) == 1 else joined(
-            parts, [i * rows * acts.shape[1] for i in range(len(parts))])
+        yield name, parts[0] if len(parts) == 1 else joined(parts, [i * rows * acts.shape[1] for i in range(len(parts))])
 
 
 class _Store:
@@ -174,8 +198,9 @@ class _Store:
         self.folder, self.name, self.size = folder, name, params.text.context_size
         chosen = params.analysis
         kept = chosen.sample_levels * chosen.samples_per_level
-        self.gathered = Accumulator(sae.cfg.d_sae, self.size, sae.signed, chosen.top_contexts, OVERSAMPLE * kept,
-                                    params.random_seed)
+        self.gathered = Accumulator(
+            sae.cfg.d_sae, self.size, sae.signed, chosen.top_contexts, OVERSAMPLE * kept, params.random_seed
+        )
         self.shards: list[dict[str, Any]] = []
         self.median: float | None = None
         self.contexts = self.counted = 0
@@ -218,9 +243,17 @@ class _Store:
         self.shards.append({"contexts": [last - len(arrays["token_ids"]), last], "entries": len(found.value)})
         state = self.folder / f"state_{number:05d}.npz"
         written = {**self._sha256, state.name: _save_all(state, self.gathered.state())}
-        write_checked_json(self.folder / PROGRESS, {
-            "contexts": self.contexts, "counted_tokens": self.counted, "state": state.name, "median_norm": self.median,
-            "shards": self.shards, "sha256": written})
+        write_checked_json(
+            self.folder / PROGRESS,
+            {
+                "contexts": self.contexts,
+                "counted_tokens": self.counted,
+                "state": state.name,
+                "median_norm": self.median,
+                "shards": self.shards,
+                "sha256": written,
+            },
+        )
         for old in self.folder.glob("state_*.npz"):
             if old != state:
                 old.unlink()
@@ -242,21 +275,44 @@ class _Store:
         write_json(self.folder / layout.DOCUMENTS, [list(pair) for pair in zip(text.documents, text.sources, strict=True)])
         write_json(self.folder / layout.VOCABULARY, token_strings(lm.tokenizer, lm.vocab_size))
         cfg = sae.cfg
-        write_json(self.folder / layout.ABOUT, {
-            "format": layout.FORMAT,
-            "sae": {"name": self.name, "fingerprint": sae.weights_fingerprint(), "form": cfg.form, "d_in": cfg.d_in,
-                    "d_sae": cfg.d_sae, "signed": sae.signed, "per_token": sae.per_token, "causal": sae.causal,
-                    "provenance": cfg.provenance},
-            "model": {"name": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype).removeprefix("torch.")},
-            "hook": cfg.hook_name,
-            "text": {**params.text.model_dump(), "split": chosen.split, "fingerprint": text_fingerprint(
-                params.text, chosen.split)},
-            "mask": {**params.token_mask.model_dump(), "median_norm": self.median},
-            "settings": chosen.model_dump(exclude={"max_gb"}), "seed": params.random_seed,
-            "contexts": n, "context_size": self.size, "tokens": n * self.size, "counted_tokens": self.counted,
-            "entries": sum(shard["entries"] for shard in self.shards), "shards": self.shards})
-        for leftover in (*self.folder.glob("state_*.npz"), self.folder / PROGRESS,
-                         *(path for name in TEXT_ARRAYS for path in self.folder.glob(f"{layout.SHARDS}/*/{name}.npy"))):
+        write_json(
+            self.folder / layout.ABOUT,
+            {
+                "format": layout.FORMAT,
+                "sae": {
+                    "name": self.name,
+                    "fingerprint": sae.weights_fingerprint(),
+                    "form": cfg.form,
+                    "d_in": cfg.d_in,
+                    "d_sae": cfg.d_sae,
+                    "signed": sae.signed,
+                    "per_token": sae.per_token,
+                    "causal": sae.causal,
+                    "provenance": cfg.provenance,
+                },
+                "model": {"name": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype).removeprefix("torch.")},
+                "hook": cfg.hook_name,
+                "text": {
+                    **params.text.model_dump(),
+                    "split": chosen.split,
+                    "fingerprint": text_fingerprint(params.text, chosen.split),
+                },
+                "mask": {**params.token_mask.model_dump(), "median_norm": self.median},
+                "settings": chosen.model_dump(exclude={"max_gb"}),
+                "seed": params.random_seed,
+                "contexts": n,
+                "context_size": self.size,
+                "tokens": n * self.size,
+                "counted_tokens": self.counted,
+                "entries": sum(shard["entries"] for shard in self.shards),
+                "shards": self.shards,
+            },
+        )
+        for leftover in (
+            *self.folder.glob("state_*.npz"),
+            self.folder / PROGRESS,
+            *(path for name in TEXT_ARRAYS for path in self.folder.glob(f"{layout.SHARDS}/*/{name}.npy")),
+        ):
             leftover.unlink(missing_ok=True)
         seal(self.folder)
 

@@ -39,8 +39,10 @@ def open_sae(reference: str) -> tuple[str, SparseAutoencoder]:
         if folder.is_dir():
             return slugify(folder.resolve().name), read_folder(folder)
     known = ", ".join(local_names()) or "none yet"
-    raise UserError(f"--sae {reference}: no such folder, nor a name in {PREPARED}/ or {TRAINED}/ (there: {known}); releases "
-                    "are written sae_lens:RELEASE:ID")
+    raise UserError(
+        f"--sae {reference}: no such folder, nor a name in {PREPARED}/ or {TRAINED}/ (there: {known}); releases "
+        "are written sae_lens:RELEASE:ID"
+    )
 
 
 def local_names() -> list[str]:
@@ -52,8 +54,8 @@ def local_names() -> list[str]:
 class Lab:
     """A language model with SAEs in it: what every function of `sae_research.analysis` takes.
 
-        lab = Lab.open(["downloaded_saes/standard"])
-        lab = Lab.of({"mine": my_sae}, lm, params)      # any objects with encode and decode
+    lab = Lab.open(["downloaded_saes/standard"])
+    lab = Lab.of({"mine": my_sae}, lm, params)      # any objects with encode and decode
     """
 
     lm: LanguageModel
@@ -145,4 +147,3 @@ class Lab:
     def mask(self, tokens: Tensor, acts: Tensor) -> Tensor:
         """Which tokens count, by `token_mask` of the parameters. bool [batch, seq]"""
         return token_mask(self.lm, tokens, acts, self.params.token_mask)
-

@@ -87,8 +87,9 @@ def logit_tail(logits: np.ndarray, tokens: Sequence[str], k: int = 5) -> LogitTa
     centred = logits.astype(np.float64) - logits.mean()
     spread = max(float(np.sqrt(np.mean(centred**2))), 1e-12)
     best = np.argsort(-logits, kind="stable")[:k]
-    return LogitTail([tokens[i] for i in best], float(np.mean(centred**3)) / spread**3,
-                     float(np.mean(centred**4)) / spread**4 - 3)
+    return LogitTail(
+        [tokens[i] for i in best], float(np.mean(centred**3)) / spread**3, float(np.mean(centred**4)) / spread**4 - 3
+    )
 
 
 class Explainer:
@@ -129,9 +130,11 @@ class Explainer:
     def _counts(self) -> dict[str, np.ndarray]:
         """How often each value of a feature occurs in training documents."""
         size = len(self.stats.vocabulary)
-        return {"token": np.bincount(self._tokens[self._train], minlength=size),
-                "previous token": np.bincount(self._previous[self._train], minlength=size),
-                "position": np.bincount(self._bins[self._train], minlength=POSITION_BINS)}
+        return {
+            "token": np.bincount(self._tokens[self._train], minlength=size),
+            "previous token": np.bincount(self._previous[self._train], minlength=size),
+            "position": np.bincount(self._bins[self._train], minlength=POSITION_BINS),
+        }
 
     @cached_property
     def _bins(self) -> np.ndarray:
@@ -153,8 +156,10 @@ class Explainer:
         np.add.at(totals, np.searchsorted(ids, self._tokens[fired]), strength)
         occurrences = self._counts["token"][ids]
         pmi = np.log2((firings + SMOOTHING * density) / (occurrences + SMOOTHING) / density)
-        shares = [TokenShare(self.stats.vocabulary[i], int(n), int(o), float(t / o), float(p)) for i, n, o, t, p in zip(
-            ids, firings, occurrences, totals, pmi, strict=True)]
+        shares = [
+            TokenShare(self.stats.vocabulary[i], int(n), int(o), float(t / o), float(p))
+            for i, n, o, t, p in zip(ids, firings, occurrences, totals, pmi, strict=True)
+        ]
         often = [share for share in shares if share.firings > 1] or shares
         share_of = firings / firings.sum()
         place = (fired % self.stats.context_size) / max(1, self.stats.context_size - 1)
@@ -163,10 +168,21 @@ class Explainer:
         rules = self._scored(numbers, fired, density)
         best = max(rules, key=lambda name: rules[name].auc) if rules else "unscored"
         found = Explanation(
-            latent, float(self.stats.density[latent]), by_mean, by_pmi, float(share_of.max()),
-            float(-(share_of * np.log2(share_of)).sum()), float(place.mean()), float(place.std()),
-            [] if tail is None else tail.promoted, None if tail is None else tail.skew,
-            None if tail is None else tail.kurtosis, rules, best, "")
+            latent,
+            float(self.stats.density[latent]),
+            by_mean,
+            by_pmi,
+            float(share_of.max()),
+            float(-(share_of * np.log2(share_of)).sum()),
+            float(place.mean()),
+            float(place.std()),
+            [] if tail is None else tail.promoted,
+            None if tail is None else tail.skew,
+            None if tail is None else tail.kurtosis,
+            rules,
+            best,
+            "",
+        )
         return found._replace(words=in_words(found))
 
     def _scored(self, numbers: np.ndarray, fired: np.ndarray, density: float) -> dict[str, Rule]:
@@ -210,7 +226,8 @@ def in_words(found: Explanation) -> str:
         return f"fires on the token {found_most(found)!r} ({found.purity:.0%} of its firings); held-out AUC {score:.2f}"
     lead = "fires on" if found.best == "token" else "fires after certain tokens, most specifically on"
     return f"{lead} {listed}; held-out AUC {score:.2f} from the {found.best}" + (
-        "" if math.isnan(score) or score >= 0.75 else ": context decides most of it")
+        "" if math.isnan(score) or score >= 0.75 else ": context decides most of it"
+    )
 
 
 def found_most(found: Explanation) -> str:
@@ -218,8 +235,7 @@ def found_most(found: Explanation) -> str:
     return max((*found.by_mean, *found.by_pmi), key=lambda share: share.firings).token
 
 
-def explain_latents(lab: Lab, name: str, latents: Sequence[int] | None = None,
-                    progress: bool = False) -> list[Explanation]:
+def explain_latents(lab: Lab, name: str, latents: Sequence[int] | None = None, progress: bool = False) -> list[Explanation]:
     """Explanations of latents (default all) of one SAE, with their logit tails where they have direct logits."""
     sae, store = lab.saes[name], lab.stats(name, progress)
     chosen = list(range(sae.cfg.d_sae)) if latents is None else list(latents)
@@ -227,7 +243,7 @@ def explain_latents(lab: Lab, name: str, latents: Sequence[int] | None = None,
     direct = sae.cfg.d_in == lab.lm.d_model and not sae.cfg.hook_name.endswith("hook_z")
     found = []
     for start in range(0, len(chosen), CHUNK_LATENTS):
-        part = chosen[start:start + CHUNK_LATENTS]
+        part = chosen[start : start + CHUNK_LATENTS]
         check_latents(part, sae.cfg.d_sae)
         logits = direct_logits(lab, sae, part).numpy() if direct else [None] * len(part)
         for latent, row in zip(part, logits, strict=True):
@@ -242,6 +258,9 @@ def explain_latents(lab: Lab, name: str, latents: Sequence[int] | None = None,
 
 def as_json(found: Explanation) -> dict[str, Any]:
     """An explanation as plain values."""
-    return {**found._asdict(), "by_mean": [share._asdict() for share in found.by_mean],
-            "by_pmi": [share._asdict() for share in found.by_pmi],
-            "rules": {rule: score._asdict() for rule, score in found.rules.items()}}
+    return {
+        **found._asdict(),
+        "by_mean": [share._asdict() for share in found.by_mean],
+        "by_pmi": [share._asdict() for share in found.by_pmi],
+        "rules": {rule: score._asdict() for rule, score in found.rules.items()},
+    }

@@ -45,10 +45,17 @@ def list_releases(pattern: str = "") -> list[dict[str, Any]]:
         wanted = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
         raise UserError(f"--search {pattern!r} is not a regular expression ({error})") from None
-    rows = [{"model": value.get("model", ""), "release": name, "repo_id": value["repo_id"], "saes": len(value["saes"]),
-             "neuronpedia": any(entry.get("neuronpedia") for entry in value["saes"])}
-            for name, value in release_directory().items()
-            if any(wanted.search(str(text)) for text in (name, value.get("model", ""), value["repo_id"]))]
+    rows = [
+        {
+            "model": value.get("model", ""),
+            "release": name,
+            "repo_id": value["repo_id"],
+            "saes": len(value["saes"]),
+            "neuronpedia": any(entry.get("neuronpedia") for entry in value["saes"]),
+        }
+        for name, value in release_directory().items()
+        if any(wanted.search(str(text)) for text in (name, value.get("model", ""), value["repo_id"]))
+    ]
     if not rows:
         raise UserError(f"no release of SAELens matches {pattern!r} in its name, model or repository")
     return sorted(rows, key=lambda row: (row["model"], row["release"]))
@@ -60,12 +67,21 @@ def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
     known = release_directory()
     if release not in known:
         close = difflib.get_close_matches(release, known, 3)
-        raise UserError(f"SAELens has no release {release!r}" + (f"; did you mean {', '.join(close)}?" if close else
-                                                                 "; `analyze saes --search TEXT` finds releases"))
-    return [{"sae_id": str(entry["id"]), "path": str(entry.get("path", entry["id"])),
-             "neuronpedia": entry.get("neuronpedia"), "l0": entry.get("l0"),
-             "variance_explained": entry.get("variance_explained")}
-            for entry in known[release]["saes"] if re.search(pattern, str(entry["id"]), re.IGNORECASE)]
+        raise UserError(
+            f"SAELens has no release {release!r}"
+            + (f"; did you mean {', '.join(close)}?" if close else "; `analyze saes --search TEXT` finds releases")
+        )
+    return [
+        {
+            "sae_id": str(entry["id"]),
+            "path": str(entry.get("path", entry["id"])),
+            "neuronpedia": entry.get("neuronpedia"),
+            "l0": entry.get("l0"),
+            "variance_explained": entry.get("variance_explained"),
+        }
+        for entry in known[release]["saes"]
+        if re.search(pattern, str(entry["id"]), re.IGNORECASE)
+    ]
 
 
 def neuronpedia_source(release: str, sae_id: str) -> str:
@@ -90,9 +106,16 @@ def list_local() -> list[dict[str, Any]]:
         for path in sorted(root.glob("*/cfg.json")):
             values = read_json(path)
             metadata = values.get("metadata") or {}
-            rows.append({"folder": str(path.parent), "form": values.get("architecture"), "d_in": values.get("d_in"),
-                         "d_sae": values.get("d_sae"), "model": metadata.get("model_name"),
-                         "hook": metadata.get("hook_name")})
+            rows.append(
+                {
+                    "folder": str(path.parent),
+                    "form": values.get("architecture"),
+                    "d_in": values.get("d_in"),
+                    "d_sae": values.get("d_sae"),
+                    "model": metadata.get("model_name"),
+                    "hook": metadata.get("hook_name"),
+                }
+            )
     return rows
 
 
@@ -100,12 +123,28 @@ def describe(reference: str) -> dict[str, Any]:
     """Everything an SAE's configuration says. Downloads a release that is not in the hub's cache."""
     name, sae = open_sae(reference)
     cfg = sae.cfg
-    return {"name": name, "form": cfg.form, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "model_name": cfg.model_name,
-            "hook_name": cfg.hook_name, "dtype": cfg.dtype, "context_size": cfg.context_size,
-            "prepend_bos": cfg.prepend_bos, "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-            "center_input": cfg.center_input, **sae.options(), "architecture": cfg.architecture, "role": cfg.role,
-            "base": cfg.base, "per_token": sae.per_token, "causal": sae.causal, "signed": sae.signed,
-            "parameters": sum(tensor.numel() for tensor in sae.tensors().values()), "provenance": cfg.provenance}
+    return {
+        "name": name,
+        "form": cfg.form,
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "model_name": cfg.model_name,
+        "hook_name": cfg.hook_name,
+        "dtype": cfg.dtype,
+        "context_size": cfg.context_size,
+        "prepend_bos": cfg.prepend_bos,
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "center_input": cfg.center_input,
+        **sae.options(),
+        "architecture": cfg.architecture,
+        "role": cfg.role,
+        "base": cfg.base,
+        "per_token": sae.per_token,
+        "causal": sae.causal,
+        "signed": sae.signed,
+        "parameters": sum(tensor.numel() for tensor in sae.tensors().values()),
+        "provenance": cfg.provenance,
+    }
 
 
 HOME = "https://www.neuronpedia.org"
@@ -140,8 +179,10 @@ class Neuronpedia:
         """Raises `UserError` for a source that is not `MODEL/SOURCE`, or an address that is none."""
         parts = source.split("/")
         if len(parts) != 2 or not all(parts):
-            raise UserError(f"{source!r} is no Neuronpedia source; write MODEL/SOURCE, e.g. gpt2-small/7-res-jb "
-                            "(`analyze saes --describe RELEASE` lists them)")
+            raise UserError(
+                f"{source!r} is no Neuronpedia source; write MODEL/SOURCE, e.g. gpt2-small/7-res-jb "
+                "(`analyze saes --describe RELEASE` lists them)"
+            )
         self.model, self.layer = parts
         self.base_url, self.timeout = checked_url(base_url, "--base-url", f"the key belongs in ${KEY_VARIABLE}"), timeout
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -157,26 +198,51 @@ class Neuronpedia:
         if not isinstance(found, dict) or not _is_number(found.get("maxActApprox")):
             raise UserError(f"{self.base_url} has no latent {latent} of {self.model}/{self.layer}")
         density, raised, explanations = (found.get(key) for key in ("frac_nonzero", "pos_str", "explanations"))
-        return Feature(float(found["maxActApprox"]), float(density) if _is_number(density) else None,
-                       [str(token) for token in raised] if isinstance(raised, list) else [],
-                       [str(one.get("description")) for one in explanations if isinstance(one, dict)]
-                       if isinstance(explanations, list) else [])
+        return Feature(
+            float(found["maxActApprox"]),
+            float(density) if _is_number(density) else None,
+            [str(token) for token in raised] if isinstance(raised, list) else [],
+            [str(one.get("description")) for one in explanations if isinstance(one, dict)]
+            if isinstance(explanations, list)
+            else [],
+        )
 
-    def steer(self, prompt: str, latent: int, strength: float, maximum: float, seed: int = 0, n_tokens: int = 40,
-              temperature: float = 0.7, frequency_penalty: float = 0.0) -> Steered:
+    def steer(
+        self,
+        prompt: str,
+        latent: int,
+        strength: float,
+        maximum: float,
+        seed: int = 0,
+        n_tokens: int = 40,
+        temperature: float = 0.7,
+        frequency_penalty: float = 0.0,
+    ) -> Steered:
         """Ask for a text with and without `strength * maximum` of a latent's direction added. Raises `UserError` for what
         the service does not allow, and when it is down."""
         amount = strength * maximum
-        for value, limit, what in ((abs(amount), MAX_STRENGTH, "strength times maximum"), (n_tokens, MAX_TOKENS, "tokens"),
-                                   (len(prompt), MAX_PROMPT, "characters of prompt")):
+        for value, limit, what in (
+            (abs(amount), MAX_STRENGTH, "strength times maximum"),
+            (n_tokens, MAX_TOKENS, "tokens"),
+            (len(prompt), MAX_PROMPT, "characters of prompt"),
+        ):
             if value > limit:
                 raise UserError(f"Neuronpedia allows {limit:g} {what}, asked for {value:g}")
         if not prompt.strip():
             raise UserError("the prompt is empty")
-        found = self._ask("/api/steer", {
-            "prompt": prompt, "modelId": self.model, "temperature": temperature, "n_tokens": n_tokens,
-            "freq_penalty": frequency_penalty, "seed": seed, "strength_multiplier": 1,
-            "features": [{"modelId": self.model, "layer": self.layer, "index": latent, "strength": amount}]})
+        found = self._ask(
+            "/api/steer",
+            {
+                "prompt": prompt,
+                "modelId": self.model,
+                "temperature": temperature,
+                "n_tokens": n_tokens,
+                "freq_penalty": frequency_penalty,
+                "seed": seed,
+                "strength_multiplier": 1,
+                "features": [{"modelId": self.model, "layer": self.layer, "index": latent, "strength": amount}],
+            },
+        )
         if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("DEFAULT", "STEERED")):
             raise UserError(f"{self.base_url}: the answer holds no DEFAULT and STEERED texts")
         return Steered(strength, amount, seed, found["DEFAULT"], found["STEERED"])
@@ -195,9 +261,15 @@ class Neuronpedia:
         except urllib.error.HTTPError as error:
             with error:
                 said, _ = error_text(error, self._key)
-            hint = f" (is ${KEY_VARIABLE} set?)" if error.code in (401, 403) else \
-                " (the hourly limit is used up)" if error.code == 429 else \
-                " (a redirect; give --base-url the final address)" if 300 <= error.code < 400 else ""
+            hint = (
+                f" (is ${KEY_VARIABLE} set?)"
+                if error.code in (401, 403)
+                else " (the hourly limit is used up)"
+                if error.code == 429
+                else " (a redirect; give --base-url the final address)"
+                if 300 <= error.code < 400
+                else ""
+            )
             raise UserError(f"{where}: HTTP {error.code}{f': {said}' if said else ''}{hint}") from None
         except BadAnswer as reason:
             raise UserError(f"{where}: {reason}") from None
@@ -205,8 +277,9 @@ class Neuronpedia:
             raise UserError(f"{where}: the answer is not JSON") from None
         except (OSError, HTTPException) as error:
             cause = one_line(str(getattr(error, "reason", error)) or type(error).__name__, self._key)
-            raise UserError(f"{self.base_url} cannot be reached ({cause}); `--engine local` steers without a "
-                            "network") from None
+            raise UserError(
+                f"{self.base_url} cannot be reached ({cause}); `--engine local` steers without a network"
+            ) from None
 
 
 def _is_number(value: Any) -> bool:

@@ -58,14 +58,23 @@ def run_with_saes(lab: Lab, tokens: Tensor, error_term: bool = True, edits: Mapp
     if unknown:
         raise UserError(f"no SAE {', '.join(sorted(unknown))}; there are {', '.join(lab.saes)}")
     seen: dict[str, Internals] = {}
-    hooked = {hook: _replacement(lab, tokens, name, sae, error_term, edits.get(name), seen)
-              for (hook, sae), name in zip(lab.one_hook_each().items(), lab.saes, strict=True)}
+    hooked = {
+        hook: _replacement(lab, tokens, name, sae, error_term, edits.get(name), seen)
+        for (hook, sae), name in zip(lab.one_hook_each().items(), lab.saes, strict=True)
+    }
     logits = lab.lm.edited_logits(tokens, hooked)
     return Run(logits, {name: seen[name] for name in lab.saes})
 
 
-def _replacement(lab: Lab, tokens: Tensor, name: str, sae: SparseAutoencoder, error_term: bool, edit: LatentEdit | None,
-                 seen: dict[str, Internals]) -> Callable[[Tensor], Tensor]:
+def _replacement(
+    lab: Lab,
+    tokens: Tensor,
+    name: str,
+    sae: SparseAutoencoder,
+    error_term: bool,
+    edit: LatentEdit | None,
+    seen: dict[str, Internals],
+) -> Callable[[Tensor], Tensor]:
     def replace(x: Tensor) -> Tensor:
         x = x.float()
         mask = lab.mask(tokens, x)
@@ -77,6 +86,7 @@ def _replacement(lab: Lab, tokens: Tensor, name: str, sae: SparseAutoencoder, er
         output = torch.where(mask[..., None], x_hat + found.error if error_term else x_hat, x)
         seen[name] = found._replace(output=output)
         return output
+
     return replace
 
 
@@ -85,8 +95,9 @@ def inspect_sae(sae: SparseAutoencoder, x: Tensor, mask: Tensor) -> Internals:
     """Everything inside an SAE on activations x [batch, seq, d_in]; `output` is the reconstruction where tokens count."""
     z = sae.encode(x, mask)
     x_hat = sae.decode(z).to(x.dtype)
-    return Internals(x, pre_activations(sae, x), z, x_hat, (x - x_hat) * mask[..., None],
-                     torch.where(mask[..., None], x_hat, x), mask)
+    return Internals(
+        x, pre_activations(sae, x), z, x_hat, (x - x_hat) * mask[..., None], torch.where(mask[..., None], x_hat, x), mask
+    )
 
 
 def pre_activations(sae: SparseAutoencoder, x: Tensor) -> Tensor | None:
@@ -105,6 +116,7 @@ def zeroed(latents: Sequence[int], positions: Sequence[int] | None = None) -> La
         where = slice(None) if positions is None else torch.tensor(list(positions), device=z.device)[:, None]
         z[:, where, chosen.to(z.device)] = 0
         return z
+
     return edit
 
 

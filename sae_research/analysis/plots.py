@@ -20,8 +20,12 @@ DPI = 110
 # Okabe and Ito's palette: told apart under every common colour blindness
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#7A5195")
-KINDS = {"dead": (GREY, "dead: never fired"), "rare": ("#56B4E9", f"rare: below {RARE:g}"),
-         "between": (BLUE, "in between"), "dense": (ORANGE, f"dense: {DENSE:g} or more")}
+KINDS = {
+    "dead": (GREY, "dead: never fired"),
+    "rare": ("#56B4E9", f"rare: below {RARE:g}"),
+    "between": (BLUE, "in between"),
+    "dense": (ORANGE, f"dense: {DENSE:g} or more"),
+}
 
 
 def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -52,8 +56,12 @@ def density_histogram(stats: LatentStats, path: Path) -> Path:
     ticks = [t for t in range(int(np.ceil(lowest)), 1)]
     axes.set_xticks([lowest - 0.6, *ticks], ["0", *[f"{10.0**t:g}" for t in ticks]])
     axes.axvline(np.log10(DENSE), color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set_title(f"{stats.about['sae']['name']}: density of {stats.d_sae:,} latents over {stats.tokens:,} tokens",
-                   fontsize=TEXT, color=INK, loc="left")
+    axes.set_title(
+        f"{stats.about['sae']['name']}: density of {stats.d_sae:,} latents over {stats.tokens:,} tokens",
+        fontsize=TEXT,
+        color=INK,
+        loc="left",
+    )
     axes.legend(fontsize=SMALL, frameon=False)
     return _written(figure, path)
 
@@ -61,19 +69,34 @@ def density_histogram(stats: LatentStats, path: Path) -> Path:
 def density_against_cah(stats: LatentStats, path: Path) -> Path:
     """Density against the consistent activation heuristic: latents of whole contexts lie high, those of tokens low."""
     figure, (axes,) = _figure()
-    plain(axes, "fraction of tokens on which a latent fires (density)",
-          "firings per context in which it fires\n(consistent activation heuristic)")
+    plain(
+        axes,
+        "fraction of tokens on which a latent fires (density)",
+        "firings per context in which it fires\n(consistent activation heuristic)",
+    )
     kind = stats.kind
     for name, (color, label) in KINDS.items():
         chosen = (kind == name) & (stats.count > 0)
         if chosen.any():
-            axes.scatter(stats.density[chosen], stats.cah[chosen], s=5, color=color, alpha=0.6, linewidths=0,
-                         label=f"{label} ({int(chosen.sum()):,})")
+            axes.scatter(
+                stats.density[chosen],
+                stats.cah[chosen],
+                s=5,
+                color=color,
+                alpha=0.6,
+                linewidths=0,
+                label=f"{label} ({int(chosen.sum()):,})",
+            )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.axhline(stats.context_size, color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set_title(f"{stats.about['sae']['name']}: {stats.n_contexts:,} contexts of {stats.context_size} tokens (dotted: "
-                   "every token of a context)", fontsize=TEXT, color=INK, loc="left")
+    axes.set_title(
+        f"{stats.about['sae']['name']}: {stats.n_contexts:,} contexts of {stats.context_size} tokens (dotted: "
+        "every token of a context)",
+        fontsize=TEXT,
+        color=INK,
+        loc="left",
+    )
     axes.legend(fontsize=SMALL, frameon=False)
     return _written(figure, path)
 
@@ -87,8 +110,12 @@ def final_token(name: str, activations: np.ndarray, token: str, path: Path) -> P
     for latent in alive[np.argsort(-np.abs(activations[alive]))[:5]]:
         axes.annotate(str(latent), (latent, activations[latent]), fontsize=SMALL, color=INK, ha="center", va="bottom")
     axes.set_xlim(-1, len(activations))
-    axes.set_title(f"{name}: activations at {token!r}, {len(alive)} of {len(activations):,} latents alive", fontsize=TEXT,
-                   color=INK, loc="left")
+    axes.set_title(
+        f"{name}: activations at {token!r}, {len(alive)} of {len(activations):,} latents alive",
+        fontsize=TEXT,
+        color=INK,
+        loc="left",
+    )
     return _written(figure, path)
 
 
@@ -101,17 +128,27 @@ def attribution_bars(found: Attribution, path: Path) -> Path:
     for axes, (name, shares) in zip(panels, found.saes.items(), strict=True):
         plain(axes, "", "share of the metric")
         above, below = np.zeros(len(place)), np.zeros(len(place))
-        for values, color, label in ((shares.reconstruction, BLUE, "latents"), (shares.error, ORANGE, "error"),
-                                     (shares.bias, GREY, "bias and masked tokens")):
+        for values, color, label in (
+            (shares.reconstruction, BLUE, "latents"),
+            (shares.error, ORANGE, "error"),
+            (shares.bias, GREY, "bias and masked tokens"),
+        ):
             part = values.numpy().astype(float)
-            axes.bar(place, part, bottom=np.where(part >= 0, above, below), color=color, width=0.8,
-                     label=f"{label} ({part.sum():+.3g})")
+            axes.bar(
+                place,
+                part,
+                bottom=np.where(part >= 0, above, below),
+                color=color,
+                width=0.8,
+                label=f"{label} ({part.sum():+.3g})",
+            )
             above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
         axes.axhline(0, color=INK, linewidth=0.6)
         shown = [token.replace("\n", "\\n") for token in found.tokens]
         axes.set_xticks(place, shown, rotation=60, fontsize=SMALL, ha="right")
-        axes.set_title(f"{name}: shares add up to {shares.total:.4g} (metric {found.metric:.4g})", fontsize=TEXT,
-                       color=INK, loc="left")
+        axes.set_title(
+            f"{name}: shares add up to {shares.total:.4g} (metric {found.metric:.4g})", fontsize=TEXT, color=INK, loc="left"
+        )
         axes.legend(fontsize=SMALL, frameon=False)
     return _written(figure, path)
 

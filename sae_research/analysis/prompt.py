@@ -62,24 +62,33 @@ def run_prompt(lab: Lab, prompt: str, answer: str | None = None, n_tokens: int =
     tokens = lab.tokens(prompt)
     wanted = None if answer is None else lab.token(answer)
     patched = run_with_saes(lab, tokens, error_term=False)
-    logits = {"plain": lab.lm.logits(tokens), "error_term": run_with_saes(lab, tokens).logits,
-              "reconstruction": patched.logits}
+    logits = {
+        "plain": lab.lm.logits(tokens),
+        "error_term": run_with_saes(lab, tokens).logits,
+        "reconstruction": patched.logits,
+    }
     log_p = {name: value[0].float().log_softmax(-1) for name, value in logits.items()}
     last = {name: value[-1] for name, value in log_p.items()}
     order = {name: value.argsort(descending=True).argsort() for name, value in last.items()}
 
     def row(token: int) -> NextToken:
-        return NextToken(lab.lm.tokenizer.decode([token]), {name: float(value[token].exp()) for name, value in last.items()},
-                         {name: int(value[token]) for name, value in order.items()})
+        return NextToken(
+            lab.lm.tokenizer.decode([token]),
+            {name: float(value[token].exp()) for name, value in last.items()},
+            {name: int(value[token]) for name, value in order.items()},
+        )
 
     shown = dict.fromkeys(token for value in last.values() for token in value.topk(n_tokens).indices.tolist())
     ranked = sorted(shown, key=lambda token: -float(last["plain"][token]))
     plain = last["plain"]
     return PromptRuns(
-        [lab.lm.tokenizer.decode([i]) for i in tokens[0].tolist()], [row(token) for token in ranked],
+        [lab.lm.tokenizer.decode([i]) for i in tokens[0].tolist()],
+        [row(token) for token in ranked],
         None if wanted is None else row(wanted),
         {name: max(0.0, float((plain.exp() * (plain - value)).sum())) for name, value in last.items()},
-        {name: float(-value[:-1].gather(1, tokens[0, 1:, None]).mean()) for name, value in log_p.items()}, patched.saes)
+        {name: float(-value[:-1].gather(1, tokens[0, 1:, None]).mean()) for name, value in log_p.items()},
+        patched.saes,
+    )
 
 
 def top_latents(lab: Lab, name: str, internals: Internals, tokens: Sequence[str], k: int = 5) -> list[ActiveLatent]:
@@ -98,6 +107,7 @@ def top_latents(lab: Lab, name: str, internals: Internals, tokens: Sequence[str]
 
 
 # --- search ------------------------------------------------------------------------------------
+
 
 class FoundLatent(NamedTuple):
     latent: int
@@ -131,8 +141,9 @@ def search_by_promoted(lab: Lab, texts: Sequence[str], k: int = 10) -> list[Foun
     score = torch.cat([_standardised(part)[:, wanted].mean(1) for part in _logit_parts(lab, sae, range(sae.cfg.d_sae))])
     best = score.topk(min(k, len(score))).indices.tolist()
     promoted = promoted_tokens(lab, sae, best, 5)
-    return [FoundLatent(i, float(score[i]), [token for token, _ in row.raised])
-            for i, row in zip(best, promoted, strict=True)]
+    return [
+        FoundLatent(i, float(score[i]), [token for token, _ in row.raised]) for i, row in zip(best, promoted, strict=True)
+    ]
 
 
 class Promoted(NamedTuple):
@@ -152,11 +163,15 @@ def promoted_tokens(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int], k:
     for part in _logit_parts(lab, sae, latents):
         sides = [(part - part.mean(1, keepdim=True)).topk(k, largest=largest) for largest in (True, False)]
         for values_up, tokens_up, values_down, tokens_down in zip(
-                sides[0].values, sides[0].indices, sides[1].values, sides[1].indices, strict=True):
-            rows.append(Promoted(
-                [(names.decode([t]), v) for t, v in zip(tokens_up.tolist(), values_up.tolist(), strict=True)],
-                [(names.decode([t]), v) for t, v in zip(tokens_down.tolist(), values_down.tolist(), strict=True)],
-                tokens_up.tolist()))
+            sides[0].values, sides[0].indices, sides[1].values, sides[1].indices, strict=True
+        ):
+            rows.append(
+                Promoted(
+                    [(names.decode([t]), v) for t, v in zip(tokens_up.tolist(), values_up.tolist(), strict=True)],
+                    [(names.decode([t]), v) for t, v in zip(tokens_down.tolist(), values_down.tolist(), strict=True)],
+                    tokens_up.tolist(),
+                )
+            )
     return rows
 
 

@@ -23,10 +23,12 @@ from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.formats.sae_lens import from_sae_lens
 from sae_research.saes.identity import Unidentified, identity
 
-_TEXT = ("The museum reopened on Tuesday after two years of repairs, and the first visitors queued before dawn. 'It was "
-         "worth the wait,' said Maria, who had come from Lisbon with 3 friends. def area(r): return 3.14 * r ** 2  # m2. "
-         "Patients who were given the drug recovered faster than those in the control group (p < 0.05). What did you do "
-         "yesterday? Nothing, really; I stayed at home, read the news and cooked soup for the children. ") * 2
+_TEXT = (
+    "The museum reopened on Tuesday after two years of repairs, and the first visitors queued before dawn. 'It was "
+    "worth the wait,' said Maria, who had come from Lisbon with 3 friends. def area(r): return 3.14 * r ** 2  # m2. "
+    "Patients who were given the drug recovered faster than those in the control group (p < 0.05). What did you do "
+    "yesterday? Nothing, really; I stayed at home, read the news and cooked soup for the children. "
+) * 2
 _SEQUENCES, _TOKENS = 4, 32
 _ALONE = 12
 """Tokens that are encoded one by one, to see whether others matter."""
@@ -100,8 +102,13 @@ class ForeignSAE(SparseAutoencoder):
             raise UserError(f"{_name(inner)}.decode returns {len(b_dec)} dimensions, the model has {d_in} at {hook_name}")
         W_dec = _decoder_rows(inner, b_dec, d_sae, flat)
         _check_affine(inner, z, W_dec, b_dec, flat)
-        sae = cls(SAEConfig(form="foreign", d_in=d_in, d_sae=d_sae, hook_name=hook_name, model_name=model_name), inner, flat,
-                  W_dec=W_dec, b_dec=b_dec)
+        sae = cls(
+            SAEConfig(form="foreign", d_in=d_in, d_sae=d_sae, hook_name=hook_name, model_name=model_name),
+            inner,
+            flat,
+            W_dec=W_dec,
+            b_dec=b_dec,
+        )
         for name, seen in _properties(inner, x, z, flat).items():
             said = getattr(inner, name, None)
             # set on the object: these are this SAE's properties, not the class's
@@ -119,8 +126,16 @@ class ForeignSAE(SparseAutoencoder):
 
     def weights_fingerprint(self) -> str:
         """Over all that decides what the inner object computes."""
-        return fingerprint([super().weights_fingerprint(), self.flat, self.per_token, self.causal, self.signed,
-                            self.unidentified or _identity(self.inner) or uuid.uuid4().hex])
+        return fingerprint(
+            [
+                super().weights_fingerprint(),
+                self.flat,
+                self.per_token,
+                self.causal,
+                self.signed,
+                self.unidentified or _identity(self.inner) or uuid.uuid4().hex,
+            ]
+        )
 
 
 def _identity(inner: Any) -> str | None:
@@ -136,6 +151,7 @@ def _name(inner: Any) -> str:
 
 # --- calls -----------------------------------------------------------------------------------
 
+
 def _called(inner: Any, method: str, values: Tensor, flat: bool) -> Tensor:
     """What a method makes of `values` [batch, seq, width], computed in the object's own precision and on its own device;
     float32 where `values` are. flat: it takes [tokens, width]. Raises `UserError` for what is no answer."""
@@ -149,8 +165,10 @@ def _called(inner: Any, method: str, values: Tensor, flat: bool) -> Tensor:
         raise UserError(f"{_name(inner)}.{method} fails on {tuple(given.shape)}: {type(error).__name__}: {why}") from error
     if not isinstance(found, Tensor) or found.is_complex():
         kind = "a complex tensor" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise UserError(f"{_name(inner)}.{method} returns {kind}, expected one tensor of real numbers: wrap it in an object "
-                        f"whose {method} returns that tensor alone")
+        raise UserError(
+            f"{_name(inner)}.{method} returns {kind}, expected one tensor of real numbers: wrap it in an object "
+            f"whose {method} returns that tensor alone"
+        )
     found = found.to(values.device, torch.float32)
     return found.unflatten(0, values.shape[:-1]) if found.ndim == 2 and len(found) == values[..., 0].numel() else found
 
@@ -158,8 +176,14 @@ def _called(inner: Any, method: str, values: Tensor, flat: bool) -> Tensor:
 def _own_tensor(inner: Any) -> Tensor | None:
     """A tensor that shows the object's precision and device; None where it has none to show."""
     registered = chain(inner.parameters(), inner.buffers()) if isinstance(inner, torch.nn.Module) else ()
-    return next((one for one in chain(registered, getattr(inner, "__dict__", {}).values())
-                 if isinstance(one, Tensor) and one.is_floating_point()), None)
+    return next(
+        (
+            one
+            for one in chain(registered, getattr(inner, "__dict__", {}).values())
+            if isinstance(one, Tensor) and one.is_floating_point()
+        ),
+        None,
+    )
 
 
 def _shaped(inner: Any, method: str, values: Tensor, flat: list[str], what: str) -> Tensor:
@@ -183,9 +207,11 @@ def _shaped(inner: Any, method: str, values: Tensor, flat: list[str], what: str)
 
 # --- what it is ------------------------------------------------------------------------------
 
+
 def _decoder_rows(inner: Any, b_dec: Tensor, d_sae: int, flat: list[str]) -> Tensor:
     """What each latent adds to the reconstruction [d_sae, d_in]. In half precision a row of 1 beside a bias of 100 would be
     lost to rounding: the latents are then as large as the bias asks for."""
+
     def rows(size: float) -> Tensor:
         parts = []
         for start in range(0, d_sae, _ROWS_AT_ONCE):
@@ -223,6 +249,7 @@ def _check_affine(inner: Any, z: Tensor, W_dec: Tensor, b_dec: Tensor, flat: lis
 def _properties(inner: Any, x: Tensor, z: Tensor, flat: list[str]) -> dict[str, bool]:
     """Whether latents depend on their own token alone, on no later one, and may be negative. Where nothing fires at the
     activations' own scale, larger ones are tried; where nothing fires at all, nothing is ruled out."""
+
     def encoded(part: Tensor) -> Tensor:
         return _called(inner, "encode", part, "encode" in flat)
 
@@ -233,9 +260,14 @@ def _properties(inner: Any, x: Tensor, z: Tensor, flat: list[str]) -> dict[str, 
             half = x.shape[1] // 2
             picked = torch.arange(_ALONE) * (x.shape[0] * x.shape[1] // _ALONE)
             at = picked // x.shape[1], picked % x.shape[1]
-            alone = torch.cat([encoded(x[i:i + 1, j:j + 1]) for i, j in zip(*(part.tolist() for part in at), strict=True)])
-            return {"per_token": _same(inner, alone[:, 0], z[at]),
-                    "causal": _same(inner, encoded(x[:, :half]), z[:, :half]), "signed": bool((z < 0).any())}
+            alone = torch.cat(
+                [encoded(x[i : i + 1, j : j + 1]) for i, j in zip(*(part.tolist() for part in at), strict=True)]
+            )
+            return {
+                "per_token": _same(inner, alone[:, 0], z[at]),
+                "causal": _same(inner, encoded(x[:, :half]), z[:, :half]),
+                "signed": bool((z < 0).any()),
+            }
         x = 10 * x
         z = encoded(x)
     return {"per_token": False, "causal": False, "signed": True}

@@ -22,7 +22,8 @@ Method = Literal["add", "clamp", "project"]
 METHODS: dict[str, str] = {
     "add": "x + strength max d: the latent's direction on top of what is there",
     "clamp": "x + (strength max - activation) d: the latent held at one value",
-    "project": "x - <x, d> d / |d|^2 + strength max d: the direction emptied (strength 0), then set"}
+    "project": "x - <x, d> d / |d|^2 + strength max d: the direction emptied (strength 0), then set",
+}
 NEUTRAL_BATCH = 4
 N_TARGETS = 10
 
@@ -34,8 +35,9 @@ class Edit:
     comes to. d is the latent's decoder row.
     """
 
-    def __init__(self, sae: SparseAutoencoder, latent: int, method: Method, amount: float,
-                 mask: Tensor | None = None) -> None:
+    def __init__(
+        self, sae: SparseAutoencoder, latent: int, method: Method, amount: float, mask: Tensor | None = None
+    ) -> None:
         """mask: which tokens of the first pass count [batch, seq] or [1, seq]; all of later passes do."""
         self.sae, self.latent, self.method, self.amount, self.mask = sae, latent, method, amount, mask
         self.edited = self._passes = 0
@@ -62,7 +64,7 @@ class Edit:
         if self.sae.per_token:
             return self.sae.encode(x, mask)[..., self.latent]
         whole = [torch.cat(parts, 1) for parts in zip(*self._past, (x, mask), strict=True)]
-        return self.sae.encode(*whole)[:, -x.shape[1]:, self.latent]
+        return self.sae.encode(*whole)[:, -x.shape[1] :, self.latent]
 
 
 class Sample(NamedTuple):
@@ -114,9 +116,11 @@ def check_steerable(name: str, sae: SparseAutoencoder) -> None:
     """Raises `UserError` for an encoder that is not causal, with the reason."""
     if not sae.causal:
         instead = f"; steer with the dictionary it reads, {sae.cfg.base}" if sae.cfg.base else ""
-        raise UserError(f"SAE {name} ({sae.cfg.form}) cannot steer: its encoder is not causal. A token's latents depend on "
-                        "later tokens, so each generated token would change the latents, and with them the edits, of all "
-                        f"tokens before it{instead}")
+        raise UserError(
+            f"SAE {name} ({sae.cfg.form}) cannot steer: its encoder is not causal. A token's latents depend on "
+            "later tokens, so each generated token would change the latents, and with them the edits, of all "
+            f"tokens before it{instead}"
+        )
 
 
 def check_method(method: str) -> None:
@@ -125,10 +129,20 @@ def check_method(method: str) -> None:
         raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
 
 
-def steer(lab: Lab, prompt: str, latent: int, strengths: Sequence[float] = (0.5, 1.0, 2.0), method: Method = "add",
-          seeds: Sequence[int] = (0, 1, 2, 3), n_tokens: int = 40, targets: Sequence[str] | None = None,
-          temperature: float = 0.7, top_p: float = 0.9, neutral_tokens: int = 512,
-          maximum: float | None = None) -> Steering:
+def steer(
+    lab: Lab,
+    prompt: str,
+    latent: int,
+    strengths: Sequence[float] = (0.5, 1.0, 2.0),
+    method: Method = "add",
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    n_tokens: int = 40,
+    targets: Sequence[str] | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    neutral_tokens: int = 512,
+    maximum: float | None = None,
+) -> Steering:
     """Sample with a latent's direction edited into every token, for each strength with the same seeds.
 
     maximum: what strength 1 stands for; by default the latent's largest activation in the statistics. targets: texts of
@@ -148,16 +162,35 @@ def steer(lab: Lab, prompt: str, latent: int, strengths: Sequence[float] = (0.5,
     rows: list[Strength] = []
     for strength in (None, *strengths):
         amount = 0.0 if strength is None else strength * maximum
-        samples, edits = _samples(lab, sae, tokens, None if strength is None else (latent, method, amount), list(seeds),
-                                  n_tokens, temperature, top_p, set(wanted), latent)
+        samples, edits = _samples(
+            lab,
+            sae,
+            tokens,
+            None if strength is None else (latent, method, amount),
+            list(seeds),
+            n_tokens,
+            temperature,
+            top_p,
+            set(wanted),
+            latent,
+        )
         kl, ce = (0.0, 0.0) if strength is None else neutral.cost(latent, method, amount)
         pairs = list(zip(samples, rows[0].samples, strict=True)) if rows else []
-        rows.append(Strength(
-            strength, amount, samples, sum(s.target_tokens for s in samples) / max(1, sum(s.tokens for s in samples)),
-            _share([now.target_tokens > before.target_tokens for now, before in pairs]),
-            _share([now.target_tokens < before.target_tokens for now, before in pairs]),
-            _share([now.latent_mean > before.latent_mean for now, before in pairs]),
-            statistics.fmean(s.latent_mean for s in samples), kl, ce, edits))
+        rows.append(
+            Strength(
+                strength,
+                amount,
+                samples,
+                sum(s.target_tokens for s in samples) / max(1, sum(s.tokens for s in samples)),
+                _share([now.target_tokens > before.target_tokens for now, before in pairs]),
+                _share([now.target_tokens < before.target_tokens for now, before in pairs]),
+                _share([now.latent_mean > before.latent_mean for now, before in pairs]),
+                statistics.fmean(s.latent_mean for s in samples),
+                kl,
+                ce,
+                edits,
+            )
+        )
     return Steering(method, latent, maximum, [lab.lm.tokenizer.decode([t]) for t in wanted], neutral.tokens, rows)
 
 
@@ -170,8 +203,10 @@ def measured_maximum(lab: Lab, name: str, latent: int) -> float:
     stats = lab.stats(name)
     high, low = float(stats.max[latent]), float(stats.min[latent])
     if stats.count[latent] == 0:
-        raise UserError(f"latent {latent} of {name} fired on none of {stats.tokens:,} tokens: there is no maximum to "
-                        "calibrate by; raise analysis.tokens or give --maximum")
+        raise UserError(
+            f"latent {latent} of {name} fired on none of {stats.tokens:,} tokens: there is no maximum to "
+            "calibrate by; raise analysis.tokens or give --maximum"
+        )
     return high if abs(high) >= abs(low) else low
 
 
@@ -179,14 +214,26 @@ def _targets(lab: Lab, sae: SparseAutoencoder, latent: int, texts: Sequence[str]
     if texts:
         return [lab.token(text) for text in texts]
     if sae.cfg.d_in != lab.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
-        raise UserError(f"{sae.cfg.hook_name} is not in the residual stream, so the latent promotes no tokens directly: "
-                        "name target tokens")
+        raise UserError(
+            f"{sae.cfg.hook_name} is not in the residual stream, so the latent promotes no tokens directly: "
+            "name target tokens"
+        )
     promoted = promoted_tokens(lab, sae, [latent], N_TARGETS)[0].raised_ids
     return list(promoted)
 
 
-def _samples(lab: Lab, sae: SparseAutoencoder, tokens: Tensor, how: tuple[int, Method, float] | None, seeds: list[int],
-             n_tokens: int, temperature: float, top_p: float, wanted: set[int], latent: int) -> tuple[list[Sample], int]:
+def _samples(
+    lab: Lab,
+    sae: SparseAutoencoder,
+    tokens: Tensor,
+    how: tuple[int, Method, float] | None,
+    seeds: list[int],
+    n_tokens: int,
+    temperature: float,
+    top_p: float,
+    wanted: set[int],
+    latent: int,
+) -> tuple[list[Sample], int]:
     """(samples, positions edited). how: latent, method, amount; None samples the model as it is."""
     hook = sae.cfg.hook_name
     edit, hooks = None, {}
@@ -202,8 +249,15 @@ def _samples(lab: Lab, sae: SparseAutoencoder, tokens: Tensor, how: tuple[int, M
     found = []
     for seed, row in zip(seeds, ids, strict=True):
         kept = _until_end(lab, row)
-        found.append(Sample(seed, lab.lm.tokenizer.decode(kept), sum(int(t) in wanted for t in kept), len(kept),
-                            _read_back(lab, sae, tokens, kept, latent)))
+        found.append(
+            Sample(
+                seed,
+                lab.lm.tokenizer.decode(kept),
+                sum(int(t) in wanted for t in kept),
+                len(kept),
+                _read_back(lab, sae, tokens, kept, latent),
+            )
+        )
     return found, 0 if edit is None else edit.edited
 
 
@@ -224,7 +278,7 @@ def _read_back(lab: Lab, sae: SparseAutoencoder, prompt: Tensor, ids: list[int],
         return 0.0
     whole = torch.cat([prompt[0].cpu(), torch.tensor(ids)])[None].to(lab.lm.device)
     acts = lab.lm.activations(whole, sae.cfg.hook_name).float()
-    return float(sae.encode(acts, lab.mask(whole, acts))[0, prompt.shape[1]:, latent].mean())
+    return float(sae.encode(acts, lab.mask(whole, acts))[0, prompt.shape[1] :, latent].mean())
 
 
 class _Neutral:

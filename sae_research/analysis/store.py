@@ -67,15 +67,19 @@ class LatentStats:
         self._arrays: dict[str, np.ndarray] = {}
         if not (folder / ABOUT).is_file():
             state = "is unfinished" if folder.is_dir() else "is not there"
-            raise UserError(f"{folder}: the store of latent statistics {state}; run `python -m sae_research analyze stats`, "
-                            "which goes on where it stopped")
+            raise UserError(
+                f"{folder}: the store of latent statistics {state}; run `python -m sae_research analyze stats`, "
+                "which goes on where it stopped"
+            )
         wrong = damage(folder)
         if wrong is not None:
             raise UserError(f"{folder}: {wrong}; delete it and run `python -m sae_research analyze stats`")
         self.about: dict[str, Any] = read_json(folder / ABOUT)
         if self.about.get("format") != FORMAT:
-            raise UserError(f"{folder}: written in format {self.about.get('format')}, this version reads {FORMAT}; delete "
-                            "it and run `python -m sae_research analyze stats`")
+            raise UserError(
+                f"{folder}: written in format {self.about.get('format')}, this version reads {FORMAT}; delete "
+                "it and run `python -m sae_research analyze stats`"
+            )
         self.d_sae: int = self.about["sae"]["d_sae"]
         self.signed: bool = self.about["sae"]["signed"]
         self.n_contexts, self.context_size = self.token_ids.shape
@@ -180,8 +184,9 @@ class LatentStats:
     def top(self, latent: int, n: int | None = None) -> list[Context]:
         """The contexts of a latent's largest absolute activations, strongest first, no document twice."""
         self._check(latent)
-        value, context, position = (self._array(f"top_{part}", mapped=True)[latent][:n]
-                                    for part in ("value", "context", "position"))
+        value, context, position = (
+            self._array(f"top_{part}", mapped=True)[latent][:n] for part in ("value", "context", "position")
+        )
         return self._contexts(latent, value, context, position, [None] * len(value))
 
     def samples(self, latent: int, level: int | None = None) -> list[Context]:
@@ -194,15 +199,27 @@ class LatentStats:
             found += self._contexts(latent, *(part[one] for part in parts), [one] * parts[0].shape[1])
         return found
 
-    def _contexts(self, latent: int, values: np.ndarray, contexts: np.ndarray, positions: np.ndarray,
-                  levels: Sequence[int | None]) -> list[Context]:
+    def _contexts(
+        self, latent: int, values: np.ndarray, contexts: np.ndarray, positions: np.ndarray, levels: Sequence[int | None]
+    ) -> list[Context]:
         there = contexts >= 0
         rows = contexts[there].astype(int)
         acts = self.in_contexts(latent, rows)
-        return [Context(int(row), int(at), float(value), level, *self.documents[int(self.document[row, at])],
-                        np.array(self.token_ids[row]), self.strings(self.token_ids[row]), acts[i])
-                for i, (row, at, value, level) in enumerate(zip(
-                    rows, positions[there], values[there], np.asarray(levels, object)[there], strict=True))]
+        return [
+            Context(
+                int(row),
+                int(at),
+                float(value),
+                level,
+                *self.documents[int(self.document[row, at])],
+                np.array(self.token_ids[row]),
+                self.strings(self.token_ids[row]),
+                acts[i],
+            )
+            for i, (row, at, value, level) in enumerate(
+                zip(rows, positions[there], values[there], np.asarray(levels, object)[there], strict=True)
+            )
+        ]
 
     # --- activations ---
 
@@ -245,9 +262,13 @@ class LatentStats:
     @cached_property
     def _shards(self) -> list[tuple[int, tuple[np.ndarray, ...]]]:
         """(first context, (start, token, value)) of every shard."""
-        return [(shard["contexts"][0],
-                 tuple(np.load(self.folder / SHARDS / f"{i:05d}" / f"{name}.npy", mmap_mode="r") for name in SHARD_ARRAYS))
-                for i, shard in enumerate(self.about["shards"])]
+        return [
+            (
+                shard["contexts"][0],
+                tuple(np.load(self.folder / SHARDS / f"{i:05d}" / f"{name}.npy", mmap_mode="r") for name in SHARD_ARRAYS),
+            )
+            for i, shard in enumerate(self.about["shards"])
+        ]
 
     # --- how ---
 

@@ -44,8 +44,14 @@ def by_word(groups: Mapping[str, Sequence[str]] | Sequence[str]) -> Grouping:
     return lambda token: lookup.get(token.strip().lower())
 
 
-def subspace(stats: LatentStats, sae: SparseAutoencoder, latents: Sequence[int], grouping: Grouping | None = None,
-             n_components: int = 3, buffer: int = 5) -> Subspace:
+def subspace(
+    stats: LatentStats,
+    sae: SparseAutoencoder,
+    latents: Sequence[int],
+    grouping: Grouping | None = None,
+    n_components: int = 3,
+    buffer: int = 5,
+) -> Subspace:
     """PCA of `sum over chosen latents of z_f d_f` at the tokens of the store where any of them fires; no pass of the model.
 
     grouping: default by token text. Raises `UserError` for a latent that is not there, and where fewer points than
@@ -58,8 +64,10 @@ def subspace(stats: LatentStats, sae: SparseAutoencoder, latents: Sequence[int],
         raise UserError(f"the statistics in {stats.folder} are of another SAE ({stats.about['sae']['name']})")
     numbers, z_NL = firing_together(stats, latents)
     if len(numbers) <= n_components or len(latents) < n_components:
-        raise UserError(f"{len(latents)} latents fire on {len(numbers)} tokens together: too few for {n_components} "
-                        "components; name more latents or raise analysis.tokens")
+        raise UserError(
+            f"{len(latents)} latents fire on {len(numbers)} tokens together: too few for {n_components} "
+            "components; name more latents or raise analysis.tokens"
+        )
     rows = sae.W_dec[list(latents)].detach().float().cpu().numpy()
     pca = PCA(n_components, svd_solver="full", random_state=0).fit(z_NL @ rows)
     # the sign of a component is arbitrary: the largest entry of each is made positive
@@ -67,9 +75,15 @@ def subspace(stats: LatentStats, sae: SparseAutoencoder, latents: Sequence[int],
     place = np.stack(np.divmod(numbers, stats.context_size), axis=1)
     tokens = stats.strings(stats.token_ids[place[:, 0], place[:, 1]])
     named = grouping or (lambda token: token.strip() or OTHER)
-    return Subspace(pca.transform(z_NL @ rows) * signs, pca.explained_variance_ratio_,
-                    [named(token) or OTHER for token in tokens], tokens, place,
-                    [around(stats, int(c), int(p), buffer) for c, p in place], pca.components_ * signs[:, None])
+    return Subspace(
+        pca.transform(z_NL @ rows) * signs,
+        pca.explained_variance_ratio_,
+        [named(token) or OTHER for token in tokens],
+        tokens,
+        place,
+        [around(stats, int(c), int(p), buffer) for c, p in place],
+        pca.components_ * signs[:, None],
+    )
 
 
 def firing_together(stats: LatentStats, latents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,5 +101,5 @@ def firing_together(stats: LatentStats, latents: Sequence[int]) -> tuple[np.ndar
 
 def around(stats: LatentStats, context: int, position: int, buffer: int) -> str:
     """A token with `buffer` tokens on either side, as text."""
-    ids = stats.token_ids[context, max(0, position - buffer):position + buffer + 1]
+    ids = stats.token_ids[context, max(0, position - buffer) : position + buffer + 1]
     return "".join(stats.strings(ids))

@@ -13,8 +13,11 @@ PROG = "python -m sae_research analyze"
 def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register `analyze` with its own verbs; each sets `run`, a function of the parsed options that returns the exit
     code."""
-    parser = verbs.add_parser("analyze", help="see inside an SAE: statistics of latents, runs, steering, ablation, ...",
-                              description=f"Example: {PROG} stats --sae standard --help")
+    parser = verbs.add_parser(
+        "analyze",
+        help="see inside an SAE: statistics of latents, runs, steering, ablation, ...",
+        description=f"Example: {PROG} stats --sae standard --help",
+    )
     fill(parser)
 
 
@@ -29,22 +32,37 @@ Verbs = argparse._SubParsersAction  # type: ignore[type-arg]
 
 
 def _saes(verbs: Verbs) -> None:
-    verb = _verb(verbs, "saes", "list, search and describe SAEs: SAELens' releases and those of this project",
-                 "saes --search gemma", sae=False)
+    verb = _verb(
+        verbs,
+        "saes",
+        "list, search and describe SAEs: SAELens' releases and those of this project",
+        "saes --search gemma",
+        sae=False,
+    )
     verb.add_argument("--search", metavar="TEXT", help="releases whose name, model or repository match (regular expression)")
     verb.add_argument("--describe", metavar="RELEASE or SAE", help="a release's SAEs, or everything about one SAE")
     verb.add_argument("--local", action="store_true", help="only SAEs of this project")
 
 
 def _stats(verbs: Verbs) -> None:
-    verb = _verb(verbs, "stats", "density, maxima, quantiles and contexts of every latent, in one pass that can be resumed",
-                 "stats --sae standard --tokens 65536", several=True)
+    verb = _verb(
+        verbs,
+        "stats",
+        "density, maxima, quantiles and contexts of every latent, in one pass that can be resumed",
+        "stats --sae standard --tokens 65536",
+        several=True,
+    )
     verb.add_argument("--latent", type=int, nargs="+", default=[], help="show these latents' top contexts")
 
 
 def _run(verbs: Verbs) -> None:
-    verb = _verb(verbs, "run", "a prompt with and without SAEs (several hooks at once), and search for latents",
-                 'run --sae standard --prompt "The capital of France is" --answer " Paris"', several=True)
+    verb = _verb(
+        verbs,
+        "run",
+        "a prompt with and without SAEs (several hooks at once), and search for latents",
+        'run --sae standard --prompt "The capital of France is" --answer " Paris"',
+        several=True,
+    )
     verb.add_argument("--prompt")
     verb.add_argument("--answer", help="one token, leading space included")
     verb.add_argument("--top", type=int, default=5, help="latents shown of each token")
@@ -53,13 +71,23 @@ def _run(verbs: Verbs) -> None:
 
 
 def _steer(verbs: Verbs) -> None:
-    verb = _verb(verbs, "steer", "texts with a latent's direction added, held or emptied, over strengths with equal seeds",
-                 'steer --sae standard --latent 17 --prompt "I think that" --strengths 0.5 1 2', needed=False)
+    verb = _verb(
+        verbs,
+        "steer",
+        "texts with a latent's direction added, held or emptied, over strengths with equal seeds",
+        'steer --sae standard --latent 17 --prompt "I think that" --strengths 0.5 1 2',
+        needed=False,
+    )
     verb.add_argument("--prompt", required=True)
     verb.add_argument("--latent", type=int, required=True)
     verb.add_argument("--method", default="add", help="add, clamp or project")
-    verb.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0],
-                      help="in units of the latent's largest activation in the statistics")
+    verb.add_argument(
+        "--strengths",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        help="in units of the latent's largest activation in the statistics",
+    )
     verb.add_argument("--maximum", type=float, help="in place of that activation")
     verb.add_argument("--targets", nargs="+", metavar="TOKEN", help="tokens to count (default: the ten it promotes most)")
     verb.add_argument("--seeds", type=int, default=4, help="texts of each strength")
@@ -73,8 +101,12 @@ def _steer(verbs: Verbs) -> None:
 
 
 def _ablate(verbs: Verbs) -> None:
-    verb = _verb(verbs, "ablate", "the answer without some latents, with and without the error term",
-                 'ablate --sae standard --prompt "The capital of France is" --answer " Paris" --latents 17 230')
+    verb = _verb(
+        verbs,
+        "ablate",
+        "the answer without some latents, with and without the error term",
+        'ablate --sae standard --prompt "The capital of France is" --answer " Paris" --latents 17 230',
+    )
     verb.add_argument("--prompt", required=True)
     verb.add_argument("--latents", type=int, nargs="+", required=True)
     verb.add_argument("--answer", help="one token, leading space included (default: the likeliest)")
@@ -82,9 +114,13 @@ def _ablate(verbs: Verbs) -> None:
 
 
 def _attribute(verbs: Verbs) -> None:
-    verb = _verb(verbs, "attribute", "shares of latents, error and bias in a metric, checked against real ablations",
-                 'attribute --sae standard --prompt "The capital of France is" --answer " Paris" --against " London"',
-                 several=True)
+    verb = _verb(
+        verbs,
+        "attribute",
+        "shares of latents, error and bias in a metric, checked against real ablations",
+        'attribute --sae standard --prompt "The capital of France is" --answer " Paris" --against " London"',
+        several=True,
+    )
     verb.add_argument("--prompt", required=True)
     verb.add_argument("--answer", help="one token; the metric is its log-probability (default: the likeliest token's)")
     verb.add_argument("--against", help="one token; the metric is the difference of the two logits")
@@ -95,36 +131,58 @@ def _attribute(verbs: Verbs) -> None:
 
 
 def _subspace(verbs: Verbs) -> None:
-    verb = _verb(verbs, "subspace", "principal components of what a set of latents reconstructs, grouped by token",
-                 "subspace --sae standard --latents 12 99 340 512 --groups Monday Tuesday Wednesday")
+    verb = _verb(
+        verbs,
+        "subspace",
+        "principal components of what a set of latents reconstructs, grouped by token",
+        "subspace --sae standard --latents 12 99 340 512 --groups Monday Tuesday Wednesday",
+    )
     verb.add_argument("--latents", type=int, nargs="+", required=True)
     verb.add_argument("--groups", nargs="+", metavar="WORD", help="words that are groups (default: every token's text)")
     verb.add_argument("--components", type=int, default=3)
 
 
 def _explain(verbs: Verbs) -> None:
-    verb = _verb(verbs, "explain", "what latents fire on, without labels, scored by predicting held-out firing",
-                 "explain --sae standard --latents 17 230")
+    verb = _verb(
+        verbs,
+        "explain",
+        "what latents fire on, without labels, scored by predicting held-out firing",
+        "explain --sae standard --latents 17 230",
+    )
     verb.add_argument("--latents", type=int, nargs="+", help="default: all")
     verb.add_argument("--top", type=int, default=20, help="latents shown, best predicted first")
 
 
 def _dashboard(verbs: Verbs) -> None:
-    verb = _verb(verbs, "dashboard", "a site to browse latents with, opened from disk: no server, no network",
-                 "dashboard --sae standard topk --compare standard topk", several=True)
+    verb = _verb(
+        verbs,
+        "dashboard",
+        "a site to browse latents with, opened from disk: no server, no network",
+        "dashboard --sae standard topk --compare standard topk",
+        several=True,
+    )
     verb.add_argument("--compare", nargs=2, metavar="SAE", action="append", default=[], help="two of them side by side")
     verb.add_argument("--other-model", metavar="MODEL", help="every SAE on this model too, beside itself")
     verb.add_argument("--neuronpedia", action="store_true", help="write Neuronpedia's JSON too")
 
 
-def _verb(verbs: Verbs, name: str, help_line: str, example: str, sae: bool = True, several: bool = False,
-          needed: bool = True) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}. Example: {PROG} "
-                            f"{example.replace('%', '%%')}")
+def _verb(
+    verbs: Verbs, name: str, help_line: str, example: str, sae: bool = True, several: bool = False, needed: bool = True
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(
+        name,
+        help=help_line,
+        description=f"{help_line[0].upper()}{help_line[1:]}. Example: {PROG} {example.replace('%', '%%')}",
+    )
     if sae:
-        verb.add_argument("--sae", nargs="+" if several else None, required=needed, action="extend" if several else "store",
-                          help="a folder, a name in downloaded_saes/ or trained_saes/, or sae_lens:RELEASE:ID"
-                          + ("; several may be given" if several else ""))
+        verb.add_argument(
+            "--sae",
+            nargs="+" if several else None,
+            required=needed,
+            action="extend" if several else "store",
+            help="a folder, a name in downloaded_saes/ or trained_saes/, or sae_lens:RELEASE:ID"
+            + ("; several may be given" if several else ""),
+        )
         verb.add_argument("--model", help="in place of model.name in params.yaml")
         verb.add_argument("--tokens", type=int, help="of text the statistics are from, in place of analysis.tokens")
         verb.add_argument("--out", type=Path, default=RESULTS / name, help=f"folder of results (default {RESULTS / name})")
@@ -138,4 +196,5 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
 
         getattr(actions, name)(options)
         return 0
+
     return run

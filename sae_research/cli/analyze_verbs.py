@@ -35,8 +35,9 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
     columns = list(columns or (rows[0] if rows else []))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in [columns, *cells])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [columns, *cells]
+    )
 
 
 def _cell(value: Any) -> str:
@@ -72,6 +73,7 @@ SUMMARY_QUANTILES = (0.5, 0.99)
 
 # --- what all verbs share ----------------------------------------------------------------------
 
+
 def open_lab(options: argparse.Namespace) -> Lab:
     """The SAEs and model that the options name."""
     params = load_params() if Path("params.yaml").is_file() else Params()
@@ -85,6 +87,7 @@ def open_lab(options: argparse.Namespace) -> Lab:
 
 
 # --- verbs -------------------------------------------------------------------------------------
+
 
 def saes(options: argparse.Namespace) -> None:
     """List, search, describe."""
@@ -126,9 +129,12 @@ def stats(options: argparse.Namespace) -> None:
         out = options.out / name
         write_csv(out / "latents.csv", rows)
         write_json(out / "summary.json", round_significant(summary))
-        say_written(out / "latents.csv", out / "summary.json",
-                     plots.density_histogram(found, out / "density.png"),
-                     plots.density_against_cah(found, out / "density_cah.png"))
+        say_written(
+            out / "latents.csv",
+            out / "summary.json",
+            plots.density_histogram(found, out / "density.png"),
+            plots.density_against_cah(found, out / "density_cah.png"),
+        )
         print(f"store: {found.folder}")
         for latent in options.latent:
             _show_contexts(found, latent)
@@ -138,26 +144,36 @@ def summarise(found: LatentStats) -> dict[str, Any]:
     """How many latents are dead, rare, in between and dense, and what a typical one is like."""
     kind = found.kind
     alive = found.count > 0
-    return {**{f"{name} latents": int((kind == name).sum()) for name in ("dead", "rare", "between", "dense")},
-            "L0": float(found.count.sum() / max(1, found.tokens)),
-            "median density of those alive": float(np.median(found.density[alive])) if alive.any() else None,
-            "median consistent activation heuristic": float(np.median(found.cah[alive])) if alive.any() else None,
-            "activations stored": int(found.about["entries"])}
+    return {
+        **{f"{name} latents": int((kind == name).sum()) for name in ("dead", "rare", "between", "dense")},
+        "L0": float(found.count.sum() / max(1, found.tokens)),
+        "median density of those alive": float(np.median(found.density[alive])) if alive.any() else None,
+        "median consistent activation heuristic": float(np.median(found.cah[alive])) if alive.any() else None,
+        "activations stored": int(found.about["entries"]),
+    }
 
 
 def latent_rows(found: LatentStats) -> list[dict[str, Any]]:
     """One row a latent: what `latents.csv` holds."""
     quantiles = {f"q{q * 100:g}": found.quantile(q) for q in SUMMARY_QUANTILES}
-    columns = {"latent": np.arange(found.d_sae), "kind": found.kind, "density": found.density, "cah": found.cah,
-               "mean": found.mean, **quantiles, "max": found.max, "min": found.min}
+    columns = {
+        "latent": np.arange(found.d_sae),
+        "kind": found.kind,
+        "density": found.density,
+        "cah": found.cah,
+        "mean": found.mean,
+        **quantiles,
+        "max": found.max,
+        "min": found.min,
+    }
     return [dict(zip(columns, (v.item() for v in values), strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _show_contexts(found: LatentStats, latent: int, buffer: int = 8) -> None:
     print(f"\nlatent {latent}: density {found.density[latent]:.4g}, max {found.max[latent]:.4g}")
     for context in found.top(latent, 10):
-        before = "".join(context.tokens[max(0, context.position - buffer):context.position])
-        after = "".join(context.tokens[context.position + 1:context.position + 1 + buffer])
+        before = "".join(context.tokens[max(0, context.position - buffer) : context.position])
+        after = "".join(context.tokens[context.position + 1 : context.position + 1 + buffer])
         line = f"{before}[[{context.tokens[context.position]}]]{after}".replace("\n", "\\n")
         print(f"  {context.value:8.3f}  {line}")
 
@@ -169,11 +185,15 @@ def run(options: argparse.Namespace) -> None:
     lab = open_lab(options)
     if options.search_prompt is not None:
         lab.stats(lab.only[0], progress=True)
-        print("latents that the text activates most, relative to their largest activation\n" + table(
-            row._asdict() for row in prompt.search_by_prompt(lab, options.search_prompt)))
+        print(
+            "latents that the text activates most, relative to their largest activation\n"
+            + table(row._asdict() for row in prompt.search_by_prompt(lab, options.search_prompt))
+        )
     if options.search_promoted:
-        print(f"latents that raise {', '.join(map(repr, options.search_promoted))} most (standard deviations)\n" + table(
-            row._asdict() for row in prompt.search_by_promoted(lab, options.search_promoted)))
+        print(
+            f"latents that raise {', '.join(map(repr, options.search_promoted))} most (standard deviations)\n"
+            + table(row._asdict() for row in prompt.search_by_promoted(lab, options.search_promoted))
+        )
     if options.prompt is None:
         return
     found = prompt.run_prompt(lab, options.prompt, options.answer)
@@ -189,19 +209,47 @@ def run(options: argparse.Namespace) -> None:
         kept = seen.mask[0]
         inside[name] = {
             "L0": [int(n) for n in (seen.post[0] != 0).sum(-1)],
-            "error_norm": seen.error[0].norm(dim=-1).tolist(), "input_norm": seen.input[0].norm(dim=-1).tolist(),
-            "counts": kept.tolist(), "active": [row._asdict() for row in active]}
+            "error_norm": seen.error[0].norm(dim=-1).tolist(),
+            "input_norm": seen.input[0].norm(dim=-1).tolist(),
+            "counts": kept.tolist(),
+            "active": [row._asdict() for row in active],
+        }
         print(f"\n{name}: strongest latents of each token (share of the largest activation in the statistics)")
-        print(table({"position": at, "token": token, "latents": "  ".join(
-            f"{row.latent}: {row.activation:.3g}" + (f" ({row.share_of_max:.0%})" if row.share_of_max is not None else "")
-            for row in active if row.position == at) or ("does not count" if not kept[at] else "none")}
-            for at, token in enumerate(found.tokens)))
-        written.append(plots.final_token(name, seen.post[0, -1].cpu().numpy(), found.tokens[-1],
-                                         options.out / f"{name}_final_token.png"))
-    write_json(written[0], round_significant({
-        "prompt": options.prompt, "tokens": found.tokens, "next_tokens": [row._asdict() for row in found.next_tokens],
-        "answer": found.answer._asdict() if found.answer else None, "kl": found.kl,
-        "cross_entropy": found.cross_entropy, "saes": inside}))
+        print(
+            table(
+                {
+                    "position": at,
+                    "token": token,
+                    "latents": "  ".join(
+                        f"{row.latent}: {row.activation:.3g}"
+                        + (f" ({row.share_of_max:.0%})" if row.share_of_max is not None else "")
+                        for row in active
+                        if row.position == at
+                    )
+                    or ("does not count" if not kept[at] else "none"),
+                }
+                for at, token in enumerate(found.tokens)
+            )
+        )
+        written.append(
+            plots.final_token(
+                name, seen.post[0, -1].cpu().numpy(), found.tokens[-1], options.out / f"{name}_final_token.png"
+            )
+        )
+    write_json(
+        written[0],
+        round_significant(
+            {
+                "prompt": options.prompt,
+                "tokens": found.tokens,
+                "next_tokens": [row._asdict() for row in found.next_tokens],
+                "answer": found.answer._asdict() if found.answer else None,
+                "kl": found.kl,
+                "cross_entropy": found.cross_entropy,
+                "saes": inside,
+            }
+        ),
+    )
     say_written(*written)
 
 
@@ -219,20 +267,47 @@ def steer(options: argparse.Namespace) -> None:
     check_latents([options.latent], sae.cfg.d_sae)
     if options.maximum is None:
         lab.stats(name, progress=True)
-    found = steering.steer(lab, options.prompt, options.latent, options.strengths, options.method, range(options.seeds),
-                           options.length, options.targets, options.temperature, options.top_p, options.neutral_tokens,
-                           options.maximum)
+    found = steering.steer(
+        lab,
+        options.prompt,
+        options.latent,
+        options.strengths,
+        options.method,
+        range(options.seeds),
+        options.length,
+        options.targets,
+        options.temperature,
+        options.top_p,
+        options.neutral_tokens,
+        options.maximum,
+    )
     print(f"latent {found.latent} by {found.method} ({steering.METHODS[found.method]}); max = {found.maximum:.4g}")
     print(f"targets: {' '.join(map(repr, found.targets))}; cost on {found.neutral_tokens:,} neutral tokens\n")
-    print(table([{**row, "strength": "unsteered" if row["strength"] is None else row["strength"]}
-                 for row in steering.as_rows(found)]))
+    print(
+        table(
+            [
+                {**row, "strength": "unsteered" if row["strength"] is None else row["strength"]}
+                for row in steering.as_rows(found)
+            ]
+        )
+    )
     for row in found.strengths:
         print(f"\n--- {'unsteered' if row.strength is None else f'strength {row.strength:g}'}")
         for one in row.samples:
             print(f"seed {one.seed}: {one.text!r}")
     out = options.out
-    write_json(out / "steering.json", round_significant({**found._asdict(), "prompt": options.prompt, "strengths": [
-        {**row._asdict(), "samples": [one._asdict() for one in row.samples]} for row in found.strengths]}))
+    write_json(
+        out / "steering.json",
+        round_significant(
+            {
+                **found._asdict(),
+                "prompt": options.prompt,
+                "strengths": [
+                    {**row._asdict(), "samples": [one._asdict() for one in row.samples]} for row in found.strengths
+                ],
+            }
+        ),
+    )
     say_written(out / "steering.json", plots.steering_sweep(found, out / "steering.png"))
 
 
@@ -245,16 +320,30 @@ def _steer_there(options: argparse.Namespace) -> None:
     feature = there.feature(options.latent)
     maximum = feature.maximum if options.maximum is None else options.maximum
     explained = "; ".join(feature.explanations) or "no explanation"
-    print(f"{options.source}/{options.latent}: {explained}; max = {maximum:.4g}; "
-          f"raises {' '.join(map(repr, feature.raised))}")
+    print(
+        f"{options.source}/{options.latent}: {explained}; max = {maximum:.4g}; raises {' '.join(map(repr, feature.raised))}"
+    )
     print(neuronpedia.neuronpedia_page(options.source, options.latent))
-    found = [there.steer(options.prompt, options.latent, strength, maximum, seed, options.length, options.temperature)
-             for strength in options.strengths for seed in range(options.seeds)]
+    found = [
+        there.steer(options.prompt, options.latent, strength, maximum, seed, options.length, options.temperature)
+        for strength in options.strengths
+        for seed in range(options.seeds)
+    ]
     for one in found:
         print(f"\nstrength {one.strength:g}, seed {one.seed}\n  default: {one.default!r}\n  steered: {one.steered!r}")
-    write_json(options.out / "neuronpedia.json", round_significant({
-        "source": options.source, "latent": options.latent, "prompt": options.prompt, "feature": feature._asdict(),
-        "maximum": maximum, "texts": [one._asdict() for one in found]}))
+    write_json(
+        options.out / "neuronpedia.json",
+        round_significant(
+            {
+                "source": options.source,
+                "latent": options.latent,
+                "prompt": options.prompt,
+                "feature": feature._asdict(),
+                "maximum": maximum,
+                "texts": [one._asdict() for one in found],
+            }
+        ),
+    )
     say_written(options.out / "neuronpedia.json")
 
 
@@ -264,8 +353,12 @@ def ablate(options: argparse.Namespace) -> None:
     rows = ablation.ablate(lab, options.prompt, options.latents, options.answer, options.positions)
     shown = [{key: value for key, value in row._asdict().items() if key not in ("error_term", "latents")} for row in rows]
     print(table(shown))
-    write_json(options.out / "ablation.json", round_significant({
-        "prompt": options.prompt, "positions": options.positions, "rows": [row._asdict() for row in rows]}))
+    write_json(
+        options.out / "ablation.json",
+        round_significant(
+            {"prompt": options.prompt, "positions": options.positions, "rows": [row._asdict() for row in rows]}
+        ),
+    )
     say_written(options.out / "ablation.json")
 
 
@@ -278,36 +371,82 @@ def attribute(options: argparse.Namespace) -> None:
     metric = attribution.prompt_metric(lab, options.answer, options.against, tokens)
     found = attribution.attribute(lab, options.prompt, metric, options.hooks, options.steps)
     print(f"metric {found.metric:.4g}; shares by {'integrated gradients' if found.steps else 'gradient'}")
-    print(table({"SAE": name, "latents": float(s.reconstruction.sum()), "error": float(s.error.sum()),
-                 "bias and masked": float(s.bias.sum()), "sum": float((s.reconstruction + s.error + s.bias).sum()),
-                 "whole": s.total} for name, s in found.saes.items()))
+    print(
+        table(
+            {
+                "SAE": name,
+                "latents": float(s.reconstruction.sum()),
+                "error": float(s.error.sum()),
+                "bias and masked": float(s.bias.sum()),
+                "sum": float((s.reconstruction + s.error + s.bias).sum()),
+                "whole": s.total,
+            }
+            for name, s in found.saes.items()
+        )
+    )
     for hook, values in found.hooks.items():
         print(f"{hook}: {float(values.sum()):.4g} over all tokens")
     checks = {}
     for name, shares in found.saes.items():
         summed = shares.latents.sum(0)
         best = summed.abs().topk(min(options.top, len(summed))).indices.tolist()
-        print(f"\n{name}: latents of largest share, over all positions\n" + table(
-            {"latent": i, "share": float(summed[i]), "strongest at": found.tokens[int(shares.latents[:, i].abs().argmax())]}
-            for i in best if summed[i]))
+        print(
+            f"\n{name}: latents of largest share, over all positions\n"
+            + table(
+                {
+                    "latent": i,
+                    "share": float(summed[i]),
+                    "strongest at": found.tokens[int(shares.latents[:, i].abs().argmax())],
+                }
+                for i in best
+                if summed[i]
+            )
+        )
         if options.check:
             checks[name] = check = attribution.check_by_ablation(
-                lab, name, options.prompt, found, metric, options.check, lab.params.random_seed)
+                lab, name, options.prompt, found, metric, options.check, lab.params.random_seed
+            )
             said = "undefined" if check.correlation is None else f"{check.correlation:.3f}"
-            print(f"{len(check.latents)} latents really ablated: correlation {said}, signs agree for "
-                  f"{check.sign_agreement:.0%}")
+            print(
+                f"{len(check.latents)} latents really ablated: correlation {said}, signs agree for "
+                f"{check.sign_agreement:.0%}"
+            )
     out = options.out
     write_csv(out / "attribution.csv", attribution.long_table(found))
-    write_json(out / "attribution.json", round_significant({
-        "prompt": options.prompt, "answer": options.answer, "against": options.against, "metric": found.metric,
-        "steps": found.steps, "tokens": found.tokens, "hooks": {hook: v.tolist() for hook, v in found.hooks.items()},
-        "saes": {name: {"latents": s.reconstruction.tolist(), "error": s.error.tolist(), "bias": s.bias.tolist(),
-                        "whole": s.total} for name, s in found.saes.items()},
-        "checks": {name: {"latents": c.latents.tolist(), "attributed": c.attributed.tolist(),
-                          "measured": c.measured.tolist(), "correlation": c.correlation,
-                          "sign_agreement": c.sign_agreement} for name, c in checks.items()}}))
-    say_written(out / "attribution.csv", out / "attribution.json",
-                 plots.attribution_bars(found, out / "attribution.png"))
+    write_json(
+        out / "attribution.json",
+        round_significant(
+            {
+                "prompt": options.prompt,
+                "answer": options.answer,
+                "against": options.against,
+                "metric": found.metric,
+                "steps": found.steps,
+                "tokens": found.tokens,
+                "hooks": {hook: v.tolist() for hook, v in found.hooks.items()},
+                "saes": {
+                    name: {
+                        "latents": s.reconstruction.tolist(),
+                        "error": s.error.tolist(),
+                        "bias": s.bias.tolist(),
+                        "whole": s.total,
+                    }
+                    for name, s in found.saes.items()
+                },
+                "checks": {
+                    name: {
+                        "latents": c.latents.tolist(),
+                        "attributed": c.attributed.tolist(),
+                        "measured": c.measured.tolist(),
+                        "correlation": c.correlation,
+                        "sign_agreement": c.sign_agreement,
+                    }
+                    for name, c in checks.items()
+                },
+            }
+        ),
+    )
+    say_written(out / "attribution.csv", out / "attribution.json", plots.attribution_bars(found, out / "attribution.png"))
 
 
 def subspace(options: argparse.Namespace) -> None:
@@ -318,10 +457,19 @@ def subspace(options: argparse.Namespace) -> None:
     found = subspaces.subspace(lab.stats(name, progress=True), sae, options.latents, grouping, options.components)
     print(f"{len(found.group):,} tokens on which at least one of {len(options.latents)} latents fires")
     print("variance: " + ", ".join(f"component {i + 1} {share:.1%}" for i, share in enumerate(found.variance_ratio)))
-    rows = [{"context": int(c), "position": int(p), "token": token, "group": group,
-             **{f"component_{i + 1}": float(v) for i, v in enumerate(values)}, "text": text}
-            for (c, p), token, group, values, text in zip(
-                found.place, found.token, found.group, found.coordinates, found.context, strict=True)]
+    rows = [
+        {
+            "context": int(c),
+            "position": int(p),
+            "token": token,
+            "group": group,
+            **{f"component_{i + 1}": float(v) for i, v in enumerate(values)},
+            "text": text,
+        }
+        for (c, p), token, group, values, text in zip(
+            found.place, found.token, found.group, found.coordinates, found.context, strict=True
+        )
+    ]
     write_csv(options.out / "subspace.csv", rows)
     say_written(options.out / "subspace.csv", plots.subspace_scatter(found, options.out / "subspace.png"))
 
@@ -331,18 +479,32 @@ def explain(options: argparse.Namespace) -> None:
     lab = open_lab(options)
     name, sae = lab.only
     found = explaining.explain_latents(lab, name, options.latents, progress=True)
-    print(f"{name}: {len(found)} latents fire often enough to describe "
-          f"({explaining.MIN_TRAIN_FIRINGS} firings in three quarters of the documents)")
+    print(
+        f"{name}: {len(found)} latents fire often enough to describe "
+        f"({explaining.MIN_TRAIN_FIRINGS} firings in three quarters of the documents)"
+    )
     ranked = sorted(found, key=lambda e: (-max((r.auc for r in e.rules.values()), default=0.0), e.latent))
-    print(table({"latent": e.latent, "density": e.density, "purity": e.purity,
-                 "AUC": e.rules[e.best].auc if e.rules else None,
-                 "AP": e.rules[e.best].average_precision if e.rules else None, "words": e.words,
-                 "promotes": " ".join(map(repr, e.promoted[:3]))} for e in ranked[:options.top]))
+    print(
+        table(
+            {
+                "latent": e.latent,
+                "density": e.density,
+                "purity": e.purity,
+                "AUC": e.rules[e.best].auc if e.rules else None,
+                "AP": e.rules[e.best].average_precision if e.rules else None,
+                "words": e.words,
+                "promotes": " ".join(map(repr, e.promoted[:3])),
+            }
+            for e in ranked[: options.top]
+        )
+    )
     scored = [e for e in found if e.rules]
     if scored:
-        print("\nmean held-out AUC: " + ", ".join(
-            f"{rule} {np.mean([e.rules[rule].auc for e in scored]):.3f}" for rule in scored[0].rules)
-            + f" ({len(scored)} latents)")
+        print(
+            "\nmean held-out AUC: "
+            + ", ".join(f"{rule} {np.mean([e.rules[rule].auc for e in scored]):.3f}" for rule in scored[0].rules)
+            + f" ({len(scored)} latents)"
+        )
     write_json(options.out / f"{name}.json", round_significant([explaining.as_json(e) for e in found]))
     say_written(options.out / f"{name}.json")
 
@@ -355,6 +517,7 @@ def dashboard(options: argparse.Namespace) -> None:
         chosen["other_model"] = options.other_model
     if options.neuronpedia:
         chosen["neuronpedia"] = True
-    page = write_dashboard(lab, options.out, lab.params.dashboards.model_copy(update=chosen), figures=core_figures(),
-                           progress=True)
+    page = write_dashboard(
+        lab, options.out, lab.params.dashboards.model_copy(update=chosen), figures=core_figures(), progress=True
+    )
     print(f"open {page} in a browser")

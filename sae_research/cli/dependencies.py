@@ -53,8 +53,9 @@ def _code(stage: Mapping[str, Any]) -> set[str]:
     if words[:2] != ["python", "-m"]:
         raise UserError(f"{PIPELINE}: a stage must run `python -m {SCRIPTS}.NAME`, not {stage['cmd']!r}")
     outs = [next(iter(out)) if isinstance(out, Mapping) else out for out in stage.get("outs", ())]
-    modules = [f"{PACKAGE}.evals.{EVALUATIONS[name].partition(':')[0]}" for name in EVALUATIONS
-               if f"{RESULTS}/{name}" in outs]
+    modules = [
+        f"{PACKAGE}.evals.{EVALUATIONS[name].partition(':')[0]}" for name in EVALUATIONS if f"{RESULTS}/{name}" in outs
+    ]
     found = sources(words[2], by_name={f"{PACKAGE}.evals.run": modules})
     return {path.resolve().relative_to(PROJECT).as_posix() for path in found.files}
 
@@ -89,8 +90,11 @@ def _folders(files: Iterable[str]) -> list[str]:
 
 
 def _contents(folder: Path) -> list[str]:
-    return [file.relative_to(PROJECT).as_posix() for file in folder.rglob("*")
-            if file.is_file() and file.parent.name != "__pycache__" and not file.name.startswith(".")]
+    return [
+        file.relative_to(PROJECT).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and file.parent.name != "__pycache__" and not file.name.startswith(".")
+    ]
 
 
 def main() -> None:

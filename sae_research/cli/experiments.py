@@ -14,17 +14,22 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _run_parser(verbs)
     _sweep_parser(verbs)
     _monitor_parser(verbs)
-    parser = verbs.add_parser("apply", help="bring an experiment's parameters, figures and SAEs into the workspace",
-                              description="Example: python -m sae_research apply sweep-1a2b3c4d")
+    parser = verbs.add_parser(
+        "apply",
+        help="bring an experiment's parameters, figures and SAEs into the workspace",
+        description="Example: python -m sae_research apply sweep-1a2b3c4d",
+    )
     parser.add_argument("name", help="as dvc exp show and the sweep list it")
     parser.set_defaults(run=_apply)
 
 
 def _run_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
-        "run", help="train SAEs from one file, SAE-Interpretability's or overrides of params.yaml",
+        "run",
+        help="train SAEs from one file, SAE-Interpretability's or overrides of params.yaml",
         description="Example: python -m scripts.run --config_path configs/tinystories/relu.yaml --model "
-                    "smollm2-135m-instruct --text packaged --tokens 240000 --device cpu saes.sparsity_coeff=3")
+        "smollm2-135m-instruct --text packaged --tokens 240000 --device cpu saes.sparsity_coeff=3",
+    )
     parser.add_argument("--config_path", type=Path, required=True)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps, in place of model.device")
     parser.add_argument("--wandb_project", help="in place of the file's; null switches Weights & Biases off")
@@ -44,8 +49,10 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
 
 def _sweep_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
-        "sweep", help="train and evaluate every point of a grid, as DVC experiments over the devices there are",
-        description="Example: python -m scripts.run_experiments --sweep_config sweep.yaml --devices auto --dry_run")
+        "sweep",
+        help="train and evaluate every point of a grid, as DVC experiments over the devices there are",
+        description="Example: python -m scripts.run_experiments --sweep_config sweep.yaml --devices auto --dry_run",
+    )
     parser.add_argument("--base_config", type=Path, help="what all points share; without one, params.yaml itself")
     parser.add_argument("--sweep_config", type=Path, help="keys with lists of values")
     parser.add_argument("--devices", default="auto", help="auto, or cuda:0,cuda:1,mps,cpu; a name twice is two workers")
@@ -66,16 +73,20 @@ def _sweep_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _monitor_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
-        "monitor", help="what runs and sweeps are doing; follow or end one",
-        description="Example: python -m scripts.monitor_experiments --watch")
+        "monitor",
+        help="what runs and sweeps are doing; follow or end one",
+        description="Example: python -m scripts.monitor_experiments --watch",
+    )
     parser.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
     parser.add_argument("--attach", nargs="?", const="", metavar="NAME", help="follow a job's log; the only one if unnamed")
-    parser.add_argument("--kill", nargs="?", const="", metavar="NAME",
-                        help="end a job or run of ours; all: every one and the sweep itself")
+    parser.add_argument(
+        "--kill", nargs="?", const="", metavar="NAME", help="end a job or run of ours; all: every one and the sweep itself"
+    )
     parser.set_defaults(run=_monitor)
 
 
 # --- what they do: torch and dvc take seconds to import, each verb its own -----------------------
+
 
 def _changes(options: argparse.Namespace):  # noqa: ANN202
     from sae_research.experiments.sae_interpretability import Changes

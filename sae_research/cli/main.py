@@ -20,8 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sae_research", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    repro = verbs.add_parser("repro", help="run the pipeline, then say what failed and what changed",
-                             description="Example: python -m sae_research repro --preset pythia-70m")
+    repro = verbs.add_parser(
+        "repro",
+        help="run the pipeline, then say what failed and what changed",
+        description="Example: python -m sae_research repro --preset pythia-70m",
+    )
     repro.add_argument("--preset", default="", help="a file of presets/, one -S override a line")
     verbs.add_parser("check", help="say what failed in the last run", description="Example: python -m sae_research check")
     add_verbs(verbs)
@@ -50,8 +53,10 @@ def run_pipeline(preset: str) -> int:
     else:
         command = ["dvc", "repro", "--ignore-errors"]
     code = subprocess.run(command, check=False).returncode
-    unchanged = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], check=False,
-                               capture_output=True).returncode == 0
+    unchanged = (
+        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], check=False, capture_output=True).returncode
+        == 0
+    )
     return shapes.report(compare=unchanged and not preset) or code
 
 

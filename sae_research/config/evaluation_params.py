@@ -61,8 +61,11 @@ class SparseProbing(Section):
 
 
 class SCR(Section):
-    dataset_names: list[LocalName] = ["film_or_restaurant_by_sentiment", "film_or_product_by_sentiment",
-                                "restaurant_or_product_by_sentiment"]
+    dataset_names: list[LocalName] = [
+        "film_or_restaurant_by_sentiment",
+        "film_or_product_by_sentiment",
+        "restaurant_or_product_by_sentiment",
+    ]
     """Two-attribute tasks: packaged, local files, or SAE Bench's hub data sets by name."""
     train_set_size: Annotated[Positive, Field(ge=16)] = 160
     """Texts of one balanced data set: a quarter with each pair of attributes."""
@@ -145,9 +148,18 @@ class Unlearning(Section):
 
 class SparseProbingSaeProbes(Section):
     dataset_names: Literal["all"] | Annotated[list[Name], Field(min_length=1)] = [
-        "21_headline_istrump", "22_headline_isobama", "65_high-school", "74_magnetic-field", "96_spam_is",
-        "105_click_bait", "124_world_country_United_States", "125_world_country_Italy", "139_news_class_Politics",
-        "158_code_C", "161_agnews_0"]
+        "21_headline_istrump",
+        "22_headline_isobama",
+        "65_high-school",
+        "74_magnetic-field",
+        "96_spam_is",
+        "105_click_bait",
+        "124_world_country_United_States",
+        "125_world_country_Italy",
+        "139_news_class_Politics",
+        "158_code_C",
+        "161_agnews_0",
+    ]
     """Names of the 113 binary tasks of sae-probes, or `all` of them. The default holds tasks that a probe on the packaged
     model's whole activation solves at layer 8: where that one guesses there is nothing for a latent to carry."""
     k_values: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 5]
@@ -232,7 +244,8 @@ class Ravel(Section):
     prompts: LocalName = "packaged"
     """`packaged`, a local folder of SAE Bench's layout, or a hub data set (`adamkarvonen/ravel_prompts`)."""
     entity_attribute_selection: dict[Name, Annotated[list[Name], Field(min_length=2)]] = {
-        "city": ["Country", "Continent", "Language"]}
+        "city": ["Country", "Continent", "Language"]
+    }
     top_n_entities: Positive = 500
     """Entities kept of each class: those about which the model answers most prompts."""
     full_dataset_downsample: Positive | None = None

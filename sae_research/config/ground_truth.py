@@ -29,18 +29,51 @@ from sae_research.runtime.files import slugify
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "small": {
-        "num_features": 1024, "hidden_dim": 128, "zipf_exponent": 0.5, "max_probability": 0.3, "min_probability": 0.002,
-        "correlation_rank": 25, "correlation_scale": 0.1, "hierarchy_roots": 64, "hierarchy_branching": 3,
-        "hierarchy_depth": 2, "mutually_exclusive": 1.0, "scale_by_parent": True, "first_magnitude": 5.0,
-        "last_magnitude": 4.0, "magnitude_std": 0.5, "magnitude_std_spread": 0.5, "bias_norm": 0.5,
-        "orthogonal_steps": 0, "noise": 0.0, "d_sae": 256},
+        "num_features": 1024,
+        "hidden_dim": 128,
+        "zipf_exponent": 0.5,
+        "max_probability": 0.3,
+        "min_probability": 0.002,
+        "correlation_rank": 25,
+        "correlation_scale": 0.1,
+        "hierarchy_roots": 64,
+        "hierarchy_branching": 3,
+        "hierarchy_depth": 2,
+        "mutually_exclusive": 1.0,
+        "scale_by_parent": True,
+        "first_magnitude": 5.0,
+        "last_magnitude": 4.0,
+        "magnitude_std": 0.5,
+        "magnitude_std_spread": 0.5,
+        "bias_norm": 0.5,
+        "orthogonal_steps": 0,
+        "noise": 0.0,
+        "d_sae": 256,
+    },
     # SynthSAEBench-16k as its authors make it (arXiv 2602.14687; width 4096 is what they train)
     "synth_sae_bench_16k": {
-        "num_features": 16384, "hidden_dim": 768, "zipf_exponent": 0.5, "max_probability": 0.4, "min_probability": 5e-4,
-        "correlation_rank": 25, "correlation_scale": 0.1, "hierarchy_roots": 128, "hierarchy_branching": 4,
-        "hierarchy_depth": 3, "mutually_exclusive": 1.0, "scale_by_parent": True, "first_magnitude": 5.0,
-        "last_magnitude": 4.0, "magnitude_std": 0.5, "magnitude_std_spread": 0.5, "bias_norm": 0.5,
-        "orthogonal_steps": 100, "noise": 0.0, "d_sae": 4096, "world_seed": 42},
+        "num_features": 16384,
+        "hidden_dim": 768,
+        "zipf_exponent": 0.5,
+        "max_probability": 0.4,
+        "min_probability": 5e-4,
+        "correlation_rank": 25,
+        "correlation_scale": 0.1,
+        "hierarchy_roots": 128,
+        "hierarchy_branching": 4,
+        "hierarchy_depth": 3,
+        "mutually_exclusive": 1.0,
+        "scale_by_parent": True,
+        "first_magnitude": 5.0,
+        "last_magnitude": 4.0,
+        "magnitude_std": 0.5,
+        "magnitude_std_spread": 0.5,
+        "bias_norm": 0.5,
+        "orthogonal_steps": 100,
+        "noise": 0.0,
+        "d_sae": 4096,
+        "world_seed": 42,
+    },
 }
 """Named settings of the synthetic data; what `ground_truth.data` gives itself replaces a value of these."""
 PURSUITS = ("ihtp", "mpsae", "omp", "topk_refit", "nn_mpsae", "nn_omp")
@@ -95,8 +128,9 @@ class SyntheticData(Section):
     def _sound(self) -> SyntheticData:
         values = self.whole()
         if not values["min_probability"] < values["max_probability"]:
-            raise ValueError(f"min_probability {values['min_probability']} must be below max_probability "
-                             f"{values['max_probability']}")
+            raise ValueError(
+                f"min_probability {values['min_probability']} must be below max_probability {values['max_probability']}"
+            )
         if values["hierarchy_roots"] > values["num_features"]:
             raise ValueError(f"hierarchy_roots {values['hierarchy_roots']} exceeds num_features {values['num_features']}")
         return self
@@ -193,8 +227,9 @@ class GroundTruth(Section):
         if self.samples < 2 * self.batch_size:
             raise ValueError(f"samples {self.samples} make no two batches of {self.batch_size}")
         if self.test_samples % self.sequence_length:
-            raise ValueError(f"test_samples {self.test_samples} must be a multiple of sequence_length "
-                             f"{self.sequence_length}")
+            raise ValueError(
+                f"test_samples {self.test_samples} must be a multiple of sequence_length {self.sequence_length}"
+            )
         return self
 
 
@@ -204,14 +239,20 @@ def _points(name: str, values: Mapping[str, Any]) -> Iterator[GridPoint]:
         fields = recipe_model(values.get("recipe", "")).model_fields
     except KeyError:
         raise ValueError(f"recipes.{name}: unknown recipe {values.get('recipe')!r}") from None
-    listed = {key: value for key, value in values.items()
-              if isinstance(value, list) and key in fields and get_origin(fields[key].annotation) not in (list, tuple)}
+    listed = {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, list) and key in fields and get_origin(fields[key].annotation) not in (list, tuple)
+    }
     if any(not value for value in listed.values()):
         raise ValueError(f"recipes.{name}: an empty list")
     for chosen in itertools.product(*listed.values()):
         point = dict(zip(listed, chosen, strict=True))
-        label = ", ".join(f"{key} {value:g}" if isinstance(value, (int, float)) else f"{key} {value}"
-                          for key, value in point.items() if len(listed[key]) > 1)
+        label = ", ".join(
+            f"{key} {value:g}" if isinstance(value, (int, float)) else f"{key} {value}"
+            for key, value in point.items()
+            if len(listed[key]) > 1
+        )
         yield GridPoint(name, label, _checked(name, {**values, **point}))
 
 

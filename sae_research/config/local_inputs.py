@@ -40,9 +40,13 @@ class Pointer(NamedTuple):
 
 def sections() -> list[str]:
     """Sections of `params.yaml` with a parameter that may point at something, in the file's order."""
-    return [name for name, field in Params.model_fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-            and any(True for _ in _marks(field.annotation))]
+    return [
+        name
+        for name, field in Params.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Section)
+        and any(True for _ in _marks(field.annotation))
+    ]
 
 
 def write_inputs(params: Params, folder: Path = FOLDER) -> None:
@@ -52,8 +56,11 @@ def write_inputs(params: Params, folder: Path = FOLDER) -> None:
     """
     memory = _Memory()
     for name in sections():
-        found = {pointer.key: content for pointer in pointers(getattr(params, name))
-                 if (content := _content(pointer, memory)) is not None}
+        found = {
+            pointer.key: content
+            for pointer in pointers(getattr(params, name))
+            if (content := _content(pointer, memory)) is not None
+        }
         path, text = folder / f"{name}.json", json.dumps(found, indent=2, sort_keys=True) + "\n"
         if not path.is_file() or path.read_text() != text:
             write_json(path, found)
@@ -103,6 +110,7 @@ def _marks(annotation: Any) -> Iterator[type]:
 
 
 # --- what they point at -----------------------------------------------------------------------
+
 
 def _content(pointer: Pointer, memory: _Memory) -> dict[str, Any] | None:
     """Number of files, bytes and fingerprint of what a parameter points at; None where nothing is there."""

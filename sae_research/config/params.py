@@ -100,24 +100,32 @@ def read_params(path: str | Path = "params.yaml") -> dict[str, Any]:
     try:
         values = read_mapping(path)
     except UserError as error:
-        hints = {"no such file": "; run from the project's folder",
-                 "not valid YAML": f"; if `dvc exp run -S KEY=[]` made it so, restore it (git checkout {path}) and write "
-                                   "KEY=null"}
+        hints = {
+            "no such file": "; run from the project's folder",
+            "not valid YAML": f"; if `dvc exp run -S KEY=[]` made it so, restore it (git checkout {path}) and write "
+            "KEY=null",
+        }
         hint = next((advice for words, advice in hints.items() if words in str(error)), "")
         raise UserError(f"{error}{hint}") from None
     unknown = [key for key in values if key not in Params.model_fields]
     lost = [key for key in Params.model_fields if key not in values]
     if lost and not unknown:  # an unknown key may be a section misspelt, which `check_params` says
-        raise UserError(f"{path}: lacks {_listed(lost)}; if it was cut off, restore it (git checkout {path}), else copy "
-                        f"what is missing from the project's own (git show HEAD:{Path(path).name}); to read a few sections "
-                        "and take defaults for the rest: load_params(path, partial=True)")
+        raise UserError(
+            f"{path}: lacks {_listed(lost)}; if it was cut off, restore it (git checkout {path}), else copy "
+            f"what is missing from the project's own (git show HEAD:{Path(path).name}); to read a few sections "
+            "and take defaults for the rest: load_params(path, partial=True)"
+        )
     left_out, last = Params.left_out(values), next(reversed(values), "")
     if cut := [key for key in left_out if key.startswith(f"{last}.")]:
-        raise UserError(f"{path}: ends within the section {last}, without {_listed(cut)}; if it was cut off, restore it "
-                        f"(git checkout {path}), else add what is missing")
+        raise UserError(
+            f"{path}: ends within the section {last}, without {_listed(cut)}; if it was cut off, restore it "
+            f"(git checkout {path}), else add what is missing"
+        )
     if left_out and not unknown:
-        print(f"note: {path} leaves out {_listed([f'{key} ({_default(key)!r})' for key in left_out])}: defaults are taken",
-              file=sys.stderr)
+        print(
+            f"note: {path} leaves out {_listed([f'{key} ({_default(key)!r})' for key in left_out])}: defaults are taken",
+            file=sys.stderr,
+        )
     return values
 
 
@@ -148,8 +156,10 @@ def check_trained_names(params: Params) -> None:
     for key, name in wanted:
         if params.train.enabled and name not in params.train.saes:
             close = difflib.get_close_matches(name, params.train.saes, n=1)
-            raise UserError(f"{key}: {name} is not among train.saes ({_listed(list(params.train.saes))})"
-                            + (f"; did you mean {close[0]}?" if close else ""))
+            raise UserError(
+                f"{key}: {name} is not among train.saes ({_listed(list(params.train.saes))})"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
 
 
 LONGEST = 400
@@ -161,7 +171,7 @@ def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], 
     items = error.errors()
     more = [f"{len(items) - most} more"] if len(items) > most else []
     said = (" ".join(explain(item).split()) for item in items[:most])
-    return "; ".join([*(one if len(one) <= LONGEST else f"{one[:LONGEST - 1]}…" for one in said), *more])
+    return "; ".join([*(one if len(one) <= LONGEST else f"{one[: LONGEST - 1]}…" for one in said), *more])
 
 
 def got(item: dict[str, Any]) -> str:
@@ -178,8 +188,11 @@ def _explain(item: dict[str, Any]) -> str:
     in_recipe = item["loc"][:2] == ("train", "saes") and len(item["loc"]) > 3  # its fourth part names the recipe
     where = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (in_recipe and i == 3))
     if item["type"] != "extra_forbidden":
-        message = item["msg"].removeprefix("Value error, ").replace("String should match pattern '^[a-z0-9_]+$'",
-                                                                   "a name is made of a-z, 0-9 and _")
+        message = (
+            item["msg"]
+            .removeprefix("Value error, ")
+            .replace("String should match pattern '^[a-z0-9_]+$'", "a name is made of a-z, 0-9 and _")
+        )
         return f"{where}: {message}{got(item)}"
     known = sorted(recipe_model(item["loc"][3]).model_fields) if in_recipe else _known_keys(item["loc"][:-1])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
@@ -210,8 +223,9 @@ def check_sizes(params: Params, d_in: int, d_sae: int) -> None:
     if {"random", "data_rows"} & set(controls.names) and max(controls.s) > d_sae:
         raise UserError(f"controls.s = {max(controls.s)} is larger than the baseline's d_sae = {d_sae}")
     if "pca" in controls.names and max(controls.pca_components) > d_in:
-        raise UserError(f"controls.pca_components = {max(controls.pca_components)} is larger than the activations' width "
-                        f"{d_in}")
+        raise UserError(
+            f"controls.pca_components = {max(controls.pca_components)} is larger than the activations' width {d_in}"
+        )
     for label, section in params.sae_variants:
         for key in SIZES:
             sizes: list[int] = getattr(section, key, []) if getattr(section, "enabled", False) else []

@@ -107,8 +107,11 @@ class Section(BaseModel):
         for key, field in cls.model_fields.items():
             if key not in values:
                 found += [key] if key not in cls.may_be_left_out else []
-            elif isinstance(field.annotation, type) and issubclass(field.annotation, Section) and isinstance(
-                    values[key], dict):
+            elif (
+                isinstance(field.annotation, type)
+                and issubclass(field.annotation, Section)
+                and isinstance(values[key], dict)
+            ):
                 found += [f"{key}.{inner}" for inner in field.annotation.left_out(values[key])]
         return found
 

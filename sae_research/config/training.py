@@ -202,15 +202,27 @@ class MatchingPursuitRecipe(SAERecipe):
         return self
 
 
-AnyRecipe = (StandardRecipe | StandardNewRecipe | ReluRecipe | PAnnealRecipe | GatedRecipe | HardConcreteRecipe
-             | JumpReLURecipe | TopKRecipe | BatchTopKRecipe | MatryoshkaRecipe | MatchingPursuitRecipe)
+AnyRecipe = (
+    StandardRecipe
+    | StandardNewRecipe
+    | ReluRecipe
+    | PAnnealRecipe
+    | GatedRecipe
+    | HardConcreteRecipe
+    | JumpReLURecipe
+    | TopKRecipe
+    | BatchTopKRecipe
+    | MatryoshkaRecipe
+    | MatchingPursuitRecipe
+)
 TrainedSAE = Annotated[AnyRecipe, Field(discriminator="recipe")]
 
 
 def recipe_model(name: str) -> type[SAERecipe]:
     """The settings of a recipe. Raises `KeyError` for an unknown one."""
-    return {recipe: model for model in get_args(AnyRecipe)
-            for recipe in get_args(model.model_fields["recipe"].annotation)}[name]
+    return {recipe: model for model in get_args(AnyRecipe) for recipe in get_args(model.model_fields["recipe"].annotation)}[
+        name
+    ]
 
 
 class Train(Section):
@@ -253,7 +265,8 @@ class Train(Section):
     fractions of the run half a decade apart that end at 10^-0.5 (7: 0, 0.1 %, 0.3 %, 1 %, 3 %, 10 % and 32 %)."""
     saes: dict[Slug, TrainedSAE] = {
         "standard": StandardRecipe(recipe="standard", d_sae=2304, learning_rate=4.0e-3, l1_coefficient=0.06),
-        "topk": TopKRecipe(recipe="top_k", d_sae=2304, k=32, inference="top_k")}
+        "topk": TopKRecipe(recipe="top_k", d_sae=2304, k=32, inference="top_k"),
+    }
 
     @model_validator(mode="before")
     @classmethod
@@ -265,16 +278,19 @@ class Train(Section):
         if rate is None or not isinstance(saes, dict):
             return values
         given = {name: sae.model_dump(exclude_unset=True) if isinstance(sae, Section) else sae for name, sae in saes.items()}
-        return {**values, "saes": {name: {"learning_rate": rate} | sae if isinstance(sae, dict) else sae
-                                   for name, sae in given.items()}}
+        return {
+            **values,
+            "saes": {name: {"learning_rate": rate} | sae if isinstance(sae, dict) else sae for name, sae in given.items()},
+        }
 
     @model_validator(mode="after")
     def _sound(self) -> Train:
         if self.enabled and self.batch_size > self.tokens:
             raise ValueError(f"batch_size {self.batch_size:,} exceeds tokens {self.tokens:,}: not one step could be taken")
         if self.batch_size % self.accumulation_steps:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation_steps "
-                             f"{self.accumulation_steps} equal parts")
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into accumulation_steps {self.accumulation_steps} equal parts"
+            )
         return self
 
     def hook_of(self, name: str) -> str:

@@ -63,21 +63,38 @@ def by_hook(saes: dict[str, SparseAutoencoder]) -> dict[str, dict[str, SparseAut
 def result_key(sae: SparseAutoencoder, lm: LanguageModel, inputs: Any, *modules: str) -> str:
     """Key of one SAE's result: weights, configuration, inputs, model, precision, device kind, and the code and libraries
     that `modules` (names, `__name__` of whoever computes it) and the SAE's class reach."""
-    return fingerprint({
-        "sae": sae.weights_fingerprint(), "inputs": inputs, "model": lm.fingerprint, "dtype": str(lm.dtype),
-        "device": lm.device.type, "code": code_fingerprint(*modules, classes=[type(sae)])})[:40]
+    return fingerprint(
+        {
+            "sae": sae.weights_fingerprint(),
+            "inputs": inputs,
+            "model": lm.fingerprint,
+            "dtype": str(lm.dtype),
+            "device": lm.device.type,
+            "code": code_fingerprint(*modules, classes=[type(sae)]),
+        }
+    )[:40]
 
 
 def model_key(lm: LanguageModel, inputs: Any, *modules: str) -> str:
     """Key of what the model alone gives, for every SAE: inputs, model, precision, device kind, code and libraries."""
-    return fingerprint({"inputs": inputs, "model": lm.fingerprint, "dtype": str(lm.dtype), "device": lm.device.type,
-                        "code": code_fingerprint(*modules)})[:40]
+    return fingerprint(
+        {
+            "inputs": inputs,
+            "model": lm.fingerprint,
+            "dtype": str(lm.dtype),
+            "device": lm.device.type,
+            "code": code_fingerprint(*modules),
+        }
+    )[:40]
 
 
 def announce(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder]) -> None:
     """One line that says what is about to be evaluated."""
-    print(f"{len(saes)} SAEs on {lm.name} ({params.model.torch_dtype}, {lm.device}) at "
-          f"{', '.join(by_hook(saes))}", flush=True, file=sys.stderr)
+    print(
+        f"{len(saes)} SAEs on {lm.name} ({params.model.torch_dtype}, {lm.device}) at {', '.join(by_hook(saes))}",
+        flush=True,
+        file=sys.stderr,
+    )
 
 
 def load_tasks(names: Sequence[str], train_size: int, test_size: int, seed: int, stage: StageFolder) -> list[Task]:
@@ -91,8 +108,10 @@ def load_tasks(names: Sequence[str], train_size: int, test_size: int, seed: int,
             stage.skip(name, str(error))
             continue
         if rare := task.notes.get("classes_left_out"):
-            stage.skip(f"{name}: {len(rare)} of {len(rare) + len(task.train)} classes",
-                       f"fewer than {train_size // 2} train and {test_size // 2} test texts in {listed(rare)}")
+            stage.skip(
+                f"{name}: {len(rare)} of {len(rare) + len(task.train)} classes",
+                f"fewer than {train_size // 2} train and {test_size // 2} test texts in {listed(rare)}",
+            )
         tasks.append(task)
     return tasks
 
@@ -100,8 +119,9 @@ def load_tasks(names: Sequence[str], train_size: int, test_size: int, seed: int,
 def need_one(section: str, tasks: Sized, stage: StageFolder) -> None:
     """Raises `UserError` that says why no task of the section's `dataset_names` is left, when none is."""
     if not len(tasks):
-        raise UserError(f"{section}.dataset_names: no task is usable: " + (
-            "; ".join(stage.skipped.values()) or "the list is empty"))
+        raise UserError(
+            f"{section}.dataset_names: no task is usable: " + ("; ".join(stage.skipped.values()) or "the list is empty")
+        )
 
 
 LAB = "lab_v1"
@@ -112,12 +132,25 @@ def sae_description(sae: SparseAutoencoder) -> dict[str, Any]:
     """What tables and plots need to know of an SAE: the result's `sae_cfg_dict`."""
     cfg = sae.cfg
     return {
-        "form": cfg.form, "architecture": cfg.architecture, "role": cfg.role, "base": cfg.base,
-        "d_in": cfg.d_in, "d_sae": cfg.d_sae, **sae.options(), "hook_name": cfg.hook_name,
-        "hook_layer": cfg.hook_layer, "model_name": cfg.model_name, "dtype": cfg.dtype,
-        "context_size": cfg.context_size, "prepend_bos": cfg.prepend_bos, "normalize_activations": "none",
-        "apply_b_dec_to_input": cfg.apply_b_dec_to_input, "per_token": sae.per_token, "causal": sae.causal,
-        "signed": sae.signed, "provenance": cfg.provenance,
+        "form": cfg.form,
+        "architecture": cfg.architecture,
+        "role": cfg.role,
+        "base": cfg.base,
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        **sae.options(),
+        "hook_name": cfg.hook_name,
+        "hook_layer": cfg.hook_layer,
+        "model_name": cfg.model_name,
+        "dtype": cfg.dtype,
+        "context_size": cfg.context_size,
+        "prepend_bos": cfg.prepend_bos,
+        "normalize_activations": "none",
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "per_token": sae.per_token,
+        "causal": sae.causal,
+        "signed": sae.signed,
+        "provenance": cfg.provenance,
     }
 
 
@@ -126,10 +159,13 @@ def envelope(name: str, sae: SparseAutoencoder, eval_type: str) -> dict[str, Any
     two equal runs write equal bytes."""
     identity = fingerprint([eval_type, name, sae.weights_fingerprint()])
     return {
-        "eval_id": str(uuid.UUID(identity[:32])), "datetime_epoch_millis": 0,
+        "eval_id": str(uuid.UUID(identity[:32])),
+        "datetime_epoch_millis": 0,
         "sae_bench_commit_hash": f"sae-bench {version('sae-bench')} definitions",
-        "sae_lens_id": name, "sae_lens_release_id": sae.cfg.provenance.get("release", "sae_research"),
-        "sae_lens_version": version("sae-lens"), "sae_cfg_dict": sae_description(sae),
+        "sae_lens_id": name,
+        "sae_lens_release_id": sae.cfg.provenance.get("release", "sae_research"),
+        "sae_lens_version": version("sae-lens"),
+        "sae_cfg_dict": sae_description(sae),
     }
 
 
@@ -141,8 +177,13 @@ def _types(eval_type: str) -> Any:
     return importlib.import_module(f"sae_bench.evals.{eval_type}.eval_output")
 
 
-def core_output(config: dict[str, Any], metrics: dict[str, dict[str, float]], details: list[dict[str, float]],
-                unstructured: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+def core_output(
+    config: dict[str, Any],
+    metrics: dict[str, dict[str, float]],
+    details: list[dict[str, float]],
+    unstructured: dict[str, Any],
+    common: dict[str, Any],
+) -> dict[str, Any]:
     """A validated `CoreEvalOutput` as plain data."""
     from sae_bench.evals.core.eval_config import CoreEvalConfig
 
@@ -150,21 +191,33 @@ def core_output(config: dict[str, Any], metrics: dict[str, dict[str, float]], de
     categories = types.CoreMetricCategories(
         model_behavior_preservation=types.ModelBehaviorPreservationMetrics(**metrics["model_behavior_preservation"]),
         model_performance_preservation=types.ModelPerformancePreservationMetrics(
-            **metrics["model_performance_preservation"]),
+            **metrics["model_performance_preservation"]
+        ),
         reconstruction_quality=types.ReconstructionQualityMetrics(**metrics["reconstruction_quality"]),
         shrinkage=types.ShrinkageMetrics(**metrics["shrinkage"]),
         sparsity=types.SparsityMetrics(**metrics["sparsity"]),
         token_stats=types.TokenStatsMetrics(**metrics["token_stats"]),
-        misc_metrics=types.MiscMetrics(**metrics["misc_metrics"]))
-    return asdict(types.CoreEvalOutput(
-        eval_config=CoreEvalConfig(**config), eval_result_metrics=categories,
-        eval_result_details=[types.CoreFeatureMetric(**record) for record in details],
-        eval_result_unstructured=unstructured, **common))
+        misc_metrics=types.MiscMetrics(**metrics["misc_metrics"]),
+    )
+    return asdict(
+        types.CoreEvalOutput(
+            eval_config=CoreEvalConfig(**config),
+            eval_result_metrics=categories,
+            eval_result_details=[types.CoreFeatureMetric(**record) for record in details],
+            eval_result_unstructured=unstructured,
+            **common,
+        )
+    )
 
 
-def sparse_probing_output(config: dict[str, Any], llm: dict[str, float], sae: dict[str, float],
-                          details: list[dict[str, Any]], unstructured: dict[str, Any],
-                          common: dict[str, Any]) -> dict[str, Any]:
+def sparse_probing_output(
+    config: dict[str, Any],
+    llm: dict[str, float],
+    sae: dict[str, float],
+    details: list[dict[str, Any]],
+    unstructured: dict[str, Any],
+    common: dict[str, Any],
+) -> dict[str, Any]:
     """A validated `SparseProbingEvalOutput` as plain data.
 
     SAE Bench has fields for k in 1, 2, 5, 10, 20, 50, 100 only and drops others without a word; ours keeps every k
@@ -173,12 +226,17 @@ def sparse_probing_output(config: dict[str, Any], llm: dict[str, float], sae: di
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
     types = _types("sparse_probing")
-    return asdict(types.SparseProbingEvalOutput(
-        eval_config=SparseProbingEvalConfig(**config),
-        eval_result_metrics=types.SparseProbingMetricCategories(
-            llm=types.SparseProbingLlmMetrics(**llm), sae=types.SparseProbingSaeMetrics(**sae)),
-        eval_result_details=[types.SparseProbingResultDetail(**record) for record in details],
-        eval_result_unstructured=unstructured, **common))
+    return asdict(
+        types.SparseProbingEvalOutput(
+            eval_config=SparseProbingEvalConfig(**config),
+            eval_result_metrics=types.SparseProbingMetricCategories(
+                llm=types.SparseProbingLlmMetrics(**llm), sae=types.SparseProbingSaeMetrics(**sae)
+            ),
+            eval_result_details=[types.SparseProbingResultDetail(**record) for record in details],
+            eval_result_unstructured=unstructured,
+            **common,
+        )
+    )
 
 
 RESULTS = Path("eval_results")
@@ -222,8 +280,13 @@ def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str,
     torch.manual_seed(params.random_seed)
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
     saes = load_saes(SAE_FOLDER, lm)
-    stage.notes |= {"model": lm.name, "hooks": sorted(by_hook(saes)), "text": params.text.dataset,
-                    "dtype": params.model.torch_dtype, "random_seed": params.random_seed}
+    stage.notes |= {
+        "model": lm.name,
+        "hooks": sorted(by_hook(saes)),
+        "text": params.text.dataset,
+        "dtype": params.model.torch_dtype,
+        "random_seed": params.random_seed,
+    }
     announce(params, lm, saes)
     return lm, saes
 
@@ -237,5 +300,7 @@ def _write(stage: StageFolder, results: Iterator[tuple[str, dict[str, Any]]]) ->
             stage.write_result(name, result)
             written = True
     if not written:
-        raise UserError(f"{stage.folder}: no SAE could be evaluated: " + "; ".join(
-            f"{what}: {why}" for what, why in stage.skipped.items()))
+        raise UserError(
+            f"{stage.folder}: no SAE could be evaluated: "
+            + "; ".join(f"{what}: {why}" for what, why in stage.skipped.items())
+        )

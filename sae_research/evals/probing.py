@@ -46,8 +46,11 @@ _LARGEST_SHARE = 0.1
 def tokenise(lm: LanguageModel, texts: Sequence[str], context_length: int) -> list[Tensor]:
     """Ids of every text, cut to `context_length`, each opening with the separator (BOS), as in training and in SAE
     Bench. Raises `UserError` for a text without tokens."""
-    encoded = lm.tokenizer(list(texts), add_special_tokens=False, truncation=True,
-                           max_length=context_length - 1)["input_ids"] if texts else []
+    encoded = (
+        lm.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=context_length - 1)["input_ids"]
+        if texts
+        else []
+    )
     empty = next((text for text, ids in zip(texts, encoded, strict=True) if not ids), None)
     if empty is not None:
         raise UserError(f"the text {empty[:40]!r} has no tokens; remove it from its task")
@@ -76,16 +79,26 @@ def text_numbers(parts: Iterable[Iterable[Sequence[str]]]) -> dict[str, int]:
 
 def brought_in(row_of: dict[str, int], tasks: Iterable[Iterable[Iterable[Sequence[str]]]], start: int = 0) -> list[int]:
     """How many of the texts from row `start` on each task is the first to have. tasks: of each its parts, class by class."""
-    ends = accumulate((max((row_of[text] + 1 for part in parts for texts in part for text in texts), default=0)
-                       for parts in tasks), max, initial=start)
+    ends = accumulate(
+        (max((row_of[text] + 1 for part in parts for texts in part for text in texts), default=0) for parts in tasks),
+        max,
+        initial=start,
+    )
     return [end - start for start, end in pairwise(ends)]
 
 
 class TextActivations(HookActivations):
     """Texts' activations at one hook, and their means."""
 
-    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], params: Params,
-                 context_length: int, norm_of: TextActivations | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: str,
+        tokens: Sequence[Tensor],
+        params: Params,
+        context_length: int,
+        norm_of: TextActivations | None = None,
+    ) -> None:
         """norm_of: texts whose median norm the outlier rule compares with; None: these."""
         super().__init__(lm, hook, tokens, params)
         self._norm_of = norm_of or self
@@ -167,8 +180,9 @@ class TextActivations(HookActivations):
         return [Means(*(torch.zeros(len(self), width) for _ in Means._fields)) for width in widths]
 
     def _key(self, sae: SparseAutoencoder) -> str:
-        return result_key(sae, self.lm, [self.hook, self.key, self.context_length, self.params.token_mask.model_dump()],
-                          __name__)
+        return result_key(
+            sae, self.lm, [self.hook, self.key, self.context_length, self.params.token_mask.model_dump()], __name__
+        )
 
 
 class TextsByTask:
@@ -176,8 +190,15 @@ class TextsByTask:
     others, and costs its own texts alone. Where tasks share texts, the first has them. The outlier rule compares with the
     first task's median norm: a task put before it changes them all."""
 
-    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor], sizes: Sequence[int], params: Params,
-                 context_length: int) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: str,
+        tokens: Sequence[Tensor],
+        sizes: Sequence[int],
+        params: Params,
+        context_length: int,
+    ) -> None:
         """sizes: of `brought_in`."""
         self.n, self.d_in = len(tokens), lm.d_in(hook)
         self.parts: dict[tuple[int, int], TextActivations] = {}
@@ -271,7 +292,7 @@ def draw(rows_of: Mapping[str, Tensor], positive: str, seed: int, split: str) ->
     others = [name for name in rows_of if name != positive]
     each = math.ceil(len(positives) / len(others))
     pool = torch.cat([rows_of[name][torch.randperm(len(rows_of[name]), generator=generator)[:each]] for name in others])
-    negatives = pool[torch.randperm(len(pool), generator=generator)[:len(positives)]]
+    negatives = pool[torch.randperm(len(pool), generator=generator)[: len(positives)]]
     labels = torch.cat([torch.ones(len(positives)), torch.zeros(len(negatives))])
     return Draw(torch.cat([positives, negatives]), labels)
 
@@ -316,20 +337,32 @@ class FullProbe(NamedTuple):
         return float(((x @ self.weight + self.bias > 0) == (labels > 0)).mean())
 
 
-def adamw_step(theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int,
-               learning_rate: float) -> None:
+def adamw_step(
+    theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, learning_rate: float
+) -> None:
     """One AdamW update of `theta` and its two moments in place, with torch's defaults (betas 0.9 and 0.999, weight
     decay 0.01). step counts from 1."""
     first += np.float32(0.1) * (gradient - first)
     second += np.float32(0.001) * (gradient * gradient - second)
     theta *= np.float32(1 - learning_rate * 0.01)
-    theta -= np.float32(learning_rate / (1 - 0.9**step)) * first / (
-        np.sqrt(second / np.float32(1 - 0.999**step)) + np.float32(1e-8))
+    theta -= (
+        np.float32(learning_rate / (1 - 0.9**step))
+        * first
+        / (np.sqrt(second / np.float32(1 - 0.999**step)) + np.float32(1e-8))
+    )
 
 
-def fit_full_probe(x: np.ndarray, labels: np.ndarray, select_x: np.ndarray, select_labels: np.ndarray, seed: int,
-                   epochs: int = 100, learning_rate: float = 1e-2, batch_size: int = 250,
-                   patience: int = 10) -> tuple[FullProbe, float]:
+def fit_full_probe(
+    x: np.ndarray,
+    labels: np.ndarray,
+    select_x: np.ndarray,
+    select_labels: np.ndarray,
+    seed: int,
+    epochs: int = 100,
+    learning_rate: float = 1e-2,
+    batch_size: int = 250,
+    patience: int = 10,
+) -> tuple[FullProbe, float]:
     """Logistic regression on all dimensions by AdamW, keeping the epoch of highest accuracy on `select_x`.
 
     Returns that probe and that accuracy. With the test set as `select_x` the accuracy is SAE Bench's
@@ -346,7 +379,7 @@ def fit_full_probe(x: np.ndarray, labels: np.ndarray, select_x: np.ndarray, sele
     for _ in range(epochs):
         order = generator.permutation(len(x))
         for start in range(0, len(x), batch_size):
-            rows = order[start:start + batch_size]
+            rows = order[start : start + batch_size]
             batch = x[rows] if len(rows) < len(x) else x
             y = labels[rows] if len(rows) < len(x) else labels
             error = (expit(batch @ theta[:-1] + theta[-1]) - y) / np.float32(len(y))

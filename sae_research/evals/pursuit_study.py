@@ -69,20 +69,41 @@ def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
     baseline = next((sae for sae in saes.values() if sae.cfg.role == "baseline"), None)
     untrained = {sae.cfg.provenance.get("kind"): sae for sae in reversed(saes.values()) if sae.cfg.role == "control"}
     if baseline is None or not set(CONTROLS) <= set(untrained):
-        raise UserError(f"{folder}: the study needs a baseline and controls {' and '.join(CONTROLS)}; "
-                        "set controls.names and run the setup stage (dvc repro setup)")
+        raise UserError(
+            f"{folder}: the study needs a baseline and controls {' and '.join(CONTROLS)}; "
+            "set controls.names and run the setup stage (dvc repro setup)"
+        )
     hook = baseline.cfg.hook_name
-    own = {Member("", name, 0): sae for name, sae in saes.items()
-           if sae.cfg.role in ("baseline", "comparison") and sae.cfg.hook_name == hook}
+    own = {
+        Member("", name, 0): sae
+        for name, sae in saes.items()
+        if sae.cfg.role in ("baseline", "comparison") and sae.cfg.hook_name == hook
+    }
     found = own | dict(_members({"trained": baseline} | {kind: untrained[kind] for kind in CONTROLS}))
-    contexts = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                                     (LOSS_CONTEXTS + STATISTICS_CONTEXTS) * params.text.context_size), LOSS_CONTEXTS)
+    contexts = spread(
+        token_contexts(
+            lm.tokenizer,
+            lm.separator_id,
+            params.text,
+            "core_eval",
+            (LOSS_CONTEXTS + STATISTICS_CONTEXTS) * params.text.context_size,
+        ),
+        LOSS_CONTEXTS,
+    )
     acts = HookActivations(lm, hook, contexts.tokens, params)
     rows = [member._asdict() | figures for member, figures in _measure(found, acts).items()]
-    return round_significant({
-        "model": lm.name, "hook": hook, "d_in": baseline.cfg.d_in, "d_sae": baseline.cfg.d_sae,
-        "context_size": params.text.context_size, "contexts": STATISTICS_CONTEXTS, "loss_contexts": LOSS_CONTEXTS,
-        "rows": rows})
+    return round_significant(
+        {
+            "model": lm.name,
+            "hook": hook,
+            "d_in": baseline.cfg.d_in,
+            "d_sae": baseline.cfg.d_sae,
+            "context_size": params.text.context_size,
+            "contexts": STATISTICS_CONTEXTS,
+            "loss_contexts": LOSS_CONTEXTS,
+            "rows": rows,
+        }
+    )
 
 
 def _members(dictionaries: dict[str, SparseAutoencoder]) -> Iterator[tuple[Member, SparseAutoencoder]]:
@@ -112,8 +133,9 @@ def _measure(saes: dict[Member, SparseAutoencoder], acts: HookActivations) -> di
         for name, z in encode_each(named, batch.acts, loss.mask):
             losses[name] = loss.recovered(named[name].decode(z))
             bar.update()
-    return {member: counts[name].figures() | {"loss_recovered": losses[name]}
-            for member, name in zip(saes, named, strict=True)}
+    return {
+        member: counts[name].figures() | {"loss_recovered": losses[name]} for member, name in zip(saes, named, strict=True)
+    }
 
 
 class _Counts:
@@ -133,8 +155,12 @@ class _Counts:
 
     def figures(self) -> dict[str, Any]:
         values = self.stats.metrics()
-        return {"l0": values["l0"], "variance_explained": values["variance_explained"],
-                "support": self.support / self.sequences, "interpolating_fraction": self.interpolating / self.sequences}
+        return {
+            "l0": values["l0"],
+            "variance_explained": values["variance_explained"],
+            "support": self.support / self.sequences,
+            "interpolating_fraction": self.interpolating / self.sequences,
+        }
 
 
 class _Loss:

@@ -78,14 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--save_dir", type=Path, required=True, help="written whole at the end; an earlier demo there is replaced")
     add("--model_name", help="packaged, a hub name or a folder; default: params.yaml's")
     add("--layers", type=int, nargs="+", default=[8], help="SAEs read the residual stream after these")
-    add("--architectures", nargs="+", choices=list(LADDERS), default=["standard", "top_k"], metavar="NAME",
-        help=", ".join(LADDERS))
+    add(
+        "--architectures",
+        nargs="+",
+        choices=list(LADDERS),
+        default=["standard", "top_k"],
+        metavar="NAME",
+        help=", ".join(LADDERS),
+    )
     add("--device", help="auto, cpu, cuda:0, mps")
     add("--use_wandb", action="store_true", help="curves to Weights & Biases too; the key from WANDB_API_KEY or .env")
     add("--wandb_project", default="sae_research_demo")
@@ -111,18 +118,29 @@ def demo_params(options: argparse.Namespace, base: Params) -> Params:
 
     put("model", name=options.model_name, device=options.device)
     put("text", dataset=options.text, context_size=options.context_size)
-    put("train", enabled=True, tokens=options.tokens, batch_size=options.batch_size,
-        saved_checkpoints=SNAPSHOTS if options.save_checkpoints else None)
+    put(
+        "train",
+        enabled=True,
+        tokens=options.tokens,
+        batch_size=options.batch_size,
+        saved_checkpoints=SNAPSHOTS if options.save_checkpoints else None,
+    )
     if options.use_wandb:
         put("tracking", project=options.wandb_project)
     values["train"]["hook_name"] = _hook(options.layers[0])
-    values["train"]["saes"] = demo_saes(options.architectures, options.layers, options.widths, options.seeds,
-                                        options.learning_rate)
+    values["train"]["saes"] = demo_saes(
+        options.architectures, options.layers, options.widths, options.seeds, options.learning_rate
+    )
     return check_params(values, "demo")
 
 
-def demo_saes(architectures: Sequence[str], layers: Sequence[int], widths: Sequence[int],
-              seeds: Sequence[int] | None, learning_rate: float | None) -> dict[str, dict[str, Any]]:
+def demo_saes(
+    architectures: Sequence[str],
+    layers: Sequence[int],
+    widths: Sequence[int],
+    seeds: Sequence[int] | None,
+    learning_rate: float | None,
+) -> dict[str, dict[str, Any]]:
     """`train.saes` of the demo: every layer, architecture, width, seed and sparsity that the width allows."""
     saes: dict[str, dict[str, Any]] = {}
     for layer, name, width, seed in product(layers, architectures, widths, seeds or [None]):
@@ -130,12 +148,21 @@ def demo_saes(architectures: Sequence[str], layers: Sequence[int], widths: Seque
         for value in ladder.values:
             if ladder.key in ("k", "target_l0", "s") and value > width:
                 continue
-            parts = [f"layer_{layer}", name, *([f"w{width}"] if len(widths) > 1 else []),
-                     *([f"seed{seed}"] if seed is not None and len(seeds or []) > 1 else []), _short(ladder.key, value)]
+            parts = [
+                f"layer_{layer}",
+                name,
+                *([f"w{width}"] if len(widths) > 1 else []),
+                *([f"seed{seed}"] if seed is not None and len(seeds or []) > 1 else []),
+                _short(ladder.key, value),
+            ]
             saes["_".join(parts)] = {
-                "recipe": ladder.recipe, "d_sae": width, "hook_name": _hook(layer), ladder.key: value,
+                "recipe": ladder.recipe,
+                "d_sae": width,
+                "hook_name": _hook(layer),
+                ladder.key: value,
                 **({} if seed is None else {"seed": seed}),
-                **({} if learning_rate is None else {"learning_rate": learning_rate})}
+                **({} if learning_rate is None else {"learning_rate": learning_rate}),
+            }
     if not saes:
         raise UserError(f"--widths {' '.join(map(str, widths))}: too narrow for any of the sparsities")
     return saes
@@ -158,8 +185,10 @@ def plan(params: Params) -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, config in train.saes.items():
         groups.setdefault((train.hook_of(name), config.recipe), []).append(name)
-    lines = [f"{len(train.saes)} SAEs on {params.model.name}, {train.tokens:,} tokens of {params.text.dataset}, "
-             f"steps of {train.batch_size:,}, one pass of the model"]
+    lines = [
+        f"{len(train.saes)} SAEs on {params.model.name}, {train.tokens:,} tokens of {params.text.dataset}, "
+        f"steps of {train.batch_size:,}, one pass of the model"
+    ]
     for (hook, recipe), names in groups.items():
         shared = f"layer_{hook.split('.')[1]}_"
         lines.append(f"  {hook} {recipe}: {', '.join(name.removeprefix(shared) for name in names)}")
@@ -182,8 +211,11 @@ def _cell(value: float | None) -> str:
 
 def _check(folder: Path, repo_id: str | None) -> None:
     """What would only fail at the end is said now; no folder but a demo's own is replaced."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (
-            folder / "training_report.json").is_file():
+    if (
+        folder.exists()
+        and (not folder.is_dir() or any(folder.iterdir()))
+        and not (folder / "training_report.json").is_file()
+    ):
         raise UserError(f"--save_dir {folder}: holds something else; name a new folder")
     if repo_id and secret(*TOKEN_NAMES) is None:
         raise UserError(f"--hf_repo_id needs a token with write access: set {TOKEN_NAMES[0]} in the environment or in .env")

@@ -37,7 +37,8 @@ class Entry(NamedTuple):
         """Why it failed: the error it printed, else its last line."""
         lines = [line.strip() for line in tail(self.log).replace("\r", "\n").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith(("error:", "interrupted:"))] or [
-            line for line in lines if "Error" in line]
+            line for line in lines if "Error" in line
+        ]
         return (errors or lines or ["it ended before it said anything; see .cache/jobs/worker-*.log"])[-1]
 
 
@@ -72,17 +73,21 @@ class DVCQueue:
         """
         with self._repo() as repo:
             repo.experiments.apply(name, allow_missing=True)
-            return sorted(os.path.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs
-                          if out.use_cache and not out.exists)
+            return sorted(
+                os.path.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs if out.use_cache and not out.exists
+            )
 
     def entries(self) -> dict[str, Entry]:
         """Everything in the queue, by name; of several with one name the last."""
         found: dict[str, Entry] = {}
         with self._repo() as repo:
             queue = repo.experiments.celery_queue
-            states = (("done", (done.entry for done in queue.iter_success())),
-                      ("failed", (done.entry for done in queue.iter_failed())),
-                      ("queued", queue.iter_queued()), ("running", queue.iter_active()))
+            states = (
+                ("done", (done.entry for done in queue.iter_success())),
+                ("failed", (done.entry for done in queue.iter_failed())),
+                ("queued", queue.iter_queued()),
+                ("running", queue.iter_active()),
+            )
             for state, entries in states:
                 for entry in entries:
                     info = queue.proc.get(entry.stash_rev)
@@ -119,9 +124,15 @@ class DVCQueue:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "dvc", "exp", "queue-worker", node], cwd=self.root, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=list(descriptors),
-                env={**os.environ, **environment, "PATH": path, "DVC_NO_ANALYTICS": "1"}).pid
+                [sys.executable, "-m", "dvc", "exp", "queue-worker", node],
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=list(descriptors),
+                env={**os.environ, **environment, "PATH": path, "DVC_NO_ANALYTICS": "1"},
+            ).pid
 
 
 def apply_experiment(root: Path, name: str) -> list[str]:

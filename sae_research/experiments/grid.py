@@ -30,13 +30,22 @@ MOST_POINTS = 2_000
 _SHARED = {"train.learning_rate": "learning_rate", "train.hook_name": "hook_name"}
 """Settings of the run that an SAE may have of its own."""
 _IDLE = {key for key, text in NOTES.items() if text.startswith(("changes no result", "not used"))} | {
-    "save_dir", "wandb_run_name", "data.n_eval_samples"}
+    "save_dir",
+    "wandb_run_name",
+    "data.n_eval_samples",
+}
 """Settings of SAE-Interpretability whose values would all give the same SAE."""
 
 
-_SHORT = {"dict_size_to_input_ratio": "ratio", "sparsity_coeff": "sparsity", "n_train_samples": "samples",
-          "gradient_accumulation_steps": "accumulation", "learning_rate": "lr", "l1_coefficient": "l1",
-          "l0_coefficient": "l0"}
+_SHORT = {
+    "dict_size_to_input_ratio": "ratio",
+    "sparsity_coeff": "sparsity",
+    "n_train_samples": "samples",
+    "gradient_accumulation_steps": "accumulation",
+    "learning_rate": "lr",
+    "l1_coefficient": "l1",
+    "l0_coefficient": "l0",
+}
 """How long names of settings appear in the names of SAEs."""
 
 
@@ -65,8 +74,15 @@ class Grid(NamedTuple):
     """Combinations before any limit."""
 
 
-def expand(base: Values, sweep: Values, params_yaml: Values, changes: Changes, measure: Measure,
-           limit: int | None = None, where: tuple[str, str] = ("base config", "sweep config")) -> Grid:
+def expand(
+    base: Values,
+    sweep: Values,
+    params_yaml: Values,
+    changes: Changes,
+    measure: Measure,
+    limit: int | None = None,
+    where: tuple[str, str] = ("base config", "sweep config"),
+) -> Grid:
     """The points of `sweep` over `base`, both in either format, in the order of the file, the last key fastest.
 
     limit: at most so many, in place of the file's own `max_experiments`. Raises `UserError` for unknown keys, empty
@@ -88,10 +104,14 @@ def expand(base: Values, sweep: Values, params_yaml: Values, changes: Changes, m
                 raise UserError(f"{where[1]}: {key} takes several values, --{flag} sets one for all; leave one of them out")
     total = math.prod(len(values) for values in axes.values())
     if (wanted := min(total, limit or file_limit or total)) > (limit or file_limit or MOST_POINTS):
-        raise UserError(f"{where[1]}: {wanted:,} points, more than the {MOST_POINTS:,} that are worked out without asking; "
-                        f"shorten the lists, or set {LIMIT_KEY} there (or --limit) to the number you mean")
-    chosen = [dict(zip(axes, values, strict=True))
-              for values in itertools.islice(itertools.product(*axes.values()), limit or file_limit)]
+        raise UserError(
+            f"{where[1]}: {wanted:,} points, more than the {MOST_POINTS:,} that are worked out without asking; "
+            f"shorten the lists, or set {LIMIT_KEY} there (or --limit) to the number you mean"
+        )
+    chosen = [
+        dict(zip(axes, values, strict=True))
+        for values in itertools.islice(itertools.product(*axes.values()), limit or file_limit)
+    ]
     if ours:
         several = {key for key, values in axes.items() if len(values) > 1}
         points = [Point(swept, _our_point(base_values, swept, several, where[1])) for swept in chosen]
@@ -109,11 +129,13 @@ def expand(base: Values, sweep: Values, params_yaml: Values, changes: Changes, m
 
 # --- axes ------------------------------------------------------------------------------------
 
+
 def _foreign_axes(given: Values, sweep: Values, where: tuple[str, str]) -> tuple[dict[str, list[Any]], list[str]]:
     """Canonical keys with their values. Settings of other architectures under `sae_specific` are left out, and said."""
     if sweep and names_sections(sweep) and not {"data", "saes"} & set(sweep):
-        raise UserError(f"{where[1]} sweeps keys of params.yaml, {where[0]} is in SAE-Interpretability's format; write both "
-                        "in one")
+        raise UserError(
+            f"{where[1]} sweeps keys of params.yaml, {where[0]} is in SAE-Interpretability's format; write both in one"
+        )
     sae_type = given.get("saes.sae_type")
     axes: dict[str, list[Any]] = {}
     notes = []
@@ -151,6 +173,7 @@ def _listed(key: str, values: Any, where: str, pairs: bool) -> list[Any]:
 
 # --- points in our own format -----------------------------------------------------------------
 
+
 def _our_point(base: Values, swept: dict[str, Any], several: set[str], where: str) -> Values:
     """The base with one combination in place. An SAE is named after those of its settings that take several values; what
     it takes from the run's settings becomes its own, so that all values train in one stream."""
@@ -169,8 +192,10 @@ def _our_point(base: Values, swept: dict[str, Any], several: set[str], where: st
     for key, value in shared.items():
         takers = [name for name, sae in saes.items() if sae.get(_SHARED[key]) is None]
         if not takers:
-            raise UserError(f"{where}: {key} is for SAEs without a {_SHARED[key]} of their own, and all have one; sweep "
-                            f"train.saes.NAME.{_SHARED[key]}")
+            raise UserError(
+                f"{where}: {key} is for SAEs without a {_SHARED[key]} of their own, and all have one; sweep "
+                f"train.saes.NAME.{_SHARED[key]}"
+            )
         for name in takers:
             saes[name][_SHARED[key]] = named.setdefault(name, {})[_SHARED[key]] = value
     values["train"]["saes"] = {_suffixed(name, named.get(name, {})): sae for name, sae in saes.items()}
@@ -190,8 +215,10 @@ def _short(value: Any) -> str:
 
 def _device_note(changes: Changes) -> Iterable[str]:
     if changes != Changes():
-        raise UserError("--model, --text and --tokens are for SAE-Interpretability's files; override params.yaml itself "
-                        "with model.name=…, text.dataset=… and train.tokens=…")
+        raise UserError(
+            "--model, --text and --tokens are for SAE-Interpretability's files; override params.yaml itself "
+            "with model.name=…, text.dataset=… and train.tokens=…"
+        )
     return ()
 
 
@@ -225,8 +252,13 @@ class Job(NamedTuple):
     @property
     def label(self) -> str:
         """The swept values that all of its points have."""
-        return label({key: value for key, value in self.points[0].swept.items()
-                      if all(point.swept.get(key) == value for point in self.points)})
+        return label(
+            {
+                key: value
+                for key, value in self.points[0].swept.items()
+                if all(point.swept.get(key) == value for point in self.points)
+            }
+        )
 
 
 def make_jobs(points: list[Point], stages: list[str], sweep_name: str, where: str, saes_per_run: int = 32) -> list[Job]:
@@ -248,11 +280,15 @@ def make_jobs(points: list[Point], stages: list[str], sweep_name: str, where: st
         saes, members = groups.setdefault(_stream_key(point.values), ({}, []))
         for name, sae in point.values["train"]["saes"].items():
             if saes.setdefault(name, sae) != sae:
-                raise UserError(f"{where}: two different SAEs would be called {name}; sweep fewer keys, or values that "
-                                "differ more")
+                raise UserError(
+                    f"{where}: two different SAEs would be called {name}; sweep fewer keys, or values that differ more"
+                )
         members.append(point)
-    jobs = [_job(members[0].values, dict(part), members, stages, sweep_name, where)
-            for saes, members in groups.values() for part in _parts(list(saes.items()), saes_per_run)]
+    jobs = [
+        _job(members[0].values, dict(part), members, stages, sweep_name, where)
+        for saes, members in groups.values()
+        for part in _parts(list(saes.items()), saes_per_run)
+    ]
     _check_distinct(jobs, where)
     return jobs
 
@@ -264,8 +300,10 @@ def _check_distinct(jobs: list[Job], where: str) -> None:
         one, other = (each.points[0].swept for each in (first.setdefault(job.name, job), job))
         idle = [key for key in one if one[key] != other[key]]
         if idle:
-            raise UserError(f"{where}: {', '.join(idle)} changes no SAE and no figure of the evaluations asked for; leave "
-                            "it out, or name its evaluation with --stages")
+            raise UserError(
+                f"{where}: {', '.join(idle)} changes no SAE and no figure of the evaluations asked for; leave "
+                "it out, or name its evaluation with --stages"
+            )
 
 
 def _stream_key(values: Values) -> str:
@@ -278,7 +316,7 @@ def _parts(saes: list[tuple[str, Any]], most: int) -> list[list[tuple[str, Any]]
     """As few parts as possible, of equal size."""
     n_parts = math.ceil(len(saes) / most)
     size = math.ceil(len(saes) / n_parts)
-    return [saes[start:start + size] for start in range(0, len(saes), size)]
+    return [saes[start : start + size] for start in range(0, len(saes), size)]
 
 
 def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list[str], sweep_name: str, where: str) -> Job:
@@ -291,11 +329,13 @@ def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list
         values["baseline_sae"] = {**baseline, **BaselineSAE.only("trained", name=next(iter(saes)))}
     values["comparison_saes"] = Comparison(trained=["all"]).model_dump()
     variants = values.get("sae_variants", {})
-    values["sae_variants"] = {name: {**section, "enabled": False} if isinstance(section, dict) else section
-                              for name, section in variants.items()}
+    values["sae_variants"] = {
+        name: {**section, "enabled": False} if isinstance(section, dict) else section for name, section in variants.items()
+    }
     values = with_values(values, {"model.device": "auto"})  # a worker's environment says which
-    enabled = [name for name, on in check_params(values, where).eval_types.model_dump().items()
-               if on and name != "dashboards"]  # a site has no metrics
+    enabled = [
+        name for name, on in check_params(values, where).eval_types.model_dump().items() if on and name != "dashboards"
+    ]  # a site has no metrics
     values["eval_types"] = {**values.get("eval_types", {}), **dict.fromkeys(enabled, False), **dict.fromkeys(stages, True)}
     # stages switched off run too, in seconds: figures of the commit below would stand in the experiment's row
     targets = [f"{name}_metrics" for name in dict.fromkeys([*stages, *enabled])]
@@ -311,8 +351,10 @@ def sae_keys(params: Params) -> dict[str, str]:
     sections = params.model_dump(include=_SECTIONS | evaluations)
     for name, keys in _ASIDE.items():
         sections[name] = {key: value for key, value in sections[name].items() if key not in keys}
-    return {name: fingerprint({**sections, "sae": [name, params.train.hook_of(name), sae.model_dump(exclude={"hook_name"})]})
-            for name, sae in params.train.saes.items()}
+    return {
+        name: fingerprint({**sections, "sae": [name, params.train.hook_of(name), sae.model_dump(exclude={"hook_name"})]})
+        for name, sae in params.train.saes.items()
+    }
 
 
 def without(job: Job, finished: Iterable[str], stages: list[str], sweep_name: str, where: str) -> Job | None:
@@ -324,6 +366,7 @@ def without(job: Job, finished: Iterable[str], stages: list[str], sweep_name: st
 
 
 # --- DVC's overrides ---------------------------------------------------------------------------
+
 
 def set_params(workspace: Values, wanted: Values) -> list[str]:
     """`-S` overrides that turn one `params.yaml` into another, in Hydra's grammar."""
@@ -367,8 +410,9 @@ def hydra(value: Any) -> str:
     return f"'{escaped}'"
 
 
-def write_wandb_sweep(path: Path, points: list[Point], total: int, base: Path | None, arguments: list[str],
-                      project: str | None) -> None:
+def write_wandb_sweep(
+    path: Path, points: list[Point], total: int, base: Path | None, arguments: list[str], project: str | None
+) -> None:
     """Write the sweep file. An agent runs `scripts.run` once for each combination, in a folder of its own.
 
     total: combinations of the whole grid; `run_cap` carries a limit over. arguments: what `scripts.run` gets beside.
@@ -384,10 +428,13 @@ def write_wandb_sweep(path: Path, points: list[Point], total: int, base: Path | 
                 values.append(value)
     if not parameters:
         raise UserError("--wandb_sweep: the sweep file lists no value to sweep")
-    sweep: dict[str, Any] = {"method": "grid", **({"project": project} if project else {}),
-                             "program": "scripts/run.py", "parameters": parameters,
-                             "command": ["${env}", "python", "-m", "scripts.run", "--config_path", str(base), *arguments,
-                                         "${args_no_hyphens}"]}
+    sweep: dict[str, Any] = {
+        "method": "grid",
+        **({"project": project} if project else {}),
+        "program": "scripts/run.py",
+        "parameters": parameters,
+        "command": ["${env}", "python", "-m", "scripts.run", "--config_path", str(base), *arguments, "${args_no_hyphens}"],
+    }
     if len(points) < total:
         sweep["run_cap"] = len(points)
     write_yaml(path, sweep)

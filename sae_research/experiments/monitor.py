@@ -43,8 +43,9 @@ class Row(NamedTuple):
             step = f"step {now['step']:,}" + (f" of {total:,.0f}" if total else "")
             step += f", {_duration(left)} left" if left is not None and self.state == "running" else ""
         lines = [f"{self.state:8s} {self.name}  {self.device}  {step}".rstrip()]
-        saes = [f"{name} loss {_short(sae.get('loss'))} L0 {_short(sae.get('l0'))}"
-                for name, sae in now.get("saes", {}).items()]
+        saes = [
+            f"{name} loss {_short(sae.get('loss'))} L0 {_short(sae.get('l0'))}" for name, sae in now.get("saes", {}).items()
+        ]
         if saes:
             lines.append("         " + "; ".join(saes[:4]) + (f"; and {len(saes) - 4} more" if len(saes) > 4 else ""))
         return [*lines, *([f"         {self.said[:MAX_LINE]}"] if self.said else [])]
@@ -69,8 +70,7 @@ def _run_row(record: processes.Record) -> Row:
     return Row(record.name, state, device, progress, None, progress.get("message", ""), [process] if process else [])
 
 
-def _job_row(name: str, job: dict[str, Any], entry: Entry,
-             workers: list[tuple[processes.Record, psutil.Process]]) -> Row:
+def _job_row(name: str, job: dict[str, Any], entry: Entry, workers: list[tuple[processes.Record, psutil.Process]]) -> Row:
     device, ours = "", []
     if entry.state == "running":
         for worker, process in workers:
@@ -156,8 +156,9 @@ def _chosen(candidates: list[Row], name: str, what: str) -> Row:
         names = [row.name for row in candidates]
         if not names:
             raise UserError(f"nothing of this project {what}")
-        raise UserError(f"no job {name!r} of this project {what}{nearest(name, names)}" if name
-                        else f"name one of {', '.join(names)}")
+        raise UserError(
+            f"no job {name!r} of this project {what}{nearest(name, names)}" if name else f"name one of {', '.join(names)}"
+        )
     return found[0]
 
 

@@ -71,8 +71,11 @@ def available() -> list[Found]:
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        found.append(Found(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of "
-                                            f"{total / 2**30:.0f} GiB free"))
+        found.append(
+            Found(
+                f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+            )
+        )
     if torch.backends.mps.is_available():
         found.append(Found("mps", "Apple GPU"))
     return [*found, Found("cpu", f"{os.cpu_count()} cores")]
@@ -89,8 +92,9 @@ def parse_devices(text: str, found: list[Found] | None = None) -> list[Slot]:
         gpus = [name for name in there if name != "cpu"]
         free = [name for name in gpus if holder(Slot(name, 0)) is None]
         if gpus and not free:
-            raise UserError(f"--devices auto: all of {', '.join(gpus)} are busy with jobs of this project; wait, or name "
-                            "devices")
+            raise UserError(
+                f"--devices auto: all of {', '.join(gpus)} are busy with jobs of this project; wait, or name devices"
+            )
         names = free or ["cpu"]
     else:
         names = [name.strip() for name in text.split(",") if name.strip()]
@@ -112,6 +116,7 @@ def parse_devices(text: str, found: list[Found] | None = None) -> list[Slot]:
 
 # --- leases ------------------------------------------------------------------------------------
 
+
 class Lease:
     """A slot held by this process and by those that inherit `descriptor`; the system frees it when all have ended."""
 
@@ -125,8 +130,10 @@ class Lease:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.descriptor)
-            raise UserError(f"{slot.device} is busy with {holder(slot) or 'another job'}; wait for it (python -m "
-                            "scripts.monitor_experiments), or name other devices") from None
+            raise UserError(
+                f"{slot.device} is busy with {holder(slot) or 'another job'}; wait for it (python -m "
+                "scripts.monitor_experiments), or name other devices"
+            ) from None
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, json.dumps({"owner": owner}).encode())
 

@@ -59,8 +59,10 @@ def measure(params: Params, hooks: Iterable[str]) -> dict[str, Scale]:
             rows = acts[token_mask(lm, tokens, acts, params.token_mask, median)]
             squares, count = squares + float(rows.double().square().sum()), count + len(rows)
         if not count or not squares > 0:
-            raise UserError(f"{hook} of {params.model.name}: no token of the first {contexts.tokens.numel():,} counts, or "
-                            "all activations are zero")
+            raise UserError(
+                f"{hook} of {params.model.name}: no token of the first {contexts.tokens.numel():,} counts, or "
+                "all activations are zero"
+            )
         scales[hook] = Scale(d_in, (squares / count) ** 0.5)
     return scales
 
@@ -99,8 +101,10 @@ def translate(config: Config, given: Iterable[str], changes: Changes, measure: M
     scales = measure(overrides, config.saes.sae_positions)
     base = slugify(name or config.saes.name or config.saes.sae_type)
     several = len(config.saes.sae_positions) > 1
-    saes = {slugify(f"{base}_{hook}") if several else base: _recipe(config, given, hook, scales[hook])
-            for hook in config.saes.sae_positions}
+    saes = {
+        slugify(f"{base}_{hook}") if several else base: _recipe(config, given, hook, scales[hook])
+        for hook in config.saes.sae_positions
+    }
     overrides["train.hook_name"] = config.saes.sae_positions[0]
     notes = [*_notes(config, given, changes), *_scale_notes(config, saes, scales)]
     return Translation({**overrides, "train.saes": saes}, notes)
@@ -109,21 +113,30 @@ def translate(config: Config, given: Iterable[str], changes: Changes, measure: M
 def _refuse(config: Config, changes: Changes) -> None:
     saes, data = config.saes, config.data
     if saes.pretrained_sae_paths or saes.retrain_saes:
-        raise UserError("saes.pretrained_sae_paths and saes.retrain_saes: training goes on from its own checkpoints alone; "
-                        "to evaluate weights you have, name them in comparison_saes.folders of params.yaml")
+        raise UserError(
+            "saes.pretrained_sae_paths and saes.retrain_saes: training goes on from its own checkpoints alone; "
+            "to evaluate weights you have, name them in comparison_saes.folders of params.yaml"
+        )
     if data.split != "train" and changes.text is None:
-        raise UserError(f"data.split: {data.split!r}: texts come from the split train, and a hash of each decides whether "
-                        "it is trained or evaluated on; leave the key out, or give other text with --text")
+        raise UserError(
+            f"data.split: {data.split!r}: texts come from the split train, and a hash of each decides whether "
+            "it is trained or evaluated on; leave the key out, or give other text with --text"
+        )
     if config.max_grad_norm is not None and config.max_grad_norm != 1.0:
-        raise UserError(f"max_grad_norm: {config.max_grad_norm}: the four recipes clip gradients to a norm of 1.0, and no "
-                        "setting changes that; set max_grad_norm: 1.0")
+        raise UserError(
+            f"max_grad_norm: {config.max_grad_norm}: the four recipes clip gradients to a norm of 1.0, and no "
+            "setting changes that; set max_grad_norm: 1.0"
+        )
 
 
 def _text(config: Config, changes: Changes) -> Values:
     if changes.text is not None:
         return {"text.dataset": changes.text, "text.context_size": config.data.context_length}
-    return {"text.dataset": config.data.dataset_name, "text.column_name": config.data.column_name,
-            "text.context_size": config.data.context_length}
+    return {
+        "text.dataset": config.data.dataset_name,
+        "text.column_name": config.data.column_name,
+        "text.context_size": config.data.context_length,
+    }
 
 
 def _run(config: Config, changes: Changes) -> Values:
@@ -137,10 +150,14 @@ def _run(config: Config, changes: Changes) -> Values:
     if tokens < file_tokens:
         batch, parts = max(MIN_BATCH, round(batch * tokens / file_tokens)), 1
     if batch > tokens:
-        raise UserError(f"one step takes {batch:,} activations, the whole run {tokens:,} tokens; lower "
-                        "data.train_batch_size or gradient_accumulation_steps")
+        raise UserError(
+            f"one step takes {batch:,} activations, the whole run {tokens:,} tokens; lower "
+            "data.train_batch_size or gradient_accumulation_steps"
+        )
     values: Values = {
-        "train.tokens": tokens, "train.batch_size": batch, "train.accumulation_steps": parts,
+        "train.tokens": tokens,
+        "train.batch_size": batch,
+        "train.accumulation_steps": parts,
         "train.warmup_fraction": _share(config.warmup_samples, total, "warmup_samples"),
         "train.sparsity_warmup_fraction": 0.0,
         "train.decay_fraction": _share(config.cooldown_samples, total, "cooldown_samples"),
@@ -171,15 +188,24 @@ def _share(samples: int, total: int, key: str) -> float:
 def _recipe(config: Config, given: set[str], hook: str, scale: Scale) -> dict[str, Any]:
     saes = config.saes
     recipe: dict[str, Any] = {
-        "recipe": saes.sae_type, "hook_name": hook, "d_sae": max(1, round(saes.dict_size_to_input_ratio * scale.d_in)),
-        "learning_rate": config.lr, **round_significant(_coefficients(config, scale))}
+        "recipe": saes.sae_type,
+        "hook_name": hook,
+        "d_sae": max(1, round(saes.dict_size_to_input_ratio * scale.d_in)),
+        "learning_rate": config.lr,
+        **round_significant(_coefficients(config, scale)),
+    }
     if "seed" in given:
         recipe["seed"] = config.seed
     if saes.init_decoder_orthogonal:
         recipe["init"] = "random"
     own = OWN_KEYS[saes.sae_type]
-    for key, ours in (("initial_beta", "initial_beta"), ("final_beta", "final_beta"), ("beta_annealing", "beta_annealing"),
-                      ("hard_concrete_stretch_limits", "stretch"), ("input_dependent_gates", "input_dependent_gates")):
+    for key, ours in (
+        ("initial_beta", "initial_beta"),
+        ("final_beta", "final_beta"),
+        ("beta_annealing", "beta_annealing"),
+        ("hard_concrete_stretch_limits", "stretch"),
+        ("input_dependent_gates", "input_dependent_gates"),
+    ):
         if key in own and f"saes.{key}" in given and getattr(saes, key) is not None:
             value = getattr(saes, key)
             recipe[ours] = list(value) if isinstance(value, tuple) else value
@@ -206,8 +232,10 @@ def _scale_notes(config: Config, saes: dict[str, dict[str, Any]], scales: dict[s
     lines = []
     for recipe in saes.values():
         key, hook = "l1_coefficient" if "l1_coefficient" in recipe else "l0_coefficient", recipe["hook_name"]
-        lines.append(f"saes.sparsity_coeff {config.saes.sparsity_coeff:g} is {key} {recipe[key]:.4g} at {hook}: its "
-                     f"activations, {scales[hook].rms_norm:.4g} long, are scaled to length 1")
+        lines.append(
+            f"saes.sparsity_coeff {config.saes.sparsity_coeff:g} is {key} {recipe[key]:.4g} at {hook}: its "
+            f"activations, {scales[hook].rms_norm:.4g} long, are scaled to length 1"
+        )
     return lines
 
 
@@ -218,7 +246,7 @@ NOTES = {
     "data.streaming": "changes no result",
     "data.eval_batch_size": "changes no result",
     "data.train_batch_size": "with gradient_accumulation_steps and context_length, the activations of one step; the model "
-                             "reads model.llm_batch_size contexts at a time",
+    "reads model.llm_batch_size contexts at a time",
     "data.seed": "not used: documents come in one order, their tokens are shuffled by random_seed",
     "data.tokenizer_name": "not used: a model reads through its own tokenizer",
     "data.is_tokenized": "not used: a column's lists are token ids, of the model's own tokenizer; anything else is text",
@@ -238,16 +266,21 @@ def _notes(config: Config, given: set[str], changes: Changes) -> list[str]:
             lines.append(f"{key}: {text}")
     saes = config.saes
     if saes.beta_annealing and saes.final_beta is None:
-        lines.append(f"saes.final_beta: not given: {saes.initial_beta / 2:g}, half of initial_beta, as in the sweep that "
-                     "SAE-Interpretability ships (1.0 to 0.5)")
+        lines.append(
+            f"saes.final_beta: not given: {saes.initial_beta / 2:g}, half of initial_beta, as in the sweep that "
+            "SAE-Interpretability ships (1.0 to 0.5)"
+        )
     if config.lr_schedule == "cosine":
         lines.append("lr_schedule: cosine: a linear decay to 0 from the end of the warm-up on, in its place")
     if changes.model:
-        lines.append(f"model {changes.model} in place of {config.tlens_model_name or config.tlens_model_path}: "
-                     "saes.sparsity_coeff was chosen for the other's activations")
+        lines.append(
+            f"model {changes.model} in place of {config.tlens_model_name or config.tlens_model_path}: "
+            "saes.sparsity_coeff was chosen for the other's activations"
+        )
     if changes.tokens and changes.tokens < config.data.n_train_samples * config.data.context_length:
-        lines.append("the shorter run keeps the file's number of steps, with smaller batches, but none below "
-                     f"{MIN_BATCH} activations")
+        lines.append(
+            f"the shorter run keeps the file's number of steps, with smaller batches, but none below {MIN_BATCH} activations"
+        )
     return lines
 
 
@@ -255,15 +288,30 @@ SAEType = Literal["relu", "gated", "hard_concrete", "gated_hard_concrete"]
 OWN_KEYS: dict[str, frozenset[str]] = {
     "relu": frozenset(),
     "gated": frozenset({"aux_coeff"}),
-    "hard_concrete": frozenset({"initial_beta", "final_beta", "beta_annealing", "hard_concrete_stretch_limits",
-                                "input_dependent_gates"}),
-    "gated_hard_concrete": frozenset({"aux_coeff", "initial_beta", "final_beta", "beta_annealing",
-                                      "hard_concrete_stretch_limits", "input_dependent_gates"}),
+    "hard_concrete": frozenset(
+        {"initial_beta", "final_beta", "beta_annealing", "hard_concrete_stretch_limits", "input_dependent_gates"}
+    ),
+    "gated_hard_concrete": frozenset(
+        {
+            "aux_coeff",
+            "initial_beta",
+            "final_beta",
+            "beta_annealing",
+            "hard_concrete_stretch_limits",
+            "input_dependent_gates",
+        }
+    ),
 }
 """Settings of one architecture each."""
 _ALL_OWN = frozenset().union(*OWN_KEYS.values())
-ALIASES = {"learning_rate": "lr", "dict_size_ratio": "dict_size_to_input_ratio", "batch_size": "train_batch_size",
-           "sparsity": "sparsity_coeff", "model_name": "tlens_model_name", "stretch_limits": "hard_concrete_stretch_limits"}
+ALIASES = {
+    "learning_rate": "lr",
+    "dict_size_ratio": "dict_size_to_input_ratio",
+    "batch_size": "train_batch_size",
+    "sparsity": "sparsity_coeff",
+    "model_name": "tlens_model_name",
+    "stretch_limits": "hard_concrete_stretch_limits",
+}
 """Further spellings, in the singular."""
 
 
@@ -357,8 +405,13 @@ def canonical_key(key: str, where: str) -> str:
         for name in sections:
             if name in _SECTIONS and candidate in _SECTIONS[name].model_fields and candidate not in _SECTIONS:
                 return f"{name}.{candidate}" if name else candidate
-    known = {f"{name}.{field}" if name else field for name, model in _SECTIONS.items() if name in sections
-             for field in model.model_fields if field not in _SECTIONS}
+    known = {
+        f"{name}.{field}" if name else field
+        for name, model in _SECTIONS.items()
+        if name in sections
+        for field in model.model_fields
+        if field not in _SECTIONS
+    }
     if section and section not in _SECTIONS:
         raise UserError(f"{where}: unknown section {section}{nearest(section, ('data', 'saes', 'sae_specific'))}")
     known |= set() if section else set(ALIASES)

@@ -42,8 +42,9 @@ class Understood(NamedTuple):
     save_dir: str | None
 
 
-def understand(path: Path, overrides: Values, changes: Changes, params_yaml: Values, device: str | None,
-               scale_of: Measure) -> Understood:
+def understand(
+    path: Path, overrides: Values, changes: Changes, params_yaml: Values, device: str | None, scale_of: Measure
+) -> Understood:
     """A file in either format, with `overrides` in its own spelling, over `params.yaml`.
 
     Raises `UserError` for what the file may not say.
@@ -54,8 +55,10 @@ def understand(path: Path, overrides: Values, changes: Changes, params_yaml: Val
     if names_sections(values):
         overrides = {{"wandb_project": "tracking.project"}.get(key, key): value for key, value in overrides.items()}
         if changes != Changes():
-            raise UserError("--model, --text and --tokens are for SAE-Interpretability's files; write model.name=…, "
-                            "text.dataset=… or train.tokens=… in their place")
+            raise UserError(
+                "--model, --text and --tokens are for SAE-Interpretability's files; write model.name=…, "
+                "text.dataset=… or train.tokens=… in their place"
+            )
         complete, stem = over(params_yaml, {**flatten(values), **overrides}), path.stem
     else:
         given = {**foreign.canonical(values, where), **foreign.canonical(overrides, "command line")}
@@ -90,8 +93,9 @@ def scales_over(params_yaml: Values, device: str | None) -> Measure:
     return scale_of
 
 
-def run_one(path: Path, overrides: Values, changes: Changes, device: str | None, output_dir: str | None,
-            dry_run: bool) -> int:
+def run_one(
+    path: Path, overrides: Values, changes: Changes, device: str | None, output_dir: str | None, dry_run: bool
+) -> int:
     """Train from one file into `<output_dir>/<run>/`: `params.yaml`, `notes.txt`, and `trained_saes/`.
 
     The same file gives the same folder; an interrupted run goes on where it stopped.
@@ -102,16 +106,27 @@ def run_one(path: Path, overrides: Values, changes: Changes, device: str | None,
     for line in understood.notes:
         print(f"note: {line}")
     train = understood.params.train
-    print(f"{folder}: {', '.join(train.saes)} on {understood.params.model.name}, {train.tokens:,} tokens in steps of "
-          f"{train.batch_size:,}", flush=True)
+    print(
+        f"{folder}: {', '.join(train.saes)} on {understood.params.model.name}, {train.tokens:,} tokens in steps of "
+        f"{train.batch_size:,}",
+        flush=True,
+    )
     if dry_run:
         return 0
     write_yaml(folder / "params.yaml", understood.values)
     (folder / "notes.txt").write_text("".join(f"{line}\n" for line in understood.notes))
     chosen = understood.params.model.device
     lease = _held(chosen, understood.name)
-    processes.record("run", understood.name, os.getpid(), device=chosen, log=None, saes=list(train.saes),
-                     progress=str(progress_path(understood.params)), folder=str(folder))
+    processes.record(
+        "run",
+        understood.name,
+        os.getpid(),
+        device=chosen,
+        log=None,
+        saes=list(train.saes),
+        progress=str(progress_path(understood.params)),
+        folder=str(folder),
+    )
     try:
         from sae_research.training.stage import train as train_saes
 

@@ -47,14 +47,25 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
     name = re.sub(r"[^a-zA-Z0-9_-]+", "-", options.name or options.sweep_config.stem).strip("-") or "sweep"
     base = read_mapping(options.base_config) if options.base_config else {}
     where = (str(options.base_config or PARAMS), str(options.sweep_config))
-    slots = parse_devices(options.devices)[:1 if options.sequential else None]
-    grid = expand(base, read_mapping(options.sweep_config), params_yaml, changes,
-                  scales_over(params_yaml, slots[0].device), options.limit, where)
+    slots = parse_devices(options.devices)[: 1 if options.sequential else None]
+    grid = expand(
+        base,
+        read_mapping(options.sweep_config),
+        params_yaml,
+        changes,
+        scales_over(params_yaml, slots[0].device),
+        options.limit,
+        where,
+    )
     for line in grid.notes:
         print(f"note: {line}")
     if options.wandb_sweep:
-        flags = [part for flag, value in (("--model", changes.model), ("--text", changes.text), ("--tokens", changes.tokens))
-                 if value is not None for part in (flag, str(value))]
+        flags = [
+            part
+            for flag, value in (("--model", changes.model), ("--text", changes.text), ("--tokens", changes.tokens))
+            if value is not None
+            for part in (flag, str(value))
+        ]
         write_wandb_sweep(options.wandb_sweep, grid.points, grid.total, options.base_config, flags, options.wandb_project)
         print(f"wrote {options.wandb_sweep}: wandb sweep {options.wandb_sweep}, then wandb agent on each machine")
         return 0
@@ -77,8 +88,10 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         for job, why in outcome.failed.items():
             print(f"  {job}: {why}\n    dvc queue logs {job}; the same call tries again")
         return 1
-    print("\nalso: dvc exp show --only-changed; python -m sae_research apply NAME brings an "
-          "experiment's SAEs into trained_saes/")
+    print(
+        "\nalso: dvc exp show --only-changed; python -m sae_research apply NAME brings an "
+        "experiment's SAEs into trained_saes/"
+    )
     return 0
 
 
@@ -94,11 +107,15 @@ def _make(folder: Path) -> None:
 
 def _say(total: int, chosen: int, jobs: list[Job], left: list[Job], devices: list[str]) -> None:
     n_saes, n_left = (sum(len(job.saes) for job in group) for group in (jobs, left))
-    print(f"{chosen} of {total} points, {n_saes} SAEs in {len(jobs)} runs; "
-          f"{n_saes - n_left} SAEs are finished, {n_left} to train in {len(left)} runs on {', '.join(devices)}")
+    print(
+        f"{chosen} of {total} points, {n_saes} SAEs in {len(jobs)} runs; "
+        f"{n_saes - n_left} SAEs are finished, {n_left} to train in {len(left)} runs on {', '.join(devices)}"
+    )
     for job in left:
-        print(f"  {job.name}: {len(job.saes)} SAE{'s' * (len(job.saes) > 1)}, {job.params.train.tokens:,} tokens, "
-              f"{job.params.model.name}, {', '.join(job.params.train.hooks)}")
+        print(
+            f"  {job.name}: {len(job.saes)} SAE{'s' * (len(job.saes) > 1)}, {job.params.train.tokens:,} tokens, "
+            f"{job.params.model.name}, {', '.join(job.params.train.hooks)}"
+        )
         for point in job.points:
             print(f"    {point.label}")
 
@@ -164,12 +181,13 @@ def remaining(jobs: list[Job], finished: dict[str, Finished], stages: list[str],
 
 # --- running ---------------------------------------------------------------------------------
 
+
 class Runner:
     """Jobs through the queue onto slots; one sweep at a time in a project, as it has one queue."""
 
     def __init__(self, name: str, jobs: list[Job], slots: list[Slot], follow_logs: bool = False) -> None:
         self.name, self.jobs, self.follow_logs = name, jobs, follow_logs
-        self.slots = slots[:len(jobs)]
+        self.slots = slots[: len(jobs)]
         self.root = project_root()
         self.queue = DVCQueue(self.root)
         self.n_cpu = sum(slot.device == "cpu" for slot in self.slots)
@@ -200,20 +218,38 @@ class Runner:
         """Make room in the queue. Raises `UserError` where it holds experiments of others."""
         ours = {job.name for job in self.jobs}
         entries = self.queue.entries()
-        others = [entry.name for entry in entries.values() if entry.state == "queued" and entry.name not in ours
-                  and entry.name not in _on_record()]
+        others = [
+            entry.name
+            for entry in entries.values()
+            if entry.state == "queued" and entry.name not in ours and entry.name not in _on_record()
+        ]
         if others:
-            raise UserError(f"DVC's queue already holds {', '.join(others[:5])}{' …' * (len(others) > 5)}, which a sweep's "
-                            "workers would run too; run them (dvc queue start) or remove them (dvc queue remove --queued)")
+            raise UserError(
+                f"DVC's queue already holds {', '.join(others[:5])}{' …' * (len(others) > 5)}, which a sweep's "
+                "workers would run too; run them (dvc queue start) or remove them (dvc queue remove --queued)"
+            )
         dead = [entry.name for entry in entries.values() if entry.state == "running" and not _alive(entry)]
         self.queue.give_up(dead)
-        self.queue.remove(entry.name for entry in entries.values() if entry.state == "queued" or entry.name in ours and (
-            entry.state == "failed" or entry.name in dead))
+        self.queue.remove(
+            entry.name
+            for entry in entries.values()
+            if entry.state == "queued" or entry.name in ours and (entry.state == "failed" or entry.name in dead)
+        )
 
     def _announce(self) -> None:
-        processes.record("sweep", self.name, os.getpid(), jobs={
-            job.name: {"saes": job.saes, "points": [point.label for point in job.points],
-                       "progress": str(progress_path(job.params))} for job in self.jobs})
+        processes.record(
+            "sweep",
+            self.name,
+            os.getpid(),
+            jobs={
+                job.name: {
+                    "saes": job.saes,
+                    "points": [point.label for point in job.points],
+                    "progress": str(progress_path(job.params)),
+                }
+                for job in self.jobs
+            },
+        )
 
     def _work(self, lock: int) -> Outcome:
         names = [job.name for job in self.jobs]
@@ -229,9 +265,15 @@ class Runner:
 
     def _keep_workers(self, lock: int, entries: dict[str, Entry], names: list[str]) -> None:
         """Start workers that are missing while jobs wait; give up jobs whose worker died under them."""
-        orphans = [name for name in names if name in entries and entries[name].state == "running"
-                   and entries[name].pid is not None and not _alive(entries[name])
-                   and not any(worker.process for worker in self.workers.values())]  # a live one may be collecting it
+        orphans = [
+            name
+            for name in names
+            if name in entries
+            and entries[name].state == "running"
+            and entries[name].pid is not None
+            and not _alive(entries[name])
+            and not any(worker.process for worker in self.workers.values())
+        ]  # a live one may be collecting it
         abandoned = self._abandoned(entries, names)
         for name in abandoned:  # on a GPU it would meet its worker's successor
             with suppress(psutil.NoSuchProcess):
@@ -248,8 +290,9 @@ class Runner:
             lease, log = self.leases[slot], cache_dir("jobs") / f"worker-{slot.name}.log"
             descriptors = [lock] + ([lease.descriptor] if lease.descriptor >= 0 else [])
             pid = self.queue.start_worker(slot.name, slot.environment(self.n_cpu), log, descriptors)
-            self.workers[slot] = processes.record("worker", slot.name, pid, device=slot.device, sweep=self.name,
-                                                  log=str(log))
+            self.workers[slot] = processes.record(
+                "worker", slot.name, pid, device=slot.device, sweep=self.name, log=str(log)
+            )
             self.starts += 1
 
     def _abandoned(self, entries: dict[str, Entry], names: list[str]) -> list[str]:
@@ -258,8 +301,14 @@ class Runner:
         if len(live) == len(self.workers):
             return []
         awaited = {child.pid for process in live for child in processes.descendants(process)}
-        return [name for name in names if name in entries and entries[name].state == "running" and _alive(entries[name])
-                and entries[name].pid not in awaited]
+        return [
+            name
+            for name in names
+            if name in entries
+            and entries[name].state == "running"
+            and _alive(entries[name])
+            and entries[name].pid not in awaited
+        ]
 
     def _tell(self, states: dict[str, str], entries: dict[str, Entry]) -> None:
         """A line for each change; with `follow_logs` also what the jobs say."""
@@ -283,14 +332,18 @@ class Runner:
         processes.stop_workers(live)
         for lease in self.leases.values():
             lease.close()
-        waiting = [entry.name for entry in self.queue.entries().values()
-                   if entry.state == "queued" and entry.name in {job.name for job in self.jobs}]
+        waiting = [
+            entry.name
+            for entry in self.queue.entries().values()
+            if entry.state == "queued" and entry.name in {job.name for job in self.jobs}
+        ]
         self.queue.remove(waiting)
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C would."""
+
     def interrupt(number: int, _: object) -> None:
         raise Interrupted("finished experiments are kept; the same call goes on from there", number)
 
@@ -311,8 +364,10 @@ class _only_one:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.descriptor)
-            raise UserError("a sweep is at work in this project, which has one queue; watch it with python -m "
-                            "scripts.monitor_experiments, or end it with --kill all") from None
+            raise UserError(
+                "a sweep is at work in this project, which has one queue; watch it with python -m "
+                "scripts.monitor_experiments, or end it with --kill all"
+            ) from None
         return self.descriptor
 
     def __exit__(self, *_: object) -> None:
@@ -335,6 +390,7 @@ def _alive(entry: Entry) -> bool:
 
 
 # --- results ---------------------------------------------------------------------------------
+
 
 def results_table(jobs: list[Job], finished: dict[str, Finished]) -> str:
     """The figures of every SAE of the sweep, run by run, as text."""

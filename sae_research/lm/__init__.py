@@ -5,5 +5,17 @@ from sae_research.lm.load import PACKAGED, load_language_model, pick_device
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
 
-__all__ = ["PACKAGED", "ActivationPool", "Batch", "LanguageModel", "Openings", "collect", "collect_hooks",
-           "load_language_model", "median_activation_norm", "pick_device", "sae_bench_mask", "token_mask"]
+__all__ = [
+    "PACKAGED",
+    "ActivationPool",
+    "Batch",
+    "LanguageModel",
+    "Openings",
+    "collect",
+    "collect_hooks",
+    "load_language_model",
+    "median_activation_norm",
+    "pick_device",
+    "sae_bench_mask",
+    "token_mask",
+]

@@ -72,7 +72,7 @@ class ActivationPool:
             length = len(self.sequences[i])
             tokens[row, :length] = self.sequences[i]
             real[row, :length] = True
-            acts[row, :length] = self.flat[self.offsets[i]:self.offsets[i + 1]].float()
+            acts[row, :length] = self.flat[self.offsets[i] : self.offsets[i + 1]].float()
         to = self.device
         return Batch(torch.tensor(list(index)), tokens.to(to), real.to(to), acts.to(to))
 
@@ -81,11 +81,18 @@ class ActivationPool:
         chosen = range(len(self)) if index is None else index
         ordered = sorted(chosen, key=lambda i: (len(self.sequences[i]), i))
         for start in range(0, len(ordered), batch_size):
-            yield self.batch(ordered[start:start + batch_size])
+            yield self.batch(ordered[start : start + batch_size])
 
 
-def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, batch_size: int,
-            caching: ActivationCaching, progress: str | None = None, openings: Openings | None = None) -> ActivationPool:
+def collect(
+    lm: LanguageModel,
+    hook: str,
+    sequences: Sequence[Tensor] | Tensor,
+    batch_size: int,
+    caching: ActivationCaching,
+    progress: str | None = None,
+    openings: Openings | None = None,
+) -> ActivationPool:
     """Run the model up to `hook` over all sequences (1-D tensors of ids, or one [n, seq] tensor), or read the cache.
 
     Kept under `.cache/activations/`, in the model's precision, by the content of model, hook and tokens.
@@ -95,9 +102,15 @@ def collect(lm: LanguageModel, hook: str, sequences: Sequence[Tensor] | Tensor, 
     return collect_hooks(lm, [hook], sequences, batch_size, caching, progress, openings)[hook]
 
 
-def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[Tensor] | Tensor, batch_size: int,
-                  caching: ActivationCaching, progress: str | None = None,
-                  openings: Openings | None = None) -> dict[str, ActivationPool]:
+def collect_hooks(
+    lm: LanguageModel,
+    hooks: Sequence[str],
+    sequences: Sequence[Tensor] | Tensor,
+    batch_size: int,
+    caching: ActivationCaching,
+    progress: str | None = None,
+    openings: Openings | None = None,
+) -> dict[str, ActivationPool]:
     """As `collect`, at several hooks: one pass of the model for all whose activations are not in the cache.
 
     A hook's entry is the one that `collect` makes and reads. With `openings` the model runs once for each hook.
@@ -113,16 +126,31 @@ def collect_hooks(lm: LanguageModel, hooks: Sequence[str], sequences: Sequence[T
         _fill(lm, rows, batch_size, flats, progress, openings)
         return pools(flats)
     root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
-    folders = {hook: root / fingerprint(
-        [lm.fingerprint, hook, str(lm.dtype), lm.device.type, sources_fingerprint(__name__), about_rows,
-         *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)])])[:32]
-        for hook in hooks}
+    folders = {
+        hook: root
+        / fingerprint(
+            [
+                lm.fingerprint,
+                hook,
+                str(lm.dtype),
+                lm.device.type,
+                sources_fingerprint(__name__),
+                about_rows,
+                *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)]),
+            ]
+        )[:32]
+        for hook in hooks
+    }
     width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
     with ExitStack() as stack:
-        temporaries = {hook: stack.enter_context(new_entry(folder)) for hook, folder in folders.items()
-                       if not usable(folder, {_FILE: total * widths[hook] * width_bytes})}
-        flats = {hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+")
-                 for hook, temporary in temporaries.items()}
+        temporaries = {
+            hook: stack.enter_context(new_entry(folder))
+            for hook, folder in folders.items()
+            if not usable(folder, {_FILE: total * widths[hook] * width_bytes})
+        }
+        flats = {
+            hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+") for hook, temporary in temporaries.items()
+        }
         _fill(lm, rows, batch_size, flats, progress, openings)
         for hook, temporary in temporaries.items():
             write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
@@ -144,40 +172,59 @@ def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) ->
     return tensor if dtype == torch.float32 else tensor.view(dtype)
 
 
-def _fill(lm: LanguageModel, rows: Sequence[Tensor], batch_size: int, flats: dict[str, Tensor],
-          progress: str | None, openings: Openings | None) -> None:
+def _fill(
+    lm: LanguageModel,
+    rows: Sequence[Tensor],
+    batch_size: int,
+    flats: dict[str, Tensor],
+    progress: str | None,
+    openings: Openings | None,
+) -> None:
     """Compute activations into the tensors `flats`, by hook."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     if not flats:
         return
-    passes = ([_plain(lm, list(flats), rows, batch_size)] if openings is None else
-              [_continued(lm, hook, rows, batch_size, openings) for hook in flats])
-    with tqdm(total=int(offsets[-1]) * len(passes), desc=progress, unit="tok", unit_scale=True, disable=progress is None,
-              mininterval=2, dynamic_ncols=True) as bar:
+    passes = (
+        [_plain(lm, list(flats), rows, batch_size)]
+        if openings is None
+        else [_continued(lm, hook, rows, batch_size, openings) for hook in flats]
+    )
+    with tqdm(
+        total=int(offsets[-1]) * len(passes),
+        desc=progress,
+        unit="tok",
+        unit_scale=True,
+        disable=progress is None,
+        mininterval=2,
+        dynamic_ncols=True,
+    ) as bar:
         for chosen, found in itertools.chain.from_iterable(passes):
             for hook, acts in found.items():
                 on_cpu = acts.to("cpu")
                 for row, i in enumerate(chosen):
-                    flats[hook][offsets[i]:offsets[i + 1]] = on_cpu[row, :len(rows[i])]
+                    flats[hook][offsets[i] : offsets[i + 1]] = on_cpu[row, : len(rows[i])]
             bar.update(sum(len(rows[i]) for i in chosen))
 
 
-def _plain(lm: LanguageModel, hooks: Sequence[str], rows: Sequence[Tensor],
-           batch_size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+def _plain(
+    lm: LanguageModel, hooks: Sequence[str], rows: Sequence[Tensor], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """(which rows, their activations [batch, seq, d_in] by hook), rows of like length together."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        tokens = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
-                                                 padding_value=lm.separator_id).to(lm.device)
+        chosen = order[start : start + batch_size]
+        tokens = torch.nn.utils.rnn.pad_sequence(
+            [rows[i] for i in chosen], batch_first=True, padding_value=lm.separator_id
+        ).to(lm.device)
         if len(hooks) == 1:
             yield chosen, {hooks[0]: lm.activations(tokens, hooks[0])}
         else:
             yield chosen, lm.activations_at(tokens, hooks)
 
 
-def _continued(lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int,
-               openings: Openings) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+def _continued(
+    lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int, openings: Openings
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     for chosen, acts in continued(lm, hook, rows, openings, batch_size):
         yield chosen, {hook: acts}
 
@@ -195,8 +242,9 @@ class Openings(NamedTuple):
     """Which opening each sequence continues."""
 
 
-def continued(lm: LanguageModel, hook: str, rows: Sequence[Tensor], openings: Openings,
-              batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+def continued(
+    lm: LanguageModel, hook: str, rows: Sequence[Tensor], openings: Openings, batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
     """(which rows, activations at `hook` [batch, seq, d_in] of their own tokens, padded on the right) until all ran.
 
     Sequences of one opening reuse its keys and values; attention is causal, so this is what a whole run gives. That
@@ -209,9 +257,10 @@ def continued(lm: LanguageModel, hook: str, rows: Sequence[Tensor], openings: Op
         members = sorted((i for i in range(len(rows)) if openings.of[i] == number), key=lambda i: (len(rows[i]), i))
         past = _read(lm, hook, opening) if members and resumable else None
         for start in range(0, len(members), batch_size):
-            chosen = members[start:start + batch_size]
-            tails = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True,
-                                                    padding_value=lm.separator_id)
+            chosen = members[start : start + batch_size]
+            tails = torch.nn.utils.rnn.pad_sequence(
+                [rows[i] for i in chosen], batch_first=True, padding_value=lm.separator_id
+            )
             yield chosen, _continue(lm, hook, past, tails) if past is not None else _whole(lm, hook, opening, tails)
 
 
@@ -231,15 +280,18 @@ def _continue(lm: LanguageModel, hook: str, past: DynamicCache, tails: Tensor) -
 
 def _whole(lm: LanguageModel, hook: str, opening: Tensor, tails: Tensor) -> Tensor:
     tokens = torch.cat([opening.expand(len(tails), -1), tails], dim=1)
-    return lm.activations(tokens.to(lm.device), hook)[:, len(opening):]
+    return lm.activations(tokens.to(lm.device), hook)[:, len(opening) :]
 
 
 def _can_continue(lm: LanguageModel, hook: str, opening: Tensor, tail: Tensor) -> bool:
     try:
         got = _continue(lm, hook, _read(lm, hook, opening), tail[None]).float()
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        print(f"{lm.name} cannot continue a sequence from its keys and values ({type(error).__name__}): "
-              "whole sequences run instead, which takes longer", flush=True)
+        print(
+            f"{lm.name} cannot continue a sequence from its keys and values ({type(error).__name__}): "
+            "whole sequences run instead, which takes longer",
+            flush=True,
+        )
         return False
     want = _whole(lm, hook, opening, tail[None]).float()
     return bool((got - want).norm() <= _TOLERANCE[lm.dtype] * want.norm())
@@ -262,8 +314,9 @@ class HookActivations:
     @cached_property
     def pool(self) -> ActivationPool:
         """Made, or read and checked, when the first asks: where every result is kept nobody does."""
-        return collect(self.lm, self.hook, self.tokens, self.params.model.llm_batch_size, self.params.activation_caching,
-                       "activations")
+        return collect(
+            self.lm, self.hook, self.tokens, self.params.model.llm_batch_size, self.params.activation_caching, "activations"
+        )
 
     @cached_property
     def median_norm(self) -> float:
@@ -289,5 +342,14 @@ class HookActivations:
     def batches(self) -> Iterator[Batch]:
         """All sequences, of like length together; on a terminal a passing bar shows how far one SAE or family is."""
         size = self.params.model.llm_batch_size
-        return iter(tqdm(self.pool.batches(size), "encode", -(-len(self) // size), unit="batch", leave=False, disable=None,
-                         dynamic_ncols=True))
+        return iter(
+            tqdm(
+                self.pool.batches(size),
+                "encode",
+                -(-len(self) // size),
+                unit="batch",
+                leave=False,
+                disable=None,
+                dynamic_ncols=True,
+            )
+        )

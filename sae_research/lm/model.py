@@ -29,9 +29,14 @@ class _Linear(nn.Linear):
     """`nn.Linear` by oneDNN where nothing is to be differentiated."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != torch.float32
-                or x.numel() < MIN_ROWS * x.shape[-1]
-                or torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+        if (
+            x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or self.weight.dtype != torch.float32
+            or x.numel() < MIN_ROWS * x.shape[-1]
+            or torch.is_grad_enabled()
+            and (x.requires_grad or self.weight.requires_grad)
+        ):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -158,6 +163,7 @@ class LanguageModel:
                 if len(taken) == len(set(hooks)):
                     raise _Stop
                 return value.clone()  # some families add to it in place
+
             return take
 
         points = {hook: self._point(hook) for hook in hooks}
@@ -183,8 +189,13 @@ class LanguageModel:
         with self._counted_edit(hook, edit):
             return self._forward(tokens)
 
-    def edited_logits(self, tokens: Tensor, edits: Mapping[str, Callable[[Tensor], Tensor]],
-                      positions: Tensor | None = None, past: Any = None) -> Tensor:
+    def edited_logits(
+        self,
+        tokens: Tensor,
+        edits: Mapping[str, Callable[[Tensor], Tensor]],
+        positions: Tensor | None = None,
+        past: Any = None,
+    ) -> Tensor:
         """Logits [batch, seq, vocab] (or of `positions` [n] only) of a run in which the activations at each hook
         [batch, seq, d_in] pass through its edit. Every edit is checked to have happened once.
 
@@ -218,8 +229,9 @@ class LanguageModel:
         return logits
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, n_tokens: int, hook: str | None = None,
-                 edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def generate(
+        self, tokens: Tensor, n_tokens: int, hook: str | None = None, edit: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Greedy continuation [batch, n_tokens] of prompts of one length [batch, seq], without padding.
 
         `edit` replaces the prompt's activations at `hook` [batch, seq, d_in]; generated tokens' stay the model's own.
@@ -240,8 +252,10 @@ class LanguageModel:
 
     def _check_length(self, length: int) -> None:
         if self.max_tokens is not None and length > self.max_tokens:
-            raise UserError(f"{self.name} has {self.max_tokens} positions, a context of {length} tokens was asked for; "
-                            "lower what sets its length (text.context_size, or the evaluation's context_length or seq_len)")
+            raise UserError(
+                f"{self.name} has {self.max_tokens} positions, a context of {length} tokens was asked for; "
+                "lower what sets its length (text.context_size, or the evaluation's context_length or seq_len)"
+            )
 
     def _point(self, hook: str) -> HookPoint:
         return locate(self.layers, hook, self._parts_of)
@@ -302,8 +316,11 @@ class LanguageModel:
         def after(_: nn.Module, __: Any, output: Any) -> Any:
             return (added(output[0]), *output[1:]) if isinstance(output, tuple) else added(output)
 
-        handle = (point.module.register_forward_pre_hook(before, with_kwargs=True) if point.before
-                  else point.module.register_forward_hook(after))
+        handle = (
+            point.module.register_forward_pre_hook(before, with_kwargs=True)
+            if point.before
+            else point.module.register_forward_hook(after)
+        )
         try:
             yield
         finally:
@@ -337,13 +354,16 @@ class LanguageModel:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen.append(((*args, *kwargs.values())[0], output))
 
-        handles = [layer.register_forward_hook(note, with_kwargs=True)
-                   for layer in self.layers[max(0, middle - 1):middle + 1]]
+        handles = [
+            layer.register_forward_hook(note, with_kwargs=True) for layer in self.layers[max(0, middle - 1) : middle + 1]
+        ]
         try:
             full, other = self._forward(tokens), self._forward(changed)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-            raise UserError(f"{self.name} does not run on {tokens.numel()} tokens: {type(error).__name__}: "
-                            f"{str(error).strip().partition(chr(10))[0]}") from None
+            raise UserError(
+                f"{self.name} does not run on {tokens.numel()} tokens: {type(error).__name__}: "
+                f"{str(error).strip().partition(chr(10))[0]}"
+            ) from None
         finally:
             for handle in handles:
                 handle.remove()
@@ -351,8 +371,10 @@ class LanguageModel:
             raise UserError(f"{self.name}: layer {middle} never ran alone; this architecture is not supported")
         outputs = [out[0] if isinstance(out, tuple) else out for _, out in seen]
         if len(handles) == 2 and not (isinstance(seen[1][0], Tensor) and torch.equal(outputs[0], seen[1][0])):
-            raise UserError(f"{self.name}: layer {middle} does not read what layer {middle - 1} returns; this architecture "
-                            "is not supported")
+            raise UserError(
+                f"{self.name}: layer {middle} does not read what layer {middle - 1} returns; this architecture "
+                "is not supported"
+            )
         before, after = full[0, :-1].float(), other[0, :-1].float()
         rounding = 1e-4 if self.dtype == torch.float32 else 0.02
         if (after - before).norm() > rounding * before.norm():

@@ -81,8 +81,12 @@ def find_parts(layer: nn.Module, forward: Callable[[], Any]) -> Parts:
             return Parts(one if attention else None, two, "has no MLP" if attention else "has no attention")
     if not attention and not mlp:
         return Parts(None, None, "has neither a module of attention nor an MLP")
-    return Parts(None, None, "adds something else to the residual stream than its attention and its MLP put out"
-                 + (f" (relative error {_error(run, attention[0], mlp[0]):.2g})" if attention and mlp else ""))
+    return Parts(
+        None,
+        None,
+        "adds something else to the residual stream than its attention and its MLP put out"
+        + (f" (relative error {_error(run, attention[0], mlp[0]):.2g})" if attention and mlp else ""),
+    )
 
 
 def _run(layer: nn.Module, forward: Callable[[], Any], replaced: dict[nn.Module, Tensor]) -> _Run | None:
@@ -113,6 +117,7 @@ def _run(layer: nn.Module, forward: Callable[[], Any], replaced: dict[nn.Module,
                 return output
             value = replaced[module].view(first.shape).clone()  # Falcon adds to it in place
             return (value, *output[1:]) if isinstance(output, tuple) else value
+
         return hook
 
     with ExitStack() as stack:
@@ -136,13 +141,16 @@ def _first(value: Any) -> Any:
 
 def _group(run: _Run, layer: nn.Module, names: re.Pattern[str]) -> list[_Call]:
     """The layer's modules of one kind, then those that take over what these put out (norms), then those inside."""
-    children = [name for name, child in layer.named_children() if not _NEITHER.search(name)
-                and (names.search(name) or names.search(type(child).__name__))]
+    children = [
+        name
+        for name, child in layer.named_children()
+        if not _NEITHER.search(name) and (names.search(name) or names.search(type(child).__name__))
+    ]
     roots = [call for call in run.calls if call.path in children]
     followers: list[_Call] = []
     for root in roots:
         last = root
-        for call in run.calls[run.calls.index(root) + 1:]:
+        for call in run.calls[run.calls.index(root) + 1 :]:
             if call.given is not None and torch.equal(call.given, last.out):
                 followers.append(call)
                 last = call
@@ -156,16 +164,20 @@ def _numbers(layer: nn.Module) -> list[float]:
     return sorted({value for value in values if math.isfinite(value) and value not in (0.0, 1.0)})
 
 
-def _pairs(run: _Run, attention: list[_Call], mlp: list[_Call],
-           numbers: list[float]) -> Iterator[tuple[tuple[_Call | None, _Call | None], tuple[float, float]]]:
+def _pairs(
+    run: _Run, attention: list[_Call], mlp: list[_Call], numbers: list[float]
+) -> Iterator[tuple[tuple[_Call | None, _Call | None], tuple[float, float]]]:
     """Which modules might be the two parts, and their scales, the plainest first. Where a layer names no attention (a
     state space layer) or no MLP (OPT's two matrices), any other module may be that part, or none."""
     known = {call.path for call in (*attention, *mlp)}
     others = [call for call in reversed(run.calls) if call.path not in known]
     ones: list[_Call | None] = [*attention] if attention else [None, *others]
     twos: list[_Call | None] = [*mlp] if mlp else [None, *others]
-    scales = [(1.0, 1.0), *((number, number) for number in numbers),
-              *(pair for number in numbers for pair in ((number, 1.0), (1.0, number)))]
+    scales = [
+        (1.0, 1.0),
+        *((number, number) for number in numbers),
+        *(pair for number in numbers for pair in ((number, 1.0), (1.0, number))),
+    ]
     if attention or mlp:
         yield from ((pair, scale) for scale in scales for pair in itertools.product(ones, twos) if pair[0] is not pair[1])
 

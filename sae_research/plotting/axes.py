@@ -53,8 +53,23 @@ def plain(axes: Axes, x_label: str, y_label: str) -> None:
         spine.set_color("#B0B0B0")
 
 
-__all__ = ["GRID", "INK", "MUTED", "SMALL", "TEXT", "below", "beside", "count", "log_axis", "pixels_of", "plain", "save",
-           "say", "sheet", "span"]
+__all__ = [
+    "GRID",
+    "INK",
+    "MUTED",
+    "SMALL",
+    "TEXT",
+    "below",
+    "beside",
+    "count",
+    "log_axis",
+    "pixels_of",
+    "plain",
+    "save",
+    "say",
+    "sheet",
+    "span",
+]
 
 # --- pixels ------------------------------------------------------------------------------------
 
@@ -114,9 +129,7 @@ def span(values: Sequence[float], log: bool) -> tuple[float, float]:
 def log_axis(axis: Axis, low: float, high: float) -> None:
     """A logarithmic axis with plain numbers at 1, 2, 5 (at powers of ten where it spans three decades)."""
     set_scale, set_limits = (
-        (axis.axes.set_xscale, axis.axes.set_xlim)
-        if axis.axis_name == "x"
-        else (axis.axes.set_yscale, axis.axes.set_ylim)
+        (axis.axes.set_xscale, axis.axes.set_xlim) if axis.axis_name == "x" else (axis.axes.set_yscale, axis.axes.set_ylim)
     )
     set_scale("log")
     steps = (1,) if high / low > 2000 else (1, 2, 5)

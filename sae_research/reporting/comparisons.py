@@ -104,8 +104,12 @@ def seed_lines(rows: Iterable[Row], metrics: Sequence[Metric], shown: Callable[[
     """One line a recipe: its name, its SAEs, then mean ± standard deviation of every metric."""
     lines = []
     for recipe in recipes(rows):
-        cells = [f"{shown(recipe.mean(metric))} ± {shown(recipe.spread(metric))}"
-                 if recipe.mean(metric) is not None else shown(None) for metric in metrics]
+        cells = [
+            f"{shown(recipe.mean(metric))} ± {shown(recipe.spread(metric))}"
+            if recipe.mean(metric) is not None
+            else shown(None)
+            for metric in metrics
+        ]
         lines.append([f"`{recipe.name}`", ", ".join(f"`{row.name}`" for row in recipe.rows), *cells])
     return lines
 
@@ -147,8 +151,10 @@ def grids(run: Run, controls: bool = False) -> list[Grid]:
         place = row.kind, row.cfg.get("base"), width, row.cfg.get("hook_name")
         groups.setdefault(place, []).append(contender)
     times = Counter(place[0] for place in groups)
-    return [Grid(str(place[0]) if times[place[0]] == 1 else _distinct(place), members[0].rows[0].group, tuple(members))
-            for place, members in groups.items()]
+    return [
+        Grid(str(place[0]) if times[place[0]] == 1 else _distinct(place), members[0].rows[0].group, tuple(members))
+        for place, members in groups.items()
+    ]
 
 
 def _distinct(place: tuple[object, ...]) -> str:
@@ -195,8 +201,10 @@ class Point:
 
 def point(grid: Grid, l0: float) -> Point | None:
     """The grid at an L0: the measured point where one lies within 2 %, else between its neighbours; None outside."""
-    measured = sorted(((x, member) for member in grid.members if (x := member.mean(headline("l0"))) is not None and x > 0),
-                      key=lambda pair: pair[0])
+    measured = sorted(
+        ((x, member) for member in grid.members if (x := member.mean(headline("l0"))) is not None and x > 0),
+        key=lambda pair: pair[0],
+    )
     near = [(x, member) for x, member in measured if max(x, l0) <= SAME * min(x, l0)]
     if near:
         x, member = min(near, key=lambda pair: abs(math.log(pair[0] / l0)))
@@ -210,8 +218,7 @@ def point(grid: Grid, l0: float) -> Point | None:
 def alike(grid: Grid) -> list[tuple[Point, Point]]:
     """Members of one grid that were measured at equal L0: two recipes of one architecture."""
     placed = [Point(grid, l0, member) for member in grid.members if (l0 := member.mean(headline("l0")))]
-    return [(one, other) for one, other in combinations(placed, 2)
-            if max(one.l0, other.l0) <= SAME * min(one.l0, other.l0)]
+    return [(one, other) for one, other in combinations(placed, 2) if max(one.l0, other.l0) <= SAME * min(one.l0, other.l0)]
 
 
 def meetings(one: Grid, other: Grid) -> list[tuple[Point, Point]]:
@@ -280,7 +287,7 @@ def area(curve: Points, better: str, low: float, high: float) -> float:
     inside = {math.log(x) for x, _ in curve if low < x < high}
     before = [point for point in curve if point[0] < low]
     places = [low, *(math.exp(log) for log in sorted({*logs[1:-1], *inside})), high]
-    front = pareto([*before, *((x, at(curve, x)) for x in places)], better)[len(before):]
+    front = pareto([*before, *((x, at(curve, x)) for x in places)], better)[len(before) :]
     total = sum((y0 + y1) / 2 * math.log(x1 / x0) for (x0, y0), (x1, y1) in zip(front, front[1:], strict=False))
     return total / math.log(high / low)
 
@@ -288,8 +295,20 @@ def area(curve: Points, better: str, low: float, high: float) -> float:
 LEVEL = 0.05
 RESIDUAL = "raw residual stream"
 DIFFERENCES_CSV = Path("metrics/differences.csv")
-CSV_COLUMNS = ("one", "other", "l0", "eval", "metric", "difference", "low", "high", "p", "p_holm", "seeds_one",
-               "seeds_other")
+CSV_COLUMNS = (
+    "one",
+    "other",
+    "l0",
+    "eval",
+    "metric",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "seeds_one",
+    "seeds_other",
+)
 
 
 class Evidence(NamedTuple):
@@ -340,8 +359,10 @@ def evidence(row: Row, metric: Metric) -> Evidence | None:
     correct = outcomes.get("correct", {}).get(metric.key)
     if correct is None:
         return None
-    return Evidence(outcomes["key"], accuracy(outcomes["asked"], correct, outcomes.get("train_share", 0.0),
-                                              outcomes.get("train_replaced", False)))
+    return Evidence(
+        outcomes["key"],
+        accuracy(outcomes["asked"], correct, outcomes.get("train_share", 0.0), outcomes.get("train_replaced", False)),
+    )
 
 
 def tested_metrics(run: Run) -> list[Metric]:
@@ -350,8 +371,12 @@ def tested_metrics(run: Run) -> list[Metric]:
     chosen = [headline(key) for key in run.headline]
     for name in EVALS:
         if name not in ("core", "sparse_probing", *EVAL_NOTES):
-            keys = {key for row in run.rows for record in (row.evals.get(name, {}),)
-                    for key in (*record.get("cluster_sums", {}), *record.get("outcomes", {}).get("correct", {}))}
+            keys = {
+                key
+                for row in run.rows
+                for record in (row.evals.get(name, {}),)
+                for key in (*record.get("cluster_sums", {}), *record.get("outcomes", {}).get("correct", {}))
+            }
             chosen += [metric_named(key, name) for key in sort_keys(keys, name)]
     return [metric for metric in chosen if metric.better]
 
@@ -370,15 +395,21 @@ def unmatched(run: Run) -> list[tuple[Grid, Grid]]:
 
 def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
     found = [grid for grid in grids(run, controls=True) if grid.curve(headline("l0"))]
-    return [(one, other) for one, other in combinations(found, 2)
-            if not (one.members[0].is_control and other.members[0].is_control)]
+    return [
+        (one, other)
+        for one, other in combinations(found, 2)
+        if not (one.members[0].is_control and other.members[0].is_control)
+    ]
 
 
 def _uncorrected(run: Run) -> Iterator[Comparison]:
     met = [meeting for pair in _pairs(run) for meeting in meetings(*pair)]
     met += [pair for grid in grids(run) for pair in alike(grid)]
-    alone = [Point(grid, member.mean(headline("l0")) or 0.0, member) for grid in grids(run, controls=True)
-             for member in grid.members]
+    alone = [
+        Point(grid, member.mean(headline("l0")) or 0.0, member)
+        for grid in grids(run, controls=True)
+        for member in grid.members
+    ]
     for metric in tested_metrics(run):
         seed = int(run.evals[metric.eval].get("notes", {}).get("random_seed", 0))
         for one, other in met:
@@ -404,8 +435,9 @@ def _all_evidence(point: Point, metric: Metric) -> list[Evidence]:
     return [Evidence(key, figure) for key, figure in found if figure is not None] if all(f for _, f in found) else []
 
 
-def _compare(one: Point, other: Point | None, metric: Metric, mine: Sequence[Evidence],
-             theirs: Sequence[Evidence], seed: int) -> Iterator[Comparison]:
+def _compare(
+    one: Point, other: Point | None, metric: Metric, mine: Sequence[Evidence], theirs: Sequence[Evidence], seed: int
+) -> Iterator[Comparison]:
     if not (mine and theirs) or mine[0].key != theirs[0].key:
         return
     found = difference([item.figure for item in mine], [item.figure for item in theirs], seed)
@@ -420,7 +452,16 @@ def write_differences_csv(found: Sequence[Comparison], root: Path = Path(".")) -
     writer.writerow(CSV_COLUMNS)
     for item in found:
         numbers = (item.found.value, item.found.low, item.found.high, item.found.p, item.adjusted)
-        writer.writerow([item.one.name, item.other.name if item.other else RESIDUAL, f"{item.l0:.4g}", item.metric.eval,
-                         item.metric.key, *(f"{value:.4g}" for value in numbers), item.one.seeds,
-                         item.other.seeds if item.other else ""])
+        writer.writerow(
+            [
+                item.one.name,
+                item.other.name if item.other else RESIDUAL,
+                f"{item.l0:.4g}",
+                item.metric.eval,
+                item.metric.key,
+                *(f"{value:.4g}" for value in numbers),
+                item.one.seeds,
+                item.other.seeds if item.other else "",
+            ]
+        )
     write_text(root / DIFFERENCES_CSV, buffer.getvalue())

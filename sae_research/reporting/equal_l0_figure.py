@@ -41,8 +41,11 @@ def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Ma
     plain(axes, "L0 (log scale)", metric.label + (" (nats, log)" if log else "") + metric.arrow)
     axes.yaxis.set_label_coords(-0.19, 0.5)
     if not any(curves):
-        say(axes, run.unavailable("core") or run.unavailable(metric.eval) or f"{metric.label} was not measured",
-            keep_labels=True)
+        say(
+            axes,
+            run.unavailable("core") or run.unavailable(metric.eval) or f"{metric.label} was not measured",
+            keep_labels=True,
+        )
         return
     log_axis(axes.xaxis, *span([x for curve in curves for x, _ in curve], log=True))
     heights = [y for curve in curves for _, y in curve]
@@ -58,8 +61,16 @@ def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Ma
         style = look[grid.group]
         if curve:
             axes.plot(*zip(*_drawn(curve), strict=True), color=style.color, linestyle=line, linewidth=1.4, zorder=2.8)
-            axes.plot(*zip(*curve, strict=True), linestyle="none", color=style.color, marker=style.marker,
-                      markersize=marker_size(style, 6.0), markeredgecolor="white", markeredgewidth=0.6, zorder=3)
+            axes.plot(
+                *zip(*curve, strict=True),
+                linestyle="none",
+                color=style.color,
+                marker=style.marker,
+                markersize=marker_size(style, 6.0),
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                zorder=3,
+            )
         ticks = [(x, y) for x in places if len(curve) > 1 and (y := at(curve, x)) is not None]
         if ticks:
             axes.plot(*zip(*ticks, strict=True), linestyle="none", marker="|", markersize=7, color=style.color, zorder=2.5)
@@ -84,14 +95,30 @@ def _legend(figure: Figure, found: Sequence[Grid], look: Mapping[str, Look]) -> 
     handles: list[Line2D | Patch] = []
     for grid, line in zip(found, _line_styles(found), strict=True):
         style, alone = look[grid.group], len(grid.curve(headline("l0"))) < 2
-        handles.append(Line2D([], [], color=style.color, linestyle="none" if alone else line, marker=style.marker,
-                              markersize=marker_size(style, 6.0), markeredgecolor="white",
-                              label=grid.label + (" (one point)" if alone else "")))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=style.color,
+                linestyle="none" if alone else line,
+                marker=style.marker,
+                markersize=marker_size(style, 6.0),
+                markeredgecolor="white",
+                label=grid.label + (" (one point)" if alone else ""),
+            )
+        )
     wide = [grid for grid in found if len(grid.curve(headline("l0"))) > 1]
     if wide:
         handles.append(Line2D([], [], color=MUTED, linestyle="none", marker="|", markersize=7, label="interpolated"))
     if len(wide) > 1:
         handles.append(Patch(color="#F1F1F1", label="L0 that all grids cover"))
     if handles:
-        figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 6), frameon=False,
-                      fontsize=TEXT if len(handles) <= 6 else SMALL, labelcolor=INK, borderaxespad=0.2)
+        figure.legend(
+            handles=handles,
+            loc="lower center",
+            ncols=min(len(handles), 6),
+            frameon=False,
+            fontsize=TEXT if len(handles) <= 6 else SMALL,
+            labelcolor=INK,
+            borderaxespad=0.2,
+        )

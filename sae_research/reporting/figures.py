@@ -58,8 +58,7 @@ def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: in
     """Write every image under `images/` and delete images that no longer exist. Returns what was written."""
     images = {
         name: root / IMAGES / f"{name}.png"
-        for name in ("overview", "equal_l0", "latent_density", "training_curves",
-                     *(f"l0_vs_{key}" for key in run.plotted))
+        for name in ("overview", "equal_l0", "latent_density", "training_curves", *(f"l0_vs_{key}" for key in run.plotted))
     }
     for path in (root / IMAGES).glob("*.png"):
         if path not in images.values():
@@ -216,8 +215,9 @@ class Artist:
         places = []
         for point, low, high in bars:
             color = self.look[point.row.group].color
-            axes.plot([point.x, point.x], [low, high], color=color, linewidth=1.1, alpha=0.55, zorder=2.2,
-                      solid_capstyle="butt")
+            axes.plot(
+                [point.x, point.x], [low, high], color=color, linewidth=1.1, alpha=0.55, zorder=2.2, solid_capstyle="butt"
+            )
             (x, bottom), (_, top) = axes.transData.transform([(point.x, low), (point.x, high)])
             places.append(Box(x - 1, bottom, 2, top - bottom))
         return places
@@ -260,20 +260,13 @@ class Artist:
         width = 0.55 * size * len(text)
         return [Box(axes.bbox.x1 - width, y, width, 1.4 * size), Box(axes.bbox.x0, y - 1, axes.bbox.width, 2)]
 
-    def _label(
-        self, axes: Axes, drawn: Sequence[tuple[Point, float]], floor: float, taken: Sequence[Box]
-    ) -> None:
+    def _label(self, axes: Axes, drawn: Sequence[tuple[Point, float]], floor: float, taken: Sequence[Box]) -> None:
         size = self._pixels(SMALL)
-        texts = [
-            self.names[point.row.name] + (f" ({point.y:.2g}↓)" if point.y < floor else "")
-            for point, _ in drawn
-        ]
+        texts = [self.names[point.row.name] + (f" ({point.y:.2g}↓)" if point.y < floor else "") for point, _ in drawn]
         places = [tuple(axes.transData.transform((point.x, y))) for point, y in drawn]
         frame = Box(axes.bbox.x0, axes.bbox.y0, axes.bbox.width, axes.bbox.height)
         radius = self._pixels(MARKER) / 2
-        boxes = place_labels(
-            places, [(0.58 * size * len(text), 0.95 * size) for text in texts], frame, radius, taken
-        )
+        boxes = place_labels(places, [(0.58 * size * len(text), 0.95 * size) for text in texts], frame, radius, taken)
         for text, box, place, (point, _) in zip(texts, boxes, places, drawn, strict=True):
             _leader(axes, place, box, nearest=2 * radius)
             edge, side = _facing_edge(box, place[0])
@@ -303,9 +296,7 @@ class Artist:
             handles.append(Line2D([], [], label=name, **style))
         if any(row.interpolating for row in rows):
             label = "hollow: interpolates," + (" " if "ncols" in where else "\n") + "not comparable"
-            handles.append(
-                Line2D([], [], marker="o", markerfacecolor="white", color=MUTED, label=label, **dot)
-            )
+            handles.append(Line2D([], [], marker="o", markerfacecolor="white", color=MUTED, label=label, **dot))
         if any(row.interval(key) for row in rows for key in self.run.plotted):
             label = "bar: 95 % interval," + (" " if "ncols" in where else "\n") + "other text"
             handles.append(Line2D([], [], marker="|", color=MUTED, label=label, **dot))
@@ -358,9 +349,7 @@ def _leader(axes: Axes, place: tuple[float, float], box: Box, nearest: float) ->
     """A thin line from a point to a label that had to move away from it."""
     (x, y), (to_x, to_y) = place, box.middle
     if max(abs(to_x - x) - box.width / 2, abs(to_y - y) - box.height / 2) > nearest:
-        axes.add_artist(
-            Line2D([x, to_x], [y, to_y], transform=IdentityTransform(), color=GRID, linewidth=0.8, zorder=1)
-        )
+        axes.add_artist(Line2D([x, to_x], [y, to_y], transform=IdentityTransform(), color=GRID, linewidth=0.8, zorder=1))
 
 
 def _facing_edge(box: Box, x: float) -> tuple[float, str]:
@@ -376,9 +365,7 @@ def _checked(architecture: str, chosen: Style) -> Look:
     """The user's choice of a look. Raises `UserError` where matplotlib does not know the marker or colour."""
     key = f"visualization.architectures.{architecture}"
     if chosen.marker not in MarkerStyle.markers:
-        raise UserError(
-            f"{key}: unknown marker {chosen.marker!r}; matplotlib's letters, such as o s ^ v D P X *"
-        )
+        raise UserError(f"{key}: unknown marker {chosen.marker!r}; matplotlib's letters, such as o s ^ v D P X *")
     if not is_color_like(chosen.color):
         raise UserError(f"{key}: unknown color {chosen.color!r}; a name such as red, or #RRGGBB")
     return Look(chosen.marker, chosen.color)

@@ -87,9 +87,13 @@ def read_ground_truth(root: Path = Path(".")) -> GroundTruthRun | None:
 
 def _results(path: Path) -> dict[str, Any]:
     """`results.json`. Raises `UserError` for one that is damaged."""
-    shape = {"setting!": object, "generator!": [{str: object}], "notes!": [str],
-             "rows!": [{"method!": str, "dictionary!": str, "encoder!": str, "metrics!": {str: FIGURE}, "flags!": [str]}],
-             "follow!": {str: {"correlations!": object, "methods!": [str], "note": object}}}
+    shape = {
+        "setting!": object,
+        "generator!": [{str: object}],
+        "notes!": [str],
+        "rows!": [{"method!": str, "dictionary!": str, "encoder!": str, "metrics!": {str: FIGURE}, "flags!": [str]}],
+        "follow!": {str: {"correlations!": object, "methods!": [str], "note": object}},
+    }
     return shaped(read_json(path), shape, path, "run `dvc repro ground_truth_eval` again")
 
 
@@ -98,9 +102,14 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in ("method", "dictionary", "encoder", "sparsity")), []).append(row)
-    return [Line(*key, {metric: [row["metrics"][metric] for row in same if metric in row["metrics"]]
-                        for metric in same[0]["metrics"]},
-                 list(dict.fromkeys(flag for row in same for flag in row["flags"]))) for key, same in found.items()]
+    return [
+        Line(
+            *key,
+            {metric: [row["metrics"][metric] for row in same if metric in row["metrics"]] for metric in same[0]["metrics"]},
+            list(dict.fromkeys(flag for row in same for flag in row["flags"])),
+        )
+        for key, same in found.items()
+    ]
 
 
 def extract_ground_truth(folder: Path, output: Path) -> None:
@@ -114,12 +123,25 @@ def extract_ground_truth(folder: Path, output: Path) -> None:
         return
     result = _results(folder / RESULTS_FILE)
     figures = {slugify(line.name): {key: line.mean(key) for key in line.values} for line in lines(result["rows"])}
-    spearman = {scope: {f"{metric}_with_{truth}": values["spearman"] for metric, truths in found["correlations"].items()
-                        for truth, values in truths.items() if is_figure(values.get("spearman"))}
-                for scope, found in result["follow"].items()}
-    write_json(output, round_significant({
-        **figures, "rank_correlations": spearman,
-        STATUS_KEY: {"status": "ok", "seeds": result["setting"]["n_seeds"], "methods": len(figures)}}))
+    spearman = {
+        scope: {
+            f"{metric}_with_{truth}": values["spearman"]
+            for metric, truths in found["correlations"].items()
+            for truth, values in truths.items()
+            if is_figure(values.get("spearman"))
+        }
+        for scope, found in result["follow"].items()
+    }
+    write_json(
+        output,
+        round_significant(
+            {
+                **figures,
+                "rank_correlations": spearman,
+                STATUS_KEY: {"status": "ok", "seeds": result["setting"]["n_seeds"], "methods": len(figures)},
+            }
+        ),
+    )
 
 
 IMAGES = Path("images/ground_truth")
@@ -179,9 +201,19 @@ def _curve(axes: Axes, found: list[Line], key: str, label: str, color: str, mark
     x, y = [line.mean("l0") for line in found], [line.mean(key) for line in found]
     bounds = [line.interval(key) for line in found]
     if all(bounds) and found:
-        axes.errorbar(x, y, [[value - low for value, (low, _) in zip(y, bounds, strict=True)],
-                             [high - value for value, (_, high) in zip(y, bounds, strict=True)]],
-                      color=color, fmt="none", elinewidth=0.8, alpha=0.6, capsize=2)
+        axes.errorbar(
+            x,
+            y,
+            [
+                [value - low for value, (low, _) in zip(y, bounds, strict=True)],
+                [high - value for value, (_, high) in zip(y, bounds, strict=True)],
+            ],
+            color=color,
+            fmt="none",
+            elinewidth=0.8,
+            alpha=0.6,
+            capsize=2,
+        )
     axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.0, label=label)
 
 
@@ -201,15 +233,20 @@ def follow(run: GroundTruthRun, style: Visualization) -> Figure:
         return figure
     for axes, scope in zip(panels, scopes, strict=True):
         found = run.follow(scope)["correlations"]
-        panel(axes, f"{scope.replace('_', ' ')}, {len(run.follow(scope)['methods'])} methods at one L0",
-              "Spearman's rank correlation", "")
+        panel(
+            axes,
+            f"{scope.replace('_', ' ')}, {len(run.follow(scope)['methods'])} methods at one L0",
+            "Spearman's rank correlation",
+            "",
+        )
         for place, (truth, label) in enumerate(TRUTHS.items()):
             for row, metric in enumerate(found):
                 _whisker(axes, found[metric].get(truth, {}), -row - 0.2 * place, COLORS[place], label if row == 0 else None)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.set_xlim(-1.05, 1.05)
-        axes.set_yticks([-row - 0.1 for row in range(len(found))], [LABELS[metric] for metric in found], fontsize=SMALL,
-                        color=INK)
+        axes.set_yticks(
+            [-row - 0.1 for row in range(len(found))], [LABELS[metric] for metric in found], fontsize=SMALL, color=INK
+        )
     legend_below(figure, panels[0], 2)
     return figure
 
@@ -227,17 +264,45 @@ def _whisker(axes: Axes, values: dict[str, object], height: float, color: str, l
 PICTURES: dict[str, Picture] = {"recipes": recipes, "pursuit": pursuit, "follow": follow}
 
 
-LABELS = {"l0": "L0", "variance_explained": "Variance explained", "mcc": "MCC", "mcc_activations": "MCC of activations",
-          "latent_precision": "Precision", "latent_recall": "Recall", "latent_f1": "F1", "uniqueness": "Uniqueness",
-          "fraction_dead": "Dead", "fraction_duplicate": "Duplicate", "absorption": "Absorption",
-          "split_latents": "Latents a parent", "top_1_probing": "Top-1 probing", "f1": "F1 of features",
-          "cosine_similarity": "Cosine", "fraction_alive": "Fraction alive"}
-TRAINED = ("l0", "variance_explained", "top_1_probing", "mcc", "mcc_activations", "latent_f1", "latent_precision",
-           "latent_recall", "uniqueness", "fraction_dead", "fraction_duplicate", "absorption", "split_latents")
+LABELS = {
+    "l0": "L0",
+    "variance_explained": "Variance explained",
+    "mcc": "MCC",
+    "mcc_activations": "MCC of activations",
+    "latent_precision": "Precision",
+    "latent_recall": "Recall",
+    "latent_f1": "F1",
+    "uniqueness": "Uniqueness",
+    "fraction_dead": "Dead",
+    "fraction_duplicate": "Duplicate",
+    "absorption": "Absorption",
+    "split_latents": "Latents a parent",
+    "top_1_probing": "Top-1 probing",
+    "f1": "F1 of features",
+    "cosine_similarity": "Cosine",
+    "fraction_alive": "Fraction alive",
+}
+TRAINED = (
+    "l0",
+    "variance_explained",
+    "top_1_probing",
+    "mcc",
+    "mcc_activations",
+    "latent_f1",
+    "latent_precision",
+    "latent_recall",
+    "uniqueness",
+    "fraction_dead",
+    "fraction_duplicate",
+    "absorption",
+    "split_latents",
+)
 PURSUIT = ("l0", "variance_explained", "top_1_probing", "latent_f1", "latent_precision", "latent_recall", "mcc_activations")
-SCOPES = {"all": "Trained SAEs, and pursuit over trained and untrained dictionaries",
-          "trained_dictionaries": "Trained SAEs, and pursuit over a trained dictionary (whose MCC they share)",
-          "trained": "Trained SAEs alone"}
+SCOPES = {
+    "all": "Trained SAEs, and pursuit over trained and untrained dictionaries",
+    "trained_dictionaries": "Trained SAEs, and pursuit over a trained dictionary (whose MCC they share)",
+    "trained": "Trained SAEs alone",
+}
 TRUTHS = {"mcc": "MCC", "latent_f1": "F1"}
 OWN = "own encoder"
 AMONG = {"all": "(untrained dictionaries among them)", "trained_dictionaries": "of trained dictionaries alone"}
@@ -251,28 +316,60 @@ def ground_truth(root: Path = Path(".")) -> str:
         return ""
     setting, generator = run.result["setting"], run.result["generator"]
     found = run.lines
-    head = (f"{setting['num_features']:,} known features in {setting['hidden_dim']} dimensions, on average "
-            f"{number(_mean(generator, 'l0'))} active (setting `{setting['name']}` of SAELens' synthetic module, arXiv "
-            f"2602.14687), {setting['samples']:,} training and {setting['test_samples']:,} test samples, "
-            f"{setting['n_seeds']} seeds. Means over seeds and their 95 % intervals (Student's t)"
-            + (": none with one seed." if setting["n_seeds"] < 2 else "."))
-    return "\n".join([
-        "## Ground truth", "", head, "",
-        "*MCC*: mean absolute cosine of true directions and decoder rows, matched one to one. *F1*: of a latent's firing "
-        "against that of its nearest true feature, mean over latents. *Absorption*: how much more often a parent's latent "
-        "is silent where the latent of a child fires. Definitions: docs/ground_truth.md.", "",
-        _table([line for line in found if line.encoder == OWN or line.dictionary not in ("truth", "trained", "untrained")
-                or "over" not in line.method], TRAINED), "",
-        *_notes(run), "### Which metric follows the truth", "", *follows(run), "",
-        "### Pursuit over known dictionaries", "",
-        _table([line for line in found if " over " in line.method], PURSUIT), "", *pursuit_findings(found)]).rstrip()
+    head = (
+        f"{setting['num_features']:,} known features in {setting['hidden_dim']} dimensions, on average "
+        f"{number(_mean(generator, 'l0'))} active (setting `{setting['name']}` of SAELens' synthetic module, arXiv "
+        f"2602.14687), {setting['samples']:,} training and {setting['test_samples']:,} test samples, "
+        f"{setting['n_seeds']} seeds. Means over seeds and their 95 % intervals (Student's t)"
+        + (": none with one seed." if setting["n_seeds"] < 2 else ".")
+    )
+    return "\n".join(
+        [
+            "## Ground truth",
+            "",
+            head,
+            "",
+            "*MCC*: mean absolute cosine of true directions and decoder rows, matched one to one. *F1*: of a "
+            "latent's firing "
+            "against that of its nearest true feature, mean over latents. *Absorption*: how much more often a "
+            "parent's latent "
+            "is silent where the latent of a child fires. Definitions: docs/ground_truth.md.",
+            "",
+            _table(
+                [
+                    line
+                    for line in found
+                    if line.encoder == OWN
+                    or line.dictionary not in ("truth", "trained", "untrained")
+                    or "over" not in line.method
+                ],
+                TRAINED,
+            ),
+            "",
+            *_notes(run),
+            "### Which metric follows the truth",
+            "",
+            *follows(run),
+            "",
+            "### Pursuit over known dictionaries",
+            "",
+            _table([line for line in found if " over " in line.method], PURSUIT),
+            "",
+            *pursuit_findings(found),
+        ]
+    ).rstrip()
 
 
 def _notes(run: GroundTruthRun) -> list[str]:
     notes = [f"- {note}." for note in run.result["notes"]]
-    flagged = {flag.partition(":")[0]: [line.name for line in run.lines if any(f.startswith(flag.partition(":")[0])
-                                                                               for f in line.flags)]
-               for line in run.lines for flag in line.flags if not flag.startswith("narrow")}
+    flagged = {
+        flag.partition(":")[0]: [
+            line.name for line in run.lines if any(f.startswith(flag.partition(":")[0]) for f in line.flags)
+        ]
+        for line in run.lines
+        for flag in line.flags
+        if not flag.startswith("narrow")
+    }
     notes += [f"- *{flag}*: {', '.join(f'`{name}`' for name in names)}." for flag, names in flagged.items()]
     return [*notes, ""] if notes else []
 
@@ -295,13 +392,19 @@ def follows(run: GroundTruthRun) -> list[str]:
         if not found["correlations"]:
             parts += [f"{title}: {found['note']}.", ""]
             continue
-        body = [[LABELS[metric], *(_cell(truths.get(truth, {})) for truth in TRUTHS)]
-                for metric, truths in found["correlations"].items()]
-        parts += [f"{title}: Spearman's rank correlation over {len(found['methods'])} methods, each read at L0 "
-                  f"{number(found['l0'])} (linear in log L0), mean over {found['seeds']} "
-                  f"seed{'s' * (found['seeds'] > 1)}; the interval draws methods and seeds anew."
-                  + (f" {found['note'].capitalize()}." if found["note"] else ""), "",
-                  markdown(["Metric", *TRUTHS.values()], body), ""]
+        body = [
+            [LABELS[metric], *(_cell(truths.get(truth, {})) for truth in TRUTHS)]
+            for metric, truths in found["correlations"].items()
+        ]
+        parts += [
+            f"{title}: Spearman's rank correlation over {len(found['methods'])} methods, each read at L0 "
+            f"{number(found['l0'])} (linear in log L0), mean over {found['seeds']} "
+            f"seed{'s' * (found['seeds'] > 1)}; the interval draws methods and seeds anew."
+            + (f" {found['note'].capitalize()}." if found["note"] else ""),
+            "",
+            markdown(["Metric", *TRUTHS.values()], body),
+            "",
+        ]
         if found["left_out"]:
             parts += [f"No L0 in common, so left out: {', '.join(f'`{name}`' for name in found['left_out'])}.", ""]
     return parts[:-1]
@@ -320,19 +423,29 @@ def beside(metric: str, root: Path = Path(".")) -> str:
     metric: `variance_explained` or `top_1_probing`.
     """
     run = read_ground_truth(root)
-    said = [] if run is None else [f"{_followed(run.follow(scope), metric)} {words}" for scope, words in AMONG.items()
-                                   if _followed(run.follow(scope), metric)]
+    said = (
+        []
+        if run is None
+        else [
+            f"{_followed(run.follow(scope), metric)} {words}"
+            for scope, words in AMONG.items()
+            if _followed(run.follow(scope), metric)
+        ]
+    )
     if not said:
         return ""
-    return (f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, its rank correlation at equal "
-            f"L0 is {'; '.join(said)}. See [ground truth](#ground-truth).")
+    return (
+        f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, its rank correlation at equal "
+        f"L0 is {'; '.join(said)}. See [ground truth](#ground-truth)."
+    )
 
 
 def _followed(found: Mapping[str, Any], metric: str) -> str:
     """`0.69 [0.14, 0.92] with MCC and 0.44 [-0.19, 0.61] with F1 over 13 methods`; empty where that is not known."""
     truths = found["correlations"].get(metric, {})
-    parts = [f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items()
-             if "spearman" in truths.get(truth, {})]
+    parts = [
+        f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items() if "spearman" in truths.get(truth, {})
+    ]
     return f"{' and '.join(parts)} over {len(found['methods'])} methods" if parts else ""
 
 
@@ -341,18 +454,30 @@ def pursuit_findings(found: list[Line]) -> list[str]:
     own = next((line for line in found if line.encoder == OWN and line.dictionary == "trained"), None)
     text = []
     for dictionary in ("truth", "trained", "untrained"):
-        rows = [line for line in found if line.dictionary == dictionary and line.method.endswith(f"over {dictionary}")
-                and line.mean("latent_f1") is not None]
+        rows = [
+            line
+            for line in found
+            if line.dictionary == dictionary
+            and line.method.endswith(f"over {dictionary}")
+            and line.mean("latent_f1") is not None
+        ]
         if not rows:
             continue
         best = max(rows, key=lambda line: line.mean("latent_f1") or 0)
-        parts = [f"`{line.name}` {number(line.mean('latent_f1'))} at L0 {number(line.mean('l0'))}"
-                 for line in rows if line.encoder in ("ihtp", "mpsae")]
-        text.append(f"- Over the {WORDS[dictionary]} the best F1 is {number(best.mean('latent_f1'))} (`{best.name}`, L0 "
-                    f"{number(best.mean('l0'))})" + (f"; {', '.join(parts)}." if parts else "."))
+        parts = [
+            f"`{line.name}` {number(line.mean('latent_f1'))} at L0 {number(line.mean('l0'))}"
+            for line in rows
+            if line.encoder in ("ihtp", "mpsae")
+        ]
+        text.append(
+            f"- Over the {WORDS[dictionary]} the best F1 is {number(best.mean('latent_f1'))} (`{best.name}`, L0 "
+            f"{number(best.mean('l0'))})" + (f"; {', '.join(parts)}." if parts else ".")
+        )
     if own is not None:
-        text.append(f"- The trained dictionary's own encoder (`{own.name}`): F1 {number(own.mean('latent_f1'))} at L0 "
-                    f"{number(own.mean('l0'))}.")
+        text.append(
+            f"- The trained dictionary's own encoder (`{own.name}`): F1 {number(own.mean('latent_f1'))} at L0 "
+            f"{number(own.mean('l0'))}."
+        )
     return text
 
 

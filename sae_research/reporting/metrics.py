@@ -15,12 +15,40 @@ from functools import cache
 # The records themselves stand in metric_table.py: add yours there.
 from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, STOCK_SUFFIX, Metric
 
-__all__ = ["CORE_HEADLINE", "CORE_PLOTTED", "EVALS", "EVAL_NOTES", "EVAL_TITLES", "LAB", "METRICS", "SAE_BENCH",
-           "STOCK_SUFFIX", "WANTED_K", "Metric", "family_of", "headline", "home", "leading_ks", "metric_named",
-           "residual_key", "sort_keys", "top_k"]
+__all__ = [
+    "CORE_HEADLINE",
+    "CORE_PLOTTED",
+    "EVALS",
+    "EVAL_NOTES",
+    "EVAL_TITLES",
+    "LAB",
+    "METRICS",
+    "SAE_BENCH",
+    "STOCK_SUFFIX",
+    "WANTED_K",
+    "Metric",
+    "family_of",
+    "headline",
+    "home",
+    "leading_ks",
+    "metric_named",
+    "residual_key",
+    "sort_keys",
+    "top_k",
+]
 
-EVALS = ("core", "sparse_probing", "scr", "tpp", "absorption", "unlearning", "sparse_probing_sae_probes", "meta_sae",
-         "autointerp", "ravel")
+EVALS = (
+    "core",
+    "sparse_probing",
+    "scr",
+    "tpp",
+    "absorption",
+    "unlearning",
+    "sparse_probing_sae_probes",
+    "meta_sae",
+    "autointerp",
+    "ravel",
+)
 """The evaluations, in the order of every table."""
 
 CORE_HEADLINE = ("l0", "variance_explained", "loss_recovered", "ce_delta", "kl", "fraction_alive")
@@ -45,11 +73,15 @@ EVAL_TITLES = {
     "ravel": "RAVEL",
 }
 
-_UNRELIABLE = ("What the literature holds of it: at its canonical settings this metric fails and should not be relied on, "
-               "while k-sparse probing on the tasks of sae-probes was the most reliable (arXiv 2605.18229).")
-_STAND_IN = ("With the packaged corpora and questions (the default) this is a stand-in for WMDP and MMLU: biomedical "
-             "against other science questions, one-word answers against three other answers. Its scores compare SAEs with "
-             "one another, not with published ones.")
+_UNRELIABLE = (
+    "What the literature holds of it: at its canonical settings this metric fails and should not be relied on, "
+    "while k-sparse probing on the tasks of sae-probes was the most reliable (arXiv 2605.18229)."
+)
+_STAND_IN = (
+    "With the packaged corpora and questions (the default) this is a stand-in for WMDP and MMLU: biomedical "
+    "against other science questions, one-word answers against three other answers. Its scores compare SAEs with "
+    "one another, not with published ones."
+)
 EVAL_NOTES = {"scr": _UNRELIABLE, "tpp": _UNRELIABLE, "unlearning": _STAND_IN}
 """What stands above an evaluation's figures."""
 
@@ -101,8 +133,14 @@ def metric_named(key: str, eval_name: str) -> Metric:
 
 def family_of(key: str, eval_name: str) -> str | None:
     """The `{k}` key that a figure belongs to; None for one that comes once."""
-    return next((metric.key for metric in METRICS
-                 if metric.eval == eval_name and "{k}" in metric.key and _pattern(metric.key).fullmatch(key)), None)
+    return next(
+        (
+            metric.key
+            for metric in METRICS
+            if metric.eval == eval_name and "{k}" in metric.key and _pattern(metric.key).fullmatch(key)
+        ),
+        None,
+    )
 
 
 def _with_k(metric: Metric, k: str) -> Metric:

@@ -30,8 +30,13 @@ METRICS = {
     "fraction_alive": "Fraction of latents alive",
 }
 LOOKS_LIKE = {
-    "top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk", "jump_relu": "jumprelu",
-    "matching_pursuit": "mpsae", "relu": "ihtp", "p_anneal": "omp",
+    "top_k": "topk",
+    "batch_top_k": "batchtopk",
+    "matryoshka_batch_top_k": "matryoshka_batchtopk",
+    "jump_relu": "jumprelu",
+    "matching_pursuit": "mpsae",
+    "relu": "ihtp",
+    "p_anneal": "omp",
 }
 """Recipe -> the architecture whose marker it borrows, so that a recipe looks the same in every picture."""
 LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
@@ -78,9 +83,11 @@ def read_points(folders: Sequence[str], metric: str) -> list[Point]:
         files = sorted(folder.rglob(EVAL_FILE))
         points = [point for file in files if (point := _point(file, label, metric)) is not None]
         if not points:
-            raise UserError(f"{folder}: no {EVAL_FILE} with an L0 and {metric} below it; train with "
-                            "train.evaluate_tokens above 0" if not files else
-                            f"{folder}: none of {len(files)} {EVAL_FILE} holds an L0 above zero and {metric}")
+            raise UserError(
+                f"{folder}: no {EVAL_FILE} with an L0 and {metric} below it; train with train.evaluate_tokens above 0"
+                if not files
+                else f"{folder}: none of {len(files)} {EVAL_FILE} holds an L0 above zero and {metric}"
+            )
         found += points
     return found
 
@@ -90,8 +97,14 @@ def _point(file: Path, label: str, metric: str) -> Point | None:
     l0, value = values.get("l0"), values.get(metric)
     if not (_number(l0) and l0 > 0 and _number(value)):
         return None
-    return Point(file.parent.name, str(values.get("recipe") or values.get("form") or "unknown"), label,
-                 str(values.get("hook_name", "")), float(l0), float(value))
+    return Point(
+        file.parent.name,
+        str(values.get("recipe") or values.get("form") or "unknown"),
+        label,
+        str(values.get("hook_name", "")),
+        float(l0),
+        float(value),
+    )
 
 
 def _number(value: Any) -> bool:
@@ -131,8 +144,14 @@ def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], look: dic
     log_axis(axes.xaxis, *span([point.l0 for point in points], log=True))
     axes.set_ylim(*span([point.value for point in points], log=False))
     best = frontier(points)
-    axes.plot([point.l0 for point in best], [point.value for point in best], color="#C8C8C8", linewidth=4,
-              solid_capstyle="round", zorder=1)
+    axes.plot(
+        [point.l0 for point in best],
+        [point.value for point in best],
+        color="#C8C8C8",
+        linewidth=4,
+        solid_capstyle="round",
+        zorder=1,
+    )
     for recipe, shown in look.items():
         for number, label in enumerate(labels):
             line = sorted((p for p in points if (p.recipe, p.label) == (recipe, label)), key=lambda p: p.l0)
@@ -143,9 +162,16 @@ def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], look: dic
 def _style(look: Look, number: int) -> dict[str, Any]:
     """How a recipe of the folder with this number is drawn."""
     face = look.color if number == 0 else "white"
-    return {"color": look.color, "marker": look.marker, "markersize": MARKER, "linewidth": 1.2,
-            "linestyle": LINES[number % len(LINES)], "markerfacecolor": face,
-            "markeredgecolor": "white" if number == 0 else look.color, "markeredgewidth": 0.6 if number == 0 else 1.3}
+    return {
+        "color": look.color,
+        "marker": look.marker,
+        "markersize": MARKER,
+        "linewidth": 1.2,
+        "linestyle": LINES[number % len(LINES)],
+        "markerfacecolor": face,
+        "markeredgecolor": "white" if number == 0 else look.color,
+        "markeredgewidth": 0.6 if number == 0 else 1.3,
+    }
 
 
 def _legend(figure: Figure, look: dict[str, Look], labels: Sequence[str], left: float) -> None:
@@ -154,8 +180,16 @@ def _legend(figure: Figure, look: dict[str, Look], labels: Sequence[str], left: 
         grey = Look("o", MUTED)
         handles += [Line2D([], [], label=label, **_style(grey, number)) for number, label in enumerate(labels)]
     handles.append(Line2D([], [], color="#C8C8C8", linewidth=4, label="frontier: beaten\nin both by none"))
-    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(left, 0.5), frameon=False, fontsize=SMALL + 1,
-                  labelcolor=INK, handlelength=2.6, labelspacing=0.8)
+    figure.legend(
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(left, 0.5),
+        frameon=False,
+        fontsize=SMALL + 1,
+        labelcolor=INK,
+        handlelength=2.6,
+        labelspacing=0.8,
+    )
 
 
 def _recipe_looks(recipes: Iterable[str]) -> dict[str, Look]:

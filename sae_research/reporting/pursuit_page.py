@@ -15,17 +15,38 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_text
 
 DPI = 110
-ENCODERS = {"ihtp": ("IHTP", "k"), "topk_refit": ("top-k refit", "k"), "mpsae": ("MPSAE", "s"), "omp": ("OMP", "s"),
-            "nn_mpsae": ("non-negative MPSAE", "s"), "nn_omp": ("non-negative OMP", "s")}
-COLORS = {"ihtp": "#009E73", "topk_refit": "#E69F00", "mpsae": "#CC79A7", "omp": "#7A5195", "nn_mpsae": "#56B4E9",
-          "nn_omp": "#2F4F4F"}
-DICTIONARIES = {"trained": ("trained", "-", "o", "#0072B2"), "data_rows": ("data rows", "--", "s", "#D55E00"),
-                "random": ("random", ":", "D", "#8C8C8C")}
+ENCODERS = {
+    "ihtp": ("IHTP", "k"),
+    "topk_refit": ("top-k refit", "k"),
+    "mpsae": ("MPSAE", "s"),
+    "omp": ("OMP", "s"),
+    "nn_mpsae": ("non-negative MPSAE", "s"),
+    "nn_omp": ("non-negative OMP", "s"),
+}
+COLORS = {
+    "ihtp": "#009E73",
+    "topk_refit": "#E69F00",
+    "mpsae": "#CC79A7",
+    "omp": "#7A5195",
+    "nn_mpsae": "#56B4E9",
+    "nn_omp": "#2F4F4F",
+}
+DICTIONARIES = {
+    "trained": ("trained", "-", "o", "#0072B2"),
+    "data_rows": ("data rows", "--", "s", "#D55E00"),
+    "random": ("random", ":", "D", "#8C8C8C"),
+}
 METRICS = {"l0": "L0", "variance_explained": "Variance explained", "loss_recovered": "Loss recovered"}
 SHOWN_FLOOR = -0.2
 """Lowest variance explained or loss recovered that is drawn; what lies below stands at the edge."""
-TABLE_SIZES = {"ihtp": (1, 5, 10), "topk_refit": (10, 50), "mpsae": (10, 50, 100), "omp": (10, 50),
-               "nn_mpsae": (10, 50, 100), "nn_omp": (10, 50)}
+TABLE_SIZES = {
+    "ihtp": (1, 5, 10),
+    "topk_refit": (10, 50),
+    "mpsae": (10, 50, 100),
+    "omp": (10, 50),
+    "nn_mpsae": (10, 50, 100),
+    "nn_omp": (10, 50),
+}
 
 Row = dict[str, Any]
 
@@ -50,6 +71,7 @@ def _figure(height_inches: float) -> Figure:
 
 # --- against k and s -------------------------------------------------------------------------
 
+
 def _by_size(rows: list[Row], metric: str) -> Figure:
     """Six panels, one per encoder; three lines in each, one per dictionary. Interpolating points are hollow."""
     figure = _figure(6.0)
@@ -65,13 +87,22 @@ def _by_size(rows: list[Row], metric: str) -> Figure:
             _line(axes, [row["size"] for row in points], points, metric, label, line, marker, color)
     _limits(panels.flat[0], [row for row in rows if row["dictionary"]], metric)
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=TEXT, frameon=False,
-                  title="dictionary (hollow: the support interpolates)", title_fontsize=SMALL + 1)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=TEXT,
+        frameon=False,
+        title="dictionary (hollow: the support interpolates)",
+        title_fontsize=SMALL + 1,
+    )
     return figure
 
 
-def _line(axes: Axes, x: Sequence[float], points: list[Row], metric: str, label: str, line: str, marker: str,
-          color: str) -> None:
+def _line(
+    axes: Axes, x: Sequence[float], points: list[Row], metric: str, label: str, line: str, marker: str, color: str
+) -> None:
     y = [_shown(row[metric], metric) for row in points]
     axes.plot(x, y, line, color=color, linewidth=1.4, zorder=2)
     axes.plot([], [], line, marker=marker, color=color, label=label, markersize=5)
@@ -94,6 +125,7 @@ def _limits(axes: Axes, rows: Iterable[Row], metric: str) -> None:
 
 # --- at equal L0 -----------------------------------------------------------------------------
 
+
 def _by_l0(rows: list[Row]) -> Figure:
     """Variance explained and loss recovered against L0: all encoders over the trained dictionary, matching pursuit over
     the untrained ones, and the trained SAEs with their own encoders."""
@@ -111,25 +143,41 @@ def _by_l0(rows: list[Row]) -> Figure:
         for number, row in enumerate(row for row in rows if not row["dictionary"]):
             at = row["l0"], _shown(row[metric], metric)
             axes.plot(*at, "*", color=INK, markersize=11, zorder=4)
-            axes.annotate(row["encoder"], at, xytext=(-66, -58 - 16 * number), textcoords="offset points",
-                          fontsize=SMALL, color=INK, arrowprops={
-                              "arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4})
+            axes.annotate(
+                row["encoder"],
+                at,
+                xytext=(-66, -58 - 16 * number),
+                textcoords="offset points",
+                fontsize=SMALL,
+                color=INK,
+                arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4},
+            )
         drawn = [row for row in rows if row["dictionary"] in ("", "trained") or row["encoder"] == "mpsae"]
         log_axis(axes.xaxis, 0.85, max(row["l0"] for row in drawn) * 1.25)
         _limits(axes, drawn, metric)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=SMALL + 0.5, frameon=False,
-                  title="over the trained dictionary unless said otherwise; stars: trained SAEs with their own encoders; "
-                        "hollow: the support interpolates", title_fontsize=SMALL)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=4,
+        fontsize=SMALL + 0.5,
+        frameon=False,
+        title="over the trained dictionary unless said otherwise; stars: trained SAEs with their own encoders; "
+        "hollow: the support interpolates",
+        title_fontsize=SMALL,
+    )
     return figure
 
 
 def _ordered(rows: list[Row], dictionary: str, encoder: str) -> list[Row]:
-    return sorted((row for row in rows if (row["dictionary"], row["encoder"]) == (dictionary, encoder)),
-                  key=lambda row: row["l0"])
+    return sorted(
+        (row for row in rows if (row["dictionary"], row["encoder"]) == (dictionary, encoder)), key=lambda row: row["l0"]
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------
+
 
 def write_tables(page: Path, folder: Path) -> None:
     """Put the tables into the page, each between `<!-- begin NAME -->` and `<!-- end NAME -->`.
@@ -153,14 +201,19 @@ def write_tables(page: Path, folder: Path) -> None:
 
 
 def _basis(study: dict[str, Any]) -> str:
-    return (f"Model {study['model']}, {study['hook']}; d_in {study['d_in']:,}, d_sae {study['d_sae']:,}; contexts of "
-            f"{study['context_size']} tokens, {study['contexts']} for L0 and variance, {study['loss_contexts']} for loss "
-            "recovered: a small sample, good for shapes of curves and not for small differences.")
+    return (
+        f"Model {study['model']}, {study['hook']}; d_in {study['d_in']:,}, d_sae {study['d_sae']:,}; contexts of "
+        f"{study['context_size']} tokens, {study['contexts']} for L0 and variance, {study['loss_contexts']} for loss "
+        "recovered: a small sample, good for shapes of curves and not for small differences."
+    )
 
 
 def _study_table(study: dict[str, Any]) -> str:
-    lines = ["| encoder | size | L0 | variance explained: trained | data rows | random "
-             "| loss recovered: trained | data rows | random |", "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| encoder | size | L0 | variance explained: trained | data rows | random "
+        "| loss recovered: trained | data rows | random |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     found = {(row["dictionary"], row["encoder"], row["size"]): row for row in study["rows"]}
     for encoder, sizes in TABLE_SIZES.items():
         title, letter = ENCODERS[encoder]
@@ -170,8 +223,10 @@ def _study_table(study: dict[str, Any]) -> str:
             lines.append(f"| {title} | {letter} = {size} | {cells[0]['l0']:.3g} | {' | '.join(figures)} |")
     for row in study["rows"]:
         if not row["dictionary"]:
-            lines.append(f"| {row['encoder']} (its own encoder) | | {row['l0']:.3g} | {_cell(row, 'variance_explained')} "
-                         f"| | | {_cell(row, 'loss_recovered')} | | |")
+            lines.append(
+                f"| {row['encoder']} (its own encoder) | | {row['l0']:.3g} | {_cell(row, 'variance_explained')} "
+                f"| | | {_cell(row, 'loss_recovered')} | | |"
+            )
     return "\n".join(lines)
 
 
@@ -185,12 +240,18 @@ def _speed_tables(runs: list[dict[str, Any]]) -> str:
         shape = f"{run['d_in']:,} × {run['d_sae']:,} on {run['device']}"
         if run["device"] == "cpu":
             shape += f", {run['threads']} threads"
-        against = "\n".join(f"| {name} | {row['ours_seconds']:.3g} s | {row['loop_seconds']:.3g} s | {row['ratio']:.3g}× |"
-                            for name, row in run["against"].items())
-        memory = "\n".join(f"| {name} | {value:,.3g} |" if value < 1e4 else f"| {name} | {value:,.0f} |"
-                           for name, value in run["memory"].items())
+        against = "\n".join(
+            f"| {name} | {row['ours_seconds']:.3g} s | {row['loop_seconds']:.3g} s | {row['ratio']:.3g}× |"
+            for name, row in run["against"].items()
+        )
+        memory = "\n".join(
+            f"| {name} | {value:,.3g} |" if value < 1e4 else f"| {name} | {value:,.0f} |"
+            for name, value in run["memory"].items()
+        )
         speed = "\n".join(f"| {name} | {value:,.0f} |" for name, value in run["tokens_per_second"].items())
-        parts.append(f"d_in × d_sae: {shape}.\n\n| | ours | plain loop | ratio |\n|---|--:|--:|--:|\n{against}\n\n"
-                     f"| matching pursuit, s = 100, steps alone | |\n|---|--:|\n{memory}\n\n"
-                     f"| encoder | tokens/s |\n|---|--:|\n{speed}")
+        parts.append(
+            f"d_in × d_sae: {shape}.\n\n| | ours | plain loop | ratio |\n|---|--:|--:|--:|\n{against}\n\n"
+            f"| matching pursuit, s = 100, steps alone | |\n|---|--:|\n{memory}\n\n"
+            f"| encoder | tokens/s |\n|---|--:|\n{speed}"
+        )
     return "\n\n".join(parts)

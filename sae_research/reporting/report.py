@@ -156,8 +156,12 @@ def images(run: Run) -> str:
     lines += [f"![{headline(key).label} against L0](images/l0_vs_{key}.png)" for key in run.plotted]
     lines += ["", "![Density of latents](images/latent_density.png)"]
     if run.curves:
-        lines += ["", "![Training curves](images/training_curves.png)", "",
-                  "Training losses of different recipes are sums of different terms: compare L0 and variance explained."]
+        lines += [
+            "",
+            "![Training curves](images/training_curves.png)",
+            "",
+            "Training losses of different recipes are sums of different terms: compare L0 and variance explained.",
+        ]
     return "\n".join(lines)
 
 
@@ -175,10 +179,7 @@ def definitions(run: Run) -> str:
 
 
 def _definition_table(metrics: Iterable[Metric]) -> str:
-    body = [
-        [f"`{metric.key.replace('{k}', 'k')}`", metric.label + metric.arrow, metric.definition]
-        for metric in metrics
-    ]
+    body = [[f"`{metric.key.replace('{k}', 'k')}`", metric.label + metric.arrow, metric.definition] for metric in metrics]
     return markdown(["Key", "Label", "Definition"], body, left=3).replace("{k}", "*k*")
 
 
@@ -201,8 +202,13 @@ def training(run: Run) -> str:
 
 def _row(name: str, finding: dict[str, Any]) -> list[str]:
     text = finding["says"].replace("|", "\\|")
-    return [name, text, f"{finding['figure']} {number(finding['value'])}", number(finding["limit"]),
-            f"`{finding['change'].partition(':')[0]}`:{finding['change'].partition(':')[2]}"]
+    return [
+        name,
+        text,
+        f"{finding['figure']} {number(finding['value'])}",
+        number(finding["limit"]),
+        f"`{finding['change'].partition(':')[0]}`:{finding['change'].partition(':')[2]}",
+    ]
 
 
 UNTRAINED = "control_data_rows"
@@ -224,9 +230,12 @@ def _compared(run: Run, found: Sequence[Comparison]) -> str:
     variants = sum(row.role == "variant" for row in run.rows)
     controls = sum(row.is_control for row in run.rows)
     exceeding = sum(item.exceeds_noise for item in found)
-    return (f"Compared at equal L0: {trained}" + (f", {variants} pursuit encoders over the baseline's dictionary" if variants
-                                                  else "") + (f" and {controls} controls" if controls else "")
-            + f"; {exceeding} of {len(found)} differences exceed noise after Holm's correction.")
+    return (
+        f"Compared at equal L0: {trained}"
+        + (f", {variants} pursuit encoders over the baseline's dictionary" if variants else "")
+        + (f" and {controls} controls" if controls else "")
+        + f"; {exceeding} of {len(found)} differences exceed noise after Holm's correction."
+    )
 
 
 def _untrained(found: Sequence[Comparison]) -> list[str]:
@@ -237,23 +246,37 @@ def _untrained(found: Sequence[Comparison]) -> list[str]:
             continue
         if item.metric.key != MAIN:
             continue
-        beside = [other for other in found if (other.pair, other.l0) == (item.pair, item.l0)
-                  and other.metric.key.startswith("sae_top_")]
+        beside = [
+            other
+            for other in found
+            if (other.pair, other.l0) == (item.pair, item.l0) and other.metric.key.startswith("sae_top_")
+        ]
         probing = "; ".join(f"{other.metric.label.lower()} {_difference(other)}" for other in beside)
-        lines.append(f"{item.one.title} against untrained data rows under matching pursuit, at L0 {number(item.l0)}: "
-                     f"variance explained {_difference(item)}" + (f"; {probing}." if probing else "."))
+        lines.append(
+            f"{item.one.title} against untrained data rows under matching pursuit, at L0 {number(item.l0)}: "
+            f"variance explained {_difference(item)}" + (f"; {probing}." if probing else ".")
+        )
     return lines[:2]
 
 
 def _largest(found: Sequence[Comparison]) -> list[str]:
     """The largest difference between two trained or pursuit rows that exceeds noise, in the headline metric."""
-    rivals = [item for item in found if item.other is not None and not item.other.is_control and not item.one.is_control
-              and item.metric.key == MAIN and item.exceeds_noise]
+    rivals = [
+        item
+        for item in found
+        if item.other is not None
+        and not item.other.is_control
+        and not item.one.is_control
+        and item.metric.key == MAIN
+        and item.exceeds_noise
+    ]
     if not rivals:
         return []
     item = max(rivals, key=lambda item: abs(item.found.value))
-    return [f"The largest difference between two encoders, at L0 {number(item.l0)}: {item.pair[0]} less {item.pair[1]}, "
-            f"variance explained {_difference(item)}."]
+    return [
+        f"The largest difference between two encoders, at L0 {number(item.l0)}: {item.pair[0]} less {item.pair[1]}, "
+        f"variance explained {_difference(item)}."
+    ]
 
 
 def _alike(found: Sequence[Comparison]) -> list[str]:
@@ -270,8 +293,9 @@ def _difference(item: Comparison) -> str:
     def signed(value: float) -> str:
         return ("+" if value > 0 else "") + number(value).replace("-", "−")
 
-    return (f"{signed(item.found.value)} [{signed(item.found.low)}, {signed(item.found.high)}]"
-            + ("" if item.exceeds_noise else ", within noise"))
+    return f"{signed(item.found.value)} [{signed(item.found.low)}, {signed(item.found.high)}]" + (
+        "" if item.exceeds_noise else ", within noise"
+    )
 
 
 def _not_varied(run: Run) -> str:

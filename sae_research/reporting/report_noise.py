@@ -58,8 +58,11 @@ def probe_texts(run: Run) -> str:
     """How often the probes' training texts were drawn, in a sentence; empty where they were drawn once."""
     outcomes = next((found for row in run.rows if (found := row.evals.get("sparse_probing", {}).get("outcomes"))), {})
     drawn = outcomes.get("train_draws", 1)
-    return (f"Those of probing hold the choice of training texts too, drawn {drawn} times. " if drawn > 1 else
-            "Those of probing hold one choice of training texts. ")
+    return (
+        f"Those of probing hold the choice of training texts too, drawn {drawn} times. "
+        if drawn > 1
+        else "Those of probing hold one choice of training texts. "
+    )
 
 
 def clusters(rows: Sequence[Row]) -> list[str]:
@@ -70,8 +73,10 @@ def clusters(rows: Sequence[Row]) -> list[str]:
     if outcomes is not None:
         asked = outcomes["asked"].values()
         texts = {number for classes in asked for parts in classes.values() for part in parts for number in part.split()}
-        lines.append(f"- Probing accuracies: {len(texts)} test texts, drawn within their task and class; one text serves "
-                     "several classes.")
+        lines.append(
+            f"- Probing accuracies: {len(texts)} test texts, drawn within their task and class; one text serves "
+            "several classes."
+        )
     return lines
 
 
@@ -104,10 +109,15 @@ def seeds(run: Run) -> str:
         return ""
     metrics = [headline(key) for key in run.headline]
     body = seed_lines(run.rows, metrics, number)
-    return "\n".join([
-        "## Several seeds of one recipe", "",
-        "Mean ± standard deviation between training runs that differ in their seed alone.", "",
-        markdown(["Recipe", "SAEs", *(metric.label + metric.arrow for metric in metrics)], body, left=2)])
+    return "\n".join(
+        [
+            "## Several seeds of one recipe",
+            "",
+            "Mean ± standard deviation between training runs that differ in their seed alone.",
+            "",
+            markdown(["Recipe", "SAEs", *(metric.label + metric.arrow for metric in metrics)], body, left=2),
+        ]
+    )
 
 
 # --- differences -------------------------------------------------------------------------------
@@ -117,8 +127,11 @@ def differences(run: Run, found: Sequence[Comparison]) -> str:
     """Which paired differences exceed noise, and how that was decided."""
     title = "## Which differences exceed noise"
     if not found:
-        why = ("No two SAEs of equal L0 have figures on the same text with enough documents, so nothing was tested."
-               if run.rows else "")
+        why = (
+            "No two SAEs of equal L0 have figures on the same text with enough documents, so nothing was tested."
+            if run.rows
+            else ""
+        )
         return f"{title}\n\n{why}" if why else ""
     exceeding = [item for item in found if item.exceeds_noise]
     pairs = list(dict.fromkeys(item.pair for item in found))
@@ -141,9 +154,12 @@ def differences(run: Run, found: Sequence[Comparison]) -> str:
     if not exceeding:
         return "\n".join([*lines, "**No difference exceeds noise.**"])
     shown = {item.pair for item in exceeding}
-    lines += [f"{len(exceeding)} of {len(found)} differences exceed noise, in {len(shown)} of {len(pairs)} pairs. "
-              "First SAE less second, with the 95 % interval of that difference alone; "
-              f"·: does not exceed noise; {ABSENT}: not tested.", *_difference_tables(found)]
+    lines += [
+        f"{len(exceeding)} of {len(found)} differences exceed noise, in {len(shown)} of {len(pairs)} pairs. "
+        "First SAE less second, with the 95 % interval of that difference alone; "
+        f"·: does not exceed noise; {ABSENT}: not tested.",
+        *_difference_tables(found),
+    ]
     claims = list(dict.fromkeys(_claim(item) for item in exceeding if item.may_claim))
     return "\n".join([*lines, *(["", *claims] if claims else [])])
 
@@ -151,16 +167,26 @@ def differences(run: Run, found: Sequence[Comparison]) -> str:
 def _seed_terms(run: Run) -> list[str]:
     several = recipes(run.rows)
     if not several:
-        return ["One training seed stands behind every SAE: what exceeds noise here does so on this text, and another "
-                "seed may differ."]
+        return [
+            "One training seed stands behind every SAE: what exceeds noise here does so on this text, and another "
+            "seed may differ."
+        ]
     enough = [recipe.title for recipe in several if recipe.seeds >= SEEDS_FOR_A_CLAIM]
     alone = sum(1 for contender in contenders(run.rows) if contender.seeds == 1)
     return [
         "Where a recipe was trained with several seeds their mean is compared, and their spread is part of the error. "
-        + (f"At least {SEEDS_FOR_A_CLAIM} seeds stand behind {', '.join(enough)}. " if enough else
-           f"No recipe has the {SEEDS_FOR_A_CLAIM} seeds that a claim about recipes would need. ")
-        + (f"{_counted(alone, 'row')} without a second seed: what exceeds noise there does so on this text, and another "
-           "seed may differ." if alone else "")]
+        + (
+            f"At least {SEEDS_FOR_A_CLAIM} seeds stand behind {', '.join(enough)}. "
+            if enough
+            else f"No recipe has the {SEEDS_FOR_A_CLAIM} seeds that a claim about recipes would need. "
+        )
+        + (
+            f"{_counted(alone, 'row')} without a second seed: what exceeds noise there does so on this text, and another "
+            "seed may differ."
+            if alone
+            else ""
+        )
+    ]
 
 
 def _unmatched(run: Run) -> list[str]:
@@ -173,8 +199,12 @@ def _unmatched(run: Run) -> list[str]:
     partners: dict[str, list[str]] = {}
     for one, other in pairs:
         partners.setdefault(_spanned(one), []).append(_spanned(other))
-    return ["", "Not compared, for they share no L0: " + "; ".join(
-        f"{one} with {', '.join(others)}" for one, others in partners.items()) + "."]
+    return [
+        "",
+        "Not compared, for they share no L0: "
+        + "; ".join(f"{one} with {', '.join(others)}" for one, others in partners.items())
+        + ".",
+    ]
 
 
 def _spanned(grid: Grid) -> str:
@@ -194,11 +224,16 @@ def _difference_tables(found: Sequence[Comparison]) -> list[str]:
         shown = list(dict.fromkeys((item.pair, item.l0) for item in items if item.exceeds_noise))
         metrics = list(dict.fromkeys(item.metric for item in items))
         cells = {(item.pair, item.l0, item.metric): _cell(item) for item in items}
-        body = [[*pair, number(l0), *(cells.get((pair, l0, metric), ABSENT) for metric in metrics)]
-                for pair, l0 in shown[:PAIRS_SHOWN]]
+        body = [
+            [*pair, number(l0), *(cells.get((pair, l0, metric), ABSENT) for metric in metrics)]
+            for pair, l0 in shown[:PAIRS_SHOWN]
+        ]
         if shown:
-            lines += ["", *([f"{title}:", ""] if title else []),
-                      markdown(["SAE", "less", "at L0", *(metric.label + metric.arrow for metric in metrics)], body, left=2)]
+            lines += [
+                "",
+                *([f"{title}:", ""] if title else []),
+                markdown(["SAE", "less", "at L0", *(metric.label + metric.arrow for metric in metrics)], body, left=2),
+            ]
         if len(shown) > PAIRS_SHOWN:
             lines += ["", f"{len(shown) - PAIRS_SHOWN} more pairs stand in metrics/differences.csv."]
     return lines
@@ -237,9 +272,13 @@ def equal_l0(run: Run) -> str:
         "",
         "Between the measured points of one architecture figures are interpolated, linear in log L0, and nowhere beyond "
         "them. Several seeds of a recipe are one point, their mean. Interpolating rows are left out"
-        + (f" ({', '.join(f'`{row.name}`' for row in run.rows if row.interpolating)})." if any(
-            row.interpolating for row in run.rows) else "; this run has none."),
-        *[""] * bool(_alone(found)), *_alone(found),
+        + (
+            f" ({', '.join(f'`{row.name}`' for row in run.rows if row.interpolating)})."
+            if any(row.interpolating for row in run.rows)
+            else "; this run has none."
+        ),
+        *[""] * bool(_alone(found)),
+        *_alone(found),
     ]
     body = []
     for grid in found:

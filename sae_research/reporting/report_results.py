@@ -30,8 +30,14 @@ GROUPS = {
 }
 SIDE_BY_SIDE = ("l0", "variance_explained", "variance_explained_legacy", "loss_recovered", "kl", "fraction_alive")
 """Core figures shown in both definitions; probing accuracies follow."""
-STRICTER = ("variance_explained", "variance_explained_per_dim", "loss_recovered", "loss_recovered_mean_ablation",
-            "cosine_about_mean", "bias_about_mean")
+STRICTER = (
+    "variance_explained",
+    "variance_explained_per_dim",
+    "loss_recovered",
+    "loss_recovered_mean_ablation",
+    "cosine_about_mean",
+    "bias_about_mean",
+)
 """Figures of the first table, each followed by what says the same more strictly, and what they leave out."""
 FOLLOWED = ("variance_explained", "top_1_probing")
 """Figures of the first table that the ground-truth evaluation compares with the truth."""
@@ -41,9 +47,7 @@ OPTIONAL = tuple(name for name in EVALS if name not in ("core", "sparse_probing"
 def results(run: Run, root: Path = Path(".")) -> str:
     """One row per SAE, grouped by role, and how far two figures followed a known truth. root: the project's folder."""
     if not run.rows:
-        return (
-            "## Results\n\nNo SAE has a result; see [how each evaluation ended](#how-each-evaluation-ended)."
-        )
+        return "## Results\n\nNo SAE has a result; see [how each evaluation ended](#how-each-evaluation-ended)."
     header, columns = headline_columns(run.rows, run.headline)
     lines = dict(zip((row.name for row in run.rows), zip(*columns, strict=True), strict=True))
     body = []
@@ -76,13 +80,20 @@ def stricter(run: Run) -> str:
         return ""
     header = ["SAE", *(headline(key).label + headline(key).arrow for key in keys)]
     body = [[f"`{row.name}`", *(number(row.value(key)) for key in keys)] for row in run.rows]
-    return "\n".join([
-        "## By stricter references", "",
-        "A few dimensions of large variance can carry *variance explained*, and zero in place of activations is a poor "
-        "guess, which flatters *loss recovered*. The mean over dimensions and mean-ablation are harder to please. Cosine "
-        "and bias are taken about the mean activation, which every SAE can add for nothing. A bias below 1 is shrinkage: "
-        "activations too small for their directions.", "",
-        markdown(header, body)])
+    return "\n".join(
+        [
+            "## By stricter references",
+            "",
+            "A few dimensions of large variance can carry *variance explained*, and zero in place of activations is a poor "
+            "guess, which flatters *loss recovered*. The mean over dimensions and mean-ablation are harder to "
+            "please. Cosine "
+            "and bias are taken about the mean activation, which every SAE can add for nothing. A bias below 1 "
+            "is shrinkage: "
+            "activations too small for their directions.",
+            "",
+            markdown(header, body),
+        ]
+    )
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -101,10 +112,14 @@ def controls(run: Run) -> str:
         "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
         "control_pca": "the leading principal components",
     }
-    kinds = {kind: [row.name for row in run.rows if row.is_control and row.kind == kind] for kind in dict.fromkeys(
-        row.kind for row in run.rows if row.is_control)}
-    lines = [f"- {', '.join(f'`{name}`' for name in members)}" + (f": {known[kind]}" if kind in known else "")
-             for kind, members in kinds.items()]
+    kinds = {
+        kind: [row.name for row in run.rows if row.is_control and row.kind == kind]
+        for kind in dict.fromkeys(row.kind for row in run.rows if row.is_control)
+    }
+    lines = [
+        f"- {', '.join(f'`{name}`' for name in members)}" + (f": {known[kind]}" if kind in known else "")
+        for kind, members in kinds.items()
+    ]
     lines.append("- raw residual stream: the probe on the model's own dimensions (probing only)")
     findings = control_findings(run) + residual_findings(run)
     return "\n".join(
@@ -125,8 +140,9 @@ def control_findings(run: Run) -> list[str]:
     lines, rows = [], run.rows
     for metric in (metric for key in run.headline if (metric := headline(key)).better and key != "fraction_alive"):
         for control in (row for row in rows if row.is_control):
-            passed = [row for row in rows
-                      if row.may_be_marked and _exceeds(control, row, metric) and _no_denser(control, row)]
+            passed = [
+                row for row in rows if row.may_be_marked and _exceeds(control, row, metric) and _no_denser(control, row)
+            ]
             if passed:
                 listed = ", ".join(f"`{row.name}` ({_at_l0(row, metric)})" for row in passed)
                 lines.append(
@@ -136,8 +152,11 @@ def control_findings(run: Run) -> list[str]:
     if not lines and any(row.is_control for row in rows):
         return ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
     return (
-        ["Where a control of the same or a lower L0 has the more favourable value (interpolating rows left out):", "",
-         *lines]
+        [
+            "Where a control of the same or a lower L0 has the more favourable value (interpolating rows left out):",
+            "",
+            *lines,
+        ]
         if lines
         else []
     )
@@ -218,8 +237,10 @@ def probing_tasks(run: Run) -> str:
     parts = ["## Sparse probing by task", ""]
     for key in shown:
         body = [
-            [f"`{row.name}`", *(with_interval(tasks[row.name].get(task, {}).get(key), _task_interval(row, task, key))
-                                for task in names)]
+            [
+                f"`{row.name}`",
+                *(with_interval(tasks[row.name].get(task, {}).get(key), _task_interval(row, task, key)) for task in names),
+            ]
             for row in run.rows
             if tasks[row.name]
         ]
@@ -253,8 +274,11 @@ def optional(run: Run) -> str:
         rows = [row for row in run.rows if row.evals.get(name, {}).get("metrics")]
         if rows:
             note = [EVAL_NOTES[name], ""] if name in EVAL_NOTES else []
-            sections.append("\n".join([f"## {EVAL_TITLES[name]}", "", *note, *_evaluation_tables(rows, name),
-                                       *idle_findings(rows, name)]).rstrip())
+            sections.append(
+                "\n".join(
+                    [f"## {EVAL_TITLES[name]}", "", *note, *_evaluation_tables(rows, name), *idle_findings(rows, name)]
+                ).rstrip()
+            )
     return "\n\n".join(sections)
 
 
@@ -269,11 +293,15 @@ def idle_findings(rows: Sequence[Row], name: str) -> list[str]:
         above = [row for row in measured if row.value(metric.key, name) > value]
         sure = [row for row in above if (bounds := row.interval(metric.key, name)) and bounds[0] > value]
         if above:
-            lines.append(f"- {metric.label}: {by} has {number(value)}; {len(above)} of {len(measured)} SAEs lie above it, "
-                         f"{len(sure)} with their whole interval" + (f" ({_listed(sure)})." if sure else "."))
+            lines.append(
+                f"- {metric.label}: {by} has {number(value)}; {len(above)} of {len(measured)} SAEs lie above it, "
+                f"{len(sure)} with their whole interval" + (f" ({_listed(sure)})." if sure else ".")
+            )
         else:
-            lines.append(f"- {metric.label}: **no SAE lies above {number(value)}**, which {by} has. Their order says "
-                         "nothing in favour of any.")
+            lines.append(
+                f"- {metric.label}: **no SAE lies above {number(value)}**, which {by} has. Their order says "
+                "nothing in favour of any."
+            )
     return [*lines, ""] if lines else []
 
 
@@ -300,6 +328,7 @@ def _evaluation_tables(rows: Sequence[Row], name: str) -> list[str]:
 def _evaluation_table(rows: Sequence[Row], name: str, keys: Sequence[str]) -> list[str]:
     metrics = [metric_named(key, name) for key in keys]
     titles = [metric.label + metric.arrow + ("<br>SAE Bench" if metric.source else "") for metric in metrics]
-    body = [[f"`{row.name}`", *(with_interval(row.value(key, name), row.interval(key, name)) for key in keys)]
-            for row in rows]
+    body = [
+        [f"`{row.name}`", *(with_interval(row.value(key, name), row.interval(key, name)) for key in keys)] for row in rows
+    ]
     return [markdown(["SAE", *titles], body), ""]

@@ -70,7 +70,9 @@ def extract_table_metrics(eval_name: str, result: Result) -> Figures:
 
 
 EXTRACTORS: dict[str, Callable[[Result], Figures]] = {
-    **{name: partial(extract_table_metrics, name) for name in EVALS}, "core": extract_core_metrics}
+    **{name: partial(extract_table_metrics, name) for name in EVALS},
+    "core": extract_core_metrics,
+}
 
 
 # --- the two commands --------------------------------------------------------------------------
@@ -87,9 +89,7 @@ def extract(eval_name: str, folder: Path, output: Path) -> None:
 def folder_metrics(eval_name: str, folder: Path) -> dict[str, Any]:
     """What `extract` writes. Raises `UserError` when the folder is missing."""
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; run the stage that writes it, `dvc repro {eval_name}_eval`"
-        )
+        raise UserError(f"{folder}: no such folder; run the stage that writes it, `dvc repro {eval_name}_eval`")
     status = evaluation_status(folder)
     if status["status"] == "disabled":
         return {STATUS_KEY: {"status": "disabled"}}
@@ -150,11 +150,7 @@ def _structured(result: Result, eval_name: str) -> Figures:
 
 
 def _in_order(figures: dict[str, Any], eval_name: str) -> Figures:
-    return {
-        key: round_significant(figures[key])
-        for key in sort_keys(figures, eval_name)
-        if is_figure(figures[key])
-    }
+    return {key: round_significant(figures[key]) for key in sort_keys(figures, eval_name) if is_figure(figures[key])}
 
 
 def _status_figures(status: dict[str, Any], n_saes: int) -> dict[str, Any]:
@@ -201,10 +197,7 @@ def merge(root: Path = Path(".")) -> list[str]:
         records,
         {
             "order": list(records),
-            "evals": {
-                name: {**statuses[name], "config": _eval_config(results[name])}
-                for name in EVALS
-            },
+            "evals": {name: {**statuses[name], "config": _eval_config(results[name])} for name in EVALS},
         },
     )
     return list(records)
@@ -222,8 +215,11 @@ def _evaluation(sae: str, name: str, result: dict[str, Any] | None, status: dict
     """One SAE in one evaluation: figures of both definitions, ours in full, no per-latent details."""
     if result is None:
         return _absent(sae, status)
-    extras = {key: value if key == EVIDENCE else round_significant(value)
-              for key, value in lab_block(result).items() if key != "metrics"}
+    extras = {
+        key: value if key == EVIDENCE else round_significant(value)
+        for key, value in lab_block(result).items()
+        if key != "metrics"
+    }
     record = {"status": "ok", "metrics": EXTRACTORS[name](result), **extras}
     if name != "core":  # core's details are per latent, the others' per task or letter
         record["details_sae_bench"] = round_significant(result.get("eval_result_details") or [])
@@ -412,10 +408,7 @@ def _read_curves(folder: Path) -> Iterator[Curve]:
         if len(lines) < 2:  # training stopped before its first report
             continue
         try:
-            columns = [
-                [float(cell) if cell else math.nan for cell in column]
-                for column in zip(*lines[1:], strict=True)
-            ]
+            columns = [[float(cell) if cell else math.nan for cell in column] for column in zip(*lines[1:], strict=True)]
             yield Curve(path.parent.name, dict(zip(lines[0], columns, strict=True)))
         except ValueError:
             raise UserError(f"{path}: not a table of numbers; run the train stage again") from None

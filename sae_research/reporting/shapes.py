@@ -32,8 +32,11 @@ EVIDENCE = {
 }
 """What our own part of a result, and the merged record, keep for intervals, tests and pictures."""
 RESULT = {
-    "eval_result_metrics!": {str: {str: FIGURE}}, "eval_config": {str: object}, "sae_cfg_dict": CFG,
-    "eval_result_details": [object], "eval_type_id": str,
+    "eval_result_metrics!": {str: {str: FIGURE}},
+    "eval_config": {str: object},
+    "sae_cfg_dict": CFG,
+    "eval_result_details": [object],
+    "eval_type_id": str,
 }
 STATUS = {"status!": str, "message": str, "skipped": {str: str}, "notes": {"random_seed": NUMBER}, "config": {str: object}}
 MERGED_RECORD = {"sae!": str, "cfg!": CFG, "evals!": {str: {"status!": str, "metrics": {str: FIGURE}, **EVIDENCE}}}
@@ -60,8 +63,11 @@ def _mismatch(value: Any, shape: Shape, place: str) -> str | None:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{place or 'the whole'} is no list"
-        found = (_mismatch(item, shape[0], f"{place}[{index}]") for index, item in enumerate(value)) \
-            if shape[0] is not object else iter(())
+        found = (
+            (_mismatch(item, shape[0], f"{place}[{index}]") for index, item in enumerate(value))
+            if shape[0] is not object
+            else iter(())
+        )
         return next((wrong for wrong in found if wrong), None)
     if not isinstance(value, shape) or isinstance(value, bool) and shape is not object:
         kinds = shape if isinstance(shape, tuple) else (shape,)
@@ -74,8 +80,11 @@ def _mapping_mismatch(value: Any, shape: dict[Any, Shape], place: str) -> str | 
         return f"{place or 'the whole'} is no mapping"
     for key, inner in shape.items():
         if key is str:
-            found = (_mismatch(item, inner, f"{place}.{name}".lstrip(".")) for name, item in value.items()) \
-                if inner is not object else iter(())
+            found = (
+                (_mismatch(item, inner, f"{place}.{name}".lstrip(".")) for name, item in value.items())
+                if inner is not object
+                else iter(())
+            )
             wrong = next((wrong for wrong in found if wrong), None)
         else:
             name = key.removesuffix("!")
@@ -90,6 +99,7 @@ def _mapping_mismatch(value: Any, shape: dict[Any, Shape], place: str) -> str | 
 
 
 # --- what is read --------------------------------------------------------------------------------
+
 
 def evaluation_status(folder: Path) -> dict[str, Any]:
     """The status of an evaluation's folder, complete. Raises `UserError` for one that is damaged."""
@@ -176,8 +186,10 @@ def committed(path: str, root: Path = Path(".")) -> Any | None:
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Figures of two metrics files that differ by more than both tolerances, and entries only one has."""
     if isinstance(old, dict) and isinstance(new, dict):
-        lines = [f"{where}{key}: only in the {'committed' if key in old else 'new'} metrics"
-                 for key in sorted(old.keys() ^ new.keys())]
+        lines = [
+            f"{where}{key}: only in the {'committed' if key in old else 'new'} metrics"
+            for key in sorted(old.keys() ^ new.keys())
+        ]
         for key in sorted(old.keys() & new.keys()):
             lines += differences(old[key], new[key], f"{where}{key}.")
         return lines
@@ -198,8 +210,12 @@ def report(compare: bool, root: Path = Path(".")) -> int:
     old = committed(path, root) if compare and not failed else None
     if old is not None:
         changed = differences(old, read_json(root / path))
-        print(f"{path}: {len(changed)} figures differ from the committed ones by more than "
-              f"{RELATIVE_TOLERANCE:.0%} and {ABSOLUTE_TOLERANCE}" if changed else f"{path}: matches the committed figures")
+        print(
+            f"{path}: {len(changed)} figures differ from the committed ones by more than "
+            f"{RELATIVE_TOLERANCE:.0%} and {ABSOLUTE_TOLERANCE}"
+            if changed
+            else f"{path}: matches the committed figures"
+        )
         for line in changed[:20]:
             print(f"  {line}")
         if len(changed) > 20:

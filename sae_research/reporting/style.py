@@ -59,10 +59,14 @@ def looks(architectures: Iterable[str], chosen: Mapping[str, Look] | None = None
 def _spare_looks(taken: Collection[Look]) -> list[Look]:
     """Every spare look: first those whose marker and colour are both new, and all colours before one comes again."""
     turns = range(len(_SPARE_MARKERS))
-    every = [Look(_SPARE_MARKERS[(turn + index) % len(_SPARE_MARKERS)], color)
-             for turn in turns for index, color in enumerate(_SPARE_COLORS)]
-    every += [Look(marker, color) for marker in dict.fromkeys(look.marker for look in KNOWN.values())
-              for color in _SPARE_COLORS]
+    every = [
+        Look(_SPARE_MARKERS[(turn + index) % len(_SPARE_MARKERS)], color)
+        for turn in turns
+        for index, color in enumerate(_SPARE_COLORS)
+    ]
+    every += [
+        Look(marker, color) for marker in dict.fromkeys(look.marker for look in KNOWN.values()) for color in _SPARE_COLORS
+    ]
     return [look for look in every if look not in taken]
 
 
@@ -71,9 +75,7 @@ def short_names(rows: Iterable[Row]) -> dict[str, str]:
     rows = list(rows)
     full = {row.name: " ".join(row.name.split("_")) for row in rows}
     middle = {row.name: _without(row.name, {row.group}) for row in rows}
-    short = {
-        row.name: _without(row.name, {row.group, *(row.cfg.get("base") or "").split("_")}) for row in rows
-    }
+    short = {row.name: _without(row.name, {row.group, *(row.cfg.get("base") or "").split("_")}) for row in rows}
     for preferred in (short, middle):
         times = Counter((row.group, preferred[row.name]) for row in rows)
         clashing = [row for row in rows if times[row.group, preferred[row.name]] > 1]

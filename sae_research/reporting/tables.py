@@ -137,8 +137,10 @@ def plot_rows(run: Run, key: str) -> list[dict[str, Any]]:
     """One row per point: everything a tooltip may show."""
     baseline, labels = residual_baseline(run, key), short_names(run.rows)
     shared = {} if baseline is None else {"residual_stream": baseline}
-    return [{**_figures(run, point.row), **_bounds(point, key), "label": labels[point.row.name], **shared}
-            for point in points(run, key)]
+    return [
+        {**_figures(run, point.row), **_bounds(point, key), "label": labels[point.row.name], **shared}
+        for point in points(run, key)
+    ]
 
 
 def _bounds(point: Point, key: str) -> dict[str, float]:

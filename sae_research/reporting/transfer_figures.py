@@ -23,8 +23,9 @@ def new_figure(style: Visualization, columns: int, rows: int = 1, height: float 
     """Panels of equal size, small enough that text stays legible where the picture fills a page's width. height: of a panel,
     over its width; legend: inches below the panels."""
     width = style.width_inches * {1: 0.7, 2: 0.58, 3: 0.5}.get(columns, 0.45)
-    figure = Figure(figsize=(width * columns, height * width * rows + legend), dpi=style.dpi, facecolor="white",
-                    layout="constrained")
+    figure = Figure(
+        figsize=(width * columns, height * width * rows + legend), dpi=style.dpi, facecolor="white", layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     FigureCanvasAgg(figure)
     return figure
@@ -45,8 +46,7 @@ def legend(axes: Axes, **options: Any) -> None:
 def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """One panel's legend under all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False,
-                  labelcolor=INK)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False, labelcolor=INK)
 
 
 def stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **options: Any) -> None:
@@ -59,9 +59,13 @@ def stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **opti
 
 def trim(axes: Axes, histograms: Sequence[dict[str, Any]]) -> None:
     """Limit x to where any histogram holds something."""
-    filled = [(edges[index], edges[index + 1]) for histogram in histograms
-              for edges in [histogram.get("edges") or histogram["log10_edges"]]
-              for index, number in enumerate(histogram["counts"]) if number]
+    filled = [
+        (edges[index], edges[index + 1])
+        for histogram in histograms
+        for edges in [histogram.get("edges") or histogram["log10_edges"]]
+        for index, number in enumerate(histogram["counts"])
+        if number
+    ]
     if filled:
         low, high = min(low for low, _ in filled), max(high for _, high in filled)
         margin = 0.03 * (high - low)
@@ -96,19 +100,29 @@ def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
 
 # --- activations -----------------------------------------------------------------------------
 
+
 def similarity_heat_maps(run: TransferRun, style: Visualization) -> Figure:
     """Cosine of every token of the first prompts, one panel a hook."""
     hooks = run.main["similarity"]
     figure = new_figure(style, len(hooks))
-    maps = {hook: np.array([[np.nan if cell is None else cell for cell in row] for row in values["heat_map"]], float)
-            for hook, values in hooks.items()}
+    maps = {
+        hook: np.array([[np.nan if cell is None else cell for cell in row] for row in values["heat_map"]], float)
+        for hook, values in hooks.items()
+    }
     widest = max(grid.shape[1] for grid in maps.values())
     low = min(float(np.nanpercentile(grid, 1)) for grid in maps.values())
     for axes, (hook, grid) in zip(figure.subplots(1, len(hooks), squeeze=False)[0], maps.items(), strict=True):
         panel(axes, short(hook), "Position", "Prompt")
         axes.grid(visible=False)
-        shown = axes.imshow(grid, aspect="auto", vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest",
-                            extent=(-0.5, widest - 0.5, len(grid) - 0.5, -0.5))
+        shown = axes.imshow(
+            grid,
+            aspect="auto",
+            vmin=low,
+            vmax=1.0,
+            cmap="viridis",
+            interpolation="nearest",
+            extent=(-0.5, widest - 0.5, len(grid) - 0.5, -0.5),
+        )
         axes.set_facecolor("#A8A8A8")
     bar = figure.colorbar(shown, ax=figure.axes, fraction=0.03, extend="min")
     bar.ax.tick_params(labelsize=SMALL, colors=MUTED)
@@ -121,10 +135,16 @@ def similarity_histograms(run: TransferRun, style: Visualization) -> Figure:
     figure = new_figure(style, 3)
     panels = figure.subplots(1, 3)
     found = run.main["similarity"]
-    kinds = (("Cosine", "Cosine of a token", "tokens", lambda values: values["profile"]["cosine_histogram"]),
-             ("Euclidean distance", "log10 of a token's distance", "tokens",
-              lambda values: values["profile"]["euclidean_histogram"]),
-             ("Cosine by prompt", "Mean cosine of a prompt", "prompts", lambda values: values["prompt_means"]))
+    kinds = (
+        ("Cosine", "Cosine of a token", "tokens", lambda values: values["profile"]["cosine_histogram"]),
+        (
+            "Euclidean distance",
+            "log10 of a token's distance",
+            "tokens",
+            lambda values: values["profile"]["euclidean_histogram"],
+        ),
+        ("Cosine by prompt", "Mean cosine of a prompt", "prompts", lambda values: values["prompt_means"]),
+    )
     for axes, (title, label, counted, pick) in zip(panels, kinds, strict=True):
         panel(axes, title, label, f"Share of {counted} (log scale)")
         for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
@@ -159,8 +179,14 @@ def similarity_by_position(run: TransferRun, style: Visualization) -> Figure:
 
 
 def _line(axes: Axes, values: list[float | None], color: str, line: str, label: str | None) -> None:
-    axes.plot(range(len(values)), [np.nan if value is None else value for value in values], line, color=color, linewidth=1.2,
-              label=label)
+    axes.plot(
+        range(len(values)),
+        [np.nan if value is None else value for value in values],
+        line,
+        color=color,
+        linewidth=1.2,
+        label=label,
+    )
 
 
 def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
@@ -170,15 +196,26 @@ def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
     panel(axes, f"Norms of activations at {short(run.hook)}", "log10 of a token's norm", "Tokens (log scale)")
     histogram = found["norm_histogram"]
     for model in MODELS:
-        axes.stairs(np.asarray(histogram[model], float), histogram["log10_edges"], label=model, color=COLORS[model],
-                    linewidth=1.3, linestyle="-" if model == "base" else "--")
+        axes.stairs(
+            np.asarray(histogram[model], float),
+            histogram["log10_edges"],
+            label=model,
+            color=COLORS[model],
+            linewidth=1.3,
+            linestyle="-" if model == "base" else "--",
+        )
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     trim(axes, [{"log10_edges": histogram["log10_edges"], "counts": histogram[model]} for model in MODELS])
     for (rule, limit), line in zip(found["limits"].items(), LINES, strict=False):
         shares = [100 * found["fraction_removed"][model][rule] for model in MODELS]
-        axes.axvline(np.log10(limit), color=MUTED, linestyle=line, linewidth=1.1,
-                     label=f"{rule} rule: {shares[0]:.2g} % of base, {shares[1]:.2g} % of finetuned above")
+        axes.axvline(
+            np.log10(limit),
+            color=MUTED,
+            linestyle=line,
+            linewidth=1.1,
+            label=f"{rule} rule: {shares[0]:.2g} % of base, {shares[1]:.2g} % of finetuned above",
+        )
     low, high = axes.get_xlim()
     axes.set_xlim(low, max(high, *(float(np.log10(limit)) + 0.05 for limit in found["limits"].values())))
     legend_below(figure, axes)
@@ -187,12 +224,15 @@ def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
 
 # --- the SAE ---------------------------------------------------------------------------------
 
+
 def quality(run: TransferRun, style: Visualization) -> Figure:
     """Four figures on the base and the finetuned model, for the pair and its controls."""
-    kinds = (("Variance explained", ("quality", "base", None, "kept", "variance_explained"), False),
-             ("L0 (latents per token)", ("quality", "base", None, "kept", "l0"), False),
-             ("Loss recovered", ("losses", "models", None, "kept", "saes", "base", "loss_recovered"), True),
-             ("KL (nats)", ("losses", "models", None, "kept", "saes", "base", "kl"), True))
+    kinds = (
+        ("Variance explained", ("quality", "base", None, "kept", "variance_explained"), False),
+        ("L0 (latents per token)", ("quality", "base", None, "kept", "l0"), False),
+        ("Loss recovered", ("losses", "models", None, "kept", "saes", "base", "loss_recovered"), True),
+        ("KL (nats)", ("losses", "models", None, "kept", "saes", "base", "kl"), True),
+    )
     figure = new_figure(style, 2, 2, height=0.62, legend=0.2)
     panels = figure.subplots(2, 2)
     for axes, (label, path, bounded) in zip(panels.flat, kinds, strict=True):
@@ -201,21 +241,31 @@ def quality(run: TransferRun, style: Visualization) -> Figure:
         for place, result in enumerate(run.results.values()):
             for shift, model in ((-0.19, "base"), (0.19, "finetuned")):
                 _bar(axes, place + shift, at(result, *(model if part is None else part for part in path)), model, bounded)
-        axes.set_xticks(range(len(run.results)), [_with_tokens(name, result, bounded)
-                                                  for name, result in run.results.items()], fontsize=SMALL)
+        axes.set_xticks(
+            range(len(run.results)),
+            [_with_tokens(name, result, bounded) for name, result in run.results.items()],
+            fontsize=SMALL,
+        )
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.margins(y=0.12)
     for model in MODELS:
-        panels.flat[0].bar([np.nan], [np.nan], color=COLORS[model], label="on the base model" if model == "base"
-                           else "on the pair's other model")
+        panels.flat[0].bar(
+            [np.nan],
+            [np.nan],
+            color=COLORS[model],
+            label="on the base model" if model == "base" else "on the pair's other model",
+        )
     legend_below(figure, panels.flat[0])
     return figure
 
 
 def _with_tokens(name: str, result: dict[str, Any], patched: bool) -> str:
     """A pair's name over the tokens that its bars rest on: controls read fewer."""
-    number = (at(result, "losses", "models", "base", "kept", "predictions") if patched
-              else at(result, "quality", "base", "base", "kept", "tokens"))
+    number = (
+        at(result, "losses", "models", "base", "kept", "predictions")
+        if patched
+        else at(result, "quality", "base", "base", "kept", "tokens")
+    )
     return NAMES.get(name, name) + (f"\n{int(number):,} tokens" if number is not None else "")
 
 
@@ -229,8 +279,16 @@ def _bar(axes: Axes, x: float, found: Any, model: str, bounded: bool) -> None:
         reach = [[max(0.0, value - found["low"])], [max(0.0, found["high"] - value)]]
         axes.errorbar([x], [value], reach, color=INK, linewidth=1.0, capsize=2)
         top = max(value, found["high"])
-    axes.annotate(f"{value:.3g}", (x, max(top, 0)), ha="center", va="bottom", fontsize=SMALL, color=INK,
-                  xytext=(0, 1), textcoords="offset points")
+    axes.annotate(
+        f"{value:.3g}",
+        (x, max(top, 0)),
+        ha="center",
+        va="bottom",
+        fontsize=SMALL,
+        color=INK,
+        xytext=(0, 1),
+        textcoords="offset points",
+    )
 
 
 def activations(run: TransferRun, style: Visualization) -> Figure:
@@ -246,6 +304,7 @@ def activations(run: TransferRun, style: Visualization) -> Figure:
 
 
 # --- latents ---------------------------------------------------------------------------------
+
 
 def _column(run: TransferRun, name: str) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in run.table.get(name, [])], float)
@@ -264,17 +323,24 @@ def densities(run: TransferRun, style: Visualization) -> Figure:
     pearson = _column(run, "pearson")
     known = ~np.isnan(pearson)
     if not known.all():
-        scatter.scatter(*(part[~known] for part in logs), color=NULL, s=10, linewidths=0,
-                        label="silent in one or both (at the edge)")
-    points = scatter.scatter(*(part[known] for part in logs), c=pearson[known], cmap="viridis", vmin=0, vmax=1, s=6,
-                             linewidths=0)
+        scatter.scatter(
+            *(part[~known] for part in logs), color=NULL, s=10, linewidths=0, label="silent in one or both (at the edge)"
+        )
+    points = scatter.scatter(
+        *(part[known] for part in logs), c=pearson[known], cmap="viridis", vmin=0, vmax=1, s=6, linewidths=0
+    )
     span = [float(np.log10(floor)) - 0.1, float(max(part.max() for part in logs)) + 0.1]
     scatter.plot(span, span, color=MUTED, linewidth=0.9, linestyle="--", label="equal")
     line = at(run.main, "latents", "base", "density_shift", "regression")
     if line:
         x = np.array(span)
-        scatter.plot(x, line["intercept"] + line["slope"] * x, color=FINETUNED, linewidth=1.2,
-                     label=f"regression: r = {line['r']:.3f}, slope {line['slope']:.2f}")
+        scatter.plot(
+            x,
+            line["intercept"] + line["slope"] * x,
+            color=FINETUNED,
+            linewidth=1.2,
+            label=f"regression: r = {line['r']:.3f}, slope {line['slope']:.2f}",
+        )
     scatter.set(xlim=span, ylim=span)
     legend(scatter, loc="upper left")
     bar = figure.colorbar(points, ax=scatter, fraction=0.05)
@@ -284,8 +350,14 @@ def densities(run: TransferRun, style: Visualization) -> Figure:
     edges = np.linspace(*span, 41)
     for model, values, line_style in zip(MODELS, (base, other), ("-", "--"), strict=True):
         alive = values > 0
-        histogram.stairs(np.histogram(np.log10(values[alive]), edges)[0], edges, color=COLORS[model], linewidth=1.3,
-                         linestyle=line_style, label=f"{model}: {int((~alive).sum())} of {len(values)} silent")
+        histogram.stairs(
+            np.histogram(np.log10(values[alive]), edges)[0],
+            edges,
+            color=COLORS[model],
+            linewidth=1.3,
+            linestyle=line_style,
+            label=f"{model}: {int((~alive).sum())} of {len(values)} silent",
+        )
     histogram.set_ylim(top=1.25 * histogram.get_ylim()[1])
     legend(histogram, loc="upper left")
     return figure
@@ -298,8 +370,11 @@ def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
     correlations, overlaps, rarity, logits = figure.subplots(2, 2).flat
     found = {name: at(result, "latents", "base", "pearson_histograms") for name, result in run.results.items()}
     own = found.pop(MAIN)
-    drawn = [(own["models"], "base and finetuned", FINETUNED, "-"), (own["shuffled"], "null: another token", NULL, "-"),
-             (own["halves"], "null: base, other text", HALVES, "-")]
+    drawn = [
+        (own["models"], "base and finetuned", FINETUNED, "-"),
+        (own["shuffled"], "null: another token", NULL, "-"),
+        (own["halves"], "null: base, other text", HALVES, "-"),
+    ]
     if found.get("control_perturbed"):
         drawn.append((found["control_perturbed"]["models"], "control: perturbed", PERTURBED, "--"))
     panel(correlations, "Correlation on the same tokens", "Pearson", "Share of latents (log scale)")
@@ -348,25 +423,50 @@ def repair(run: TransferRun, style: Visualization) -> Figure:
     if found.get("status") != "ok":
         panels[1].set_axis_off()
         return say(panels[0], f"repair: {found.get('message', 'not run')}")
-    kinds = (("finetuned", "finetuned", FINETUNED, "-", "trained on and read on the finetuned model"),
-             ("finetuned", "base", FINETUNED, ":", "the same SAE on the base model"),
-             ("base", "base", BASE, "--", "control: trained as long on the base model"))
-    for axes, key, label in zip(panels, ("variance_explained", "l0"),
-                                (("At equal L0", "Variance explained"), ("At its own biases", "L0 (latents per token)")),
-                                strict=True):
+    kinds = (
+        ("finetuned", "finetuned", FINETUNED, "-", "trained on and read on the finetuned model"),
+        ("finetuned", "base", FINETUNED, ":", "the same SAE on the base model"),
+        ("base", "base", BASE, "--", "control: trained as long on the base model"),
+    )
+    for axes, key, label in zip(
+        panels,
+        ("variance_explained", "l0"),
+        (("At equal L0", "Variance explained"), ("At its own biases", "L0 (latents per token)")),
+        strict=True,
+    ):
         panel(axes, label[0], "Tokens of further training (thousands)", label[1])
         for arm, model, color, line, words in kinds:
             rows = found["curves"][arm]
-            axes.plot([row["tokens"] / 1000 for row in rows], [row[f"{key}_on_{model}"] for row in rows], line, color=color,
-                      linewidth=1.4, marker="o", markersize=3, label=words)
+            axes.plot(
+                [row["tokens"] / 1000 for row in rows],
+                [row[f"{key}_on_{model}"] for row in rows],
+                line,
+                color=color,
+                linewidth=1.4,
+                marker="o",
+                markersize=3,
+                label=words,
+            )
     half = found.get("tokens_to_half")
     if half is not None:
-        panels[0].axvline(half / 1000, color=MUTED, linewidth=1.0, linestyle="-.",
-                          label=f"half of the gap closed: {half:,.0f} tokens")
+        panels[0].axvline(
+            half / 1000, color=MUTED, linewidth=1.0, linestyle="-.", label=f"half of the gap closed: {half:,.0f} tokens"
+        )
     legend_below(figure, panels[0])
     return figure
 
 
 PICTURES: dict[str, Callable[[TransferRun, Visualization], Figure]] = {
-    picture.__name__: picture for picture in (quality, similarity_by_position, similarity_histograms, similarity_heat_maps,
-                                              outlier_norms, densities, latent_transfer, activations, repair)}
+    picture.__name__: picture
+    for picture in (
+        quality,
+        similarity_by_position,
+        similarity_histograms,
+        similarity_heat_maps,
+        outlier_norms,
+        densities,
+        latent_transfer,
+        activations,
+        repair,
+    )
+}

@@ -71,8 +71,10 @@ def cache_writes(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise UserError(f"{os.path.relpath(folder)} cannot be written ({error.strerror}) and does not hold all that is "
-                        "needed here; make .cache writable, or fill it by a run where it is") from None
+        raise UserError(
+            f"{os.path.relpath(folder)} cannot be written ({error.strerror}) and does not hold all that is "
+            "needed here; make .cache writable, or fill it by a run where it is"
+        ) from None
 
 
 def write_checked_json(path: Path, value: Any) -> None:
@@ -86,7 +88,7 @@ def read_checked_json(path: Path) -> Any | None:
     if not path.is_file():
         return None
     data = path.read_bytes()
-    text = data[len(_CHECKSUM) + 64 + len(_VALUE):-2]
+    text = data[len(_CHECKSUM) + 64 + len(_VALUE) : -2]
     if data != _with_checksum(text, path):
         print(f"{os.path.relpath(path)}: not what was written; not used, made again", flush=True)
         return None

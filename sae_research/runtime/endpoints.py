@@ -57,6 +57,7 @@ class BadAnswer(Exception):
 
 # --- addresses -----------------------------------------------------------------------------------
 
+
 def checked_url(url: str, name: str, key_goes: str) -> str:
     """A base URL without a trailing slash. What it says is not repeated in messages: it may hold a password.
 
@@ -65,8 +66,15 @@ def checked_url(url: str, name: str, key_goes: str) -> str:
     url = str(url).strip().rstrip("/")
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isascii() \
-            and url.isprintable() and " " not in url and bool(parts.hostname.encode("idna"))
+        usable = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and (parts.port or 1)
+            and url.isascii()
+            and url.isprintable()
+            and " " not in url
+            and bool(parts.hostname.encode("idna"))
+        )
     except ValueError:
         usable = False
     if not usable:
@@ -92,6 +100,7 @@ def keeps_secrets(url: str) -> bool:
 
 
 # --- requests ------------------------------------------------------------------------------------
+
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: following it would hand the key to another address and drop the question."""
@@ -126,6 +135,7 @@ def read_answer(response: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 # --- words ---------------------------------------------------------------------------------------
+
 
 def blotted(text: str, *keys: str | None) -> str:
     """The text with keys struck out."""

@@ -40,6 +40,7 @@ SLUG = re.compile(rf"^[a-z0-9_]{{1,{NAME_LIMIT}}}$")
 
 # --- names -----------------------------------------------------------------------------------
 
+
 def slugify(name: str) -> str:
     """`Pythia-70m/Layer 4` -> `pythia_70m_layer_4`. Raises `UserError` if nothing is left.
 
@@ -49,19 +50,27 @@ def slugify(name: str) -> str:
     if not slug:
         raise UserError(f"the name {name!r} holds no letter or digit to build an SAE name from")
     if len(slug) > NAME_LIMIT:
-        slug = f"{slug[:NAME_LIMIT - 11]}_{hashlib.sha256(slug.encode()).hexdigest()[:10]}"
+        slug = f"{slug[: NAME_LIMIT - 11]}_{hashlib.sha256(slug.encode()).hexdigest()[:10]}"
     return slug
 
 
-def checked_name(name: Any, where: str | Path,
-                 mend: str = "it was damaged or made by something else: write it again") -> str:
+def checked_name(
+    name: Any, where: str | Path, mend: str = "it was damaged or made by something else: write it again"
+) -> str:
     """A name from a file or from parameters, fit to be one part of a path. Raises `UserError`, with `mend`, for one that
     leads elsewhere (`../x`, `/x`), is hidden, holds control characters, or is too long."""
-    if (not isinstance(name, str) or not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", name)
-            or len(name.encode(errors="replace")) > NAME_LIMIT):
+    if (
+        not isinstance(name, str)
+        or not name
+        or name.startswith(".")
+        or re.search(r"[/\\\x00-\x1f\x7f]", name)
+        or len(name.encode(errors="replace")) > NAME_LIMIT
+    ):
         shown = repr(name)
-        raise UserError(f"{where}: the name {shown if len(shown) < 80 else shown[:79] + '…'} is no name that a file could "
-                        f"be called after; {mend}")
+        raise UserError(
+            f"{where}: the name {shown if len(shown) < 80 else shown[:79] + '…'} is no name that a file could "
+            f"be called after; {mend}"
+        )
     return name
 
 
@@ -74,6 +83,7 @@ def user_path(path: str | Path) -> Path:
 
 
 # --- fingerprints ----------------------------------------------------------------------------
+
 
 def fingerprint(value: Any) -> str:
     """SHA-256 of a JSON-able value, independent of the order of keys. [64 hex digits]"""
@@ -88,6 +98,7 @@ def file_sha256(path: Path) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: into a temporary neighbour first (`.*.tmp`, which Git and DVC ignore), then
@@ -179,6 +190,7 @@ def round_significant(value: Any, digits: int = 4) -> Any:
 
 # --- caches ----------------------------------------------------------------------------------
 
+
 def project_root() -> Path:
     """The DVC project: `$DVC_ROOT` inside a stage (the parent repository in a queued experiment),
     else the nearest folder above the working directory that has a `params.yaml`."""
@@ -237,8 +249,9 @@ def check_writable(target: str | Path, names: Iterable[str], where: str) -> None
             except OSError as error:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
-                raise UserError(f"{where}: the name {name[:32]}… of {len(name)} characters is too long for this file "
-                                "system; shorten it") from None
+                raise UserError(
+                    f"{where}: the name {name[:32]}… of {len(name)} characters is too long for this file system; shorten it"
+                ) from None
 
 
 def _refuse_file(target: Path) -> None:

@@ -39,8 +39,12 @@ class Sources(NamedTuple):
 
     def fingerprint(self) -> str:
         """SHA-256 over the files' bytes and the libraries' versions. [64 hex digits]"""
-        return fingerprint([{_label(path): _sha256(path, *_stamp(path)) for path in self.files},
-                            {name: library_version(name) for name in self.libraries}])
+        return fingerprint(
+            [
+                {_label(path): _sha256(path, *_stamp(path)) for path in self.files},
+                {name: library_version(name) for name in self.libraries},
+            ]
+        )
 
 
 def sources(*modules: str, by_name: ByName | None = None) -> Sources:
@@ -89,8 +93,10 @@ def _collect(modules: tuple[str, ...], chosen: dict[str, tuple[str, ...]]) -> So
             waiting += [*found.imports, *(chosen[parent] if parent in chosen else _named(found))]
     packages = {path.parent for path in seen.values() if (path.parent / "__init__.py").is_file()}
     data = {extra for package in packages for extra in _data_in(package)}
-    return Sources(tuple(sorted({path for path in (*seen.values(), *data) if path.is_file()})),
-                   tuple(sorted(libraries - set(sys.stdlib_module_names) - {"__future__"})))
+    return Sources(
+        tuple(sorted({path for path in (*seen.values(), *data) if path.is_file()})),
+        tuple(sorted(libraries - set(sys.stdlib_module_names) - {"__future__"})),
+    )
 
 
 def sources_fingerprint(*modules: str, by_name: ByName | None = None) -> str:
@@ -114,6 +120,7 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 # --- finding modules ---------------------------------------------------------------------------
+
 
 def _parents(name: str) -> Iterator[str]:
     """`a`, `a.b`, `a.b.c` of `a.b.c`: importing the last runs them all."""
@@ -154,6 +161,7 @@ def _is_module(name: str) -> bool:
 
 # --- reading them --------------------------------------------------------------------------------
 
+
 class _Found(NamedTuple):
     """What one file imports, by absolute name."""
 
@@ -192,7 +200,7 @@ def _read(path: Path, name: str, _modified: int) -> _Found:
 
 def _from(node: ast.ImportFrom, package: str) -> Iterator[str]:
     """`from base import name`: the base, and `name` where that is a module."""
-    above = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
+    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
     base = ".".join([*above, *([node.module] if node.module else [])])
     if base:
         yield base
@@ -208,8 +216,12 @@ def _prefix(node: ast.JoinedStr) -> Iterator[str]:
 
 
 def _for_type_checkers(test: ast.expr) -> bool:
-    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
-            or isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING")
+    return (
+        isinstance(test, ast.Name)
+        and test.id == "TYPE_CHECKING"
+        or isinstance(test, ast.Attribute)
+        and test.attr == "TYPE_CHECKING"
+    )
 
 
 def _named(found: _Found) -> Iterator[str]:
@@ -227,6 +239,7 @@ def _named(found: _Found) -> Iterator[str]:
 
 
 # --- files ---------------------------------------------------------------------------------------
+
 
 def _data_in(folder: Path) -> tuple[Path, ...]:
     """What is no Python in a package, and in the folders there that hold none: templates, tables, scripts of pages. Hidden

@@ -21,6 +21,7 @@ APART = "to run several at once give each a copy of its own: `dvc exp run --temp
 
 # --- one process for an output ---------------------------------------------------------------
 
+
 @contextmanager
 def writing(output: str | Path) -> Iterator[None]:
     """Hold the right to write a stage's output during the block. The system lets go of it when the process ends.
@@ -33,8 +34,10 @@ def writing(output: str | Path) -> Iterator[None]:
     with ExitStack() as held:
         other = held.enter_context(_locked(str(here), fcntl.LOCK_EX if experiment else fcntl.LOCK_SH))
         if other is not None:
-            raise UserError(f"an experiment and another run would work in {here} at once ({other or 'another stage'}); "
-                            f"wait for it; {APART}")
+            raise UserError(
+                f"an experiment and another run would work in {here} at once ({other or 'another stage'}); "
+                f"wait for it; {APART}"
+            )
         other = held.enter_context(_locked(f"{Path(output).resolve()}/", fcntl.LOCK_EX))
         if other is not None:
             raise UserError(f"{output}: {other or 'another process'} is writing it; wait for it, or end it; {APART}")
@@ -63,6 +66,7 @@ def _locked(what: str, how: int) -> Iterator[str | None]:
 
 # --- stage folders ---------------------------------------------------------------------------
 
+
 class StageFolder:
     """The output folder of an evaluation stage: one result per SAE and a `_status.json` that says how it ended."""
 
@@ -74,8 +78,9 @@ class StageFolder:
 
     def set_status(self, status: str, message: str = "") -> None:
         """`status` is one of disabled, incomplete, failed, not_applicable, ok."""
-        write_json(self.folder / STATUS_FILE, {
-            "status": status, "message": message, "skipped": self.skipped, "notes": self.notes})
+        write_json(
+            self.folder / STATUS_FILE, {"status": status, "message": message, "skipped": self.skipped, "notes": self.notes}
+        )
 
     def skip(self, what: str, why: str) -> None:
         """Record that a task, letter or SAE does not qualify; a skip alone is no failure."""
@@ -108,15 +113,18 @@ def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -
         try:
             yield stage
             if not _is_still(folder, descriptor):
-                raise UserError(f"{folder} was replaced while the stage was at work (by `dvc exp run` or `dvc checkout`?); "
-                                f"run it again: what was finished is in the cache; {APART}")
+                raise UserError(
+                    f"{folder} was replaced while the stage was at work (by `dvc exp run` or `dvc checkout`?); "
+                    f"run it again: what was finished is in the cache; {APART}"
+                )
         except NotApplicable as reason:
             stage.set_status("not_applicable", str(reason))
             print(f"{folder}: not applicable: {reason}", flush=True)
             return
         except BaseException as error:
             stage.set_status(
-                "failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+                "failed", f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+            )
             raise
         finally:
             os.close(descriptor)
@@ -148,16 +156,21 @@ def read_status(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"status": "missing", "message": f"{folder} has no {STATUS_FILE}: run its stage", "skipped": {}, "notes": {}}
     status = read_json(path)
-    if not isinstance(status, dict) or not isinstance(status.get("status"), str) or not all(
-            isinstance(status.get(key, {}), dict) for key in ("skipped", "notes")):
+    if (
+        not isinstance(status, dict)
+        or not isinstance(status.get("status"), str)
+        or not all(isinstance(status.get(key, {}), dict) for key in ("skipped", "notes"))
+    ):
         raise UserError(f"{path}: not the status of a stage; run the stage again")
     return status
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Every SAE's result in an evaluation folder, by SAE name, in alphabetical order."""
-    return {checked_name(path.name.removesuffix(RESULT_SUFFIX), str(path)): read_json(path)
-            for path in sorted(folder.glob(f"*{RESULT_SUFFIX}"))}
+    return {
+        checked_name(path.name.removesuffix(RESULT_SUFFIX), str(path)): read_json(path)
+        for path in sorted(folder.glob(f"*{RESULT_SUFFIX}"))
+    }
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

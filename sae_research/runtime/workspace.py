@@ -28,6 +28,7 @@ RWLOCKS = ("rwlock", "exps/rwlock")
 
 # --- one DVC run for a workspace ------------------------------------------------------------------
 
+
 def prepare(root: Path) -> list[str]:
     """Make sure that DVC can run in the workspace `root`; a line for everything that was mended.
 
@@ -91,7 +92,7 @@ def _alive(entry: dict[str, Any], written: float) -> bool:
     except psutil.AccessDenied:  # another user's: believe the entry
         return True
     arguments = entry["cmd"].split()[1:]
-    return _is_dvc(command) or bool(arguments) and command[-len(arguments):] == arguments
+    return _is_dvc(command) or bool(arguments) and command[-len(arguments) :] == arguments
 
 
 def _is_dvc(command: list[str]) -> bool:
@@ -116,12 +117,14 @@ def _dvc_processes(root: Path) -> list[str]:
 
 # --- what a killed run leaves ---------------------------------------------------------------------
 
+
 def _read_rwlock(path: Path) -> dict[str, Any] | None:
     """A file of locks, empty where there is none; None where it is damaged."""
     try:
         locks = json.loads(path.read_text())
         shaped = isinstance(locks, dict) and all(
-            isinstance(entry["pid"], int) and isinstance(entry["cmd"], str) for entry in _entries(locks))
+            isinstance(entry["pid"], int) and isinstance(entry["cmd"], str) for entry in _entries(locks)
+        )
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, TypeError, KeyError):
@@ -215,8 +218,10 @@ def _mended_branch(root: Path) -> list[str]:
 def _refuse_beside_others(root: Path, path: Path) -> None:
     others = _dvc_processes(root)
     if others:
-        raise UserError(f"{path.relative_to(root)} is damaged, and {others[0]} is at "
-                        "work in this workspace; wait for it, or end it, and run again")
+        raise UserError(
+            f"{path.relative_to(root)} is damaged, and {others[0]} is at "
+            "work in this workspace; wait for it, or end it, and run again"
+        )
 
 
 def _git_processes(root: Path) -> bool:

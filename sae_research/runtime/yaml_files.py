@@ -28,8 +28,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """
     values = parse(_text(Path(path)), str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, such as sections of parameters, found "
-                        f"{'nothing' if values is None else type(values).__name__}")
+        raise UserError(
+            f"{path}: expected keys and values, such as sections of parameters, found "
+            f"{'nothing' if values is None else type(values).__name__}"
+        )
     return values
 
 

@@ -140,8 +140,10 @@ class SparseAutoencoder(nn.Module):
         """Encoder directions [d_in, d_sae] and biases [d_sae]; tied to the decoder where a form has none."""
         W_enc = getattr(self, "W_enc", None)
         b_enc = getattr(self, "b_enc", None)
-        return (self.W_dec.T if W_enc is None else W_enc,
-                torch.zeros(self.cfg.d_sae, device=self.W_dec.device) if b_enc is None else b_enc)
+        return (
+            self.W_dec.T if W_enc is None else W_enc,
+            torch.zeros(self.cfg.d_sae, device=self.W_dec.device) if b_enc is None else b_enc,
+        )
 
     def centred(self, x: Tensor) -> Tensor:
         """x in the weights' precision, less `b_dec` where the SAE was trained so."""
@@ -182,10 +184,11 @@ class SparseAutoencoder(nn.Module):
         have = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": baseline.W_dec, "b_dec": baseline.b_dec}
         missing = [name for name in cls.tensor_names if name not in have]
         if missing:
-            raise UserError(f"{cls.__name__} needs {', '.join(missing)}: define a classmethod "
-                            f"from_baseline(baseline)")
-        return cls(cfg=baseline.cfg.replace(form=cls.form, architecture=cls.form, options={}),
-                   **{name: have[name].clone() for name in cls.tensor_names})
+            raise UserError(f"{cls.__name__} needs {', '.join(missing)}: define a classmethod from_baseline(baseline)")
+        return cls(
+            cfg=baseline.cfg.replace(form=cls.form, architecture=cls.form, options={}),
+            **{name: have[name].clone() for name in cls.tensor_names},
+        )
 
     def weights_fingerprint(self) -> str:
         """SHA-256 over form, options and the bytes of every tensor; over what an object has in place of its class's methods;
@@ -219,16 +222,18 @@ class SparseAutoencoder(nn.Module):
         `threshold` differs."""
         inherited = {"cfg", "_modules", "_buffers", "_parameters"}
         own = {name: value for name, value in vars(self).items() if name not in inherited}
-        tensors = {name: value for name, value in chain(self.named_parameters(), self.named_buffers())
-                   if name not in self.tensor_names}
+        tensors = {
+            name: value
+            for name, value in chain(self.named_parameters(), self.named_buffers())
+            if name not in self.tensor_names
+        }
         return _identity([own, tensors, list(self.named_children()), own_data(self)])
 
     def _check_shapes(self) -> None:
         check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form)
         for name, tensor in self.tensors().items():
             if not torch.isfinite(tensor).all():
-                raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or "
-                                f"diverged")
+                raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or diverged")
 
 
 def _identity(value: Any) -> str:
@@ -254,9 +259,7 @@ def all_finite(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def encode_each(
-    saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor | None
-) -> Iterator[tuple[str, Tensor]]:
+def encode_each(saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """(name, activations [batch, seq, d_sae]) of every SAE on one batch, families together.
 
     Raises `UserError` when an encoder returns NaN or another shape than its configuration says.
@@ -351,4 +354,4 @@ def check_finite(figures: Any, where: str = "") -> None:
 
 def _one_line(error: BaseException, limit: int) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

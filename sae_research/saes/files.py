@@ -73,8 +73,11 @@ def _as_sae_lens_has_it(form: str, options: dict[str, Any]) -> tuple[str, dict[s
     if form == "sae_lens_matching_pursuit":
         return "matching_pursuit", {}
     if form == "nonnegative_matching_pursuit" and set(options) == {"s"}:
-        return "matching_pursuit", {"max_iterations": options["s"], "residual_threshold": 0.0,
-                                    "stop_on_duplicate_support": False}
+        return "matching_pursuit", {
+            "max_iterations": options["s"],
+            "residual_threshold": 0.0,
+            "stop_on_duplicate_support": False,
+        }
     return ("signed_matching_pursuit" if form == "matching_pursuit" else form), {}
 
 
@@ -87,7 +90,9 @@ def save_variant(cfg: SAEConfig, options: dict[str, Any], folder: str | Path, we
     folder.mkdir(parents=True, exist_ok=True)
     values = _to_json(cfg, options)
     values["metadata"]["sae_research"]["weights_from"] = {
-        "folder": os.path.relpath(weights_from, folder), "sha256": file_sha256(weights_from / WEIGHTS_FILE)}
+        "folder": os.path.relpath(weights_from, folder),
+        "sha256": file_sha256(weights_from / WEIGHTS_FILE),
+    }
     write_json(folder / CONFIG_FILE, values)
 
 
@@ -132,8 +137,10 @@ def _refuse_sparsify(folder: Path, values: dict[str, Any]) -> None:
 def _own_weights(path: Path, sha256: str | None, names: tuple[str, ...]) -> dict[str, Tensor]:
     """The weights beside a configuration, the very ones that it was written with, where it says which."""
     if sha256 is not None and file_sha256(path) != sha256:
-        raise UserError(f"{path}: damaged weights, or others than {CONFIG_FILE} was written with; make or fetch them "
-                        "again, or remove weights_sha256 from it if the change was meant")
+        raise UserError(
+            f"{path}: damaged weights, or others than {CONFIG_FILE} was written with; make or fetch them "
+            "again, or remove weights_sha256 from it if the change was meant"
+        )
     tensors = load_safetensors(path)
     unused = sorted(set(tensors) - set(names))
     if unused:
@@ -150,8 +157,9 @@ def _shared_weights(folder: Path, weights_from: dict[str, Any]) -> Path:
     checked_name(name, f"{folder / CONFIG_FILE}: weights_from.folder")
     source = (folder / place).resolve() / WEIGHTS_FILE
     if file_sha256(source) != weights_from.get("sha256"):
-        raise UserError(f"{folder}: the weights in {source.parent.name} changed since this variant was made; "
-                        "run the setup stage again")
+        raise UserError(
+            f"{folder}: the weights in {source.parent.name} changed since this variant was made; run the setup stage again"
+        )
     return source
 
 
@@ -167,17 +175,33 @@ def _scaling_factor(folder: Path) -> float | None:
 def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
     architecture, lens_options = _as_sae_lens_has_it(cfg.form, options)
     return {
-        "architecture": architecture, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": cfg.dtype, "device": "cpu",
-        "apply_b_dec_to_input": cfg.apply_b_dec_to_input, "normalize_activations": "none",
-        "reshape_activations": "none", **options, **lens_options,
+        "architecture": architecture,
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": cfg.dtype,
+        "device": "cpu",
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **options,
+        **lens_options,
         "metadata": {
-            "sae_lens_version": SAE_LENS_VERSION, "model_name": cfg.model_name, "hook_name": cfg.hook_name,
-            "hook_head_index": None, "context_size": cfg.context_size, "prepend_bos": cfg.prepend_bos,
+            "sae_lens_version": SAE_LENS_VERSION,
+            "model_name": cfg.model_name,
+            "hook_name": cfg.hook_name,
+            "hook_head_index": None,
+            "context_size": cfg.context_size,
+            "prepend_bos": cfg.prepend_bos,
             "model_from_pretrained_kwargs": {"center_writing_weights": True} if cfg.center_input else {},
             "sae_research": {
-                "architecture": cfg.architecture, "role": cfg.role, "base": cfg.base, "options": options,
-                "center_input": cfg.center_input, "provenance": cfg.provenance,
-                **({} if architecture == cfg.form else {"form": cfg.form})},
+                "architecture": cfg.architecture,
+                "role": cfg.role,
+                "base": cfg.base,
+                "options": options,
+                "center_input": cfg.center_input,
+                "provenance": cfg.provenance,
+                **({} if architecture == cfg.form else {"form": cfg.form}),
+            },
         },
     }
 
@@ -227,5 +251,7 @@ def _check_agrees(values: dict[str, Any], cfg: SAEConfig, path: Path) -> None:
     for said, meant in ((top, written), (inner, metadata), (ours, metadata["sae_research"])):
         for key, value in said.items():
             if key not in meant or json.dumps(value, sort_keys=True) != json.dumps(meant[key], sort_keys=True):
-                raise UserError(f"{path}: {key} = {str(value)[:60]} does not fit the rest of the file, an SAE of the form "
-                                f"{cfg.form[:60]}" + (f" with {shown(meant[key])}" if key in meant else ""))
+                raise UserError(
+                    f"{path}: {key} = {str(value)[:60]} does not fit the rest of the file, an SAE of the form "
+                    f"{cfg.form[:60]}" + (f" with {shown(meant[key])}" if key in meant else "")
+                )

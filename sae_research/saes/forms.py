@@ -130,9 +130,12 @@ class NormRescaledSAE(SparseAutoencoder):
     def widened(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of this form from a plain ReLU SAE's: one latent more."""
         W_enc, b_enc, W_dec, b_dec = (tensors[name] for name in cls.tensor_names)
-        return {"W_enc": torch.cat([W_enc, W_enc.new_zeros(len(W_enc), 1)], 1),
-                "b_enc": torch.cat([b_enc, b_enc.new_zeros(1)]),
-                "W_dec": torch.cat([W_dec, b_dec[None]]), "b_dec": torch.zeros_like(b_dec)}
+        return {
+            "W_enc": torch.cat([W_enc, W_enc.new_zeros(len(W_enc), 1)], 1),
+            "b_enc": torch.cat([b_enc, b_enc.new_zeros(1)]),
+            "W_dec": torch.cat([W_dec, b_dec[None]]),
+            "b_dec": torch.zeros_like(b_dec),
+        }
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.target(x)
@@ -154,8 +157,7 @@ class _Gates(SparseAutoencoder):
 
     option_names = ("beta", "stretch")
 
-    def __init__(self, cfg: SAEConfig | None = None, *, beta: float, stretch: Sequence[float],
-                 **tensors: Tensor) -> None:
+    def __init__(self, cfg: SAEConfig | None = None, *, beta: float, stretch: Sequence[float], **tensors: Tensor) -> None:
         super().__init__(cfg, **tensors)
         self.beta = number(beta, "beta", self.form)
         if not isinstance(stretch, Sequence) or len(stretch) != 2 or not self.beta:
@@ -220,8 +222,15 @@ class LensPursuitSAE(SparseAutoencoder):
     tensor_names = ("W_dec", "b_dec")
     option_names = ("max_iterations", "residual_threshold", "stop_on_duplicate_support")
 
-    def __init__(self, cfg: SAEConfig | None = None, *, max_iterations: int, residual_threshold: float,
-                 stop_on_duplicate_support: bool, **tensors: Tensor) -> None:
+    def __init__(
+        self,
+        cfg: SAEConfig | None = None,
+        *,
+        max_iterations: int,
+        residual_threshold: float,
+        stop_on_duplicate_support: bool,
+        **tensors: Tensor,
+    ) -> None:
         super().__init__(cfg, **tensors)
         self.max_iterations = whole(max_iterations, "max_iterations", self.form)
         self.residual_threshold = number(residual_threshold, "residual_threshold", self.form)

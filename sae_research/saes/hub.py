@@ -32,16 +32,20 @@ def upload(folders: Sequence[Path], repo_id: str, private: bool = False) -> str:
 
     api, session = HfApi(token=token), get_session()
     if not keeps_secrets(api.endpoint):
-        raise UserError("HF_ENDPOINT is plain http to another machine, and the token would travel there in the clear: "
-                        "use https")
+        raise UserError(
+            "HF_ENDPOINT is plain http to another machine, and the token would travel there in the clear: use https"
+        )
     session.event_hooks["response"].append(_refuse_redirect)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         if CARD not in files and not api.file_exists(repo_id, CARD):
             operations.append(CommitOperationAdd(CARD, card(files, repo_id).encode()))
-        commit = api.create_commit(repo_id, operations, commit_message=f"{len(files)} files of "
-                                   f"{', '.join(folder.resolve().name for folder in folders)}")
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=f"{len(files)} files of {', '.join(folder.resolve().name for folder in folders)}",
+        )
     except HfHubHTTPError as error:
         raise UserError(f"{repo_id}: {_reason(error, token)}") from None
     except HFValidationError as error:
@@ -49,8 +53,10 @@ def upload(folders: Sequence[Path], repo_id: str, private: bool = False) -> str:
     except (HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
         # lost connections, uploads that a thread gave up, answers that are no hub's
         cause = error.__cause__ or error
-        raise UserError(f"{repo_id}: the upload failed ({type(cause).__name__}: {one_line(str(cause), token)}); nothing was "
-                        "committed, run it again") from None
+        raise UserError(
+            f"{repo_id}: the upload failed ({type(cause).__name__}: {one_line(str(cause), token)}); nothing was "
+            "committed, run it again"
+        ) from None
     finally:
         session.event_hooks["response"].remove(_refuse_redirect)
     return commit.commit_url
@@ -62,8 +68,11 @@ def _files(folders: Sequence[Path]) -> dict[str, Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        inside = sorted(path for path in folder.rglob("*") if path.is_file()
-                        and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        inside = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
         if not inside:
             raise UserError(f"{folder}: holds no files")
         for path in inside:
@@ -85,19 +94,34 @@ def card(files: dict[str, Path], repo_id: str) -> str:
             raise UserError(f"{results}: not the figures of an SAE; remove it or write it again")
         cells = [f"{figures[key]:.4g}" if isinstance(figures.get(key), int | float) else "–" for key in _COLUMNS]
         rows.append(f"| `{sae}` | {' | '.join(cells)} |")
-    head = ["---", "library_name: sae_lens", "tags:", "- sparse-autoencoder", "---", "", "# Sparse autoencoders", "",
-            "Trained with sae_research; held-out figures, sinks left out.", ""]
+    head = [
+        "---",
+        "library_name: sae_lens",
+        "tags:",
+        "- sparse-autoencoder",
+        "---",
+        "",
+        "# Sparse autoencoders",
+        "",
+        "Trained with sae_research; held-out figures, sinks left out.",
+        "",
+    ]
     table = ["| SAE | L0 | variance explained | loss recovered | fraction alive |", "|---|--:|--:|--:|--:|", *rows]
-    load = ["", "```python", "from sae_lens import SAE", "",
-            f'sae = SAE.from_pretrained("{repo_id}", "{saes[0]}")', "```"] if saes else []
+    load = (
+        ["", "```python", "from sae_lens import SAE", "", f'sae = SAE.from_pretrained("{repo_id}", "{saes[0]}")', "```"]
+        if saes
+        else []
+    )
     return "\n".join([*head, *(table if saes else []), *load]) + "\n"
 
 
 def _refuse_redirect(response: Any) -> None:
     """Called with every answer before a redirect would be followed."""
     if response.has_redirect_location:
-        raise UserError(f"the hub answers with a redirect ({response.status_code}), which a token does not follow; give the "
-                        "repository's present name, or HF_ENDPOINT the final address")
+        raise UserError(
+            f"the hub answers with a redirect ({response.status_code}), which a token does not follow; give the "
+            "repository's present name, or HF_ENDPOINT the final address"
+        )
 
 
 def _reason(error: Any, token: str) -> str:

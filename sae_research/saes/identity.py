@@ -32,8 +32,17 @@ import torch
 from torch import Tensor
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.Size)
-_OF_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "_abc_impl", "__abstractmethods__",
-               "__firstlineno__", "__static_attributes__"}
+_OF_CLASSES = {
+    "__module__",
+    "__doc__",
+    "__dict__",
+    "__weakref__",
+    "__annotations__",
+    "_abc_impl",
+    "__abstractmethods__",
+    "__firstlineno__",
+    "__static_attributes__",
+}
 """Entries of a class that change nothing it computes."""
 _SLOTS = (MemberDescriptorType, GetSetDescriptorType)
 """What stands for a slot in a class: its value is an attribute of the object."""
@@ -63,9 +72,13 @@ def identity(value: Any) -> str:
 def own_data(value: Any) -> dict[str, Any]:
     """The plain values, tensors and functions that stand in a user's classes of `value`, by class and name: methods and
     properties aside, whose source is known."""
-    return {f"{cls.__qualname__}.{name}": entry for cls in type(value).__mro__ if _library(cls.__module__) is None
-            for name, entry in vars(cls).items() if name not in _OF_CLASSES
-            and not isinstance(entry, (FunctionType, property, staticmethod, classmethod, *_SLOTS))}
+    return {
+        f"{cls.__qualname__}.{name}": entry
+        for cls in type(value).__mro__
+        if _library(cls.__module__) is None
+        for name, entry in vars(cls).items()
+        if name not in _OF_CLASSES and not isinstance(entry, (FunctionType, property, staticmethod, classmethod, *_SLOTS))
+    }
 
 
 class _Walk:
@@ -101,8 +114,20 @@ class _Walk:
         yield FunctionType, self._function
         yield MethodType, lambda method: self._all("method", method.__func__, method.__self__)
         yield BuiltinFunctionType, self._builtin
-        yield CodeType, lambda code: self._all("code", code.co_code, code.co_consts, code.co_names, code.co_varnames,
-                                               code.co_freevars, code.co_argcount, code.co_kwonlyargcount, code.co_flags)
+        yield (
+            CodeType,
+            lambda code: self._all(
+                "code",
+                code.co_code,
+                code.co_consts,
+                code.co_names,
+                code.co_varnames,
+                code.co_freevars,
+                code.co_argcount,
+                code.co_kwonlyargcount,
+                code.co_flags,
+            ),
+        )
         yield CellType, self._cell
         yield property, lambda one: self._all("property", one.fget, one.fset, one.fdel)
         yield (staticmethod, classmethod), lambda one: self._all(type(one).__name__, one.__func__)
@@ -123,8 +148,9 @@ class _Walk:
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise Unidentified(f"a tensor of layout {value.layout}")
         flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        self._write(f"{type(value).__qualname__} {tuple(value.shape)} {value.dtype}",
-                    flat.view(torch.uint8).numpy().tobytes())
+        self._write(
+            f"{type(value).__qualname__} {tuple(value.shape)} {value.dtype}", flat.view(torch.uint8).numpy().tobytes()
+        )
 
     def _array(self, value: np.ndarray) -> None:
         if value.dtype.hasobject:
@@ -181,8 +207,12 @@ class _Walk:
             self._write("global", reduced)
             return
         make, arguments, *rest = reduced
-        self._all("reduced", make, arguments, *(
-            part if part is None or number == 0 else list(part) for number, part in enumerate(rest[:3])))
+        self._all(
+            "reduced",
+            make,
+            arguments,
+            *(part if part is None or number == 0 else list(part) for number, part in enumerate(rest[:3])),
+        )
 
 
 def _inside(name: str, value: Any) -> Any:

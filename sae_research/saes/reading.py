@@ -20,14 +20,28 @@ from torch import Tensor
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import regular_file
 
-DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
-           MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError)
+DAMAGED = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    safetensors.SafetensorError,
+)
 """What parsers of weights files raise on bytes that are none of theirs."""
 LARGEST = 10**9
 """No number of dimensions, latents, tokens or steps of an SAE is beyond this."""
 
 
 # --- configurations --------------------------------------------------------------------------
+
 
 def whole(value: Any, key: str, where: object, least: int = 1) -> int:
     """A whole number from `least` to `LARGEST`. Raises `UserError` for anything else, `true` and "8" too."""
@@ -81,6 +95,7 @@ def shown(value: Any) -> str:
 
 # --- weights ---------------------------------------------------------------------------------
 
+
 def load_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file. Raises `UserError` for one that is missing, damaged or no plain file."""
     regular_file(path)
@@ -107,8 +122,9 @@ def load_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged weights ({_reason(error)}); fetch them again") from None
     if damaged:
         raise UserError(f"{path}: damaged weights ({damaged} does not fit its checksum); fetch them again")
-    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
-                                              for key, value in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise UserError(f"{path}: not a state dict of tensors")
     return state
 
@@ -127,8 +143,11 @@ def floats(tensors: dict[str, Tensor], where: object) -> dict[str, Tensor]:
     made = {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.numel():
-            kind = "empty" if not tensor.numel() else str(tensor.dtype if tensor.layout == torch.strided
-                                                          else tensor.layout).removeprefix("torch.")
+            kind = (
+                "empty"
+                if not tensor.numel()
+                else str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
+            )
             raise UserError(f"{where}: {name} is {kind}; weights must be dense floating-point numbers")
         try:
             made[name] = tensor.detach().cpu().float().contiguous()
@@ -148,8 +167,9 @@ def check_shapes(tensors: dict[str, Tensor], d_in: int, d_sae: int, where: objec
         shape, expected = tuple(tensor.shape), expected_shape(name, d_in, d_sae)
         if shape != expected:
             transposed = " (it is transposed)" if len(shape) == 2 and shape[::-1] == expected else ""
-            raise UserError(f"{where}: {name} has shape {shape}, expected {expected} for d_in {d_in} and d_sae "
-                            f"{d_sae}{transposed}")
+            raise UserError(
+                f"{where}: {name} has shape {shape}, expected {expected} for d_in {d_in} and d_sae {d_sae}{transposed}"
+            )
 
 
 def _reason(error: BaseException) -> str:
@@ -173,6 +193,8 @@ def hook_of(name: str, where: object) -> str:
     if module:
         return f"blocks.{int(module[1])}.hook_resid_post"
     if name and not _OWN.fullmatch(name):
-        raise UserError(f"{where}: the hook {shown(name)} is not known; write TransformerLens' name of it, such as "
-                        "blocks.8.hook_resid_post or blocks.8.hook_mlp_out, or a layer such as model.layers.8")
+        raise UserError(
+            f"{where}: the hook {shown(name)} is not known; write TransformerLens' name of it, such as "
+            "blocks.8.hook_resid_post or blocks.8.hook_mlp_out, or a layer such as model.layers.8"
+        )
     return name

@@ -68,8 +68,9 @@ def form_class(form: str) -> type[SparseAutoencoder]:
     try:
         return registry[form]
     except KeyError:
-        raise UserError(f"unknown SAE form {str(form)[:60]!r}; known: {', '.join(registry)}, "
-                        "or module:Class of your own") from None
+        raise UserError(
+            f"unknown SAE form {str(form)[:60]!r}; known: {', '.join(registry)}, or module:Class of your own"
+        ) from None
 
 
 def code_fingerprint(*modules: str, classes: Iterable[type] = ()) -> str:

@@ -100,25 +100,34 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
     known = cfg.provenance.get("model_fingerprint") == lm.fingerprint or is_model(cfg.model_name, lm)
     if not known and not any(same_model(cfg.model_name, other) for other in same_as or ()):
         if not (lm.saved_from and same_model(cfg.model_name, lm.saved_from)):
-            raise UserError(f"SAE {name} was trained on {cfg.model_name}, model.name is {lm.name}; set model.name: "
-                            f"{cfg.model_name} or choose another SAE; if {lm.name} is that model under another name, set "
-                            f"model.same_as: [{cfg.model_name}]")
-        print(f"SAE {name} was trained on {cfg.model_name}; the config in {lm.name} says that it was saved from "
-              f"{lm.saved_from}: taken for that model, which a finetune of it is not", flush=True)
+            raise UserError(
+                f"SAE {name} was trained on {cfg.model_name}, model.name is {lm.name}; set model.name: "
+                f"{cfg.model_name} or choose another SAE; if {lm.name} is that model under another name, set "
+                f"model.same_as: [{cfg.model_name}]"
+            )
+        print(
+            f"SAE {name} was trained on {cfg.model_name}; the config in {lm.name} says that it was saved from "
+            f"{lm.saved_from}: taken for that model, which a finetune of it is not",
+            flush=True,
+        )
     width = lm.d_in(cfg.hook_name)
     if cfg.d_in != width:
         raise UserError(f"SAE {name} reads {cfg.d_in} dimensions, {lm.name} has {width} at {cfg.hook_name}")
     if cfg.center_input and not any(isinstance(module, nn.LayerNorm) for module in lm.model.modules()):
-        raise UserError(f"SAE {name} was trained with center_writing_weights, which a model without "
-                        f"LayerNorm such as "
-                        f"{lm.name} does not allow")
+        raise UserError(
+            f"SAE {name} was trained with center_writing_weights, which a model without "
+            f"LayerNorm such as "
+            f"{lm.name} does not allow"
+        )
 
 
 def check_tokenizer(lm: LanguageModel) -> None:
     """Raises `UserError` when the tokenizer makes ids the model has no embedding for."""
     if len(lm.tokenizer) > lm.vocab_size:
-        raise UserError(f"model.name: the tokenizer of {lm.name} has {len(lm.tokenizer)} tokens, the model "
-                        f"{lm.vocab_size}; they do not belong together")
+        raise UserError(
+            f"model.name: the tokenizer of {lm.name} has {len(lm.tokenizer)} tokens, the model "
+            f"{lm.vocab_size}; they do not belong together"
+        )
 
 
 TRAINED = Path("trained_saes")
@@ -147,9 +156,11 @@ def read_trained(name: str) -> SparseAutoencoder:
     folder = TRAINED / checked_name(name, "trained SAE", "choose one of train.saes")
     if not (folder / CONFIG_FILE).is_file():
         known = trained_names()
-        raise UserError(f"{folder}: no such trained SAE "
-                        f"({'there are ' + ', '.join(known) if known else 'none yet'}); "
-                        f"run the train stage first (dvc repro train), with {name} under train.saes")
+        raise UserError(
+            f"{folder}: no such trained SAE "
+            f"({'there are ' + ', '.join(known) if known else 'none yet'}); "
+            f"run the train stage first (dvc repro train), with {name} under train.saes"
+        )
     sae = load_sae(folder)
     if "held_out" not in sae.cfg.provenance and (TRAINED / TRAINING_REPORT).is_file():
         report = read_json(TRAINED / TRAINING_REPORT)
@@ -171,8 +182,10 @@ def read_folder(folder: Path) -> SparseAutoencoder:
     """A local folder: ours, SAELens', dictionary_learning's, or a run of SAE-Interpretability with one hook."""
     saes = exchange.read_folder(folder)
     if len(saes) > 1:
-        raise UserError(f"{folder}: holds {len(saes)} SAEs ({', '.join(saes)}); split it with "
-                        f"`python -m sae_research import {folder} OUT` and name those folders")
+        raise UserError(
+            f"{folder}: holds {len(saes)} SAEs ({', '.join(saes)}); split it with "
+            f"`python -m sae_research import {folder} OUT` and name those folders"
+        )
     return _from(next(iter(saes.values())), source="folder", name=folder.name)
 
 
@@ -191,8 +204,11 @@ def folder_names(patterns: Sequence[str]) -> dict[Path, str]:
     parts = dict.fromkeys(folders, 1)
     while True:
         names = {place: slugify("_".join(place.parts[-count:])) for place, count in parts.items()}
-        twins = [place for place, name in names.items()
-                 if list(names.values()).count(name) > 1 and parts[place] < len(place.parts) - 1]
+        twins = [
+            place
+            for place, name in names.items()
+            if list(names.values()).count(name) > 1 and parts[place] < len(place.parts) - 1
+        ]
         if not twins:
             return {path: names[place] for place, path in folders.items()}
         parts |= {place: parts[place] + 1 for place in twins}
@@ -207,8 +223,12 @@ def read_python(place: str, baseline: SparseAutoencoder) -> SparseAutoencoder:
         raise UserError(f"{place}: from_baseline returned {type(sae).__name__}, not an SAE")
     source = inspect.getsource(inspect.getmodule(cls) or cls)
     architecture = sae.cfg.architecture if sae.cfg.architecture != place else cls.form or cls.__name__
-    sae.cfg = sae.cfg.replace(form=place, architecture=architecture, options=sae.options(), provenance={
-        "source": "python", "place": place, "source_sha256": fingerprint(source)})
+    sae.cfg = sae.cfg.replace(
+        form=place,
+        architecture=architecture,
+        options=sae.options(),
+        provenance={"source": "python", "place": place, "source_sha256": fingerprint(source)},
+    )
     return sae
 
 
@@ -219,6 +239,7 @@ def python_name(place: str) -> str:
 
 
 # --- the hub ---------------------------------------------------------------------------------
+
 
 def read_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     """An SAE file of a hub repository with the configuration beside it; kept in the hub's own cache."""
@@ -240,8 +261,12 @@ def download(repo_id: str, filename: str) -> Path:
     """One file of a hub repository, from the hub's cache where it is there already."""
     from huggingface_hub import hf_hub_download
 
-    return _reach(lambda: Path(hf_hub_download(repo_id, filename)), f"{repo_id}/{filename}", repo_id,
-                  f"{quote(repo_id)}/resolve/main/{quote(filename)}")
+    return _reach(
+        lambda: Path(hf_hub_download(repo_id, filename)),
+        f"{repo_id}/{filename}",
+        repo_id,
+        f"{quote(repo_id)}/resolve/main/{quote(filename)}",
+    )
 
 
 def read_release(release: str, sae_id: str) -> SparseAutoencoder:
@@ -263,11 +288,11 @@ def _reach(fetch: Callable[[], T], what: str, where: str, path: str = "") -> T:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, requests.RequestException):
         raise UserError(unreachable) from None
     except errors.GatedRepoError:
-        raise UserError(f"{what}: access is restricted; accept its terms on the hub and log in "
-                        f"(hf auth login), or {OFFLINE_HINT}") from None
+        raise UserError(
+            f"{what}: access is restricted; accept its terms on the hub and log in (hf auth login), or {OFFLINE_HINT}"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{what}: the hub has no repository {where!r} (or it is private); "
-                        f"{OFFLINE_HINT}") from None
+        raise UserError(f"{what}: the hub has no repository {where!r} (or it is private); {OFFLINE_HINT}") from None
     except errors.EntryNotFoundError:
         raise UserError(f"{what}: no such file in the repository {where}") from None
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:

@@ -32,10 +32,7 @@ PROBING_CLASSES = 4
 
 def model_seconds(lm: LanguageModel, hook: str, context_size: int) -> tuple[float, float]:
     """Seconds per token of a pass up to `hook` and of a full pass, each after a short warm-up."""
-    tokens = (
-        torch.arange(TIMED_CONTEXTS * context_size, device=lm.device).reshape(TIMED_CONTEXTS, -1)
-        % lm.vocab_size
-    )
+    tokens = torch.arange(TIMED_CONTEXTS * context_size, device=lm.device).reshape(TIMED_CONTEXTS, -1) % lm.vocab_size
     lm.activations(tokens[:1, :8], hook)
     times = []
     for run in (lambda: lm.activations(tokens, hook), lambda: lm.logits(tokens)):
@@ -94,9 +91,7 @@ def _amount(seconds: float, left: list[list[str]], n_saes: int, tokens: int) -> 
     return f"up to {_duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
 
 
-def disk_lines(
-    params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder], d_sae: int
-) -> list[str]:
+def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder], d_sae: int) -> list[str]:
     """The activation cache's size, and a warning where the disk or the limit does not hold it."""
     if not params.activation_caching.enabled:
         return ["activation cache: off"]
@@ -106,14 +101,11 @@ def disk_lines(
     width = torch.empty(0, dtype=lm.dtype).element_size()
     needed = sum(widths.values()) * tokens * width + sample * max(widths.values()) * width
     free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
-    lines = [f"activation cache: about {needed / 1e9:.2f} GB (limit {limit / 1e9:g} GB, {free / 1e9:.0f} GB "
-             f"free)"]
+    lines = [f"activation cache: about {needed / 1e9:.2f} GB (limit {limit / 1e9:g} GB, {free / 1e9:.0f} GB free)"]
     if needed > free:
-        lines.append("warning: the disk has less room than that; make room or set "
-                     "activation_caching.enabled: false")
+        lines.append("warning: the disk has less room than that; make room or set activation_caching.enabled: false")
     elif needed > limit:
-        lines.append("warning: activation_caching.max_gb is smaller than that; activations will be computed "
-                     "more than once")
+        lines.append("warning: activation_caching.max_gb is smaller than that; activations will be computed more than once")
     return lines
 
 
@@ -189,8 +181,11 @@ def preflight(
             if name in failed:
                 continue
             figures = measured[name] | ({} if ratios[name] is None else {"norm_ratio": ratios[name]})
-            card = {key: value for key, value in (sae.cfg.provenance.get("held_out") or {}).items()
-                    if key in ("l0", "variance_explained")}
+            card = {
+                key: value
+                for key, value in (sae.cfg.provenance.get("held_out") or {}).items()
+                if key in ("l0", "variance_explained")
+            }
             report["saes"][name] = figures | ({"card": card} if card else {})
             warnings += [f"{name}: {line}" for line in compare_with_card(figures, card)]
     _check_baseline(baseline, report["saes"][baseline], params.preflight.min_variance_explained)
@@ -203,10 +198,10 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """(figures by SAE, seconds per token by SAE). Members of a family share their family's time evenly. Without a `guard`
     an SAE that fails raises its error."""
+
     def score(members: Family) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:
         names = list(members)
-        stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, sample.acts.device)
-                 for name, sae in members.items()}
+        stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, sample.acts.device) for name, sae in members.items()}
         spent = 0.0
         for _ in encode_each(members, sample.acts[:1], sample.mask[:1]):
             pass  # compiles, and fills what a family computes once
@@ -221,8 +216,11 @@ def measure(
                 start = time.perf_counter()
         for name in names:
             values = stats[name].metrics()
-            figures = {key: values[key] for key in ("l0", "variance_explained", "variance_explained_per_dim",
-                                                    "fraction_alive") if key in values}
+            figures = {
+                key: values[key]
+                for key in ("l0", "variance_explained", "variance_explained_per_dim", "fraction_alive")
+                if key in values
+            }
             check_finite(figures)
             yield name, (figures, spent / len(names) / sample.mask.numel())
 
@@ -250,8 +248,9 @@ def _sample(lm: LanguageModel, hook: str, tokens: Tensor, params: Params) -> Sam
     if not mask.any():
         raise UserError(f"preflight: no token counts at {hook}; loosen token_mask")
     if not torch.isfinite(acts[mask]).all():
-        raise UserError(f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; "
-                        "set model.torch_dtype: bfloat16 or float32")
+        raise UserError(
+            f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or float32"
+        )
     norms = acts[mask].norm(dim=1)
     return Sample(acts.to(lm.device), mask.to(lm.device), float(norms.median()), float(norms.mean()))
 
@@ -264,28 +263,44 @@ def _norm_ratio(name: str, sae: SparseAutoencoder, sample: Sample, params: Param
     ratio = sample.mean_norm / float(recorded)
     limit = params.preflight.max_norm_ratio
     if not 1 / limit <= ratio <= limit:
-        raise UserError(f"SAE {name}: activations at {sae.cfg.hook_name} have mean norm "
-                        f"{sample.mean_norm:.4g}, in its "
-                        f"training {float(recorded):.4g}; the model, its precision or its scaling differ "
-                        "(preflight.max_norm_ratio)")
+        raise UserError(
+            f"SAE {name}: activations at {sae.cfg.hook_name} have mean norm "
+            f"{sample.mean_norm:.4g}, in its "
+            f"training {float(recorded):.4g}; the model, its precision or its scaling differ "
+            "(preflight.max_norm_ratio)"
+        )
     return ratio
 
 
 def _check_baseline(name: str, figures: dict[str, Any], least: float | None) -> None:
     explained = figures.get("variance_explained")
     if least is not None and (explained is None or explained < least):
-        raise UserError(f"the baseline {name} explains "
-                        f"{explained if explained is None else round(explained, 4)} of the "
-                        f"variance, preflight.min_variance_explained is {least}")
+        raise UserError(
+            f"the baseline {name} explains "
+            f"{explained if explained is None else round(explained, 4)} of the "
+            f"variance, preflight.min_variance_explained is {least}"
+        )
 
 
 def _model_card(lm: LanguageModel) -> dict[str, Any]:
-    return {"name": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype).removeprefix("torch."),
-            "n_layers": lm.n_layers, "d_model": lm.d_model, "vocab_size": lm.vocab_size,
-            "tokenizer": type(lm.tokenizer).__name__, "tokenizer_size": len(lm.tokenizer),
-            "separator_id": lm.separator_id, "resumes": lm.can_resume}
+    return {
+        "name": lm.name,
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "n_layers": lm.n_layers,
+        "d_model": lm.d_model,
+        "vocab_size": lm.vocab_size,
+        "tokenizer": type(lm.tokenizer).__name__,
+        "tokenizer_size": len(lm.tokenizer),
+        "separator_id": lm.separator_id,
+        "resumes": lm.can_resume,
+    }
 
 
 def _hook_card(sample: Sample) -> dict[str, Any]:
-    return {"d_in": sample.acts.shape[-1], "median_norm": sample.median_norm, "mean_norm": sample.mean_norm,
-            "fraction_counted": float(sample.mask.float().mean())}
+    return {
+        "d_in": sample.acts.shape[-1],
+        "median_norm": sample.median_norm,
+        "mean_norm": sample.mean_norm,
+        "fraction_counted": float(sample.mask.float().mean()),
+    }

@@ -45,8 +45,9 @@ def control_names(controls: Controls) -> list[tuple[str, str, int]]:
     found = []
     for kind in controls.names:
         sizes, unit = (controls.pca_components, "n") if kind == "pca" else (controls.s, "s")
-        found += [(f"{PREFIX}{kind}" + (f"_{unit}{size}" if len(sizes) > 1 else ""), kind, size)
-                  for size in dict.fromkeys(sizes)]
+        found += [
+            (f"{PREFIX}{kind}" + (f"_{unit}{size}" if len(sizes) > 1 else ""), kind, size) for size in dict.fromkeys(sizes)
+        ]
     return found
 
 
@@ -70,11 +71,7 @@ def make_control(kind: str, size: int, x_TD: Tensor, base: SAEConfig, params: Pa
     )
     if kind == "pca":
         return pca(x_TD, mean_D, size, cfg)
-    rows = (
-        random_rows(base.d_sae, base.d_in, seed)
-        if kind == "random"
-        else data_rows(x_TD, mean_D, base.d_sae, seed)
-    )
+    rows = random_rows(base.d_sae, base.d_in, seed) if kind == "random" else data_rows(x_TD, mean_D, base.d_sae, seed)
     return MPSAE(rows, mean_D, size, cfg.replace(form=MPSAE.form, options={"s": size}))
 
 
@@ -90,9 +87,9 @@ def data_rows(x_TD: Tensor, mean_D: Tensor, d_sae: int, seed: int) -> Tensor:
     norms_T = centred_TD.norm(dim=1)
     usable = (norms_T > 0).nonzero()[:, 0]
     if len(usable) < d_sae:
-        raise UserError(f"control data_rows: only {len(usable)} counted tokens for {d_sae} rows; give more "
-                        f"text or "
-                        "loosen token_mask")
+        raise UserError(
+            f"control data_rows: only {len(usable)} counted tokens for {d_sae} rows; give more text or loosen token_mask"
+        )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))
     chosen = usable[order[:d_sae]]
     return centred_TD[chosen] / norms_T[chosen, None]

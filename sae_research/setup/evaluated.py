@@ -31,8 +31,17 @@ class Evaluated:
         self._notes = ResultCache("evaluated")
         section: Any = params.core_eval if kind == "core" else params.sparse_probing
         text = [params.text.model_dump(), text_fingerprint(params.text, "core_eval")] if kind == "core" else []
-        self._setting = [kind, section.model_dump(exclude={"dataset_names"}), text, params.token_mask.model_dump(),
-                         params.random_seed, lm.fingerprint, str(lm.dtype), lm.device.type, _source(kind)]
+        self._setting = [
+            kind,
+            section.model_dump(exclude={"dataset_names"}),
+            text,
+            params.token_mask.model_dump(),
+            params.random_seed,
+            lm.fingerprint,
+            str(lm.dtype),
+            lm.device.type,
+            _source(kind),
+        ]
 
     def note(self, sae: SparseAutoencoder, part: str, files: Sequence[str]) -> None:
         """`files` of the result cache (`kind/key`) hold what this SAE scored on `part`."""

@@ -141,8 +141,7 @@ class Setup:
         """Activations that all controls are made from, computed when the first asks."""
         if self._sample is None:
             cfg = self.baseline.cfg
-            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params,
-                                                       controls.sample_size(cfg.d_sae))
+            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params, controls.sample_size(cfg.d_sae))
         return self._sample
 
     def plan(self) -> list[Planned]:
@@ -173,14 +172,18 @@ class Setup:
         for label, cls in VARIANTS.items():
             section = getattr(variants, label)
             sizes: list[int] = getattr(section, f"{cls.size_name}_values") if section.enabled else []
-            further = {name: getattr(section, name) for name, default in cls.defaults.items()
-                       if getattr(section, name) != default}
+            further = {
+                name: getattr(section, name) for name, default in cls.defaults.items() if getattr(section, name) != default
+            }
             if variants.normalise != "note":
                 further["normalise"] = variants.normalise
             for size in sizes:
                 key = f"sae_variants.{label}.{cls.size_name}_values"
-                yield Planned(slugify(f"{self.name}_{label}_{cls.size_name}{size}"), f"{key} ({size})",
-                              self._variant_writer(cls.form, label, {cls.size_name: size} | further))
+                yield Planned(
+                    slugify(f"{self.name}_{label}_{cls.size_name}{size}"),
+                    f"{key} ({size})",
+                    self._variant_writer(cls.form, label, {cls.size_name: size} | further),
+                )
 
     def _check_dictionary(self) -> None:
         """What pursuit had to assume of the baseline's atoms becomes a warning. Raises `UserError` where
@@ -190,12 +193,16 @@ class Setup:
             notes = check_atoms(self.baseline.W_dec, variants.normalise).notes
             self.warnings += [f"{self.name}, as a dictionary for pursuit: {note}" for note in notes]
 
-    def _variant_writer(
-        self, form: str, architecture: str, options: dict[str, Any]
-    ) -> Callable[[Path], None]:
+    def _variant_writer(self, form: str, architecture: str, options: dict[str, Any]) -> Callable[[Path], None]:
         cfg = self.baseline.cfg.replace(
-            form=form, architecture=architecture, role="variant", base=self.name, options=options,
-            apply_b_dec_to_input=True, provenance={"source": "variant"})
+            form=form,
+            architecture=architecture,
+            role="variant",
+            base=self.name,
+            options=options,
+            apply_b_dec_to_input=True,
+            provenance={"source": "variant"},
+        )
         return lambda folder: save_variant(cfg, options, folder, folder.parent / self.name)
 
     def _controls(self) -> Iterator[Planned]:
@@ -204,7 +211,8 @@ class Setup:
 
     def _control_writer(self, kind: str, size: int) -> Callable[[Path], None]:
         return lambda folder: save_sae(
-            controls.make_control(kind, size, self.sample(), self.baseline.cfg, self.params), folder)
+            controls.make_control(kind, size, self.sample(), self.baseline.cfg, self.params), folder
+        )
 
     # --- SAEs beside it ---
 
@@ -212,9 +220,7 @@ class Setup:
         """Names are known before anything is read: a clash must not wait for downloads."""
         chosen = self.params.comparison_saes
         for name in self._trained_names():
-            yield self._compared(
-                slugify(name), f"trained_saes/{name}", lambda name=name: sources.read_trained(name)
-            )
+            yield self._compared(slugify(name), f"trained_saes/{name}", lambda name=name: sources.read_trained(name))
         for path, name in sources.folder_names(chosen.folders).items():
             yield self._compared(name, f"the folder {path}", lambda path=path: sources.read_folder(path))
         for place in chosen.python:
@@ -226,9 +232,11 @@ class Setup:
             )
         if chosen.sae_regex_pattern is not None and chosen.sae_block_pattern is not None:
             for item in matching_saes(chosen.sae_regex_pattern, chosen.sae_block_pattern):
-                yield self._compared(slugify(f"{item.release}_{item.sae_id}"),
-                                     f"SAELens {item.release} / {item.sae_id}",
-                                     lambda item=item: sources.read_release(item.release, item.sae_id))
+                yield self._compared(
+                    slugify(f"{item.release}_{item.sae_id}"),
+                    f"SAELens {item.release} / {item.sae_id}",
+                    lambda item=item: sources.read_release(item.release, item.sae_id),
+                )
 
     def _trained_names(self) -> list[str]:
         names = self.params.comparison_saes.trained
@@ -237,8 +245,7 @@ class Setup:
         used = self.name if self.params.baseline_sae.source == "trained" else None
         return [name for name in sources.trained_names() if name != used]
 
-    def _compared(self, name: str, origin: str, read: Callable[[], SparseAutoencoder],
-                  base: str | None = None) -> Planned:
+    def _compared(self, name: str, origin: str, read: Callable[[], SparseAutoencoder], base: str | None = None) -> Planned:
         def write(folder: Path) -> None:
             sae = read()
             self.admit(name, sae)
@@ -266,8 +273,10 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
     check_tokenizer(lm)
     setup = Setup(params, lm, baseline)
-    setup.warnings += [f"{setup.name}: {line}" for line in fill_in(
-        baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")]
+    setup.warnings += [
+        f"{setup.name}: {line}"
+        for line in fill_in(baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")
+    ]
     _check_layer(params, baseline)
     check_fits(setup.name, baseline, lm, params.model.same_as)
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
@@ -338,8 +347,7 @@ def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> s
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:
@@ -347,6 +355,8 @@ def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:
     another."""
     settings = params.baseline_sae
     if settings.source != "trained" and baseline.cfg.hook_layer != settings.hook_layer:
-        raise UserError(f"baseline_sae.hook_layer is {settings.hook_layer}, but the SAE reads "
-                        f"{baseline.cfg.hook_name}; "
-                        "correct the one that is wrong")
+        raise UserError(
+            f"baseline_sae.hook_layer is {settings.hook_layer}, but the SAE reads "
+            f"{baseline.cfg.hook_name}; "
+            "correct the one that is wrong"
+        )

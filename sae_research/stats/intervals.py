@@ -140,8 +140,9 @@ def mixed(one: Ratio, other: Ratio, weight: float) -> Ratio | None:
     return Ratio((1 - weight) * one.numerator + weight * other.numerator, one.denominator, one.strata, retrained)
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float] | float = 1.0,
-          strata: Sequence[int] | None = None) -> Ratio:
+def ratio(
+    numerator: Sequence[float], denominator: Sequence[float] | float = 1.0, strata: Sequence[int] | None = None
+) -> Ratio:
     """A `Ratio` from any sequences; a denominator of 1 makes the figure a mean over clusters. Clusters in which nothing
     was counted are left out."""
     top = np.asarray(numerator, np.float64)
@@ -187,8 +188,9 @@ def _error(variances: list[float], freedoms: list[float]) -> tuple[float, float]
     return math.sqrt(total), total**2 / below if below else freedoms[0]
 
 
-def _percentiles(value: float, drawn: np.ndarray, error: float, freedom: float,
-                 level: float = LEVEL) -> tuple[float, float] | None:
+def _percentiles(
+    value: float, drawn: np.ndarray, error: float, freedom: float, level: float = LEVEL
+) -> tuple[float, float] | None:
     """Percentiles of resamples that lie as far out as `error` and Student's t say, on the normal scale."""
     finite = drawn[np.isfinite(drawn)]
     if not math.isfinite(value) or len(finite) < RESAMPLES / 2:
@@ -214,6 +216,7 @@ def draws(n_clusters: int, strata: tuple[int, ...] | None, seed: int) -> np.ndar
 
 
 # --- differences -----------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -244,8 +247,10 @@ def difference(ones: Sequence[Ratio], others: Sequence[Ratio], seed: int) -> Dif
     several = [side for side in values if len(side) > 1]
     retrained = _retrained(ones, others)
     spreads = [float(np.var(side, ddof=1)) / len(side) for side in several]
-    error, freedom = _error([float(np.square(left_out).sum()), *retrained[:1], *spreads],
-                            [ones[0].freedom, *retrained[1:], *(len(side) - 1.0 for side in several)])
+    error, freedom = _error(
+        [float(np.square(left_out).sum()), *retrained[:1], *spreads],
+        [ones[0].freedom, *retrained[1:], *(len(side) - 1.0 for side in several)],
+    )
     bounds = _percentiles(value, _moved(drawn, retrained, seed), error, freedom)
     if bounds is None:
         return None
@@ -284,6 +289,7 @@ def student_quantile(share: float, freedom: float) -> float:
 
 # --- what is stored --------------------------------------------------------------------------
 
+
 def packed(bits: np.ndarray) -> str:
     """A row of yes and no as hex digits: four outcomes a digit, the last padded with no."""
     return np.packbits(np.asarray(bits, bool)).tobytes().hex()
@@ -294,8 +300,12 @@ def unpacked(text: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
 
 
-def accuracy(asked: dict[str, dict[str, list[str]]], correct: dict[str, dict[str, str | list[str]]], share: float = 0.0,
-             replaced: bool = False) -> Ratio:
+def accuracy(
+    asked: dict[str, dict[str, list[str]]],
+    correct: dict[str, dict[str, str | list[str]]],
+    share: float = 0.0,
+    replaced: bool = False,
+) -> Ratio:
     """Mean over tasks of the mean over classes of accuracy, clustered by text: one text serves several classes.
 
     asked: task -> class -> numbers of the test texts in that class and in others, separated by spaces. correct: task ->
@@ -316,9 +326,12 @@ def accuracy(asked: dict[str, dict[str, list[str]]], correct: dict[str, dict[str
     strata = {name: index for index, name in enumerate(dict.fromkeys(own_class.values()))}
     weights, right_RT = np.asarray(shares), np.concatenate(right, axis=1)
     retrained = Retrained(right_RT @ weights / weights.sum(), share, replaced) if len(right_RT) > 1 else None
-    return Ratio(np.bincount(cluster, weights * right_RT.mean(0)), np.bincount(cluster, weights),
-                 np.array([strata[own_class[name]] if name in own_class else len(strata) for name in names.tolist()]),
-                 retrained)
+    return Ratio(
+        np.bincount(cluster, weights * right_RT.mean(0)),
+        np.bincount(cluster, weights),
+        np.array([strata[own_class[name]] if name in own_class else len(strata) for name in names.tolist()]),
+        retrained,
+    )
 
 
 def stored(figure: Ratio, clusters: str) -> dict[str, Any]:

@@ -50,8 +50,9 @@ class ReconstructionStats:
     def __init__(self, d_in: int, d_sae: int, device: torch.device | str = "cpu") -> None:
         def zeros(*shape: int) -> Tensor:
             # float64 sums: MPS has none and falls back to float32
-            return torch.zeros(*shape, dtype=torch.float32 if str(device).startswith("mps") else torch.float64,
-                               device=device)
+            return torch.zeros(
+                *shape, dtype=torch.float32 if str(device).startswith("mps") else torch.float64, device=device
+            )
 
         self.tokens = 0
         self.sum_D, self.sum_squares_D, self.residual_D = zeros(d_in), zeros(d_in), zeros(d_in)
@@ -126,7 +127,7 @@ class Clusters(NamedTuple):
         contexts: numbers of the batch's contexts [batch]; counted: bool [batch, seq], where seq may end before the
         contexts do. Summed on the CPU in a fixed order, so that equal runs agree to the last digit.
         """
-        index = self.index[contexts.cpu().numpy(), :counted.shape[1]]
+        index = self.index[contexts.cpu().numpy(), : counted.shape[1]]
         kept = counted.cpu().numpy() & (index >= 0)
         return np.bincount(index[kept], values.double().cpu().numpy()[kept], minlength=self.count)
 
@@ -145,8 +146,9 @@ def clusters_of(contexts: Contexts, first: int, last: int) -> Clusters:
     table[used] = cluster_of
     index = np.full(contexts.doc_ids.shape, -1)
     index[first:last] = table[doc_ids]
-    return _clusters(index, len(labels), contexts.tokens[first:last], level=level, documents=len(used),
-                     sources=len(set(sources)))
+    return _clusters(
+        index, len(labels), contexts.tokens[first:last], level=level, documents=len(used), sources=len(set(sources))
+    )
 
 
 def clusters_by_context(tokens: Tensor, first: int, last: int) -> Clusters:
@@ -166,13 +168,15 @@ class ReconstructionSums:
 
     def __init__(self, clusters: Clusters) -> None:
         self.clusters = clusters
-        self.sums = {name: np.zeros(clusters.count) for name in (
-            "tokens", "l0", "residual", "total", "cosine", "rebuilt", "shared")}
+        self.sums = {
+            name: np.zeros(clusters.count) for name in ("tokens", "l0", "residual", "total", "cosine", "rebuilt", "shared")
+        }
 
     @torch.no_grad()
     def update(self, contexts: Tensor, x: Tensor, x_hat: Tensor, z: Tensor, mask: Tensor, mean_D: Tensor) -> None:
         """Add a batch. x, x_hat: [batch, seq, d_in]; z: [batch, seq, d_sae]; mask: bool [batch, seq]; mean_D: mean of x
         over all tokens that count. It stays where it is when clusters are drawn anew."""
+
         def add(values: Tensor) -> np.ndarray:
             return self.clusters.sums(contexts, mask, values)
 

@@ -38,14 +38,21 @@ class SaeBenchStats:
         squares_TD = x_TD.square()
         dot_T = (x_TD * hat_TD).sum(-1)
         self._tokens(
-            l2_norm_in=norm_T, l2_norm_out=hat_norm_T,
+            l2_norm_in=norm_T,
+            l2_norm_out=hat_norm_T,
             l2_ratio=hat_norm_T / torch.where(norm_T < 1e-4, 1.0, norm_T),
-            l0=torch.linalg.vector_norm(z_TF, 0, dim=-1, dtype=torch.float32), l1=z_TF.sum(-1),
+            l0=torch.linalg.vector_norm(z_TF, 0, dim=-1, dtype=torch.float32),
+            l1=z_TF.sum(-1),
             mse=residual_T / len(x_TD),
             explained_variance_legacy=1 - residual_T / (x_TD - x_TD.mean(0)).square().sum(-1),
-            cossim=dot_T / (norm_T * hat_norm_T))
-        self._batch(bias=hat_norm_T.square().mean() / dot_T.mean(), squares=squares_TD.sum(-1).mean(),
-                    mean_square=squares_TD.mean(), residual=residual_T.mean())
+            cossim=dot_T / (norm_T * hat_norm_T),
+        )
+        self._batch(
+            bias=hat_norm_T.square().mean() / dot_T.mean(),
+            squares=squares_TD.sum(-1).mean(),
+            mean_square=squares_TD.mean(),
+            residual=residual_T.mean(),
+        )
         positive = ((z > 0) & mask[..., None]).float()  # sums of booleans are slow
         self.fired_F += positive.sum((0, 1))
         self.prompts_F += positive.amax(1).sum(0)
@@ -57,12 +64,19 @@ class SaeBenchStats:
         batch = {name: torch.stack(values).mean() for name, values in self.per_batch.items()}
         explained = (1 - batch["residual"] / (batch["squares"] - batch["mean_square"] ** 2)).item()
         return {
-            "shrinkage": {"l2_norm_in": mean["l2_norm_in"], "l2_norm_out": mean["l2_norm_out"],
-                          "l2_ratio": mean["l2_ratio"], "relative_reconstruction_bias": batch["bias"].item()},
+            "shrinkage": {
+                "l2_norm_in": mean["l2_norm_in"],
+                "l2_norm_out": mean["l2_norm_out"],
+                "l2_ratio": mean["l2_ratio"],
+                "relative_reconstruction_bias": batch["bias"].item(),
+            },
             "sparsity": {"l0": mean["l0"], "l1": mean["l1"]},
             "reconstruction_quality": {
-                "explained_variance": explained, "explained_variance_legacy": mean["explained_variance_legacy"],
-                "mse": mean["mse"], "cossim": mean["cossim"]},
+                "explained_variance": explained,
+                "explained_variance_legacy": mean["explained_variance_legacy"],
+                "mse": mean["mse"],
+                "cossim": mean["cossim"],
+            },
         }
 
     def density(self) -> Tensor:
@@ -110,11 +124,13 @@ def feature_details(density_F: Tensor, consistent_F: Tensor, weights: LatentWeig
     """SAE Bench's one record per latent, rounded to its 10 decimals; a NaN becomes its -1, as does a nearest neighbour that
     was not looked for (`stats.weights.max_cosine`)."""
     columns = {
-        "feature_density": density_F, "consistent_activation_heuristic": consistent_F,
-        "encoder_bias": weights.encoder_bias, "encoder_norm": weights.encoder_norm,
+        "feature_density": density_F,
+        "consistent_activation_heuristic": consistent_F,
+        "encoder_bias": weights.encoder_bias,
+        "encoder_norm": weights.encoder_norm,
         "encoder_decoder_cosine_sim": weights.encoder_decoder_cosine,
-        "max_decoder_cosine_sim": weights.max_decoder_cosine, "max_encoder_cosine_sim": weights.max_encoder_cosine,
+        "max_decoder_cosine_sim": weights.max_decoder_cosine,
+        "max_encoder_cosine_sim": weights.max_encoder_cosine,
     }
     lists = {name: torch.where(values.isnan(), -1.0, values).tolist() for name, values in columns.items()}
-    return [{"index": i, **{name: round(values[i], 10) for name, values in lists.items()}}
-            for i in range(len(density_F))]
+    return [{"index": i, **{name: round(values[i], 10) for name, values in lists.items()}} for i in range(len(density_F))]

@@ -38,7 +38,7 @@ def max_cosine(directions_FD: Tensor) -> Tensor:
     rows = measured_rows(len(unit))
     best = torch.full((len(unit),), torch.nan, device=unit.device)
     for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start:start + CHUNK_ROWS].to(unit.device)
+        chunk = rows[start : start + CHUNK_ROWS].to(unit.device)
         cosines = unit[chunk] @ unit.T
         cosines[torch.arange(len(chunk), device=unit.device), chunk] = -torch.inf
         best[chunk] = cosines.amax(dim=1)
@@ -73,7 +73,15 @@ def latent_weights(sae: SparseAutoencoder) -> LatentWeights:
     """Encoder norm and bias, cosine of encoder and decoder, and nearest neighbours of both."""
     W_enc, b_enc = sae.encoder_weights()
     encoder_FD, decoder_FD = W_enc.T.float(), sae.W_dec.float()
-    return LatentWeights(*(value.cpu() for value in (
-        b_enc.float(), encoder_FD.norm(dim=1),
-        torch.nn.functional.cosine_similarity(encoder_FD, decoder_FD, dim=1),
-        _nearest(encoder_FD), _nearest(decoder_FD))))
+    return LatentWeights(
+        *(
+            value.cpu()
+            for value in (
+                b_enc.float(),
+                encoder_FD.norm(dim=1),
+                torch.nn.functional.cosine_similarity(encoder_FD, decoder_FD, dim=1),
+                _nearest(encoder_FD),
+                _nearest(decoder_FD),
+            )
+        )
+    )

@@ -91,11 +91,15 @@ PACKAGED_SOURCES: tuple[PackagedSource, ...] = (
     PackagedSource("stories_and_answers", ("45_context_ans",)),
     PackagedSource("confessions", ("48_cm_correct", "49_cm_isshort")),
     PackagedSource("essays", ("94_ai_gen",)),
-    PackagedSource("biographies", ("56_wikidatasex_or_gender", "57_wikidatais_alive",
-                                   "58_wikidatapolitical_party")),
+    PackagedSource("biographies", ("56_wikidatasex_or_gender", "57_wikidatais_alive", "58_wikidatapolitical_party")),
     PackagedSource("news_wire", ("161_agnews_0", "162_agnews_1", "163_agnews_2"), target=1),
-    PackagedSource("occupations", tuple(f"{number}_wikidata_occupation_is{job}" for number, job in enumerate(
-        ("journalist", "athlete", "actor", "politician", "singer", "researcher"), 59))),
+    PackagedSource(
+        "occupations",
+        tuple(
+            f"{number}_wikidata_occupation_is{job}"
+            for number, job in enumerate(("journalist", "athlete", "actor", "politician", "singer", "researcher"), 59)
+        ),
+    ),
     PackagedSource("product_reviews", ("157_amazon_5star",)),
     PackagedSource("cancer_papers", ("98_cancer_cat",), every=3),
     PackagedSource("practical_questions", ("44_phys_tf",)),
@@ -107,8 +111,7 @@ PACKAGED_SOURCES: tuple[PackagedSource, ...] = (
     PackagedSource("science_comments", ("99_sci_cat",)),
     PackagedSource("questions", ("91_glue_qqp",)),
     PackagedSource("films", ("113_movie_sent",)),
-    PackagedSource("code", ("158_code_C", "159_code_Python", "160_code_HTML"), target=1, limit=1_500,
-                   every=3),
+    PackagedSource("code", ("158_code_C", "159_code_Python", "160_code_HTML"), target=1, limit=1_500, every=3),
 )
 
 
@@ -157,8 +160,10 @@ class Documents(Iterator[Document]):
                 kept = content[:MAX_CHARACTERS] if self.text.dataset == PACKAGED else content
                 yield Document(kept, digest[:DOC_ID_DIGITS], source)
         if empty:
-            raise UserError(f"text.dataset {self.text.dataset}: the data set is empty; looked for text in column "
-                            f"{self.text.column_name!r}")
+            raise UserError(
+                f"text.dataset {self.text.dataset}: the data set is empty; looked for text in column "
+                f"{self.text.column_name!r}"
+            )
 
     def _first(self) -> Iterator[Document]:
         characters = 0
@@ -228,8 +233,15 @@ def text_fingerprint(text: Text, split: str) -> str:
         data = [local_fingerprint(local), text.column_name]
     else:
         data = [hub_revision(text.dataset), text.column_name]
-    return fingerprint({"dataset": text.dataset, "data": data, "split": split, "shares": SHARES,
-                        "held_out": [text.held_out_characters, *DEFINITION]})
+    return fingerprint(
+        {
+            "dataset": text.dataset,
+            "data": data,
+            "split": split,
+            "shares": SHARES,
+            "held_out": [text.held_out_characters, *DEFINITION],
+        }
+    )
 
 
 def _raw_documents(text: Text, decode: Decode | None) -> Iterator[tuple[str, str]]:
@@ -251,6 +263,7 @@ def _local_path(dataset: str) -> Path | None:
 
 # --- packaged --------------------------------------------------------------------------------
 
+
 def _packaged_documents() -> Iterator[tuple[str, str]]:
     """The packaged sources in turn, until the last is used up."""
     speakers = [(source, iter(source_texts(source))) for source in PACKAGED_SOURCES]
@@ -268,10 +281,11 @@ def _packaged_documents() -> Iterator[tuple[str, str]]:
 def source_texts(source: PackagedSource) -> list[str]:
     """The source's texts that are long enough, mixed: in the order of a hash that the split does not use."""
     frames = (read_packaged(name) for name in source.files)
-    kept = (frame["prompt"] if source.target is None else frame["prompt"][frame["target"] == source.target]
-            for frame in frames)
+    kept = (
+        frame["prompt"] if source.target is None else frame["prompt"][frame["target"] == source.target] for frame in frames
+    )
     texts = {content for content in chain.from_iterable(kept) if len(content) >= MIN_CHARACTERS}
-    return sorted(texts, key=_mixing_key)[:source.limit]
+    return sorted(texts, key=_mixing_key)[: source.limit]
 
 
 def _mixing_key(content: str) -> bytes:
@@ -280,6 +294,7 @@ def _mixing_key(content: str) -> bytes:
 
 
 # --- local and hub ---------------------------------------------------------------------------
+
 
 def _local_documents(path: Path, column: str, decode: Decode | None) -> Iterator[tuple[str, str]]:
     root = path if path.is_dir() else path.parent
@@ -302,8 +317,10 @@ def _content(value: Any, where: str, decode: Decode | None) -> str:
         try:
             return decode(value)
         except (IndexError, OverflowError, ValueError) as error:
-            raise UserError(f"{where} holds token ids that are not this model's ({error}); name a column of text, or "
-                            "a data set that was tokenised for it") from None
+            raise UserError(
+                f"{where} holds token ids that are not this model's ({error}); name a column of text, or "
+                "a data set that was tokenised for it"
+            ) from None
     return as_text(value, where)
 
 

@@ -78,15 +78,17 @@ CROSSED_TASKS: dict[str, PackagedCross] = {
     "film_or_restaurant_by_sentiment": PackagedCross(("film", "restaurant"), 110, _FILM),
     "film_or_product_by_sentiment": PackagedCross(("film", "product"), 110, _FILM + "; products open with a title"),
     "restaurant_or_product_by_sentiment": PackagedCross(
-        ("restaurant", "product"), 400, _CUT + "restaurants include other businesses; products open with the word 'Title'"),
+        ("restaurant", "product"), 400, _CUT + "restaurants include other businesses; products open with the word 'Title'"
+    ),
 }
 
 HUB_TASKS = ("LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5")
 """SAE Bench's data sets for SCR, by the names it gives them; each holds four pairs of first attributes."""
 
 
-def load_crossed_tasks(name: str, train_size: int, test_size: int, seed: int,
-                       skip: Callable[[str, str], None]) -> list[CrossedTask]:
+def load_crossed_tasks(
+    name: str, train_size: int, test_size: int, seed: int, skip: Callable[[str, str], None]
+) -> list[CrossedTask]:
     """A packaged task, a local file or folder with columns `text`, `label` and `second_label`, or one of SAE Bench's
     hub data sets, which gives a task for each of its pairs.
 
@@ -133,23 +135,30 @@ class _Parts(NamedTuple):
 
 def _select(parts: _Parts, train_size: int, test_size: int, seed: int) -> CrossedTask:
     """Raises `TaskUnavailable` when a cell has too few texts."""
+
     def most(cells: Cells) -> int:
         return 4 * min(len(texts) // _share(cell) for cell, texts in cells.items())
 
     largest = most(parts.train), most(parts.test)
     if largest[0] < train_size or largest[1] < test_size:
-        raise TaskUnavailable(f"task {parts.name}: sizes {train_size} and {test_size} ask for {train_size // 4} train and "
-                              f"{test_size // 4} test texts in each cell and twice that where the attributes agree: "
-                              f"set sizes of at most {largest[0]} and {largest[1]}")
+        raise TaskUnavailable(
+            f"task {parts.name}: sizes {train_size} and {test_size} ask for {train_size // 4} train and "
+            f"{test_size // 4} test texts in each cell and twice that where the attributes agree: "
+            f"set sizes of at most {largest[0]} and {largest[1]}"
+        )
 
     def choose(cells: Cells, size: int) -> Cells:
-        return {cell: (pick({"": texts}, len(texts), seed)[""] if parts.seed_picks else texts)[:size // 4 * _share(cell)]
-                for cell, texts in cells.items()}
+        return {
+            cell: (pick({"": texts}, len(texts), seed)[""] if parts.seed_picks else texts)[: size // 4 * _share(cell)]
+            for cell, texts in cells.items()
+        }
 
     train = choose(parts.train, train_size)
     test = choose(parts.test if parts.seed_picks else _far(parts, train, test_size), test_size)
-    available = {f"{parts.first[a]}, {parts.second[b]}": {"train": len(parts.train[a, b]), "test": len(parts.test[a, b])}
-                 for a, b in CELLS}
+    available = {
+        f"{parts.first[a]}, {parts.second[b]}": {"train": len(parts.train[a, b]), "test": len(parts.test[a, b])}
+        for a, b in CELLS
+    }
     return CrossedTask(parts.name, parts.first, parts.second, train, test, {**parts.notes, "available": available})
 
 
@@ -162,8 +171,10 @@ def _far(parts: _Parts, train: Cells, test_size: int) -> Cells:
         while len(far[cell]) < wanted and (batch := list(islice(rest, wanted))):
             far[cell] += [text for text, near in zip(batch, index.near(batch), strict=True) if not near]
         if len(far[cell]) < wanted:
-            raise TaskUnavailable(f"task {parts.name}: only {len(far[cell])} test texts of {parts.first[cell[0]]}, "
-                                  f"{parts.second[cell[1]]} are no near copies of its train texts, {wanted} are needed")
+            raise TaskUnavailable(
+                f"task {parts.name}: only {len(far[cell])} test texts of {parts.first[cell[0]]}, "
+                f"{parts.second[cell[1]]} are no near copies of its train texts, {wanted} are needed"
+            )
     return far
 
 
@@ -178,11 +189,14 @@ def unknown_crossed_task(name: str) -> str:
     known = [*CROSSED_TASKS, *HUB_TASKS]
     close = difflib.get_close_matches(name, known, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return (f"unknown two-attribute task {name!r}; {hint}known: {', '.join(known)}; or the path of a "
-            f"{', '.join(TABLE_SUFFIXES)} file with columns {', '.join(LOCAL_COLUMNS)}")
+    return (
+        f"unknown two-attribute task {name!r}; {hint}known: {', '.join(known)}; or the path of a "
+        f"{', '.join(TABLE_SUFFIXES)} file with columns {', '.join(LOCAL_COLUMNS)}"
+    )
 
 
 # --- packaged and local rows -----------------------------------------------------------------
+
 
 def _packaged(name: str) -> _Parts:
     task = CROSSED_TASKS[name]
@@ -190,8 +204,11 @@ def _packaged(name: str) -> _Parts:
     for a, kind in enumerate(task.first):
         file, sentiment = REVIEWS[kind]
         frame = read_packaged(file)
-        rows += [(text, (a, sentiment[target])) for text, target in zip(frame["prompt"], frame["target"], strict=True)
-                 if target in sentiment]
+        rows += [
+            (text, (a, sentiment[target]))
+            for text, target in zip(frame["prompt"], frame["target"], strict=True)
+            if target in sentiment
+        ]
     return _one_split(name, task.first, _SENTIMENT, rows, {"origin": "packaged", "caveat": task.caveat}, task.characters)
 
 
@@ -201,9 +218,15 @@ def _local(name: str, path: Path, needed: int, skip: Callable[[str, str], None])
     empty_cells: list[int] = []
     for file in local_files(path, TABLE_SUFFIXES):
         for text, *labels in read_rows(file, LOCAL_COLUMNS, empty_cells):
-            rows.append((as_text(text, f"{file}, column 'text'"), *(
-                as_label(label, f"{file}, column {column!r}") for column, label in
-                zip(LOCAL_COLUMNS[1:], labels, strict=True))))
+            rows.append(
+                (
+                    as_text(text, f"{file}, column 'text'"),
+                    *(
+                        as_label(label, f"{file}, column {column!r}")
+                        for column, label in zip(LOCAL_COLUMNS[1:], labels, strict=True)
+                    ),
+                )
+            )
     notes: dict[str, Any] = {"origin": "local", **({"rows_with_empty_cells": len(empty_cells)} if empty_cells else {})}
     values: list[list[str]] = []
     for place, column in enumerate(LOCAL_COLUMNS[1:], 1):
@@ -218,13 +241,22 @@ def _local(name: str, path: Path, needed: int, skip: Callable[[str, str], None])
             return
         values.append(found)
     first, second = values
-    cells = [(text, (first.index(label), second.index(other))) for text, label, other in rows
-             if label in first and other in second]
+    cells = [
+        (text, (first.index(label), second.index(other)))
+        for text, label, other in rows
+        if label in first and other in second
+    ]
     yield _one_split(name, (first[0], first[1]), (second[0], second[1]), cells, notes)
 
 
-def _one_split(name: str, first: tuple[str, str], second: tuple[str, str], rows: list[tuple[str, Cell]],
-               notes: dict[str, Any], characters: int | None = None) -> _Parts:
+def _one_split(
+    name: str,
+    first: tuple[str, str],
+    second: tuple[str, str],
+    rows: list[tuple[str, Cell]],
+    notes: dict[str, Any],
+    characters: int | None = None,
+) -> _Parts:
     """Distinct texts of the probing splits by cell, cut to `characters` if given, no test text near a train text.
 
     Where a text belongs is decided before it is cut; texts that are equal after it count once, train first.
@@ -254,11 +286,12 @@ def _cut(text: str, characters: int) -> str:
     """The first words of `text`, at most `characters` long; a word that would cost more than a tenth is cut inside."""
     if len(text) <= characters:
         return text
-    whole = text[:characters + 1].rsplit(None, 1)[0].rstrip()
+    whole = text[: characters + 1].rsplit(None, 1)[0].rstrip()
     return whole if 0.9 * characters <= len(whole) <= characters else text[:characters].rstrip()
 
 
 # --- SAE Bench's hub data sets ---------------------------------------------------------------
+
 
 def _hub(name: str) -> Iterator[_Parts]:
     """SAE Bench's pairs, its texts in its order, less copies and the test texts that have a copy in train (near copies are
@@ -272,8 +305,7 @@ def _hub(name: str) -> Iterator[_Parts]:
         frames = load_dataset(repository)
         about = dataset_metadata[repository]
         columns = [about["text_column_name"], about["column1_name"], about["column2_name"]]
-        rows = {split: list(zip(*(frames[split][column] for column in columns), strict=True))
-                for split in ("train", "test")}
+        rows = {split: list(zip(*(frames[split][column] for column in columns), strict=True)) for split in ("train", "test")}
     second = tuple(about["column2_mapping"])
     for first in ScrAndTppEvalConfig().column1_vals_lookup[name]:
         codes = {(about["column1_mapping"][first[a]], about["column2_mapping"][second[b]]): (a, b) for a, b in CELLS}
@@ -291,5 +323,12 @@ def _hub(name: str) -> Iterator[_Parts]:
                 seen.add(digest)
                 cells[cell].append(text)
             parts.append(cells)
-        yield _Parts(f"{name}_scr_{first[0]}_{first[1]}", tuple(first), (str(second[0]), str(second[1])), parts[0], parts[1],
-                     {"origin": "hub", "copies_dropped": dropped}, seed_picks=False)
+        yield _Parts(
+            f"{name}_scr_{first[0]}_{first[1]}",
+            tuple(first),
+            (str(second[0]), str(second[1])),
+            parts[0],
+            parts[1],
+            {"origin": "hub", "copies_dropped": dropped},
+            seed_picks=False,
+        )

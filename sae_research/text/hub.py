@@ -67,11 +67,20 @@ def hub_errors(name: str, offline_mend: str) -> Iterator[None]:
     from requests.exceptions import RequestException
 
     if not constants.HF_HUB_OFFLINE and not hub_answers(f"api/datasets/{quote(name.partition(':')[0])}"):
-        raise UserError(f"hub data set {name!r}: the hub cannot be reached ({constants.ENDPOINT} gave no answer within "
-                        f"{constants.HF_HUB_ETAG_TIMEOUT} s); to run offline, {offline_mend}")
+        raise UserError(
+            f"hub data set {name!r}: the hub cannot be reached ({constants.ENDPOINT} gave no answer within "
+            f"{constants.HF_HUB_ETAG_TIMEOUT} s); to run offline, {offline_mend}"
+        )
     config.STREAMING_READ_MAX_RETRIES = 2  # of a read that the hub's client has tried six times itself
-    known = (DatasetsError, HfHubHTTPError, HFValidationError, HTTPError, RequestException,
-             ConnectionError, FileNotFoundError)
+    known = (
+        DatasetsError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        RequestException,
+        ConnectionError,
+        FileNotFoundError,
+    )
     try:
         yield
     except known as error:
@@ -86,8 +95,12 @@ def _reason(error: BaseException) -> str:
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain) or "OfflineMode" in str(error):
         return "the hub is switched off (HF_HUB_OFFLINE) and no copy is cached here"
     # HfHubHTTPError is the hub answering; any other HTTPError is the way to it
-    unreachable = [link for link in chain if isinstance(link, ConnectionError | LocalEntryNotFoundError)
-                   or (isinstance(link, HTTPError) and not hasattr(link, "response"))]
+    unreachable = [
+        link
+        for link in chain
+        if isinstance(link, ConnectionError | LocalEntryNotFoundError)
+        or (isinstance(link, HTTPError) and not hasattr(link, "response"))
+    ]
     if unreachable:
         why = one_line(unreachable[-1])
         return f"the hub cannot be reached ({why}), and nothing of that name lies in this folder"
@@ -107,7 +120,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The error's message on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def stream_rows(name: str) -> Iterator[dict[str, Any]]:

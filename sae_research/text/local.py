@@ -57,8 +57,13 @@ def local_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     if path.is_file():
         files = [path] if path.suffix in suffixes else []
     else:
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file()
-                       and not any(part.startswith(".") for part in file.relative_to(path).parts))
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in suffixes
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
     if not files:
         raise UserError(f"{path}: no readable file; known are {', '.join(suffixes)}")
     return files
@@ -80,8 +85,7 @@ def read_rows(file: Path, columns: Sequence[str], left_out: list[int] | None = N
 
 
 def numbered_rows(file: Path, columns: Sequence[str], left_out: list[int] | None = None) -> Iterator[tuple[int, Row]]:
-    """(number, values) of what `read_rows` yields. Rows are counted from 1, without a header; a .jsonl file's are its lines.
-    """
+    """(number, values) of what `read_rows` yields. Rows count from 1, without a header; a .jsonl file's are its lines."""
     reader = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(file.suffix, _read_csv)
     missing = [] if left_out is None else left_out
     before = len(missing)
@@ -97,8 +101,11 @@ def numbered_rows(file: Path, columns: Sequence[str], left_out: list[int] | None
 @cache
 def _say_left_out(file: Path, columns: tuple[str, ...], rows: tuple[int, ...]) -> None:
     """Once a process: a corpus is read several times."""
-    print(f"{file}: {len(rows):,} rows left out, a cell of {' or '.join(map(repr, columns))} is empty there: "
-          f"{listed(rows)}", file=sys.stderr, flush=True)
+    print(
+        f"{file}: {len(rows):,} rows left out, a cell of {' or '.join(map(repr, columns))} is empty there: {listed(rows)}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def listed(items: Iterable[Any], most: int = 5) -> str:
@@ -115,8 +122,9 @@ def as_text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half a character, {value[error.start]!r} in {value[:40]!r}; "
-                        "write the file anew as UTF-8") from None
+        raise UserError(
+            f"{where} holds half a character, {value[error.start]!r} in {value[:40]!r}; write the file anew as UTF-8"
+        ) from None
     return value
 
 
@@ -174,7 +182,7 @@ def _read_jsonl(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]
                 why = error.msg if isinstance(error, json.JSONDecodeError) else listed([error])
                 raise UserError(f"{where}: not valid JSON ({why})") from None
             if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object such as {{\"text\": \"...\"}}")
+                raise UserError(f'{where}: expected an object such as {{"text": "..."}}')
             check_columns(where, columns, list(row))
             yield number, tuple(row[name] for name in columns)
 
@@ -192,9 +200,11 @@ def _read_csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
             check_columns(str(file), columns, header)
             places = [header.index(name) for name in columns]
             for number, row in enumerate(rows, 1):
-                if any(row[len(header):]):
-                    raise UserError(f"{file}, row {number}: {len(row)} cells, the header names {len(header)} columns; put a "
-                                    "text that holds the delimiter in double quotes")
+                if any(row[len(header) :]):
+                    raise UserError(
+                        f"{file}, row {number}: {len(row)} cells, the header names {len(header)} columns; put a "
+                        "text that holds the delimiter in double quotes"
+                    )
                 values = tuple(row[place] if place < len(row) else None for place in places)
                 _check_utf8(values, f"{file}, row {number}")
                 yield number, values

@@ -111,7 +111,7 @@ def _json_list(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: `choices` must be a list, in a .csv file as JSON: [\"red\", \"blue\"]") from None
+        raise UserError(f'{where}: `choices` must be a list, in a .csv file as JSON: ["red", "blue"]') from None
 
 
 def _index(answer: Any, n_choices: int, where: str) -> int:
@@ -124,22 +124,26 @@ def _index(answer: Any, n_choices: int, where: str) -> int:
         number = -1.0
     index = int(number) if number.is_integer() else -1
     if not 0 <= index < n_choices:
-        raise UserError(f"{where}: `answer` is {listed([repr(answer)])}; "
-                        f"expected 0 to {n_choices - 1} or {letters[0]} to {letters[-1]}")
+        raise UserError(
+            f"{where}: `answer` is {listed([repr(answer)])}; expected 0 to {n_choices - 1} or {letters[0]} to {letters[-1]}"
+        )
     return index
 
 
 FILE = "36_sciq_tf"
 MAX_CHARACTERS = 80
 """Longer questions are left out: every one is asked again after every edit, and costs by its tokens."""
-BODY = frozenset("""
+BODY = frozenset(
+    """
     bacteria blood bone bones brain cancer cartilage cell cells chromosome chromosomes digestion digestive disease
     diseases dna enzyme enzymes gene genes genetic gland glands heart hormone hormones immune infection infections
     intestine kidney kidneys liver lung lungs lymph lymphatic meiosis membrane mitosis muscle muscles nerve nerves
     nervous neurons organ organs pathogens protein proteins reproductive respiratory rna skeletal skin sperm spinal
     stomach tissue tissues vertebrae virus viruses vitamin
-""".split())
-LIFE = frozenset("""
+""".split()
+)
+LIFE = frozenset(
+    """
     algae amphibians animal animals baby biodiversity biological biology biomes biosphere birds body breathing
     carbohydrates crops diet dinosaurs drug ear eat ecosystem ecosystems egg eggs embryo evolution eye fat fish flower
     flowers food fossils fungi fungus glucose growth habitat health host hosts human humans inherited insects
@@ -147,8 +151,10 @@ LIFE = frozenset("""
     parasite parasites patients people person photosynthesis plankton plant plants population predator pregnancy prey
     primates protists reproduction reptiles roots seeds sexual species sponge sugar sugars traits trees vertebrates
     worms
-""".split())
-MATTER = frozenset("""
+""".split()
+)
+MATTER = frozenset(
+    """
     acceleration acid acids alloy astronomers atmosphere atom atomic atoms boiling charge charged chemical chemistry
     circuit climate clouds compound compounds conductor crust current density earthquake earthquakes electric
     electrical electricity electron electrons element elements energy erosion evaporation force forces frequency
@@ -157,7 +163,8 @@ MATTER = frozenset("""
     oceans orbit orbits periodic physics planet planets plate plates precipitation pressure radiation radioactive
     reaction reactions rock rocks salt sediment solar solid solids solution sound speed star stars substance
     substances sun temperature thermal velocity volcano volcanoes wave wavelength waves weather wind
-""".split())
+""".split()
+)
 
 
 class ShortQuestion(NamedTuple):
@@ -170,8 +177,11 @@ class ShortQuestion(NamedTuple):
 def science_questions(topic: str) -> list[ShortQuestion]:
     """All questions on `biomedical` or `other` with a one-word answer, each once, in an order that never changes."""
     found = dict.fromkeys(_true_rows())
-    chosen = [question for question in found if len(question.text) <= MAX_CHARACTERS and " " not in question.answer
-              and topic_of(question) == topic]
+    chosen = [
+        question
+        for question in found
+        if len(question.text) <= MAX_CHARACTERS and " " not in question.answer and topic_of(question) == topic
+    ]
     return sorted(chosen, key=lambda question: _order("", question.text))
 
 
@@ -212,8 +222,10 @@ PACKAGED_TOPICS: dict[str, tuple[str, ...]] = {
 }
 """Topic -> sources of `corpus.PACKAGED_SOURCES`. Only their `probe_train` part is read: no SAE was trained on it."""
 
-HUB_NAMES = {"wikitext": "Salesforce/wikitext:wikitext-2-raw-v1:test",
-             "wmdp-bio-forget": "cais/wmdp-bio-forget-corpus:default:train"}
+HUB_NAMES = {
+    "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    "wmdp-bio-forget": "cais/wmdp-bio-forget-corpus:default:train",
+}
 """Short names of what SAE Bench reads."""
 
 MIN_CHARACTERS = 50
@@ -244,15 +256,17 @@ def _texts(name: str, column: str) -> Iterator[tuple[str, str]]:
     local = find_local(name)
     if name in PACKAGED_TOPICS:
         wanted = PACKAGED_TOPICS[name]
-        yield from ((text, source.name) for source in PACKAGED_SOURCES if source.name in wanted
-                    for text in source_texts(source))
+        yield from (
+            (text, source.name) for source in PACKAGED_SOURCES if source.name in wanted for text in source_texts(source)
+        )
     elif local is not None:
         for file in local_files(local):
-            yield from ((as_text(value, f"{file}, column {column!r}"), file.name)
-                        for (value,) in read_rows(file, [column]))
+            yield from ((as_text(value, f"{file}, column {column!r}"), file.name) for (value,) in read_rows(file, [column]))
     elif name not in HUB_NAMES and "/" not in name or looks_local(name.partition(":")[0]):
-        raise UserError(f"unlearning: corpus {name}: no such file; known names: "
-                        f"{', '.join([*PACKAGED_TOPICS, *HUB_NAMES])}, or owner/data[:config[:split]] on the hub")
+        raise UserError(
+            f"unlearning: corpus {name}: no such file; known names: "
+            f"{', '.join([*PACKAGED_TOPICS, *HUB_NAMES])}, or owner/data[:config[:split]] on the hub"
+        )
     else:
         yield from _hub_texts(HUB_NAMES.get(name, name), column)
 

@@ -35,8 +35,9 @@ SHARE_SAE_TRAIN = 0.5
 SHARE_CORE_EVAL = 0.1
 SHARE_PROBE_TRAIN = 0.25
 SHARE_PROBE_TEST = 0.15
-SHARES: dict[str, float] = dict(zip(
-    SPLITS, (SHARE_SAE_TRAIN, SHARE_CORE_EVAL, SHARE_PROBE_TRAIN, SHARE_PROBE_TEST), strict=True))
+SHARES: dict[str, float] = dict(
+    zip(SPLITS, (SHARE_SAE_TRAIN, SHARE_CORE_EVAL, SHARE_PROBE_TRAIN, SHARE_PROBE_TEST), strict=True)
+)
 
 HASH_BYTES = 16
 _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
@@ -104,7 +105,7 @@ def shingles(text: str) -> np.ndarray:
     codes = np.array([_code(word.lower()) for word in text.split(None, WORDS)[:WORDS]], np.uint64)
     found = np.zeros(max(len(codes) - SHINGLE_WORDS + 1, min(len(codes), 1)), np.uint64)
     for place in range(min(SHINGLE_WORDS, len(codes))):
-        found = found * _FACTOR + codes[place:place + len(found)]
+        found = found * _FACTOR + codes[place : place + len(found)]
     return np.unique(found)
 
 
@@ -151,7 +152,7 @@ class NearIndex:
         asked = csr_array((np.ones(bounds[-1], np.int32), place[known], bounds), shape=(len(sets.sizes), len(self._known)))
         step = max(1, _CANDIDATES // len(self.sizes))
         for start in range(0, asked.shape[0], step):
-            found = (asked[start:start + step] @ self._rarest).tocoo()
+            found = (asked[start : start + step] @ self._rarest).tocoo()
             for first in range(0, found.nnz, _VERIFIED):
                 portion = slice(first, first + _VERIFIED)
                 rows, others = found.row[portion] + start, found.col[portion]

@@ -75,8 +75,11 @@ class Pool(NamedTuple):
     @property
     def dropped(self) -> dict[str, int]:
         """For a task's notes."""
-        return {"copies_dropped": self.copies, "conflicting_dropped": self.conflicting,
-                "near_copies_dropped": self.near_copies}
+        return {
+            "copies_dropped": self.copies,
+            "conflicting_dropped": self.conflicting,
+            "near_copies_dropped": self.near_copies,
+        }
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
@@ -113,11 +116,14 @@ def unknown_task(name: str) -> str:
     known = [*PACKAGED_TASKS, *SAE_BENCH_TASKS]
     close = difflib.get_close_matches(name, known, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return (f"unknown task {name!r}; {hint}known: {', '.join(known)}; "
-            f"or the path of a {', '.join(TABLE_SUFFIXES)} file with columns text and label")
+    return (
+        f"unknown task {name!r}; {hint}known: {', '.join(known)}; "
+        f"or the path of a {', '.join(TABLE_SUFFIXES)} file with columns text and label"
+    )
 
 
 # --- rows ------------------------------------------------------------------------------------
+
 
 def _packaged_rows(task: PackagedTask) -> Iterator[LabelledRow]:
     for file, classes in task.files.items():
@@ -180,8 +186,12 @@ def distinct_texts(rows: Iterable[LabelledRow]) -> Pool:
 
 def apart(pool: Pool) -> Pool:
     """The pool without texts that have near copies in the other part, as far as `near_copies.out_of_place` says."""
-    places = [(split, label, text) for split, part in ((TRAIN, pool.train), (TEST, pool.test))
-              for label, texts in part.items() for text in texts]
+    places = [
+        (split, label, text)
+        for split, part in ((TRAIN, pool.train), (TEST, pool.test))
+        for label, texts in part.items()
+        for text in texts
+    ]
     wrong = out_of_place([text for *_, text in places], [split for split, *_ in places])
     parts: dict[str, Texts] = {split: {label: [] for label in pool.train} for split in (TRAIN, TEST)}
     for (split, label, text), left_out in zip(places, wrong, strict=True):
@@ -192,22 +202,30 @@ def apart(pool: Pool) -> Pool:
 
 # --- selection -------------------------------------------------------------------------------
 
-def _select(name: str, pool: Pool, notes: dict[str, Any], train_size: int, test_size: int,
-            seed: int) -> Task:
+
+def _select(name: str, pool: Pool, notes: dict[str, Any], train_size: int, test_size: int, seed: int) -> Task:
     """The seed's choice of texts from the pool. Raises `TaskUnavailable` when the pool is too small."""
     available = _available(pool)
     if len(available) < 2:
         raise TaskUnavailable(f"task {name}: a task needs two classes, found {listed(available) or 'none'}")
     fit = enough(available, train_size // 2, test_size // 2)
     near = f" ({pool.near_copies:,} near copies of texts of the other part left out)" if pool.near_copies else ""
-    short = [f"{listed([label])} has {have['train']} train and {have['test']} test texts"
-             for label, have in available.items() if label not in fit]
+    short = [
+        f"{listed([label])} has {have['train']} train and {have['test']} test texts"
+        for label, have in available.items()
+        if label not in fit
+    ]
     if short:
         raise TaskUnavailable(
             f"task {name}: each class needs {train_size // 2} train and {test_size // 2} test texts, but "
-            f"{_several(short)}{near}: {_mend(available, keep_all=notes['origin'] != 'local')}")
-    return Task(name, pick(pool.train, train_size // 2, seed), pick(pool.test, test_size // 2, seed),
-                {**notes, "available": available, **pool.dropped})
+            f"{_several(short)}{near}: {_mend(available, keep_all=notes['origin'] != 'local')}"
+        )
+    return Task(
+        name,
+        pick(pool.train, train_size // 2, seed),
+        pick(pool.test, test_size // 2, seed),
+        {**notes, "available": available, **pool.dropped},
+    )
 
 
 def _several(short: Sequence[str], most: int = 5) -> str:
@@ -226,6 +244,7 @@ def _mend(available: dict[str, dict[str, int]], keep_all: bool) -> str:
 
 def pick(texts: Texts, count: int, seed: int) -> Texts:
     """The seed's choice of `count` texts of every class; it depends on seed and texts, not on their order."""
+
     def key(text: str) -> bytes:
         return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
 
@@ -233,6 +252,7 @@ def pick(texts: Texts, count: int, seed: int) -> Texts:
 
 
 # --- SAE Bench's hub data sets ---------------------------------------------------------------
+
 
 def _sae_bench_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     """SAE Bench's own selection, less the test texts that have a copy or near copy in train."""
@@ -248,8 +268,12 @@ def _sae_bench_task(name: str, train_size: int, test_size: int, seed: int) -> Ta
         copies, near_copies = copies + len(texts) - len(new), near_copies + int(near.sum())
     if not all(kept.values()):
         raise TaskUnavailable(f"task {name}: every test text of a class has a copy or near copy in train")
-    return Task(name, train, kept, {"origin": "hub", "test_copies_of_train_dropped": copies,
-                                    "test_near_copies_of_train_dropped": near_copies})
+    return Task(
+        name,
+        train,
+        kept,
+        {"origin": "hub", "test_copies_of_train_dropped": copies, "test_near_copies_of_train_dropped": near_copies},
+    )
 
 
 def _sae_bench_texts(name: str, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
@@ -265,4 +289,5 @@ def _sae_bench_texts(name: str, train_size: int, test_size: int, seed: int) -> t
         except (ValueError, AssertionError, KeyError) as error:
             raise TaskUnavailable(
                 f"task {name}: SAE Bench's loader cannot build it with sizes {train_size} and {test_size} "
-                f"({type(error).__name__}: {one_line(error)})") from error
+                f"({type(error).__name__}: {one_line(error)})"
+            ) from error

@@ -72,8 +72,7 @@ class Contexts(NamedTuple):
     """`Document.source` by index"""
 
 
-def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str,
-                   n_tokens: int) -> Contexts:
+def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str, n_tokens: int) -> Contexts:
     """At least `n_tokens` tokens of one split, in contexts of `text.context_size`, separators included.
 
     The documents' tokens form one stream with `separator_id` between documents; each context is one separator
@@ -98,8 +97,15 @@ def spread(contexts: Contexts, n: int) -> Contexts:
     return contexts._replace(tokens=contexts.tokens[order], doc_ids=contexts.doc_ids[order])
 
 
-def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str, n_tokens: int,
-                   chunk_contexts: int, keep_names: bool = True) -> Iterator[Contexts]:
+def context_chunks(
+    tokenizer: PreTrainedTokenizerBase,
+    separator_id: int,
+    text: Text,
+    split: str,
+    n_tokens: int,
+    chunk_contexts: int,
+    keep_names: bool = True,
+) -> Iterator[Contexts]:
     """The contexts of `token_contexts`, `chunk_contexts` at a time, with memory that does not grow with `n_tokens`.
 
     `doc_ids` count through the whole stream; `documents` and `sources` list those met so far, which alone grows: with
@@ -127,8 +133,12 @@ def context_chunks(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
         whole = min(len(held_tokens) // size, rows)
         if whole:
             cut = whole * size
-            yield Contexts(_pack(held_tokens[:cut], separator_id, size),
-                           _pack(held_docs[:cut], SEPARATOR_DOC, size).int(), names, sources)
+            yield Contexts(
+                _pack(held_tokens[:cut], separator_id, size),
+                _pack(held_docs[:cut], SEPARATOR_DOC, size).int(),
+                names,
+                sources,
+            )
             held_tokens, held_docs = held_tokens[cut:], held_docs[cut:]
             made += whole
         if whole < rows:
@@ -147,8 +157,9 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     return decode
 
 
-def pack_documents(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], context_size: int,
-                   n_contexts: int) -> Contexts:
+def pack_documents(
+    tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], context_size: int, n_contexts: int
+) -> Contexts:
     """Contexts of the documents' tokens: `n_contexts`, or as many whole ones as the documents fill."""
     size = context_size - 1
     return _contexts(*_token_stream(tokenizer, separator_id, texts, n_contexts * size), separator_id, size)
@@ -157,35 +168,45 @@ def pack_documents(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts:
 def _contexts(tokens: np.ndarray, docs: np.ndarray, used: list[Document], separator_id: int, size: int) -> Contexts:
     """Whole contexts of a stream; what is left over falls away."""
     whole = len(tokens) // size * size
-    return Contexts(_pack(tokens[:whole], separator_id, size), _pack(docs[:whole], SEPARATOR_DOC, size).int(),
-                    [document.doc_id for document in used], [document.source for document in used])
+    return Contexts(
+        _pack(tokens[:whole], separator_id, size),
+        _pack(docs[:whole], SEPARATOR_DOC, size).int(),
+        [document.doc_id for document in used],
+        [document.source for document in used],
+    )
 
 
 def _runs_out(texts: Documents, wanted: int, found: int, n_documents: int) -> TextRunsOut:
     """What there is (`found` tokens of the stream), and which of the causes to mend."""
     text, size = texts.text, texts.text.context_size - 1
     whole = found // size * text.context_size
-    ends = (f"text.dataset {text.dataset}: the split {texts.split} ends after {whole:,} of {wanted:,} tokens "
-            f"({whole / wanted:.1%}, {n_documents:,} documents{texts.why_no_more()})")
+    ends = (
+        f"text.dataset {text.dataset}: the split {texts.split} ends after {whole:,} of {wanted:,} tokens "
+        f"({whole / wanted:.1%}, {n_documents:,} documents{texts.why_no_more()})"
+    )
     if n_documents < FEW_DOCUMENTS:
-        return TextRunsOut(f"{ends}; every document stands in one split as a whole: give more documents, long ones cut into "
-                           "many rows or files")
+        return TextRunsOut(
+            f"{ends}; every document stands in one split as a whole: give more documents, long ones cut into "
+            "many rows or files"
+        )
     if not whole:
-        return TextRunsOut(f"{ends}: its {found:,} tokens do not fill one context; lower text.context_size "
-                           f"({text.context_size:,}) or give more text")
+        return TextRunsOut(
+            f"{ends}: its {found:,} tokens do not fill one context; lower text.context_size "
+            f"({text.context_size:,}) or give more text"
+        )
     return TextRunsOut(f"{ends}; ask for fewer tokens or give more text")
 
 
-def _token_stream(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document],
-                  length: int) -> tuple[np.ndarray, np.ndarray, list[Document]]:
+def _token_stream(
+    tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], length: int
+) -> tuple[np.ndarray, np.ndarray, list[Document]]:
     """The first `length` tokens of the stream (fewer if it ends), their document indices, the documents."""
     tokens: list[np.ndarray] = []
     docs: list[np.ndarray] = []
     used: list[Document] = []
     total = 0
     while batch := list(islice(texts, TOKENIZER_BATCH)):
-        for document, (ids, ids_of_docs) in zip(
-                batch, _encoded(tokenizer, separator_id, batch, len(used)), strict=True):
+        for document, (ids, ids_of_docs) in zip(batch, _encoded(tokenizer, separator_id, batch, len(used)), strict=True):
             tokens.append(ids)
             docs.append(ids_of_docs)
             used.append(document)
@@ -196,15 +217,17 @@ def _token_stream(tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: 
     return np.concatenate([empty, *tokens]), np.concatenate([empty, *docs]), used
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, separator_id: int, batch: list[Document],
-             first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, separator_id: int, batch: list[Document], first: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, document indices) of documents numbered from `first` on, each but document 0 led by a separator."""
-    encoded = tokenizer([document.text for document in batch], add_special_tokens=False,
-                        return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(
+        [document.text for document in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
     for number, ids in enumerate(encoded, first):
         lead = [separator_id] if number else []
         docs = np.full(len(lead) + len(ids), number, np.int64)
-        docs[:len(lead)] = SEPARATOR_DOC
+        docs[: len(lead)] = SEPARATOR_DOC
         yield np.asarray([*lead, *ids], np.int64), docs
 
 
@@ -256,12 +279,19 @@ def contexts_sha256(contexts: torch.Tensor | StoredContexts) -> str:
     digest = hashlib.sha256()
     rows = max(1, CHUNK_TOKENS // contexts.shape[1])
     for start in range(0, len(contexts), rows):
-        digest.update(contexts[start:start + rows].reshape(-1).numpy())
+        digest.update(contexts[start : start + rows].reshape(-1).numpy())
     return digest.hexdigest()
 
 
-def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str, n_tokens: int,
-                  text_fingerprint: str, max_gb: float) -> torch.Tensor | StoredContexts:
+def long_contexts(
+    tokenizer: PreTrainedTokenizerBase,
+    separator_id: int,
+    text: Text,
+    split: str,
+    n_tokens: int,
+    text_fingerprint: str,
+    max_gb: float,
+) -> torch.Tensor | StoredContexts:
     """The tokens of `stream.token_contexts`, in memory that does not grow with `n_tokens`: above `IN_MEMORY_TOKENS` they
     are written to `.cache/tokens/` bit by bit. Later calls read that file, also those that want fewer of them.
 
@@ -271,8 +301,15 @@ def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: T
     if n_tokens <= IN_MEMORY_TOKENS:
         return token_contexts(tokenizer, separator_id, text, split, n_tokens).tokens
     folder, n = cache_dir("tokens"), -(-n_tokens // text.context_size)
-    key = fingerprint([text_fingerprint, text.context_size, separator_id, _identity(tokenizer),
-                       sources_fingerprint("sae_research.text.tokens")])[:32]
+    key = fingerprint(
+        [
+            text_fingerprint,
+            text.context_size,
+            separator_id,
+            _identity(tokenizer),
+            sources_fingerprint("sae_research.text.tokens"),
+        ]
+    )[:32]
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{key}-*")}
     row_bytes = text.context_size * _ID.itemsize
     for longer in sorted(found):
@@ -280,8 +317,11 @@ def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: T
             return StoredContexts(found[longer] / _FILE, n, text.context_size)
     entry, rows = folder / f"{key}-{n}", max(1, CHUNK_TOKENS // text.context_size)
     with new_entry(entry) as temporary:
-        _write(temporary / _FILE, context_chunks(tokenizer, separator_id, text, split, n_tokens, rows, keep_names=False),
-               n_tokens)
+        _write(
+            temporary / _FILE,
+            context_chunks(tokenizer, separator_id, text, split, n_tokens, rows, keep_names=False),
+            n_tokens,
+        )
     for length, other in found.items():
         if length < n or damage(other) is not None:
             remove_unheld(other)
@@ -291,8 +331,10 @@ def long_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: T
 
 def _write(path: Path, chunks: Iterable[Contexts], n_tokens: int) -> None:
     """Write a file with a progress bar."""
-    with path.open("wb") as file, tqdm(desc="tokens", total=n_tokens, unit="tok", unit_scale=True, mininterval=1,
-                                       dynamic_ncols=True) as bar:
+    with (
+        path.open("wb") as file,
+        tqdm(desc="tokens", total=n_tokens, unit="tok", unit_scale=True, mininterval=1, dynamic_ncols=True) as bar,
+    ):
         for chunk in chunks:
             file.write(chunk.tokens.numpy().astype(_ID))
             bar.update(chunk.tokens.numel())

@@ -59,8 +59,11 @@ def in_use(folder: Path, max_gb: float) -> Iterator[None]:
         finished = [run for run in folder.parent.iterdir() if not any(path.is_dir() for path in run.glob("*"))]
         removed = prune(folder.parent, max_gb, keep=[folder, *finished])
         if removed:
-            print(f"removed the checkpoints of {len(removed)} unfinished run{'s' * (len(removed) > 1)}: .cache/train held "
-                  f"more than {max_gb:g} GB (activation_caching.max_gb)", flush=True)
+            print(
+                f"removed the checkpoints of {len(removed)} unfinished run{'s' * (len(removed) > 1)}: .cache/train held "
+                f"more than {max_gb:g} GB (activation_caching.max_gb)",
+                flush=True,
+            )
         yield
 
 
@@ -69,9 +72,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     target = folder / f"checkpoint_{checkpoint.step}"
     with replaced_folder(target) as temporary:  # it may replace one that was passed over: damaged, or of other code
         _write_tensors(temporary / TENSORS_FILE, checkpoint.tensors)
-        write_json(temporary / STATE_FILE, {
-            "identity": checkpoint.identity, "state": checkpoint.state,
-            "sha256": file_sha256(temporary / TENSORS_FILE)})
+        write_json(
+            temporary / STATE_FILE,
+            {"identity": checkpoint.identity, "state": checkpoint.state, "sha256": file_sha256(temporary / TENSORS_FILE)},
+        )
     for _, other in saved_checkpoints(folder):
         if other != target:
             shutil.rmtree(other, ignore_errors=True)  # one that cannot go now goes with the next
@@ -142,17 +146,24 @@ def run_key(params: Params) -> str:
     """
     train, model = params.train, params.model
     written = set() if train.saved_checkpoints else {"inference"}
-    return fingerprint({
-        "model": model.model_dump(include={"name", "llm_batch_size"}),
-        "devices": [_kind(device) for device in (model.device, train.device or model.device)],
-        "text": params.text.model_dump(),
-        "token_mask": params.token_mask.model_dump(),
-        "train": train.model_dump(exclude=set(_ELSEWHERE)),
-        "saes": {name: {**config.model_dump(exclude=written), "hook_name": train.hook_of(name),
-                        "seed": params.random_seed if config.seed is None else config.seed}
-                 for name, config in train.saes.items()},
-        "random_seed": params.random_seed,
-    })[:32]
+    return fingerprint(
+        {
+            "model": model.model_dump(include={"name", "llm_batch_size"}),
+            "devices": [_kind(device) for device in (model.device, train.device or model.device)],
+            "text": params.text.model_dump(),
+            "token_mask": params.token_mask.model_dump(),
+            "train": train.model_dump(exclude=set(_ELSEWHERE)),
+            "saes": {
+                name: {
+                    **config.model_dump(exclude=written),
+                    "hook_name": train.hook_of(name),
+                    "seed": params.random_seed if config.seed is None else config.seed,
+                }
+                for name, config in train.saes.items()
+            },
+            "random_seed": params.random_seed,
+        }
+    )[:32]
 
 
 def _kind(device: str) -> str:
@@ -190,9 +201,19 @@ class ProgressFile:
         self.trained = False
         """Whether all steps are done, and only measuring and writing are left."""
         self.values: dict[str, Any] = {
-            "state": "running", "message": "", "step": 0, "total_steps": None, "fraction": 0.0, "tokens": 0,
-            "total_tokens": None, "checkpoint_step": None, "seconds_left": None, "pid": os.getpid(), "device": device,
-            "saes": {}}
+            "state": "running",
+            "message": "",
+            "step": 0,
+            "total_steps": None,
+            "fraction": 0.0,
+            "tokens": 0,
+            "total_tokens": None,
+            "checkpoint_step": None,
+            "seconds_left": None,
+            "pid": os.getpid(),
+            "device": device,
+            "saes": {},
+        }
 
     def update(self, fraction: float, **values: Any) -> None:
         """Note where the run stands; writes if the last write is a second old."""

@@ -115,20 +115,35 @@ def diagnose(name: str, seen: Seen, limits: Limits = LIMITS) -> list[Finding]:
     return found
 
 
-def diagnose_text(ce: float, ce_elsewhere: float | None, vocab_size: int, dataset: str,
-                  limits: Limits = LIMITS) -> list[Finding]:
+def diagnose_text(
+    ce: float, ce_elsewhere: float | None, vocab_size: int, dataset: str, limits: Limits = LIMITS
+) -> list[Finding]:
     """Whether the language model knows the text at all. ce: its cross-entropy on held-out documents of the text, in
     nats a token; ce_elsewhere: on the packaged text, where that was measured."""
     uniform = math.log(vocab_size)
     if ce > limits.chance * uniform:
-        return [Finding("wrong_text", f"the language model predicts {dataset} barely better than chance",
-                        "cross-entropy as a share of a uniform guess's", ce / uniform, limits.chance,
-                        "text.dataset: text of the language and kind that the model was trained on")]
+        return [
+            Finding(
+                "wrong_text",
+                f"the language model predicts {dataset} barely better than chance",
+                "cross-entropy as a share of a uniform guess's",
+                ce / uniform,
+                limits.chance,
+                "text.dataset: text of the language and kind that the model was trained on",
+            )
+        ]
     if ce_elsewhere is not None and ce - ce_elsewhere > limits.text_gap:
-        return [Finding("wrong_text", f"the language model predicts {dataset} far worse than the packaged text "
-                        f"({ce:.2f} against {ce_elsewhere:.2f} nats a token)", "cross-entropy above the packaged text's",
-                        ce - ce_elsewhere, limits.text_gap,
-                        "text.dataset: text of the language and kind that the model was trained on")]
+        return [
+            Finding(
+                "wrong_text",
+                f"the language model predicts {dataset} far worse than the packaged text "
+                f"({ce:.2f} against {ce_elsewhere:.2f} nats a token)",
+                "cross-entropy above the packaged text's",
+                ce - ce_elsewhere,
+                limits.text_gap,
+                "text.dataset: text of the language and kind that the model was trained on",
+            )
+        ]
     return []
 
 
@@ -150,14 +165,38 @@ def _sparsity(place: str, seen: Seen, limits: Limits) -> list[Finding]:
             change = f"{place}.learning_rate: lower (now {config.learning_rate:g}), so that thresholds do not overshoot"
         else:
             change = f"{place}.sparsity_coefficient: raise, or train.tokens"
-        return [Finding("l0_off_target", f"L0 is {seen.l0:.4g} on held-out text where {asked:g} were asked for",
-                        "L0 / asked", seen.l0 / asked, limits.l0_off, change)]
+        return [
+            Finding(
+                "l0_off_target",
+                f"L0 is {seen.l0:.4g} on held-out text where {asked:g} were asked for",
+                "L0 / asked",
+                seen.l0 / asked,
+                limits.l0_off,
+                change,
+            )
+        ]
     if share > limits.l0_high:
-        return [Finding("l0_too_high", f"{seen.l0:.4g} latents a token, {share:.0%} of d_in: hardly sparse", "L0 / d_in",
-                        share, limits.l0_high, _knob(place, config, down=True))]
+        return [
+            Finding(
+                "l0_too_high",
+                f"{seen.l0:.4g} latents a token, {share:.0%} of d_in: hardly sparse",
+                "L0 / d_in",
+                share,
+                limits.l0_high,
+                _knob(place, config, down=True),
+            )
+        ]
     if share < limits.l0_low or seen.l0 < 1:
-        return [Finding("l0_too_low", f"{seen.l0:.3g} latents a token cannot reconstruct {seen.d_in} dimensions",
-                        "L0 / d_in", share, limits.l0_low, _knob(place, config, down=False))]
+        return [
+            Finding(
+                "l0_too_low",
+                f"{seen.l0:.3g} latents a token cannot reconstruct {seen.d_in} dimensions",
+                "L0 / d_in",
+                share,
+                limits.l0_low,
+                _knob(place, config, down=False),
+            )
+        ]
     return []
 
 
@@ -168,28 +207,73 @@ def _learning_rate(place: str, seen: Seen, limits: Limits) -> list[Finding]:
     below = _below_pca(seen)
     shape = curve_shape(seen.curve, seen.decay_fraction, seen.sparsity_warmup_fraction)
     if shape is not None and shape.collapse > limits.collapse:
-        found.append(Finding("learning_rate_too_high", f"variance explained fell by {shape.collapse:.2g} on the way",
-                             "fall of variance explained", shape.collapse, limits.collapse, f"{rate}: lower {now}"))
+        found.append(
+            Finding(
+                "learning_rate_too_high",
+                f"variance explained fell by {shape.collapse:.2g} on the way",
+                "fall of variance explained",
+                shape.collapse,
+                limits.collapse,
+                f"{rate}: lower {now}",
+            )
+        )
     elif shape is not None and shape.spike > limits.spike:
-        found.append(Finding("learning_rate_too_high", "the loss jumps", "highest row against its neighbours", shape.spike,
-                             limits.spike, f"{rate}: lower {now}"))
+        found.append(
+            Finding(
+                "learning_rate_too_high",
+                "the loss jumps",
+                "highest row against its neighbours",
+                shape.spike,
+                limits.spike,
+                f"{rate}: lower {now}",
+            )
+        )
     elif shape is not None and shape.rise > limits.rising:
-        found.append(Finding("learning_rate_too_high", "the loss rises again", "rise above its lowest stretch", shape.rise,
-                             limits.rising, f"{rate}: lower {now}"))
-    elif (shape is not None and shape.drop > limits.decay_drop
-          and shape.drop > limits.decay_ratio * max(shape.fall, 0.0)):
-        found.append(Finding("learning_rate_too_high", f"the loss fell by {shape.fall:.1%} in the run's middle and by "
-                             f"{shape.drop:.1%} once the rate decayed", "fall during the decay", shape.drop,
-                             limits.decay_drop, f"{rate}: lower {now}"))
+        found.append(
+            Finding(
+                "learning_rate_too_high",
+                "the loss rises again",
+                "rise above its lowest stretch",
+                shape.rise,
+                limits.rising,
+                f"{rate}: lower {now}",
+            )
+        )
+    elif shape is not None and shape.drop > limits.decay_drop and shape.drop > limits.decay_ratio * max(shape.fall, 0.0):
+        found.append(
+            Finding(
+                "learning_rate_too_high",
+                f"the loss fell by {shape.fall:.1%} in the run's middle and by {shape.drop:.1%} once the rate decayed",
+                "fall during the decay",
+                shape.drop,
+                limits.decay_drop,
+                f"{rate}: lower {now}",
+            )
+        )
     elif shape is not None and shape.fall > limits.still_falling:
-        found.append(Finding("learning_rate_too_low", f"the loss was still falling, by {shape.fall:.1%} from 40 % of the "
-                             "run to the decay", "fall before the decay", shape.fall, limits.still_falling,
-                             f"{rate}: raise {now}, or train.tokens"))
+        found.append(
+            Finding(
+                "learning_rate_too_low",
+                f"the loss was still falling, by {shape.fall:.1%} from 40 % of the run to the decay",
+                "fall before the decay",
+                shape.fall,
+                limits.still_falling,
+                f"{rate}: raise {now}, or train.tokens",
+            )
+        )
     elif below is not None:
         n, pca = below
-        found.append(Finding("learning_rate_too_low", f"it explains less variance than {n} principal components with "
-                             f"{seen.l0:.4g} latents a token: it has not learnt yet", "variance explained",
-                             seen.variance_explained, pca, f"{rate}: raise {now}, or train.tokens"))
+        found.append(
+            Finding(
+                "learning_rate_too_low",
+                f"it explains less variance than {n} principal components with "
+                f"{seen.l0:.4g} latents a token: it has not learnt yet",
+                "variance explained",
+                seen.variance_explained,
+                pca,
+                f"{rate}: raise {now}, or train.tokens",
+            )
+        )
     return found
 
 
@@ -202,29 +286,53 @@ def _latents(place: str, seen: Seen, limits: Limits) -> list[Finding]:
             change = f"{place}.aux_k_coefficient: raise (now {seen.config.aux_k_coefficient:g}), or learning_rate: lower"
         else:
             change = f"{place}.learning_rate: lower (now {seen.config.learning_rate:g}), or d_sae"
-        found.append(Finding("dead_latents", f"{seen.fraction_silent:.1%} of latents did not fire any more at the end",
-                             "fraction of latents silent", seen.fraction_silent, limits.dead, change))
+        found.append(
+            Finding(
+                "dead_latents",
+                f"{seen.fraction_silent:.1%} of latents did not fire any more at the end",
+                "fraction of latents silent",
+                seen.fraction_silent,
+                limits.dead,
+                change,
+            )
+        )
     if seen.dense_share > limits.dense and seen.l0 <= limits.l0_high * seen.d_in:  # where all is dense, L0 says so
-        found.append(Finding("dense_latents", f"{seen.dense_share:.0%} of L0 comes from latents that fire on more than "
-                             f"{DENSE_FROM:.0%} of tokens", "share of L0 from dense latents", seen.dense_share,
-                             limits.dense, _knob(place, seen.config, down=True)))
+        found.append(
+            Finding(
+                "dense_latents",
+                f"{seen.dense_share:.0%} of L0 comes from latents that fire on more than {DENSE_FROM:.0%} of tokens",
+                "share of L0 from dense latents",
+                seen.dense_share,
+                limits.dense,
+                _knob(place, seen.config, down=True),
+            )
+        )
     return found
 
 
 def _width(place: str, seen: Seen, limits: Limits) -> list[Finding]:
     width = seen.config.d_sae
-    if (seen.l0 < limits.narrow_l0 * seen.d_in or seen.variance_explained >= limits.narrow_variance
-            or width >= limits.narrow_width * seen.d_in):
+    if (
+        seen.l0 < limits.narrow_l0 * seen.d_in
+        or seen.variance_explained >= limits.narrow_variance
+        or width >= limits.narrow_width * seen.d_in
+    ):
         return []
-    return [Finding("too_narrow", f"{seen.l0:.4g} latents a token explain only {seen.variance_explained:.1%}",
-                    "variance explained", seen.variance_explained, limits.narrow_variance,
-                    f"{place}.d_sae: raise (now {width})")]
+    return [
+        Finding(
+            "too_narrow",
+            f"{seen.l0:.4g} latents a token explain only {seen.variance_explained:.1%}",
+            "variance explained",
+            seen.variance_explained,
+            limits.narrow_variance,
+            f"{place}.d_sae: raise (now {width})",
+        )
+    ]
 
 
 def _knob(place: str, config: SAERecipe, down: bool) -> str:
     """What to change for a lower L0 (`down`) or a higher one."""
-    for key, direct in (("k", True), ("target_l0", True), ("s", True), ("l1_coefficient", False),
-                        ("l0_coefficient", False)):
+    for key, direct in (("k", True), ("target_l0", True), ("s", True), ("l1_coefficient", False), ("l0_coefficient", False)):
         if hasattr(config, key):
             return f"{place}.{key}: {'lower' if direct == down else 'raise'} (now {getattr(config, key):g})"
     raise ValueError(f"the recipe {config.recipe} has no parameter of sparsity")
@@ -270,15 +378,24 @@ def curve_shape(curve: Sequence[CurvePoint], decay_fraction: float, sparsity_war
     end = _mean(curve, 0.95, 1.01)
     if middle is None or before is None or end is None:
         return None
-    tenths = [value for start in range(round(100 * settled), round(100 * decay_from) - 9, 5)
-              if (value := _mean(curve, start / 100, start / 100 + 0.1)) is not None]
+    tenths = [
+        value
+        for start in range(round(100 * settled), round(100 * decay_from) - 9, 5)
+        if (value := _mean(curve, start / 100, start / 100 + 0.1)) is not None
+    ]
     late = [point.loss for point in curve if point.progress > settled]
-    spikes = [value / median(around) for i, value in enumerate(late)
-              if (around := late[max(0, i - 3):i] + late[i + 1:i + 4])]
+    spikes = [
+        value / median(around) for i, value in enumerate(late) if (around := late[max(0, i - 3) : i] + late[i + 1 : i + 4])
+    ]
     best = accumulate((point.variance_explained for point in curve), max)
     collapse = max(top - point.variance_explained for top, point in zip(best, curve, strict=True))
-    return Shape(fall=1 - before / middle, drop=1 - end / before if decay_fraction > 0 else 0.0,
-                 rise=before / min(tenths) - 1, spike=max(spikes), collapse=collapse)
+    return Shape(
+        fall=1 - before / middle,
+        drop=1 - end / before if decay_fraction > 0 else 0.0,
+        rise=before / min(tenths) - 1,
+        spike=max(spikes),
+        collapse=collapse,
+    )
 
 
 def _mean(curve: Sequence[CurvePoint], start: float, end: float) -> float | None:
@@ -305,8 +422,9 @@ def lines(found: dict[str, list[Finding]]) -> list[str]:
     for (what, figure, change), cases in shared.items():
         name, finding = cases[0]
         if len(cases) == 1:
-            written.append(f"{name}: {finding.says} ({figure} {finding.value:.3g}, limit {finding.limit:.3g}); "
-                           f"{finding.change}")
+            written.append(
+                f"{name}: {finding.says} ({figure} {finding.value:.3g}, limit {finding.limit:.3g}); {finding.change}"
+            )
         else:
             values = ", ".join(f"{name} {finding.value:.3g}" for name, finding in cases)
             written.append(f"{what.replace('_', ' ')} ({figure}, limit {finding.limit:.3g}): {values}; {change}")

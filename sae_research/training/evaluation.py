@@ -67,9 +67,7 @@ def read_held_out(lm: LanguageModel, params: Params, tokens: Tensor, median_norm
 @torch.no_grad()
 def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[str, ReconstructionStats]:
     """Statistics of every SAE on rows in the model's units."""
-    stats = {
-        name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()
-    }
+    stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()}
     for x_BD in rows_ND.split(BATCH):
         x = x_BD[None]
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -90,17 +88,26 @@ Report = dict[str, Any]
 Results = dict[str, dict[str, Any]]
 
 
-def after_training(report: Report, stats: Mapping[str, ReconstructionStats], saes: Mapping[str, SparseAutoencoder],
-                   members: Sequence[Member], held_out: HeldOut, lm: LanguageModel, params: Params) -> Results:
+def after_training(
+    report: Report,
+    stats: Mapping[str, ReconstructionStats],
+    saes: Mapping[str, SparseAutoencoder],
+    members: Sequence[Member],
+    held_out: HeldOut,
+    lm: LanguageModel,
+    params: Params,
+) -> Results:
     """`eval_results.json` of every SAE; adds `diagnose` to the report and prints what it found.
 
     report: as the run wrote it, with every SAE's entry and PCA's at every hook.
     """
     predictions = loss_recovered(saes, held_out, lm, params)
-    results = {name: _result(report["saes"][name], stats[name], sae, predictions.get(name, {}))
-               for name, sae in saes.items()}
-    found = {member.name: diagnose.diagnose(member.name, _seen(member, report, stats[member.name], params))
-             for member in members}
+    results = {
+        name: _result(report["saes"][name], stats[name], sae, predictions.get(name, {})) for name, sae in saes.items()
+    }
+    found = {
+        member.name: diagnose.diagnose(member.name, _seen(member, report, stats[member.name], params)) for member in members
+    }
     ce = next((figures["ce_clean"] for figures in predictions.values()), None)
     if ce is not None:
         elsewhere = _ce_elsewhere(lm, params) if diagnose.needs_comparison(ce, lm.vocab_size) else None
@@ -115,8 +122,10 @@ def after_training(report: Report, stats: Mapping[str, ReconstructionStats], sae
 
 def finding_lines(report: Report) -> dict[str, list[str]]:
     """What was found of each SAE, in words."""
-    return {name: [f"{finding['what']}: {finding['says']}; {finding['change']}" for finding in findings]
-            for name, findings in report.get("diagnose", {}).get("saes", {}).items()}
+    return {
+        name: [f"{finding['what']}: {finding['says']}; {finding['change']}" for finding in findings]
+        for name, findings in report.get("diagnose", {}).get("saes", {}).items()
+    }
 
 
 # --- predictions -------------------------------------------------------------------------------
@@ -138,8 +147,9 @@ class _Sums(NamedTuple):
 
 
 @torch.no_grad()
-def loss_recovered(saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm: LanguageModel,
-                   params: Params) -> dict[str, dict[str, float]]:
+def loss_recovered(
+    saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm: LanguageModel, params: Params
+) -> dict[str, dict[str, float]]:
     """What the language model loses with each SAE's reconstruction in place of the tokens that count.
 
     On `train.evaluate_tokens` held-out tokens in whole contexts, spread evenly over the split. Per predicted token, in
@@ -168,8 +178,12 @@ def loss_recovered(saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm:
             counts[hook] = counts[hook][0] + int(mask[:, :-1].sum()), counts[hook][1] + int(mask.sum())
             keep = mask[..., None]
 
-            def run(edited: Tensor, hook: str = hook, clean: CleanPredictions = clean, tokens: Tensor = tokens,
-                    ) -> tuple[Tensor, Tensor]:
+            def run(
+                edited: Tensor,
+                hook: str = hook,
+                clean: CleanPredictions = clean,
+                tokens: Tensor = tokens,
+            ) -> tuple[Tensor, Tensor]:
                 return clean.compare(lm.resume(hook, edited, tokens))
 
             add(f"clean/{hook}", (clean.ce, None), mask)
@@ -178,8 +192,12 @@ def loss_recovered(saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm:
             for name, z in encode_each(here, acts.to(device), mask.to(device)):
                 x_hat = here[name].decode(z).to(lm.device, acts.dtype)
                 add(name, run(torch.where(keep, x_hat, acts)), mask)
-    return {name: _prediction_figures(sums[f"clean/{sae.cfg.hook_name}"], sums[f"zero/{sae.cfg.hook_name}"], sums[name],
-                                      *counts[sae.cfg.hook_name]) for name, sae in saes.items()}
+    return {
+        name: _prediction_figures(
+            sums[f"clean/{sae.cfg.hook_name}"], sums[f"zero/{sae.cfg.hook_name}"], sums[name], *counts[sae.cfg.hook_name]
+        )
+        for name, sae in saes.items()
+    }
 
 
 def _contexts_at_once(lm: LanguageModel, context_size: int, params: Params) -> int:
@@ -194,12 +212,19 @@ def _layer(hook: str) -> int:
 def _prediction_figures(clean: _Sums, zero: _Sums, patched: _Sums, ce_tokens: int, kl_tokens: int) -> dict[str, float]:
     if ce_tokens == 0:
         return {}
-    ce = {"ce_clean": float(clean.ce) / ce_tokens, "ce_zero_ablated": float(zero.ce) / ce_tokens,
-          "ce_patched": float(patched.ce) / ce_tokens}
+    ce = {
+        "ce_clean": float(clean.ce) / ce_tokens,
+        "ce_zero_ablated": float(zero.ce) / ce_tokens,
+        "ce_patched": float(patched.ce) / ce_tokens,
+    }
     gap = ce["ce_zero_ablated"] - ce["ce_clean"]
-    return {**ce, "ce_delta": ce["ce_patched"] - ce["ce_clean"], "kl": float(patched.kl) / kl_tokens,
-            **({"loss_recovered": (ce["ce_zero_ablated"] - ce["ce_patched"]) / gap} if gap else {}),
-            "prediction_tokens": float(ce_tokens)}
+    return {
+        **ce,
+        "ce_delta": ce["ce_patched"] - ce["ce_clean"],
+        "kl": float(patched.kl) / kl_tokens,
+        **({"loss_recovered": (ce["ce_zero_ablated"] - ce["ce_patched"]) / gap} if gap else {}),
+        "prediction_tokens": float(ce_tokens),
+    }
 
 
 def _ce_elsewhere(lm: LanguageModel, params: Params) -> float | None:
@@ -223,26 +248,29 @@ def _ce_elsewhere(lm: LanguageModel, params: Params) -> float | None:
 # --- results -----------------------------------------------------------------------------------
 
 
-def _result(entry: dict[str, Any], stats: ReconstructionStats, sae: SparseAutoencoder,
-            predictions: Mapping[str, float]) -> dict[str, Any]:
+def _result(
+    entry: dict[str, Any], stats: ReconstructionStats, sae: SparseAutoencoder, predictions: Mapping[str, float]
+) -> dict[str, Any]:
     provenance = sae.cfg.provenance
-    return round_significant({
-        "recipe": entry["recipe"],
-        "form": sae.cfg.form,
-        "architecture": sae.cfg.architecture,
-        "model_name": sae.cfg.model_name,
-        "hook_name": sae.cfg.hook_name,
-        "d_in": sae.cfg.d_in,
-        "d_sae": sae.cfg.d_sae,
-        "training_tokens": entry["tokens"],
-        "seed": provenance.get("seed"),
-        "text": provenance.get("text"),
-        "split": HELD_OUT_SPLIT,
-        **stats.metrics(),
-        **predictions,
-        "density_histogram": density_histogram(stats.density),
-        "hyper_parameters": entry["hyper_parameters"],
-    })
+    return round_significant(
+        {
+            "recipe": entry["recipe"],
+            "form": sae.cfg.form,
+            "architecture": sae.cfg.architecture,
+            "model_name": sae.cfg.model_name,
+            "hook_name": sae.cfg.hook_name,
+            "d_in": sae.cfg.d_in,
+            "d_sae": sae.cfg.d_sae,
+            "training_tokens": entry["tokens"],
+            "seed": provenance.get("seed"),
+            "text": provenance.get("text"),
+            "split": HELD_OUT_SPLIT,
+            **stats.metrics(),
+            **predictions,
+            "density_histogram": density_histogram(stats.density),
+            "hyper_parameters": entry["hyper_parameters"],
+        }
+    )
 
 
 def _seen(member: Member, report: Report, stats: ReconstructionStats, params: Params) -> Seen:

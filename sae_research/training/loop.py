@@ -157,8 +157,14 @@ def snapshot_fractions(n: int) -> list[float]:
 class Snapshots:
     """Saves every member's SAE below `folder` when a moment has come; `fraction` of the run is done already."""
 
-    def __init__(self, folder: Path, n: int, members: list[Member], export: Callable[[Member], SparseAutoencoder],
-                 resumed_at: float | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        n: int,
+        members: list[Member],
+        export: Callable[[Member], SparseAutoencoder],
+        resumed_at: float | None,
+    ) -> None:
         self.folder, self.members, self.export = folder, members, export
         self.left = [f for f in snapshot_fractions(n) if resumed_at is None or f > resumed_at]
 
@@ -188,7 +194,8 @@ def log_row(member: Member, output: StepOutput, batch: StreamBatch) -> None:
     steps = member.step - (member.curve[-1].step if member.curve else 0)
     explained = 1 - output.residual.square().sum() / variance
     member.curve.append(
-        CurveRow(member.step, member.tokens, float(member.loss_sum) / steps, float(output.l0), float(explained)))
+        CurveRow(member.step, member.tokens, float(member.loss_sum) / steps, float(output.l0), float(explained))
+    )
     member.loss_sum.zero_()
 
 
@@ -197,7 +204,8 @@ def raise_if_diverged(members: Iterable[Member]) -> None:
         if int(member.bad_step):
             raise UserError(
                 f"train.saes.{member.name}: the loss at step {int(member.bad_step)} is not finite; lower "
-                "its learning_rate, or set train.llm_dtype: float32 if activations overflow")
+                "its learning_rate, or set train.llm_dtype: float32 if activations overflow"
+            )
 
 
 @dataclass
@@ -221,10 +229,19 @@ class Trainer:
         groups = grouped(self.members, self.train)
         self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
         self.team = Team(len(self.units), self.stream.device)
-        with self.team, self.signals.deferred(), tqdm(
-            total=self.stream.n_tokens, initial=int(self.stream.fraction * self.stream.n_tokens),
-            desc="training", unit="tok", unit_scale=True, mininterval=1, dynamic_ncols=True,
-        ) as bar:
+        with (
+            self.team,
+            self.signals.deferred(),
+            tqdm(
+                total=self.stream.n_tokens,
+                initial=int(self.stream.fraction * self.stream.n_tokens),
+                desc="training",
+                unit="tok",
+                unit_scale=True,
+                mininterval=1,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
             try:
                 self._loop(bar)
             except Stop:
@@ -271,6 +288,7 @@ class Trainer:
 
     def _step(self, batches: dict[str, StreamBatch]) -> list[tuple[Member, StepOutput, StreamBatch]]:
         """A step of every SAE whose hook has a batch."""
+
         def step(unit: Member | Stack) -> list[tuple[Member, StepOutput, StreamBatch]]:
             batch = batches[unit.hook]
             if isinstance(unit, Member):
@@ -282,8 +300,9 @@ class Trainer:
 
     def _due(self) -> bool:
         by_steps, by_time = self.train.checkpoint_steps, self.train.checkpoint_seconds
-        return ((by_steps is not None and self.step - self.saved_step >= by_steps)
-                or (by_time is not None and time.monotonic() - self.saved_at >= by_time))
+        return (by_steps is not None and self.step - self.saved_step >= by_steps) or (
+            by_time is not None and time.monotonic() - self.saved_at >= by_time
+        )
 
     def save_checkpoint(self) -> None:
         """Keep this moment. Never a diverged one; on a full disk the last good one stays and the run goes on."""
@@ -294,18 +313,27 @@ class Trainer:
             self.save()
             self.progress.values["checkpoint_step"] = self.step
         except OSError as error:
-            print(f"\nno checkpoint at step {self.step}: {error.strerror or error}; the last good one is kept",
-                  file=sys.stderr, flush=True)
+            print(
+                f"\nno checkpoint at step {self.step}: {error.strerror or error}; the last good one is kept",
+                file=sys.stderr,
+                flush=True,
+            )
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def _report(self, fraction: float) -> None:
         rows = int(self.stream.expected_rows)
         self.progress.update(
-            fraction, step=self.step, tokens=max(member.tokens for member in self.members),
-            total_steps=rows // self.train.batch_size, total_tokens=rows,
-            saes={member.name: {"step": row.step, "loss": row.loss, "l0": row.l0,
-                                "variance_explained": row.variance_explained}
-                  for member in self.members for row in member.curve[-1:]})
+            fraction,
+            step=self.step,
+            tokens=max(member.tokens for member in self.members),
+            total_steps=rows // self.train.batch_size,
+            total_tokens=rows,
+            saes={
+                member.name: {"step": row.step, "loss": row.loss, "l0": row.l0, "variance_explained": row.variance_explained}
+                for member in self.members
+                for row in member.curve[-1:]
+            },
+        )
 
 
 def postfix(members: Iterable[Member]) -> str:

@@ -53,8 +53,12 @@ class Member:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(plain values, tensors) from which `restore` goes on exactly here."""
-        values = {"step": self.step, "tokens": self.tokens, "curve": [list(row) for row in self.curve],
-                  "recipe": self.recipe.extra_state()}
+        values = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "curve": [list(row) for row in self.curve],
+            "recipe": self.recipe.extra_state(),
+        }
         tensors = {f"recipe/{key}": tensor for key, tensor in self.recipe.state_dict().items()}
         tensors |= {"loss_sum": self.loss_sum, "generator": self.recipe.generator.get_state()}
         for key, parameter in self.recipe.named_parameters():
@@ -64,8 +68,9 @@ class Member:
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.step, self.tokens = values["step"], values["tokens"]
         self.curve = [CurveRow(*row) for row in values["curve"]]
-        self.recipe.load_state_dict({key.removeprefix("recipe/"): tensor for key, tensor in tensors.items()
-                                     if key.startswith("recipe/")})
+        self.recipe.load_state_dict(
+            {key.removeprefix("recipe/"): tensor for key, tensor in tensors.items() if key.startswith("recipe/")}
+        )
         self.recipe.load_extra_state(values["recipe"])
         self.recipe.generator.set_state(tensors["generator"])
         self.loss_sum.copy_(tensors["loss_sum"])
@@ -146,6 +151,9 @@ def merged(outputs: list[StepOutput]) -> StepOutput:
     """What the parts of a batch say of the whole."""
     if len(outputs) == 1:
         return outputs[0]
-    return StepOutput(torch.stack([output.loss for output in outputs]).mean(),
-                      torch.cat([output.residual for output in outputs]),
-                      torch.stack([output.l0 for output in outputs]).mean(), outputs[-1].fired)
+    return StepOutput(
+        torch.stack([output.loss for output in outputs]).mean(),
+        torch.cat([output.residual for output in outputs]),
+        torch.stack([output.l0 for output in outputs]).mean(),
+        outputs[-1].fired,
+    )

@@ -65,8 +65,9 @@ class _Encode(Function):
     generate_vmap_rule = True  # `training.stack` maps recipes over SAEs
 
     @staticmethod
-    def forward(read_BD: Tensor, W_FD: Tensor, bias_F: Tensor | None, b_dec_D: Tensor | None,
-                known_BF: Tensor | None, bfloat16: bool) -> Tensor:
+    def forward(
+        read_BD: Tensor, W_FD: Tensor, bias_F: Tensor | None, b_dec_D: Tensor | None, known_BF: Tensor | None, bfloat16: bool
+    ) -> Tensor:
         return linear(read_BD, W_FD, bias_F, bfloat16) if known_BF is None else known_BF.view_as(known_BF)
 
     @staticmethod
@@ -79,12 +80,19 @@ class _Encode(Function):
     def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         read_BD, W_FD = ctx.saved_tensors
         sum_F = grad_BF.sum(0) if ctx.has_bias or ctx.reads_b_dec else None
-        return (None, product(grad_BF.T, read_BD, ctx.bfloat16), sum_F if ctx.has_bias else None,
-                -(sum_F @ W_FD) if ctx.reads_b_dec else None, None, None)
+        return (
+            None,
+            product(grad_BF.T, read_BD, ctx.bfloat16),
+            sum_F if ctx.has_bias else None,
+            -(sum_F @ W_FD) if ctx.reads_b_dec else None,
+            None,
+            None,
+        )
 
 
-def encode(x_BD: Tensor, W_FD: Tensor, bias_F: Tensor | None, b_dec_D: Tensor | None, bfloat16: bool,
-           known_BF: Tensor | None = None) -> Tensor:
+def encode(
+    x_BD: Tensor, W_FD: Tensor, bias_F: Tensor | None, b_dec_D: Tensor | None, bfloat16: bool, known_BF: Tensor | None = None
+) -> Tensor:
     """`(x - b_dec) W^T + bias` [B, F], or `x W^T + bias` without `b_dec_D`; gradients reach the parameters, not x.
 
     known_BF: the values, where they have been computed already.
@@ -126,8 +134,10 @@ class Support:
         shape = (len(self.crow) - 1, self.n_latents)
         places = np.arange(len(self.col))
         columns = scipy.sparse.csr_matrix((places, self.col.cpu().numpy(), self.crow.cpu().numpy()), shape=shape).tocsc()
-        return tuple(torch.from_numpy(part.astype(np.int64)).to(self.col.device)  # type: ignore[return-value]
-                     for part in (columns.indptr, columns.indices, columns.data))
+        return tuple(
+            torch.from_numpy(part.astype(np.int64)).to(self.col.device)  # type: ignore[return-value]
+            for part in (columns.indptr, columns.indices, columns.data)
+        )
 
     def transposed(self, values_N: Tensor) -> Tensor:
         """Its transpose [F, B]."""

@@ -25,8 +25,18 @@ from sae_research.training.stream import StreamBatch
 
 MAPPED = {"l1_coefficient", "l0_coefficient", "k", "target_l0", "sparsity_coefficient", "aux_coefficient"}
 """Settings that `forward` reads and that may differ inside a stack: it is given one number an SAE."""
-OWN = {"seed", "learning_rate", "init", "inference", "resample_every", "resample_window", "initial_beta", "final_beta",
-       "beta_annealing", "initial_threshold"}
+OWN = {
+    "seed",
+    "learning_rate",
+    "init",
+    "inference",
+    "resample_every",
+    "resample_window",
+    "initial_beta",
+    "final_beta",
+    "beta_annealing",
+    "initial_threshold",
+}
 """Settings that may differ because `forward` does not read them. All others are the same throughout a stack."""
 LARGEST = 2**27
 """Entries of a stack's pre-activations [M, B, F], half a gigabyte in float32, of which a step holds several. What is
@@ -75,10 +85,14 @@ class Stack:
             rates.setdefault(recipe.config.learning_rate, []).append(recipe)
         self.alike = list(rates.values())
         """Recipes of one learning rate, a group of the optimiser each."""
-        self.optimiser = adam([{"params": [parameter for recipe in alike for parameter in recipe.parameters()]}
-                               for alike in self.alike], self.first)
-        self.parameters = {name: self._shared([recipe.get_parameter(name) for recipe in self.recipes])
-                           for name, _ in self.first.named_parameters()}
+        self.optimiser = adam(
+            [{"params": [parameter for recipe in alike for parameter in recipe.parameters()]} for alike in self.alike],
+            self.first,
+        )
+        self.parameters = {
+            name: self._shared([recipe.get_parameter(name) for recipe in self.recipes])
+            for name, _ in self.first.named_parameters()
+        }
         names = self.first.state_dict().keys() - self.parameters.keys()
         self.buffers = {name: self._shared([recipe.get_buffer(name) for recipe in self.recipes]) for name in sorted(names)}
         self.loss_sum = self._shared([member.loss_sum for member in members])
@@ -136,12 +150,19 @@ class Stack:
         noise = None if draws[0] is None else torch.stack(draws)  # type: ignore[arg-type]
         in_dims = (0, 0, 0, 0, None if noise is None else 0, None, None)
         gradients, found = vmap(grad(self._one, has_aux=True), in_dims=in_dims)(
-            self.parameters, self.buffers, self.settings, self.first.shared_inputs(self.recipes), noise, x_BD, progress)
+            self.parameters, self.buffers, self.settings, self.first.shared_inputs(self.recipes), noise, x_BD, progress
+        )
         return gradients, [StepOutput(**{key: value[m] for key, value in found.items()}) for m in range(len(self.recipes))]
 
     def _one(
-        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], settings: dict[str, Tensor],
-        inputs: dict[str, Tensor], noise: Tensor | None, x_BD: Tensor, progress: float,
+        self,
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        settings: dict[str, Tensor],
+        inputs: dict[str, Tensor],
+        noise: Tensor | None,
+        x_BD: Tensor,
+        progress: float,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The recipe on one SAE's tensors; mapped over all."""
         self.template.config = self.config.model_copy(update=settings)
@@ -165,8 +186,11 @@ class Stack:
 def _differing(configs: Sequence[SAERecipe], like: Tensor) -> dict[str, Tensor]:
     """Each setting that is not the same for all, as a tensor [M]."""
     values = {key: [getattr(config, key) for config in configs] for key in sorted(MAPPED) if hasattr(configs[0], key)}
-    return {key: torch.tensor(column, device=like.device, dtype=None if isinstance(column[0], int) else like.dtype)
-            for key, column in values.items() if len(set(column)) > 1}
+    return {
+        key: torch.tensor(column, device=like.device, dtype=None if isinstance(column[0], int) else like.dtype)
+        for key, column in values.items()
+        if len(set(column)) > 1
+    }
 
 
 def _clip(gradients: dict[str, Tensor], largest: float) -> None:

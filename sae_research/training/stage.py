@@ -100,8 +100,9 @@ def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Par
     else:
         train = params.train
     stream = ActivationStream(lm, tokens, params, device)
-    members = [make_member(name, train, stream.buffers[params.train.hook_of(name)].d_in, device)
-               for name in params.train.saes]
+    members = [
+        make_member(name, train, stream.buffers[params.train.hook_of(name)].d_in, device) for name in params.train.saes
+    ]
     folder, identity = run_folder(params), _identity(lm, tokens, device, train.precision)
     checkpoint = load_checkpoint(folder, identity)
     if checkpoint is None:
@@ -161,20 +162,27 @@ def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
     buffers = sum(lm.d_in(hook) for hook in train.hooks) * max(train.buffer_tokens, 2 * train.batch_size) * lm.dtype.itemsize
     needed, free = weights * (1 + train.saved_checkpoints), shutil.disk_usage(output.resolve().parent).free
     if needed > free:
-        raise UserError(f"{output}: the SAEs of train.saes take {_gigabytes(needed)}, the disk has {_gigabytes(free)} free; "
-                        "make room (`make clean-cache`), or train fewer or narrower ones")
+        raise UserError(
+            f"{output}: the SAEs of train.saes take {_gigabytes(needed)}, the disk has {_gigabytes(free)} free; "
+            "make room (`make clean-cache`), or train fewer or narrower ones"
+        )
     needed, free = STATE_COPIES * weights + buffers, shutil.disk_usage(cache_dir("train")).free
     if needed > free:
-        print(f"warning: a checkpoint takes {_gigabytes(needed)}, the disk of .cache has {_gigabytes(free)} free: an "
-              "interrupted run will start afresh", file=sys.stderr, flush=True)
+        print(
+            f"warning: a checkpoint takes {_gigabytes(needed)}, the disk of .cache has {_gigabytes(free)} free: an "
+            "interrupted run will start afresh",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def held_out_tokens(params: Params, lm: LanguageModel) -> Tensor:
     """The held-out contexts [n, context_size] that SAEs will be measured on. Raises `UserError` where the text does not
     give them."""
     try:
-        tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT,
-                                params.train.held_out_tokens).tokens
+        tokens = token_contexts(
+            lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens
+        ).tokens
     except TextRunsOut as error:
         raise UserError(f"train.held_out_tokens: {error}") from None
     without_norms = TokenMask(drop_first_position=params.token_mask.drop_first_position, outlier_norm_multiple=None)
@@ -214,15 +222,20 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
         return report
     check_output(params, output)
     progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
-    with in_use(run_folder(params), params.activation_caching.max_gb), tracked(params) as tracker, \
-            StopSignals() as signals, _reported(progress):
+    with (
+        in_use(run_folder(params), params.activation_caching.max_gb),
+        tracked(params) as tracker,
+        StopSignals() as signals,
+        _reported(progress),
+    ):
         report = _train(params, output, compared, progress, signals, tracker)
     print(held_out_table(report))
     return report
 
 
-def _train(params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals,
-           tracker: Tracker) -> Report:
+def _train(
+    params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals, tracker: Tracker
+) -> Report:
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
     lm = load_language_model(params.model.name, params.model.device, dtype)
     if compared:
@@ -230,8 +243,9 @@ def _train(params: Params, output: Path, compared: bool, progress: ProgressFile,
     check_room(params, lm, output)
     held_out = held_out_tokens(params, lm)
     text = text_fingerprint(params.text, TRAIN_SPLIT)
-    contexts = long_contexts(lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text,
-                             params.activation_caching.max_gb)
+    contexts = long_contexts(
+        lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
+    )
     session = open_session(lm, contexts, params)
     stream, members = session.stream, session.members
     progress.values |= {"checkpoint_step": session.resumed_at, "device": str(members[0].loss_sum.device)}
@@ -239,8 +253,13 @@ def _train(params: Params, output: Path, compared: bool, progress: ProgressFile,
     def export(member: Member) -> SparseAutoencoder:
         return _exported(member, lm, params, stream, text)
 
-    snapshots = Snapshots(session.folder / "saved", params.train.saved_checkpoints, members, export,
-                          None if session.resumed_at is None else stream.fraction)
+    snapshots = Snapshots(
+        session.folder / "saved",
+        params.train.saved_checkpoints,
+        members,
+        export,
+        None if session.resumed_at is None else stream.fraction,
+    )
 
     def at_step(fraction: float) -> None:
         snapshots.at_step(fraction)
@@ -274,13 +293,18 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
         progress.end("interrupted", message)
         raise Interrupted(message, stop.number) from None
     except torch.AcceleratorError as error:
-        message = (f"the device failed ({str(error).strip().partition(chr(10))[0]}); the last checkpoint is kept, start "
-                   "the same run again to go on from there")
+        message = (
+            f"the device failed ({str(error).strip().partition(chr(10))[0]}); the last checkpoint is kept, start "
+            "the same run again to go on from there"
+        )
         progress.end("failed", message)
         raise UserError(message) from None
     except torch.OutOfMemoryError as error:
-        mend = (f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}" if progress.trained else
-                "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size")
+        mend = (
+            f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}"
+            if progress.trained
+            else "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size"
+        )
         message = f"out of device memory ({str(error).strip().partition('. ')[0]}); {mend}"
         progress.end("failed", message)
         raise UserError(message) from None
@@ -296,8 +320,11 @@ def _kept(progress: ProgressFile) -> str:
     """What is left of a run that ends here, in words."""
     kept = saved_checkpoints(progress.path.parent)
     if not kept:
-        return ("nothing is kept: no checkpoint could be written" if progress.trained or progress.values["step"] else
-                "before the first step: nothing to keep")
+        return (
+            "nothing is kept: no checkpoint could be written"
+            if progress.trained or progress.values["step"]
+            else "before the first step: nothing to keep"
+        )
     if progress.trained and kept[0][0] == progress.values["step"]:
         return f"the SAEs are trained and kept, all {kept[0][0]} steps; start the same run again to measure and write them"
     return f"the checkpoint of step {kept[0][0]} is kept; start the same run again to go on from there"
@@ -336,15 +363,14 @@ def held_out_table(report: Report) -> str:
         for name, entry in report["saes"].items():
             if entry["hook_name"] == hook:
                 figures = entry["held_out"]
-                lines.append(f"{name:32s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}"
-                             f"{figures['fraction_alive']:8.3f}")
+                lines.append(
+                    f"{name:32s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}{figures['fraction_alive']:8.3f}"
+                )
         lines += [f"{f'PCA, {n} components':32s}{int(n):8d}{value:20.3f}" for n, value in at_hook["pca_reference"].items()]
     return "\n".join(lines)
 
 
-def _exported(
-    member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, text: str
-) -> SparseAutoencoder:
+def _exported(member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, text: str) -> SparseAutoencoder:
     """The SAE as it stands, in the model's own units; `text` identifies the training text."""
     config, buffer = params.train.saes[member.name], stream.buffers[member.hook]
     recipe = {
@@ -397,8 +423,9 @@ def _evaluate(
 ) -> Results:
     """Add every SAE's held-out figures to the report, PCA's at every hook, and what they show; returns what
     `eval_results.json` of each SAE holds."""
-    held_out = read_held_out(lm, params, held_out_contexts,
-                             {hook: b.calibration.median_norm for hook, b in stream.buffers.items()})
+    held_out = read_held_out(
+        lm, params, held_out_contexts, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()}
+    )
     stats: dict[str, ReconstructionStats] = {}
     for hook, buffer in stream.buffers.items():
         rows_ND = held_out.rows(hook).to(buffer.device)
@@ -415,6 +442,8 @@ def _evaluate(
                 "held_out": kept(stats[member.name]),
             }
         explained = pca_variance_explained(buffer.pca, rows_ND * buffer.calibration.scale, PCA_COMPONENTS)
-        report["hooks"][hook] = {"fraction_tokens_kept": buffer.fraction_kept,
-                                 "pca_reference": {str(n): value for n, value in explained.items()}}
+        report["hooks"][hook] = {
+            "fraction_tokens_kept": buffer.fraction_kept,
+            "pca_reference": {str(n): value for n, value in explained.items()},
+        }
     return after_training(report, stats, saes, members, held_out, lm, params)

@@ -131,8 +131,15 @@ class HookBuffer:
     last chunk is read.
     """
 
-    def __init__(self, lm: LanguageModel, hook: str, params: Params, tokens: Tensor | StoredContexts, chunk_tokens: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: str,
+        params: Params,
+        tokens: Tensor | StoredContexts,
+        chunk_tokens: int,
+        device: torch.device,
+    ) -> None:
         self.lm, self.hook, self.params, self.device = lm, hook, params, device
         self.d_in, self.n_tokens = lm.d_in(hook), tokens.numel()
         self.tokens_read = self.rows_read = self.rows_served = self.held = 0
@@ -167,8 +174,10 @@ class HookBuffer:
         rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, median)].to(self.device).float()
         mean_square = float(rows.square().sum(1).mean())
         if not 0 < mean_square < float("inf"):
-            raise UserError(f"{self.hook}: the mean squared activation norm is {mean_square}; the model's activations "
-                            "are damaged (try train.llm_dtype: float32)")
+            raise UserError(
+                f"{self.hook}: the mean squared activation norm is {mean_square}; the model's activations "
+                "are damaged (try train.llm_dtype: float32)"
+            )
         scale = mean_square**-0.5
         self.calibration = Calibration(median, scale, float(rows.norm(dim=1).mean()))
         return rows * scale
@@ -178,7 +187,7 @@ class HookBuffer:
         rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)]
         self.tokens_read += tokens.numel()
         self.rows_read += len(rows)
-        self.bank[self.held:self.held + len(rows)] = rows.to(self.device)
+        self.bank[self.held : self.held + len(rows)] = rows.to(self.device)
         self.held += len(rows)
         if self.held >= self.full:
             self._shuffle(self.held // 2)
@@ -189,20 +198,21 @@ class HookBuffer:
         if self.rows_served + self.served_of_order == 0:
             raise UserError(
                 f"train.tokens: only {self.rows_read:,} of {self.tokens_read:,} tokens count, fewer than "
-                f"one batch of {self.params.train.batch_size:,}; raise train.tokens or lower train.batch_size")
+                f"one batch of {self.params.train.batch_size:,}; raise train.tokens or lower train.batch_size"
+            )
 
     def next_batch(self) -> StreamBatch | None:
         """The next batch, or None when more must be fed first."""
         size = self.params.train.batch_size
         while self.order is not None and self.cursor >= self.served_of_order:
-            rest = self.bank[self.order[self.served_of_order:]]
+            rest = self.bank[self.order[self.served_of_order :]]
             self.held, self.order = len(rest), None
-            self.bank[:self.held] = rest
+            self.bank[: self.held] = rest
             if self.held >= self.full:  # a chunk larger than the buffer: there would be no room for the next
                 self._shuffle(self.held // 2)
         if self.order is None:
             return None
-        acts = self.bank[self.order[self.cursor:self.cursor + size]].float().mul_(self.calibration.scale)
+        acts = self.bank[self.order[self.cursor : self.cursor + size]].float().mul_(self.calibration.scale)
         if self.rows_served // size % PCA_EVERY == 0:
             self.pca.update(acts)
         progress = (self.rows_served + size / 2) / self.expected_rows
@@ -222,15 +232,19 @@ class HookBuffer:
         """(plain values, tensors) from which `restore` goes on exactly here."""
         values = {key: getattr(self, key) for key in _COUNTS}
         values |= {"calibration": self.calibration._asdict(), "pca_n": self.pca.n, "serving": self.order is not None}
-        tensors = {"bank": self.bank[:self.held], "generator": self.generator.get_state(), "pca_sum_D": self.pca.sum_D,
-                   "pca_products_DD": self.pca.products_DD}
+        tensors = {
+            "bank": self.bank[: self.held],
+            "generator": self.generator.get_state(),
+            "pca_sum_D": self.pca.sum_D,
+            "pca_products_DD": self.pca.products_DD,
+        }
         return values, tensors if self.order is None else {**tensors, "order": self.order}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for key in _COUNTS:
             setattr(self, key, values[key])
         self.calibration = Calibration(**values["calibration"])
-        self.bank[:self.held] = tensors["bank"].to(self.device)
+        self.bank[: self.held] = tensors["bank"].to(self.device)
         self.order = tensors["order"].to(self.device) if values["serving"] else None
         self.generator.set_state(tensors["generator"])
         self.pca.n = values["pca_n"]
@@ -246,7 +260,11 @@ class ActivationStream:
     """
 
     def __init__(
-        self, lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params, device: torch.device | None = None,
+        self,
+        lm: LanguageModel,
+        tokens: Tensor | StoredContexts,
+        params: Params,
+        device: torch.device | None = None,
     ) -> None:
         self.lm, self.tokens, self.params = lm, tokens, params
         self.device = lm.device if device is None else device
@@ -255,7 +273,8 @@ class ActivationStream:
         self.next_chunk = 0
         self.buffers = {
             hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], self.device)
-            for hook in params.train.hooks}
+            for hook in params.train.hooks
+        }
         self._first: dict[str, Tensor] | None = None
 
     @property
@@ -286,8 +305,9 @@ class ActivationStream:
         if chunk == 0 and self._first is not None:
             return self._first
         tokens = self._chunk_tokens(chunk)
-        pools = collect_hooks(self.lm, list(self.buffers), tokens, self.params.model.llm_batch_size,
-                              self.params.activation_caching)
+        pools = collect_hooks(
+            self.lm, list(self.buffers), tokens, self.params.model.llm_batch_size, self.params.activation_caching
+        )
         return {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
 
     def feed(self, acts: dict[str, Tensor]) -> None:
@@ -305,8 +325,7 @@ class ActivationStream:
 
     def rounds(self) -> Iterator[dict[str, StreamBatch]]:
         """A batch of each hook that has one, until none has."""
-        while found := {hook: batch for hook, buffer in self.buffers.items()
-                        if (batch := buffer.next_batch()) is not None}:
+        while found := {hook: batch for hook, buffer in self.buffers.items() if (batch := buffer.next_batch()) is not None}:
             yield found
 
     def __iter__(self) -> Iterator[dict[str, StreamBatch]]:
@@ -320,7 +339,7 @@ class ActivationStream:
         yield from self.rounds()
 
     def _chunk_tokens(self, chunk: int) -> Tensor:
-        return self.tokens[chunk * self.chunk_contexts:(chunk + 1) * self.chunk_contexts]
+        return self.tokens[chunk * self.chunk_contexts : (chunk + 1) * self.chunk_contexts]
 
     # --- checkpoints ---
 

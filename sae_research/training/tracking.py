@@ -34,17 +34,27 @@ class Tracker:
         """Log the rows of every curve that are new since the last call; nearly free where there are none."""
         for member in members:
             if member.name in self.runs and len(member.curve) > self.logged[member.name]:
-                new = member.curve[self.logged[member.name]:]
+                new = member.curve[self.logged[member.name] :]
                 self.logged[member.name] = len(member.curve)
-                self._try("logging", member.name, lambda run, rows=new: [
-                    run.log({**{f"train/{key}": getattr(row, key) for key in LOGGED}, "tokens": row.tokens}, step=row.step)
-                    for row in rows])
+                self._try(
+                    "logging",
+                    member.name,
+                    lambda run, rows=new: [
+                        run.log(
+                            {**{f"train/{key}": getattr(row, key) for key in LOGGED}, "tokens": row.tokens}, step=row.step
+                        )
+                        for row in rows
+                    ],
+                )
 
     def finish(self, results: Mapping[str, Mapping[str, Any]], findings: Mapping[str, Sequence[str]]) -> None:
         """Held-out figures and what was diagnosed as each run's summary, and the end of the runs."""
         for name in list(self.runs):
-            figures = {f"eval/{key}": value for key, value in results.get(name, {}).items()
-                       if isinstance(value, int | float) and not isinstance(value, bool)}
+            figures = {
+                f"eval/{key}": value
+                for key, value in results.get(name, {}).items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
             summary = {**figures, "diagnose": list(findings.get(name, []))}
             self._try("the summary", name, lambda run, values=summary: run.summary.update(values))
         self.close(0)
@@ -77,8 +87,9 @@ def tracked(params: Params) -> Iterator[Tracker]:
         return
     names = {sae: run_name(tracking.name, sae, config, params) for sae, config in params.train.saes.items()}
     if importlib.util.find_spec("wandb") is None:
-        raise UserError("tracking.project is set but wandb is not installed: `uv pip install -e '.[wandb]'`, or "
-                        "tracking.project: null")
+        raise UserError(
+            "tracking.project is set but wandb is not installed: `uv pip install -e '.[wandb]'`, or tracking.project: null"
+        )
     tracker = Tracker(params, _start(params, names))
     try:
         yield tracker
@@ -89,8 +100,14 @@ def tracked(params: Params) -> Iterator[Tracker]:
 
 def run_name(template: str, sae: str, config: SAERecipe, params: Params) -> str:
     """`{recipe}_lr_{learning_rate}` filled in. Raises `UserError` naming what may stand in braces."""
-    values = {**config.model_dump(), "sae": sae, "model": params.model.name, "hook": params.train.hook_of(sae),
-              "seed": params.random_seed if config.seed is None else config.seed, "tokens": params.train.tokens}
+    values = {
+        **config.model_dump(),
+        "sae": sae,
+        "model": params.model.name,
+        "hook": params.train.hook_of(sae),
+        "seed": params.random_seed if config.seed is None else config.seed,
+        "tokens": params.train.tokens,
+    }
     known = {key for other in params.train.saes.values() for key in other.model_dump()} | set(values)
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
@@ -109,25 +126,47 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
     tracking = params.tracking
     mode = os.environ.get("WANDB_MODE") or tracking.mode
     if key and mode == "online" and not keeps_secrets(os.environ.get("WANDB_BASE_URL") or "https://"):
-        raise UserError(f"WANDB_BASE_URL is plain http to another machine, and {KEY} would travel there in the clear: "
-                        "use https")
+        raise UserError(
+            f"WANDB_BASE_URL is plain http to another machine, and {KEY} would travel there in the clear: use https"
+        )
     try:
         import wandb
 
         # without a key the client would ask at the terminal, and wait
         if mode == "online" and key is None and not wandb.login(prompt=False):
-            raise UserError(f"tracking.project is set but there is no key: set {KEY} in the environment or in .env, or "
-                            "tracking.mode: offline")
-        settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True, disable_git=True,
-                                  disable_code=True, x_disable_stats=True, **({"api_key": key} if key else {}))
+            raise UserError(
+                f"tracking.project is set but there is no key: set {KEY} in the environment or in .env, or "
+                "tracking.mode: offline"
+            )
+        settings = wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            **({"api_key": key} if key else {}),
+        )
         for sae, config in params.train.saes.items():
             runs[sae] = wandb.init(
-                project=tracking.project, entity=tracking.entity or secret("WANDB_ENTITY"), name=names[sae],
-                tags=tracking.tags, dir=str(project_root()), settings=settings, reinit="create_new",
+                project=tracking.project,
+                entity=tracking.entity or secret("WANDB_ENTITY"),
+                name=names[sae],
+                tags=tracking.tags,
+                dir=str(project_root()),
+                settings=settings,
+                reinit="create_new",
                 mode=mode,
-                config={"sae": sae, "model_name": params.model.name, "hook_name": params.train.hook_of(sae),
-                        "text": params.text.dataset, "random_seed": params.random_seed, **config.model_dump(),
-                        "train": params.train.model_dump(exclude={"saes"})})
+                config={
+                    "sae": sae,
+                    "model_name": params.model.name,
+                    "hook_name": params.train.hook_of(sae),
+                    "text": params.text.dataset,
+                    "random_seed": params.random_seed,
+                    **config.model_dump(),
+                    "train": params.train.model_dump(exclude={"saes"}),
+                },
+            )
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  (no service, no key, no disk: the training does not need any of them)

@@ -32,16 +32,27 @@ PREFIX = "finetuned-"
 WARMUP_STEPS = 3
 
 
-def finetuned_model(base: LanguageModel, config: OwnFinetune, text: Text, hook: str, device: str,
-                    seed: int) -> LanguageModel:
+def finetuned_model(
+    base: LanguageModel, config: OwnFinetune, text: Text, hook: str, device: str, seed: int
+) -> LanguageModel:
     """A finetune of the base model on one kind of text: made once, kept under `.cache/models` by everything it depends on.
 
     Cross-entropy on packed contexts, Adam without weight decay, a linear warm-up, gradients clipped at norm 1; the layers
     up to the hook are trained, for what lies above does not reach the SAE. Raises `UserError` when the text runs out or the
     loss is not finite.
     """
-    key = fingerprint([base.fingerprint, str(base.dtype), config.model_dump(exclude={"moved_tokens"}), text.model_dump(),
-                       text_fingerprint(text, SPLIT), hook, seed, sources_fingerprint(__name__)])[:24]
+    key = fingerprint(
+        [
+            base.fingerprint,
+            str(base.dtype),
+            config.model_dump(exclude={"moved_tokens"}),
+            text.model_dump(),
+            text_fingerprint(text, SPLIT),
+            hook,
+            seed,
+            sources_fingerprint(__name__),
+        ]
+    )[:24]
     folder = cache_dir("models") / f"{PREFIX}{key}"
     if not usable(folder):
         _make(base, config, text, hook, seed, folder)
@@ -74,12 +85,15 @@ def _trained_layers(base: LanguageModel, hook: str, config: OwnFinetune) -> int:
 def _rows(base: LanguageModel, config: OwnFinetune, text: Text) -> Iterator[list[int]]:
     """Contexts of the chosen source, over again where there are fewer than the steps need."""
     texts = documents_of(TextSource(text, SPLIT, own=False, kind=config.source), base.tokenizer)
-    found = list(islice(contexts(base.tokenizer, base.separator_id, texts, text.context_size),
-                        config.steps * config.batch_size))
+    found = list(
+        islice(contexts(base.tokenizer, base.separator_id, texts, text.context_size), config.steps * config.batch_size)
+    )
     if not found:
         kind = "" if config.source is None else f" of the source {config.source!r} (transfer.own_finetune.source)"
-        raise UserError(f"transfer: {text.dataset} has no context of {text.context_size} tokens{kind} in the split {SPLIT}; "
-                        "give more text or a smaller transfer.context_size")
+        raise UserError(
+            f"transfer: {text.dataset} has no context of {text.context_size} tokens{kind} in the split {SPLIT}; "
+            "give more text or a smaller transfer.context_size"
+        )
     for number in range(config.steps * config.batch_size):
         yield found[number % len(found)]
 
@@ -117,7 +131,7 @@ def perturbed_model(base: LanguageModel, noise: float, hook: str, seed: int) -> 
     standard deviation: a model that an SAE of the base model should not serve."""
     model = copy.deepcopy(base.model)
     generator = torch.Generator().manual_seed(seed)
-    for layer in find_layers(model, base.n_layers)[:_trained_layers(base, hook, OwnFinetune())]:
+    for layer in find_layers(model, base.n_layers)[: _trained_layers(base, hook, OwnFinetune())]:
         for parameter in layer.parameters():
             if parameter.dim() == 2:
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -148,9 +162,14 @@ def weights_moved(base: LanguageModel, other: LanguageModel) -> dict[str, Any]:
         changed += int((one != two).any())
         total += 1
     sums = [sum(parts[i] for parts in by_group.values()) for i in (0, 1)]
-    return {"relative_change": (sums[0] / max(sums[1], 1e-300)) ** 0.5, "tensors_changed": changed, "tensors": total,
-            "other_shape": other_shape, "missing": sorted(ours.keys() ^ theirs.keys()),
-            "by_layer": {group: (parts[0] / max(parts[1], 1e-300)) ** 0.5 for group, parts in by_group.items()}}
+    return {
+        "relative_change": (sums[0] / max(sums[1], 1e-300)) ** 0.5,
+        "tensors_changed": changed,
+        "tensors": total,
+        "other_shape": other_shape,
+        "missing": sorted(ours.keys() ^ theirs.keys()),
+        "by_layer": {group: (parts[0] / max(parts[1], 1e-300)) ** 0.5 for group, parts in by_group.items()},
+    }
 
 
 def _group(name: str) -> str:
@@ -166,11 +185,15 @@ def outputs_moved(base: LanguageModel, other: LanguageModel, rows: Tensor) -> di
         return None
     sums = torch.zeros(4, dtype=torch.float64)
     for tokens in rows.split(4):
-        logits, others = base.logits(tokens), other.logits(tokens)[..., :base.vocab_size].contiguous()
+        logits, others = base.logits(tokens), other.logits(tokens)[..., : base.vocab_size].contiguous()
         same = logits.argmax(-1) == others.argmax(-1)
         clean = CleanPredictions(logits, tokens.to(base.device))
         ce, kl = clean.compare(others)
         sums += torch.stack([clean.ce.sum(), ce.sum(), kl.sum(), same.sum()]).double().cpu()
     n_next, n = rows[:, 1:].numel(), rows.numel()
-    return {"ce_base": float(sums[0] / n_next), "ce_other": float(sums[1] / n_next), "kl": float(sums[2] / n),
-            "same_top_token": float(sums[3] / n)}
+    return {
+        "ce_base": float(sums[0] / n_next),
+        "ce_other": float(sums[1] / n_next),
+        "kl": float(sums[2] / n),
+        "same_top_token": float(sums[3] / n),
+    }

@@ -69,8 +69,10 @@ def masks(pair: Pair, batch: PairBatch, acts: dict[str, Tensor], limit: float) -
     """acts: by model, at the hook that `limit` belongs to [batch, seq, d_in]."""
     rule = TokenMask(drop_first_position=pair.params.token_mask.drop_first_position, outlier_norm_multiple=None)
     sides = batch.sides
-    found = {model: token_mask(lm, sides[model].tokens, acts[model], rule) & sides[model].real
-             for model, lm in pair.models.items()}
+    found = {
+        model: token_mask(lm, sides[model].tokens, acts[model], rule) & sides[model].real
+        for model, lm in pair.models.items()
+    }
     if not pair.source.own:  # the ids are the base tokenizer's: it says which are special
         found["finetuned"] = found["base"]
     outliers = {model: acts[model].float().norm(dim=-1) > limit for model in MODELS}
@@ -106,9 +108,15 @@ class TokenizerCheck(NamedTuple):
 
     def report(self) -> dict[str, Any]:
         """As JSON, without the list of mismatches, which can be as long as the vocabulary."""
-        return {"table": self.table, "usable_fraction": self.usable, "shared_fraction": self.shared, "agrees": self.agrees,
-                "special_tokens": self.special_tokens, "embedding_rows": list(self.embedding_rows),
-                "mismatches": len(self.mismatches)}
+        return {
+            "table": self.table,
+            "usable_fraction": self.usable,
+            "shared_fraction": self.shared,
+            "agrees": self.agrees,
+            "special_tokens": self.special_tokens,
+            "embedding_rows": list(self.embedding_rows),
+            "mismatches": len(self.mismatches),
+        }
 
 
 def check_tokenizers(base: Any, finetuned: Any, embedding_rows: tuple[int, int]) -> TokenizerCheck:
@@ -118,19 +126,27 @@ def check_tokenizers(base: Any, finetuned: Any, embedding_rows: tuple[int, int])
     moved = {token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]}
     good = [len(ours) - len(only_base) - len(moved), len(theirs) - len(only_finetuned) - len(moved)]
     table = {
-        "Base Tokenizer Size": len(ours), "Fine-tune Tokenizer Size": len(theirs),
-        "Keys only in Base": len(only_base), "Keys only in Fine-tune": len(only_finetuned),
+        "Base Tokenizer Size": len(ours),
+        "Fine-tune Tokenizer Size": len(theirs),
+        "Keys only in Base": len(only_base),
+        "Keys only in Fine-tune": len(only_finetuned),
         "Keys with Mismatched Token IDs": len(moved),
         "Good Tokens in Base (%)": 100 * good[0] / max(len(ours), 1),
-        "Good Tokens in Fine-tune (%)": 100 * good[1] / max(len(theirs), 1)}
+        "Good Tokens in Fine-tune (%)": 100 * good[1] / max(len(theirs), 1),
+    }
     mismatches = [("only in base", t, ours[t], None) for t in only_base]
     mismatches += [("only in finetuned", t, None, theirs[t]) for t in only_finetuned]
     mismatches += [("other id", t, ours[t], theirs[t]) for t in moved]
     mismatches.sort(key=lambda item: (item[0], item[2] if item[2] is not None else item[3], item[1]))
     return TokenizerCheck(
-        table, min(good[0] / max(len(ours), 1), good[1] / max(len(theirs), 1)), 1 - len(only_base) / max(len(ours), 1),
+        table,
+        min(good[0] / max(len(ours), 1), good[1] / max(len(theirs), 1)),
+        1 - len(only_base) / max(len(ours), 1),
         {**_parts_agree(base, finetuned), "chat_template": _template(base) == _template(finetuned)},
-        _special_differences(base, finetuned), embedding_rows, mismatches)
+        _special_differences(base, finetuned),
+        embedding_rows,
+        mismatches,
+    )
 
 
 def _parts_agree(base: Any, finetuned: Any) -> dict[str, bool | None]:
@@ -154,11 +170,19 @@ def _template(tokenizer: Any) -> Any:
 
 
 def _special_differences(base: Any, finetuned: Any) -> dict[str, list[Any]]:
-    maps = [{role: [token, tokenizer.convert_tokens_to_ids(token)]
-             for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-            for tokenizer in (base, finetuned)]
-    return {role: [maps[0].get(role), maps[1].get(role)] for role in sorted(maps[0].keys() | maps[1].keys())
-            if maps[0].get(role) != maps[1].get(role)}
+    maps = [
+        {
+            role: [token, tokenizer.convert_tokens_to_ids(token)]
+            for role, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        }
+        for tokenizer in (base, finetuned)
+    ]
+    return {
+        role: [maps[0].get(role), maps[1].get(role)]
+        for role in sorted(maps[0].keys() | maps[1].keys())
+        if maps[0].get(role) != maps[1].get(role)
+    }
 
 
 def choose_tokenization(check: TokenizerCheck, config: Transfer) -> str:
@@ -172,7 +196,8 @@ def choose_tokenization(check: TokenizerCheck, config: Transfer) -> str:
             raise UserError(
                 f"transfer.tokenize: base: only {100 * check.usable:.4g} % of tokens have the same id in both tokenizers "
                 f"(transfer.min_usable_fraction: {config.min_usable_fraction:g}), so the base tokenizer's ids mean other "
-                "text to the finetuned model; use tokenize: own or auto")
+                "text to the finetuned model; use tokenize: own or auto"
+            )
         return "base"
     if check.shared == 0:
         raise UserError("transfer: the tokenizers share no token at all; the two models cannot be compared")
@@ -207,16 +232,22 @@ def load(params: Params, stage: StageFolder) -> Models:
         saes["finetuned"] = read_sae(config.finetuned_sae, "transfer.finetuned_sae")
     for assumed in fill_in(saes["base"], base.name, params.train.hook_name):
         stage.notes["sae"] = assumed
-    check_fits(f"transfer.sae {config.sae.path or config.sae.release or config.sae.name}", saes["base"], base,
-               params.model.same_as)
+    check_fits(
+        f"transfer.sae {config.sae.path or config.sae.release or config.sae.name}", saes["base"], base, params.model.same_as
+    )
     hook = saes["base"].cfg.hook_name
     for name in hooks(params, hook):
         _width(base, name)
-    text = Text(dataset=config.dataset or saes["base"].cfg.provenance.get("text") or params.text.dataset,
-                column_name=config.column_name if config.dataset else params.text.column_name,
-                context_size=config.context_size or saes["base"].cfg.context_size)
-    finetuned = (finetuned_model(base, config.own_finetune, text, hook, params.model.device, params.random_seed)
-                 if config.finetuned_model is None else _model(config.finetuned_model, params, "finetuned_model"))
+    text = Text(
+        dataset=config.dataset or saes["base"].cfg.provenance.get("text") or params.text.dataset,
+        column_name=config.column_name if config.dataset else params.text.column_name,
+        context_size=config.context_size or saes["base"].cfg.context_size,
+    )
+    finetuned = (
+        finetuned_model(base, config.own_finetune, text, hook, params.model.device, params.random_seed)
+        if config.finetuned_model is None
+        else _model(config.finetuned_model, params, "finetuned_model")
+    )
     check_pair(base, finetuned, hooks(params, hook))
     if "finetuned" in saes:
         _check_finetuned_sae(saes["finetuned"], finetuned, hook)
@@ -226,8 +257,13 @@ def load(params: Params, stage: StageFolder) -> Models:
     write_json(stage.folder / "tokenizer_check.json", round_significant(found.report(), DIGITS))
     write_text(stage.folder / "tokenizer_mismatches.tsv", _mismatches(found))
     own = choose_tokenization(found, config) == "own"
-    stage.notes |= {"base_model": base.name, "finetuned_model": finetuned.name, "hook": hook, "text": text.dataset,
-                    "tokenizers": "each its own" if own else "the base model's for both"}
+    stage.notes |= {
+        "base_model": base.name,
+        "finetuned_model": finetuned.name,
+        "hook": hook,
+        "text": text.dataset,
+        "tokenizers": "each its own" if own else "the base model's for both",
+    }
     return Models(base, finetuned, {role: sae.to(base.device) for role, sae in saes.items()}, text, found, own)
 
 
@@ -263,8 +299,10 @@ def read_sae(config: TransferSAE, key: str) -> SparseAutoencoder:
         raise UserError(f"{key}: {error}") from None
     if not (SAE_FOLDER / config.name / "cfg.json").is_file():
         known = ", ".join(sorted(path.parent.name for path in SAE_FOLDER.glob("*/cfg.json")))
-        raise UserError(f"{key}: {SAE_FOLDER} holds no SAE {config.name!r}"
-                        + (f"; there are {known}" if known else "; run the setup stage first (dvc repro setup)"))
+        raise UserError(
+            f"{key}: {SAE_FOLDER} holds no SAE {config.name!r}"
+            + (f"; there are {known}" if known else "; run the setup stage first (dvc repro setup)")
+        )
     return load_sae(SAE_FOLDER / config.name)
 
 
@@ -277,8 +315,9 @@ def check_pair(base: LanguageModel, finetuned: LanguageModel, names: tuple[str, 
     """Raises `UserError` where the models differ in width or depth, or lack a hook."""
     for what, one, other in (("width", base.d_model, finetuned.d_model), ("depth", base.n_layers, finetuned.n_layers)):
         if one != other:
-            raise UserError(f"transfer: {base.name} has {what} {one}, {finetuned.name} {other}; a finetune of one model "
-                            "has its shape")
+            raise UserError(
+                f"transfer: {base.name} has {what} {one}, {finetuned.name} {other}; a finetune of one model has its shape"
+            )
     for name in names:
         widths = _width(base, name), _width(finetuned, name)
         if widths[0] != widths[1]:
@@ -295,14 +334,20 @@ def _width(lm: LanguageModel, hook: str) -> int:
 def _check_finetuned_sae(sae: SparseAutoencoder, finetuned: LanguageModel, hook: str) -> None:
     fill_in(sae, finetuned.name, hook)
     if not is_model(sae.cfg.model_name, finetuned):
-        raise UserError(f"transfer.finetuned_sae was trained on {sae.cfg.model_name}, the finetuned model is "
-                        f"{finetuned.name}; choose an SAE of the finetuned model")
+        raise UserError(
+            f"transfer.finetuned_sae was trained on {sae.cfg.model_name}, the finetuned model is "
+            f"{finetuned.name}; choose an SAE of the finetuned model"
+        )
     if sae.cfg.hook_name != hook or sae.cfg.d_in != finetuned.d_in(hook):
-        raise UserError(f"transfer.finetuned_sae reads {sae.cfg.d_in} dimensions at {sae.cfg.hook_name}, transfer.sae "
-                        f"{finetuned.d_in(hook)} at {hook}; both must read the same hook")
+        raise UserError(
+            f"transfer.finetuned_sae reads {sae.cfg.d_in} dimensions at {sae.cfg.hook_name}, transfer.sae "
+            f"{finetuned.d_in(hook)} at {hook}; both must read the same hook"
+        )
 
 
 def _mismatches(found: TokenizerCheck) -> str:
-    lines = ["\t".join([kind, repr(token), "" if one is None else str(one), "" if other is None else str(other)])
-             for kind, token, one, other in found.mismatches]
+    lines = [
+        "\t".join([kind, repr(token), "" if one is None else str(one), "" if other is None else str(other)])
+        for kind, token, one, other in found.mismatches
+    ]
     return "\n".join(["kind\ttoken\tbase_id\tfinetuned_id", *lines]) + "\n"

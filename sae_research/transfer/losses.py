@@ -60,8 +60,15 @@ def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | 
     totals = {model: _Totals() for model in MODELS}
     shared = _Totals()
     config, read = pair.params.transfer, 0
-    with tqdm(total=n_tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None, mininterval=2,
-              dynamic_ncols=True) as bar:
+    with tqdm(
+        total=n_tokens,
+        desc=progress,
+        unit="tok",
+        unit_scale=True,
+        disable=progress is None,
+        mininterval=2,
+        dynamic_ncols=True,
+    ) as bar:
         for batch in batches(pair.base, pair.finetuned, pair.source, n_tokens, config.patched_batch_size):
             sides = batch.sides
             acts = {model: lm.activations(sides[model].tokens, pair.hook).float() for model, lm in pair.models.items()}
@@ -124,7 +131,8 @@ class _Runs(NamedTuple):
 def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
     predicts = real[:, 1:]
     results: dict[str, dict[str, tuple[Tensor, Tensor | None]]] = {
-        "clean": {name: (runs.clean.ce, None) for name in FILTERS}}
+        "clean": {name: (runs.clean.ce, None) for name in FILTERS}
+    }
     for role, sae in pair.saes.items():
         results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))
     rows = torch.arange(0, len(runs.tokens), pair.params.transfer.ablate_every, device=runs.tokens.device)
@@ -151,8 +159,11 @@ def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor
 
 def _summed(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over the positions of each row where the mask holds [rows]."""
-    return torch.where(mask, values, 0.0).double().sum(1) if values.device.type != "mps" else torch.where(
-        mask, values, 0.0).sum(1)
+    return (
+        torch.where(mask, values, 0.0).double().sum(1)
+        if values.device.type != "mps"
+        else torch.where(mask, values, 0.0).sum(1)
+    )
 
 
 def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals: _Totals) -> None:
@@ -168,16 +179,20 @@ def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals
 
 # --- from sums to figures --------------------------------------------------------------------
 
+
 def _figures(sums: Sums, saes: dict[str, SparseAutoencoder], seed: int) -> dict[str, Any]:
     """By filter: figures shared by all SAEs, and each SAE's by role."""
-    return {name: {**_shared_figures(sums, name, seed),
-                   "saes": {role: _sae_figures(sums, name, role, seed) for role in saes}} for name in FILTERS}
+    return {
+        name: {**_shared_figures(sums, name, seed), "saes": {role: _sae_figures(sums, name, role, seed) for role in saes}}
+        for name in FILTERS
+    }
 
 
 def _shared_figures(sums: Sums, name: str, seed: int) -> dict[str, Any]:
     found = {"ce_clean": _interval_of(sums, f"{name}/ce_clean", f"{name}/predictions", seed)}
-    found |= {f"ce_{run}": _interval_of(sums, f"{name}/scale_{run}", f"{name}/scale_predictions", seed)
-              for run in ("zero", "mean")}
+    found |= {
+        f"ce_{run}": _interval_of(sums, f"{name}/scale_{run}", f"{name}/scale_predictions", seed) for run in ("zero", "mean")
+    }
     if "bytes" in sums:
         found["bits_per_byte_clean"] = _bits(sums, f"{name}/nats_clean", seed)
     return {"predictions": float(sums[f"{name}/predictions"].sum()), **_present(found)}
@@ -186,9 +201,11 @@ def _shared_figures(sums: Sums, name: str, seed: int) -> dict[str, Any]:
 def _sae_figures(sums: Sums, name: str, role: str, seed: int) -> dict[str, Any]:
     patched, clean = sums[f"{name}/ce_patched_{role}"], sums[f"{name}/ce_clean"]
     counts = sums[f"{name}/predictions"]
-    found = {"ce_patched": _interval_of(sums, f"{name}/ce_patched_{role}", f"{name}/predictions", seed),
-             "ce_delta": _with_interval(Ratio(patched - clean, counts), seed),
-             "kl": _interval_of(sums, f"{name}/kl_patched_{role}", f"{name}/tokens", seed)}
+    found = {
+        "ce_patched": _interval_of(sums, f"{name}/ce_patched_{role}", f"{name}/predictions", seed),
+        "ce_delta": _with_interval(Ratio(patched - clean, counts), seed),
+        "kl": _interval_of(sums, f"{name}/kl_patched_{role}", f"{name}/tokens", seed),
+    }
     patched, clean = sums[f"{name}/scale_patched_{role}"], sums[f"{name}/scale_clean"]
     for run, key in (("zero", "loss_recovered"), ("mean", "loss_recovered_mean")):
         ablated = sums[f"{name}/scale_{run}"]
@@ -270,15 +287,19 @@ def logit_similarity(base: LanguageModel, finetuned: LanguageModel, sae: SparseA
     cross, base_part, other_part = (torch.linalg.vecdot(rows @ matrix, rows) for matrix in (bf, bb, ff))
     below = (base_part.clamp_min(0) * other_part.clamp_min(0)).sqrt()
     correlation = torch.where(below > 0, (cross / below.clamp_min(1e-300)).clamp(-1, 1), torch.nan)
-    return LogitSimilarity(correlation.cpu(), len(ids), len(ids) / max(len(base.tokenizer.get_vocab()), 1),
-                           *norms.sqrt().tolist())
+    return LogitSimilarity(
+        correlation.cpu(), len(ids), len(ids) / max(len(base.tokenizer.get_vocab()), 1), *norms.sqrt().tolist()
+    )
 
 
 def _shared_ids(base: LanguageModel, finetuned: LanguageModel) -> Tensor:
     """(base id, finetuned id) of every string that both vocabularies hold and both embeddings reach [n, 2]."""
     ours, theirs = base.tokenizer.get_vocab(), finetuned.tokenizer.get_vocab()
-    found = sorted((ours[token], theirs[token]) for token in ours.keys() & theirs.keys()
-                   if ours[token] < base.vocab_size and theirs[token] < finetuned.vocab_size)
+    found = sorted(
+        (ours[token], theirs[token])
+        for token in ours.keys() & theirs.keys()
+        if ours[token] < base.vocab_size and theirs[token] < finetuned.vocab_size
+    )
     return torch.tensor(found, dtype=torch.long).reshape(-1, 2)
 
 

@@ -63,10 +63,13 @@ def repair(pair: Pair, limit: float) -> dict[str, Any]:
     """
     sae, config = pair.saes["base"], pair.params.transfer.repair
     if sae.form not in FORMS:
-        return {"status": "not_applicable", "message": f"the form {sae.form} cannot be trained further here; "
-                                                       f"{' and '.join(FORMS)} can"}
-    held_out = {model: torch.cat(rows) for model, rows in
-                _gathered(pair, limit, config.held_out_tokens, pair.source.split).items()}
+        return {
+            "status": "not_applicable",
+            "message": f"the form {sae.form} cannot be trained further here; {' and '.join(FORMS)} can",
+        }
+    held_out = {
+        model: torch.cat(rows) for model, rows in _gathered(pair, limit, config.held_out_tokens, pair.source.split).items()
+    }
     target = figures(sae, held_out["base"], None)["l0"]
     before = {model: figures(sae, rows, target) for model, rows in held_out.items()}
     arms: dict[str, _Arm] = {}
@@ -83,22 +86,32 @@ def repair(pair: Pair, limit: float) -> dict[str, Any]:
                 after = arms[model].export(sae)
                 curves[model].append(_row(read, {m: figures(after, held_out[m], target) for m in shown}, shown))
             bar.update(n_tokens)
-    return {"status": "ok", "tokens": read, "held_out_tokens": {m: len(rows) for m, rows in held_out.items()},
-            "curves": curves, **_gap(curves)}
+    return {
+        "status": "ok",
+        "tokens": read,
+        "held_out_tokens": {m: len(rows) for m, rows in held_out.items()},
+        "curves": curves,
+        **_gap(curves),
+    }
 
 
 def _row(tokens: int, figures: dict[str, dict[str, float]], shown: Any) -> dict[str, float]:
-    return {"tokens": tokens, **{f"{key}_on_{model}": figures[model][key] for model in shown
-                                 for key in ("variance_explained", "l0")}}
+    return {
+        "tokens": tokens,
+        **{f"{key}_on_{model}": figures[model][key] for model in shown for key in ("variance_explained", "l0")},
+    }
 
 
 def _gap(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     repaired, further = curves["finetuned"], curves["base"]
     gap = repaired[0]["variance_explained_on_base"] - repaired[0]["variance_explained_on_finetuned"]
     found: dict[str, Any] = {
-        "gap": gap, "gap_closed": None, "tokens_to_half": None,
+        "gap": gap,
+        "gap_closed": None,
+        "tokens_to_half": None,
         "gap_after_equal_training": further[-1]["variance_explained_on_base"]
-        - repaired[-1]["variance_explained_on_finetuned"]}
+        - repaired[-1]["variance_explained_on_finetuned"],
+    }
     if gap < NO_GAP:
         return found
     start = repaired[0]["variance_explained_on_finetuned"]
@@ -113,6 +126,7 @@ def _gap(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 # --- activations -----------------------------------------------------------------------------
+
 
 def _rows(pair: Pair, limit: float, n_tokens: int, split: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(tokens read, activations of either model's kept tokens [n, d_in]) batch by batch."""
@@ -132,6 +146,7 @@ def _gathered(pair: Pair, limit: float, n_tokens: int, split: str) -> dict[str, 
 
 
 # --- training --------------------------------------------------------------------------------
+
 
 class _Arm:
     """One SAE in training, begun from the base SAE's weights."""
@@ -177,11 +192,19 @@ def _recipe(sae: SparseAutoencoder, scale: float, learning_rate: float, target_l
     """The recipe of the SAE's form with the SAE's weights, in units of normalised activations; `export` undoes this."""
     d_sae, d_in = sae.W_dec.shape
     if sae.form == "topk":
-        recipe: Recipe = TopK(d_in, TopKRecipe(recipe="top_k", d_sae=d_sae, learning_rate=learning_rate,
-                                               k=int(sae.options()["k"]), inference="top_k"), train)
+        recipe: Recipe = TopK(
+            d_in,
+            TopKRecipe(
+                recipe="top_k", d_sae=d_sae, learning_rate=learning_rate, k=int(sae.options()["k"]), inference="top_k"
+            ),
+            train,
+        )
     else:
-        recipe = HeldL0(d_in, StandardRecipe(recipe="standard", d_sae=d_sae, learning_rate=learning_rate,
-                                             l1_coefficient=_START_COEFFICIENT), train)
+        recipe = HeldL0(
+            d_in,
+            StandardRecipe(recipe="standard", d_sae=d_sae, learning_rate=learning_rate, l1_coefficient=_START_COEFFICIENT),
+            train,
+        )
         recipe.target = max(target_l0, 1e-3)
         known = sae.cfg.provenance.get("hyper_parameters") or {}
         recipe.coefficient = float(known.get("l1_coefficient") or _START_COEFFICIENT)
@@ -213,6 +236,6 @@ def _measured(sae: SparseAutoencoder, rows: Tensor) -> dict[str, float]:
     for part in rows.split(EVAL_ROWS):
         x = part[None]
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        (_, z), = encode_each({"sae": sae}, x, mask)
+        ((_, z),) = encode_each({"sae": sae}, x, mask)
         stats.update(sae.target(x), sae.decode(z), z, mask)
     return stats.metrics()

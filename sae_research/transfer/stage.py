@@ -45,20 +45,31 @@ def similarity(statistics: Statistics) -> dict[str, Any]:
 
 def _similarity(stats: HookStats) -> dict[str, Any]:
     everything: Similarity = together(stats.kept, stats.removed)
-    return {"tokens": everything.n, "kept": stats.kept.means(), "all": everything.means(),
-            "fraction_removed": stats.removed.n / max(everything.n, 1),
-            "limit": None if stats.limit == float("inf") else stats.limit,
-            "profile": stats.kept.profile(), "heat_map": stats.heat_map,
-            "prompt_means": {"edges": PROMPT_EDGES, "counts": [int(c) for c in stats.prompt_means]}}
+    return {
+        "tokens": everything.n,
+        "kept": stats.kept.means(),
+        "all": everything.means(),
+        "fraction_removed": stats.removed.n / max(everything.n, 1),
+        "limit": None if stats.limit == float("inf") else stats.limit,
+        "profile": stats.kept.profile(),
+        "heat_map": stats.heat_map,
+        "prompt_means": {"edges": PROMPT_EDGES, "counts": [int(c) for c in stats.prompt_means]},
+    }
 
 
 def quality(stats: SaeStats) -> dict[str, Any]:
     """By model and filter: the figures of `ReconstructionStats`, the published R^2, and dead latents with an interval."""
-    return {model: {"kept": _quality(stats.kept[model]),
-                    "all": _quality(together(stats.kept[model], stats.removed[model])),
-                    "activation_histogram": {"log10_edges": ACTIVATION_EDGES,
-                                             "counts": [int(c) for c in stats.histogram[model].counts]}}
-            for model in MODELS}
+    return {
+        model: {
+            "kept": _quality(stats.kept[model]),
+            "all": _quality(together(stats.kept[model], stats.removed[model])),
+            "activation_histogram": {
+                "log10_edges": ACTIVATION_EDGES,
+                "counts": [int(c) for c in stats.histogram[model].counts],
+            },
+        }
+        for model in MODELS
+    }
 
 
 def _quality(stats: ReconstructionStats) -> dict[str, float]:
@@ -67,8 +78,13 @@ def _quality(stats: ReconstructionStats) -> dict[str, float]:
         return {}
     dead, d_sae = int((stats.firing_F == 0).sum()), len(stats.firing_F)
     low, high = wilson(dead, d_sae)
-    found |= {"dead_latents": float(dead), "fraction_dead": dead / d_sae, "fraction_dead_low": float(low),
-              "fraction_dead_high": float(high), "mean_density": float(stats.density.mean())}
+    found |= {
+        "dead_latents": float(dead),
+        "fraction_dead": dead / d_sae,
+        "fraction_dead_low": float(low),
+        "fraction_dead_high": float(high),
+        "mean_density": float(stats.density.mean()),
+    }
     r2 = flattened_r2(stats)
     return found if r2 is None else found | {"r2_flattened": r2}
 
@@ -87,27 +103,39 @@ def latents(pair: Pair, stats: SaeStats, role: str) -> tuple[dict[str, Any], pd.
     logits = logit_similarity(pair.base, pair.finetuned, pair.saes[role])
     frame = latent_table(stats, None if logits is None else logits.correlation, sampling, seed)
     tokens = {model: stats.kept[model].tokens for model in MODELS}
-    found = {"by_interval": by_interval(frame), "by_sample": by_sample(frame, sampling),
-             "density_shift": density_shift(frame, tokens, stats.moments_kept.halves),
-             "pairs": stats.moments_kept.models.n,
-             "logits": None if logits is None else logits.report(),
-             "pearson_histograms": {name: _histogram(frame[column]) for name, column in (
-                 ("models", "pearson"), ("shuffled", "pearson_shuffled"), ("halves", "pearson_halves"))}}
+    found = {
+        "by_interval": by_interval(frame),
+        "by_sample": by_sample(frame, sampling),
+        "density_shift": density_shift(frame, tokens, stats.moments_kept.halves),
+        "pairs": stats.moments_kept.models.n,
+        "logits": None if logits is None else logits.report(),
+        "pearson_histograms": {
+            name: _histogram(frame[column])
+            for name, column in (("models", "pearson"), ("shuffled", "pearson_shuffled"), ("halves", "pearson_halves"))
+        },
+    }
     return found, frame
 
 
 def _histogram(values: pd.Series) -> dict[str, Any]:
     edges = np.linspace(-1, 1, 81)
-    return {"edges": [round(float(edge), 4) for edge in edges],
-            "counts": np.histogram(values.dropna(), edges)[0].tolist(), "undefined": int(values.isna().sum())}
+    return {
+        "edges": [round(float(edge), 4) for edge in edges],
+        "counts": np.histogram(values.dropna(), edges)[0].tolist(),
+        "undefined": int(values.isna().sum()),
+    }
 
 
 def coverage(pair: Pair, statistics: Statistics) -> dict[str, Any]:
     """How much was read, and how much of it stands in the same place for both."""
     tokens = statistics.tokens
-    return {"tokens_base": tokens["base"], "tokens_finetuned": tokens["finetuned"], "matched": tokens["aligned"],
-            "matched_fraction": tokens["aligned"] / max(tokens["counted_base"], 1),
-            "tokenizers": "each its own" if pair.source.own else "the base model's for both"}
+    return {
+        "tokens_base": tokens["base"],
+        "tokens_finetuned": tokens["finetuned"],
+        "matched": tokens["aligned"],
+        "matched_fraction": tokens["aligned"] / max(tokens["counted_base"], 1),
+        "tokenizers": "each its own" if pair.source.own else "the base model's for both",
+    }
 
 
 MAIN = "finetuned"
@@ -146,16 +174,28 @@ def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple
     first = FirstPass.from_plain(read["first"], pair.base.device)
     result = read["result"] | {
         "setting": _setting(pair),
-        "losses": part("losses", [n_tokens, n_patched, config.patched_batch_size, config.ablate_every],
-                       lambda: patched_losses(pair, first, n_patched, f"{name}: patched losses")),
-        "moved": part("moved", [full, models.own, config.own_finetune.moved_tokens, config.own_finetune.source,
-                                config.finetuned_model], lambda: _moved(pair, models, full))}
+        "losses": part(
+            "losses",
+            [n_tokens, n_patched, config.patched_batch_size, config.ablate_every],
+            lambda: patched_losses(pair, first, n_patched, f"{name}: patched losses"),
+        ),
+        "moved": part(
+            "moved",
+            [full, models.own, config.own_finetune.moved_tokens, config.own_finetune.source, config.finetuned_model],
+            lambda: _moved(pair, models, full),
+        ),
+    }
     if full:
         result["tokenizers"] = models.tokenizers.report()
-        result["repair"] = ({"status": "disabled", "message": "switched off (transfer.repair.enabled)"}
-                            if not config.repair.enabled else
-                            part("repair", [config.repair.model_dump(), pair.params.train.model_dump(), first.limit],
-                                 lambda: repair(pair, first.limit)))
+        result["repair"] = (
+            {"status": "disabled", "message": "switched off (transfer.repair.enabled)"}
+            if not config.repair.enabled
+            else part(
+                "repair",
+                [config.repair.model_dump(), pair.params.train.model_dump(), first.limit],
+                lambda: repair(pair, first.limit),
+            )
+        )
     return round_significant(result, DIGITS), read["tables"]
 
 
@@ -163,9 +203,12 @@ def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:
     """The first pass: figures, tables, and what the other parts need of it."""
     statistics = sweep(pair, n_tokens, f"{name}: statistics")
     result: dict[str, Any] = {
-        "coverage": coverage(pair, statistics), "similarity": similarity(statistics),
-        "outliers": statistics.outliers.report(), "latents": {},
-        "quality": {role: quality(stats) for role, stats in statistics.saes.items()}}
+        "coverage": coverage(pair, statistics),
+        "similarity": similarity(statistics),
+        "outliers": statistics.outliers.report(),
+        "latents": {},
+        "quality": {role: quality(stats) for role, stats in statistics.saes.items()},
+    }
     prefix = "" if name == MAIN else f"{name}_"
     tables = {"outlier_tokens.tsv": _outlier_tokens(result["outliers"]["listed"])} if name == MAIN else {}
     for role, stats in statistics.saes.items():
@@ -175,18 +218,37 @@ def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:
 
 
 def _outlier_tokens(listed: list[dict[str, Any]]) -> str:
-    lines = ["\t".join([item["model"], f"{item['norm']:.6g}", str(item["position"]),
-                        *(repr(item[part]) for part in ("before", "token", "after"))]) for item in listed]
+    lines = [
+        "\t".join(
+            [
+                item["model"],
+                f"{item['norm']:.6g}",
+                str(item["position"]),
+                *(repr(item[part]) for part in ("before", "token", "after")),
+            ]
+        )
+        for item in listed
+    ]
     return "\n".join(["model\tnorm\tposition\tbefore\ttoken\tafter", *lines]) + "\n"
 
 
 def _setting(pair: Pair) -> dict[str, Any]:
     sae = pair.saes["base"]
-    return {"base_model": pair.base.name, "finetuned_model": pair.finetuned.name, "hook": pair.hook,
-            "hooks": list(pair.hooks), "sae": sae.cfg.provenance.get("name") or sae.cfg.architecture, "d_in": sae.cfg.d_in,
-            "d_sae": sae.cfg.d_sae, "dataset": pair.source.text.dataset, "split": pair.source.split,
-            "context_size": pair.source.text.context_size, "dtype": str(pair.base.dtype).removeprefix("torch."),
-            "outlier_rule": pair.params.transfer.outliers.rule, "random_seed": pair.params.random_seed}
+    return {
+        "base_model": pair.base.name,
+        "finetuned_model": pair.finetuned.name,
+        "hook": pair.hook,
+        "hooks": list(pair.hooks),
+        "sae": sae.cfg.provenance.get("name") or sae.cfg.architecture,
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "dataset": pair.source.text.dataset,
+        "split": pair.source.split,
+        "context_size": pair.source.text.context_size,
+        "dtype": str(pair.base.dtype).removeprefix("torch."),
+        "outlier_rule": pair.params.transfer.outliers.rule,
+        "random_seed": pair.params.random_seed,
+    }
 
 
 def _moved(pair: Pair, models: Models, full: bool) -> dict[str, Any]:
@@ -199,8 +261,10 @@ def _moved(pair: Pair, models: Models, full: bool) -> dict[str, Any]:
     found["outputs"] = _outputs(pair, config.own_finetune.moved_tokens, None)
     source = config.own_finetune.source
     if config.finetuned_model is None and source is not None:
-        found["outputs_on_finetuned_text"] = {"source": source,
-                                              **(_outputs(pair, config.own_finetune.moved_tokens, source) or {})}
+        found["outputs_on_finetuned_text"] = {
+            "source": source,
+            **(_outputs(pair, config.own_finetune.moved_tokens, source) or {}),
+        }
     return found
 
 
@@ -211,6 +275,7 @@ def _outputs(pair: Pair, n_tokens: int, kind: str | None) -> dict[str, float] | 
 
 
 # --- pairs -----------------------------------------------------------------------------------
+
 
 def _pairs(models: Models, params: Params) -> Iterator[tuple[str, Pair]]:
     """The pair, then the controls, each made when it is its turn."""
@@ -230,15 +295,24 @@ def _key(pair: Pair, name: str) -> str:
     """Of all that a pair's parts have in common: weights, text, masks and outliers, precision, device kind, torch, and the
     source that computes them."""
     params, config = pair.params, pair.params.transfer
-    return fingerprint({
-        "name": name, "models": [pair.base.fingerprint, pair.finetuned.fingerprint, pair.finetuned.name],
-        "saes": {role: sae.weights_fingerprint() for role, sae in pair.saes.items()}, "hooks": pair.hooks,
-        "text": [text_fingerprint(pair.source.text, pair.source.split), pair.source.text.model_dump(), pair.source.own],
-        "outliers": [config.outliers.model_dump(), known_values(config.outliers, pair.base.name)],
-        "sampling": config.sampling.model_dump(), "batch_size": config.batch_size, "aligned": config.min_aligned_fraction,
-        "mask": params.token_mask.model_dump(), "seed": params.random_seed, "dtype": str(pair.base.dtype),
-        "device": pair.base.device.type,
-        "code": code_fingerprint(__name__, classes=[type(sae) for sae in pair.saes.values()])})
+    return fingerprint(
+        {
+            "name": name,
+            "models": [pair.base.fingerprint, pair.finetuned.fingerprint, pair.finetuned.name],
+            "saes": {role: sae.weights_fingerprint() for role, sae in pair.saes.items()},
+            "hooks": pair.hooks,
+            "text": [text_fingerprint(pair.source.text, pair.source.split), pair.source.text.model_dump(), pair.source.own],
+            "outliers": [config.outliers.model_dump(), known_values(config.outliers, pair.base.name)],
+            "sampling": config.sampling.model_dump(),
+            "batch_size": config.batch_size,
+            "aligned": config.min_aligned_fraction,
+            "mask": params.token_mask.model_dump(),
+            "seed": params.random_seed,
+            "dtype": str(pair.base.dtype),
+            "device": pair.base.device.type,
+            "code": code_fingerprint(__name__, classes=[type(sae) for sae in pair.saes.values()]),
+        }
+    )
 
 
 RESULTS = Path("eval_results/transfer")

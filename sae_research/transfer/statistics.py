@@ -97,20 +97,29 @@ class Similarity:
     def profile(self) -> dict[str, Any]:
         """Means by position (None where no token stands) and histograms, for pictures."""
         seen = self.at_position.clamp_min(1)
-        positions = {name: [value if count else None for value, count in zip(row, self.at_position.tolist(), strict=True)]
-                     for name, row in zip(METRICS, (self.by_position / seen).tolist(), strict=True)}
-        return {"by_position": positions,
-                "cosine_histogram": {"edges": COSINE_EDGES, "counts": [int(c) for c in self.cosine_counts]},
-                "euclidean_histogram": {"log10_edges": LOG_EDGES, "counts": [int(c) for c in self.distance_counts]}}
+        positions = {
+            name: [value if count else None for value, count in zip(row, self.at_position.tolist(), strict=True)]
+            for name, row in zip(METRICS, (self.by_position / seen).tolist(), strict=True)
+        }
+        return {
+            "by_position": positions,
+            "cosine_histogram": {"edges": COSINE_EDGES, "counts": [int(c) for c in self.cosine_counts]},
+            "euclidean_histogram": {"log10_edges": LOG_EDGES, "counts": [int(c) for c in self.distance_counts]},
+        }
 
 
 def token_values(x: Tensor, y: Tensor, shuffle: Tensor) -> Tensor:
     """Every metric of `METRICS` for each token [len(METRICS), n]. x, y: [n, d_in]; shuffle: a permutation [n]."""
     x_norm, y_norm = x.norm(dim=1), y.norm(dim=1)
     distance = (x - y).norm(dim=1)
-    return torch.stack([
-        torch.linalg.vecdot(x, y) / (x_norm * y_norm).clamp_min(1e-30), distance, distance / x_norm.clamp_min(1e-30),
-        torch.linalg.vecdot(x, y[shuffle]) / (x_norm * y_norm[shuffle]).clamp_min(1e-30)])
+    return torch.stack(
+        [
+            torch.linalg.vecdot(x, y) / (x_norm * y_norm).clamp_min(1e-30),
+            distance,
+            distance / x_norm.clamp_min(1e-30),
+            torch.linalg.vecdot(x, y[shuffle]) / (x_norm * y_norm[shuffle]).clamp_min(1e-30),
+        ]
+    )
 
 
 EPSILON = 1e-10
@@ -144,8 +153,9 @@ class PairMoments:
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         self.n = 0
-        (self.a, self.b, self.aa, self.bb, self.ab, self.fires_a, self.fires_b, self.fires_both,
-         self.log_error) = torch.zeros(9, d_sae, dtype=sums_dtype(device), device=device)
+        (self.a, self.b, self.aa, self.bb, self.ab, self.fires_a, self.fires_b, self.fires_both, self.log_error) = (
+            torch.zeros(9, d_sae, dtype=sums_dtype(device), device=device)
+        )
 
     @torch.no_grad()
     def update(self, a: Active, b: Active, partner: Tensor | None = None, log_error: bool = False) -> None:
@@ -154,8 +164,14 @@ class PairMoments:
         self.n += len(a.dense)
         others = b.dense[a.rows if partner is None else partner[a.rows], a.latents].to(self.a.dtype)
         one = torch.ones((), dtype=self.a.dtype, device=self.a.device)
-        self._add(a.latents, a=a.values, aa=a.values.square(), ab=a.values * others, fires_a=one.expand(len(others)),
-                  fires_both=(others != 0).to(others.dtype))
+        self._add(
+            a.latents,
+            a=a.values,
+            aa=a.values.square(),
+            ab=a.values * others,
+            fires_a=one.expand(len(others)),
+            fires_both=(others != 0).to(others.dtype),
+        )
         self._add(b.latents, b=b.values, bb=b.values.square(), fires_b=one.expand(len(b.values)))
         if log_error:
             self._add(a.latents, log_error=_log_gap(a.values, others))
@@ -270,8 +286,10 @@ def chosen_limit(config: Outliers, found: dict[str, float], model_name: str) -> 
     if config.rule == "none":
         return math.inf
     if config.rule not in found:
-        raise UserError(f"transfer.outliers.rule: absolute needs absolute_threshold, or {model_name} among the "
-                        f"absolute_threshold of {config.config_file}")
+        raise UserError(
+            f"transfer.outliers.rule: absolute needs absolute_threshold, or {model_name} among the "
+            f"absolute_threshold of {config.config_file}"
+        )
     return found[config.rule]
 
 
@@ -283,8 +301,12 @@ def known_values(config: Outliers, model_name: str) -> dict[str, float]:
     values = read_json(path)
     if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
         raise UserError(f"{path}: expected four maps from model names to numbers")
-    return {key: float(number) for key, models in values.items() for name, number in models.items()
-            if same_model(name, model_name)}
+    return {
+        key: float(number)
+        for key, models in values.items()
+        for name, number in models.items()
+        if same_model(name, model_name)
+    }
 
 
 class Listed(NamedTuple):
@@ -326,9 +348,11 @@ class OutlierLog:
         candidates = (norms > max(self.limit, least)).nonzero() if self.listed else []
         values = [(float(norms[row, place]), int(row), int(place)) for row, place in candidates]
         for norm, row, place in heapq.nlargest(self.listed, values):
-            context = [tokenizer.decode(tokens[row, max(0, place - CONTEXT):place].tolist()),
-                      tokenizer.decode([int(tokens[row, place])]),
-                      tokenizer.decode(tokens[row, place + 1:place + 1 + CONTEXT].tolist())]
+            context = [
+                tokenizer.decode(tokens[row, max(0, place - CONTEXT) : place].tolist()),
+                tokenizer.decode([int(tokens[row, place])]),
+                tokenizer.decode(tokens[row, place + 1 : place + 1 + CONTEXT].tolist()),
+            ]
             entry = Listed(norm, -(self.read + row * tokens.shape[1] + place), model, place, *context)
             (heapq.heappush if len(self.largest) < self.listed else heapq.heappushpop)(self.largest, entry)
 
@@ -336,10 +360,16 @@ class OutlierLog:
         """Fractions removed by rule and model, the norm histogram, and the largest outliers."""
         return {
             "limits": self.found,
-            "fraction_removed": {model: {rule: count / max(self.counted[model], 1) for rule, count in by_rule.items()}
-                                 for model, by_rule in self.removed.items()},
-            "norm_histogram": {"log10_edges": NORM_EDGES,
-                               **{model: [int(c) for c in counts] for model, counts in self.histogram.items()}},
-            "listed": [{key: value for key, value in item._asdict().items() if key != "order"}
-                       for item in sorted(self.largest, reverse=True)],
+            "fraction_removed": {
+                model: {rule: count / max(self.counted[model], 1) for rule, count in by_rule.items()}
+                for model, by_rule in self.removed.items()
+            },
+            "norm_histogram": {
+                "log10_edges": NORM_EDGES,
+                **{model: [int(c) for c in counts] for model, counts in self.histogram.items()},
+            },
+            "listed": [
+                {key: value for key, value in item._asdict().items() if key != "order"}
+                for item in sorted(self.largest, reverse=True)
+            ],
         }

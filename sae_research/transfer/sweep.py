@@ -61,7 +61,7 @@ class HookStats:
         by_prompt = cosine.view(rows, width)
         means = by_prompt.nanmean(dim=1)
         self.prompt_means += counted(means[~means.isnan()], PROMPT_EDGES).cpu()
-        for row in by_prompt[:HEAT_MAP_PROMPTS - len(self.heat_map)].tolist():
+        for row in by_prompt[: HEAT_MAP_PROMPTS - len(self.heat_map)].tolist():
             self.heat_map.append([None if value != value else round(value, 4) for value in row])
 
 
@@ -97,12 +97,12 @@ class SaeStats:
     def _halves(self, z: Tensor, found: Masks) -> None:
         """Contexts of even number against those of odd number."""
         pairs = len(z) // 2
-        counts, kept = ((mask[0:2 * pairs:2], mask[1:2 * pairs:2])
-                        for mask in (found.counted["base"], found.kept["base"]))
+        counts, kept = (
+            (mask[0 : 2 * pairs : 2], mask[1 : 2 * pairs : 2]) for mask in (found.counted["base"], found.kept["base"])
+        )
         both_kept = kept[0] & kept[1]
-        even, odd = z[0:2 * pairs:2], z[1:2 * pairs:2]
-        for moments, chosen in ((self.moments_kept, both_kept),
-                                (self.moments_removed, counts[0] & counts[1] & ~both_kept)):
+        even, odd = z[0 : 2 * pairs : 2], z[1 : 2 * pairs : 2]
+        for moments, chosen in ((self.moments_kept, both_kept), (self.moments_removed, counts[0] & counts[1] & ~both_kept)):
             moments.update_halves(even[chosen], odd[chosen])
 
 
@@ -116,8 +116,10 @@ class FirstPass(NamedTuple):
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
-        return {"limit": None if math.isinf(self.limit) else self.limit,
-                "means": {model: mean.tolist() for model, mean in self.means.items()}}
+        return {
+            "limit": None if math.isinf(self.limit) else self.limit,
+            "means": {model: mean.tolist() for model, mean in self.means.items()},
+        }
 
     @classmethod
     def from_plain(cls, values: dict[str, Any], device: torch.device) -> FirstPass:
@@ -140,8 +142,9 @@ class Statistics:
     @property
     def first(self) -> FirstPass:
         kept = self.saes["base"].kept
-        return FirstPass(self.outliers.limit,
-                         {model: (kept[model].sum_D / max(kept[model].tokens, 1)).float() for model in MODELS})
+        return FirstPass(
+            self.outliers.limit, {model: (kept[model].sum_D / max(kept[model].tokens, 1)).float() for model in MODELS}
+        )
 
 
 def sweep(pair: Pair, n_tokens: int, progress: str | None = None, texts: Iterable[PairBatch] | None = None) -> Statistics:
@@ -153,8 +156,15 @@ def sweep(pair: Pair, n_tokens: int, progress: str | None = None, texts: Iterabl
     config = pair.params.transfer
     statistics: Statistics | None = None
     generator = torch.Generator().manual_seed(pair.params.random_seed)
-    with tqdm(total=n_tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None, mininterval=2,
-              dynamic_ncols=True) as bar:
+    with tqdm(
+        total=n_tokens,
+        desc=progress,
+        unit="tok",
+        unit_scale=True,
+        disable=progress is None,
+        mininterval=2,
+        dynamic_ncols=True,
+    ) as bar:
         for batch in texts or batches(pair.base, pair.finetuned, pair.source, n_tokens, config.batch_size):
             acts = {model: lm.activations_at(batch.sides[model].tokens, pair.hooks) for model, lm in pair.models.items()}
             _check_finite(pair, acts)
@@ -175,8 +185,10 @@ def _check_finite(pair: Pair, acts: dict[str, dict[str, Tensor]]) -> None:
         for hook, x in by_hook.items():
             if not torch.isfinite(x.sum(dtype=torch.float32)):  # a sum is a quarter of the work of looking at each
                 lm = pair.models[model]
-                raise UserError(f"transfer: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: "
-                                "bfloat16 or float32, or mend its weights")
+                raise UserError(
+                    f"transfer: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: "
+                    "bfloat16 or float32, or mend its weights"
+                )
 
 
 def _start(pair: Pair, batch: PairBatch, acts: dict[str, dict[str, Tensor]]) -> Statistics:
@@ -188,8 +200,7 @@ def _start(pair: Pair, batch: PairBatch, acts: dict[str, dict[str, Tensor]]) -> 
         norms[hook] = _norms(pair, batch, here["base"])
         found = limits(config, pair.base.name, pair.base.d_in(hook), norms[hook])
         limit = chosen_limit(config, found, pair.base.name)
-        shift = tuple(here[model][side.real].mean(0).to(sums_dtype(side.real.device))
-                      for model, side in batch.sides.items())
+        shift = tuple(here[model][side.real].mean(0).to(sums_dtype(side.real.device)) for model, side in batch.sides.items())
         hooks[hook] = HookStats(pair.base.d_in(hook), context_size, limit, shift)
         if hook == pair.hook:
             log = OutlierLog(found, limit, config.listed, pair.base.device)
@@ -207,8 +218,9 @@ def _norms(pair: Pair, batch: PairBatch, x: Tensor) -> Norms:
     return Norms(float(norms[counts].median()), float(norms[real].mean()))
 
 
-def _add(pair: Pair, statistics: Statistics, batch: PairBatch, acts: dict[str, dict[str, Tensor]],
-         generator: torch.Generator) -> None:
+def _add(
+    pair: Pair, statistics: Statistics, batch: PairBatch, acts: dict[str, dict[str, Tensor]], generator: torch.Generator
+) -> None:
     sides = batch.sides
     for hook, stats in statistics.hooks.items():
         here = {model: acts[model][hook] for model in MODELS}
@@ -218,8 +230,9 @@ def _add(pair: Pair, statistics: Statistics, batch: PairBatch, acts: dict[str, d
             continue
         for model, lm in pair.models.items():
             tokenizer = lm.tokenizer if pair.source.own else pair.base.tokenizer
-            statistics.outliers.update(model, here[model].float().norm(dim=-1), found.counted[model], sides[model].tokens,
-                                       tokenizer)
+            statistics.outliers.update(
+                model, here[model].float().norm(dim=-1), found.counted[model], sides[model].tokens, tokenizer
+            )
             statistics.tokens[model] += int(sides[model].real.sum())
         statistics.tokens["aligned"] += len(found.pairs[0])
         statistics.tokens["counted_base"] += int(found.counted["base"].sum())
@@ -233,11 +246,15 @@ def _check(pair: Pair, statistics: Statistics) -> None:
         raise UserError("transfer: no token counts; give more text or longer contexts")
     aligned = tokens["aligned"] / tokens["counted_base"]
     if pair.source.own and aligned < config.min_aligned_fraction:
-        raise UserError(f"transfer: only {100 * aligned:.3g} % of tokens stand in the same place for both tokenizers "
-                        f"(transfer.min_aligned_fraction: {config.min_aligned_fraction:g}); these models cannot be compared "
-                        "token by token")
+        raise UserError(
+            f"transfer: only {100 * aligned:.3g} % of tokens stand in the same place for both tokenizers "
+            f"(transfer.min_aligned_fraction: {config.min_aligned_fraction:g}); these models cannot be compared "
+            "token by token"
+        )
     for hook, stats in statistics.hooks.items():
         removed = stats.removed.n / max(stats.removed.n + stats.kept.n, 1)
         if removed > MAX_REMOVED:
-            raise UserError(f"transfer.outliers: the rule {config.outliers.rule} removes {100 * removed:.3g} % of tokens at "
-                            f"{hook} (norms above {stats.limit:.4g}); raise its limit or choose another rule")
+            raise UserError(
+                f"transfer.outliers: the rule {config.outliers.rule} removes {100 * removed:.3g} % of tokens at "
+                f"{hook} (norms above {stats.limit:.4g}); raise its limit or choose another rule"
+            )

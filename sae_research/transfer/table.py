@@ -43,14 +43,20 @@ def latent_table(stats: SaeStats, logits: Tensor | None, sampling: Sampling, see
         frame[f"{model}_density"], frame[f"{model}_density_low"], frame[f"{model}_density_high"] = firings / n, low, high
     alive = (frame.base_firings > 0) & (frame.finetuned_firings > 0)
     frame["density_ratio"] = (frame.finetuned_density / frame.base_density.where(frame.base_density > 0)).where(alive)
-    frame["density_shifted"] = ((frame.base_density_high < frame.finetuned_density_low)
-                                | (frame.finetuned_density_high < frame.base_density_low))
-    for name, moments in (("", kept.models), ("_with_outliers", everything.models), ("_shuffled", kept.shuffled),
-                          ("_halves", kept.halves)):
+    frame["density_shifted"] = (frame.base_density_high < frame.finetuned_density_low) | (
+        frame.finetuned_density_high < frame.base_density_low
+    )
+    for name, moments in (
+        ("", kept.models),
+        ("_with_outliers", everything.models),
+        ("_shuffled", kept.shuffled),
+        ("_halves", kept.halves),
+    ):
         frame[f"pearson{name}"], frame[f"jaccard{name}"] = _numpy(moments.pearson), _numpy(moments.jaccard)
     half = max(kept.halves.n, 1)
-    frame["density_half_even"], frame["density_half_odd"] = (_numpy(part) / half for part in
-                                                             (kept.halves.fires_a, kept.halves.fires_b))
+    frame["density_half_even"], frame["density_half_odd"] = (
+        _numpy(part) / half for part in (kept.halves.fires_a, kept.halves.fires_b)
+    )
     if not stats.signed:
         frame["log_error"] = _numpy(kept.models.mean_log_error)
     frame["logit_correlation"] = np.nan if logits is None else _numpy(logits)
@@ -73,9 +79,11 @@ def members(frame: pd.DataFrame, sampling: Sampling) -> dict[str, np.ndarray]:
     """The published sets of latents, by log10(density + 1e-10): dead in one model and not the other, dense in both."""
     base, other = (np.log10(frame[f"{model}_density"].to_numpy() + EPSILON) for model in MODELS)
     low, high = sampling.dense_interval
-    return {"dead_base": (base <= sampling.dead_below) & (other > sampling.dead_below),
-            "dead_finetuned": (base > sampling.dead_below) & (other <= sampling.dead_below),
-            "dense": (base >= low) & (base <= high) & (other >= low) & (other <= high)}
+    return {
+        "dead_base": (base <= sampling.dead_below) & (other > sampling.dead_below),
+        "dead_finetuned": (base > sampling.dead_below) & (other <= sampling.dead_below),
+        "dense": (base >= low) & (base <= high) & (other >= low) & (other <= high),
+    }
 
 
 def sample(frame: pd.DataFrame, sampling: Sampling, seed: int) -> np.ndarray:
@@ -95,6 +103,7 @@ def as_tsv(frame: pd.DataFrame) -> str:
 
 # --- summaries -------------------------------------------------------------------------------
 
+
 def by_interval(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Summaries of the latents in every interval of density, of all that fire in both models (`alive`), and of the
     published samples with how many latents they were drawn from."""
@@ -106,15 +115,27 @@ def by_interval(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def by_sample(frame: pd.DataFrame, sampling: Sampling) -> dict[str, dict[str, Any]]:
     """The published samples."""
-    return {name: {"drawn_from": int(inside.sum()), **summary(frame[frame["sample"] == name])}
-            for name, inside in members(frame, sampling).items()}
+    return {
+        name: {"drawn_from": int(inside.sum()), **summary(frame[frame["sample"] == name])}
+        for name, inside in members(frame, sampling).items()
+    }
 
 
 def summary(part: pd.DataFrame) -> dict[str, Any]:
     """Means and medians of some latents; how many have a correlation at all, and how many exceed what nulls reach."""
     found: dict[str, Any] = {"latents": len(part), "with_pearson": int(part.pearson.notna().sum())}
-    for column in ("pearson", "pearson_with_outliers", "pearson_shuffled", "pearson_halves", "jaccard", "jaccard_shuffled",
-                   "jaccard_halves", "density_ratio", "logit_correlation", "log_error"):
+    for column in (
+        "pearson",
+        "pearson_with_outliers",
+        "pearson_shuffled",
+        "pearson_halves",
+        "jaccard",
+        "jaccard_shuffled",
+        "jaccard_halves",
+        "density_ratio",
+        "logit_correlation",
+        "log_error",
+    ):
         if column in part and part[column].notna().any():
             found[f"{column}_mean"] = float(part[column].mean())
             found[f"{column}_median"] = float(part[column].median())
@@ -134,9 +155,14 @@ def density_shift(frame: pd.DataFrame, tokens: dict[str, int], halves: PairMomen
     for model in MODELS:
         dead = int((frame[f"{model}_firings"] == 0).sum())
         low, high = wilson(dead, len(frame))
-        found[model] = {"tokens": tokens[model], "dead": dead, "dead_fraction": dead / len(frame),
-                        "dead_fraction_low": float(low), "dead_fraction_high": float(high),
-                        "silent_density_below": float(wilson(0, max(tokens[model], 1))[1])}
+        found[model] = {
+            "tokens": tokens[model],
+            "dead": dead,
+            "dead_fraction": dead / len(frame),
+            "dead_fraction_low": float(low),
+            "dead_fraction_high": float(high),
+            "silent_density_below": float(wilson(0, max(tokens[model], 1))[1]),
+        }
     found["regression"] = regression(frame.base_density, frame.finetuned_density)
     found["regression_all"] = regression(frame.base_density + EPSILON, frame.finetuned_density + EPSILON)
     found["halves_regression"] = regression(frame.density_half_even, frame.density_half_odd)
@@ -156,5 +182,9 @@ def regression(x: pd.Series, y: pd.Series) -> dict[str, float] | None:
     if alive.sum() < 3 or not all(np.ptp(values) > 0 for values in logs):
         return None
     line = linregress(*logs)
-    return {"r": float(line.rvalue), "slope": float(line.slope), "intercept": float(line.intercept),
-            "latents": int(alive.sum())}
+    return {
+        "r": float(line.rvalue),
+        "slope": float(line.slope),
+        "intercept": float(line.intercept),
+        "latents": int(alive.sum()),
+    }

@@ -63,20 +63,26 @@ class TextSource(NamedTuple):
     """Documents of this source alone."""
 
 
-def batches(base: LanguageModel, finetuned: LanguageModel, source: TextSource, n_tokens: int,
-            batch_size: int) -> Iterator[PairBatch]:
+def batches(
+    base: LanguageModel, finetuned: LanguageModel, source: TextSource, n_tokens: int, batch_size: int
+) -> Iterator[PairBatch]:
     """Batches of contexts until `n_tokens` base tokens are read. Raises `UserError` when the text runs out before."""
     texts = documents_of(source, base.tokenizer)
-    rows: Iterator[Any] = (windows(base, finetuned, texts, source.text.context_size) if source.own
-                           else contexts(base.tokenizer, base.separator_id, texts, source.text.context_size))
+    rows: Iterator[Any] = (
+        windows(base, finetuned, texts, source.text.context_size)
+        if source.own
+        else contexts(base.tokenizer, base.separator_id, texts, source.text.context_size)
+    )
     make = _own_batch if source.own else _shared_batch
     read = 0
     while read < n_tokens:
         size = min(batch_size, -(-(n_tokens - read) // source.text.context_size))
         chunk = list(islice(rows, size))
         if not chunk:
-            raise UserError(f"transfer: {source.text.dataset} ends after {read:,} of {n_tokens:,} tokens of the split "
-                            f"{source.split}; ask for fewer tokens or give more text")
+            raise UserError(
+                f"transfer: {source.text.dataset} ends after {read:,} of {n_tokens:,} tokens of the split "
+                f"{source.split}; ask for fewer tokens or give more text"
+            )
         batch = make(base, finetuned, chunk)
         read += batch.n_tokens
         yield batch
@@ -103,6 +109,7 @@ def _stream(text: Text, split: str, kind: str | None, tokenizer: Any) -> Iterato
 
 # --- one tokenizer for both ------------------------------------------------------------------
 
+
 def contexts(tokenizer: Any, separator_id: int, texts: Iterable[Document], size: int) -> Iterator[list[int]]:
     """Contexts of `size` ids as `text.stream.token_contexts` packs them, one at a time."""
     held: list[int] = []
@@ -113,7 +120,7 @@ def contexts(tokenizer: Any, separator_id: int, texts: Iterable[Document], size:
         first = False
         start = 0
         while len(held) - start >= size - 1:
-            yield [separator_id, *held[start:start + size - 1]]
+            yield [separator_id, *held[start : start + size - 1]]
             start += size - 1
         held = held[start:]
 
@@ -121,14 +128,17 @@ def contexts(tokenizer: Any, separator_id: int, texts: Iterable[Document], size:
 def _shared_batch(base: LanguageModel, finetuned: LanguageModel, rows: list[list[int]]) -> PairBatch:
     tokens = torch.tensor(rows, device=base.device)
     if int(tokens.max()) >= finetuned.vocab_size:
-        raise UserError(f"transfer: the base tokenizer makes the id {int(tokens.max())}, {finetuned.name} has embeddings "
-                        f"for {finetuned.vocab_size}; use transfer.tokenize: own")
+        raise UserError(
+            f"transfer: the base tokenizer makes the id {int(tokens.max())}, {finetuned.name} has embeddings "
+            f"for {finetuned.vocab_size}; use transfer.tokenize: own"
+        )
     side = Side(tokens, torch.ones_like(tokens, dtype=torch.bool))
     every = torch.arange(tokens.numel(), device=tokens.device)
     return PairBatch(side, side, (every, every), None, tokens.numel())
 
 
 # --- each its own ----------------------------------------------------------------------------
+
 
 class Window(NamedTuple):
     """A piece of a document, cut by both tokenizers."""
@@ -144,19 +154,22 @@ def windows(base: LanguageModel, finetuned: LanguageModel, texts: Iterable[Docum
     for document in texts:
         offsets = _encode(base.tokenizer, document.text)[1]
         for start in range(0, len(offsets), size - 1):
-            part = offsets[start:start + size - 1]
-            piece = document.text[part[0][0]:part[-1][1]]
+            part = offsets[start : start + size - 1]
+            piece = document.text[part[0][0] : part[-1][1]]
             found = [_encode(lm.tokenizer, piece) for lm in (base, finetuned)]
             if not piece.strip() or not all(ids for ids, _ in found):
                 continue
-            yield Window((found[0][0], found[1][0]),
-                         (_trimmed(found[0][1], piece), _trimmed(found[1][1], piece)), len(piece.encode()))
+            yield Window(
+                (found[0][0], found[1][0]), (_trimmed(found[0][1], piece), _trimmed(found[1][1], piece)), len(piece.encode())
+            )
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} does not tell where its tokens stand in the text, which "
-                        "transfer.tokenize: own needs; use a fast tokenizer")
+        raise UserError(
+            f"{type(tokenizer).__name__} does not tell where its tokens stand in the text, which "
+            "transfer.tokenize: own needs; use a fast tokenizer"
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return encoded["input_ids"], encoded["offset_mapping"]
 
@@ -187,20 +200,25 @@ def _own_batch(base: LanguageModel, finetuned: LanguageModel, rows: list[Window]
     for which, lm in enumerate((base, finetuned)):
         longest = max(len(row.ids[0]) for row in rows) * (1 if which == 0 else MAX_STRETCH)
         limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or longest + 1
-        ids = [[lm.separator_id, *row.ids[which][:min(longest, limit - 1)]] for row in rows]
+        ids = [[lm.separator_id, *row.ids[which][: min(longest, limit - 1)]] for row in rows]
         width = max(len(row) for row in ids)
         tokens = torch.tensor([row + [lm.separator_id] * (width - len(row)) for row in ids], device=lm.device)
         real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids], device=lm.device)
         sides.append(Side(tokens, real))
     widths = [side.tokens.shape[1] for side in sides]
     kept = [side.real.sum(1).tolist() for side in sides]
-    index = [(number * widths[0] + one + 1, number * widths[1] + other + 1)
-             for number, row in enumerate(rows) for one, other in align(row.spans)
-             if one + 1 < kept[0][number] and other + 1 < kept[1][number]]
+    index = [
+        (number * widths[0] + one + 1, number * widths[1] + other + 1)
+        for number, row in enumerate(rows)
+        for one, other in align(row.spans)
+        if one + 1 < kept[0][number] and other + 1 < kept[1][number]
+    ]
     pairs = torch.tensor(index, dtype=torch.long).reshape(-1, 2)
     # a row that had to be cut gives no bits per byte
-    whole = [len(row.ids[0]) + 1 == kept[0][number] and len(row.ids[1]) + 1 == kept[1][number]
-             for number, row in enumerate(rows)]
+    whole = [
+        len(row.ids[0]) + 1 == kept[0][number] and len(row.ids[1]) + 1 == kept[1][number] for number, row in enumerate(rows)
+    ]
     n_bytes = torch.tensor([row.n_bytes if complete else 0 for row, complete in zip(rows, whole, strict=True)])
-    return PairBatch(sides[0], sides[1], (pairs[:, 0].to(base.device), pairs[:, 1].to(base.device)), n_bytes,
-                     int(sides[0].real.sum()))
+    return PairBatch(
+        sides[0], sides[1], (pairs[:, 0].to(base.device), pairs[:, 1].to(base.device)), n_bytes, int(sides[0].real.sum())
+    )

@@ -24,10 +24,11 @@ def lm(tiny_inputs: Path) -> LanguageModel:
 
 @pytest.fixture
 def params(tiny_inputs: Path) -> Params:
-    return Params(text={"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
-                  model={"llm_batch_size": 8, "name": str(tiny_inputs / "tiny"), "device": "cpu"},
-                  analysis={"tokens": 4_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3,
-                            "samples_per_level": 2})
+    return Params(
+        text={"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
+        model={"llm_batch_size": 8, "name": str(tiny_inputs / "tiny"), "device": "cpu"},
+        analysis={"tokens": 4_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3, "samples_per_level": 2},
+    )
 
 
 def biased(form: str, shift: float = 10.0, hook: str = LATE, seed: int = 0) -> SparseAutoencoder:

@@ -21,8 +21,10 @@ PROMPT = "the time that people use water"
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu(tiny_inputs: Path, params: Params, in_project: Path) -> None:
-    labs = [Lab.of({"late": biased("standard")}, load_language_model(str(tiny_inputs / "tiny"), device), params)
-            for device in ("cpu", "cuda")]
+    labs = [
+        Lab.of({"late": biased("standard")}, load_language_model(str(tiny_inputs / "tiny"), device), params)
+        for device in ("cpu", "cuda")
+    ]
     counts = [lab.stats("late").count for lab in labs]
     assert np.abs(counts[0] - counts[1]).max() <= 2
     shares = [attribute(lab, PROMPT, logit_difference(5, 9)) for lab in labs]

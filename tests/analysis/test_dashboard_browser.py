@@ -22,8 +22,9 @@ from sae_research.lm import load_language_model
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None,
-                                reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM"
+)
 COLOURS = """['backgroundColor', 'color'].map(
     one => getComputedStyle(document.body)[one].match(/\\d+/g).slice(0, 3).map(Number))"""
 
@@ -32,9 +33,11 @@ COLOURS = """['backgroundColor', 'color'].map(
 def site(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site of two SAEs, one with signed activations, and their compare view."""
     folder = tmp_path_factory.mktemp("site")
-    params = Params(text={"dataset": str(tiny_inputs / "texts"), "context_size": 32}, model={"llm_batch_size": 8},
-                    analysis={"tokens": 2_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3,
-                              "samples_per_level": 2})
+    params = Params(
+        text={"dataset": str(tiny_inputs / "texts"), "context_size": 32},
+        model={"llm_batch_size": 8},
+        analysis={"tokens": 2_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3, "samples_per_level": 2},
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(folder))
         lm = load_language_model(str(tiny_inputs / "tiny"), "cpu")
@@ -203,8 +206,12 @@ def test_compare_view_shows_both_sides(site: Path, page: sync_api.Page) -> None:
 def test_readable_on_a_phone_and_by_day_and_night(site: Path, browser: sync_api.Browser, scheme: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page = context.new_page()
-    for address, what in (("index.html", None), ("plain/index.html", "yes"), ("plain/latent.html#latent=20", "20"),
-                          ("compare/plain_and_signed/index.html#latent=20", "20")):
+    for address, what in (
+        ("index.html", None),
+        ("plain/index.html", "yes"),
+        ("plain/latent.html#latent=20", "20"),
+        ("compare/plain_and_signed/index.html#latent=20", "20"),
+    ):
         page.goto(f"{site.as_uri()}/{address}")
         if what:
             ready(page, what)
@@ -235,8 +242,15 @@ def test_65_000_latents_browse_smoothly(site: Path, page: sync_api.Page, tmp_pat
     density = np.exp(rng.normal(-6, 2, n)).clip(0, 1).astype(np.float32)
     columns = {"density": density, "cah": density * 9, "max": density * 7, "mean": density * 3}
     kind = np.select([density < 1e-5, density > 1e-2], ["rare", "dense"], "between")
-    write_index(wide / "plain/data/index.js", "plain", columns, kind, labels, labels[::-1],
-                {"dead": 0, "edges": [-2.0, -1.0, 0.0], "counts": [1, 2], "rare": -5.0, "dense": -2.0})
+    write_index(
+        wide / "plain/data/index.js",
+        "plain",
+        columns,
+        kind,
+        labels,
+        labels[::-1],
+        {"dead": 0, "edges": [-2.0, -1.0, 0.0], "counts": [1, 2], "rare": -5.0, "dense": -2.0},
+    )
     started = time.perf_counter()
     page.goto((wide / "plain/index.html").as_uri())
     ready(page, "yes")

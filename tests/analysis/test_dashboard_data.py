@@ -158,8 +158,13 @@ def test_one_sae_on_two_models_side_by_side(lab: Lab, in_project: Path) -> None:
     write_dashboard(lab, in_project / "site", small(other_model=str(other)))
     pair = content(in_project / "site/compare/late_and_late_on_twin/data.js")
     assert pair["partner"] == list(range(64)) and (in_project / "site/late_on_twin/latent.html").is_file()
-    there = LatentStats(next(path.parent for path in (in_project / ".cache/latents").glob("*/about.json")
-                             if json.loads(path.read_text())["sae"]["name"] == "late_on_twin"))
+    there = LatentStats(
+        next(
+            path.parent
+            for path in (in_project / ".cache/latents").glob("*/about.json")
+            if json.loads(path.read_text())["sae"]["name"] == "late_on_twin"
+        )
+    )
     here, both = lab.stats("late"), np.asarray(there.counted & lab.stats("late").counted).reshape(-1)
     for latent in np.flatnonzero((here.count > 9) & (there.count > 9))[::7]:
         plain = np.corrcoef(dense(here)[latent, both], dense(there)[latent, both])[0, 1]
@@ -194,8 +199,9 @@ def test_the_stage_writes_a_site_or_says_why_not(lab: Lab, params: Params, in_pr
     save_sae(lab.saes[name], in_project / "downloaded_saes" / name)
     write_json(in_project / "downloaded_saes/manifest.json", {"order": [name], "saes": {name: {"role": "baseline"}}})
     write_json(in_project / "metrics/core.json", {"_status": {}, name: {"variance_explained": 0.4321}})
-    on = params.model_copy(update={"eval_types": params.eval_types.model_copy(update={"dashboards": True}),
-                                   "dashboards": small()})
+    on = params.model_copy(
+        update={"eval_types": params.eval_types.model_copy(update={"dashboards": True}), "dashboards": small()}
+    )
     run_stage(on)
     assert read_status(Path("dashboards"))["status"] == "ok"
     assert "0.4321" in Path("dashboards/late/index.html").read_text()

@@ -94,10 +94,17 @@ def lm(tiny_inputs: Path) -> LanguageModel:
 
 @pytest.fixture
 def params(tiny_inputs: Path, in_project: Path) -> Params:
-    return Params.model_validate({
-        "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu"},
-        "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
-        "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1}})
+    return Params.model_validate(
+        {
+            "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu"},
+            "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
+            "core_eval": {
+                "batch_size_prompts": 3,
+                "n_eval_reconstruction_batches": 1,
+                "n_eval_sparsity_variance_batches": 1,
+            },
+        }
+    )
 
 
 def figures(sae: Any, lm: LanguageModel, params: Params) -> dict[str, float]:
@@ -106,9 +113,11 @@ def figures(sae: Any, lm: LanguageModel, params: Params) -> dict[str, float]:
 
 # --- nothing stale ---------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("make", ["plain", "ours", "function"])
-def test_an_attribute_that_changes_changes_the_figures(lm: LanguageModel, params: Params, make: str,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attribute_that_changes_changes_the_figures(
+    lm: LanguageModel, params: Params, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inner = Plain()
 
     def made(threshold: float) -> Any:
@@ -160,6 +169,7 @@ def test_what_cannot_be_looked_into_is_never_kept(lm: LanguageModel, params: Par
 
 # --- what it is ------------------------------------------------------------------------------
 
+
 def test_properties_are_those_at_the_model_s_own_scale(lm: LanguageModel) -> None:
     def of(sae: Any) -> tuple[bool, bool, bool]:
         wrapped = adapt(sae, lm, HOOK)
@@ -197,16 +207,19 @@ def test_encoders_of_tokens_score_as_those_of_sequences(lm: LanguageModel, param
     assert adapt(Tokens(0.1), lm, HOOK).per_token
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"encode": lambda x: (x, x)}, "encode returns a tuple, expected one tensor"),
-    ({"encode": lambda x: x.numpy()}, "encode returns a ndarray"),
-    ({"encode": lambda x: x @ torch.zeros(D + 1, 4)}, "encode fails on .*RuntimeError.*activations at blocks.1"),
-    ({"encode": lambda x: x.sum(-1)}, "encode returns"),
-    ({"encode": lambda x, y: x}, "encode fails on .*TypeError"),
-    ({"decode": lambda z: torch.cat([z, z], dim=-1)}, "decode returns 64 dimensions, the model has 32"),
-    ({"decode": lambda z: z.relu() ** 2}, "its decoder is not affine"),
-    ({"decode": lambda z: None}, "decode returns a NoneType"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encode": lambda x: (x, x)}, "encode returns a tuple, expected one tensor"),
+        ({"encode": lambda x: x.numpy()}, "encode returns a ndarray"),
+        ({"encode": lambda x: x @ torch.zeros(D + 1, 4)}, "encode fails on .*RuntimeError.*activations at blocks.1"),
+        ({"encode": lambda x: x.sum(-1)}, "encode returns"),
+        ({"encode": lambda x, y: x}, "encode fails on .*TypeError"),
+        ({"decode": lambda z: torch.cat([z, z], dim=-1)}, "decode returns 64 dimensions, the model has 32"),
+        ({"decode": lambda z: z.relu() ** 2}, "its decoder is not affine"),
+        ({"decode": lambda z: None}, "decode returns a NoneType"),
+    ],
+)
 def test_what_is_no_sae_is_one_line(lm: LanguageModel, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         adapt(SimpleNamespace(**{"encode": lambda x: x.relu(), "decode": lambda z: z, **change}), lm, HOOK)
@@ -214,6 +227,7 @@ def test_what_is_no_sae_is_one_line(lm: LanguageModel, change: dict[str, Any], m
 
 
 # --- among others ----------------------------------------------------------------------------
+
 
 def test_one_that_overflows_is_left_out_and_a_user_s_files_stay(lm: LanguageModel, params: Params, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "core"
@@ -242,6 +256,7 @@ def test_a_wrapped_object_is_one_of_ours(lm: LanguageModel) -> None:
 
 # --- objects that change, and that change what they are given ----------------------------------
 
+
 def fresh(sae: Any, lm: LanguageModel, params: Params, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     with monkeypatch.context() as patch:
         patch.setenv("SAE_RESEARCH_NO_CACHE", "1")
@@ -249,9 +264,11 @@ def fresh(sae: Any, lm: LanguageModel, params: Params, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("change", ["copy_", "data", "assigned"])
-def test_a_dictionary_that_changes_changes_the_figures(lm: LanguageModel, params: Params, change: str,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dictionary_that_changes_changes_the_figures(
+    lm: LanguageModel, params: Params, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The pursuit encoders keep its Gram matrix; old correlations over new atoms are the figures of neither."""
+
     def made(seed: int) -> IHTPSAE:
         return IHTPSAE(dictionary(seed), torch.zeros(D), 2, config("ihtp", k=2))
 
@@ -267,8 +284,9 @@ def test_a_dictionary_that_changes_changes_the_figures(lm: LanguageModel, params
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
-def test_a_method_of_ones_own_on_an_sae_of_ours_counts(lm: LanguageModel, params: Params, method: str,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_of_ones_own_on_an_sae_of_ours_counts(
+    lm: LanguageModel, params: Params, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sae = standard()
     figures(sae, lm, params)
     original, scale = getattr(sae, method), [1.5]
@@ -292,6 +310,7 @@ class FromFile(Plain):
 class FromOwnModule(Plain):
     def encode(self, x: Tensor) -> Tensor:
         from evals_saes import D as width
+
         return super().encode(x) * (1 if width else 0)
 
 
@@ -326,8 +345,9 @@ class OursInPlace(StandardSAE):
 def test_an_encoder_that_works_in_place_harms_nobody(lm: LanguageModel, params: Params) -> None:
     W = dictionary()
     ours = OursInPlace(None, W_enc=W.T.contiguous(), b_enc=torch.zeros(64), W_dec=W, b_dec=torch.zeros(D))
-    found = evaluate({"in_place": InPlace(), "ours": ours, "not_in_place": NotInPlace(), "plain": Plain()}, lm, params,
-                     hook=HOOK)
+    found = evaluate(
+        {"in_place": InPlace(), "ours": ours, "not_in_place": NotInPlace(), "plain": Plain()}, lm, params, hook=HOOK
+    )
     alone = evaluate({"plain": Plain()}, lm, params, hook=HOOK)
     assert found["in_place"] == found["not_in_place"] and found["plain"] == alone["plain"]
 

@@ -36,16 +36,18 @@ def plain(sae: SparseAutoencoder, lm: LanguageModel, params: Params, stats: Late
 
 
 @pytest.mark.parametrize("form", ["standard", "topk", "linear"])
-def test_streamed_figures_are_the_plain_ones(form: str, lm: LanguageModel, params: Params, in_project: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_figures_are_the_plain_ones(
+    form: str, lm: LanguageModel, params: Params, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stats_module, "SHARD_TOKENS", 1024)
     monkeypatch.setattr(stats_module, "ENCODE_ELEMENTS", 3 * SIZE * D_SAE)
     sae = biased(form, 30.0)
     stats = collect_stats({"it": sae}, lm, params)["it"]
     z, mask = plain(sae, lm, params, stats)
     assert stats.tokens == mask.sum() and len(stats.about["shards"]) > 2
-    np.testing.assert_array_equal(stats.token_ids, token_contexts(
-        lm.tokenizer, lm.separator_id, params.text, "sae_train", N_TOKENS).tokens)
+    np.testing.assert_array_equal(
+        stats.token_ids, token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", N_TOKENS).tokens
+    )
     fires = z != 0
     np.testing.assert_array_equal(stats.count, fires.sum((0, 1)))
     np.testing.assert_array_equal(stats.contexts_firing, fires.any(1).sum(0))
@@ -63,8 +65,12 @@ def test_streamed_figures_are_the_plain_ones(form: str, lm: LanguageModel, param
             assert stats.max[latent] == 0 and stats.quantile(0.5)[latent] == 0 and stats.top(latent) == []
             assert stats.kind[latent] == "dead"
             continue
-        np.testing.assert_allclose([stats.max[latent], stats.min[latent], stats.mean[latent]],
-                                   [values.max(), values.min(), values.mean()], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            [stats.max[latent], stats.min[latent], stats.mean[latent]],
+            [values.max(), values.min(), values.mean()],
+            rtol=1e-3,
+            atol=1e-4,
+        )
         np.testing.assert_allclose(stats.standard_deviation[latent], values.std(), rtol=1e-3, atol=1e-4)
         for q in (0.1, 0.5, 0.99):
             exact = np.quantile(values, [max(0, q - 1 / len(values)), min(1, q + 1 / len(values))])
@@ -78,8 +84,11 @@ def test_top_and_sampled_contexts(lm: LanguageModel, params: Params, in_project:
     z, _ = plain(sae, lm, params, stats)
     for latent in np.flatnonzero(stats.count > 30)[:6].tolist():
         top = stats.top(latent)
-        best = [z[..., latent][stats.document == document].max() for document in range(len(stats.documents))
-                if (stats.document == document).any()]
+        best = [
+            z[..., latent][stats.document == document].max()
+            for document in range(len(stats.documents))
+            if (stats.document == document).any()
+        ]
         np.testing.assert_allclose([c.value for c in top], sorted(best, reverse=True)[:4], rtol=1e-4)
         assert len({c.document for c in top}) == len(top), "one text shows once"
         for c in (*top, *stats.samples(latent)):
@@ -97,8 +106,9 @@ def test_top_and_sampled_contexts(lm: LanguageModel, params: Params, in_project:
     np.testing.assert_allclose(values, z[3][there], rtol=1e-4, atol=1e-5)
 
 
-def test_an_interrupted_pass_goes_on_and_ends_the_same(lm: LanguageModel, params: Params, in_project: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pass_goes_on_and_ends_the_same(
+    lm: LanguageModel, params: Params, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stats_module, "SHARD_TOKENS", 1024)
     saes = {"one": biased("standard", 10.0), "two": biased("topk", 10.0)}
     whole = {name: stats.folder for name, stats in collect_stats(saes, lm, params).items()}
@@ -134,8 +144,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["shards/00000/value.npy", "count.npy"])
-def test_a_damaged_store_is_collected_again(name: str, lm: LanguageModel, params: Params, in_project: Path,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_store_is_collected_again(
+    name: str, lm: LanguageModel, params: Params, in_project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saes = {"it": biased("standard", 10.0)}
     folder = collect_stats(saes, lm, params)["it"].folder
     clean = contents(folder)
@@ -147,8 +158,9 @@ def test_a_damaged_store_is_collected_again(name: str, lm: LanguageModel, params
 
 
 @pytest.mark.parametrize("pattern", ["shards/*/token.npy", "progress.json"])
-def test_an_interrupted_pass_does_not_go_on_from_damage(pattern: str, lm: LanguageModel, params: Params, in_project: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pass_does_not_go_on_from_damage(
+    pattern: str, lm: LanguageModel, params: Params, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stats_module, "SHARD_TOKENS", 1024)
     saes = {"it": biased("standard", 10.0)}
     folder = collect_stats(saes, lm, params)["it"].folder
@@ -168,8 +180,9 @@ def test_an_interrupted_pass_does_not_go_on_from_damage(pattern: str, lm: Langua
     assert contents(collect_stats(saes, lm, params)["it"].folder) == clean
 
 
-def test_the_switch_passes_over_a_store(lm: LanguageModel, params: Params, in_project: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_passes_over_a_store(
+    lm: LanguageModel, params: Params, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saes = {"it": biased("standard", 10.0)}
     collect_stats(saes, lm, params)
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
@@ -183,7 +196,7 @@ def test_chunks_are_the_contexts(lm: LanguageModel, params: Params) -> None:
     chunks = list(context_chunks(lm.tokenizer, lm.separator_id, params.text, "sae_train", N_TOKENS, 7))
     assert torch.equal(torch.cat([c.tokens for c in chunks]), whole.tokens)
     assert torch.equal(torch.cat([c.doc_ids for c in chunks]), whole.doc_ids)
-    assert chunks[-1].documents[:len(whole.documents)] == whole.documents
+    assert chunks[-1].documents[: len(whole.documents)] == whole.documents
     with pytest.raises(UserError, match="the split sae_train ends after"):
         list(context_chunks(lm.tokenizer, lm.separator_id, params.text, "sae_train", 10_000_000, 64))
 
@@ -228,6 +241,9 @@ def test_refusals(lm: LanguageModel, params: Params, in_project: Path) -> None:
     stats = collect_stats({"it": sae}, lm, params)["it"]
     with pytest.raises(UserError, match="latent 64: the SAE has latents 0 to 63"):
         stats.top(64)
-    with stats_module._alone(store_folder(sae, lm, params)), pytest.raises(UserError, match="another process"), \
-            stats_module._alone(store_folder(sae, lm, params)):
+    with (
+        stats_module._alone(store_folder(sae, lm, params)),
+        pytest.raises(UserError, match="another process"),
+        stats_module._alone(store_folder(sae, lm, params)),
+    ):
         pass

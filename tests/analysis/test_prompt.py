@@ -30,8 +30,12 @@ def test_the_error_term_makes_the_run_exact(two: Lab) -> None:
     for name, hook in (("early", EARLY), ("late", LATE)):
         seen = exact.saes[name]
         torch.testing.assert_close(seen.input, two.lm.activations(tokens, hook), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(seen.reconstruction + seen.error, torch.where(
-            seen.mask[..., None], seen.input, seen.reconstruction), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            seen.reconstruction + seen.error,
+            torch.where(seen.mask[..., None], seen.input, seen.reconstruction),
+            atol=1e-4,
+            rtol=1e-4,
+        )
         assert not seen.mask[0, 0] and seen.post[0, 0].abs().sum() == 0, "position 0 does not count"
         torch.testing.assert_close(alone.saes[name].output[0, 0], alone.saes[name].input[0, 0])
         kept = alone.saes[name].mask

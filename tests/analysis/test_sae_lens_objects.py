@@ -21,8 +21,12 @@ def made(architecture: str, **options: Any) -> Any:
     import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
-    config = getattr(sae_lens, f"{architecture}Config")(d_in=32, d_sae=64, metadata=SAEMetadata(
-        hook_name=LATE, model_name="tiny", context_size=32, prepend_bos=True), **options)
+    config = getattr(sae_lens, f"{architecture}Config")(
+        d_in=32,
+        d_sae=64,
+        metadata=SAEMetadata(hook_name=LATE, model_name="tiny", context_size=32, prepend_bos=True),
+        **options,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sae = getattr(sae_lens, architecture)(config)
@@ -33,8 +37,9 @@ def made(architecture: str, **options: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, options, ours", [("StandardSAE", {}, True), ("AbsTopKSAE", {"k": 4}, False)])
-def test_it_computes_what_it_computes_there(lm: LanguageModel, in_project: object, architecture: str,
-                                            options: dict[str, Any], ours: bool) -> None:
+def test_it_computes_what_it_computes_there(
+    lm: LanguageModel, in_project: object, architecture: str, options: dict[str, Any], ours: bool
+) -> None:
     """Converted where this project has the form, run as it is where not."""
     sae = made(architecture, **options)
     lab = Lab.of({"theirs": sae}, lm)

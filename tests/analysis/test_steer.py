@@ -42,8 +42,11 @@ class LooksBack(StandardSAE):
 
 def expected(sae: SparseAutoencoder, x: Tensor, method: str, amount: float, mask: Tensor) -> Tensor:
     d, z = sae.W_dec[LATENT], sae.encode(x, mask)[..., LATENT]
-    change = {"add": amount * d.expand_as(x), "clamp": (amount - z)[..., None] * d,
-              "project": amount * d - ((x @ d) / (d @ d))[..., None] * d}[method]
+    change = {
+        "add": amount * d.expand_as(x),
+        "clamp": (amount - z)[..., None] * d,
+        "project": amount * d - ((x @ d) / (d @ d))[..., None] * d,
+    }[method]
     return x + change * mask[..., None]
 
 
@@ -86,7 +89,8 @@ def test_steering_report(lab: Lab) -> None:
     assert strong.latent_moved == 1 and none.latent_moved == 0, "five times the maximum shows in the texts"
     assert len(found.targets) == 10 and strong.amount == pytest.approx(5 * found.maximum)
     assert strong.target_rate == pytest.approx(
-        sum(s.target_tokens for s in strong.samples) / sum(s.tokens for s in strong.samples))
+        sum(s.target_tokens for s in strong.samples) / sum(s.tokens for s in strong.samples)
+    )
     assert all("samples" not in row for row in as_rows(found))
     # the cost by hand
     lm, sae = lab.lm, lab.saes["late"]
@@ -94,7 +98,8 @@ def test_steering_report(lab: Lab) -> None:
     x = lm.activations(tokens, LATE)
     mask = lab.mask(tokens, x)
     ce, kl = CleanPredictions(lm.logits(tokens), tokens).compare(
-        lm.resume(LATE, expected(sae, x, "add", strong.amount, mask), tokens))
+        lm.resume(LATE, expected(sae, x, "add", strong.amount, mask), tokens)
+    )
     assert strong.kl == pytest.approx(float(kl[mask].mean()), rel=1e-3)
     clean = CleanPredictions(lm.logits(tokens), tokens).ce
     assert strong.ce_change == pytest.approx(float((ce - clean)[mask[:, :-1]].mean()), rel=1e-3)
@@ -126,6 +131,7 @@ def test_refusals(lm: LanguageModel, lab: Lab) -> None:
 
 # --- Neuronpedia -------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[dict]]]:
     """A loopback server that speaks as much of Neuronpedia's interface as is used here."""
@@ -134,8 +140,17 @@ def server() -> Iterator[tuple[str, list[dict]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = self.path == "/api/feature/gpt2-small/7-res-jb/5"
-            self._answer(200, {"maxActApprox": 40.0, "frac_nonzero": 0.01, "pos_str": [" Friday"],
-                               "explanations": [{"description": "days"}]} if known else None)
+            self._answer(
+                200,
+                {
+                    "maxActApprox": 40.0,
+                    "frac_nonzero": 0.01,
+                    "pos_str": [" Friday"],
+                    "explanations": [{"description": "days"}],
+                }
+                if known
+                else None,
+            )
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -171,9 +186,16 @@ def test_neuronpedia(server: tuple[str, list[dict]], monkeypatch: pytest.MonkeyP
     found = there.steer("Today is", 5, 0.5, feature.maximum, seed=7, n_tokens=8)
     assert (found.default, found.steered, found.amount) == ("Today is a", "Today is Friday", 20.0)
     assert asked[0] == {
-        "prompt": "Today is", "modelId": "gpt2-small", "temperature": 0.7, "n_tokens": 8, "freq_penalty": 0.0, "seed": 7,
-        "strength_multiplier": 1, "key": "secret-key",
-        "features": [{"modelId": "gpt2-small", "layer": "7-res-jb", "index": 5, "strength": 20.0}]}
+        "prompt": "Today is",
+        "modelId": "gpt2-small",
+        "temperature": 0.7,
+        "n_tokens": 8,
+        "freq_penalty": 0.0,
+        "seed": 7,
+        "strength_multiplier": 1,
+        "key": "secret-key",
+        "features": [{"modelId": "gpt2-small", "layer": "7-res-jb", "index": 5, "strength": 20.0}],
+    }
     with pytest.raises(UserError, match="no latent 6 of gpt2-small/7-res-jb"):
         there.feature(6)
     with pytest.raises(UserError, match=r"HTTP 429.*slow down \*\*\*.*hourly limit") as refusal:

@@ -29,10 +29,10 @@ class ByRule(SparseAutoencoder):
 
     def encode(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         z = torch.zeros(*x.shape[:2], self.cfg.d_sae)
-        on = self.tokens[self.batch:self.batch + len(x)] == self.wanted
+        on = self.tokens[self.batch : self.batch + len(x)] == self.wanted
         z[..., ON_TOKEN] = on * 2.0
         z[:, 1:, AFTER_TOKEN] = on[:, :-1] * 3.0
-        z[:, x.shape[1] // 2:, LATE_HALF] = 1.0
+        z[:, x.shape[1] // 2 :, LATE_HALF] = 1.0
         z[..., ANYWHERE] = (torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(self.batch)) < 0.05).float()
         self.batch += len(x)
         return self.keep(z, mask)
@@ -84,7 +84,8 @@ def test_ranking_scores_are_sklearns() -> None:
     truth = rng.random(400) < 0.2
     scores = np.round(rng.random(400) + 0.3 * truth, 1)  # many ties
     assert ranking_scores(scores, truth) == pytest.approx(
-        (roc_auc_score(truth, scores), average_precision_score(truth, scores)))
+        (roc_auc_score(truth, scores), average_precision_score(truth, scores))
+    )
 
 
 def test_subspace_is_the_pca_of_reconstructions(lab: Lab) -> None:

@@ -33,9 +33,14 @@ def project(tiny_inputs: Path, in_project: Path) -> Path:
         sae.cfg = sae.cfg.replace(model_name="tiny")
         save_sae(sae, in_project / "downloaded_saes" / name)
     with (in_project / "params.yaml").open("w") as stream:
-        YAML().dump(Params(model={"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 8},
-                           text={"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
-                           analysis={"tokens": 2_000, "split": "sae_train"}).model_dump(mode="json"), stream)
+        YAML().dump(
+            Params(
+                model={"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 8},
+                text={"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
+                analysis={"tokens": 2_000, "split": "sae_train"},
+            ).model_dump(mode="json"),
+            stream,
+        )
     return in_project
 
 
@@ -74,8 +79,24 @@ def test_the_other_verbs(project: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = said(capsys, "run", "--sae", "late", "--search-prompt", PROMPT)
     assert re.search(r"latent +score", out)
 
-    out = said(capsys, "steer", "--sae", "late", "--latent", "60", "--prompt", PROMPT, "--length", "5", "--seeds", "2",
-               "--strengths", "1", "--neutral-tokens", "64")
+    out = said(
+        capsys,
+        "steer",
+        "--sae",
+        "late",
+        "--latent",
+        "60",
+        "--prompt",
+        PROMPT,
+        "--length",
+        "5",
+        "--seeds",
+        "2",
+        "--strengths",
+        "1",
+        "--neutral-tokens",
+        "64",
+    )
     assert "unsteered" in out and "strength 1" in out
     steering = json.loads((project / "analysis_results/steer/steering.json").read_text())
     assert len(steering["strengths"]) == 2 and len(steering["strengths"][1]["samples"]) == 2
@@ -101,18 +122,35 @@ def test_two_equal_runs_write_equal_bytes(project: Path, capsys: pytest.CaptureF
         assert path.read_bytes() == (project / "b" / path.relative_to(project / "a")).read_bytes(), path
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["run", "--sae", "late"], "give --prompt, --search-prompt or --search-promoted"),
-    (["run", "--sae", "late", "--prompt", ""], "the prompt is empty"),
-    (["stats", "--sae", "nothing"], "there: early, late"),
-    (["stats", "--sae", "late", "--tokens", "0"], "--tokens must be at least 1"),
-    (["ablate", "--sae", "late", "--prompt", PROMPT, "--latents", "64"], "latent 64: the SAE has latents 0 to 63"),
-    (["steer", "--latent", "1", "--prompt", PROMPT], "--engine local needs --sae"),
-    (["steer", "--latent", "1", "--prompt", PROMPT, "--engine", "neuronpedia"], "needs --source MODEL/SOURCE"),
-    (["steer", "--latent", "1", "--prompt", PROMPT, "--engine", "neuronpedia", "--source", "gpt2-small/7-res-jb",
-      "--base-url", "http://127.0.0.1:9"], "cannot be reached"),
-    (["attribute", "--sae", "late", "--prompt", PROMPT, "--against", "the"], "--against needs --answer"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--sae", "late"], "give --prompt, --search-prompt or --search-promoted"),
+        (["run", "--sae", "late", "--prompt", ""], "the prompt is empty"),
+        (["stats", "--sae", "nothing"], "there: early, late"),
+        (["stats", "--sae", "late", "--tokens", "0"], "--tokens must be at least 1"),
+        (["ablate", "--sae", "late", "--prompt", PROMPT, "--latents", "64"], "latent 64: the SAE has latents 0 to 63"),
+        (["steer", "--latent", "1", "--prompt", PROMPT], "--engine local needs --sae"),
+        (["steer", "--latent", "1", "--prompt", PROMPT, "--engine", "neuronpedia"], "needs --source MODEL/SOURCE"),
+        (
+            [
+                "steer",
+                "--latent",
+                "1",
+                "--prompt",
+                PROMPT,
+                "--engine",
+                "neuronpedia",
+                "--source",
+                "gpt2-small/7-res-jb",
+                "--base-url",
+                "http://127.0.0.1:9",
+            ],
+            "cannot be reached",
+        ),
+        (["attribute", "--sae", "late", "--prompt", PROMPT, "--against", "the"], "--against needs --answer"),
+    ],
+)
 def test_mistakes_are_one_clear_line(project: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as refusal:
         main(["analyze", *arguments])
@@ -157,12 +195,16 @@ def test_the_directory_of_releases(in_project: Path, capsys: pytest.CaptureFixtu
 
 def test_tables() -> None:
     assert table([{"a": 1.23456, "b": None, "c": " x"}, {"a": True, "b": [1, 2.0], "c": ""}]).splitlines() == [
-        "a      b    c", "1.235  -    ' x'", "yes    1 2  ''"]
+        "a      b    c",
+        "1.235  -    ' x'",
+        "yes    1 2  ''",
+    ]
     assert table([]) == ""
 
 
 def test_the_script_forwards() -> None:
     root = Path(__file__).parents[2]
-    out = subprocess.run([sys.executable, "-m", "scripts.analyze", "steer", "--help"], capture_output=True, text=True,
-                         check=True, cwd=root)
+    out = subprocess.run(
+        [sys.executable, "-m", "scripts.analyze", "steer", "--help"], capture_output=True, text=True, check=True, cwd=root
+    )
     assert "Example: python -m sae_research analyze steer" in " ".join(out.stdout.split())

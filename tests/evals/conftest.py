@@ -21,11 +21,18 @@ def lm(tiny_inputs: Path) -> LanguageModel:
 @pytest.fixture
 def make_params(tiny_inputs: Path, in_project: Path) -> Any:
     def make(**sections: Any) -> Params:
-        return Params.model_validate({
-            "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 4},
-            "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
-            "core_eval": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2,
-                          "n_eval_sparsity_variance_batches": 3}, **sections})
+        return Params.model_validate(
+            {
+                "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 4},
+                "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
+                "core_eval": {
+                    "batch_size_prompts": 3,
+                    "n_eval_reconstruction_batches": 2,
+                    "n_eval_sparsity_variance_batches": 3,
+                },
+                **sections,
+            }
+        )
 
     return make
 
@@ -33,11 +40,28 @@ def make_params(tiny_inputs: Path, in_project: Path) -> Any:
 @pytest.fixture
 def settings(make_params: Any) -> Callable[..., Params]:
     """Parameters for autointerp; keywords are changes to its section."""
+
     def make(**changes: Any) -> Params:
-        return make_params(eval_types={"autointerp": True}, autointerp={
-            "base_url": "http://127.0.0.1:1/v1", "model": "judge", "api_key_env": "", "n_latents": 5, "buffer": BUFFER,
-            "total_tokens": 2_400, "n_top_ex_for_generation": 4, "n_top_ex_for_scoring": TOP - 4,
-            "n_iw_sampled_ex_for_generation": 2, "n_iw_sampled_ex_for_scoring": WEIGHTED - 2, "n_random_ex_for_scoring": 5,
-            "timeout_seconds": 5, "max_retries": 1, "backoff_seconds": 0.01, "concurrency": 2, **changes})
+        return make_params(
+            eval_types={"autointerp": True},
+            autointerp={
+                "base_url": "http://127.0.0.1:1/v1",
+                "model": "judge",
+                "api_key_env": "",
+                "n_latents": 5,
+                "buffer": BUFFER,
+                "total_tokens": 2_400,
+                "n_top_ex_for_generation": 4,
+                "n_top_ex_for_scoring": TOP - 4,
+                "n_iw_sampled_ex_for_generation": 2,
+                "n_iw_sampled_ex_for_scoring": WEIGHTED - 2,
+                "n_random_ex_for_scoring": 5,
+                "timeout_seconds": 5,
+                "max_retries": 1,
+                "backoff_seconds": 0.01,
+                "concurrency": 2,
+                **changes,
+            },
+        )
 
     return make

@@ -32,12 +32,12 @@ def params(make_params: Any, monkeypatch: pytest.MonkeyPatch) -> Params:
     """The tiny tokenizer knows some 150 words: few of each letter, and a random model shows hardly any."""
     monkeypatch.setattr(evaluation, "MIN_TRAIN_WORDS", 4)
     monkeypatch.setattr(evaluation, "MIN_TEST_WORDS", 1)
-    return make_params(absorption={"icl_examples": 2, "icl_prompts": 3, "max_k_value": 3,
-                                   "min_ground_truth_probe_f1": 0.2})
+    return make_params(absorption={"icl_examples": 2, "icl_prompts": 3, "max_k_value": 3, "min_ground_truth_probe_f1": 0.2})
 
 
-def run(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-        folder: Path) -> tuple[dict[str, Any], StageFolder]:
+def run(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, folder: Path
+) -> tuple[dict[str, Any], StageFolder]:
     stage = StageFolder(folder)
     return dict(evaluate(saes, lm, params, stage)), stage
 
@@ -52,6 +52,7 @@ def changed(params: Params, **values: Any) -> Params:
 
 # --- words -----------------------------------------------------------------------------------
 
+
 def test_prompts_ask_for_the_word_and_never_show_it(lm: LanguageModel, params: Params) -> None:
     found = words.load_words(lm, params.absorption, 42)
     assert len(found.texts) > 100
@@ -62,7 +63,7 @@ def test_prompts_ask_for_the_word_and_never_show_it(lm: LanguageModel, params: P
         assert lm.tokenizer.decode([*opening[1:], *tail]) == prompt
         assert prompt.count("has the first letter:") == 3
         assert prompt.endswith(f"\n{word} has the first letter:")
-        assert lm.tokenizer.decode(tail[:found.positions[i] + 1]) == word
+        assert lm.tokenizer.decode(tail[: found.positions[i] + 1]) == word
         assert words.LETTERS[found.letters[i]] == word.strip()[0].lower()
         assert word.strip().lower() not in {e.strip().lower() for e in found.examples[found.openings.of[i]]}
 
@@ -70,8 +71,10 @@ def test_prompts_ask_for_the_word_and_never_show_it(lm: LanguageModel, params: P
 def test_split_keeps_variants_of_a_word_together_and_follows_the_seed(lm: LanguageModel, params: Params) -> None:
     found, again, other = (words.load_words(lm, params.absorption, seed) for seed in (42, 42, 7))
     assert found.fingerprint() == again.fingerprint() != other.fingerprint()
-    stems = [{w.strip().lower() for w, held in zip(found.texts, found.test, strict=True) if held == test}
-             for test in (False, True)]
+    stems = [
+        {w.strip().lower() for w, held in zip(found.texts, found.test, strict=True) if held == test}
+        for test in (False, True)
+    ]
     assert not stems[0] & stems[1]
     assert 0.1 < found.test.mean() < 0.35
     examples = [{e.strip().lower() for group in part for e in group} for part in (found.examples[:3], found.examples[3:])]
@@ -89,8 +92,8 @@ def test_words_of_several_tokens_are_read_at_their_last(lm: LanguageModel, param
     assert found.notes["words_of_several_tokens"] >= 2
     assert len({len(tail) for tail in found.tails}) > 1
     for word, tail, position in zip(found.texts, found.tails, found.positions, strict=True):
-        assert lm.tokenizer.decode(tail[:position + 1]) == word
-        assert lm.tokenizer.decode(tail[position + 1:]) == " has the first letter:"
+        assert lm.tokenizer.decode(tail[: position + 1]) == word
+        assert lm.tokenizer.decode(tail[position + 1 :]) == " has the first letter:"
 
 
 def test_words_that_merge_with_the_template_are_dropped_and_counted(lm: LanguageModel, params: Params) -> None:
@@ -105,10 +108,12 @@ def test_words_that_merge_with_the_template_are_dropped_and_counted(lm: Language
 
 # --- activations -----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("continues", [True, False])
 @pytest.mark.parametrize("hook", [HOOK, "blocks.0.hook_resid_pre", "blocks.2.attn.hook_z"])
-def test_words_activations_are_those_of_whole_prompts(lm: LanguageModel, params: Params, hook: str, continues: bool,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_activations_are_those_of_whole_prompts(
+    lm: LanguageModel, params: Params, hook: str, continues: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert activations._can_continue(lm, hook, torch.tensor([0, 9, 8, 7]), torch.tensor([5, 6]))
     monkeypatch.setattr(activations, "_can_continue", lambda *_: continues)
     found = words.load_words(lm, changed(params, max_words=20).absorption, 42)
@@ -143,6 +148,7 @@ def test_sequence_level_encoders_read_whole_prompts_and_the_word_counts(lm: Lang
 
 
 # --- probes ----------------------------------------------------------------------------------
+
 
 def test_training_steps_as_torch_does() -> None:
     """Adam, weighted cross-entropy, L1 and falling rate against torch's own, outputs left out or not."""
@@ -179,7 +185,7 @@ def test_batched_logistic_regression_is_scikit_learns() -> None:
     x = np.maximum(rng.standard_normal((4, 200, 3)) * [1, 20, 5], 0)
     y = (x[:, :, 1] / 20 + x[:, :, 0] + rng.standard_normal((4, 200)) > 1.3).astype(float)
     y[3] = x[3, :, 1] > 10  # separable
-    x[2, :, 2] = 0          # a dead latent
+    x[2, :, 2] = 0  # a dead latent
     got = fit_balanced(x, y)
     for problem in range(4):
         want = LogisticRegression(class_weight="balanced", max_iter=10_000, tol=1e-10).fit(x[problem], y[problem])
@@ -192,22 +198,28 @@ def test_f1_is_scikit_learns() -> None:
     scores, y = rng.standard_normal((50, 4)), (rng.random((50, 4)) < 0.3).astype(float)
     scores[:, 3], y[:, 3] = -1, 0
     for column in range(4):
-        assert f1(scores, y)[column] == pytest.approx(
-            f1_score(y[:, column], scores[:, column] > 0, zero_division=0))
+        assert f1(scores, y)[column] == pytest.approx(f1_score(y[:, column], scores[:, column] > 0, zero_division=0))
 
 
 # --- definitions -----------------------------------------------------------------------------
 
+
 def test_absorption_by_hand() -> None:
     """Latent 0 is the main one; 1 and 2 lie along the letter, 3 does not."""
     cosine = np.array([1.0, 0.5, 0.5, 0.0])
-    z = np.array([[2.0, 0, 0, 9],    # the main latent carries all
-                  [0.0, 4, 0, 9],    # another carries it wholly
-                  [1.0, 1, 1, 9],    # half and half
-                  [1.8, 0.2, 0, 9],  # the other's part is too small
-                  [0.0, 0, 0, 9]])   # nobody carries it
-    for got in (sae_bench_absorbed(z, np.full(5, 2.0), cosine, [0]),
-                lab_absorbed(z, np.full(5, 2.0), cosine, cosine, [0], np.array([2.0]))):
+    z = np.array(
+        [
+            [2.0, 0, 0, 9],  # the main latent carries all
+            [0.0, 4, 0, 9],  # another carries it wholly
+            [1.0, 1, 1, 9],  # half and half
+            [1.8, 0.2, 0, 9],  # the other's part is too small
+            [0.0, 0, 0, 9],
+        ]
+    )  # nobody carries it
+    for got in (
+        sae_bench_absorbed(z, np.full(5, 2.0), cosine, [0]),
+        lab_absorbed(z, np.full(5, 2.0), cosine, cosine, [0], np.array([2.0])),
+    ):
         assert got.fraction.tolist() == [0, 1, 0.5, 0, 0]
         assert got.full.tolist() == [False, True, False, False, False]
     # against the letter's direction there is nothing to absorb
@@ -255,10 +267,16 @@ def test_a_known_dictionary_is_found_absorbed(lm: LanguageModel, params: Params)
     acts.__dict__["vectors"] = torch.from_numpy(latents @ rows)
     from scipy import sparse
 
-    sae = StandardSAE(config("standard", 8), W_enc=torch.from_numpy(rows.T.copy()), b_enc=torch.zeros(8),
-                      W_dec=torch.from_numpy(rows), b_dec=torch.zeros(D))
-    letters = evaluation.Letters(numbers, [1.0] * len(numbers),
-                                 Probes(directions.astype(np.float32), np.full(len(numbers), -5, np.float32)), {})
+    sae = StandardSAE(
+        config("standard", 8),
+        W_enc=torch.from_numpy(rows.T.copy()),
+        b_enc=torch.zeros(8),
+        W_dec=torch.from_numpy(rows),
+        b_dec=torch.zeros(D),
+    )
+    letters = evaluation.Letters(
+        numbers, [1.0] * len(numbers), Probes(directions.astype(np.float32), np.full(len(numbers), -5, np.float32)), {}
+    )
     scores = evaluation.score(sae, sparse.csr_matrix(latents), acts, letters)
     n_words = int(((labels == numbers[0]) & found.test).sum())
     absorbed, *whole = (scores[words.LETTERS[i]]["lab"] for i in numbers)
@@ -270,6 +288,7 @@ def test_a_known_dictionary_is_found_absorbed(lm: LanguageModel, params: Params)
 
 
 # --- the evaluation --------------------------------------------------------------------------
+
 
 def test_every_sae_is_scored_on_the_letters_that_qualify(lm: LanguageModel, params: Params, tmp_path: Path) -> None:
     results, stage = run(everything(), lm, params, tmp_path / "out")
@@ -289,8 +308,9 @@ def test_every_sae_is_scored_on_the_letters_that_qualify(lm: LanguageModel, para
         assert result["eval_type_id"] == "absorption_first_letter"
 
 
-def test_one_sae_equals_many_cold_equals_warm(lm: LanguageModel, params: Params, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sae_equals_many_cold_equals_warm(
+    lm: LanguageModel, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     together, _ = run(everything(), lm, params, tmp_path / "a")
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     for name, sae in everything().items():
@@ -301,11 +321,13 @@ def test_one_sae_equals_many_cold_equals_warm(lm: LanguageModel, params: Params,
     assert run(everything(), lm, params, tmp_path / "c")[0] == together
 
 
-def test_batch_size_changes_nothing_that_is_counted(lm: LanguageModel, params: Params, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_changes_nothing_that_is_counted(
+    lm: LanguageModel, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
-    uncached = params.model_copy(update={"activation_caching": params.activation_caching.model_copy(
-        update={"enabled": False})})
+    uncached = params.model_copy(
+        update={"activation_caching": params.activation_caching.model_copy(update={"enabled": False})}
+    )
     want = run(everything(), lm, uncached, tmp_path / "a")[0]
     wide = uncached.model_copy(update={"model": uncached.model.model_copy(update={"llm_batch_size": 33})})
     for name, result in run(everything(), lm, wide, tmp_path / "b")[0].items():
@@ -321,16 +343,23 @@ def assert_close(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 def test_a_latent_and_its_negative_count_the_same(lm: LanguageModel, params: Params, tmp_path: Path) -> None:
     W, b = dictionary(), torch.zeros(D)
-    one, other = (lab(run({"s": MPSAE(sign * W, b, 5, config("matching_pursuit", s=5))}, lm, params,
-                          tmp_path / str(sign))[0]["s"]) for sign in (1, -1))
+    one, other = (
+        lab(run({"s": MPSAE(sign * W, b, 5, config("matching_pursuit", s=5))}, lm, params, tmp_path / str(sign))[0]["s"])
+        for sign in (1, -1)
+    )
     assert_close(other, one)
 
 
 def test_the_order_of_latents_changes_nothing(lm: LanguageModel, params: Params, tmp_path: Path) -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
     plain = standard()
-    shuffled = StandardSAE(config("standard"), W_enc=plain.W_enc[:, order], b_enc=plain.b_enc[order],
-                           W_dec=plain.W_dec[order], b_dec=plain.b_dec)
+    shuffled = StandardSAE(
+        config("standard"),
+        W_enc=plain.W_enc[:, order],
+        b_enc=plain.b_enc[order],
+        W_dec=plain.W_dec[order],
+        b_dec=plain.b_dec,
+    )
     results, _ = run({"plain": plain, "shuffled": shuffled}, lm, params, tmp_path / "out")
     got, want = lab(results["shuffled"]), lab(results["plain"])
     for letter, found in want["letters"].items():
@@ -338,13 +367,13 @@ def test_the_order_of_latents_changes_nothing(lm: LanguageModel, params: Params,
         assert got["letters"][letter]["absorption_fraction"] == pytest.approx(found["absorption_fraction"], abs=1e-3)
 
 
-def test_an_sae_narrower_than_k_and_one_that_is_silent_are_scored(lm: LanguageModel, params: Params,
-                                                                  tmp_path: Path) -> None:
+def test_an_sae_narrower_than_k_and_one_that_is_silent_are_scored(lm: LanguageModel, params: Params, tmp_path: Path) -> None:
     W = dictionary(d_sae=2)
     narrow = StandardSAE(config("standard", 2), W_enc=W.T.contiguous(), b_enc=torch.zeros(2), W_dec=W, b_dec=torch.zeros(D))
     W = dictionary()
-    silent = StandardSAE(config("standard"), W_enc=W.T.contiguous(), b_enc=torch.full((64,), -1e6), W_dec=W,
-                         b_dec=torch.zeros(D))
+    silent = StandardSAE(
+        config("standard"), W_enc=W.T.contiguous(), b_enc=torch.full((64,), -1e6), W_dec=W, b_dec=torch.zeros(D)
+    )
     results, _ = run({"narrow": narrow, "silent": silent}, lm, params, tmp_path / "out")
     for result in results.values():
         json.dumps(result, allow_nan=False)
@@ -352,8 +381,9 @@ def test_an_sae_narrower_than_k_and_one_that_is_silent_are_scored(lm: LanguageMo
     assert lab(results["silent"])["metrics"]["main_latents_f1"] == 0
 
 
-def test_no_letter_is_not_applicable_and_several_hooks_are_told_apart(lm: LanguageModel, params: Params,
-                                                                      tmp_path: Path) -> None:
+def test_no_letter_is_not_applicable_and_several_hooks_are_told_apart(
+    lm: LanguageModel, params: Params, tmp_path: Path
+) -> None:
     with pytest.raises(NotApplicable, match="probe F1 above 1.0"):
         run({"standard": standard()}, lm, changed(params, min_ground_truth_probe_f1=1.0), tmp_path / "out")
     other = standard()

@@ -32,11 +32,15 @@ def acts() -> WordActivations:
 @pytest.fixture(scope="module")
 def letters(acts: WordActivations) -> Letters:
     """The letters that the fixture's threshold lets through."""
-    kept = evaluation._ground_truth(acts.vectors.numpy(), acts.words.letters, acts.words.test, np.arange(26),
-                                    fixture.PARAMS.random_seed)
+    kept = evaluation._ground_truth(
+        acts.vectors.numpy(), acts.words.letters, acts.words.test, np.arange(26), fixture.PARAMS.random_seed
+    )
     probes = Probes(np.array(kept["weights"], np.float32), np.array(kept["biases"], np.float32))
-    low = {letter: "low" for letter, value in zip(LETTERS, kept["f1"], strict=True)
-           if value <= fixture.PARAMS.absorption.min_ground_truth_probe_f1}
+    low = {
+        letter: "low"
+        for letter, value in zip(LETTERS, kept["f1"], strict=True)
+        if value <= fixture.PARAMS.absorption.min_ground_truth_probe_f1
+    }
     return Letters(np.arange(26), kept["f1"], probes, low)
 
 
@@ -73,8 +77,9 @@ def test_letters_equal_stock(form: str, acts: WordActivations, letters: Letters)
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_absorption", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_absorption", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh = json.loads(path.read_text())
     assert fresh["words"] == STOCK["words"]
     for form in FORMS:

@@ -49,17 +49,20 @@ def written() -> list[str]:
 
 
 @pytest.mark.usefixtures("prepared")
-@pytest.mark.parametrize(("reply", "message"), [
-    (Http(401, b'{"error": {"message": "who are you"}}'), "HTTP 401: who are you .*10 of 10 latents got no answer"),
-    (Http(404), r"given up: HTTP 404 \(check autointerp.base_url and autointerp.model\)"),
-    (Http(500), r"given up: 3 questions in a row without an answer, the last one: HTTP 500 \(2 attempts\)"),
-    (HANG, r"no answer within 0.2 s \(2 attempts\)"),
-    (DROP, "no connection"),
-    (Http(200, b"<html>"), "no chat completion: '<html>'"),
-    ("", "none of 10 latents could be scored"),
-    ("I would say the first two", "none of 10 latents could be scored: the answers of judge are no lists"),
-    ("15", "none of 10 latents could be scored"),
-])
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (Http(401, b'{"error": {"message": "who are you"}}'), "HTTP 401: who are you .*10 of 10 latents got no answer"),
+        (Http(404), r"given up: HTTP 404 \(check autointerp.base_url and autointerp.model\)"),
+        (Http(500), r"given up: 3 questions in a row without an answer, the last one: HTTP 500 \(2 attempts\)"),
+        (HANG, r"no answer within 0.2 s \(2 attempts\)"),
+        (DROP, "no connection"),
+        (Http(200, b"<html>"), "no chat completion: '<html>'"),
+        ("", "none of 10 latents could be scored"),
+        ("I would say the first two", "none of 10 latents could be scored: the answers of judge are no lists"),
+        ("15", "none of 10 latents could be scored"),
+    ],
+)
 def test_an_endpoint_of_no_use_fails_the_stage(reply: Any, message: str, settings: Any) -> None:
     with serve_llm(lambda body, number: reply) as server:
         status, error = stage_of(settings(base_url=server.url, timeout_seconds=0.2))
@@ -151,10 +154,16 @@ def test_single_questions_without_an_answer(settings: Any, tolerated: float, ok:
 
 
 @pytest.mark.usefixtures("prepared")
-@pytest.mark.parametrize(("limit", "message"), [
-    ({"max_requests": 19}, "autointerp would need 20 requests, .* more than autointerp.max_requests = 19 allows; nothing"),
-    ({"max_tokens": 500}, "more than autointerp.max_tokens = 500 allows; nothing was asked; raise the limit or lower"),
-])
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (
+            {"max_requests": 19},
+            "autointerp would need 20 requests, .* more than autointerp.max_requests = 19 allows; nothing",
+        ),
+        ({"max_tokens": 500}, "more than autointerp.max_tokens = 500 allows; nothing was asked; raise the limit or lower"),
+    ],
+)
 def test_limits_stop_before_anything_is_asked(settings: Any, limit: dict[str, int], message: str) -> None:
     with serve_llm() as server:
         _, error = stage_of(settings(base_url=server.url, **limit))
@@ -170,8 +179,9 @@ def test_limits_count_only_what_is_new(settings: Any) -> None:
 
 
 @pytest.mark.usefixtures("prepared")
-def test_the_key_is_written_nowhere(settings: Any, in_project: Path, monkeypatch: pytest.MonkeyPatch,
-                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_key_is_written_nowhere(
+    settings: Any, in_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def reply(body: dict[str, Any], number: int) -> str | Http:
@@ -189,11 +199,14 @@ def test_the_key_is_written_nowhere(settings: Any, in_project: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("prepared")
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"base_url": None}, "autointerp.base_url must be given"),
-    ({"model": None}, "autointerp.model must be given"),
-    ({"buffer": 12}, "autointerp.buffer 12 leaves no window in contexts of 24 tokens"),
-    ({"total_tokens": 10**9}, "the split core_eval ends after"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": None}, "autointerp.base_url must be given"),
+        ({"model": None}, "autointerp.model must be given"),
+        ({"buffer": 12}, "autointerp.buffer 12 leaves no window in contexts of 24 tokens"),
+        ({"total_tokens": 10**9}, "the split core_eval ends after"),
+    ],
+)
 def test_what_is_missing_is_said(settings: Any, changes: dict[str, Any], message: str) -> None:
     assert message in stage_of(settings(**changes))[1]

@@ -42,7 +42,7 @@ def example(line: str, lm: LanguageModel) -> Example:
 
 def sample_of(messages: list[dict[str, str]]) -> list[int]:
     """The numbers that SAE Bench drew for its example of an answer."""
-    return [int(n) for n in messages[0]["content"].partition("might look like \"")[2].partition("\"")[0].split(", ")]
+    return [int(n) for n in messages[0]["content"].partition('might look like "')[2].partition('"')[0].split(", ")]
 
 
 def test_windows_equal_stock(lm: LanguageModel, settings: Params) -> None:
@@ -52,12 +52,12 @@ def test_windows_equal_stock(lm: LanguageModel, settings: Params) -> None:
     acts, size, buffer = HookActivations(lm, fixture.HOOK, tokens, settings), tokens.shape[1], config.buffer
     chosen = collect_windows({"sae": sae}, acts, config, settings.random_seed)["sae"]
     batch = acts.pool.batch(range(len(acts)))
-    (_, z), = encode_each({"sae": sae}, batch.acts, acts.sae_bench_mask(batch))
+    ((_, z),) = encode_each({"sae": sae}, batch.acts, acts.sae_bench_mask(batch))
     assert chosen.latents == fixture.SHOWN
     for number, latent in enumerate(chosen.latents):
         stock = STOCK["windows"][str(latent)]
         code = z[..., latent].to(torch.bfloat16)
-        ours = [(p // size, p % size) for p in chosen.positions[number, :n_top(config)].tolist()]
+        ours = [(p // size, p % size) for p in chosen.positions[number, : n_top(config)].tolist()]
         theirs = [(row, column) for row, column in stock["top"]]
         # up to ties, and to one step of bfloat16: the two libraries run the model in another order
         assert [float(code[place]) for place in ours] == pytest.approx([float(code[p]) for p in theirs], rel=2**-7)
@@ -73,7 +73,7 @@ def test_windows_equal_stock(lm: LanguageModel, settings: Params) -> None:
         assert len(held) == 19
         for plain in held:
             assert plain["acts"] == pytest.approx(cut[tuple(plain["toks"])], rel=2**-7, abs=1e-6)
-        threshold = config.act_threshold_frac * chosen.values[number, :n_top(config)].max().item()
+        threshold = config.act_threshold_frac * chosen.values[number, : n_top(config)].max().item()
         assert held[0]["threshold"] == pytest.approx(threshold)
 
 
@@ -138,7 +138,7 @@ def test_scores_agree_with_stock_within_its_own_spread(lm: LanguageModel, settin
         for seed in stock["seeds"]:
             config = settings.autointerp.model_copy(update={"base_url": server.url, "override_latents": None})
             params = settings.model_copy(update={"random_seed": seed, "autointerp": config})
-            (_, result), = autointerp.evaluate({"sae": sae}, lm, params, StageFolder(tmp_path / "out"))
+            ((_, result),) = autointerp.evaluate({"sae": sae}, lm, params, StageFolder(tmp_path / "out"))
             ours.append(result["eval_result_metrics"]["autointerp"]["autointerp_score"])
         assert len(server.bodies) == stock["requests"]
         for kind, scoring in (("explanation", False), ("scoring", True)):
@@ -153,8 +153,9 @@ def test_scores_agree_with_stock_within_its_own_spread(lm: LanguageModel, settin
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_autointerp", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_autointerp", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh: dict[str, Any] = json.loads(path.read_text())
     for key in ("parsing", "wording"):
         assert fresh[key] == STOCK[key]

@@ -50,7 +50,7 @@ def test_scores_follow_from_the_answers(lm: LanguageModel, settings: Any, tmp_pa
         active = set(record["active"])
         firing = (values > 0.01 * values[:TOP].max()).any(1)
         # all windows of the four top and four weighted ones are active; of the random ones, those that are
-        assert len(active) == 4 + firing[TOP + WEIGHTED:].sum()
+        assert len(active) == 4 + firing[TOP + WEIGHTED :].sum()
         assert set(record["active_sae_bench"]) <= active
         assert len(record["active_sae_bench"]) == 4
         ours.append(sum((i in (1, 2)) == (i in active) for i in range(1, n + 1)) / n)
@@ -71,8 +71,12 @@ def test_scores_follow_from_the_answers(lm: LanguageModel, settings: Any, tmp_pa
     assert bench["autointerp_std_dev"] == pytest.approx(np.std(stock, ddof=1))
     first = lab(result)["latents"][0]
     assert result["eval_result_unstructured"][str(first["latent"])] == {
-        "latent": first["latent"], "explanation": "x", "predictions": [1, 2], "correct seqs": first["active_sae_bench"],
-        "score": stock[0]}
+        "latent": first["latent"],
+        "explanation": "x",
+        "predictions": [1, 2],
+        "correct seqs": first["active_sae_bench"],
+        "score": stock[0],
+    }
 
 
 def test_sae_bench_types_accept_the_result(lm: LanguageModel, settings: Any, tmp_path: Path) -> None:
@@ -95,8 +99,12 @@ def test_an_sae_without_living_latents_is_skipped(lm: LanguageModel, settings: A
     dead.b_enc -= 1e6
     narrow = identity()
     with serve_llm() as server:
-        results, stage = run({"dead": dead, "narrow": narrow, "standard": standard()}, lm,
-                             settings(base_url=server.url, override_latents=[40]), tmp_path / "a")
+        results, stage = run(
+            {"dead": dead, "narrow": narrow, "standard": standard()},
+            lm,
+            settings(base_url=server.url, override_latents=[40]),
+            tmp_path / "a",
+        )
     assert list(results) == ["standard"]
     assert stage.skipped["dead"].startswith("no latent to explain: 0 fire on more than 15 tokens")
     assert "narrow" in stage.skipped

@@ -24,7 +24,7 @@ from sae_research.saes.pursuit.encoders import MPSAE
 def dense_codes(sae: SparseAutoencoder, acts: HookActivations) -> torch.Tensor:
     """Absolute codes of all contexts as bfloat16 [contexts, seq, d_sae]."""
     batch = acts.pool.batch(range(len(acts)))
-    (_, z), = encode_each({"sae": sae}, batch.acts, acts.lab_mask(batch))
+    ((_, z),) = encode_each({"sae": sae}, batch.acts, acts.lab_mask(batch))
     return z.abs().to(torch.bfloat16)
 
 
@@ -48,12 +48,12 @@ def test_windows_are_those_of_the_definition(name: str, lm: LanguageModel, setti
         places = [(p // size, p % size) for p in got.positions[number].tolist()]
         assert places[:TOP] == top
         weakest = code[top[-1]]
-        for row, column in places[TOP:TOP + WEIGHTED]:
+        for row, column in places[TOP : TOP + WEIGHTED]:
             assert 0 < code[row, column] < weakest
-        assert len(set(places[TOP:TOP + WEIGHTED])) == WEIGHTED
+        assert len(set(places[TOP : TOP + WEIGHTED])) == WEIGHTED
         for place, values in zip(places, got.values[number], strict=True):
             assert BUFFER <= place[1] < size - BUFFER
-            assert torch.equal(values, code[place[0], place[1] - BUFFER:place[1] + BUFFER + 1])
+            assert torch.equal(values, code[place[0], place[1] - BUFFER : place[1] + BUFFER + 1])
 
 
 def test_weighted_windows_are_drawn_by_the_squared_activation(lm: LanguageModel, settings: Any) -> None:
@@ -95,13 +95,16 @@ def test_batches_and_neighbours_change_no_window(lm: LanguageModel, settings: An
 
 
 def test_sign_changes_no_window_of_a_signed_code(lm: LanguageModel, settings: Any) -> None:
-    one, other = (windows_of(MPSAE(sign * dictionary(), torch.zeros(D), 5, config("matching_pursuit", s=5)), lm, settings())
-                  for sign in (1, -1))
+    one, other = (
+        windows_of(MPSAE(sign * dictionary(), torch.zeros(D), 5, config("matching_pursuit", s=5)), lm, settings())
+        for sign in (1, -1)
+    )
     assert same(one, other)
 
 
-def test_dead_latents_are_passed_over_and_the_search_goes_on(lm: LanguageModel, settings: Any,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_latents_are_passed_over_and_the_search_goes_on(
+    lm: LanguageModel, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four in five latents are dead: the first ones followed hold too few, another pass finds the rest."""
     params, passes = settings(n_latents=8), []
     monkeypatch.setattr(windows, "_SPARE", 0)
@@ -131,6 +134,7 @@ def test_latents_asked_for_by_number(lm: LanguageModel, settings: Any) -> None:
 
 def test_a_latent_with_one_strength_only_is_passed_over(lm: LanguageModel, settings: Any) -> None:
     """Nothing weaker than its strongest windows: no weighted ones to draw."""
+
     class Binary(StandardSAE):
         def encode(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             return (super().encode(x, mask) > 0).float()

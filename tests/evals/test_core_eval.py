@@ -75,8 +75,11 @@ def test_added_sae_pays_only_for_itself(lm: LanguageModel, make_params: Any, mon
     run(everything(), lm, params)
     encoded: list[int] = []
     original = MPSAE.encode_family.__func__
-    monkeypatch.setattr(MPSAE, "encode_family", classmethod(
-        lambda cls, members, x, mask: encoded.extend(m.s for m in members) or original(cls, members, x, mask)))
+    monkeypatch.setattr(
+        MPSAE,
+        "encode_family",
+        classmethod(lambda cls, members, x, mask: encoded.extend(m.s for m in members) or original(cls, members, x, mask)),
+    )
     more = everything() | {"mpsae_s9": MPSAE(dictionary(), torch.zeros(D), 9, config("matching_pursuit", s=9))}
     assert set(run(more, lm, params)) == set(more)
     assert set(encoded) == {9}
@@ -115,10 +118,12 @@ def test_sign_flip_changes_no_signed_encoder(lm: LanguageModel, make_params: Any
 
 
 def test_batch_size_changes_nothing_of_ours(lm: LanguageModel, make_params: Any) -> None:
-    wide = make_params(core_eval={"batch_size_prompts": 6, "n_eval_reconstruction_batches": 1,
-                                  "n_eval_sparsity_variance_batches": 2})
-    narrow = make_params(core_eval={"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2,
-                                    "n_eval_sparsity_variance_batches": 4})
+    wide = make_params(
+        core_eval={"batch_size_prompts": 6, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2}
+    )
+    narrow = make_params(
+        core_eval={"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 4}
+    )
     for name, result in run(everything(), lm, wide).items():
         got, want = lab(result), lab(run(everything(), lm, narrow)[name])
         assert got == pytest.approx(want, rel=1e-4, abs=1e-5), name
@@ -137,8 +142,14 @@ def test_masked_tokens_keep_the_models_own_activations(lm: LanguageModel, make_p
 def test_interpolating_is_flagged(lm: LanguageModel, make_params: Any) -> None:
     results = run(everything(), lm, make_params())
     flags = {name: r["eval_result_unstructured"]["lab_v1"]["interpolating"] for name, r in results.items()}
-    assert flags == {"standard": False, "identity": True, "mpsae_s3": False, "mpsae_s6": False, "ihtp_k1": False,
-                     "ihtp_k4": True}
+    assert flags == {
+        "standard": False,
+        "identity": True,
+        "mpsae_s3": False,
+        "mpsae_s6": False,
+        "ihtp_k1": False,
+        "ihtp_k4": True,
+    }
     assert lab(results["ihtp_k4"])["variance_explained"] > 0.99
 
 

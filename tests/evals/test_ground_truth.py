@@ -45,10 +45,16 @@ from sae_research.saes.forms import StandardSAE
 
 SMALL = {"num_features": 48, "hidden_dim": 24, "hierarchy_roots": 6, "max_probability": 0.2, "min_probability": 0.02}
 QUICK: dict[str, Any] = {
-    "data": SMALL, "samples": 2048, "batch_size": 128, "test_samples": 1024, "sequence_length": 32, "n_seeds": 2,
+    "data": SMALL,
+    "samples": 2048,
+    "batch_size": 128,
+    "test_samples": 1024,
+    "sequence_length": 32,
+    "n_seeds": 2,
     "d_sae": 32,
     "recipes": {"top_k": {"recipe": "top_k", "k": [3, 6]}, "standard": {"recipe": "standard", "l1_coefficient": [0.2, 0.4]}},
-    "pursuit": {"encoders": ["ihtp", "mpsae"], "sizes": [3, 6]}}
+    "pursuit": {"encoders": ["ihtp", "mpsae"], "sizes": [3, 6]},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +91,7 @@ def true_codes(known: Truth) -> Tensor:
 
 
 # --- the generator -----------------------------------------------------------------------------
+
 
 def test_independent_features_fire_as_often_as_asked() -> None:
     made, n = world(hierarchy_roots=0, correlation_rank=0), 20_000
@@ -148,11 +155,23 @@ def test_the_published_setting_by_name() -> None:
 
 # --- what figures must be ------------------------------------------------------------------------
 
+
 def test_true_dictionary_and_true_codes_score_one() -> None:
     known = truth()
     found = figures(known, known.world.features, true_codes(known))
-    for key in ("mcc", "mcc_activations", "precision", "recall", "f1", "latent_f1", "uniqueness", "top_1_probing",
-                "variance_explained", "split_latents", "fraction_alive"):
+    for key in (
+        "mcc",
+        "mcc_activations",
+        "precision",
+        "recall",
+        "f1",
+        "latent_f1",
+        "uniqueness",
+        "top_1_probing",
+        "variance_explained",
+        "split_latents",
+        "fraction_alive",
+    ):
         assert found[key] == pytest.approx(1, abs=1e-5), key
     assert found["absorption"] == found["fraction_dead"] == found["fraction_duplicate"] == 0
     assert found["l0"] == pytest.approx(data.statistics(known.world, known.samples)["l0"])
@@ -211,16 +230,22 @@ def test_latents_that_say_nothing() -> None:
     found = figures(known, known.world.features, noise)
     assert found["top_1_probing"] == pytest.approx(0.5, abs=0.05) and found["f1"] < 0.2
     dense = figures(known, known.world.features, torch.ones(2048, 48))
-    assert any(flag.startswith("interpolating")
-               for flag in flags(coded(known.world.features, known.world.bias), dense, known))
+    assert any(
+        flag.startswith("interpolating") for flag in flags(coded(known.world.features, known.world.bias), dense, known)
+    )
 
 
 def test_figures_agree_with_sae_lens() -> None:
     known = truth(4096)
     generator = torch.Generator().manual_seed(3)
     rows = torch.nn.functional.normalize(known.world.features[:40] + 0.1 * torch.randn(40, 24, generator=generator), dim=1)
-    sae = StandardSAE(SAEConfig("standard", 24, 40, apply_b_dec_to_input=True), W_enc=rows.T.contiguous(), W_dec=rows,
-                      b_enc=torch.full((40,), -2.0), b_dec=known.world.bias)
+    sae = StandardSAE(
+        SAEConfig("standard", 24, 40, apply_b_dec_to_input=True),
+        W_enc=rows.T.contiguous(),
+        W_dec=rows,
+        b_enc=torch.full((40,), -2.0),
+        b_dec=known.world.bias,
+    )
     z = next(encode_each({"one": sae}, known.samples.x.view(-1, 32, 24), None))[1]
     found, true = measure(sae, z, known), known.world.features
     assert found["mcc"] == pytest.approx(mean_correlation_coefficient(rows, true), abs=1e-5)
@@ -229,16 +254,20 @@ def test_figures_agree_with_sae_lens() -> None:
     assert found["latent_precision"] == pytest.approx(theirs.precision, abs=1e-5)
     assert found["latent_recall"] == pytest.approx(theirs.recall, abs=1e-5)
     assert found["latent_f1"] == pytest.approx(theirs.f1_score, abs=1e-5)
-    assert np.allclose(correlations(known.samples.codes, known.samples.codes)[:5, :5],
-                       np.corrcoef(known.samples.codes.toarray().T)[:5, :5], atol=1e-5)
+    assert np.allclose(
+        correlations(known.samples.codes, known.samples.codes)[:5, :5],
+        np.corrcoef(known.samples.codes.toarray().T)[:5, :5],
+        atol=1e-5,
+    )
 
     cfg = StandardSAEConfig(d_in=24, d_sae=40, apply_b_dec_to_input=True, metadata=None)  # type: ignore[arg-type]
     stock = SaeLensStandard(cfg)
     stock.load_state_dict({"W_enc": rows.T.contiguous(), "b_enc": sae.b_enc, "W_dec": rows, "b_dec": sae.b_dec})
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        whole = eval_sae_on_synthetic_data(stock, known.world.model.feature_dict, known.world.model.activation_generator,
-                                           num_samples=4096)
+        whole = eval_sae_on_synthetic_data(
+            stock, known.world.model.feature_dict, known.world.model.activation_generator, num_samples=4096
+        )
     assert whole.sae_l0 == pytest.approx(found["l0"], rel=0.05) and whole.mcc == pytest.approx(found["mcc"], abs=1e-5)
     assert whole.explained_variance == pytest.approx(found["variance_explained"], abs=0.02)
     assert whole.classification.f1_score == pytest.approx(found["latent_f1"], abs=0.03)
@@ -246,13 +275,27 @@ def test_figures_agree_with_sae_lens() -> None:
 
 # --- which metric follows the truth --------------------------------------------------------------
 
+
 def made_rows(seeds: int, methods: int = 6, sparsities: int = 2) -> list[dict[str, Any]]:
     """Methods whose MCC falls with their variance explained at equal L0, though both rise with L0."""
-    return [{"method": f"method_{m}", "seed": seed, "metrics": {
-        "l0": 4.0 * 3**step * (1 + 0.1 * m), "variance_explained": 0.5 + 0.1 * step + 0.02 * m,
-        "mcc": 0.9 + 0.05 * step - 0.03 * m, "latent_f1": 0.8 + 0.01 * m, "cosine_similarity": 0.9,
-        "top_1_probing": 0.7 + 0.01 * m + 0.001 * seed, "fraction_alive": 1.0}}
-        for seed in range(seeds) for m in range(methods) for step in range(sparsities)]
+    return [
+        {
+            "method": f"method_{m}",
+            "seed": seed,
+            "metrics": {
+                "l0": 4.0 * 3**step * (1 + 0.1 * m),
+                "variance_explained": 0.5 + 0.1 * step + 0.02 * m,
+                "mcc": 0.9 + 0.05 * step - 0.03 * m,
+                "latent_f1": 0.8 + 0.01 * m,
+                "cosine_similarity": 0.9,
+                "top_1_probing": 0.7 + 0.01 * m + 0.001 * seed,
+                "fraction_alive": 1.0,
+            },
+        }
+        for seed in range(seeds)
+        for m in range(methods)
+        for step in range(sparsities)
+    ]
 
 
 def test_ranks_are_compared_at_equal_l0() -> None:
@@ -280,6 +323,7 @@ def test_one_seed_one_sparsity_and_few_methods_are_said() -> None:
 
 # --- the stage -----------------------------------------------------------------------------------
 
+
 def params(**values: Any) -> Params:
     return Params.model_validate({"ground_truth": {**QUICK, **values}})
 
@@ -288,8 +332,15 @@ def test_the_whole_evaluation_twice_and_with_a_class_and_a_folder_of_ones_own(tm
     first = evaluate(params())
     assert json.dumps(first, sort_keys=True, allow_nan=False) == json.dumps(evaluate(params()), sort_keys=True)
     methods = {row["method"] for row in first["rows"]}
-    assert methods == {"top_k", "standard", *(f"{encoder} over {dictionary}" for encoder in ("ihtp", "mpsae")
-                                              for dictionary in ("truth", "trained", "untrained"))}
+    assert methods == {
+        "top_k",
+        "standard",
+        *(
+            f"{encoder} over {dictionary}"
+            for encoder in ("ihtp", "mpsae")
+            for dictionary in ("truth", "trained", "untrained")
+        ),
+    }
     assert len(first["rows"]) == 2 * (4 + 3 * (2 + 1)) and all(len(row["flags"]) < 3 for row in first["rows"])
     assert any("fewer latents than true features (standard" in note for note in first["notes"])
     true = [row for row in first["rows"] if row["dictionary"] == "truth"]
@@ -309,8 +360,13 @@ def test_the_whole_evaluation_twice_and_with_a_class_and_a_folder_of_ones_own(tm
 
 def coded_standard(d_in: int = 24) -> SparseAutoencoder:
     rows = torch.nn.functional.normalize(torch.randn(16, d_in, generator=torch.Generator().manual_seed(0)), dim=1)
-    return StandardSAE(SAEConfig("standard", d_in, 16), W_enc=rows.T.contiguous(), W_dec=rows, b_enc=torch.zeros(16),
-                       b_dec=torch.zeros(d_in))
+    return StandardSAE(
+        SAEConfig("standard", d_in, 16),
+        W_enc=rows.T.contiguous(),
+        W_dec=rows,
+        b_enc=torch.zeros(16),
+        b_dec=torch.zeros(d_in),
+    )
 
 
 def test_training_alone_and_beside_others_gives_one_sae() -> None:
@@ -324,8 +380,10 @@ def test_training_alone_and_beside_others_gives_one_sae() -> None:
 
 
 def test_recipes_of_the_train_section_and_one_world_for_all_seeds() -> None:
-    values = {"train": {"saes": {"mine": {"recipe": "top_k", "d_sae": 2304, "k": 4}}},
-              "ground_truth": {**QUICK, "recipes": None, "data": {**SMALL, "world_seed": 7}, "pursuit": {"over": []}}}
+    values = {
+        "train": {"saes": {"mine": {"recipe": "top_k", "d_sae": 2304, "k": 4}}},
+        "ground_truth": {**QUICK, "recipes": None, "data": {**SMALL, "world_seed": 7}, "pursuit": {"over": []}},
+    }
     found = evaluate(Params.model_validate(values))
     assert {row["method"] for row in found["rows"]} == {"mine"} and len(found["rows"]) == 2
     assert any(note.startswith("one sparsity alone: mine") for note in found["notes"])
@@ -343,16 +401,19 @@ def test_every_pursuit_encoder_over_every_dictionary() -> None:
     assert all(np.isfinite(list(row["metrics"].values())).all() for row in found["rows"])
 
 
-@pytest.mark.parametrize(("values", "said"), [
-    ({"recipes": {"a": {"recipe": "top_k", "k": [64]}}}, "recipes.a: k = 64 exceeds d_sae = 32"),
-    ({"recipes": {"a": {"recipe": "topk", "k": 3}}}, "recipes.a: unknown recipe 'topk'"),
-    ({"recipes": {"a": {"recipe": "top_k", "k": []}}}, "recipes.a: an empty list"),
-    ({"recipes": {"a": {"recipe": "top_k", "k": 3, "l1": 2}}}, "recipes.a.l1"),
-    ({"test_samples": 1000}, "multiple of sequence_length"),
-    ({"data": {"min_probability": 0.5}}, "must be below max_probability"),
-    ({"pursuit": {"trained": "other"}}, "pursuit.trained: no recipe 'other'"),
-    ({"samples": 1024, "batch_size": 1000}, "no two batches"),
-])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"recipes": {"a": {"recipe": "top_k", "k": [64]}}}, "recipes.a: k = 64 exceeds d_sae = 32"),
+        ({"recipes": {"a": {"recipe": "topk", "k": 3}}}, "recipes.a: unknown recipe 'topk'"),
+        ({"recipes": {"a": {"recipe": "top_k", "k": []}}}, "recipes.a: an empty list"),
+        ({"recipes": {"a": {"recipe": "top_k", "k": 3, "l1": 2}}}, "recipes.a.l1"),
+        ({"test_samples": 1000}, "multiple of sequence_length"),
+        ({"data": {"min_probability": 0.5}}, "must be below max_probability"),
+        ({"pursuit": {"trained": "other"}}, "pursuit.trained: no recipe 'other'"),
+        ({"samples": 1024, "batch_size": 1000}, "no two batches"),
+    ],
+)
 def test_impossible_settings_are_one_line(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match="ground_truth") as error:
         check_params({"ground_truth": {**QUICK, **values}}, "params.yaml")

@@ -28,8 +28,12 @@ STOCK = json.loads(fixture.FIXTURE.read_text())
 
 def explained(seeds: range) -> np.ndarray:
     rows = fixture.dictionary()
-    return np.array([measure(train_meta_sae(rows, fixture.CONFIG, seed), rows)["sae_bench"][
-        "decoder_fraction_variance_explained"] for seed in seeds])
+    return np.array(
+        [
+            measure(train_meta_sae(rows, fixture.CONFIG, seed), rows)["sae_bench"]["decoder_fraction_variance_explained"]
+            for seed in seeds
+        ]
+    )
 
 
 def assert_same_distribution(ours: np.ndarray, stock: np.ndarray) -> None:
@@ -47,16 +51,19 @@ def test_figures_lie_within_stocks_spread() -> None:
     # and the comparison would notice one active meta-latent fewer
     fewer = fixture.CONFIG.model_copy(update={"k": 3})
     rows = fixture.dictionary()
-    found = [measure(train_meta_sae(rows, fewer, seed), rows)["sae_bench"]["decoder_fraction_variance_explained"]
-             for seed in range(3)]
+    found = [
+        measure(train_meta_sae(rows, fewer, seed), rows)["sae_bench"]["decoder_fraction_variance_explained"]
+        for seed in range(3)
+    ]
     assert max(found) < stock.min()
 
 
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_meta_sae", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_meta_sae", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh = json.loads(path.read_text())
     assert fresh["fields"] == STOCK["fields"]
     key = "decoder_fraction_variance_explained"
@@ -91,6 +98,7 @@ def test_looking_above_the_last_limit_changes_nothing() -> None:
 
 # --- the evaluation --------------------------------------------------------------------------
 
+
 @pytest.fixture
 def params(make_params: Any) -> Any:
     return make_params(meta_sae={"train_steps": 40, "train_batch_size": 64})
@@ -106,8 +114,12 @@ def run(saes: Any, lm: LanguageModel, params: Any, folder: Path) -> tuple[dict[s
 
 def family() -> dict[str, Any]:
     W, b = dictionary(), torch.zeros(D)
-    return {"standard": standard(), "mpsae": MPSAE(1.7 * W, b, 3, config("matching_pursuit", s=3)),
-            "ihtp": IHTPSAE(W, b, 1, config("ihtp", k=1)), "other": standard(seed=1)}
+    return {
+        "standard": standard(),
+        "mpsae": MPSAE(1.7 * W, b, 3, config("matching_pursuit", s=3)),
+        "ihtp": IHTPSAE(W, b, 1, config("ihtp", k=1)),
+        "other": standard(seed=1),
+    }
 
 
 def test_one_dictionary_is_one_run(lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -115,8 +127,12 @@ def test_one_dictionary_is_one_run(lm: LanguageModel, params: Any, tmp_path: Pat
     real = evaluation.train_meta_sae
     monkeypatch.setattr(evaluation, "train_meta_sae", lambda *given: trained.append(1) or real(*given))
     monkeypatch.setattr(LanguageModel, "_forward", lambda *_: pytest.fail("the model is not needed"))
-    assert shared_dictionaries(family()) == {"standard": "standard", "mpsae": "standard", "ihtp": "standard",
-                                             "other": "other"}
+    assert shared_dictionaries(family()) == {
+        "standard": "standard",
+        "mpsae": "standard",
+        "ihtp": "standard",
+        "other": "other",
+    }
     results, stage = run(family(), lm, params, tmp_path / "a")
     assert len(trained) == 2
     assert stage.notes["shared_dictionaries"] == {"mpsae": "standard", "ihtp": "standard"}
@@ -154,8 +170,9 @@ def test_sae_bench_types_accept_the_result(lm: LanguageModel, params: Any, tmp_p
 
 
 def test_rows_that_do_not_vary_are_skipped(lm: LanguageModel, params: Any, tmp_path: Path) -> None:
-    flat = LinearSAE(config("linear", D), W_enc=torch.eye(D), b_enc=torch.zeros(D), W_dec=torch.ones(D, D),
-                     b_dec=torch.zeros(D))
+    flat = LinearSAE(
+        config("linear", D), W_enc=torch.eye(D), b_enc=torch.zeros(D), W_dec=torch.ones(D, D), b_dec=torch.zeros(D)
+    )
     results, stage = run({"flat": flat, "standard": standard()}, lm, params, tmp_path / "out")
     assert list(results) == ["standard"]
     assert stage.skipped == {"flat": "the rows of its decoder do not vary"}

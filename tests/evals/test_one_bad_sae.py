@@ -29,11 +29,17 @@ from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE
 
 
-def made(cls: type[StandardSAE] = StandardSAE, d_sae: int = 64, scale: float = 1.0, bias: float = -0.5,
-         seed: int = 1) -> StandardSAE:
+def made(
+    cls: type[StandardSAE] = StandardSAE, d_sae: int = 64, scale: float = 1.0, bias: float = -0.5, seed: int = 1
+) -> StandardSAE:
     W = dictionary(seed, d_sae)
-    return cls(config("standard", d_sae), W_enc=W.T.contiguous() * scale, b_enc=torch.full((d_sae,), bias), W_dec=W,
-               b_dec=torch.zeros(D))
+    return cls(
+        config("standard", d_sae),
+        W_enc=W.T.contiguous() * scale,
+        b_enc=torch.full((d_sae,), bias),
+        W_dec=W,
+        b_dec=torch.zeros(D),
+    )
 
 
 class WrongShape(StandardSAE):
@@ -79,7 +85,8 @@ BAD: dict[str, tuple[Callable[[], SparseAutoencoder], str]] = {
     "later": (lambda: made(NotANumberLater), "encode returned NaN or infinity"),
     "shape": (lambda: made(WrongShape), "encode returned shape"),
     "singular": (lambda: made(Singular), "LinAlgError in encode: SVD did not converge"),
-    "k2": (lambda: fragile(2), "no support of 2 latents exists")}
+    "k2": (lambda: fragile(2), "no support of 2 latents exists"),
+}
 
 
 @pytest.fixture
@@ -128,8 +135,9 @@ def test_core(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
 
 
 def test_sparse_probing(lm: LanguageModel, make_params: Any, tasks: str, tmp_path: Path) -> None:
-    params = make_params(sparse_probing={**probing(tasks), "probe_train_set_size": 16, "probe_test_set_size": 8,
-                                         "k_values": [1]})
+    params = make_params(
+        sparse_probing={**probing(tasks), "probe_train_set_size": 16, "probe_test_set_size": 8, "k_values": [1]}
+    )
     bad = {name: BAD[name][0]() for name in ("later", "k2")} | {"dead": made(bias=-1e9)}
     skipped = compared(sparse_probing.evaluate, lm, params, tmp_path, bad)
     assert set(skipped) == set(bad) and re.fullmatch(r"it fires on none of the \d+ texts", skipped["dead"])
@@ -152,9 +160,16 @@ def test_scr_and_tpp(lm: LanguageModel, make_params: Any, tasks: str, crossed: s
 
 @pytest.mark.slow
 def test_sae_probes(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
-    params = make_params(sparse_probing_sae_probes={
-        "dataset_names": ["113_movie_sent"], "max_texts": 140, "k_values": [1], "context_length": 16,
-        "probe_train_set_size": 32, "probe_test_set_size": 16})
+    params = make_params(
+        sparse_probing_sae_probes={
+            "dataset_names": ["113_movie_sent"],
+            "max_texts": 140,
+            "k_values": [1],
+            "context_length": 16,
+            "probe_train_set_size": 32,
+            "probe_test_set_size": 16,
+        }
+    )
     bad = {name: BAD[name][0]() for name in ("overflow", "k2")}
     assert set(compared(sae_probes.evaluate, lm, params, tmp_path, bad)) == set(bad)
 
@@ -175,6 +190,7 @@ def test_windows_of_autointerp(lm: LanguageModel, settings: Any) -> None:
 
 
 # --- the guard -------------------------------------------------------------------------------
+
 
 def test_a_defect_of_the_program_keeps_its_traceback(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError):

@@ -40,8 +40,15 @@ def known(lm: LanguageModel) -> list[Known]:
 def plan(known: list[Known]) -> Plan:
     config = fixture.PARAMS.ravel
     others = [attribute for attribute in fixture.ATTRIBUTES if attribute != fixture.ATTRIBUTE]
-    return sae_bench_plan(random.Random(fixture.SEED), [one.prompt for one in known], range(len(known)), fixture.ATTRIBUTE,
-                          others, config.num_pairs_per_attribute, config.train_test_split)
+    return sae_bench_plan(
+        random.Random(fixture.SEED),
+        [one.prompt for one in known],
+        range(len(known)),
+        fixture.ATTRIBUTE,
+        others,
+        config.num_pairs_per_attribute,
+        config.train_test_split,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +60,15 @@ def swap(lm: LanguageModel, known: list[Known]) -> Swap:
 
 def test_pairs_equal_stock(known: list[Known], plan: Plan) -> None:
     for ours, stock in zip(plan, STOCK["pairs"], strict=True):
-        assert [[list(known[p.base].prompt.ids), list(known[p.source].prompt.ids), known[p.target].first,
-                 known[p.target].prompt.label] for p in ours] == stock
+        assert [
+            [
+                list(known[p.base].prompt.ids),
+                list(known[p.source].prompt.ids),
+                known[p.target].first,
+                known[p.target].prompt.label,
+            ]
+            for p in ours
+        ] == stock
 
 
 def test_learning_equals_stock(plan: Plan, swap: Swap, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +94,11 @@ def test_answers_and_scores_equal_stock(lm: LanguageModel, known: list[Known], p
     answers = swap.group.answers(plan.test, patched)
     assert answers == STOCK["answers"]
     scores = sae_bench_scores(known, plan.test, answers)
-    assert {"cause_score": scores.cause, "isolation_score": scores.isolation,
-            "disentangle_score": scores.disentanglement} == pytest.approx(STOCK["scores"])
+    assert {
+        "cause_score": scores.cause,
+        "isolation_score": scores.isolation,
+        "disentangle_score": scores.disentanglement,
+    } == pytest.approx(STOCK["scores"])
 
 
 def test_temperatures_fall_from_one_to_1e_4_in_equal_ratios() -> None:

@@ -60,9 +60,15 @@ def probed(lm: LanguageModel, saes: dict[str, SparseAutoencoder], tmp_path_facto
     try:
         texts = sparse_probing._load(lm, params, StageFolder(folder / "out"))
         group = TextActivations(lm, fixture.HOOK, texts.tokens, params, params.sparse_probing.context_length)
-        return Probed(group.raw_means().sae_bench, {name: means.sae_bench for names in families(saes)
-                                                        for name, means in group.latent_means({n: saes[n] for n in names})},
-                      fixture.load_tasks())
+        return Probed(
+            group.raw_means().sae_bench,
+            {
+                name: means.sae_bench
+                for names in families(saes)
+                for name, means in group.latent_means({n: saes[n] for n in names})
+            },
+            fixture.load_tasks(),
+        )
     finally:
         patch.undo()
 
@@ -113,8 +119,13 @@ def _row_numbers(tasks: list[Any]) -> dict[str, dict[str, torch.Tensor]]:
             for class_texts in part.values():
                 for text in class_texts:
                     row_of.setdefault(text, len(row_of))
-    return {task.name: {split: torch.tensor([row_of[text] for texts in part.values() for text in texts])
-                        for split, part in (("train", task.train), ("test", task.test))} for task in tasks}
+    return {
+        task.name: {
+            split: torch.tensor([row_of[text] for texts in part.values() for text in texts])
+            for split, part in (("train", task.train), ("test", task.test))
+        }
+        for task in tasks
+    }
 
 
 def _draw(recorded: dict[str, Any], rows: torch.Tensor, label: str) -> Draw:
@@ -125,8 +136,9 @@ def _draw(recorded: dict[str, Any], rows: torch.Tensor, label: str) -> Draw:
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_sae_bench", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_sae_bench", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh = json.loads(path.read_text())
     for form in FORMS:
         for category, metrics in STOCK["core"][form].items():

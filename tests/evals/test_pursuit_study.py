@@ -27,16 +27,25 @@ def folder(in_project: Path) -> Path:
     baseline.cfg = baseline.cfg.replace(role="baseline")
     save_sae(baseline, in_project / "saes" / names[0])
     for seed, name in enumerate(names[1:]):
-        cfg = SAEConfig(form="matching_pursuit", d_in=D, d_sae=64, hook_name=HOOK, role="control", options={"s": 4},
-                        provenance={"kind": name.removeprefix("control_")})
+        cfg = SAEConfig(
+            form="matching_pursuit",
+            d_in=D,
+            d_sae=64,
+            hook_name=HOOK,
+            role="control",
+            options={"s": 4},
+            provenance={"kind": name.removeprefix("control_")},
+        )
         save_sae(MPSAE(dictionary(5 + seed), torch.zeros(D), 4, cfg), in_project / "saes" / name)
     (in_project / "saes" / "manifest.json").write_text(json.dumps({"order": names}))
     return in_project / "saes"
 
 
 def test_figures_pictures_and_tables(folder: Path, lm: Any, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {name: (cls, tuple(size for size in values if size in (2, 10))) for name, (cls, values) in
-             pursuit_study.MEMBERS.items()}
+    sizes = {
+        name: (cls, tuple(size for size in values if size in (2, 10)))
+        for name, (cls, values) in pursuit_study.MEMBERS.items()
+    }
     monkeypatch.setattr(pursuit_study, "MEMBERS", sizes)
     monkeypatch.setattr(pursuit_page, "TABLE_SIZES", {name: values[-1:] for name, (_, values) in sizes.items()})
     found = pursuit_study.study(folder, lm, make_params())
@@ -57,16 +66,31 @@ def test_figures_pictures_and_tables(folder: Path, lm: Any, make_params: Any, mo
     (target / "study.json").write_text(json.dumps(found))
     page.write_text(MARKED)
     assert [path.name for path in pursuit_page.draw(target)] == [
-        "l0.png", "variance_explained.png", "loss_recovered.png", "at_equal_l0.png"]
+        "l0.png",
+        "variance_explained.png",
+        "loss_recovered.png",
+        "at_equal_l0.png",
+    ]
     assert all(path.stat().st_size > 10_000 for path in target.glob("*.png"))
     pursuit_page.write_tables(page, target)
     text = page.read_text()
     assert "| IHTP | k = 10 | " in text and "\\*" in text and "| standard (its own encoder) |" in text
     assert text.count("old") == 1  # no benchmark was run: its table stays
-    (target / "speed.json").write_text(json.dumps([{
-        "device": "cpu", "threads": 2, "d_in": 576, "d_sae": 4608, "memory": {"GB/s": 12.5},
-        "against": {"matching": {"ours_seconds": 0.1, "loop_seconds": 2.5, "ratio": 25.0}},
-        "tokens_per_second": {"omp": 12345.0}}]))
+    (target / "speed.json").write_text(
+        json.dumps(
+            [
+                {
+                    "device": "cpu",
+                    "threads": 2,
+                    "d_in": 576,
+                    "d_sae": 4608,
+                    "memory": {"GB/s": 12.5},
+                    "against": {"matching": {"ours_seconds": 0.1, "loop_seconds": 2.5, "ratio": 25.0}},
+                    "tokens_per_second": {"omp": 12345.0},
+                }
+            ]
+        )
+    )
     pursuit_page.write_tables(page, target)
     assert "| matching | 0.1 s | 2.5 s | 25× |" in page.read_text() and "| omp | 12,345 |" in page.read_text()
     page.write_text("no marks")
@@ -80,16 +104,20 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
     from sae_research.lm.activations import HookActivations
     from sae_research.text.tokens import spread, token_contexts
 
-    params = make_params(core_eval={"batch_size_prompts": 4, "n_eval_reconstruction_batches": 1,
-                                    "n_eval_sparsity_variance_batches": 4})
+    params = make_params(
+        core_eval={"batch_size_prompts": 4, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 4}
+    )
     W, b = dictionary(), torch.zeros(D)
     saes = {"ihtp": IHTPSAE(W, b, 1), "mpsae": MPSAE(W, b, 5)}
     for sae in saes.values():
         sae.cfg = sae.cfg.replace(hook_name=HOOK)
-    expected = {name: result["eval_result_unstructured"]["lab_v1"]["metrics"]
-                for name, result in evaluation.evaluate(saes, lm, params)}
-    tokens = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                                   20 * params.text.context_size), 4).tokens
+    expected = {
+        name: result["eval_result_unstructured"]["lab_v1"]["metrics"]
+        for name, result in evaluation.evaluate(saes, lm, params)
+    }
+    tokens = spread(
+        token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 20 * params.text.context_size), 4
+    ).tokens
     members = {pursuit_study.Member("trained", name, 1): sae for name, sae in saes.items()}
     for member, figures in pursuit_study._measure(members, HookActivations(lm, HOOK, tokens, params)).items():
         for key in ("l0", "variance_explained", "loss_recovered", "support"):

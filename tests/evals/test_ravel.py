@@ -43,11 +43,22 @@ def town_lm(folder: Path) -> LanguageModel:
 @pytest.fixture
 def town_params(folder: Path, in_project: Path) -> Any:
     def make(batch: int = 8, **ravel_section: Any) -> Params:
-        return Params.model_validate({
-            "model": {"name": str(folder), "device": "cpu", "llm_batch_size": batch}, "text": {"context_size": 32},
-            "ravel": {"prompts": str(folder / "prompts"), "min_known_entities": 8, "n_generated_tokens": 3,
-                      "entity_attribute_selection": {"town": ["Country", "Language"]}, "num_pairs_per_attribute": 12,
-                      "train_test_split": 0.5, "batch_size": 4, **ravel_section}})
+        return Params.model_validate(
+            {
+                "model": {"name": str(folder), "device": "cpu", "llm_batch_size": batch},
+                "text": {"context_size": 32},
+                "ravel": {
+                    "prompts": str(folder / "prompts"),
+                    "min_known_entities": 8,
+                    "n_generated_tokens": 3,
+                    "entity_attribute_selection": {"town": ["Country", "Language"]},
+                    "num_pairs_per_attribute": 12,
+                    "train_test_split": 0.5,
+                    "batch_size": 4,
+                    **ravel_section,
+                },
+            }
+        )
 
     return make
 
@@ -59,8 +70,9 @@ def config(form: str, d_sae: int, **options: Any) -> SAEConfig:
 def linear(rotation: torch.Tensor) -> LinearSAE:
     """Latents are the rotated dimensions."""
     n = len(rotation)
-    return LinearSAE(config("linear", n), W_enc=rotation.T.contiguous(), b_enc=torch.zeros(n), W_dec=rotation,
-                     b_dec=torch.zeros(D))
+    return LinearSAE(
+        config("linear", n), W_enc=rotation.T.contiguous(), b_enc=torch.zeros(n), W_dec=rotation, b_dec=torch.zeros(D)
+    )
 
 
 def one_latent_each() -> LinearSAE:
@@ -76,20 +88,30 @@ def entangled() -> LinearSAE:
 
 def silent() -> StandardSAE:
     """No latent ever fires."""
-    return StandardSAE(config("standard", 8), W_enc=torch.zeros(D, 8), b_enc=torch.full((8,), -1.0),
-                       W_dec=torch.eye(8, D), b_dec=torch.zeros(D))
+    return StandardSAE(
+        config("standard", 8),
+        W_enc=torch.zeros(D, 8),
+        b_enc=torch.full((8,), -1.0),
+        W_dec=torch.eye(8, D),
+        b_dec=torch.zeros(D),
+    )
 
 
 def many() -> dict[str, SparseAutoencoder]:
     atoms = torch.nn.functional.normalize(torch.eye(D) + 0.01, dim=1)
-    return {"clean": one_latent_each(), "entangled": entangled(), "silent": silent(),
-            "mpsae_s3": MPSAE(atoms, torch.zeros(D), 3, config("matching_pursuit", D, s=3)),
-            "mpsae_s5": MPSAE(atoms, torch.zeros(D), 5, config("matching_pursuit", D, s=5)),
-            "ihtp_k2": IHTPSAE(atoms, torch.zeros(D), 2, config("ihtp", D, k=2))}
+    return {
+        "clean": one_latent_each(),
+        "entangled": entangled(),
+        "silent": silent(),
+        "mpsae_s3": MPSAE(atoms, torch.zeros(D), 3, config("matching_pursuit", D, s=3)),
+        "mpsae_s5": MPSAE(atoms, torch.zeros(D), 5, config("matching_pursuit", D, s=5)),
+        "ihtp_k2": IHTPSAE(atoms, torch.zeros(D), 2, config("ihtp", D, k=2)),
+    }
 
 
-def run(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-        folder: Path) -> tuple[dict[str, Any], StageFolder]:
+def run(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, folder: Path
+) -> tuple[dict[str, Any], StageFolder]:
     stage = StageFolder(folder)
     return dict(ravel.evaluate(saes, lm, params, stage)), stage
 
@@ -100,12 +122,18 @@ def lab(result: dict[str, Any]) -> dict[str, Any]:
 
 # --- known answers ---------------------------------------------------------------------------
 
+
 def test_a_latent_that_carries_an_attribute_is_found(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
-    results, stage = run({"clean": one_latent_each(), "entangled": entangled(), "silent": silent()}, town_lm, town_params(),
-                         tmp_path)
+    results, stage = run(
+        {"clean": one_latent_each(), "entangled": entangled(), "silent": silent()}, town_lm, town_params(), tmp_path
+    )
     assert not stage.skipped
     assert stage.notes["known"]["town"]["Country"] == {
-        "prompts": 32, "known_prompts": 32, "known_entities": 16, "known_values": 2}
+        "prompts": 32,
+        "known_prompts": 32,
+        "known_entities": 16,
+        "known_values": 2,
+    }
     clean = results["clean"]
     assert clean["eval_result_metrics"]["ravel"] == {"disentanglement_score": 1, "cause_score": 1, "isolation_score": 1}
     metrics = lab(clean)["metrics"]
@@ -137,8 +165,10 @@ def test_held_out_entities_are_scored_and_not_learnt_from(town_lm: LanguageModel
 
 # --- invariances -----------------------------------------------------------------------------
 
-def test_one_sae_equals_many_and_results_are_kept(town_lm: LanguageModel, town_params: Any, tmp_path: Path,
-                                                  monkeypatch: Any) -> None:
+
+def test_one_sae_equals_many_and_results_are_kept(
+    town_lm: LanguageModel, town_params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     together, _ = run(many(), town_lm, town_params(), tmp_path / "a")
     assert list(together) == list(many())
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
@@ -154,8 +184,9 @@ def test_one_sae_equals_many_and_results_are_kept(town_lm: LanguageModel, town_p
 
 
 @pytest.mark.parametrize("batch", [1, 64])
-def test_how_many_rows_run_at_once_changes_nothing(batch: int, town_lm: LanguageModel, town_params: Any, tmp_path: Path,
-                                                   monkeypatch: Any) -> None:
+def test_how_many_rows_run_at_once_changes_nothing(
+    batch: int, town_lm: LanguageModel, town_params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     saes = {"clean": one_latent_each(), "entangled": entangled()}
     want, got = (run(saes, town_lm, town_params(batch=b), tmp_path / str(b))[0] for b in (8, batch))
@@ -170,15 +201,14 @@ def test_padding_changes_no_loss(town_lm: LanguageModel, town_params: Any, tmp_p
     assert len({group.length(pair) for pair in some}) > 1
     patched = group.entity[[pair.source for pair in some]].requires_grad_()
     together = group.loss(some, patched)
-    alone = torch.cat([group.loss([pair], patched[i:i + 1]) for i, pair in enumerate(some)])
+    alone = torch.cat([group.loss([pair], patched[i : i + 1]) for i, pair in enumerate(some)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     gradient = torch.autograd.grad(together.sum(), patched)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(alone.sum(), patched)[0], atol=1e-5, rtol=1e-4)
     assert gradient.abs().max() > 0
 
 
-def test_an_empty_mask_with_the_error_kept_changes_nothing(town_lm: LanguageModel, town_params: Any,
-                                                           tmp_path: Path) -> None:
+def test_an_empty_mask_with_the_error_kept_changes_nothing(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     group, tasks = _group(town_lm, town_params(), tmp_path)
     some = tasks[0].lab.test
     for sae in many().values():
@@ -216,6 +246,7 @@ def _group(lm: LanguageModel, params: Params, folder: Path) -> tuple[patches.Pro
 
 # --- prompts ---------------------------------------------------------------------------------
 
+
 def test_the_entity_ends_at_its_last_token(town_lm: LanguageModel, folder: Path, tmp_path: Path) -> None:
     stage = StageFolder(tmp_path)
     towns = prompts.load_class(str(folder / "prompts"), "town", ["Country", "Language"], stage)
@@ -228,17 +259,22 @@ def test_the_entity_ends_at_its_last_token(town_lm: LanguageModel, folder: Path,
 
 
 def test_an_entity_of_several_subwords_ends_at_the_last(lm: LanguageModel) -> None:
-    towns = prompts.EntityClass("town", {"Xyzzyville": {"Country": "A"}, "Of": {"Country": "B"}},
-                                {"Country": ["%s is in", "the water of %s, they say"]}, frozenset())
+    towns = prompts.EntityClass(
+        "town",
+        {"Xyzzyville": {"Country": "A"}, "Of": {"Country": "B"}},
+        {"Country": ["%s is in", "the water of %s, they say"]},
+        frozenset(),
+    )
     for prompt in prompts.build_prompts(lm, towns):
-        before = lm.tokenizer.decode(prompt.ids[1:prompt.position])
-        through = lm.tokenizer.decode(prompt.ids[1:prompt.position + 1])
+        before = lm.tokenizer.decode(prompt.ids[1 : prompt.position])
+        through = lm.tokenizer.decode(prompt.ids[1 : prompt.position + 1])
         assert prompt.entity not in before
         assert through.endswith(prompt.entity)
 
 
-def test_templates_without_an_entity_are_skipped(town_lm: LanguageModel, town_params: Any, folder: Path,
-                                                 tmp_path: Path) -> None:
+def test_templates_without_an_entity_are_skipped(
+    town_lm: LanguageModel, town_params: Any, folder: Path, tmp_path: Path
+) -> None:
     spoilt = shutil.copytree(folder / "prompts", tmp_path / "spoilt" / "artifacts" / "ravel" / "base")
     path = spoilt / "ravel_town_attribute_to_prompts.json"
     templates = json.loads(path.read_text())
@@ -250,16 +286,18 @@ def test_templates_without_an_entity_are_skipped(town_lm: LanguageModel, town_pa
     assert lab(results["clean"])["metrics"]["disentanglement"] == 1
 
 
-def test_an_attribute_without_two_values_is_skipped(town_lm: LanguageModel, town_params: Any, folder: Path,
-                                                    tmp_path: Path) -> None:
+def test_an_attribute_without_two_values_is_skipped(
+    town_lm: LanguageModel, town_params: Any, folder: Path, tmp_path: Path
+) -> None:
     poor = shutil.copytree(folder / "prompts", tmp_path / "poor")
     path = poor / "ravel_town_entity_attributes.json"
     facts = {town: {**values, "Continent": "Norland"} for town, values in json.loads(path.read_text()).items()}
     path.write_text(json.dumps(facts))
     templates = poor / "ravel_town_attribute_to_prompts.json"
     templates.write_text(json.dumps({**json.loads(templates.read_text()), "Continent": ["the old people of %s lies in"]}))
-    three = town_params(prompts=str(poor), min_known_entities=4, entity_attribute_selection={
-        "town": ["Country", "Language", "Continent"]})
+    three = town_params(
+        prompts=str(poor), min_known_entities=4, entity_attribute_selection={"town": ["Country", "Language", "Continent"]}
+    )
     results, stage = run({"clean": one_latent_each()}, town_lm, three, tmp_path / "o")
     assert list(stage.skipped) == ["town/Continent"]
     assert "known train entities differ in 1 values" in stage.skipped["town/Continent"]
@@ -275,21 +313,29 @@ def test_a_model_that_knows_too_little_is_not_scored(lm: LanguageModel, make_par
         run({"clean": one_latent_each()}, lm, few, tmp_path)
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ({"prompts": "./nowhere"}, "no such folder"),
-    ({"entity_attribute_selection": {"hamlet": ["Country", "Language"]}}, "entity classes there: town"),
-    ({"entity_attribute_selection": {"town": ["Country", "Mayor"]}}, "no attribute 'Mayor'.*available: Country, Language"),
-])
-def test_prompts_that_are_not_there(section: dict[str, Any], message: str, town_lm: LanguageModel, town_params: Any,
-                                    tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"prompts": "./nowhere"}, "no such folder"),
+        ({"entity_attribute_selection": {"hamlet": ["Country", "Language"]}}, "entity classes there: town"),
+        (
+            {"entity_attribute_selection": {"town": ["Country", "Mayor"]}},
+            "no attribute 'Mayor'.*available: Country, Language",
+        ),
+    ],
+)
+def test_prompts_that_are_not_there(
+    section: dict[str, Any], message: str, town_lm: LanguageModel, town_params: Any, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=message):
         run({"clean": one_latent_each()}, town_lm, town_params(**section), tmp_path)
 
 
 def test_masked_entities_are_left_out(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     """Entities of outlier norm have no latents: where all are such, nothing can be patched."""
-    strict = town_params().model_copy(update={"token_mask": Params().token_mask.model_copy(
-        update={"outlier_norm_multiple": 1.01})})
+    strict = town_params().model_copy(
+        update={"token_mask": Params().token_mask.model_copy(update={"outlier_norm_multiple": 1.01})}
+    )
     with pytest.raises(NotApplicable, match="0 of 64 prompts have an entity token that counts"):
         run({"clean": one_latent_each()}, town_lm, strict, tmp_path)
 
@@ -323,8 +369,14 @@ for name in sys.argv[1:]:
 
 def test_prompts_come_from_a_hub(folder: Path, tmp_path: Path) -> None:
     with serve_hub({"datasets": {"someone/ravel": folder / "prompts"}}) as url:
-        done = subprocess.run([sys.executable, "-c", HUB, "someone/ravel", "someone/else"], capture_output=True, text=True,
-                              env=os.environ | hub_env(url, tmp_path), timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, "someone/ravel", "someone/else"],
+            capture_output=True,
+            text=True,
+            env=os.environ | hub_env(url, tmp_path),
+            timeout=120,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     found, missing = done.stdout.strip().splitlines()
     assert found == "16 8 ['Country', 'Language']"
@@ -332,6 +384,7 @@ def test_prompts_come_from_a_hub(folder: Path, tmp_path: Path) -> None:
 
 
 # --- scoring ---------------------------------------------------------------------------------
+
 
 def test_answers_are_compared_by_whole_words() -> None:
     assert right("Niger", " Niger. It is") and not right("Niger", " Nigeria")
@@ -341,8 +394,9 @@ def test_answers_are_compared_by_whole_words() -> None:
     assert right("France", ' "France"}') and not right("France", "")
 
 
-def test_figures_are_means_of_means_and_intervals_draw_entities(town_lm: LanguageModel, town_params: Any,
-                                                                tmp_path: Path) -> None:
+def test_figures_are_means_of_means_and_intervals_draw_entities(
+    town_lm: LanguageModel, town_params: Any, tmp_path: Path
+) -> None:
     group, tasks = _group(town_lm, town_params(), tmp_path)
     facts = group.known
     kept = "old Kent", "Nice", "Ohm", "port Pau"
@@ -361,14 +415,18 @@ def test_figures_are_means_of_means_and_intervals_draw_entities(town_lm: Languag
     assert low < mean.disentanglement < high
     # eight entities, each all right or all wrong: the interval is one of eight outcomes, not of some twenty pairs
     assert high - low > 0.5
-    everything = evaluation.Outcomes(facts, tasks, {t.name: [facts[p.target].prompt.label for p in t.lab.test] for t in tasks})
+    everything = evaluation.Outcomes(
+        facts, tasks, {t.name: [facts[p.target].prompt.label for p in t.lab.test] for t in tasks}
+    )
     assert everything.evidence(0)["intervals"]["cause"] == [1, 1]
 
 
 def test_pairs_depend_on_the_seed_alone(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     facts = prompts.known_prompts(town_lm, town_params(), StageFolder(tmp_path))
-    plans = [patches.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
-             for seed in (1, 1, 2)]
+    plans = [
+        patches.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
+        for seed in (1, 1, 2)
+    ]
     assert plans[0] == plans[1] != plans[2]
 
 

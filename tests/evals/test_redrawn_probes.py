@@ -39,7 +39,8 @@ def test_every_draw_is_fitted_to_its_optimum(features: torch.Tensor) -> None:
                 x = features[train.rows]
                 chosen = torch.arange(96) if k is None else top_dimensions(x, train.labels, k)
                 probe = LogisticRegression(C=1.0, tol=1e-10, max_iter=20_000).fit(
-                    x[:, chosen].double().numpy(), train.labels.numpy())
+                    x[:, chosen].double().numpy(), train.labels.numpy()
+                )
                 right = probe.predict(features[test.rows][:, chosen].double().numpy()) == test.labels.numpy()
                 assert np.array_equal(found[k][label][number], right), (label, number, k)
     assert found[None]["a"].mean() > 0.6 > found[None]["b"].mean()
@@ -70,6 +71,7 @@ def test_a_solver_started_far_from_the_optimum_arrives() -> None:
 
 
 # --- what the draws add to errors --------------------------------------------------------------
+
 
 def outcomes(rng: np.random.Generator, draws: int, spread: float, shift: float = 0.0) -> dict[str, dict[str, list[str]]]:
     """Of one task and class: accuracy 0.7 + shift, moved by `spread` from draw to draw."""

@@ -53,6 +53,7 @@ TASKS = ["117_us_state_FL", "154_athlete_sport_football"]
 
 # --- the solver ------------------------------------------------------------------------------
 
+
 def problem(n: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sparse non-negative features of unequal scales, as latents are, and noisy classes."""
     rng = np.random.default_rng(seed)
@@ -142,18 +143,19 @@ def test_latents_are_chosen_on_training_texts_relative_to_their_size() -> None:
     rng = torch.Generator().manual_seed(0)
     labels = np.array([0, 1] * 40)
     z = torch.rand(80, 6, generator=rng)
-    z[:, 4] *= 1000                               # large, but alike in both classes
-    z[:, 2] += torch.from_numpy(labels)           # small, and telling
+    z[:, 4] *= 1000  # large, but alike in both classes
+    z[:, 2] += torch.from_numpy(labels)  # small, and telling
     assert top_latents(z, labels, 1).tolist() == [2]
     assert torch.equal(top_latents(-z, labels, 3), top_latents(z, labels, 3)), "signs do not matter"
     test = torch.rand(80, 6, generator=rng)
-    test[:, 5] += 9 * torch.from_numpy(labels)    # telling among test texts only
+    test[:, 5] += 9 * torch.from_numpy(labels)  # telling among test texts only
     found = top_k_scores(z, labels, test, [1, 2, 99], seed=0, saturate=False)
     assert set(found) == {1, 2}, "no k beyond the number of latents"
     assert found[1].metrics(labels)["accuracy"] < 0.7
 
 
 # --- tasks -----------------------------------------------------------------------------------
+
 
 def test_the_package_has_113_binary_tasks() -> None:
     names = task_names()
@@ -197,11 +199,19 @@ def test_tasks_that_do_not_qualify_say_why() -> None:
 
 # --- the last token --------------------------------------------------------------------------
 
+
 @pytest.fixture
 def params(make_params: Any) -> Any:
-    return make_params(sparse_probing_sae_probes={
-        "dataset_names": TASKS, "context_length": 16, "max_texts": 140, "k_values": [1, 3],
-        "probe_train_set_size": 40, "probe_test_set_size": 30})
+    return make_params(
+        sparse_probing_sae_probes={
+            "dataset_names": TASKS,
+            "context_length": 16,
+            "max_texts": 140,
+            "k_values": [1, 3],
+            "probe_train_set_size": 40,
+            "probe_test_set_size": 30,
+        }
+    )
 
 
 def texts_of(lm: LanguageModel, length: int = 16) -> list[torch.Tensor]:
@@ -234,7 +244,7 @@ def test_last_tokens_are_those_of_whole_texts(lm: LanguageModel, params: Any) ->
         for row, i in enumerate(index.tolist()):
             x = lm.activations(tokens[i][None], HOOK)
             batch = next(b for b in whole._batches() if i in b.index.tolist())
-            mask = whole._mask(batch)[batch.index.tolist().index(i)][:len(tokens[i])][None]
+            mask = whole._mask(batch)[batch.index.tolist().index(i)][: len(tokens[i])][None]
             z = sae.encode(x, None if sae.per_token else mask)[0]
             assert got.sae_bench[row] == pytest.approx(z[-1], abs=1e-4), name
             counted = mask[0].nonzero()
@@ -243,6 +253,7 @@ def test_last_tokens_are_those_of_whole_texts(lm: LanguageModel, params: Any) ->
 
 
 # --- the evaluation --------------------------------------------------------------------------
+
 
 def run(saes: Any, lm: LanguageModel, params: Any, folder: Path) -> tuple[dict[str, Any], StageFolder]:
     stage = StageFolder(folder)
@@ -256,8 +267,7 @@ def lab(result: dict[str, Any]) -> dict[str, Any]:
     return result["eval_result_unstructured"]["lab_v1"]
 
 
-def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any, tmp_path: Path,
-                                                  monkeypatch: Any) -> None:
+def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any) -> None:
     together, stage = run(everything(), lm, params, tmp_path / "a")
     assert not stage.skipped
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
@@ -269,8 +279,9 @@ def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any
     assert run(everything(), lm, params, tmp_path / "c")[0] == together
 
 
-def test_an_added_sae_and_task_pay_only_for_themselves(lm: LanguageModel, params: Any, tmp_path: Path,
-                                                       monkeypatch: Any) -> None:
+def test_an_added_sae_and_task_pay_only_for_themselves(
+    lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     saes = everything()
     run({"standard": saes["standard"]}, lm, params, tmp_path / "a")
     encoded: list[str] = []
@@ -287,8 +298,10 @@ def test_an_added_sae_and_task_pay_only_for_themselves(lm: LanguageModel, params
 def test_signs_order_and_batches_change_nothing(lm: LanguageModel, params: Any, tmp_path: Path) -> None:
     W, b = dictionary(), torch.zeros(D)
     order = torch.randperm(len(W), generator=torch.Generator().manual_seed(1))
-    saes = {name: MPSAE(rows, b, 5, config("matching_pursuit", s=5)) for name, rows in (
-        ("plain", W), ("flipped", -W), ("shuffled", W[order]))}
+    saes = {
+        name: MPSAE(rows, b, 5, config("matching_pursuit", s=5))
+        for name, rows in (("plain", W), ("flipped", -W), ("shuffled", W[order]))
+    }
     results = {name: lab(result)["metrics"] for name, result in run(saes, lm, params, tmp_path / "a")[0].items()}
     assert results["flipped"] == pytest.approx(results["plain"], abs=1e-9)
     # latents that tie are taken in another order
@@ -300,12 +313,16 @@ def test_signs_order_and_batches_change_nothing(lm: LanguageModel, params: Any, 
 
 
 def test_what_a_result_holds(lm: LanguageModel, params: Any, tmp_path: Path) -> None:
-    silent = StandardSAE(config("standard"), W_enc=torch.zeros(D, 64), b_enc=torch.full((64,), -1.0),
-                         W_dec=dictionary(), b_dec=torch.zeros(D))
+    silent = StandardSAE(
+        config("standard"), W_enc=torch.zeros(D, 64), b_enc=torch.full((64,), -1.0), W_dec=dictionary(), b_dec=torch.zeros(D)
+    )
     results, stage = run({"identity": identity(), "silent": silent}, lm, params, tmp_path / "out")
     block = lab(results["identity"])
-    assert set(block["metrics"]) == set(block["intervals"]) == {
-        f"sae_probes_{probe}_{metric}" for probe in ("llm", "top_1", "top_3") for metric in ("accuracy", "auc", "f1")}
+    assert (
+        set(block["metrics"])
+        == set(block["intervals"])
+        == {f"sae_probes_{probe}_{metric}" for probe in ("llm", "top_1", "top_3") for metric in ("accuracy", "auc", "f1")}
+    )
     for key, (low, high) in block["intervals"].items():
         assert low <= block["metrics"][key] <= high, key
     found = accuracy(block["outcomes"]["asked"], block["outcomes"]["correct"]["sae_probes_top_3_accuracy"])
@@ -318,10 +335,12 @@ def test_what_a_result_holds(lm: LanguageModel, params: Any, tmp_path: Path) -> 
     assert lab(results["silent"])["metrics"]["sae_probes_top_1_auc"] == 0.5
 
 
-def test_a_k_beyond_the_latents_and_a_poor_task_are_skipped(lm: LanguageModel, params: Any, tmp_path: Path,
-                                                            monkeypatch: Any) -> None:
-    wide = params.model_copy(update={"sparse_probing_sae_probes": params.sparse_probing_sae_probes.model_copy(
-        update={"k_values": [1, 40]})})
+def test_a_k_beyond_the_latents_and_a_poor_task_are_skipped(
+    lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    wide = params.model_copy(
+        update={"sparse_probing_sae_probes": params.sparse_probing_sae_probes.model_copy(update={"k_values": [1, 40]})}
+    )
     real = stage_module.load_probe_task
 
     def poor(name: str, *given: Any) -> Any:
@@ -331,8 +350,10 @@ def test_a_k_beyond_the_latents_and_a_poor_task_are_skipped(lm: LanguageModel, p
 
     monkeypatch.setattr(stage_module, "load_probe_task", poor)
     results, stage = run({"identity": identity()}, lm, wide, tmp_path / "out")
-    assert stage.skipped == {TASKS[1]: "a binary task needs two classes, found x",
-                             "identity, k = 40": "the SAE has 32 latents"}
+    assert stage.skipped == {
+        TASKS[1]: "a binary task needs two classes, found x",
+        "identity, k = 40": "the SAE has 32 latents",
+    }
     assert "sae_probes_top_40_auc" not in lab(results["identity"])["metrics"]
     monkeypatch.setattr(stage_module, "load_probe_task", lambda *_: poor(TASKS[1]))
     with pytest.raises(UserError, match="no task is usable"):
@@ -340,6 +361,7 @@ def test_a_k_beyond_the_latents_and_a_poor_task_are_skipped(lm: LanguageModel, p
 
 
 # --- intervals -------------------------------------------------------------------------------
+
 
 def test_resampled_metrics_are_those_of_the_texts_drawn() -> None:
     rng = np.random.default_rng(0)
@@ -351,8 +373,9 @@ def test_resampled_metrics_are_those_of_the_texts_drawn() -> None:
         rows = np.repeat(np.arange(30), weights[i].astype(int))
         want = Scores(scores.decisions[rows], saturate=False).metrics(labels[rows])
         assert {key: values[i] for key, values in drawn.items()} == pytest.approx(want, abs=1e-6)
-    assert weighted_f1(scores.decisions > 0, labels > 0) == pytest.approx(f1_score(
-        labels, scores.decisions > 0, average="weighted"))
+    assert weighted_f1(scores.decisions > 0, labels > 0) == pytest.approx(
+        f1_score(labels, scores.decisions > 0, average="weighted")
+    )
 
 
 def test_intervals_know_tasks_and_texts() -> None:
@@ -362,5 +385,5 @@ def test_intervals_know_tasks_and_texts() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.02 / 10**0.5, rel=0.15)
     of_tasks = {name: values + 0.1 * (i % 2) for i, (name, values) in enumerate(of_texts.items())}
     wider = mean_interval(of_tasks, 0)
-    assert wider[1] - wider[0] == pytest.approx(2 * 1.96 * (0.02**2 + 0.05**2)**0.5 / 10**0.5, rel=0.15)
+    assert wider[1] - wider[0] == pytest.approx(2 * 1.96 * (0.02**2 + 0.05**2) ** 0.5 / 10**0.5, rel=0.15)
     assert mean_interval(of_tasks, 0) == wider

@@ -34,8 +34,10 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
     try:
         saes = fixture.make_saes(lm)
-        return {config: dict(sae_probes.evaluate(saes, lm, fixture.params(config), StageFolder(
-            tmp_path_factory.mktemp(config)))) for config in fixture.CONFIGS}
+        return {
+            config: dict(sae_probes.evaluate(saes, lm, fixture.params(config), StageFolder(tmp_path_factory.mktemp(config))))
+            for config in fixture.CONFIGS
+        }
     finally:
         patch.undo()
 
@@ -47,7 +49,8 @@ def test_rows_are_those_that_stock_draws(config: str) -> None:
         frame = read_rows(name)
         labels = np.unique(frame["target"].to_numpy(), return_inverse=True)[1]
         kept = TaskRows(frame["prompt"].tolist(), labels, given.random_seed).of_stock(
-            given.sparse_probing_sae_probes.max_texts)
+            given.sparse_probing_sae_probes.max_texts
+        )
         drawn = stock_split(labels, kept, given.random_seed)
         assert [fingerprint(np.searchsorted(kept, rows).tolist()) for rows in drawn] == parts
 
@@ -97,8 +100,9 @@ def test_sae_bench_types_accept_the_result(ours: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_sae_probes", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_sae_probes", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh = json.loads(path.read_text())
     assert fresh["splits"] == STOCK["splits"]
     assert fresh["fields"] == STOCK["fields"]

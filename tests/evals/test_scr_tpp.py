@@ -31,9 +31,14 @@ from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.text.split import split_of
 
 KINDS = ["animals", "weather", "trades"]
-WORDS = {"animals": "cat dog horse mouse bird", "weather": "rain snow wind storm cloud",
-         "trades": "baker miner clerk smith cook",
-         "old": "ancient grey worn", "new": "fresh bright young", "any": "one some many"}
+WORDS = {
+    "animals": "cat dog horse mouse bird",
+    "weather": "rain snow wind storm cloud",
+    "trades": "baker miner clerk smith cook",
+    "old": "ancient grey worn",
+    "new": "fresh bright young",
+    "any": "one some many",
+}
 N = [2, 3, 10, 100]
 EVALUATIONS = {"scr": evaluate_scr, "tpp": evaluate_tpp}
 
@@ -41,8 +46,9 @@ EVALUATIONS = {"scr": evaluate_scr, "tpp": evaluate_tpp}
 def all_saes() -> dict[str, SparseAutoencoder]:
     """Of every kind, and one whose latents fire at zeroed positions."""
     W = dictionary()
-    leaky = StandardSAE(config("standard"), W_enc=W.T.contiguous(), b_enc=torch.full((64,), 0.3), W_dec=W,
-                        b_dec=torch.zeros(D))
+    leaky = StandardSAE(
+        config("standard"), W_enc=W.T.contiguous(), b_enc=torch.full((64,), 0.3), W_dec=W, b_dec=torch.zeros(D)
+    )
     return {**everything(), "leaky": leaky}
 
 
@@ -63,8 +69,11 @@ def texts_of(kind: str, age: str, wanted: int) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tasks")
-    crossed = [{"text": text, "label": kind, "second_label": age} for kind, age in product(KINDS[:2], ("new", "old"))
-               for text in texts_of(kind, age, 16)]
+    crossed = [
+        {"text": text, "label": kind, "second_label": age}
+        for kind, age in product(KINDS[:2], ("new", "old"))
+        for text in texts_of(kind, age, 16)
+    ]
     classes = [{"text": text, "label": kind} for kind in KINDS for text in texts_of(kind, "any", 12)]
     paths = {}
     for name, rows in (("scr", crossed), ("tpp", classes), ("pair", [r for r in classes if r["label"] != "trades"])):
@@ -75,13 +84,25 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def params(make_params: Any, task_files: dict[str, str]) -> Any:
-    probing = {"dataset_names": [task_files["tpp"]], "probe_train_set_size": 24, "probe_test_set_size": 24,
-               "context_length": 40, "k_values": [1]}
+    probing = {
+        "dataset_names": [task_files["tpp"]],
+        "probe_train_set_size": 24,
+        "probe_test_set_size": 24,
+        "context_length": 40,
+        "k_values": [1],
+    }
     return make_params(
-        scr={"dataset_names": [task_files["scr"]], "train_set_size": 32, "test_set_size": 32, "context_length": 40,
-             "n_values": N,
-             "probe_epochs": 150},
-        tpp={"n_values": N, "probe_epochs": 150}, sparse_probing=probing)
+        scr={
+            "dataset_names": [task_files["scr"]],
+            "train_set_size": 32,
+            "test_set_size": 32,
+            "context_length": 40,
+            "n_values": N,
+            "probe_epochs": 150,
+        },
+        tpp={"n_values": N, "probe_epochs": 150},
+        sparse_probing=probing,
+    )
 
 
 def run(kind: str, saes: Any, lm: LanguageModel, params: Any, folder: Path) -> tuple[dict[str, Any], StageFolder]:
@@ -109,6 +130,7 @@ def leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # --- ablation --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("definition", ["sae_bench", "lab"])
 @pytest.mark.parametrize("name", list(all_saes()))
@@ -184,6 +206,7 @@ def test_latents_without_effect_are_never_ours() -> None:
 
 # --- probes ----------------------------------------------------------------------------------
 
+
 def test_our_probes_never_see_a_test_text() -> None:
     features = np.random.default_rng(0).standard_normal((60, 12)).astype(np.float32)
     labels = torch.tensor(features[:, 2] > 0).float()
@@ -200,8 +223,10 @@ def test_our_probes_never_see_a_test_text() -> None:
 
 def test_probes_of_different_sizes_train_as_they_would_alone() -> None:
     features = np.random.default_rng(1).standard_normal((80, 9)).astype(np.float32)
-    tasks = [ProbeTask(Draw(torch.arange(n), torch.arange(n) % 2.0), Draw(torch.arange(n, 80), torch.arange(80 - n) % 2.0))
-             for n in (40, 24, 40)]
+    tasks = [
+        ProbeTask(Draw(torch.arange(n), torch.arange(n) % 2.0), Draw(torch.arange(n, 80), torch.arange(80 - n) % 2.0))
+        for n in (40, 24, 40)
+    ]
     starts = [ablation.start(5, i, 9, len(task.train.rows), 3) for i, task in enumerate(tasks)]
     together = ablation.fit(features, tasks, starts, pick_on_test=True)
     for i in range(3):
@@ -211,9 +236,11 @@ def test_probes_of_different_sizes_train_as_they_would_alone() -> None:
 
 # --- invariances -----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind", list(EVALUATIONS))
-def test_one_equals_many_and_cold_equals_warm(kind: str, lm: LanguageModel, params: Any, tmp_path: Path,
-                                              monkeypatch: Any) -> None:
+def test_one_equals_many_and_cold_equals_warm(
+    kind: str, lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     together, _ = run(kind, everything(), lm, params, tmp_path / "a")
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     for name in ("standard", "mpsae_s6", "ihtp_k4"):
@@ -238,14 +265,18 @@ def test_sign_and_order_of_latents_change_nothing_of_ours(kind: str, lm: Languag
 
 
 @pytest.mark.parametrize("kind", list(EVALUATIONS))
-def test_batch_size_and_padding_change_nothing_of_ours(kind: str, lm: LanguageModel, params: Any, make_params: Any,
-                                                       tmp_path: Path, monkeypatch: Any) -> None:
+def test_batch_size_and_padding_change_nothing_of_ours(
+    kind: str, lm: LanguageModel, params: Any, make_params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     want, _ = run(kind, all_saes(), lm, params, tmp_path / "a")
-    longer = params.model_copy(update={
-        "model": params.model.model_copy(update={"llm_batch_size": 50}),
-        "scr": params.scr.model_copy(update={"context_length": 90}),
-        "sparse_probing": params.sparse_probing.model_copy(update={"context_length": 90})})
+    longer = params.model_copy(
+        update={
+            "model": params.model.model_copy(update={"llm_batch_size": 50}),
+            "scr": params.scr.model_copy(update={"context_length": 90}),
+            "sparse_probing": params.sparse_probing.model_copy(update={"context_length": 90}),
+        }
+    )
     differs = []
     for name, result in run(kind, all_saes(), lm, longer, tmp_path / "b")[0].items():
         close(result, want[name])
@@ -254,6 +285,7 @@ def test_batch_size_and_padding_change_nothing_of_ours(kind: str, lm: LanguageMo
 
 
 # --- shared work -----------------------------------------------------------------------------
+
 
 def test_tpp_encodes_nothing_after_sparse_probing(lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any) -> None:
     want, _ = run("tpp", everything(), lm, params, tmp_path / "a")
@@ -284,6 +316,7 @@ def test_damaged_and_large_means_are_made_anew(kind: str, lm: LanguageModel, mak
 
 # --- results ---------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind", list(EVALUATIONS))
 def test_sae_bench_types_accept_the_result(kind: str, lm: LanguageModel, params: Any, tmp_path: Path) -> None:
     from pydantic import TypeAdapter
@@ -306,8 +339,9 @@ def test_sae_bench_types_accept_the_result(kind: str, lm: LanguageModel, params:
 
 @pytest.mark.parametrize("kind", list(EVALUATIONS))
 def test_an_sae_without_activity_changes_nothing(kind: str, lm: LanguageModel, params: Any, tmp_path: Path) -> None:
-    dead = LinearSAE(config("linear", D), W_enc=torch.zeros(D, D), b_enc=torch.zeros(D), W_dec=torch.eye(D),
-                     b_dec=torch.zeros(D))
+    dead = LinearSAE(
+        config("linear", D), W_enc=torch.zeros(D, D), b_enc=torch.zeros(D), W_dec=torch.eye(D), b_dec=torch.zeros(D)
+    )
     result = run(kind, {"dead": dead}, lm, params, tmp_path / "out")[0]["dead"]
     assert set(lab(result)["metrics"].values()) == {0.0}
     counts = [value for key, value in leaves(lab(result)["tasks"]) if "latents_ablated" in key]
@@ -316,6 +350,7 @@ def test_an_sae_without_activity_changes_nothing(kind: str, lm: LanguageModel, p
 
 def direction(clean: float, biased: float, *ablated: float, texts: int = 40) -> Direction:
     """Outcomes with these accuracies."""
+
     def correct(accuracy: float) -> Tensor:
         return (torch.arange(texts) < round(accuracy * texts)).double()
 
@@ -337,8 +372,11 @@ def test_scr_of_a_tie_and_of_no_gap() -> None:
     assert ours["scr_dir1_threshold_5"] == pytest.approx(0.5) and "scr_dir1_threshold_5" in intervals
 
     none = direction(0.8, 0.9, 0.95), direction(0.7, 0.7, 0.2)
-    assert measures.sae_bench_metrics(none, [5]) == {"scr_dir1_threshold_5": 0.0, "scr_dir2_threshold_5": 0.0,
-                                                "scr_metric_threshold_5": 0.0}
+    assert measures.sae_bench_metrics(none, [5]) == {
+        "scr_dir1_threshold_5": 0.0,
+        "scr_dir2_threshold_5": 0.0,
+        "scr_metric_threshold_5": 0.0,
+    }
     assert measures.lab_metrics([lab_task(none, (0,))], [5], 0) == ({}, {}), "nothing was lost, so there is no figure"
     both, _ = measures.lab_metrics([lab_task(none, (0,), "a"), lab_task(tie, (0,), "b")], [5], 0)
     assert both["scr_metric_threshold_5"] == pytest.approx(0.5), "a task without a loss is left out"
@@ -352,8 +390,10 @@ def test_scr_sums_over_tasks_before_dividing() -> None:
 
 # --- tasks that do not qualify ---------------------------------------------------------------
 
-def test_tasks_that_do_not_qualify_are_skipped_with_the_reason(lm: LanguageModel, params: Any, make_params: Any,
-                                                               task_files: dict[str, str], tmp_path: Path) -> None:
+
+def test_tasks_that_do_not_qualify_are_skipped_with_the_reason(
+    lm: LanguageModel, params: Any, make_params: Any, task_files: dict[str, str], tmp_path: Path
+) -> None:
     def with_tasks(kind: str, names: list[str]) -> Any:
         section = getattr(params, kind).model_dump() | {"dataset_names": names}
         return make_params(**{"sparse_probing": params.sparse_probing.model_dump(), kind: section})

@@ -54,8 +54,15 @@ def saes(lm: LanguageModel) -> dict[str, SparseAutoencoder]:
     return make_scr_tpp.make_saes(lm)
 
 
-def side(lm: LanguageModel, settings: Settings, task: Any, row_of: dict[str, int], parts: dict[str, list[str]],
-         stock: dict[str, Any], classes: Sequence[str]) -> Side:
+def side(
+    lm: LanguageModel,
+    settings: Settings,
+    task: Any,
+    row_of: dict[str, int],
+    parts: dict[str, list[str]],
+    stock: dict[str, Any],
+    classes: Sequence[str],
+) -> Side:
     """task: ours, over the rows of `row_of`; parts: for train and test, the texts in stock's numbering."""
     numbers = {part: torch.tensor([row_of[text] for text in texts]) for part, texts in parts.items()}
 
@@ -63,17 +70,27 @@ def side(lm: LanguageModel, settings: Settings, task: Any, row_of: dict[str, int
         rows = torch.tensor([int(row) for row in recorded["rows"].split()])
         return Draw(numbers[part][rows], torch.tensor([float(label) for label in recorded["labels"]]))
 
-    trained = {record["class"]: [] for record in stock["draws"][:2 * len(stock["trainings"])]}
+    trained = {record["class"]: [] for record in stock["draws"][: 2 * len(stock["trainings"])]}
     for record, part in zip(stock["draws"], ["train", "test"] * len(trained), strict=False):
         trained[record["class"]].append(draw(record, part))
-    starts = {name: ablation.Start(np.array(training["start"].split(), np.float32),
-                                 np.array([order.split() for order in training["orders"]], np.int64))
-              for name, training in zip(trained, stock["trainings"], strict=True)}
-    group = TextActivations(lm, make_scr_tpp.HOOK, tokenise(lm, list(row_of), settings.context_length),
-                            make_scr_tpp.PARAMS, settings.context_length)
+    starts = {
+        name: ablation.Start(
+            np.array(training["start"].split(), np.float32),
+            np.array([order.split() for order in training["orders"]], np.int64),
+        )
+        for name, training in zip(trained, stock["trainings"], strict=True)
+    }
+    group = TextActivations(
+        lm,
+        make_scr_tpp.HOOK,
+        tokenise(lm, list(row_of), settings.context_length),
+        make_scr_tpp.PARAMS,
+        settings.context_length,
+    )
     raw = group.raw_means().sae_bench.numpy()
-    probes = ablation.fit(raw, [ProbeTask(*trained[name]) for name in classes], [starts[name] for name in classes],
-                        pick_on_test=True)
+    probes = ablation.fit(
+        raw, [ProbeTask(*trained[name]) for name in classes], [starts[name] for name in classes], pick_on_test=True
+    )
     return Side(task, group, probes, torch.from_numpy(probes.logits(raw)), draw)
 
 
@@ -83,8 +100,18 @@ def scr_side(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Sid
     parts = {}
     for part, cells in (("train", task.train), ("test", task.test)):
         m = len(cells[0, 1])  # as benchmarks/stock_scr_tpp.py hands them to stock
-        parts[part] = [*cells[0, 0][:m], *cells[1, 0], *cells[0, 1], *cells[1, 1][:m], *cells[0, 0][:m], *cells[0, 1],
-                       *cells[1, 0], *cells[1, 1][:m], *cells[0, 0], *cells[1, 1]]
+        parts[part] = [
+            *cells[0, 0][:m],
+            *cells[1, 0],
+            *cells[0, 1],
+            *cells[1, 1][:m],
+            *cells[0, 0][:m],
+            *cells[0, 1],
+            *cells[1, 0],
+            *cells[1, 1][:m],
+            *cells[0, 0],
+            *cells[1, 1],
+        ]
     row_of = text_numbers(part.values() for part in (task.train, task.test))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
@@ -94,19 +121,28 @@ def scr_side(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Sid
 @pytest.fixture(scope="module")
 def tpp_side(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Side:
     task = make_scr_tpp.tpp_tasks()[0]
-    parts = {part: [text for texts in own.values() for text in texts]
-             for part, own in (("train", task.train), ("test", task.test))}
+    parts = {
+        part: [text for texts in own.values() for text in texts]
+        for part, own in (("train", task.train), ("test", task.test))
+    }
     row_of = text_numbers(part.values() for part in (task.train, task.test))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
-        return side(lm, make_scr_tpp.TPP, measures.tpp_task(task, row_of, 0), row_of, parts, STOCK["tpp"]["standard"],
-                    list(task.train))
+        return side(
+            lm,
+            make_scr_tpp.TPP,
+            measures.tpp_task(task, row_of, 0),
+            row_of,
+            parts,
+            STOCK["tpp"]["standard"],
+            list(task.train),
+        )
 
 
 def test_probes_become_what_stocks_become(scr_side: Side, tpp_side: Side) -> None:
     for kind, found in (("scr", scr_side), ("tpp", tpp_side)):
         stock = STOCK[kind]["standard"]
-        names = list(dict.fromkeys(record["class"] for record in stock["draws"][:2 * len(stock["trainings"])]))
+        names = list(dict.fromkeys(record["class"] for record in stock["draws"][: 2 * len(stock["trainings"])]))
         order = [names.index(name) for name in CLASSES] if kind == "scr" else range(len(names))
         for probe, index in enumerate(order):
             want = np.array(stock["trainings"][index]["end"].split(), np.float64)
@@ -131,7 +167,7 @@ def test_tpp_equals_stock_given_its_draws(form: str, tpp_side: Side, saes: dict[
     labels, classes = list(tpp_side.task.probes), range(len(tpp_side.task.probes))
     after_training = 2 * len(labels)
     first = STOCK["tpp"][FORMS[0]]["draws"][after_training:]
-    draws = iter(first[:len(labels)])  # of the clean accuracies, which stock keeps with the probes
+    draws = iter(first[: len(labels)])  # of the clean accuracies, which stock keeps with the probes
 
     def accuracy(logits: torch.Tensor, probe: int) -> float:
         record = next(draws)
@@ -140,7 +176,7 @@ def test_tpp_equals_stock_given_its_draws(form: str, tpp_side: Side, saes: dict[
         return float(((logits[drawn.rows, probe] > 0) == (drawn.labels > 0)).double().mean())
 
     clean = [accuracy(view.logits, probe) for probe in classes]
-    draws = iter(first[len(labels):] if form == FORMS[0] else STOCK["tpp"][form]["draws"])
+    draws = iter(first[len(labels) :] if form == FORMS[0] else STOCK["tpp"][form]["draws"])
     effect = [effects(view, tpp_side.draw(next(draws), "train"), probe, "tpp", "sae_bench") for probe in classes]
     every = torch.arange(len(view.logits))
     drops = np.zeros((len(labels), len(thresholds), len(labels)))
@@ -165,16 +201,18 @@ def test_the_leak_of_masked_positions_is_there(scr_side: Side, saes: dict[str, S
     view = scr_side.view(saes["standard"])
     tight = view._replace(removed=view.latents)
     assert (view.removed - view.latents).abs().max() > 1
-    got, without = (torch.cat([d.ablated for d in measures.directions(scr_side.task, v, thresholds, "sae_bench")])
-                    for v in (view, tight))
+    got, without = (
+        torch.cat([d.ablated for d in measures.directions(scr_side.task, v, thresholds, "sae_bench")]) for v in (view, tight)
+    )
     assert not torch.equal(got, without)
 
 
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_scr_tpp", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_scr_tpp", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh = json.loads(path.read_text())
     for kind in ("scr", "tpp"):
         for form in FORMS:

@@ -48,8 +48,15 @@ def lab(result: dict[str, Any]) -> dict[str, float]:
 
 @pytest.fixture
 def params(make_params: Any, task_file: str) -> Any:
-    return make_params(sparse_probing={"dataset_names": [task_file], "probe_train_set_size": 24,
-                                       "probe_test_set_size": 24, "k_values": [1, 3], "context_length": 32})
+    return make_params(
+        sparse_probing={
+            "dataset_names": [task_file],
+            "probe_train_set_size": 24,
+            "probe_test_set_size": 24,
+            "k_values": [1, 3],
+            "context_length": 32,
+        }
+    )
 
 
 def test_identity_reads_what_the_raw_probe_reads(lm: LanguageModel, params: Any, tmp_path: Path) -> None:
@@ -61,8 +68,7 @@ def test_identity_reads_what_the_raw_probe_reads(lm: LanguageModel, params: Any,
     assert not stage.skipped
 
 
-def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any, tmp_path: Path,
-                                                  monkeypatch: Any) -> None:
+def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any) -> None:
     together, _ = run(everything(), lm, params, tmp_path / "a")
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     for name, sae in everything().items():
@@ -73,12 +79,14 @@ def test_one_sae_equals_many_and_results_are_kept(lm: LanguageModel, params: Any
     assert run(everything(), lm, params, tmp_path / "c")[0] == together
 
 
-def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_params: Any, task_file: str, tmp_path: Path,
-                                       monkeypatch: Any) -> None:
+def test_a_task_more_costs_only_itself(
+    lm: LanguageModel, params: Any, make_params: Any, task_file: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     other = tmp_path / "other.jsonl"  # some of its texts stand in the first task too
     lines = [json.loads(line) for line in Path(task_file).read_text().splitlines()]
-    other.write_text("\n".join(json.dumps(row) for old in lines for row in (
-        old, old | {"text": " ".join(reversed(old["text"].split()))})))
+    other.write_text(
+        "\n".join(json.dumps(row) for old in lines for row in (old, old | {"text": " ".join(reversed(old["text"].split()))}))
+    )
 
     def with_tasks(*names: str) -> Any:
         return make_params(sparse_probing=params.sparse_probing.model_dump() | {"dataset_names": list(names)})
@@ -87,8 +95,9 @@ def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_para
     alone, _ = run(saes, lm, with_tasks(task_file), tmp_path / "a")
     computed, read, real = [], [], evaluation._accuracies
     monkeypatch.setattr(evaluation, "_accuracies", lambda *a: computed.append(a[4]) or real(*a))
-    monkeypatch.setattr(lm, "activations", lambda tokens, hook: read.append(len(tokens)) or LanguageModel.activations(
-        lm, tokens, hook))
+    monkeypatch.setattr(
+        lm, "activations", lambda tokens, hook: read.append(len(tokens)) or LanguageModel.activations(lm, tokens, hook)
+    )
     both, _ = run(saes, lm, with_tasks(task_file, str(other)), tmp_path / "b")
     assert sorted(computed) == ["llm", "sae", "sae"]
     texts = evaluation._load(lm, with_tasks(task_file, str(other)), StageFolder(tmp_path / "c"))
@@ -103,13 +112,14 @@ def test_a_task_more_costs_only_itself(lm: LanguageModel, params: Any, make_para
 
 def test_sign_flip_changes_no_accuracy(lm: LanguageModel, params: Any, tmp_path: Path) -> None:
     W, b = dictionary(), torch.zeros(D)
-    one, other = (lab(run({"s": MPSAE(sign * W, b, 5, config("matching_pursuit", s=5))}, lm, params,
-                          tmp_path / str(sign))[0]["s"]) for sign in (1, -1))
+    one, other = (
+        lab(run({"s": MPSAE(sign * W, b, 5, config("matching_pursuit", s=5))}, lm, params, tmp_path / str(sign))[0]["s"])
+        for sign in (1, -1)
+    )
     assert {k: v for k, v in one.items() if "top" in k} == {k: v for k, v in other.items() if "top" in k}
 
 
-def test_batch_size_and_padding_change_no_accuracy(lm: LanguageModel, params: Any, tmp_path: Path,
-                                                   monkeypatch: Any) -> None:
+def test_batch_size_and_padding_change_no_accuracy(lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     want = run(everything(), lm, params, tmp_path / "a")[0]
     wide = params.model_copy(update={"model": params.model.model_copy(update={"llm_batch_size": 48})})
@@ -117,8 +127,9 @@ def test_batch_size_and_padding_change_no_accuracy(lm: LanguageModel, params: An
         assert lab(result) == pytest.approx(lab(want[name]), abs=1 / 24 + 1e-9)
 
 
-def test_tasks_that_do_not_qualify_are_skipped_with_the_reason(lm: LanguageModel, params: Any, tmp_path: Path,
-                                                               make_params: Any, task_file: str) -> None:
+def test_tasks_that_do_not_qualify_are_skipped_with_the_reason(
+    lm: LanguageModel, params: Any, tmp_path: Path, make_params: Any, task_file: str
+) -> None:
     few = tmp_path / "few.csv"
     few.write_text("text,label\nabc,a\ndef,b\n")
     mixed = make_params(sparse_probing=params.sparse_probing.model_dump() | {"dataset_names": [str(few), task_file]})
@@ -134,8 +145,8 @@ def test_dimensions_are_chosen_on_training_texts_alone() -> None:
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(80, 6, generator=rng)
     labels = torch.cat([torch.ones(20), torch.zeros(20)])
-    features[:40, 2] += 3 * labels          # informative where the probe is trained
-    features[40:, 5] += 90 * labels         # informative only among the test texts
+    features[:40, 2] += 3 * labels  # informative where the probe is trained
+    features[40:, 5] += 90 * labels  # informative only among the test texts
     train, test = probing.Draw(torch.arange(40), labels), probing.Draw(torch.arange(40, 80), labels)
     assert probing.top_dimensions(features[:40], labels, 1).tolist() == [2]
     assert probing.top_k_accuracy(features, train, test, 1) < 0.75

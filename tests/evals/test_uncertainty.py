@@ -21,8 +21,16 @@ from sae_research.text import tokens as stream
 from sae_research.text.split import split_of
 from sae_research.text.tokens import Contexts
 
-RATIOS = {"l0", "variance_explained", "kl", "ce_delta", "loss_recovered", "loss_recovered_mean_ablation",
-          "cosine_about_mean", "bias_about_mean"}
+RATIOS = {
+    "l0",
+    "variance_explained",
+    "kl",
+    "ce_delta",
+    "loss_recovered",
+    "loss_recovered_mean_ablation",
+    "cosine_about_mean",
+    "bias_about_mean",
+}
 
 
 def contexts(doc_ids: list[list[int]], sources: list[str]) -> Contexts:
@@ -31,6 +39,7 @@ def contexts(doc_ids: list[list[int]], sources: list[str]) -> Contexts:
 
 
 # --- clusters --------------------------------------------------------------------------------
+
 
 def test_a_token_counts_for_its_own_document_wherever_it_was_packed() -> None:
     found = reconstruction.clusters_of(contexts([[-1, 0, 0, -1], [-1, 1, 1, 1], [-1, 1, 2, 2]], ["x", "x", "x"]), 0, 3)
@@ -66,7 +75,11 @@ def test_contexts_for_predictions_come_from_all_over_the_text() -> None:
     text = contexts([[-1, doc, doc] for doc in range(4) for _ in range(3)], ["x"] * 4)
     found = stream.spread(text, 4)
     assert found.doc_ids[:4, 1].tolist() == [0, 1, 2, 3]
-    assert reconstruction.clusters_of(found, 0, 4).about["documents"] == 4 > reconstruction.clusters_of(text, 0, 4).about["documents"]
+    assert (
+        reconstruction.clusters_of(found, 0, 4).about["documents"]
+        == 4
+        > reconstruction.clusters_of(text, 0, 4).about["documents"]
+    )
     assert sorted(map(tuple, found.tokens.tolist())) == sorted(map(tuple, text.tokens.tolist()))
 
 
@@ -79,13 +92,15 @@ def test_very_many_documents_are_pooled() -> None:
 
 # --- core ------------------------------------------------------------------------------------
 
+
 def block(result: dict[str, Any]) -> dict[str, Any]:
     return result["eval_result_unstructured"]["lab_v1"]
 
 
 def test_cluster_sums_add_up_to_the_figures_and_intervals_hold_them(lm: LanguageModel, make_params: Any) -> None:
-    params = make_params(core_eval={"batch_size_prompts": 10, "n_eval_reconstruction_batches": 5,
-                                    "n_eval_sparsity_variance_batches": 6})
+    params = make_params(
+        core_eval={"batch_size_prompts": 10, "n_eval_reconstruction_batches": 5, "n_eval_sparsity_variance_batches": 6}
+    )
     for name, result in evaluation.evaluate({"identity": identity(), "standard": standard()}, lm, params):
         got = block(result)
         assert set(got["cluster_sums"]) == RATIOS
@@ -102,9 +117,13 @@ def test_cluster_sums_add_up_to_the_figures_and_intervals_hold_them(lm: Language
 
 
 def test_batch_size_changes_no_cluster(lm: LanguageModel, make_params: Any) -> None:
-    sizes = ({"batch_size_prompts": 6, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
-             {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 4})
-    wide, narrow = (block(dict(evaluation.evaluate({"s": standard()}, lm, make_params(core_eval=size)))["s"]) for size in sizes)
+    sizes = (
+        {"batch_size_prompts": 6, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
+        {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 4},
+    )
+    wide, narrow = (
+        block(dict(evaluation.evaluate({"s": standard()}, lm, make_params(core_eval=size)))["s"]) for size in sizes
+    )
     assert wide["clusters"] == narrow["clusters"]
     for key, sums in wide["cluster_sums"].items():
         assert sums["numerator"] == pytest.approx(narrow["cluster_sums"][key]["numerator"], rel=1e-3, abs=1e-4), key
@@ -118,6 +137,7 @@ def test_tokens_of_unknown_origin_are_clustered_by_context(lm: LanguageModel, ma
 
 
 # --- sparse probing --------------------------------------------------------------------------
+
 
 @pytest.fixture
 def task_file(tmp_path: Path) -> str:
@@ -136,10 +156,18 @@ def task_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_outcomes_add_up_to_the_accuracies_and_pair_saes(lm: LanguageModel, make_params: Any, tmp_path: Path,
-                                                         task_file: str) -> None:
-    params = make_params(sparse_probing={"dataset_names": [task_file], "probe_train_set_size": 24,
-                                         "probe_test_set_size": 24, "k_values": [1, 3], "context_length": 32})
+def test_outcomes_add_up_to_the_accuracies_and_pair_saes(
+    lm: LanguageModel, make_params: Any, tmp_path: Path, task_file: str
+) -> None:
+    params = make_params(
+        sparse_probing={
+            "dataset_names": [task_file],
+            "probe_train_set_size": 24,
+            "probe_test_set_size": 24,
+            "k_values": [1, 3],
+            "context_length": 32,
+        }
+    )
     saes = {"identity": identity(), "standard": standard()}
     results = {name: block(result) for name, result in sparse_probing.evaluate(saes, lm, params, StageFolder(tmp_path))}
     for got in results.values():

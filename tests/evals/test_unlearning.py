@@ -51,14 +51,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_params(data: Path, in_project: Path) -> Any:
     def make(batch_size: int = 32, caching: bool = False, **changes: Any) -> Params:
-        section = {"forget_corpus": f"{data}/{FORGET}-corpus.jsonl", "retain_corpus": f"{data}/{RETAIN}-corpus.jsonl",
-                   "forget_questions": [f"{data}/{FORGET}.jsonl"], "retain_questions": [f"{data}/{RETAIN}.jsonl"],
-                   "dataset_size": 40, "seq_len": 24, "min_known_questions": 4, "retain_thresholds": [0.005, 0.1],
-                   "n_features_list": [2, 8], "multipliers": [1, 5], **changes}
-        return Params.model_validate({
-            "model": {"name": str(knowing_model.FOLDER), "device": "cpu", "llm_batch_size": batch_size},
-            "token_mask": {"outlier_norm_multiple": None}, "activation_caching": {"enabled": caching},
-            "unlearning": section})
+        section = {
+            "forget_corpus": f"{data}/{FORGET}-corpus.jsonl",
+            "retain_corpus": f"{data}/{RETAIN}-corpus.jsonl",
+            "forget_questions": [f"{data}/{FORGET}.jsonl"],
+            "retain_questions": [f"{data}/{RETAIN}.jsonl"],
+            "dataset_size": 40,
+            "seq_len": 24,
+            "min_known_questions": 4,
+            "retain_thresholds": [0.005, 0.1],
+            "n_features_list": [2, 8],
+            "multipliers": [1, 5],
+            **changes,
+        }
+        return Params.model_validate(
+            {
+                "model": {"name": str(knowing_model.FOLDER), "device": "cpu", "llm_batch_size": batch_size},
+                "token_mask": {"outlier_norm_multiple": None},
+                "activation_caching": {"enabled": caching},
+                "unlearning": section,
+            }
+        )
 
     return make
 
@@ -76,6 +89,7 @@ def without_latents(block: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 # --- what is known -----------------------------------------------------------------------------
+
 
 def test_the_model_knows_its_questions_under_every_order(lm: LanguageModel, data: Path) -> None:
     for name in (FORGET, RETAIN):
@@ -157,6 +171,7 @@ def test_a_corpus_shorter_than_a_context(lm: LanguageModel, make_params: Any, tm
 
 # --- what is clamped ---------------------------------------------------------------------------
 
+
 def test_choice_of_latents() -> None:
     density = np.array([0.5, 0.2, 0.2, 0.0, 0.3, 0.9])
     forget = Firing(density, np.array([1.0, 1.0, 2.0, 0.0, 1.0, 1.0]))
@@ -183,8 +198,9 @@ def test_densities_by_hand(lm: LanguageModel, saes: SAEs, make_params: Any) -> N
 
 @pytest.mark.parametrize("name", ["standard", "mpsae", "ihtp"])
 @pytest.mark.parametrize("definition", ["sae_bench", "lab"])
-def test_answers_are_those_of_a_full_run_with_the_edit(name: str, definition: str, lm: LanguageModel,
-                                                       saes: SAEs, make_params: Any) -> None:
+def test_answers_are_those_of_a_full_run_with_the_edit(
+    name: str, definition: str, lm: LanguageModel, saes: SAEs, make_params: Any
+) -> None:
     """Against the definition written out: whole model, every prompt alone, nothing skipped, error term kept."""
     prompts, questions = _asked(lm, make_params(batch_size=3))
     plan = [Configuration(0.0, 8, multiplier, tuple(range(8))) for multiplier in (1, 30)]
@@ -202,8 +218,9 @@ def _asked(lm: LanguageModel, params: Params) -> tuple[list[Prompt], HookActivat
     return prompts, HookActivations(lm, HOOK, [prompt.tokens for prompt in prompts], params)
 
 
-def _answered_rightly(lm: LanguageModel, sae: SparseAutoencoder, prompt: Prompt, configuration: Configuration,
-                      definition: str) -> bool:
+def _answered_rightly(
+    lm: LanguageModel, sae: SparseAutoencoder, prompt: Prompt, configuration: Configuration, definition: str
+) -> bool:
     def edit(x: torch.Tensor) -> torch.Tensor:
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if definition == "lab":
@@ -223,8 +240,9 @@ def _answered_rightly(lm: LanguageModel, sae: SparseAutoencoder, prompt: Prompt,
     return int(torch.stack([last[list(ids)].max() for ids in prompt.options]).argmax()) == prompt.answer
 
 
-def test_no_prompt_is_run_that_nothing_changes(lm: LanguageModel, saes: SAEs, make_params: Any,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_is_run_that_nothing_changes(
+    lm: LanguageModel, saes: SAEs, make_params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts, questions = _asked(lm, make_params())
     monkeypatch.setattr(lm, "resume", lambda *_: pytest.fail("a prompt without active latents was run"))
     plan = [Configuration(0.0, 4, 50, ())]
@@ -233,6 +251,7 @@ def test_no_prompt_is_run_that_nothing_changes(lm: LanguageModel, saes: SAEs, ma
 
 
 # --- whole evaluations -------------------------------------------------------------------------
+
 
 def test_knowledge_is_removed_and_the_rest_kept(lm: LanguageModel, saes: SAEs, make_params: Any) -> None:
     from sae_bench.evals.unlearning.eval_output import UnlearningEvalOutput
@@ -248,7 +267,9 @@ def test_knowledge_is_removed_and_the_rest_kept(lm: LanguageModel, saes: SAEs, m
     assert low <= block["metrics"]["unlearning_score"] <= high and low < high
     assert len(block["configurations"]) == 8
     assert {key: list(value.values()) for key, value in block["questions"].items()} == {
-        "forget": [{"asked": 8, "known": 8}], "retain": [{"asked": 8, "known": 8}]}
+        "forget": [{"asked": 8, "known": 8}],
+        "retain": [{"asked": 8, "known": 8}],
+    }
     assert "stand_in" not in block
     for entry in block["configurations"]:
         assert entry["forget_accuracy"] == pytest.approx(entry["forget_right"].count("1") / 8)
@@ -273,9 +294,9 @@ def test_nothing_to_clamp_scores_nothing_and_says_so(lm: LanguageModel, saes: SA
     assert "scores 0" in stage.notes["nothing_to_clamp"]["silent"]
 
 
-def test_one_sae_as_among_many_warm_as_cold_and_any_batch_size(lm: LanguageModel, saes: SAEs,
-                                                               make_params: Any,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sae_as_among_many_warm_as_cold_and_any_batch_size(
+    lm: LanguageModel, saes: SAEs, make_params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     together = run(saes, lm, make_params(caching=True))
     monkeypatch.setattr(lm, "resume", lambda *_: pytest.fail("the model ran again"))
     monkeypatch.setattr(lm, "logits", lambda *_: pytest.fail("the model was asked again"))
@@ -288,8 +309,7 @@ def test_one_sae_as_among_many_warm_as_cold_and_any_batch_size(lm: LanguageModel
         assert alone["eval_result_metrics"] == together[name]["eval_result_metrics"]
 
 
-def test_nothing_depends_on_the_sign_of_a_dictionary(lm: LanguageModel, saes: SAEs,
-                                                     make_params: Any) -> None:
+def test_nothing_depends_on_the_sign_of_a_dictionary(lm: LanguageModel, saes: SAEs, make_params: Any) -> None:
     own = saes["mpsae"]
     found = run({"own": own, "flipped": MPSAE(-own.W_dec, own.b_dec, 4, own.cfg)}, lm, make_params())
     assert lab(found["own"]) == lab(found["flipped"])
@@ -307,6 +327,7 @@ def test_nothing_depends_on_the_order_of_latents(lm: LanguageModel, saes: SAEs, 
 
 
 # --- scores ------------------------------------------------------------------------------------
+
 
 def test_score_by_hand() -> None:
     forget = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)

@@ -45,8 +45,10 @@ class Ready(NamedTuple):
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ready]:
-    return {name: _ready(case, tmp_path_factory.mktemp(name))
-            for name, case in (("knowing", fixture.knowing_case()), ("smollm2", fixture.smollm_case()))}
+    return {
+        name: _ready(case, tmp_path_factory.mktemp(name))
+        for name, case in (("knowing", fixture.knowing_case()), ("smollm2", fixture.smollm_case()))
+    }
 
 
 def _ready(case: fixture.Case, folder: Path) -> Ready:
@@ -93,10 +95,13 @@ def test_chosen_latents_equal_stock(case: str, name: str, ready: dict[str, Ready
 def test_answers_probabilities_and_score_equal_stock(case: str, name: str, ready: dict[str, Ready]) -> None:
     """Given its choice of latents. SAE Bench keeps probabilities in half precision."""
     run, stock = ready[case], STOCK[case][name]
-    plan = [Configuration(entry["retain_threshold"], entry["n_features"], entry["multiplier"], tuple(entry["latents"]))
-            for entry in stock["configurations"]]
-    right = correct_answers(run.questions, run.prompts, {name: run.case.saes[name]},
-                            {name: {"sae_bench": plan, "lab": plan}})[name]["sae_bench"]
+    plan = [
+        Configuration(entry["retain_threshold"], entry["n_features"], entry["multiplier"], tuple(entry["latents"]))
+        for entry in stock["configurations"]
+    ]
+    right = correct_answers(
+        run.questions, run.prompts, {name: run.case.saes[name]}, {name: {"sae_bench": plan, "lab": plan}}
+    )[name]["sae_bench"]
     probabilities = _probabilities(run, name, plan)
     changed = 0
     for row, entry in enumerate(stock["configurations"]):
@@ -107,24 +112,27 @@ def test_answers_probabilities_and_score_equal_stock(case: str, name: str, ready
         asked = sorted(probabilities[row])
         changed += len(asked)
         assert np.array([probabilities[row][i] for i in asked]).reshape(-1, 4) == pytest.approx(
-            want[asked].reshape(-1, 4), rel=2e-3, abs=2e-4)
+            want[asked].reshape(-1, 4), rel=2e-3, abs=2e-4
+        )
     assert changed > 0
-    assert intervention.unlearning_score(right[:, :run.n_forget], right[:, run.n_forget:], 0.99) == pytest.approx(
-        stock["score"], abs=1e-6)
+    assert intervention.unlearning_score(right[:, : run.n_forget], right[:, run.n_forget :], 0.99) == pytest.approx(
+        stock["score"], abs=1e-6
+    )
 
 
 def _probabilities(run: Ready, name: str, plan: list[Configuration]) -> list[dict[int, list[float]]]:
     """Per configuration: prompt -> probability of each letter, for the prompts that it changes."""
     found: list[dict[int, list[float]]] = [{} for _ in plan]
     for batch in run.questions.batches():
-        (_, by_definition), = codes({name: run.case.saes[name]}, batch, run.questions.lab_mask(batch))
+        ((_, by_definition),) = codes({name: run.case.saes[name]}, batch, run.questions.lab_mask(batch))
         may_edit = batch.real.clone()
         may_edit[:, 0] = False
         for number, configuration in enumerate(plan):
             for row, edit in edits(by_definition["sae_bench"], may_edit, configuration, "sae_bench"):
                 prompt = run.prompts[int(batch.index[row])]
-                logits = edited_logits(run.questions, batch, [prompt], run.case.saes[name], by_definition,
-                                       [Job(row, "sae_bench", edit)])
+                logits = edited_logits(
+                    run.questions, batch, [prompt], run.case.saes[name], by_definition, [Job(row, "sae_bench", edit)]
+                )
                 p = logits[0].softmax(-1)
                 found[number][int(batch.index[row])] = [float(p[list(ids)].max()) for ids in prompt.options]
     return found
@@ -133,8 +141,9 @@ def _probabilities(run: Ready, name: str, plan: list[Configuration]) -> list[dic
 @pytest.mark.slow
 def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
     path = tmp_path / "fresh.json"
-    subprocess.run([sys.executable, "-m", "tests.fixtures.make_unlearning", str(path)], check=True,
-                   cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-m", "tests.fixtures.make_unlearning", str(path)], check=True, cwd=Path(__file__).parents[2]
+    )
     fresh = json.loads(path.read_text())
     for case, name in RUNS:
         for entry, want in zip(fresh[case][name]["configurations"], STOCK[case][name]["configurations"], strict=True):

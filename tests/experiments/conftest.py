@@ -30,7 +30,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Pat
     shutil.copytree(ROOT / ".dvc" / "plots", folder / ".dvc" / "plots")
     with (folder / "params.yaml").open("w") as handle:
         YAML().dump(tiny_params(tiny_inputs), handle)
-    for command in (["init", "-q"], ["config", "user.name", "t"], ["config", "user.email", "t@example.com"],
-                    ["add", "-A"], ["commit", "-qm", "tiny"]):
+    for command in (
+        ["init", "-q"],
+        ["config", "user.name", "t"],
+        ["config", "user.email", "t@example.com"],
+        ["add", "-A"],
+        ["commit", "-qm", "tiny"],
+    ):
         assert run(folder, "git", *command).returncode == 0
     return folder

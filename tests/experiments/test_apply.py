@@ -29,8 +29,12 @@ def test_an_experiment_of_some_stages_is_applied(tmp_path: Path) -> None:
 
     first, clone = tmp_path / "first", tmp_path / "clone"
     first.mkdir()
-    for command in (["git", "init", "-q", "-b", "main"], ["git", "config", "user.name", "t"],
-                    ["git", "config", "user.email", "t@localhost"], ["dvc", "init", "-q"]):
+    for command in (
+        ["git", "init", "-q", "-b", "main"],
+        ["git", "config", "user.name", "t"],
+        ["git", "config", "user.email", "t@localhost"],
+        ["dvc", "init", "-q"],
+    ):
         run(first, *command)
     (first / "dvc.yaml").write_text(PIPELINE)
     (first / "params.yaml").write_text("a: 1\n")

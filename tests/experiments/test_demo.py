@@ -26,16 +26,42 @@ def test_every_ladder_is_six_settings_its_recipe_takes() -> None:
     several = demo_saes(["top_k"], [1, 2], [64, 256], [0, 1], None)
     assert len(several) == 2 * 2 * (2 + 4)  # at width 64 only 20 and 40 fit
     assert several["layer_2_top_k_w256_seed1_k160"] == {
-        "recipe": "top_k", "d_sae": 256, "hook_name": "blocks.2.hook_resid_post", "k": 160, "seed": 1}
+        "recipe": "top_k",
+        "d_sae": 256,
+        "hook_name": "blocks.2.hook_resid_post",
+        "k": 160,
+        "seed": 1,
+    }
     with pytest.raises(UserError, match="too narrow"):
         demo_saes(["top_k"], [1], [4], None, None)
 
 
 @pytest.fixture
 def arguments(tiny_inputs: Path, in_project: Path) -> list[str]:
-    return ["--save_dir", "saes", "--model_name", str(tiny_inputs / "tiny"), "--text", str(tiny_inputs / "texts"),
-            "--layers", "0", "1", "--architectures", "standard", "top_k", "--widths", "48", "--tokens", "2048",
-            "--context_size", "32", "--batch_size", "64", "--device", "cpu"]
+    return [
+        "--save_dir",
+        "saes",
+        "--model_name",
+        str(tiny_inputs / "tiny"),
+        "--text",
+        str(tiny_inputs / "texts"),
+        "--layers",
+        "0",
+        "1",
+        "--architectures",
+        "standard",
+        "top_k",
+        "--widths",
+        "48",
+        "--tokens",
+        "2048",
+        "--context_size",
+        "32",
+        "--batch_size",
+        "64",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_one_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,8 +78,9 @@ def test_one_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert len(snapshots) >= 3 and load_sae(snapshots[0]).cfg.d_sae == 48
 
 
-def test_a_dry_run_trains_nothing_and_mistakes_come_first(arguments: list[str], monkeypatch: pytest.MonkeyPatch,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_trains_nothing_and_mistakes_come_first(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*arguments, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("16 SAEs on ") and "blocks.0.hook_resid_post standard: standard_l1_0p012" in out

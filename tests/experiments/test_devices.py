@@ -29,8 +29,11 @@ def test_names_become_slots(in_project: Path, monkeypatch: pytest.MonkeyPatch) -
     assert parse_devices("auto", GPUS) == [Slot("cuda:0", 0), Slot("cuda:1", 0)]
     assert parse_devices("auto", [Found("mps", ""), Found("cpu", "")]) == [Slot("mps", 0)]
     assert parse_devices("auto", GPUS[2:]) == [Slot("cpu", 0)]
-    for text, line in (("cuda:7", "cuda:7 is not there; found cuda:0, cuda:1, cpu"), ("gpu", "'gpu' is no device"),
-                       (",", "names no device")):
+    for text, line in (
+        ("cuda:7", "cuda:7 is not there; found cuda:0, cuda:1, cpu"),
+        ("gpu", "'gpu' is no device"),
+        (",", "names no device"),
+    ):
         with pytest.raises(UserError, match=line):
             parse_devices(text, GPUS)
     assert Slot("cuda:1", 0).environment(0) == {"CUDA_VISIBLE_DEVICES": "1", DEVICE_VARIABLE: "cuda"}
@@ -97,8 +100,10 @@ def test_a_job_whose_worker_was_killed_is_told_from_others(in_project: Path) -> 
     dead, left = subprocess.Popen(SLEEP), subprocess.Popen(job)
     live = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.run({job})"])
     runner = Runner.__new__(Runner)
-    runner.workers = {Slot("cpu", number): processes.record("worker", str(number), worker.pid)
-                      for number, worker in enumerate((dead, live))}
+    runner.workers = {
+        Slot("cpu", number): processes.record("worker", str(number), worker.pid)
+        for number, worker in enumerate((dead, live))
+    }
     while not (children := psutil.Process(live.pid).children()):
         time.sleep(0.01)
     entries = {"left": Entry("left", "running", left.pid, None), "other": Entry("other", "running", children[0].pid, None)}
@@ -116,9 +121,15 @@ def test_a_job_whose_worker_was_killed_is_told_from_others(in_project: Path) -> 
 
 def test_a_log_is_followed_to_its_end(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    writer = subprocess.Popen([sys.executable, "-c", "import sys, time\nfor i in range(4):\n print(i, flush=True)\n"
-                                                     " time.sleep(0.1)\nprint('1%\\r50%\\r100%\\r', end='')"],
-                              stdout=log.open("w"))
+    writer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfor i in range(4):\n print(i, flush=True)\n"
+            " time.sleep(0.1)\nprint('1%\\r50%\\r100%\\r', end='')",
+        ],
+        stdout=log.open("w"),
+    )
     start = time.monotonic()
     text = "".join(processes.follow(log, lambda: writer.poll() is None, seconds=0.05))
     assert text.split("\n")[:4] == ["0", "1", "2", "3"] and time.monotonic() - start < 30

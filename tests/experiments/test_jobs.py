@@ -35,13 +35,16 @@ def test_points_of_one_stream_become_one_run(params_yaml: dict[str, Any]) -> Non
     sweep = {"train.saes.topk.k": [16, 32], "train": {"tokens": [1000, 2000]}}
     jobs = make_jobs(grid_of(params_yaml, sweep).points, ["core"], "my sweep", "sweep.yaml")
     assert [(job.saes, job.label) for job in jobs] == [
-        (["standard", "topk_k_16", "topk_k_32"], f"train.tokens={tokens}") for tokens in (1000, 2000)]
+        (["standard", "topk_k_16", "topk_k_32"], f"train.tokens={tokens}") for tokens in (1000, 2000)
+    ]
     for job in jobs:
         assert job.params.train.saes["topk_k_16"].k == 16
         assert job.params.comparison_saes.trained == ["all"] and job.params.baseline_sae.name == "standard"
         assert [name for name, on in job.params.eval_types.model_dump().items() if on] == ["core"]
         assert job.targets[0] == "core_metrics" and set(job.targets[1:]) == {  # these to say that they are off
-            "ground_truth_metrics", "sparse_probing_metrics"}
+            "ground_truth_metrics",
+            "sparse_probing_metrics",
+        }
         assert job.name.startswith("my-sweep-")
     parts = make_jobs(grid_of(params_yaml, sweep).points, ["core"], "s", "s", saes_per_run=2)
     assert [len(job.saes) for job in parts] == [2, 1, 2, 1]
@@ -52,7 +55,7 @@ def test_a_shared_setting_becomes_each_sae_s_own(params_yaml: dict[str, Any]) ->
     values = copy.deepcopy(params_yaml)
     values["train"]["saes"]["topk"].pop("learning_rate", None)
     sweep = {"train.learning_rate": [1e-3, 3e-4], "train.hook_name": ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"]}
-    job, = make_jobs(grid_of(values, sweep).points, ["core"], "s", "s")
+    (job,) = make_jobs(grid_of(values, sweep).points, ["core"], "s", "s")
     own_rate = values["train"]["saes"]["standard"]["learning_rate"]
     rates = {name: sae.learning_rate for name, sae in job.params.train.saes.items()}
     assert rates["topk_lr_0_001_hook_name_blocks_1_hook_resid_post"] == 1e-3
@@ -68,16 +71,19 @@ def test_a_file_that_defines_saes_trains_no_others(params_yaml: dict[str, Any]) 
     assert names_sections(mine) and not names_sections({"saes": {}, "data": {}, "lr": 1})
 
 
-@pytest.mark.parametrize(("sweep", "line"), [
-    ({"train.saes.topk.kk": [1, 2]}, "kk, did you mean k?"),
-    ({"trian.tokens": [1, 2]}, "did you mean train.tokens?"),
-    ({"train.saes.tpok.k": [1, 2]}, "did you mean topk?"),
-    ({"train.saes.topk.k": []}, "lists no value"),
-    ({"train.saes.topk.k": [0]}, "train.saes.topk.k"),
-    ({"train.saes.topk.learning_rate": [1e-3, 1.00000001e-3]}, "two different SAEs would be called"),
-    ({"train.tokens": [1000], "max_experiments": "many"}, "max_experiments"),
-    ({"train.tokens": [1000, 2000], "controls.names": [[], ["random"]]}, "controls.names changes no SAE and no figure"),
-])
+@pytest.mark.parametrize(
+    ("sweep", "line"),
+    [
+        ({"train.saes.topk.kk": [1, 2]}, "kk, did you mean k?"),
+        ({"trian.tokens": [1, 2]}, "did you mean train.tokens?"),
+        ({"train.saes.tpok.k": [1, 2]}, "did you mean topk?"),
+        ({"train.saes.topk.k": []}, "lists no value"),
+        ({"train.saes.topk.k": [0]}, "train.saes.topk.k"),
+        ({"train.saes.topk.learning_rate": [1e-3, 1.00000001e-3]}, "two different SAEs would be called"),
+        ({"train.tokens": [1000], "max_experiments": "many"}, "max_experiments"),
+        ({"train.tokens": [1000, 2000], "controls.names": [[], ["random"]]}, "controls.names changes no SAE and no figure"),
+    ],
+)
 def test_what_cannot_be_swept_is_one_line(params_yaml: dict[str, Any], sweep: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
         make_jobs(grid_of(params_yaml, sweep).points, ["core"], "s", "sweep.yaml")
@@ -88,8 +94,12 @@ def test_what_cannot_be_swept_is_one_line(params_yaml: dict[str, Any], sweep: di
 
 def test_dvc_makes_of_the_overrides_what_was_meant(tmp_path: Path, params_yaml: dict[str, Any]) -> None:
     """Also from a params.yaml whose lists and comments DVC's writer is known to damage."""
-    base = {"train.saes.my_sae": {"recipe": "hard_concrete", "d_sae": 8, "l0_coefficient": 1e-5, "stretch": [-0.2, 1.2]},
-            "tracking.name": "it's {sae}: a, b", "text.dataset": "C:\\texts (1)", "random_seed": 7}
+    base = {
+        "train.saes.my_sae": {"recipe": "hard_concrete", "d_sae": 8, "l0_coefficient": 1e-5, "stretch": [-0.2, 1.2]},
+        "tracking.name": "it's {sae}: a, b",
+        "text.dataset": "C:\\texts (1)",
+        "random_seed": 7,
+    }
     workspace = copy.deepcopy(params_yaml)
     workspace["comparison_saes"]["python"] = ["custom_saes.example:AbsTopK"]
     path = tmp_path / "params.yaml"
@@ -126,7 +136,7 @@ def test_any_list_can_be_emptied_in_a_file_that_dvc_wrote_before(tmp_path: Path,
 
 
 def test_finished_saes_are_told_by_all_that_shaped_them(params_yaml: dict[str, Any]) -> None:
-    job, = make_jobs(grid_of(params_yaml, {"train.saes.topk.k": [16, 32]}).points, ["core"], "s", "s")
+    (job,) = make_jobs(grid_of(params_yaml, {"train.saes.topk.k": [16, 32]}).points, ["core"], "s", "s")
     keys = sae_keys(job.params)
     rest = without(job, ["standard", "topk_k_16"], ["core"], "s", "s")
     assert rest is not None and rest.saes == ["topk_k_32"] and rest.name != job.name
@@ -135,12 +145,19 @@ def test_finished_saes_are_told_by_all_that_shaped_them(params_yaml: dict[str, A
     assert without(job, [], ["core"], "s", "s") is job
 
     def changed(**sections: Any) -> dict[str, str]:
-        return sae_keys(job.params.model_copy(update={
-            name: getattr(job.params, name).model_copy(update=values) for name, values in sections.items()}))
+        return sae_keys(
+            job.params.model_copy(
+                update={name: getattr(job.params, name).model_copy(update=values) for name, values in sections.items()}
+            )
+        )
 
     assert changed(model={"device": "cpu"}, visualization={"dpi": 50}, sparse_probing={"k_values": [3]}) == keys
-    for other in (changed(model={"name": "x"}), changed(train={"tokens": 5}), changed(core_eval={"batch_size_prompts": 1}),
-                  changed(text={"dataset": "x"})):
+    for other in (
+        changed(model={"name": "x"}),
+        changed(train={"tokens": 5}),
+        changed(core_eval={"batch_size_prompts": 1}),
+        changed(text={"dataset": "x"}),
+    ):
         assert not set(other.values()) & set(keys.values())
 
 

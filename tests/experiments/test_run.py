@@ -15,8 +15,12 @@ from sae_research.config.params import load_params
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 
-SMALL = ["data.context_length=24", "saes.sae_positions=[blocks.1.hook_resid_pre,blocks.2.hook_resid_pre]",
-         "saes.dict_size_to_input_ratio=2", "data.n_eval_samples=10"]
+SMALL = [
+    "data.context_length=24",
+    "saes.sae_positions=[blocks.1.hook_resid_pre,blocks.2.hook_resid_pre]",
+    "saes.dict_size_to_input_ratio=2",
+    "data.n_eval_samples=10",
+]
 
 
 def write(path: Path, text: str) -> str:
@@ -26,14 +30,27 @@ def write(path: Path, text: str) -> str:
 
 def test_a_foreign_file_trains(params_only: Path, tiny_inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(params_only / "relu.yaml", README_CONFIG)
-    arguments = ["--config_path", config, "--device", "cpu", "--wandb_project", "null", "--model",
-                 str(tiny_inputs / "tiny"), "--text", str(tiny_inputs / "texts"), "--tokens", "3000", *SMALL]
+    arguments = [
+        "--config_path",
+        config,
+        "--device",
+        "cpu",
+        "--wandb_project",
+        "null",
+        "--model",
+        str(tiny_inputs / "tiny"),
+        "--text",
+        str(tiny_inputs / "texts"),
+        "--tokens",
+        "3000",
+        *SMALL,
+    ]
     assert experiments.main("run", [*arguments, "--dry_run"]) == 0
     assert not (params_only / "output").exists()
     assert experiments.main("run", arguments) == 0
     said = capsys.readouterr().out
     assert "note: lr_schedule: cosine" in said
-    folder, = (params_only / "output").iterdir()
+    (folder,) = (params_only / "output").iterdir()
     assert folder.name.startswith("relu_lr_0.001_sparsity_0.1_")
     params = load_params(folder / "params.yaml")
     assert params.tracking.project is None and params.train.tokens == 3000

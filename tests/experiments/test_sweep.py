@@ -37,22 +37,31 @@ def test_points_are_run_once_and_failures_are_failures(pipeline: Path) -> None:
     assert run(pipeline, "git", "status", "--porcelain").stdout == ""
     rows = json.loads(run(pipeline, "dvc", "exp", "show", "--json").stdout)[-1]["experiments"]
     shown = {row["name"]: row["revs"][0]["data"] for row in rows if row["revs"][0].get("data")}
-    (name, data), = ((name, data) for name, data in shown.items()
-                     if "data" in (data["metrics"] or {}).get("metrics/core.json", {}))
+    ((name, data),) = (
+        (name, data) for name, data in shown.items() if "data" in (data["metrics"] or {}).get("metrics/core.json", {})
+    )
     metrics = data["metrics"]["metrics/core.json"]["data"]
     assert {"standard", "topk_k_4", "topk_k_8"} <= set(metrics) and metrics["topk_k_8"]["l0"] > 0
     assert data["metrics"]["metrics/sparse_probing.json"]["data"]["_status"]["status"] == "disabled"
     copies = pipeline.parent / "copies"
-    assert YAML(typ="safe").load(run(pipeline, "git", "show", f"{data['rev']}:params.yaml").stdout)["train"]["saes"] == \
-        YAML(typ="safe").load((copies / f"{name}.yaml").read_text())["train"]["saes"]
+    assert (
+        YAML(typ="safe").load(run(pipeline, "git", "show", f"{data['rev']}:params.yaml").stdout)["train"]["saes"]
+        == YAML(typ="safe").load((copies / f"{name}.yaml").read_text())["train"]["saes"]
+    )
     assert (copies / "results.csv").read_text().count(name) == 3
     assert json.loads((copies / "outcome.json").read_text())["done"] == [name]
 
     longer = sweep_file(pipeline, "longer", "train.saes.topk.k: [4, 8, 16]\ntrain.tokens: [3000]\n")
     planned = verb(pipeline, "sweep", "--sweep_config", longer, "--devices", "cpu", "--dry_run").stdout
     assert "4 SAEs in 1 runs; 3 SAEs are finished, 1 to train in 1 runs" in planned
-    again = verb(pipeline, "sweep", "--sweep_config", sweep_file(
-        pipeline, "again", "train.saes.topk.k: [4, 8]\ntrain.tokens: [3000]\n"), "--devices", "cpu")
+    again = verb(
+        pipeline,
+        "sweep",
+        "--sweep_config",
+        sweep_file(pipeline, "again", "train.saes.topk.k: [4, 8]\ntrain.tokens: [3000]\n"),
+        "--devices",
+        "cpu",
+    )
     assert again.returncode == 0 and "0 to train in 0 runs" in again.stdout and "topk_k_8" in again.stdout
     watched = verb(pipeline, "monitor").stdout
     assert f"done     {name}" in watched and "failed   grid-" in watched and "ends after" in watched
@@ -64,21 +73,32 @@ def test_points_are_run_once_and_failures_are_failures(pipeline: Path) -> None:
 
 def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
     """`monitor --kill JOB` ends one job of two; Ctrl-C ends the sweep and all of its processes, and no others."""
-    config = sweep_file(pipeline, "long", "train.tokens: [60000, 61000]\ntrain.batch_size: 4\ntrain.saes.topk.d_sae: 4096\n"
-                                          "train.checkpoint_steps: 200\n")
+    config = sweep_file(
+        pipeline,
+        "long",
+        "train.tokens: [60000, 61000]\ntrain.batch_size: 4\ntrain.saes.topk.d_sae: 4096\ntrain.checkpoint_steps: 200\n",
+    )
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     log = (pipeline.parent / "log").open("w")
     # a shell's background jobs, and all they start, ignore Ctrl-C
-    sweep = subprocess.Popen([sys.executable, "-m", "sae_research", "sweep", "--sweep_config", config, "--devices",
-                              "cpu,cpu"], cwd=pipeline, env=ENV, stdout=log, stderr=log,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "sae_research", "sweep", "--sweep_config", config, "--devices", "cpu,cpu"],
+        cwd=pipeline,
+        env=ENV,
+        stdout=log,
+        stderr=log,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         running: list[str] = []
         deadline = time.monotonic() + 300
         while len(running) < 2 and time.monotonic() < deadline:
             time.sleep(2)
-            running = [line for line in verb(pipeline, "monitor").stdout.splitlines() if line.startswith("running  long-")
-                       and "step 0" not in line and "cpu  step" in line]
+            running = [
+                line
+                for line in verb(pipeline, "monitor").stdout.splitlines()
+                if line.startswith("running  long-") and "step 0" not in line and "cpu  step" in line
+            ]
         assert len(running) == 2, (pipeline.parent / "log").read_text()
         second = verb(pipeline, "sweep", "--sweep_config", config, "--devices", "cpu")
         assert second.returncode == 1 and "a sweep is at work in this project" in second.stderr
@@ -100,8 +120,25 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
         stranger.kill()
         stranger.wait()
     assert "Queued" not in run(pipeline, "dvc", "queue", "status").stdout
-    resumed = subprocess.Popen([sys.executable, "-m", "sae_research", "sweep", "--sweep_config", config, "--devices", "cpu",
-                                "--sequential", "--limit", "1"], cwd=pipeline, env=ENV, stdout=subprocess.PIPE, text=True)
+    resumed = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "sae_research",
+            "sweep",
+            "--sweep_config",
+            config,
+            "--devices",
+            "cpu",
+            "--sequential",
+            "--limit",
+            "1",
+        ],
+        cwd=pipeline,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     said = ""
     for line in resumed.stdout or ():
         said += line

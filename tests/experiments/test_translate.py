@@ -58,8 +58,15 @@ def test_a_translated_loss_is_theirs_up_to_one_factor(sae_type: str) -> None:
     """Their loss of any errors and penalties on raw activations, times d s^2 / m, is ours on scaled ones."""
     m, strength, aux, d, s = 2.0, 0.3, 0.25, SCALE.d_in, 1 / SCALE.rms_norm
     own = {"saes.aux_coeff": aux} if "gated" in sae_type else {}
-    result = translated(**{"saes.sae_type": sae_type, "saes.sparsity_coeff": strength, "saes.mse_coeff": m,
-                           "saes.sae_positions": "blocks.0.hook_resid_pre", **own})
+    result = translated(
+        **{
+            "saes.sae_type": sae_type,
+            "saes.sparsity_coeff": strength,
+            "saes.mse_coeff": m,
+            "saes.sae_positions": "blocks.0.hook_resid_pre",
+            **own,
+        }
+    )
     sae = result.overrides["train.saes"][sae_type]
     error, l1, l0, gate_error = torch.rand(4).double() * 50  # |e|^2, |z|_1, expected L0, |e_gate|^2: raw units
     penalty = {"relu": l1 / d, "gated": l1}.get(sae_type, l0 / d)
@@ -71,10 +78,18 @@ def test_a_translated_loss_is_theirs_up_to_one_factor(sae_type: str) -> None:
 
 
 def test_settings_of_hard_concrete_gates_carry_over() -> None:
-    sae = translated(**{"saes.sae_type": "hard_concrete", "saes.initial_beta": 1.0, "saes.final_beta": 0.3,
-                        "saes.beta_annealing": True, "saes.input_dependent_gates": False,
-                        "saes.hard_concrete_stretch_limits": [-0.2, 1.2], "saes.name": "Gates",
-                        "saes.sae_positions": ["blocks.0.hook_resid_pre"]}).overrides["train.saes"]["gates"]
+    sae = translated(
+        **{
+            "saes.sae_type": "hard_concrete",
+            "saes.initial_beta": 1.0,
+            "saes.final_beta": 0.3,
+            "saes.beta_annealing": True,
+            "saes.input_dependent_gates": False,
+            "saes.hard_concrete_stretch_limits": [-0.2, 1.2],
+            "saes.name": "Gates",
+            "saes.sae_positions": ["blocks.0.hook_resid_pre"],
+        }
+    ).overrides["train.saes"]["gates"]
     assert (sae["initial_beta"], sae["final_beta"], sae["beta_annealing"]) == (1.0, 0.3, True)
     assert sae["input_dependent_gates"] is False and sae["stretch"] == [-0.2, 1.2]
 
@@ -82,8 +97,14 @@ def test_settings_of_hard_concrete_gates_carry_over() -> None:
 @pytest.mark.parametrize("sae_type", ["hard_concrete", "gated_hard_concrete"])
 def test_the_published_block_anneals_beta_to_half(sae_type: str) -> None:
     """SAE-Interpretability's README gives `beta_annealing: true` and no `final_beta`."""
-    result = translated(**{"saes.sae_type": sae_type, "saes.initial_beta": 0.5, "saes.beta_annealing": True,
-                           "saes.sae_positions": ["blocks.0.hook_resid_pre"]})
+    result = translated(
+        **{
+            "saes.sae_type": sae_type,
+            "saes.initial_beta": 0.5,
+            "saes.beta_annealing": True,
+            "saes.sae_positions": ["blocks.0.hook_resid_pre"],
+        }
+    )
     sae = check_params({"train": {"saes": result.overrides["train.saes"]}}, "x").train.saes[sae_type]
     assert sae.beta_annealing and sae.last_beta == 0.25
     assert any(note.startswith("saes.final_beta: not given: 0.25") for note in result.notes)
@@ -94,8 +115,9 @@ def test_the_published_block_anneals_beta_to_half(sae_type: str) -> None:
 
 def test_a_grid_without_bound_is_one_line() -> None:
     params_yaml = read((ROOT / "params.yaml").read_text())
-    sweep = {f"train.{key}": list(range(1, 22))
-             for key in ("tokens", "buffer_tokens", "held_out_tokens", "checkpoint_steps")}
+    sweep = {
+        f"train.{key}": list(range(1, 22)) for key in ("tokens", "buffer_tokens", "held_out_tokens", "checkpoint_steps")
+    }
     with pytest.raises(UserError, match=r"194,481 points, more than the 2,000 .*set max_experiments there \(or --limit\)"):
         expand({}, sweep, params_yaml, Changes(), scales)
     assert len(expand({}, {**sweep, "max_experiments": 5}, params_yaml, Changes(), scales).points) == 5
@@ -114,21 +136,24 @@ def test_a_shorter_run_keeps_its_steps_and_fractions() -> None:
     assert linear["train.decay_fraction"] == 0.25
 
 
-@pytest.mark.parametrize(("overrides", "line"), [
-    (["saes.sparsity_cof=1"], "unknown key saes.sparsity_cof, did you mean saes.sparsity_coeff?"),
-    (["learning_rat=1"], "did you mean learning_rate?"),
-    (["sae.lr=1"], "unknown section sae, did you mean saes?"),
-    (["lr=fast"], "lr: Input should be a valid number"),
-    (["saes.aux_coeff=1"], "saes.aux_coeff is no setting of relu"),
-    (["saes.sae_type=topk"], "saes.sae_type"),
-    (["max_grad_norm=5"], "set max_grad_norm: 1.0"),
-    (["saes.retrain_saes=true"], "comparison_saes.folders"),
-    (["data.split=validation"], "data.split"),
-    (["warmup_samples=200000"], "more than data.n_train_samples"),
-    (["data.n_train_samples=100"], "one step takes"),
-    (["tlens_model_path=here"], "give one of tlens_model_name"),
-    (["lr"], "expected KEY=VALUE"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["saes.sparsity_cof=1"], "unknown key saes.sparsity_cof, did you mean saes.sparsity_coeff?"),
+        (["learning_rat=1"], "did you mean learning_rate?"),
+        (["sae.lr=1"], "unknown section sae, did you mean saes?"),
+        (["lr=fast"], "lr: Input should be a valid number"),
+        (["saes.aux_coeff=1"], "saes.aux_coeff is no setting of relu"),
+        (["saes.sae_type=topk"], "saes.sae_type"),
+        (["max_grad_norm=5"], "set max_grad_norm: 1.0"),
+        (["saes.retrain_saes=true"], "comparison_saes.folders"),
+        (["data.split=validation"], "data.split"),
+        (["warmup_samples=200000"], "more than data.n_train_samples"),
+        (["data.n_train_samples=100"], "one step takes"),
+        (["tlens_model_path=here"], "give one of tlens_model_name"),
+        (["lr"], "expected KEY=VALUE"),
+    ],
+)
 def test_what_cannot_be_is_one_line(overrides: list[str], line: str) -> None:
     with pytest.raises(UserError) as error:
         translated(**foreign.canonical(parse_overrides(overrides), "line"))
@@ -137,9 +162,9 @@ def test_what_cannot_be_is_one_line(overrides: list[str], line: str) -> None:
 
 
 def test_both_spellings_name_one_key() -> None:
-    assert foreign.canonical({"learning_rates": 1, "dict_size_ratio": 2, "n_train_samples": 3,
-                              "sae_specific": {"initial_betas": 4}}, "sweep") == {
-        "lr": 1, "saes.dict_size_to_input_ratio": 2, "data.n_train_samples": 3, "saes.initial_beta": 4}
+    assert foreign.canonical(
+        {"learning_rates": 1, "dict_size_ratio": 2, "n_train_samples": 3, "sae_specific": {"initial_betas": 4}}, "sweep"
+    ) == {"lr": 1, "saes.dict_size_to_input_ratio": 2, "data.n_train_samples": 3, "saes.initial_beta": 4}
     with pytest.raises(UserError, match="lr is given twice"):
         foreign.canonical({"lr": 1, "learning_rate": 2}, "file")
 

@@ -105,8 +105,13 @@ def test_a_run_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path, tiny_in
     assert kills == KILLS
     run(project, *REPRO)
     assert results(project) == want
-    assert run(project, "git", "status", "--porcelain", "--untracked-files=all").stdout == run(
-        undisturbed, "git", "status", "--porcelain", "--untracked-files=all").stdout
-    strays = [path for path in project.rglob("*") if ".git" not in path.parts and path.suffix in (".tmp", ".lock")
-              and path.name.startswith(".")]
+    assert (
+        run(project, "git", "status", "--porcelain", "--untracked-files=all").stdout
+        == run(undisturbed, "git", "status", "--porcelain", "--untracked-files=all").stdout
+    )
+    strays = [
+        path
+        for path in project.rglob("*")
+        if ".git" not in path.parts and path.suffix in (".tmp", ".lock") and path.name.startswith(".")
+    ]
     assert not strays

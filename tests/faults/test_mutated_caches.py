@@ -29,12 +29,24 @@ def lm(tiny_inputs: Path) -> LanguageModel:
 def params(tiny_inputs: Path, in_project: Path) -> Params:
     rows = [f"{label} text of words number {i},{label}" for label in ("cat", "dog") for i in range(120)]
     (in_project / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    return Params.model_validate({
-        "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 4},
-        "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
-        "core_eval": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1},
-        "sparse_probing": {"dataset_names": [str(in_project / "mine.csv")], "context_length": 12, "k_values": [1],
-                           "probe_train_set_size": 16, "probe_test_set_size": 8}})
+    return Params.model_validate(
+        {
+            "model": {"name": str(tiny_inputs / "tiny"), "device": "cpu", "llm_batch_size": 4},
+            "text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
+            "core_eval": {
+                "batch_size_prompts": 2,
+                "n_eval_reconstruction_batches": 1,
+                "n_eval_sparsity_variance_batches": 1,
+            },
+            "sparse_probing": {
+                "dataset_names": [str(in_project / "mine.csv")],
+                "context_length": 12,
+                "k_values": [1],
+                "probe_train_set_size": 16,
+                "probe_test_set_size": 8,
+            },
+        }
+    )
 
 
 def figures(lm: LanguageModel, params: Params, *names: str) -> list[dict[str, Any]]:
@@ -64,10 +76,12 @@ def harm(path: Path, others: list[Path], rng: random.Random) -> str:
     return kind
 
 
-@pytest.mark.parametrize(("count", "names"), [
-    (2, ["standard"]), pytest.param(60, ["standard", "mpsae_s3", "ihtp_k4"], marks=pytest.mark.slow)])
-def test_damaged_caches_change_no_figure(lm: LanguageModel, params: Params, count: int, names: list[str],
-                                         in_project: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "names"), [(2, ["standard"]), pytest.param(60, ["standard", "mpsae_s3", "ihtp_k4"], marks=pytest.mark.slow)]
+)
+def test_damaged_caches_change_no_figure(
+    lm: LanguageModel, params: Params, count: int, names: list[str], in_project: Path
+) -> None:
     rng, seen = random.Random(count), Counter[str]()
     clean, cache, kept = figures(lm, params, *names), in_project / ".cache", in_project / "kept"
     shutil.copytree(cache, kept)

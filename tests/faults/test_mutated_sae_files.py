@@ -26,8 +26,20 @@ from sae_research.saes import save_sae
 from sae_research.saes.formats import exchange
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 
-KEYS = ["threshold", "k", "activation_fn", "activation_fn_str", "noise", "scaling_factor", "finetuning_scaling_factor",
-        "skip", "post_encoder_bias", "hook_head_index", "d_out", "normalize_activations"]
+KEYS = [
+    "threshold",
+    "k",
+    "activation_fn",
+    "activation_fn_str",
+    "noise",
+    "scaling_factor",
+    "finetuning_scaling_factor",
+    "skip",
+    "post_encoder_bias",
+    "hook_head_index",
+    "d_out",
+    "normalize_activations",
+]
 HARMS = ["cut", "empty", "head", "folder", "missing", "rename", "extra", "cast", "transpose", "nan", "drop", "size"]
 X = random_activations()
 Folder = Callable[[Path], None]
@@ -37,22 +49,51 @@ Originals = dict[str, tuple[Path, tuple[torch.Tensor, ...]]]
 def sae_lens(architecture: str, **config: Any) -> Folder:
     def write(folder: Path) -> None:
         sae = make_sae(architecture)
-        values = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu",
-                  "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none", **config,
-                  "metadata": {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": "blocks.1.hook_resid_post",
-                               "hook_head_index": None, "prepend_bos": True, "context_size": 16}}
+        values = {
+            "architecture": architecture,
+            "d_in": D_IN,
+            "d_sae": D_SAE,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            **config,
+            "metadata": {
+                "sae_lens_version": "6.54.12",
+                "model_name": "tiny",
+                "hook_name": "blocks.1.hook_resid_post",
+                "hook_head_index": None,
+                "prepend_bos": True,
+                "context_size": 16,
+            },
+        }
         folder.mkdir(parents=True)
         (folder / "cfg.json").write_text(json.dumps(values))
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in sae.tensors().items()},
-                                    folder / "sae_weights.safetensors")
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in sae.tensors().items()}, folder / "sae_weights.safetensors"
+        )
+
     return write
 
 
 def flat(folder: Path) -> None:
     sae_lens("standard")(folder)
-    (folder / "cfg.json").write_text(json.dumps({
-        "model_name": "tiny", "hook_point": "blocks.1.hook_resid_post", "hook_point_layer": 1, "d_in": D_IN, "d_sae": D_SAE,
-        "dtype": "torch.float32", "activation_fn_str": "relu", "context_size": 16, "l1_coefficient": 1e-3}))
+    (folder / "cfg.json").write_text(
+        json.dumps(
+            {
+                "model_name": "tiny",
+                "hook_point": "blocks.1.hook_resid_post",
+                "hook_point_layer": 1,
+                "d_in": D_IN,
+                "d_sae": D_SAE,
+                "dtype": "torch.float32",
+                "activation_fn_str": "relu",
+                "context_size": 16,
+                "l1_coefficient": 1e-3,
+            }
+        )
+    )
 
 
 def pursuit(folder: Path) -> None:
@@ -61,24 +102,39 @@ def pursuit(folder: Path) -> None:
 
 def interpretability(folder: Path) -> None:
     g = torch.Generator().manual_seed(2)
-    state = {"encoder.0.weight": torch.randn(D_SAE, D_IN, generator=g), "encoder.0.bias": torch.randn(D_SAE, generator=g),
-             "decoder.weight": torch.randn(D_IN, D_SAE, generator=g), "decoder.bias": torch.randn(D_IN, generator=g)}
+    state = {
+        "encoder.0.weight": torch.randn(D_SAE, D_IN, generator=g),
+        "encoder.0.bias": torch.randn(D_SAE, generator=g),
+        "decoder.weight": torch.randn(D_IN, D_SAE, generator=g),
+        "decoder.bias": torch.randn(D_IN, generator=g),
+    }
     folder.mkdir(parents=True)
     torch.save({f"blocks-1-hook_resid_pre.{name}": tensor for name, tensor in state.items()}, folder / "samples_10.pt")
-    (folder / "final_config.yaml").write_text(yaml.safe_dump({
-        "seed": 1, "tlens_model_name": "tiny", "data": {"context_length": 16},
-        "saes": {"sae_type": "relu", "sae_positions": ["blocks.1.hook_resid_pre"]}}))
+    (folder / "final_config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "seed": 1,
+                "tlens_model_name": "tiny",
+                "data": {"context_length": 16},
+                "saes": {"sae_type": "relu", "sae_positions": ["blocks.1.hook_resid_pre"]},
+            }
+        )
+    )
 
 
 FOLDERS: dict[str, Folder] = {
     **{f"sae_lens_{architecture}": sae_lens(architecture) for architecture in ("standard", "gated", "jumprelu")},
-    "sae_lens_topk": sae_lens("topk", k=5, rescale_acts_by_decoder_norm=False), "sae_lens_flat": flat,
-    "sae_lens_pursuit": pursuit, "sae_interpretability": interpretability,
+    "sae_lens_topk": sae_lens("topk", k=5, rescale_acts_by_decoder_norm=False),
+    "sae_lens_flat": flat,
+    "sae_lens_pursuit": pursuit,
+    "sae_interpretability": interpretability,
     "dl_standard": lambda folder: export_dictionary_learning(make_sae("standard"), folder),
     "dl_topk": lambda folder: export_dictionary_learning(make_sae("topk"), folder),
     "dl_gated": lambda folder: export_dictionary_learning(make_sae("gated"), folder),
-    **{f"own_{form}": lambda folder, form=form: save_sae(make_sae(form), folder)
-       for form in ("standard", "topk", "jumprelu", "matching_pursuit")},
+    **{
+        f"own_{form}": lambda folder, form=form: save_sae(make_sae(form), folder)
+        for form in ("standard", "topk", "jumprelu", "matching_pursuit")
+    },
 }
 
 
@@ -93,7 +149,7 @@ def mutate_config(path: Path, rng: random.Random) -> str:
     changed, change = changed_mapping(yaml.safe_load(path.read_text()), rng, kind, KEYS)
     text = yaml.safe_dump(changed) if path.suffix == ".yaml" else json.dumps(changed)
     if kind == "cut":
-        text = text[:rng.randrange(len(text))]
+        text = text[: rng.randrange(len(text))]
     elif kind == "twice" and path.suffix == ".json":
         text = text[:-1] + ', "d_sae": 7, "d_sae": 8}'
     data = bytearray(text.encode())
@@ -107,7 +163,7 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
     data = path.read_bytes()
     kind = rng.choice(HARMS)
     if kind in ("cut", "empty"):
-        path.write_bytes(data[:rng.randrange(len(data)) if kind == "cut" else 0])
+        path.write_bytes(data[: rng.randrange(len(data)) if kind == "cut" else 0])
     elif kind == "head":
         changed = bytearray(data)
         # a safetensors file that another library wrote carries no checksum: only its head is held against anything
@@ -149,10 +205,27 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
 
 def means_something_else(change: str) -> bool:
     """Changes that state another SAE without contradicting anything in the folder."""
-    return any(part in change for part in (
-        "apply_b_dec_to_input = ", "hook_name = ", "hook_point = ", "sae_positions = ", "k = 1", "k = 3", "delete k",
-        "rescale_acts_by_decoder_norm = ", "max_iterations", "residual_threshold", "stop_on_duplicate", "bytes",
-        "architecture = ", "normalize_activations = ", "delete metadata.hook_name", "delete hook_point"))
+    return any(
+        part in change
+        for part in (
+            "apply_b_dec_to_input = ",
+            "hook_name = ",
+            "hook_point = ",
+            "sae_positions = ",
+            "k = 1",
+            "k = 3",
+            "delete k",
+            "rescale_acts_by_decoder_norm = ",
+            "max_iterations",
+            "residual_threshold",
+            "stop_on_duplicate",
+            "bytes",
+            "architecture = ",
+            "normalize_activations = ",
+            "delete metadata.hook_name",
+            "delete hook_point",
+        )
+    )
 
 
 def campaign(originals: Originals, folder: Path, count: int, seed: int) -> dict[str, int]:

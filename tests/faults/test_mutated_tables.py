@@ -41,7 +41,8 @@ def json_lines(rows: list[dict[str, Any]]) -> str:
 RECORDS = [dict(zip(COLUMNS, row, strict=True)) for row in ROWS]
 QUESTIONS = [{"question": f"question {i}?", "choices": [f"answer {i}", "none", "some"], "answer": i % 3} for i in range(60)]
 FORMATS: dict[str, Callable[[Path], object]] = {
-    "csv": lambda path: delimited(path, ","), "tsv": lambda path: delimited(path, "\t"),
+    "csv": lambda path: delimited(path, ","),
+    "tsv": lambda path: delimited(path, "\t"),
     "jsonl": lambda path: path.write_text(json_lines(RECORDS)),
     "parquet": lambda path: pd.DataFrame(ROWS, columns=COLUMNS).to_parquet(path, write_page_checksum=True),
     "txt": lambda path: path.write_text("\n\n".join(text for text, _, _ in ROWS)),
@@ -116,8 +117,7 @@ def campaign(folder: Path, count: int, seed: int) -> dict[str, collections.Count
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.slow)])
-def test_a_table_is_refused_or_read_as_it_stands(tmp_path: Path, count: int,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_is_refused_or_read_as_it_stands(tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     seen = campaign(tmp_path, count, seed=count)
     assert all(kinds["refused"] for kinds in seen.values()), seen
     capsys.readouterr()

@@ -23,6 +23,7 @@ WEIGHTS = "model.safetensors"
 def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
     return edit
 
 
@@ -30,6 +31,7 @@ def _config(**values: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
     return edit
 
 
@@ -41,6 +43,7 @@ def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
     def edit(folder: Path) -> None:
         (folder / name).unlink()
         make(folder / name)
+
     return edit
 
 
@@ -50,10 +53,14 @@ def _unknown_only(folder: Path) -> None:
 
 
 BROKEN = {
-    "prefix": (_tensors(lambda t: {f"_orig_mod.{key}": value for key, value in t.items()}),
-               "lack .*model.embed_tokens.weight.* hold instead _orig_mod.model"),
-    "missing": (_tensors(lambda t: {key: value for key, value in t.items() if "layers.1.mlp" not in key}),
-                "lack model.layers.1.mlp.down_proj.weight.* would be random"),
+    "prefix": (
+        _tensors(lambda t: {f"_orig_mod.{key}": value for key, value in t.items()}),
+        "lack .*model.embed_tokens.weight.* hold instead _orig_mod.model",
+    ),
+    "missing": (
+        _tensors(lambda t: {key: value for key, value in t.items() if "layers.1.mlp" not in key}),
+        "lack model.layers.1.mlp.down_proj.weight.* would be random",
+    ),
     "shape": (_tensors(lambda t: t | {"model.norm.weight": torch.ones(16)}), r"do not fit .*model.norm.weight \(\(16,\)"),
     "width": (_config(hidden_size=16), "do not fit its config.json: model.embed_tokens"),
     "untied": (_config(tie_word_embeddings=False), "lack lm_head.weight"),
@@ -103,9 +110,14 @@ def test_weights_without_use_are_named(tiny_inputs: Path, tmp_path: Path, capsys
 def test_a_context_longer_than_the_positions_is_refused(tiny_inputs: Path) -> None:
     lm = load_language_model(str(tiny_inputs / "tiny"), "cpu")
     long, hook = torch.zeros(1, 257, dtype=torch.long), "blocks.1.hook_resid_post"
-    for ask in (lambda: lm.logits(long), lambda: lm.activations(long, hook), lambda: lm.activations_at(long, [hook]),
-                lambda: lm.patched_logits(long, hook, lambda acts: acts), lambda: lm.generate(long[:, :250], 8),
-                lambda: lm.resume(hook, torch.zeros(1, 257, 32), long)):
+    for ask in (
+        lambda: lm.logits(long),
+        lambda: lm.activations(long, hook),
+        lambda: lm.activations_at(long, [hook]),
+        lambda: lm.patched_logits(long, hook, lambda acts: acts),
+        lambda: lm.generate(long[:, :250], 8),
+        lambda: lm.resume(hook, torch.zeros(1, 257, 32), long),
+    ):
         with pytest.raises(UserError, match="has 256 positions, a context of 257 tokens"):
             ask()
     assert lm.logits(long[:, :256]).shape[1] == 256

@@ -24,8 +24,14 @@ except UserError as error:
 def test_a_model_by_its_hub_name(tiny_inputs: Path, tmp_path: Path) -> None:
     asked: list[str] = []
     with serve_hub({"models": {"someone/tiny": tiny_inputs / "tiny"}}, asked) as url:
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | hub_env(url, tmp_path),
-                              capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | hub_env(url, tmp_path),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["32 3 True", "one line: True True"]
     assert any("model.safetensors" in line for line in asked)

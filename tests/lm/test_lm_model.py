@@ -107,13 +107,23 @@ def test_residual_hooks_meet_and_parts_add_up() -> None:
     lm, tokens = make("llama"), torch.randint(3, 97, (2, 9))
     read = {kind: lm.activations(tokens, f"blocks.1.{kind}") for kind in HOOKS}
     torch.testing.assert_close(read["hook_resid_pre"], lm.activations(tokens, "blocks.0.hook_resid_post"))
-    torch.testing.assert_close(read["hook_resid_pre"] + read["hook_attn_out"] + read["hook_mlp_out"],
-                               read["hook_resid_post"])
+    torch.testing.assert_close(
+        read["hook_resid_pre"] + read["hook_attn_out"] + read["hook_mlp_out"], read["hook_resid_post"]
+    )
 
 
-@pytest.mark.parametrize("hook", ["blocks.9.hook_resid_post", "blocks.0.hook_nothing", "resid", "blocks.x.attn.hook_z",
-                                  "blocks.01.hook_resid_post", "blocks.1.hook_resid_post\n",
-                                  "blocks.\uff11.hook_resid_post"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "blocks.9.hook_resid_post",
+        "blocks.0.hook_nothing",
+        "resid",
+        "blocks.x.attn.hook_z",
+        "blocks.01.hook_resid_post",
+        "blocks.1.hook_resid_post\n",
+        "blocks.\uff11.hook_resid_post",
+    ],
+)
 def test_unknown_hooks_are_refused(hook: str) -> None:
     with pytest.raises(UserError, match="hook"):
         make("llama").activations(torch.zeros(1, 4, dtype=torch.long), hook)

@@ -14,19 +14,77 @@ from transformers import AutoModelForCausalLM as Auto
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "num_local_experts": 4,
-         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "ffn_dim": 48, "word_embed_proj_dim": 32,
-         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-OWN = {"gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4},
-       "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3}, "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
-       "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
-       "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48}}
-PLAIN = ("llama", "gpt2", "gpt_neox", "gptj", "gemma", "qwen2", "qwen3", "phi", "phi3", "cohere", "falcon", "mixtral",
-         "nemotron", "persimmon", "stablelm", "gpt_bigcode", "smollm3", "gpt_oss")
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+OWN = {
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
+    "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3},
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48},
+}
+PLAIN = (
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "gemma",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "phi3",
+    "cohere",
+    "falcon",
+    "mixtral",
+    "nemotron",
+    "persimmon",
+    "stablelm",
+    "gpt_bigcode",
+    "smollm3",
+    "gpt_oss",
+)
 """Families in which the two modules' own outputs are added."""
-OTHERWISE = ("olmo2", "olmo3", "gemma2", "gemma3_text", "glm4", "exaone4", "vaultgemma", "afmoe", "bloom", "mpt", "granite",
-             "granitemoe", "hyperclovax", "minicpm3", "opt", "xglm", "biogpt", "llama4_text")
+OTHERWISE = (
+    "olmo2",
+    "olmo3",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "exaone4",
+    "vaultgemma",
+    "afmoe",
+    "bloom",
+    "mpt",
+    "granite",
+    "granitemoe",
+    "hyperclovax",
+    "minicpm3",
+    "opt",
+    "xglm",
+    "biogpt",
+    "llama4_text",
+)
 """Families with norms, sums or numbers in between, or without a module for the MLP."""
 REFUSED = ("doge", "minimax")
 TOKENIZER = types.SimpleNamespace(get_vocab=dict, bos_token_id=1, eos_token_id=2, pad_token_id=None, all_special_ids=[1, 2])
@@ -123,8 +181,10 @@ def test_the_check_runs_once_a_layer() -> None:
     assert not ran
 
 
-@pytest.mark.parametrize(("family", "match"), [("bert", "later tokens change what earlier ones predict"),
-                                               ("xlm", "does not read what layer 0 returns")])
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [("bert", "later tokens change what earlier ones predict"), ("xlm", "does not read what layer 0 returns")],
+)
 def test_models_that_are_no_causal_stack_of_layers_are_refused(family: str, match: str) -> None:
     values = {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "n_words": 97} if family == "xlm" else SMALL
     with pytest.raises(UserError, match=match):

@@ -33,5 +33,6 @@ def test_directions_become_the_models_own_logits(family: str) -> None:
     assert out.centred == (family == "gpt2") and (out.gain - 1).abs().max() > 0.1
     read = x - x.mean(-1, keepdim=True) if out.centred else x
     scale = read.square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(out.logits(x[0]) / scale[0], lm.resume("blocks.1.hook_resid_post", x, tokens)[0],
-                               atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        out.logits(x[0]) / scale[0], lm.resume("blocks.1.hook_resid_post", x, tokens)[0], atol=1e-4, rtol=1e-3
+    )

@@ -119,8 +119,13 @@ def core_evidence(name: str, figures: dict[str, float], noise: float = 0.01) -> 
     text, own = np.random.default_rng(1), np.random.default_rng(sum(name.encode()))
     tokens, ups = text.integers(200, 500, 24), text.normal(0, 0.2, 24)
     ratios = {}
-    for key, part in (("l0", "sparsity"), ("variance_explained", "sparsity"), ("loss_recovered", "predictions"),
-                      ("ce_delta", "predictions"), ("kl", "predictions")):
+    for key, part in (
+        ("l0", "sparsity"),
+        ("variance_explained", "sparsity"),
+        ("loss_recovered", "predictions"),
+        ("ce_delta", "predictions"),
+        ("kl", "predictions"),
+    ):
         moved = 1 + 0.1 * ups + own.normal(0, noise, 24)
         ratios[key] = part, ratio(figures[key] * tokens * moved * tokens.sum() / (tokens * moved).sum(), tokens)
     about = {"level": "document", "clusters": 24, "documents": 24, "sources": 3}
@@ -141,8 +146,10 @@ def probing_evidence(figures: dict[str, float]) -> dict[str, Any]:
         for key, value in figures.items():
             bits = hard < value
             correct.setdefault(key, {})[task] = {"a": packed(bits), "b": packed(np.roll(bits, 20))}
-    return {"intervals": {key: list(interval(accuracy(asked, cells), 42)) for key, cells in correct.items()},
-            "outcomes": {"key": "texts", "asked": asked, "correct": correct}}
+    return {
+        "intervals": {key: list(interval(accuracy(asked, cells), 42)) for key, cells in correct.items()},
+        "outcomes": {"key": "texts", "asked": asked, "correct": correct},
+    }
 
 
 def core_result(name: str) -> dict[str, Any]:
@@ -151,8 +158,7 @@ def core_result(name: str) -> dict[str, Any]:
     centre = math.log10(l0 / D_SAE)
     edges = [round(-6 + 0.25 * index, 2) for index in range(25)]
     counts = [
-        int(260 * math.exp(-((edge + 0.125 - centre) ** 2) / 0.5) * generator.uniform(0.7, 1.3))
-        for edge in edges[:-1]
+        int(260 * math.exp(-((edge + 0.125 - centre) ** 2) / 0.5) * generator.uniform(0.7, 1.3)) for edge in edges[:-1]
     ]
     dead = max(0, D_SAE - sum(counts))
     figures = {"l0": l0, "variance_explained": explained, "loss_recovered": recovered, "ce_delta": 1.02 * kl, "kl": kl}
@@ -255,10 +261,7 @@ def probing_result(name: str) -> dict[str, Any]:
         "llm_full_accuracy": 0.962,
     }
     shift = dict(zip(TASKS, (0.05, -0.07, 0.09, -0.07), strict=True))
-    stock = {
-        key.replace("_full", "").replace("_accuracy", "_test_accuracy"): value - 0.003
-        for key, value in ours.items()
-    }
+    stock = {key.replace("_full", "").replace("_accuracy", "_test_accuracy"): value - 0.003 for key, value in ours.items()}
     return {
         **_envelope(
             name,
@@ -366,9 +369,7 @@ class Lab:
             "trained_saes/training_report.json",
             {
                 "tokens": tokens,
-                "saes": {
-                    sae: {"held_out": {"l0": 40.0, "variance_explained": 0.7}} for sae in ("standard", "topk")
-                },
+                "saes": {sae: {"held_out": {"l0": 40.0, "variance_explained": 0.7}} for sae in ("standard", "topk")},
             },
         )
 

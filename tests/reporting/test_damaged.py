@@ -16,10 +16,22 @@ from sae_research.runtime.files import checked_name
 from tests.reporting.conftest import SAES, Lab
 
 RESULT = "eval_results/core/topk_eval_results.json"
-OTHER_SHAPES = ["", "{", "[]", "null", "3", '"x"', "{}", '{"eval_result_metrics": []}', '{"eval_result_metrics": {"a": 3}}',
-                '{"eval_result_metrics": {"a": {"b": "0.7"}}}', '{"eval_result_metrics": {}, "sae_cfg_dict": []}',
-                '{"eval_result_metrics": {}, "eval_type_id": "sparse_probing"}',
-                '{"eval_result_metrics": {}, "eval_result_unstructured": {"lab_v1": {"intervals": {"l0": 3}}}}', "\x00"]
+OTHER_SHAPES = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "3",
+    '"x"',
+    "{}",
+    '{"eval_result_metrics": []}',
+    '{"eval_result_metrics": {"a": 3}}',
+    '{"eval_result_metrics": {"a": {"b": "0.7"}}}',
+    '{"eval_result_metrics": {}, "sae_cfg_dict": []}',
+    '{"eval_result_metrics": {}, "eval_type_id": "sparse_probing"}',
+    '{"eval_result_metrics": {}, "eval_result_unstructured": {"lab_v1": {"intervals": {"l0": 3}}}}',
+    "\x00",
+]
 
 
 def refused(act: Callable[[], Any], *words: str) -> None:
@@ -36,8 +48,10 @@ def test_damaged_results(lab: Lab) -> None:
     assert not (lab.root / "metrics/core.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"status": 3}', '{"status": "ok", "skipped": [1]}',
-                                  '{"status": "ok", "notes": {"random_seed": "x"}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"status": 3}', '{"status": "ok", "skipped": [1]}', '{"status": "ok", "notes": {"random_seed": "x"}}'],
+)
 def test_damaged_statuses(lab: Lab, text: str) -> None:
     (lab.root / "eval_results/core/_status.json").write_text(text)
     refused(lambda: extract("core", lab.root / "eval_results/core", lab.root / "metrics/core.json"), "_status.json")
@@ -64,8 +78,10 @@ def test_good_names_pass() -> None:
 
 def test_damaged_merged_files_and_metrics(lab: Lab) -> None:
     merge(lab.root)
-    for name, texts in {"_evaluations": ["", "[]", '{"order": []}', '{"order": 3, "evals": {}}'],
-                        "topk": ["", "[]", '{"sae": "topk"}', '{"sae": "topk", "cfg": {}, "evals": {"core": []}}']}.items():
+    for name, texts in {
+        "_evaluations": ["", "[]", '{"order": []}', '{"order": 3, "evals": {}}'],
+        "topk": ["", "[]", '{"sae": "topk"}', '{"sae": "topk", "cfg": {}, "evals": {"core": []}}'],
+    }.items():
         path = lab.root / f"eval_results/merged/{name}.json"
         whole = path.read_text()
         for text in texts:

@@ -29,7 +29,7 @@ def run(*rows: Row) -> Run:
 
 def test_between_points_a_figure_is_linear_in_log_l0_and_beyond_them_there_is_none() -> None:
     assert at(LINE, math.sqrt(1000)) == pytest.approx(0.4)
-    assert at(LINE, 10 ** 2.5) == pytest.approx(0.7)
+    assert at(LINE, 10**2.5) == pytest.approx(0.7)
     assert [at(LINE, l0) for l0, _ in LINE] == [0.2, 0.6, 0.8]
     assert at(LINE, 9.99) is None and at(LINE, 1001) is None
     assert at([(32.0, 0.5)], 32.0) == 0.5 and at([(32.0, 0.5)], 33.0) is None and at([], 1.0) is None
@@ -54,11 +54,21 @@ def test_area_by_hand() -> None:
 
 
 def test_a_grid_is_one_architecture_over_one_dictionary_without_interpolating_rows_and_controls() -> None:
-    found = grids(run(row("a", 40, 0.5), row("b", 10, 0.3), row("c", 90, 0.99, interpolating=True),
-                      row("d", 20, 0.4, d_sae=128), row("e", 5, 0.1, architecture="gated"),
-                      row("f", 5, 0.1, role="control", architecture="control")))
+    found = grids(
+        run(
+            row("a", 40, 0.5),
+            row("b", 10, 0.3),
+            row("c", 90, 0.99, interpolating=True),
+            row("d", 20, 0.4, d_sae=128),
+            row("e", 5, 0.1, architecture="gated"),
+            row("f", 5, 0.1, role="control", architecture="control"),
+        )
+    )
     assert [(grid.label, [member.name for member in grid.members]) for grid in found] == [
-        ("topk (64)", ["a", "b"]), ("topk (128)", ["d"]), ("gated", ["e"])]
+        ("topk (64)", ["a", "b"]),
+        ("topk (128)", ["d"]),
+        ("gated", ["e"]),
+    ]
     assert found[0].curve(headline("variance_explained")) == [(10, 0.3), (40, 0.5)]
 
 

@@ -42,9 +42,7 @@ def test_null_nan_infinite_and_absent_figures_have_no_key():
 
 def test_minus_one_is_how_sae_bench_writes_nan_in_core():
     result = core_result("standard")
-    result["eval_result_metrics"]["model_behavior_preservation"].update(
-        kl_div_with_sae=-1.0, kl_div_score=-1.0
-    )
+    result["eval_result_metrics"]["model_behavior_preservation"].update(kl_div_with_sae=-1.0, kl_div_score=-1.0)
     assert not {"kl_sae_bench", "kl_score_sae_bench"} & set(extract_core_metrics(result))
 
 

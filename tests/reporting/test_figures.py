@@ -125,9 +125,7 @@ def test_short_names_drop_what_the_legend_says_and_stay_distinct(lab: Lab):
     names = short_names(build(lab).rows)
     assert names["standard_ihtp_k5"] == "k5" and names["standard"] == "standard"
     assert names["control_data_rows"] == "data rows"
-    twins = [
-        Row(f"{base}_ihtp_k5", {"architecture": "ihtp", "base": base}, {}) for base in ("standard", "topk")
-    ]
+    twins = [Row(f"{base}_ihtp_k5", {"architecture": "ihtp", "base": base}, {}) for base in ("standard", "topk")]
     assert set(short_names(twins).values()) == {"standard k5", "topk k5"}
 
 
@@ -158,8 +156,6 @@ def test_plot_files_of_a_disabled_evaluation_are_empty_lists(lab: Lab):
 def test_dvc_fills_the_templates(name: str):
     vega = pytest.importorskip("dvc_render.vega")
     rows = [{"rev": "workspace", "x": 1.0, "y": 2.0, "sae": "a", "architecture": "b", "interpolating": False}]
-    renderer = vega.VegaRenderer(
-        rows, "plot", template=name, template_dir=str(TEMPLATES), x="x", y="y", title="t"
-    )
+    renderer = vega.VegaRenderer(rows, "plot", template=name, template_dir=str(TEMPLATES), x="x", y="y", title="t")
     filled = json.dumps(renderer.get_filled_template())
     assert "<DVC_METRIC" not in filled and '"interpolating": false' in filled

@@ -12,8 +12,17 @@ from tests.reporting.test_noise import build, section
 def ravel(lab: Lab, scores: dict[str, tuple[float, list[float]]]) -> str:
     lab.status("ravel", "ok")
     for name, (score, bounds) in scores.items():
-        lab.result("ravel", name, core_result(name) | {"eval_result_metrics": {}, "eval_result_unstructured": {"lab_v1": {
-            "metrics": {"disentanglement": score}, "intervals": {"disentanglement": bounds}}}})
+        lab.result(
+            "ravel",
+            name,
+            core_result(name)
+            | {
+                "eval_result_metrics": {},
+                "eval_result_unstructured": {
+                    "lab_v1": {"metrics": {"disentanglement": score}, "intervals": {"disentanglement": bounds}}
+                },
+            },
+        )
     return section(report(build(lab)), "RAVEL")
 
 
@@ -22,8 +31,9 @@ def test_no_sae_above_the_mask_that_changes_nothing(lab: Lab) -> None:
     assert "RAVEL disentanglement: **no SAE lies above 0.500**, which a mask that changes nothing has" in text
 
 
-@pytest.mark.parametrize(("low", "sure"), [(0.45, "0 with their whole interval."),
-                                           (0.51, "1 with their whole interval (`topk`).")])
+@pytest.mark.parametrize(
+    ("low", "sure"), [(0.45, "0 with their whole interval."), (0.51, "1 with their whole interval (`topk`).")]
+)
 def test_saes_above_it_are_counted(lab: Lab, low: float, sure: str) -> None:
     text = ravel(lab, {"topk": (0.6, [low, 0.7]), "standard": (0.41, [0.3, 0.5])})
     assert f"1 of 2 SAEs lie above it, {sure}" in text

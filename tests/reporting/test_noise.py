@@ -49,6 +49,7 @@ def trained(like: str, recipe: str, name: str, shift: float = 0.0, noise: float 
 
 # --- intervals -------------------------------------------------------------------------------
 
+
 def test_intervals_stand_in_the_report_with_what_was_resampled(lab: Lab) -> None:
     text = section(report(build(lab)), "Intervals")
     line = next(line for line in text.splitlines() if "| `topk` |" in line)
@@ -82,8 +83,10 @@ def test_results_without_intervals_are_said_to_have_none(lab: Lab) -> None:
 
 def test_intervals_of_any_evaluation_reach_csv_and_table_but_not_dvc_metrics(lab: Lab) -> None:
     lab.status("ravel", "ok")
-    result = core_result("topk") | {"eval_result_metrics": {}, "eval_result_unstructured": {"lab_v1": {
-        "metrics": {"some_score": 0.4}, "intervals": {"some_score": [0.31, 0.52]}}}}
+    result = core_result("topk") | {
+        "eval_result_metrics": {},
+        "eval_result_unstructured": {"lab_v1": {"metrics": {"some_score": 0.4}, "intervals": {"some_score": [0.31, 0.52]}}},
+    }
     lab.result("ravel", "topk", result)
     run = build(lab)
     assert "| `topk` | 0.400 [0.310, 0.520] |" in section(report(run), "RAVEL")
@@ -114,21 +117,37 @@ def test_bars_are_drawn_behind_the_points(lab: Lab) -> None:
 
 # --- seeds -----------------------------------------------------------------------------------
 
+
 def row(name: str, recipe: str | None = None, weights: str | None = None, **figures: float) -> Row:
-    return Row(name, {"provenance": {"recipe_id": recipe} if recipe else {}, "weights_fingerprint": weights},
-               {"core": {"metrics": figures}})
+    return Row(
+        name,
+        {"provenance": {"recipe_id": recipe} if recipe else {}, "weights_fingerprint": weights},
+        {"core": {"metrics": figures}},
+    )
 
 
 def test_seeds_of_one_recipe_are_recognised_and_a_copy_is_no_seed() -> None:
-    rows = [row("topk_seed1", "r"), row("alone", "q"), row("topk_seed2", "r"), row("variant"), row("variant_2"),
-            row("std", "s", "w1"), row("std_again", "s", "w1")]
+    rows = [
+        row("topk_seed1", "r"),
+        row("alone", "q"),
+        row("topk_seed2", "r"),
+        row("variant"),
+        row("variant_2"),
+        row("std", "s", "w1"),
+        row("std_again", "s", "w1"),
+    ]
     found = contenders(rows)
     assert [(item.name, item.seeds) for item in found] == [
-        ("topk", 2), ("alone", 1), ("variant", 1), ("variant_2", 1), ("std", 1)]
+        ("topk", 2),
+        ("alone", 1),
+        ("variant", 1),
+        ("variant_2", 1),
+        ("std", 1),
+    ]
     assert [item.title for item in recipes(rows)] == ["`topk` (2 seeds)"]
     both = recipes([row("a_1", "r", l0=10.0), row("a_2", "r", l0=14.0)])[0]
     assert both.mean(headline("l0")) == 12
-    assert both.spread(headline("l0")) == pytest.approx(8 ** 0.5)
+    assert both.spread(headline("l0")) == pytest.approx(8**0.5)
     partly = recipes([row("a_1", "r", l0=10.0), row("a_2", "r")])[0]
     assert partly.mean(headline("l0")) is None, "a mean over fewer runs than the table says would mislead"
 
@@ -141,8 +160,14 @@ def test_the_report_gives_mean_and_spread_over_seeds(lab: Lab) -> None:
 
 
 def seeds_against_seeds(lab: Lab, count: int) -> str:
-    only(lab, {f"{name}_s{i}": trained("topk", name, f"{name}_s{i}", shift + 0.001 * (-1) ** i)
-               for name, shift in (("old", 0.0), ("new", 0.1)) for i in range(count)})
+    only(
+        lab,
+        {
+            f"{name}_s{i}": trained("topk", name, f"{name}_s{i}", shift + 0.001 * (-1) ** i)
+            for name, shift in (("old", 0.0), ("new", 0.1))
+            for i in range(count)
+        },
+    )
     return section(report(build(lab)), "Which differences exceed noise")
 
 
@@ -160,6 +185,7 @@ def test_better_is_not_said_with_fewer(lab: Lab) -> None:
 
 
 # --- differences -----------------------------------------------------------------------------
+
 
 def test_differences_that_exceed_noise_are_listed_with_their_terms(lab: Lab) -> None:
     run = build(lab)
@@ -219,6 +245,7 @@ def comparisons_of(lab: Lab, results: dict[str, dict[str, Any]]) -> list[Any]:
 
 
 # --- what is shown of k, of unreliable metrics, of evaluations that do not apply ----------------
+
 
 def test_tables_and_figures_follow_the_values_of_k_that_were_measured(lab: Lab) -> None:
     assert (leading_ks([1, 2, 5]), leading_ks([2, 10, 50]), leading_ks([7])) == ((1, 5), (2, 10), (7,))

@@ -19,8 +19,9 @@ from sae_research.runtime.errors import UserError
 def write(folder: Path, name: str, **values: Any) -> None:
     place = folder / name
     place.mkdir(parents=True)
-    (place / "eval_results.json").write_text(json.dumps({
-        "recipe": "top_k", "hook_name": "blocks.1.hook_resid_post", "l0": 20.0, "loss_recovered": 0.9, **values}))
+    (place / "eval_results.json").write_text(
+        json.dumps({"recipe": "top_k", "hook_name": "blocks.1.hook_resid_post", "l0": 20.0, "loss_recovered": 0.9, **values})
+    )
 
 
 @pytest.fixture
@@ -42,10 +43,25 @@ def test_the_frontier_is_what_nothing_beats() -> None:
 
 
 def test_labels_folders_and_a_picture_without_torch(runs: Path) -> None:
-    code = ("import sys; from sae_research.cli.main import main; code = main(sys.argv[1:]); "
-            "assert 'torch' not in sys.modules; sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code, "pareto", f"{runs / 'one'}=now", f"{runs / 'two'}=before",
-                           "--out", str(runs / "p.png")], capture_output=True, text=True, check=False)
+    code = (
+        "import sys; from sae_research.cli.main import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "pareto",
+            f"{runs / 'one'}=now",
+            f"{runs / 'two'}=before",
+            "--out",
+            str(runs / "p.png"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(runs / "p.png")
     with Image.open(runs / "p.png") as picture:

@@ -150,9 +150,7 @@ def test_csv_is_tidy_and_tells_definitions_apart(lab: Lab):
     keys = [(r["sae"], r["eval"], r["metric"], r["definition_version"]) for r in rows]
     assert len(keys) == len(set(keys))
     found = {
-        r["definition_version"]: float(r["value"])
-        for r in rows
-        if (r["sae"], r["metric"]) == ("standard", "loss_recovered")
+        r["definition_version"]: float(r["value"]) for r in rows if (r["sae"], r["metric"]) == ("standard", "loss_recovered")
     }
     assert found == {"lab_v1": 0.931, "sae_bench_0.6.0": 0.9299}
     assert {r["better"] for r in rows} == {"higher", "lower", ""}

@@ -6,8 +6,14 @@ from sae_research.reporting.report import report
 from sae_research.reporting.results import merge, read_run
 from tests.reporting.conftest import Lab
 
-FINDING = {"what": "dead_latents", "says": "9.0% of latents did not fire any more at the end", "figure":
-           "fraction of latents silent", "value": 0.09, "limit": 0.05, "change": "train.saes.standard.resample_every: 0.1"}
+FINDING = {
+    "what": "dead_latents",
+    "says": "9.0% of latents did not fire any more at the end",
+    "figure": "fraction of latents silent",
+    "value": 0.09,
+    "limit": 0.05,
+    "change": "train.saes.standard.resample_every: 0.1",
+}
 
 
 def test_findings_and_healthy_saes_are_listed(lab: Lab) -> None:
@@ -17,8 +23,10 @@ def test_findings_and_healthy_saes_are_listed(lab: Lab) -> None:
     trained["diagnose"] = {"saes": {"standard": [FINDING], "topk": []}, "text": []}
     lab.write("trained_saes/training_report.json", trained)
     text = report(read_run(lab.root))
-    assert ("| `standard` | 9.0% of latents did not fire any more at the end | fraction of latents silent 0.090 | 0.050 | "
-            "`train.saes.standard.resample_every`: 0.1 |") in text
+    assert (
+        "| `standard` | 9.0% of latents did not fire any more at the end | fraction of latents silent 0.090 | 0.050 | "
+        "`train.saes.standard.resample_every`: 0.1 |"
+    ) in text
     assert "Nothing stands out for `topk`." in text
     trained["diagnose"] = {"saes": {"standard": [], "topk": []}, "text": []}
     lab.write("trained_saes/training_report.json", trained)

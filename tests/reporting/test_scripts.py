@@ -26,9 +26,7 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(PROJECT)}
 
 
-def start(
-    lab: Lab, command: list[str], environment: dict[str, str], module: bool = False
-) -> subprocess.CompletedProcess:
+def start(lab: Lab, command: list[str], environment: dict[str, str], module: bool = False) -> subprocess.CompletedProcess:
     script = ["-m", f"scripts.{command[0]}"] if module else [str(PROJECT / "scripts" / f"{command[0]}.py")]
     return subprocess.run(
         [sys.executable, *script, *command[1:]],

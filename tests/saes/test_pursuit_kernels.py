@@ -37,12 +37,12 @@ def spread(W: Tensor, chosen: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def matching_z(x: Tensor, d: Dictionary, s: int, **options) -> Tensor:
-    return spread(d.atoms, *matching.pursue(x, d, s, **options))[:, :d.d_sae]
+    return spread(d.atoms, *matching.pursue(x, d, s, **options))[:, : d.d_sae]
 
 
 def omp_z(x: Tensor, d: Dictionary, s: int, pursuit=orthogonal.orthogonal, **options) -> Tensor:
     chosen, fits = pursuit(x, d, [s], **options)
-    return spread(d.atoms, chosen, fits[0])[:, :d.d_sae]
+    return spread(d.atoms, chosen, fits[0])[:, : d.d_sae]
 
 
 def nn_omp_z(x: Tensor, d: Dictionary, s: int, **options) -> Tensor:
@@ -50,12 +50,12 @@ def nn_omp_z(x: Tensor, d: Dictionary, s: int, **options) -> Tensor:
 
 
 def refit_z(x: Tensor, d: Dictionary, k: int, **options) -> Tensor:
-    return spread(d.atoms, *thresholding.fit_tokens(x, d, [k], **options)[0])[:, :d.d_sae]
+    return spread(d.atoms, *thresholding.fit_tokens(x, d, [k], **options)[0])[:, : d.d_sae]
 
 
 def ihtp_z(x: Tensor, d: Dictionary, k: int, **options) -> Tensor:
     fits = thresholding.fit_sequences(list(x.split(8)), d, [k], **options)[0]
-    return torch.cat([spread(d.atoms, fit.support.expand(len(fit.z), -1), fit.z) for fit in fits])[:, :d.d_sae]
+    return torch.cat([spread(d.atoms, fit.support.expand(len(fit.z), -1), fit.z) for fit in fits])[:, : d.d_sae]
 
 
 def ihtp_loop(x: Tensor, W: Tensor, k: int, **options) -> Tensor:
@@ -191,11 +191,11 @@ def test_no_allocation_exceeds_the_limits(member) -> None:
 def test_a_long_sequence_goes_in_parts(iterations: int) -> None:
     W, x = atoms(1500), tokens(300)
     limit = 45_000
-    (whole,), = thresholding.fit_sequences([x], make(W), [1], iterations=iterations)
+    ((whole,),) = thresholding.fit_sequences([x], make(W), [1], iterations=iterations)
     dictionary = make(W, max_chunk_bytes=limit)
     _ = dictionary.gram(), dictionary.coherence, dictionary.precise_gram  # once per dictionary, within their own limits
     with Largest() as seen:
-        (parts,), = thresholding.fit_sequences([x], dictionary, [1], iterations=iterations)
+        ((parts,),) = thresholding.fit_sequences([x], dictionary, [1], iterations=iterations)
     assert torch.equal(whole.support, parts.support)
     torch.testing.assert_close(parts.z, whole.z, atol=1e-5, rtol=1e-5)
     # the one problem's own equations, in float64, are the only larger thing
@@ -233,9 +233,12 @@ def test_a_token_rests_once_its_residual_is_small(pursuit: Pursuit, dtype: torch
     error, count = loops.relative_error(x[2:], z[2:], W), (z != 0).sum(1)
     assert (error <= 0.5).all()
     assert (z[0] != 0).nonzero()[:, 0].tolist() == [7] and count[1] == 0
-    fewer = [pursuit(x[n:n + 1], make(W), max(int(count[n]) - 1, 1)) for n in range(2, 8)]
-    assert all(loops.relative_error(x[n:n + 1], z_n, W)[0] > 0.5 for n, z_n in zip(range(2, 8), fewer, strict=True)
-               if int(count[n]) > 1 and int((z_n != 0).sum()) == int(count[n]) - 1)
+    fewer = [pursuit(x[n : n + 1], make(W), max(int(count[n]) - 1, 1)) for n in range(2, 8)]
+    assert all(
+        loops.relative_error(x[n : n + 1], z_n, W)[0] > 0.5
+        for n, z_n in zip(range(2, 8), fewer, strict=True)
+        if int(count[n]) > 1 and int((z_n != 0).sum()) == int(count[n]) - 1
+    )
     assert ((pursuit(x, make(W), 12) != 0).sum(1) > count)[2:].all()
 
 
@@ -333,6 +336,6 @@ def test_coherent_supports_are_solved_in_float64(precise: bool, monkeypatch: pyt
     if not precise:
         monkeypatch.setattr(type(d), "precise_gram", None)
     x = torch.randn(5, D_IN, generator=g)
-    (fitted,), = thresholding.fit_sequences([x], d, [len(W)])
+    ((fitted,),) = thresholding.fit_sequences([x], d, [len(W)])
     wanted = torch.linalg.lstsq(W.double().T, x.double().T).solution.T
     torch.testing.assert_close(fitted.z.double(), wanted, rtol=1e-4, atol=1e-4)

@@ -37,16 +37,23 @@ print("equal")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (it comes with CUDA torch)")
 def test_interpreted_kernels_equal_the_torch_steps() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("d_in", "d_sae"), [(64, 300), (256, 4096), (128, 20_000)])
 @pytest.mark.parametrize("nonnegative", [False, True])
-def test_cuda_kernels_equal_the_torch_steps(d_in: int, d_sae: int, nonnegative: bool,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_kernels_equal_the_torch_steps(
+    d_in: int, d_sae: int, nonnegative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sae_research.saes.pursuit import matching
     from sae_research.saes.pursuit.dictionary import Dictionary
 
@@ -61,8 +68,10 @@ def test_cuda_kernels_equal_the_torch_steps(d_in: int, d_sae: int, nonnegative: 
             expected = matching.pursue(x.cuda(), dictionary, 16, nonnegative=nonnegative, **options)
         # another order of summing may swap atoms of nearly equal correlation, rarely
         assert (atoms == expected[0]).float().mean() > 0.99
-        left = [(x - torch.zeros(64, d_sae).scatter_add_(1, a.cpu(), c.cpu()) @ W).norm(dim=1)
-                for a, c in ((atoms, coefficients), expected)]
+        left = [
+            (x - torch.zeros(64, d_sae).scatter_add_(1, a.cpu(), c.cpu()) @ W).norm(dim=1)
+            for a, c in ((atoms, coefficients), expected)
+        ]
         torch.testing.assert_close(left[0], left[1], rtol=1e-4, atol=1e-4)
 
 

@@ -36,18 +36,20 @@ def random_state(dict_class: str) -> dict[str, Tensor]:
         "BatchTopKSAE": {**linear, "encoder.bias": r(D_SAE), "b_dec": r(D_IN), **scalar},
         "MatryoshkaBatchTopKSAE": {**plain, **scalar, "group_sizes": torch.tensor([10, 30])},
         "JumpReluAutoEncoder": {**plain, "threshold": torch.rand(D_SAE, generator=G)},
-        "GatedAutoEncoder": {**linear, "decoder_bias": r(D_IN), "r_mag": r(D_SAE), "gate_bias": r(D_SAE),
-                             "mag_bias": r(D_SAE)},
+        "GatedAutoEncoder": {
+            **linear,
+            "decoder_bias": r(D_IN),
+            "r_mag": r(D_SAE),
+            "gate_bias": r(D_SAE),
+            "mag_bias": r(D_SAE),
+        },
     }[dict_class]
 
 
 def reconstruct(dict_class: str, s: dict[str, Tensor], x: Tensor) -> Tensor:
     """decode(encode(x)) as dictionary_learning's class defines it."""
     if dict_class == "AutoEncoder":
-        return (
-            torch.relu((x - s["bias"]) @ s["encoder.weight"].T + s["encoder.bias"]) @ s["decoder.weight"].T
-            + s["bias"]
-        )
+        return torch.relu((x - s["bias"]) @ s["encoder.weight"].T + s["encoder.bias"]) @ s["decoder.weight"].T + s["bias"]
     if dict_class == "AutoEncoderNew":
         return torch.relu(x @ s["encoder.weight"].T + s["encoder.bias"]) @ s["decoder.weight"].T + s["decoder.bias"]
     if dict_class == "GatedAutoEncoder":
@@ -71,8 +73,16 @@ def reconstruct(dict_class: str, s: dict[str, Tensor], x: Tensor) -> Tensor:
 def write(folder: Path, dict_class: str, state: dict[str, Tensor], **trainer: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / "ae.pt")
-    config = {"trainer": {"dict_class": dict_class, "layer": 4, "lm_name": "EleutherAI/pythia-70m-deduped",
-                          **({"k": 4} if "k" in state else {}), **trainer}, "buffer": {"ctx_len": 64}}
+    config = {
+        "trainer": {
+            "dict_class": dict_class,
+            "layer": 4,
+            "lm_name": "EleutherAI/pythia-70m-deduped",
+            **({"k": 4} if "k" in state else {}),
+            **trainer,
+        },
+        "buffer": {"ctx_len": 64},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -92,9 +102,7 @@ def write(folder: Path, dict_class: str, state: dict[str, Tensor], **trainer: An
 def test_reads_every_class(dict_class: str, form: str, tmp_path: Path) -> None:
     state, x = random_state(dict_class), random_activations()
     sae = load_dictionary_learning(write(tmp_path, dict_class, state))
-    torch.testing.assert_close(
-        sae.decode(sae.encode(x)), reconstruct(dict_class, state, x), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(sae.decode(sae.encode(x)), reconstruct(dict_class, state, x), atol=1e-4, rtol=1e-4)
     assert sae.cfg.form == form and sae.cfg.hook_name == "blocks.4.hook_resid_post"
     assert (sae.cfg.model_name, sae.cfg.context_size) == ("EleutherAI/pythia-70m-deduped", 64)
     if form != "topk":  # ranked by activation alone: folding would change the winners
@@ -124,8 +132,10 @@ def test_export_round_trip(form: str, config: dict[str, Any], tmp_path: Path) ->
 
 
 LIKE_BATCHTOPK = {"architecture": "batchtopk", "provenance": {"hyper_parameters": {"k": 6}}}
-LIKE_MATRYOSHKA = {"architecture": "matryoshka_batchtopk",
-                   "provenance": {"hyper_parameters": {"k": 6, "group_fractions": [0.25, 0.75]}}}
+LIKE_MATRYOSHKA = {
+    "architecture": "matryoshka_batchtopk",
+    "provenance": {"hyper_parameters": {"k": 6, "group_fractions": [0.25, 0.75]}},
+}
 STOCK = {
     "standard": ("relu_sae", "relu", "StandardTrainer"),
     "standard_new": ("relu_sae", "relu", "StandardTrainerAprilUpdate"),
@@ -165,9 +175,16 @@ def test_stock_sae_bench_reads_the_export(kind: str, tmp_path: Path, monkeypatch
         torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)))
 
 
-@pytest.mark.parametrize(("kind", "dict_class"), [
-    ("batchtopk", "BatchTopKSAE"), ("matryoshka_batchtopk", "MatryoshkaBatchTopKSAE"), ("jumprelu", "JumpReluAutoEncoder"),
-    ("standard", "AutoEncoderNew"), ("standard_new", "AutoEncoder")])
+@pytest.mark.parametrize(
+    ("kind", "dict_class"),
+    [
+        ("batchtopk", "BatchTopKSAE"),
+        ("matryoshka_batchtopk", "MatryoshkaBatchTopKSAE"),
+        ("jumprelu", "JumpReluAutoEncoder"),
+        ("standard", "AutoEncoderNew"),
+        ("standard_new", "AutoEncoder"),
+    ],
+)
 def test_class_and_group_survive_two_round_trips(kind: str, dict_class: str, tmp_path: Path) -> None:
     sae, x = exported_kind(kind), random_activations()
     wanted = dict_class if dict_class == "AutoEncoderNew" else None
@@ -178,7 +195,8 @@ def test_class_and_group_survive_two_round_trips(kind: str, dict_class: str, tmp
     assert export_dictionary_learning(back, tmp_path / "b", wanted) == dict_class
     first, second = (json.loads((tmp_path / n / "config.json").read_text())["trainer"] for n in "ab")
     assert {key: first[key] for key in ("trainer_class", *(k for k in ("k", "group_sizes") if k in first))} == {
-        key: second[key] for key in ("trainer_class", *(k for k in ("k", "group_sizes") if k in second))}
+        key: second[key] for key in ("trainer_class", *(k for k in ("k", "group_sizes") if k in second))
+    }
     if kind == "matryoshka_batchtopk":
         assert second["group_sizes"] == [10, 30] and second["k"] == 6
 
@@ -208,9 +226,15 @@ def test_equal_saes_give_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "ae.pt").read_bytes() == (tmp_path / "b" / "ae.pt").read_bytes()
 
 
-@pytest.mark.parametrize(("submodule", "hook"), [
-    ("resid_post_layer_4", "hook_resid_post"), ("attention_out_layer_4", "hook_attn_out"),
-    ("mlp_out_layer_4", "hook_mlp_out"), ("resid_pre_layer_4", "hook_resid_pre")])
+@pytest.mark.parametrize(
+    ("submodule", "hook"),
+    [
+        ("resid_post_layer_4", "hook_resid_post"),
+        ("attention_out_layer_4", "hook_attn_out"),
+        ("mlp_out_layer_4", "hook_mlp_out"),
+        ("resid_pre_layer_4", "hook_resid_pre"),
+    ],
+)
 def test_submodule_decides_the_hook(submodule: str, hook: str, tmp_path: Path) -> None:
     folder = write(tmp_path, "AutoEncoder", random_state("AutoEncoder"), submodule_name=submodule)
     assert load_dictionary_learning(folder).cfg.hook_name == f"blocks.4.{hook}"
@@ -225,14 +249,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused(write(tmp_path / "a", "IdentityDict", {}), "dict_class 'IdentityDict' is not supported; known: ")
-    refused(write(tmp_path / "b", "GatedAutoEncoder", random_state("AutoEncoder")),
-            "not the weights of GatedAutoEncoder, which config.json names: lacks decoder_bias.*also holds "
-            "bias")
+    refused(
+        write(tmp_path / "b", "GatedAutoEncoder", random_state("AutoEncoder")),
+        "not the weights of GatedAutoEncoder, which config.json names: lacks decoder_bias.*also holds bias",
+    )
     spoilt = random_state("AutoEncoder")
     spoilt["bias"][0] = torch.nan
     refused(write(tmp_path / "c", "AutoEncoder", spoilt), "b_dec holds NaN")
-    refused(write(tmp_path / "d", "AutoEncoder", random_state("AutoEncoder"), layer="four"), "layer must be "
-                                                                                             "a whole number")
+    refused(write(tmp_path / "d", "AutoEncoder", random_state("AutoEncoder"), layer="four"), "layer must be a whole number")
     shutil.copytree(good, tmp_path / "e")
     (tmp_path / "e" / "ae.pt").write_bytes((good / "ae.pt").read_bytes()[:300])
     refused(tmp_path / "e", "damaged")

@@ -30,16 +30,31 @@ def weights(kind: str, generator: torch.Generator, input_dependent: bool = True)
         return torch.randn(*shape, generator=generator) / 2
 
     if kind == "relu":
-        return {"encoder.0.weight": r(D_SAE, D_IN), "encoder.0.bias": r(D_SAE), "decoder.weight": r(D_IN, D_SAE),
-                "decoder.bias": r(D_IN)}
+        return {
+            "encoder.0.weight": r(D_SAE, D_IN),
+            "encoder.0.bias": r(D_SAE),
+            "decoder.weight": r(D_IN, D_SAE),
+            "decoder.bias": r(D_IN),
+        }
     if kind == "hard_concrete":
         rows = 2 * D_SAE if input_dependent else D_SAE
         gates = {} if input_dependent else {"gate_logits": r(D_SAE)}
-        return {"encoder.weight": r(rows, D_IN), "encoder.bias": r(rows), "decoder.weight": r(D_IN, D_SAE),
-                "decoder.bias": r(D_IN), "beta": torch.tensor(0.5), **gates}
+        return {
+            "encoder.weight": r(rows, D_IN),
+            "encoder.bias": r(rows),
+            "decoder.weight": r(D_IN, D_SAE),
+            "decoder.bias": r(D_IN),
+            "beta": torch.tensor(0.5),
+            **gates,
+        }
     beta = {"beta": torch.tensor(0.5)} if kind == "gated_hard_concrete" else {}
-    return {"decoder_bias": r(D_IN), "encoder.weight": r(D_SAE, D_IN), "decoder.weight": r(D_IN, D_SAE),
-            **{name: r(D_SAE) for name in ("r_mag", "mag_bias", "gate_bias")}, **beta}
+    return {
+        "decoder_bias": r(D_IN),
+        "encoder.weight": r(D_SAE, D_IN),
+        "decoder.weight": r(D_IN, D_SAE),
+        **{name: r(D_SAE) for name in ("r_mag", "mag_bias", "gate_bias")},
+        **beta,
+    }
 
 
 def reconstruct(kind: str, s: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -64,19 +79,32 @@ def reconstruct(kind: str, s: dict[str, Tensor], x: Tensor) -> Tensor:
     return c @ s["decoder.weight"].T + s["decoder_bias"]
 
 
-def write_run(folder: Path, kind: str, hooks: tuple[str, ...] = HOOKS, input_dependent: bool = True,
-              **saes: Any) -> dict[str, dict[str, Tensor]]:
+def write_run(
+    folder: Path, kind: str, hooks: tuple[str, ...] = HOOKS, input_dependent: bool = True, **saes: Any
+) -> dict[str, dict[str, Tensor]]:
     """A run folder with an early and a last checkpoint; returns the last one's tensors by hook."""
     generator = torch.Generator().manual_seed(2)
     folder.mkdir(parents=True)
     for samples in (9000, 100000):  # by number, not by name: 9000 sorts last
         states = {hook: weights(kind, generator, input_dependent) for hook in hooks}
-        torch.save({f"{hook.replace('.', '-')}.{name}": tensor for hook, state in states.items()
-                    for name, tensor in state.items()}, folder / f"samples_{samples}.pt")
-    config = {"seed": 42, "tlens_model_name": "roneneldan/TinyStories-1M", "tlens_model_path": None, "lr": 1e-3,
-              "data": {"context_length": 1024},
-              "saes": {"name": "x", "sae_type": kind, "sae_positions": list(hooks),
-                       **({"hard_concrete_stretch_limits": [LOW, HIGH]} if "concrete" in kind else {}), **saes}}
+        torch.save(
+            {f"{hook.replace('.', '-')}.{name}": tensor for hook, state in states.items() for name, tensor in state.items()},
+            folder / f"samples_{samples}.pt",
+        )
+    config = {
+        "seed": 42,
+        "tlens_model_name": "roneneldan/TinyStories-1M",
+        "tlens_model_path": None,
+        "lr": 1e-3,
+        "data": {"context_length": 1024},
+        "saes": {
+            "name": "x",
+            "sae_type": kind,
+            "sae_positions": list(hooks),
+            **({"hard_concrete_stretch_limits": [LOW, HIGH]} if "concrete" in kind else {}),
+            **saes,
+        },
+    }
     (folder / "final_config.yaml").write_text(yaml.safe_dump(config))
     return states
 
@@ -134,8 +162,12 @@ def test_export_and_import_by_command(tmp_path: Path, capsys: pytest.CaptureFixt
     for name in ("standard", "gated"):
         torch.testing.assert_close(load_dictionary_learning(tmp_path / "out" / name).encode(x), make_sae(name).encode(x))
     theirs = json.loads((tmp_path / "out" / "standard" / "eval_results.json").read_text())
-    assert theirs == {"l0": 3.2, "frac_recovered": 0.91, "frac_variance_explained": 0.5,
-                      "hyperparameters": {"n_tokens": 512, "context_length": 16}}
+    assert theirs == {
+        "l0": 3.2,
+        "frac_recovered": 0.91,
+        "frac_variance_explained": 0.5,
+        "hyperparameters": {"n_tokens": 512, "context_length": 16},
+    }
     assert not (tmp_path / "out" / "gated" / "eval_results.json").exists()
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     torch.testing.assert_close(load_sae(tmp_path / "back" / "gated").encode(x), make_sae("gated").encode(x))

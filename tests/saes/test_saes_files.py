@@ -101,12 +101,23 @@ def unknown_form(folder: Path) -> None:
     (folder / "cfg.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (break_json, "not valid JSON"), (drop_key, "key 'd_sae' is missing"),
-    (drop_option, "k = 5 does not fit the rest of the file"),
-    (no_weights, "no such file"), (truncate, "damaged weights"), (wrong_width, r"shape \(12, 40\), expected "
-                                                                               r"\(13, 40\)"),
-    (nan, "W_enc holds NaN"), (unknown_form, "unknown SAE form 'topkk'; known: ")])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (break_json, "not valid JSON"),
+        (drop_key, "key 'd_sae' is missing"),
+        (drop_option, "k = 5 does not fit the rest of the file"),
+        (no_weights, "no such file"),
+        (truncate, "damaged weights"),
+        (
+            wrong_width,
+            r"shape \(12, 40\), expected "
+            r"\(13, 40\)",
+        ),
+        (nan, "W_enc holds NaN"),
+        (unknown_form, "unknown SAE form 'topkk'; known: "),
+    ],
+)
 def test_harmed_folders(harm, message: str, tmp_path: Path) -> None:
     save_sae(make_sae("topk"), tmp_path)
     harm(tmp_path)

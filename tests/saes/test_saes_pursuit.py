@@ -124,7 +124,7 @@ def test_batch_size_changes_nothing(make) -> None:
     (W, b), x = dictionary(), activations(batch=4)
     mask, sae = masked(x), make(W, b)
     whole = sae.encode(x, mask)
-    parts = torch.cat([sae.encode(x[i:i + 1], mask[i:i + 1]) for i in range(len(x))])
+    parts = torch.cat([sae.encode(x[i : i + 1], mask[i : i + 1]) for i in range(len(x))])
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -148,6 +148,7 @@ def test_files_keep_every_option(make, tmp_path) -> None:
 
 
 # --- bad input -------------------------------------------------------------------------------
+
 
 def test_rows_not_of_unit_norm_are_scaled_and_noted_or_refused(make) -> None:
     (W, b), x = dictionary(), activations()
@@ -229,8 +230,9 @@ def test_tokens_that_correlate_with_nothing_have_no_latents(make) -> None:
     assert not z[0].any() and z[1, 1].any()
 
 
-@pytest.mark.parametrize("form", ["ihtp", "topk_refit", "matching_pursuit", "nonnegative_matching_pursuit", "omp",
-                                  "nonnegative_omp"])
+@pytest.mark.parametrize(
+    "form", ["ihtp", "topk_refit", "matching_pursuit", "nonnegative_matching_pursuit", "omp", "nonnegative_omp"]
+)
 @pytest.mark.parametrize("size", [0, D_SAE + 1])
 def test_sizes_are_checked(form: str, size: int) -> None:
     with pytest.raises(UserError, match=f"{form}: [ks] = {size} must lie between 1 and d_sae = {D_SAE}"):
@@ -247,14 +249,17 @@ def test_the_largest_sizes_work(make) -> None:
         torch.testing.assert_close(sae.decode(z), x, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("cls", "options", "message"), [
-    (MPSAE, {"tolerance": 1.0}, "tolerance = 1.0 must be at least 0 and less than 1"),
-    (OMPSAE, {"tolerance": -0.1}, "tolerance = -0.1 must be"),
-    (MPSAE, {"gram_dtype": "int8"}, "gram_dtype must be float32 or bfloat16"),
-    (MPSAE, {"refresh": -1}, "refresh = -1 must not be negative"),
-    (IHTPSAE, {"iterations": -1}, "iterations = -1 must not be negative"),
-    (TopKRefitSAE, {"iterations": -2}, "iterations = -2 must not be negative"),
-])
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (MPSAE, {"tolerance": 1.0}, "tolerance = 1.0 must be at least 0 and less than 1"),
+        (OMPSAE, {"tolerance": -0.1}, "tolerance = -0.1 must be"),
+        (MPSAE, {"gram_dtype": "int8"}, "gram_dtype must be float32 or bfloat16"),
+        (MPSAE, {"refresh": -1}, "refresh = -1 must not be negative"),
+        (IHTPSAE, {"iterations": -1}, "iterations = -1 must not be negative"),
+        (TopKRefitSAE, {"iterations": -2}, "iterations = -2 must not be negative"),
+    ],
+)
 def test_options_are_checked(cls: type, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cls(*dictionary(), 3, **options)
@@ -262,20 +267,36 @@ def test_options_are_checked(cls: type, options: dict, message: str) -> None:
 
 # --- families --------------------------------------------------------------------------------
 
+
 def test_families_equal_solo_encoding() -> None:
     (W, b), (W2, _), x = dictionary(), dictionary(seed=9), activations()
     mask = masked(x)
     saes = {
-        "i5": IHTPSAE(W, b, 5), "i1": IHTPSAE(W, b, 1),
-        "m9": MPSAE(W, b, 9), "m2": MPSAE(W.clone(), b, 2),
-        "other": MPSAE(W2, b, 2), "stopping": MPSAE(W, b, 2, tolerance=0.3),
-        "n2": NonNegativeMPSAE(W, b, 2), "n6": NonNegativeMPSAE(W, b, 6),
-        "o6": OMPSAE(W, b, 6), "o3": OMPSAE(W, b, 3),
-        "no3": NonNegativeOMPSAE(W, b, 3), "no6": NonNegativeOMPSAE(W, b, 6),
-        "t3": TopKRefitSAE(W, b, 3), "t6": TopKRefitSAE(W, b, 6),
+        "i5": IHTPSAE(W, b, 5),
+        "i1": IHTPSAE(W, b, 1),
+        "m9": MPSAE(W, b, 9),
+        "m2": MPSAE(W.clone(), b, 2),
+        "other": MPSAE(W2, b, 2),
+        "stopping": MPSAE(W, b, 2, tolerance=0.3),
+        "n2": NonNegativeMPSAE(W, b, 2),
+        "n6": NonNegativeMPSAE(W, b, 6),
+        "o6": OMPSAE(W, b, 6),
+        "o3": OMPSAE(W, b, 3),
+        "no3": NonNegativeOMPSAE(W, b, 3),
+        "no6": NonNegativeOMPSAE(W, b, 6),
+        "t3": TopKRefitSAE(W, b, 3),
+        "t6": TopKRefitSAE(W, b, 6),
     }
-    assert families(saes) == [["i5", "i1"], ["m9", "m2"], ["other"], ["stopping"], ["n2", "n6"], ["o6", "o3"],
-                              ["no3", "no6"], ["t3", "t6"]]
+    assert families(saes) == [
+        ["i5", "i1"],
+        ["m9", "m2"],
+        ["other"],
+        ["stopping"],
+        ["n2", "n6"],
+        ["o6", "o3"],
+        ["no3", "no6"],
+        ["t3", "t6"],
+    ]
     for name, z in encode_each(saes, x, mask):
         torch.testing.assert_close(z, saes[name].encode(x, mask), atol=1e-5, rtol=1e-5)
 

@@ -27,9 +27,17 @@ def lens_folder(folder: Path, **changes: Any) -> Path:
     given = {name: value for name, value in changes.items() if isinstance(value, torch.Tensor)}
     tensors = make_sae("standard").tensors() | given
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu",
-              "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-              "metadata": {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"}}
+    values = {
+        "architecture": "standard",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"},
+    }
     (folder / "cfg.json").write_text(json.dumps(values | {k: v for k, v in changes.items() if k not in given}))
     safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "sae_weights.safetensors")
     return folder
@@ -39,30 +47,37 @@ def flipped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.T.contiguous()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"threshold": torch.ones(D_SAE)}, "the weights also hold threshold, which the architecture standard does not use"),
-    ({"architecture": "jumprelu", "threshold": torch.ones(D_SAE), "log_threshold": torch.ones(D_SAE)},
-     "hold both log_threshold and threshold"),
-    ({"mask": torch.ones(3)}, "the weights also hold mask"),
-    ({"activation_fn": "tanh-relu"}, "the activation function 'tanh-relu' is not that of the architecture standard"),
-    ({"activation_fn_str": "topk"}, "the activation function 'topk' is not that of"),
-    ({"k": 5}, "the configuration holds k, which the architecture standard does not use"),
-    ({"noise_at_inference": 0.1}, "the configuration holds noise_at_inference"),
-    ({"residual_threshold": 0.1}, "holds residual_threshold"),
-    ({"architecture": None}, "architecture None is not supported; known: standard"),
-    ({"architecture": ["standard"]}, r"architecture \['standard'\] is not supported"),
-    ({"d_sae": 10**18}, "d_sae must be a whole number from 1 to 1,000,000,000, not 1000000000000000000"),
-    ({"d_sae": 1}, r"W_enc has shape \(12, 40\), expected \(12, 1\)"), ({"d_in": "12"}, "d_in must be a whole number"),
-    ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input must be true or false, not 'false'"),
-    ({"dtype": "float99"}, "dtype 'float99' is no precision"), ({"metadata": [1]}, "metadata must be a section of settings"),
-    ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' does not fit its hook"),
-    ({"metadata": {"hook_name": "resid_mid"}}, "the hook 'resid_mid' is not known; write TransformerLens' name"),
-    ({"metadata": {"hook_name": "blocks.1.hook_resid_pre", "hook_layer": 2}}, "hook_layer is 2, the hook is blocks.1"),
-    ({"W_enc": flipped(make_sae("standard").W_enc)}, r"W_enc has shape \(40, 12\), .* \(it is transposed\)"),
-    ({"W_dec": make_sae("standard").W_dec.long()}, "W_dec is int64; weights must be dense floating-point numbers"),
-    ({"b_enc": torch.full((D_SAE,), torch.inf)}, "b_enc holds NaN or infinity"),
-    ({"b_enc": torch.zeros(0)}, r"b_enc has shape \(0,\)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threshold": torch.ones(D_SAE)}, "the weights also hold threshold, which the architecture standard does not use"),
+        (
+            {"architecture": "jumprelu", "threshold": torch.ones(D_SAE), "log_threshold": torch.ones(D_SAE)},
+            "hold both log_threshold and threshold",
+        ),
+        ({"mask": torch.ones(3)}, "the weights also hold mask"),
+        ({"activation_fn": "tanh-relu"}, "the activation function 'tanh-relu' is not that of the architecture standard"),
+        ({"activation_fn_str": "topk"}, "the activation function 'topk' is not that of"),
+        ({"k": 5}, "the configuration holds k, which the architecture standard does not use"),
+        ({"noise_at_inference": 0.1}, "the configuration holds noise_at_inference"),
+        ({"residual_threshold": 0.1}, "holds residual_threshold"),
+        ({"architecture": None}, "architecture None is not supported; known: standard"),
+        ({"architecture": ["standard"]}, r"architecture \['standard'\] is not supported"),
+        ({"d_sae": 10**18}, "d_sae must be a whole number from 1 to 1,000,000,000, not 1000000000000000000"),
+        ({"d_sae": 1}, r"W_enc has shape \(12, 40\), expected \(12, 1\)"),
+        ({"d_in": "12"}, "d_in must be a whole number"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input must be true or false, not 'false'"),
+        ({"dtype": "float99"}, "dtype 'float99' is no precision"),
+        ({"metadata": [1]}, "metadata must be a section of settings"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' does not fit its hook"),
+        ({"metadata": {"hook_name": "resid_mid"}}, "the hook 'resid_mid' is not known; write TransformerLens' name"),
+        ({"metadata": {"hook_name": "blocks.1.hook_resid_pre", "hook_layer": 2}}, "hook_layer is 2, the hook is blocks.1"),
+        ({"W_enc": flipped(make_sae("standard").W_enc)}, r"W_enc has shape \(40, 12\), .* \(it is transposed\)"),
+        ({"W_dec": make_sae("standard").W_dec.long()}, "W_dec is int64; weights must be dense floating-point numbers"),
+        ({"b_enc": torch.full((D_SAE,), torch.inf)}, "b_enc holds NaN or infinity"),
+        ({"b_enc": torch.zeros(0)}, r"b_enc has shape \(0,\)"),
+    ],
+)
 def test_sae_lens_folders_are_used_in_full(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_sae(lens_folder(tmp_path, **changes))
@@ -71,20 +86,37 @@ def test_sae_lens_folders_are_used_in_full(changes: dict[str, Any], message: str
 
 def test_what_says_nothing_new_is_read(tmp_path: Path) -> None:
     sae, x = make_sae("standard"), random_activations()
-    for number, changes in enumerate(({"activation_fn": "relu"}, {"l1_coefficient": 3.0}, {"hook_head_index": None},
-                                      {"skip": None})):
+    for number, changes in enumerate(
+        ({"activation_fn": "relu"}, {"l1_coefficient": 3.0}, {"hook_head_index": None}, {"skip": None})
+    ):
         torch.testing.assert_close(load_sae(lens_folder(tmp_path / str(number), **changes)).encode(x), sae.encode(x))
 
 
 def test_old_configurations_are_used_in_full() -> None:
-    old = {"model_name": "gpt2-small", "hook_point": "blocks.1.hook_resid_pre", "hook_point_layer": 1, "d_in": 4, "d_sae": 8,
-           "hook_point_head_index": None, "dtype": "torch.float32", "l1_coefficient": 8e-5, "lp_norm": 1, "run_name": "x",
-           "use_ghost_grads": False, "dead_feature_window": 5000, "store_batch_size": 32, "wandb_project": "y"}
+    old = {
+        "model_name": "gpt2-small",
+        "hook_point": "blocks.1.hook_resid_pre",
+        "hook_point_layer": 1,
+        "d_in": 4,
+        "d_sae": 8,
+        "hook_point_head_index": None,
+        "dtype": "torch.float32",
+        "l1_coefficient": 8e-5,
+        "lp_norm": 1,
+        "run_name": "x",
+        "use_ghost_grads": False,
+        "dead_feature_window": 5000,
+        "store_batch_size": 32,
+        "wandb_project": "y",
+    }
     assert settings(old, "here")["architecture"] == "standard"
-    for change, message in (({"sigmoid_gates": True}, "holds sigmoid_gates"), ({"activation_fn_str": "gelu"}, "'gelu'"),
-                            ({"activation_fn_kwargs": {"slope": 2}}, "activation_fn_kwargs holds slope"),
-                            ({"hook_name": "blocks.2.hook_resid_pre"}, "says hook_name twice, in two spellings"),
-                            ({"hook_point_layer": 7}, "hook_layer is 7, the hook is blocks.1")):
+    for change, message in (
+        ({"sigmoid_gates": True}, "holds sigmoid_gates"),
+        ({"activation_fn_str": "gelu"}, "'gelu'"),
+        ({"activation_fn_kwargs": {"slope": 2}}, "activation_fn_kwargs holds slope"),
+        ({"hook_name": "blocks.2.hook_resid_pre"}, "says hook_name twice, in two spellings"),
+        ({"hook_point_layer": 7}, "hook_layer is 7, the hook is blocks.1"),
+    ):
         with pytest.raises(UserError, match=f"^here: .*{message}"):
             settings(old | change, "here")
 
@@ -104,9 +136,16 @@ def test_known_keys_are_those_of_the_package() -> None:
     assert training == TRAINING_ONLY
 
 
-@pytest.mark.parametrize("config", [
-    {}, {"max_iterations": 6, "residual_threshold": 0.0}, {"residual_threshold": 1.5, "stop_on_duplicate_support": False},
-    {"max_iterations": 6, "residual_threshold": 0.0, "stop_on_duplicate_support": False}, {"apply_b_dec_to_input": False}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"max_iterations": 6, "residual_threshold": 0.0},
+        {"residual_threshold": 1.5, "stop_on_duplicate_support": False},
+        {"max_iterations": 6, "residual_threshold": 0.0, "stop_on_duplicate_support": False},
+        {"apply_b_dec_to_input": False},
+    ],
+)
 @pytest.mark.parametrize("unit", [True, False])
 def test_matching_pursuit_of_sae_lens(config: dict[str, Any], unit: bool, tmp_path: Path) -> None:
     """Against its own class; where it is our non-negative matching pursuit, it is opened as that."""
@@ -130,33 +169,68 @@ def test_matching_pursuit_of_sae_lens(config: dict[str, Any], unit: bool, tmp_pa
     torch.testing.assert_close(load_sae(tmp_path / "ours").encode(x), sae.encode(x))
 
 
-@pytest.mark.parametrize(("name", "hook"), [
-    ("model.layers.14", "blocks.14.hook_resid_post"), ("transformer.h.3", "blocks.3.hook_resid_post"),
-    ("gpt_neox.layers.2", "blocks.2.hook_resid_post"),
-    ("blocks.8.attn.hook_z", "blocks.8.attn.hook_z"), ("", "")])
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("model.layers.14", "blocks.14.hook_resid_post"),
+        ("transformer.h.3", "blocks.3.hook_resid_post"),
+        ("gpt_neox.layers.2", "blocks.2.hook_resid_post"),
+        ("blocks.8.attn.hook_z", "blocks.8.attn.hook_z"),
+        ("", ""),
+    ],
+)
 def test_hooks_of_modules(name: str, hook: str) -> None:
     assert hook_of(name, "here") == hook
 
 
-@pytest.mark.parametrize("name", ["model.layers.14.input_layernorm", "layer 14", "model.layers", "model.layers.x", "h.3/..",
-                                  "model.layers.14.mlp", "model.layers.14.mlp.act", "resid_post_layer_4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.14.input_layernorm",
+        "layer 14",
+        "model.layers",
+        "model.layers.x",
+        "h.3/..",
+        "model.layers.14.mlp",
+        "model.layers.14.mlp.act",
+        "resid_post_layer_4",
+    ],
+)
 def test_hooks_that_are_never_guessed(name: str) -> None:
     with pytest.raises(UserError, match="^here: the hook .* is not known"):
         hook_of(name, "here")
 
 
-@pytest.mark.parametrize("submodule", ["resid_mid_layer_1", "residual_layer_1", "mlp_in_layer_1", "my_mlp_layer_1",
-                                       "resid_post_layer_2", "attn", "model.layers.2", "model.layers.1.mlp", 7])
+@pytest.mark.parametrize(
+    "submodule",
+    [
+        "resid_mid_layer_1",
+        "residual_layer_1",
+        "mlp_in_layer_1",
+        "my_mlp_layer_1",
+        "resid_post_layer_2",
+        "attn",
+        "model.layers.2",
+        "model.layers.1.mlp",
+        7,
+    ],
+)
 def test_submodules_that_are_never_guessed(submodule: Any) -> None:
     with pytest.raises(UserError, match="submodule_name|is not known"):
         hook_name({"layer": 1, "submodule_name": submodule}, Path("config.json"))
     assert hook_name({"layer": 1, "submodule_name": "model.layers.1"}, Path("c")) == "blocks.1.hook_resid_post"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"dict_size": 41}, "expected .* d_sae 41"), ({"activation_dim": 13}, "expected .* d_in 13"),
-    ({"dict_size": 10**18}, "dict_size must be a whole number"), ({"k": 7}, "k is 5, config.json says 7"),
-    ({"lm_name": 3}, "lm_name must be a text")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dict_size": 41}, "expected .* d_sae 41"),
+        ({"activation_dim": 13}, "expected .* d_in 13"),
+        ({"dict_size": 10**18}, "dict_size must be a whole number"),
+        ({"k": 7}, "k is 5, config.json says 7"),
+        ({"lm_name": 3}, "lm_name must be a text"),
+    ],
+)
 def test_dictionary_learning_says_what_its_weights_say(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     export_dictionary_learning(make_sae("topk"), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -235,8 +309,9 @@ def test_weights_lie_in_a_folder_beside(place: str, tmp_path: Path) -> None:
 
 
 def test_sparsify_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cfg.json").write_text(json.dumps({"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32,
-                                                   "d_in": 8}))
+    (tmp_path / "cfg.json").write_text(
+        json.dumps({"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32, "d_in": 8})
+    )
     (tmp_path / "sae.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="a sparsify SAE: not read yet"):
         exchange.read_folder(tmp_path)

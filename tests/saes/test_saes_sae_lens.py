@@ -20,8 +20,13 @@ sae_lens = pytest.importorskip("sae_lens")
 def lens_sae(architecture: str, training: bool = False, **config: Any) -> Any:
     """A SAELens object with random weights, decoder rows of any norm."""
     metadata = sae_lens.saes.sae.SAEMetadata(
-        model_name="tiny", hook_name="blocks.1.hook_resid_post", context_size=32, prepend_bos=False,
-        model_from_pretrained_kwargs=config.pop("kwargs", {}), sae_lens_version=sae_lens.__version__)
+        model_name="tiny",
+        hook_name="blocks.1.hook_resid_post",
+        context_size=32,
+        prepend_bos=False,
+        model_from_pretrained_kwargs=config.pop("kwargs", {}),
+        sae_lens_version=sae_lens.__version__,
+    )
     get = sae_lens.registry.get_sae_training_class if training else sae_lens.registry.get_sae_class
     cls, cfg_cls = get(architecture)
     sae = cls(cfg_cls(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **config))
@@ -78,9 +83,17 @@ def test_matching_pursuit_is_read_alike_or_refused(tmp_path: Path) -> None:
         torch.testing.assert_close(back.encode(x), sae.encode(x))
 
 
-@pytest.mark.parametrize(("form", "config"), [
-    ("standard", {}), ("gated", {}), ("jumprelu", {}), ("jumprelu", {"apply_b_dec_to_input": False}),
-    ("topk", {"k": 5}), ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True})])
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        ("standard", {}),
+        ("gated", {}),
+        ("jumprelu", {}),
+        ("jumprelu", {"apply_b_dec_to_input": False}),
+        ("topk", {"k": 5}),
+        ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+    ],
+)
 def test_we_read_theirs(form: str, config: dict[str, Any], tmp_path: Path) -> None:
     theirs, x = lens_sae(form, **config), random_activations()
     with torch.no_grad():
@@ -135,8 +148,10 @@ def test_normalisation_is_folded_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 def test_tokens_of_one_norm(apply_b_dec_to_input: bool, tmp_path: Path) -> None:
     """`constant_norm_rescale` (mistral-7b-res-wg): the bias that grows with a token is one latent more."""
-    theirs, x = lens_sae("standard", normalize_activations="constant_norm_rescale",
-                         apply_b_dec_to_input=apply_b_dec_to_input), 7 * random_activations()
+    theirs, x = (
+        lens_sae("standard", normalize_activations="constant_norm_rescale", apply_b_dec_to_input=apply_b_dec_to_input),
+        7 * random_activations(),
+    )
     sae = from_sae_lens(theirs)
     with torch.no_grad():
         torch.testing.assert_close(sae.decode(sae.encode(x)), theirs(x), atol=1e-4, rtol=1e-4)
@@ -158,8 +173,7 @@ def test_how_the_model_was_loaded() -> None:
         {"fold_ln": True},
         {"center_writing_weights": True, "fold_ln": True},
     ):
-        with pytest.raises(UserError, match="^x: trained on a model loaded with .*only "
-                                            "center_writing_weights"):
+        with pytest.raises(UserError, match="^x: trained on a model loaded with .*only center_writing_weights"):
             centres_input(kwargs, resid, "x")
     assert from_sae_lens(lens_sae("standard", kwargs={"center_writing_weights": True})).cfg.center_input
 
@@ -167,21 +181,30 @@ def test_how_the_model_was_loaded() -> None:
 def test_other_refusals(tmp_path: Path) -> None:
     theirs = lens_sae("standard")
     values, tensors = theirs.cfg.to_dict(), dict(theirs.state_dict())
-    for change, message in [({"architecture": "temporal"}, "architecture 'temporal' is not supported; known: "
-                                                           "standard"),
-                            ({"architecture": "jumprelu"}, "weights lack threshold"),
-                            ({"d_in": 13}, r"shape \(12, 40\), expected \(13, 40\)"),
-                            ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
-                            ({"metadata": {"hook_head_index": 3}}, "one attention head only")]:
+    for change, message in [
+        ({"architecture": "temporal"}, "architecture 'temporal' is not supported; known: standard"),
+        ({"architecture": "jumprelu"}, "weights lack threshold"),
+        ({"d_in": 13}, r"shape \(12, 40\), expected \(13, 40\)"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
+        ({"metadata": {"hook_head_index": 3}}, "one attention head only"),
+    ]:
         with pytest.raises(UserError, match=f"^here: .*{message}"):
             convert({**values, **change}, tensors, "here")
 
 
 def test_configuration_before_version_6(tmp_path: Path) -> None:
     theirs, x = lens_sae("topk", k=5), random_activations()
-    old = {"architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "activation_fn_str": "topk",
-           "activation_fn_kwargs": {"k": 5}, "model_name": "tiny", "hook_point": "blocks.1.hook_resid_post",
-           "normalize_activations": False, "context_size": 32}
+    old = {
+        "architecture": "standard",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 5},
+        "model_name": "tiny",
+        "hook_point": "blocks.1.hook_resid_post",
+        "normalize_activations": False,
+        "context_size": 32,
+    }
     sae = convert(old, dict(theirs.state_dict()), "here")
     assert (sae.cfg.form, sae.cfg.hook_name, sae.options()) == ("topk", "blocks.1.hook_resid_post", {"k": 5})
     with torch.no_grad():
@@ -191,8 +214,7 @@ def test_configuration_before_version_6(tmp_path: Path) -> None:
 def test_directory_matching_is_sae_bench_s() -> None:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    theirs = {(release, sae_id) for release, lookup in get_pretrained_saes_directory().items()
-              for sae_id in lookup.saes_map}
+    theirs = {(release, sae_id) for release, lookup in get_pretrained_saes_directory().items() for sae_id in lookup.saes_map}
     assert {(sae.release, sae.sae_id) for sae in released_saes()} == theirs
     found = matching_saes(r"gpt2-small-res-jb", r"blocks\.[01]\.hook_resid_pre")
     assert [sae.sae_id for sae in found] == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]

@@ -34,11 +34,16 @@ def make_params(tiny: Path) -> Any:
     """Parameters of the tiny project; keyword arguments replace whole sections."""
 
     def make(**sections: Any) -> Params:
-        return Params.model_validate({
-            "model": {"name": str(tiny / "tiny"), "device": "cpu"},
-            "text": {"dataset": str(tiny / "texts"), "context_size": 32},
-            "sae_variants": {"ihtp": {"k_values": [1, 2]}, "mpsae": {"s_values": [3, 5]}, "omp": {"enabled": False}},
-            "comparison_saes": {"trained": ["all"]},
-            "controls": {"s": 4, "pca_components": 8}, "preflight": {"tokens": 256}, **sections})
+        return Params.model_validate(
+            {
+                "model": {"name": str(tiny / "tiny"), "device": "cpu"},
+                "text": {"dataset": str(tiny / "texts"), "context_size": 32},
+                "sae_variants": {"ihtp": {"k_values": [1, 2]}, "mpsae": {"s_values": [3, 5]}, "omp": {"enabled": False}},
+                "comparison_saes": {"trained": ["all"]},
+                "controls": {"s": 4, "pca_components": 8},
+                "preflight": {"tokens": 256},
+                **sections,
+            }
+        )
 
     return make

@@ -24,25 +24,43 @@ class _SAE:
         self.cfg = SAEConfig(form="standard", d_in=32, d_sae=8, model_name=name, hook_name=HOOK, provenance=provenance)
 
 
-@pytest.mark.parametrize(("one", "other"), [
-    ("Llama-3.1-8B", "Meta-Llama-3.1-8B"), ("meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-    ("gpt2", "gpt2-small"), ("openai-community/gpt2", "gpt2-small"), ("google/gemma-2-2b", "gemma-2-2b"),
-    ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"), ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
-    ("pythia-70m@step3000", "EleutherAI/pythia-70m@step3000"), ("gpt-neo-small", "EleutherAI/gpt-neo-125M")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Llama-3.1-8B", "Meta-Llama-3.1-8B"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("gpt2", "gpt2-small"),
+        ("openai-community/gpt2", "gpt2-small"),
+        ("google/gemma-2-2b", "gemma-2-2b"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
+        ("pythia-70m@step3000", "EleutherAI/pythia-70m@step3000"),
+        ("gpt-neo-small", "EleutherAI/gpt-neo-125M"),
+    ],
+)
 def test_two_names_of_one_model(one: str, other: str) -> None:
     assert same_model(one, other) and same_model(other, one)
 
 
-@pytest.mark.parametrize(("one", "other"), [
-    ("Llama-3.1-8B", "Llama-3.1-8B-Instruct"), ("Llama-3-8B", "Llama-3.1-8B"), ("gemma-2b", "gemma-2-2b"),
-    ("gpt2", "gpt2-medium"), ("pythia-70m", "pythia-70m-deduped"), ("pythia-70m", "pythia-70m@step3000"),
-    ("nothing", "known")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Llama-3.1-8B", "Llama-3.1-8B-Instruct"),
+        ("Llama-3-8B", "Llama-3.1-8B"),
+        ("gemma-2b", "gemma-2-2b"),
+        ("gpt2", "gpt2-medium"),
+        ("pythia-70m", "pythia-70m-deduped"),
+        ("pythia-70m", "pythia-70m@step3000"),
+        ("nothing", "known"),
+    ],
+)
 def test_two_models(one: str, other: str) -> None:
     assert not same_model(one, other)
 
 
 def test_a_folder_is_the_model_that_its_path_weights_or_the_user_say(
-        tiny_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     snapshot = tmp_path / "models--EleutherAI--pythia-70m-deduped" / "snapshots" / "0123abc"
     shutil.copytree(tiny_inputs / "tiny", snapshot)
     lm = load_language_model(str(snapshot), "cpu")
@@ -66,18 +84,28 @@ def test_same_as_is_a_parameter() -> None:
     assert Params.model_validate({"model": {"same_as": ["gpt2"]}}).model.same_as == ["gpt2"]
 
 
-@pytest.mark.parametrize("kwargs", [{"dtype": "bfloat16"}, {"torch_dtype": "float16", "device_map": "auto"},
-                                    {"n_devices": 2}, {"device": "cuda", "trust_remote_code": True},
-                                    {"local_files_only": True, "token": None},
-                                    {"revision": "main"}, {"revision": "a" * 40}, {"quantization_config": None}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"dtype": "bfloat16"},
+        {"torch_dtype": "float16", "device_map": "auto"},
+        {"n_devices": 2},
+        {"device": "cuda", "trust_remote_code": True},
+        {"local_files_only": True, "token": None},
+        {"revision": "main"},
+        {"revision": "a" * 40},
+        {"quantization_config": None},
+    ],
+)
 def test_ways_of_loading_that_change_no_activation(kwargs: dict[str, object]) -> None:
     assert not centres_input(kwargs, HOOK, "x")
     assert centres_input(kwargs | {"center_writing_weights": True}, HOOK, "x")
     assert model_name({"model_name": "gpt2", "model_from_pretrained_kwargs": kwargs}) == "gpt2"
 
 
-@pytest.mark.parametrize("kwargs", [{"fold_ln": True}, {"center_unembed": True}, {"load_in_8bit": True},
-                                    {"checkpoint_value": 3}])
+@pytest.mark.parametrize(
+    "kwargs", [{"fold_ln": True}, {"center_unembed": True}, {"load_in_8bit": True}, {"checkpoint_value": 3}]
+)
 def test_ways_of_loading_that_change_activations(kwargs: dict[str, object]) -> None:
     with pytest.raises(UserError, match="trained on a model loaded with"):
         centres_input(kwargs, HOOK, "x")

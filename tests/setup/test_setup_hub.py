@@ -41,8 +41,9 @@ class Client:
 
     def __init__(self, url: str, home: Path) -> None:
         env = os.environ | hub_env(url, home) | {"HF_HUB_ETAG_TIMEOUT": "2"}
-        self.process = subprocess.Popen([sys.executable, "-c", CLIENT], env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, repo: str, file: str) -> Any:
         self.process.stdin.write(json.dumps([repo, file]) + "\n")
@@ -60,8 +61,7 @@ def test_hub(tmp_path: Path) -> None:
     save_sae(tiny_sae(), repo / "ours")
     (repo / "broken").mkdir()
     (repo / "broken" / "ae.pt").write_bytes(b"no weights")
-    (repo / "broken" / "config.json").write_text(
-        (repo / "sweep/resid_post_layer_1/trainer_8/config.json").read_text())
+    (repo / "broken" / "config.json").write_text((repo / "sweep/resid_post_layer_1/trainer_8/config.json").read_text())
     (repo / "bad").mkdir()
     (repo / "bad" / "cfg.json").write_text('{"architecture": ')
     (repo / "bad" / "sae_weights.safetensors").write_bytes(b"")
@@ -72,8 +72,7 @@ def test_hub(tmp_path: Path) -> None:
         form, provenance = client.ask("org/sae", "sweep/resid_post_layer_1/trainer_8/ae.pt")
         assert (form, provenance["repo_id"], len(provenance["revision"])) == ("topk", "org/sae", 40)
         assert "damaged" in client.ask("org/sae", "broken/ae.pt")
-        assert client.ask("org/sae", "gone/ae.pt") == (
-            "org/sae/gone/config.json: no such file in the repository org/sae")
+        assert client.ask("org/sae", "gone/ae.pt") == ("org/sae/gone/config.json: no such file in the repository org/sae")
         answer = client.ask("org/none", "a/ae.pt")
         assert "no repository 'org/none'" in answer and "baseline_sae.source: trained" in answer
         assert "not valid JSON" in client.ask("org/sae", "bad/sae_weights.safetensors")
@@ -83,8 +82,8 @@ def test_hub(tmp_path: Path) -> None:
     # the server is gone: what is cached still works, what is not says how to go on without
     assert client.ask("org/sae", "ours/sae_weights.safetensors") == ours
     assert client.ask("org/sae", "new/ae.pt").endswith(
-        "the hub cannot be reached and the file is not in its cache; without a hub, set baseline_sae.source: "
-        "trained")
+        "the hub cannot be reached and the file is not in its cache; without a hub, set baseline_sae.source: trained"
+    )
     # it accepts connections and says nothing: the same, within the client's own limit instead of six minutes
     with socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -27,22 +27,25 @@ def texts(in_project: Path) -> Path:
     return in_project
 
 
-@pytest.mark.parametrize(("evaluation", "section", "message"), [
-    ("sparse_probing", {"dataset_names": ["news_topic", "gone.csv"]}, "task gone.csv: no such file"),
-    ("sparse_probing", {"dataset_names": ["news_topik"]}, "unknown task 'news_topik'; did you mean news_topic"),
-    ("sparse_probing", {"dataset_names": ["poor.csv"]}, "poor.csv: no column 'label'; available: text, class"),
-    ("sparse_probing", {"dataset_names": ["broken.parquet"]}, "not a valid Parquet file"),
-    ("sparse_probing", {"dataset_names": ["empty"]}, "empty: no readable file"),
-    ("tpp", {"dataset_names": ["gone.csv"]}, "task gone.csv: no such file"),
-    ("scr", {"dataset_names": ["good.csv"]}, "no column 'second_label'"),
-    ("scr", {"dataset_names": ["nonsense"]}, "nonsense"),
-    ("sparse_probing_sae_probes", {"dataset_names": ["105_click_bait", "105_clickbait"]}, "has no task '105_clickbait'"),
-    ("unlearning", {"forget_corpus": "./gone.txt"}, "unlearning.forget_corpus: ./gone.txt: no such file or folder"),
-    ("unlearning", {"retain_corpus": "good.csv", "corpus_column": "body"}, "retain_corpus: .*no column 'body'"),
-    ("unlearning", {"retain_questions": ["good.csv"]}, "retain_questions: .*no column 'question'"),
-    ("ravel", {"prompts": "./gone"}, "ravel.prompts: ./gone: no such file or folder"),
-    ("transfer", {"dataset": "poor.csv", "column_name": "body"}, "transfer.dataset: .*no column 'body'"),
-])
+@pytest.mark.parametrize(
+    ("evaluation", "section", "message"),
+    [
+        ("sparse_probing", {"dataset_names": ["news_topic", "gone.csv"]}, "task gone.csv: no such file"),
+        ("sparse_probing", {"dataset_names": ["news_topik"]}, "unknown task 'news_topik'; did you mean news_topic"),
+        ("sparse_probing", {"dataset_names": ["poor.csv"]}, "poor.csv: no column 'label'; available: text, class"),
+        ("sparse_probing", {"dataset_names": ["broken.parquet"]}, "not a valid Parquet file"),
+        ("sparse_probing", {"dataset_names": ["empty"]}, "empty: no readable file"),
+        ("tpp", {"dataset_names": ["gone.csv"]}, "task gone.csv: no such file"),
+        ("scr", {"dataset_names": ["good.csv"]}, "no column 'second_label'"),
+        ("scr", {"dataset_names": ["nonsense"]}, "nonsense"),
+        ("sparse_probing_sae_probes", {"dataset_names": ["105_click_bait", "105_clickbait"]}, "has no task '105_clickbait'"),
+        ("unlearning", {"forget_corpus": "./gone.txt"}, "unlearning.forget_corpus: ./gone.txt: no such file or folder"),
+        ("unlearning", {"retain_corpus": "good.csv", "corpus_column": "body"}, "retain_corpus: .*no column 'body'"),
+        ("unlearning", {"retain_questions": ["good.csv"]}, "retain_questions: .*no column 'question'"),
+        ("ravel", {"prompts": "./gone"}, "ravel.prompts: ./gone: no such file or folder"),
+        ("transfer", {"dataset": "poor.csv", "column_name": "body"}, "transfer.dataset: .*no column 'body'"),
+    ],
+)
 def test_what_an_evaluation_would_not_find(texts: Path, evaluation: str, section: dict[str, Any], message: str) -> None:
     only = {"core": False, "sparse_probing": False, evaluation: True}
     with pytest.raises(UserError, match=message) as caught:
@@ -54,12 +57,23 @@ def test_what_an_evaluation_would_not_find(texts: Path, evaluation: str, section
 def test_what_can_be_read_passes(texts: Path) -> None:
     on = dict.fromkeys(Params().eval_types.model_dump(), True)
     check_inputs(Params.model_validate({"eval_types": on}))
-    check_inputs(Params.model_validate({
-        "eval_types": on, "sparse_probing": {"dataset_names": ["good.csv", str(texts / "good.csv"), "fancyzhx/ag_news"]},
-        "scr": {"dataset_names": ["crossed.csv"]}, "sparse_probing_sae_probes": {"dataset_names": "all"},
-        "unlearning": {"forget_corpus": "good.csv", "retain_corpus": "owner/data:config",
-                       "forget_questions": ["questions.jsonl", "cais/wmdp:wmdp-bio"]},
-        "transfer": {"dataset": "good.csv"}, "ravel": {"prompts": "empty"}}))
+    check_inputs(
+        Params.model_validate(
+            {
+                "eval_types": on,
+                "sparse_probing": {"dataset_names": ["good.csv", str(texts / "good.csv"), "fancyzhx/ag_news"]},
+                "scr": {"dataset_names": ["crossed.csv"]},
+                "sparse_probing_sae_probes": {"dataset_names": "all"},
+                "unlearning": {
+                    "forget_corpus": "good.csv",
+                    "retain_corpus": "owner/data:config",
+                    "forget_questions": ["questions.jsonl", "cais/wmdp:wmdp-bio"],
+                },
+                "transfer": {"dataset": "good.csv"},
+                "ravel": {"prompts": "empty"},
+            }
+        )
+    )
 
 
 def test_the_check_needs_no_torch() -> None:

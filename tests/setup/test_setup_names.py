@@ -21,14 +21,25 @@ def named(*patterns: str) -> dict[str, str]:
 
 def test_names_have_as_many_parts_as_tell_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("runs/a/trainer_0", "runs/b/trainer_0", "runs/b/trainer_1", "x/checkpoints/step_10",
-                   "y/checkpoints/step_10", "x/checkpoints/step_20"):
+    for folder in (
+        "runs/a/trainer_0",
+        "runs/b/trainer_0",
+        "runs/b/trainer_1",
+        "x/checkpoints/step_10",
+        "y/checkpoints/step_10",
+        "x/checkpoints/step_20",
+    ):
         (tmp_path / folder).mkdir(parents=True)
-    assert named("runs/*/trainer_*") == {"runs/a/trainer_0": "a_trainer_0", "runs/b/trainer_0": "b_trainer_0",
-                                         "runs/b/trainer_1": "trainer_1"}
+    assert named("runs/*/trainer_*") == {
+        "runs/a/trainer_0": "a_trainer_0",
+        "runs/b/trainer_0": "b_trainer_0",
+        "runs/b/trainer_1": "trainer_1",
+    }
     assert named("*/checkpoints/step_*") == {
-        "x/checkpoints/step_10": "x_checkpoints_step_10", "x/checkpoints/step_20": "step_20",
-        "y/checkpoints/step_10": "y_checkpoints_step_10"}
+        "x/checkpoints/step_10": "x_checkpoints_step_10",
+        "x/checkpoints/step_20": "step_20",
+        "y/checkpoints/step_10": "y_checkpoints_step_10",
+    }
     assert named("runs/b/*", "runs/*/trainer_1") == named("runs/b/*")  # each folder once
     long = tmp_path / "long" / ("n" * 240)
     long.mkdir(parents=True)

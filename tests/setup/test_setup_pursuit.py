@@ -24,19 +24,30 @@ VARIANTS = {
 
 def test_every_section_becomes_saes_with_its_options(project: Path, make_params: Any) -> None:
     manifest = run_setup(make_params(sae_variants=VARIANTS, controls={"names": []}, comparison_saes={"trained": []}))
-    assert manifest["order"] == ["standard", "standard_ihtp_k2", "standard_mpsae_s3", "standard_omp_s2",
-                                 "standard_omp_s4", "standard_topk_refit_k3", "standard_nn_mpsae_s3", "standard_nn_omp_s2"]
+    assert manifest["order"] == [
+        "standard",
+        "standard_ihtp_k2",
+        "standard_mpsae_s3",
+        "standard_omp_s2",
+        "standard_omp_s4",
+        "standard_topk_refit_k3",
+        "standard_nn_mpsae_s3",
+        "standard_nn_omp_s2",
+    ]
     found = {name: load_sae(project / "downloaded_saes" / name) for name in manifest["order"]}
     assert {name: (sae.cfg.form, sae.options()) for name, sae in found.items() if name != "standard"} == {
         "standard_ihtp_k2": ("ihtp", {"k": 2, "iterations": 3}),
         "standard_mpsae_s3": ("matching_pursuit", {"s": 3, "tolerance": 0.25, "gram_dtype": "bfloat16", "refresh": 2}),
-        "standard_omp_s2": ("omp", {"s": 2}), "standard_omp_s4": ("omp", {"s": 4}),
+        "standard_omp_s2": ("omp", {"s": 2}),
+        "standard_omp_s4": ("omp", {"s": 4}),
         "standard_topk_refit_k3": ("topk_refit", {"k": 3, "iterations": 2}),
         "standard_nn_mpsae_s3": ("nonnegative_matching_pursuit", {"s": 3}),
-        "standard_nn_omp_s2": ("nonnegative_omp", {"s": 2, "tolerance": 0.1})}
+        "standard_nn_omp_s2": ("nonnegative_omp", {"s": 2, "tolerance": 0.1}),
+    }
     rows = manifest["saes"]
     assert {name: rows[name]["architecture"] for name in found} == {
-        name: name.removeprefix("standard_").rpartition("_")[0] or name for name in found}
+        name: name.removeprefix("standard_").rpartition("_")[0] or name for name in found
+    }
     assert [name for name in found if not rows[name]["signed"]] == ["standard", "standard_nn_mpsae_s3", "standard_nn_omp_s2"]
     assert [name for name in found if not rows[name]["per_token"]] == ["standard_ihtp_k2"]
 
@@ -57,13 +68,21 @@ def test_a_poor_dictionary_is_noted_or_refused(project: Path, make_params: Any, 
     with pytest.raises(UserError, match="1 of 64 atoms are not of unit norm .* and 2 of 64 atoms are zero vectors; pursuit"):
         run_setup(make_params(comparison_saes={"trained": []}, sae_variants={"normalise": "refuse"}))
     off = {name: {"enabled": False} for name in ("ihtp", "mpsae", "omp")}
-    run_setup(make_params(comparison_saes={"trained": []}, controls={"names": []},
-                          sae_variants={"normalise": "refuse", **off}))  # nobody pursues
+    run_setup(
+        make_params(comparison_saes={"trained": []}, controls={"names": []}, sae_variants={"normalise": "refuse", **off})
+    )  # nobody pursues
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ({"omp": {"enabled": True, "s_values": [65]}}, "sae_variants.omp.s_values: 65 is larger than the baseline's d_sae = 64"),
-    ({"topk_refit": {"enabled": True, "k_values": [65]}}, "sae_variants.topk_refit.k_values: 65 is larger")])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"omp": {"enabled": True, "s_values": [65]}},
+            "sae_variants.omp.s_values: 65 is larger than the baseline's d_sae = 64",
+        ),
+        ({"topk_refit": {"enabled": True, "k_values": [65]}}, "sae_variants.topk_refit.k_values: 65 is larger"),
+    ],
+)
 def test_sizes_beyond_the_dictionary_are_refused(project: Path, make_params: Any, section: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_setup(make_params(sae_variants={"mpsae": {"s_values": [3]}, **section}))

@@ -19,16 +19,21 @@ from sae_research.saes.formats.dictionary_learning import export_dictionary_lear
 from sae_research.setup import run_setup
 from sae_research.setup.checks import preflight, preflight_tokens
 
-ORDER = ["standard", "standard_ihtp_k1", "standard_ihtp_k2", "standard_mpsae_s3", "standard_mpsae_s5", "topk",
-         "control_random", "control_data_rows", "control_pca"]
+ORDER = [
+    "standard",
+    "standard_ihtp_k1",
+    "standard_ihtp_k2",
+    "standard_mpsae_s3",
+    "standard_mpsae_s5",
+    "topk",
+    "control_random",
+    "control_data_rows",
+    "control_pca",
+]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_what_it_writes(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +57,9 @@ def test_what_it_writes(project: Path, make_params: Any, capsys: pytest.CaptureF
     assert (rows["standard_mpsae_s3"]["s"], rows["standard_mpsae_s3"]["architecture"]) == (3, "mpsae")
     assert {rows[f"control_{kind}"]["role"] for kind in ("random", "data_rows", "pca")} == {"control"}
     assert [path for path in first if path.startswith("standard_ihtp")] == [
-        "standard_ihtp_k1/cfg.json", "standard_ihtp_k2/cfg.json"]
+        "standard_ihtp_k1/cfg.json",
+        "standard_ihtp_k2/cfg.json",
+    ]
     assert "core: up to" in out and "activation cache: about" in out
     text = b"".join(data for path, data in first.items() if path.endswith(".json")).decode()
     assert str(project) not in text and "second" not in text
@@ -66,8 +73,10 @@ def test_what_it_writes(project: Path, make_params: Any, capsys: pytest.CaptureF
 def test_the_estimate_leaves_out_what_is_cached(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from sae_research.evals.core import evaluation
 
-    params = make_params(controls={"names": []}, core_eval={
-        "batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1})
+    params = make_params(
+        controls={"names": []},
+        core_eval={"batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1},
+    )
     run_setup(params)
     first = capsys.readouterr().out
     lm = load_language_model(params.model.name, "cpu")
@@ -88,10 +97,7 @@ def test_the_estimate_leaves_out_what_is_cached(project: Path, make_params: Any,
 
 def test_controls_are_what_they_say(project: Path, make_params: Any) -> None:
     run_setup(make_params(sae_variants={"ihtp": {"enabled": False}, "mpsae": {"enabled": False}}))
-    saes = {
-        name: load_sae(project / "downloaded_saes" / f"control_{name}")
-        for name in ("random", "data_rows", "pca")
-    }
+    saes = {name: load_sae(project / "downloaded_saes" / f"control_{name}") for name in ("random", "data_rows", "pca")}
     for name in ("random", "data_rows"):
         assert saes[name].options() == {"s": 4} and saes[name].cfg.d_sae == D_SAE
         torch.testing.assert_close(saes[name].W_dec.norm(dim=1), torch.ones(D_SAE))
@@ -103,9 +109,7 @@ def test_controls_are_what_they_say(project: Path, make_params: Any) -> None:
     seen = json.loads((project / "downloaded_saes" / "preflight.json").read_text())
     assert 0 < seen["saes"]["control_pca"]["variance_explained"] <= 1
     assert seen["model"]["name"].endswith("tiny") and seen["hooks"][HOOK]["d_in"] == D_IN
-    run_setup(
-        make_params(random_seed=7, sae_variants={"ihtp": {"enabled": False}, "mpsae": {"enabled": False}})
-    )
+    run_setup(make_params(random_seed=7, sae_variants={"ihtp": {"enabled": False}, "mpsae": {"enabled": False}}))
     other = load_sae(project / "downloaded_saes" / "control_random")
     assert not torch.equal(other.W_dec, saes["random"].W_dec)
 
@@ -113,8 +117,10 @@ def test_controls_are_what_they_say(project: Path, make_params: Any) -> None:
 def test_every_kind_of_comparison(project: Path, make_params: Any) -> None:
     save_sae(tiny_sae(seed=3, model_name="", hook_name=""), project / "mine" / "run A")
     export_dictionary_learning(tiny_sae(seed=4), project / "mine" / "exported")
-    params = make_params(comparison_saes={"trained": ["topk"], "folders": ["mine/*"],
-                                          "python": ["custom_saes.example:AbsTopK"]}, controls={"names": []})
+    params = make_params(
+        comparison_saes={"trained": ["topk"], "folders": ["mine/*"], "python": ["custom_saes.example:AbsTopK"]},
+        controls={"names": []},
+    )
     manifest = run_setup(params)
     assert manifest["order"][5:] == ["topk", "exported", "run_a", "abs_topk"]
     custom = manifest["saes"]["abs_topk"]
@@ -126,14 +132,19 @@ def test_every_kind_of_comparison(project: Path, make_params: Any) -> None:
     assert len(custom["provenance"]["source_sha256"]) == 64
     report = json.loads((project / "downloaded_saes" / "preflight.json").read_text())
     assert [line for line in report["warnings"] if line.startswith("run_a: ")] == [
-        f"run_a: names no model; assumed {params.model.name}", f"run_a: names no hook; assumed {HOOK}"]
+        f"run_a: names no model; assumed {params.model.name}",
+        f"run_a: names no hook; assumed {HOOK}",
+    ]
 
 
 def test_a_baseline_from_a_folder_and_other_hooks(project: Path, make_params: Any) -> None:
     export_dictionary_learning(tiny_sae("topk"), project / "theirs")
     save_sae(tiny_sae(seed=2, hook_name="blocks.0.hook_resid_pre"), project / "trained_saes" / "early")
-    params = make_params(baseline_sae={"source": "folder", "path": "theirs", "name": "base", "hook_layer": 1},
-                         comparison_saes={"trained": ["early"]}, controls={"names": ["random"], "s": 2})
+    params = make_params(
+        baseline_sae={"source": "folder", "path": "theirs", "name": "base", "hook_layer": 1},
+        comparison_saes={"trained": ["early"]},
+        controls={"names": ["random"], "s": 2},
+    )
     manifest = run_setup(params)
     assert manifest["saes"]["base"]["form"] == "topk" and manifest["saes"]["base"]["role"] == "baseline"
     assert manifest["saes"]["early"]["hook_name"] == "blocks.0.hook_resid_pre"
@@ -143,10 +154,12 @@ def test_a_baseline_from_a_folder_and_other_hooks(project: Path, make_params: An
 
 
 def test_cards_are_compared(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    save_sae(tiny_sae("topk", provenance={"held_out": {"l0": 30.0, "variance_explained": 0.9}}),
-             project / "trained_saes" / "topk")
+    save_sae(
+        tiny_sae("topk", provenance={"held_out": {"l0": 30.0, "variance_explained": 0.9}}), project / "trained_saes" / "topk"
+    )
     (project / "trained_saes" / "training_report.json").write_text(
-        json.dumps({"saes": {"standard": {"held_out": {"l0": 1.0}}}}))
+        json.dumps({"saes": {"standard": {"held_out": {"l0": 1.0}}}})
+    )
     run_setup(make_params(controls={"names": []}))
     out = capsys.readouterr().out
     assert "warning: topk: L0 is 4 here, its card says 30" in out
@@ -160,8 +173,12 @@ def test_mistakes(project: Path, make_params: Any) -> None:
     save_sae(tiny_sae(center_input=True), project / "bad" / "centred")
     save_sae(tiny_sae(provenance={"activation_norm": 1e6}), project / "bad" / "norm")
     wide = tiny_sae()
-    save_sae(type(wide)(wide.cfg.replace(d_in=D_SAE, d_sae=D_IN), W_enc=wide.W_dec, W_dec=wide.W_enc,
-                        b_enc=wide.b_dec, b_dec=wide.b_enc), project / "bad" / "wide")
+    save_sae(
+        type(wide)(
+            wide.cfg.replace(d_in=D_SAE, d_sae=D_IN), W_enc=wide.W_dec, W_dec=wide.W_enc, b_enc=wide.b_dec, b_dec=wide.b_enc
+        ),
+        project / "bad" / "wide",
+    )
     save_sae(tiny_sae(), project / "other" / "topk")
     (project / "empty").mkdir()
     (project / "downloaded_saes").mkdir()
@@ -169,24 +186,30 @@ def test_mistakes(project: Path, make_params: Any) -> None:
 
     def refused(message: str, **sections: Any) -> None:
         with pytest.raises(UserError, match=message) as caught:
-            run_setup(make_params(controls={"names": []}, **sections) if "controls" not in sections
-                      else make_params(**sections))
+            run_setup(
+                make_params(controls={"names": []}, **sections) if "controls" not in sections else make_params(**sections)
+            )
         assert "\n" not in str(caught.value)
 
-    for folder, message in [("model", "model was trained on gpt2, model.name is"), ("layer", "has layers 0 "
-                                                                                             "to 2"),
-                            ("centred", "a model without LayerNorm"), ("norm", "preflight.max_norm_ratio"),
-                            ("wide", f"reads {D_SAE} dimensions, .* has {D_IN} at")]:
+    for folder, message in [
+        ("model", "model was trained on gpt2, model.name is"),
+        ("layer", "has layers 0 to 2"),
+        ("centred", "a model without LayerNorm"),
+        ("norm", "preflight.max_norm_ratio"),
+        ("wide", f"reads {D_SAE} dimensions, .* has {D_IN} at"),
+    ]:
         refused(message, comparison_saes={"folders": [f"bad/{folder}"]})
-    refused(
-        "no such trained SAE .there are standard, topk.; run the train stage", baseline_sae={"name": "gone"}
-    )
+    refused("no such trained SAE .there are standard, topk.; run the train stage", baseline_sae={"name": "gone"})
     refused("'none/\\*' matches no folder", comparison_saes={"folders": ["none/*"]})
     refused("no SAE there; expected cfg.json", comparison_saes={"folders": ["empty"]})
-    refused("two SAEs would be called topk: trained_saes/topk and the folder other/topk",
-            comparison_saes={"trained": ["topk"], "folders": ["other/*"]})
-    refused("custom_saes.example:Nothing: custom_saes.example has no class Nothing",
-            comparison_saes={"python": ["custom_saes.example:Nothing"]})
+    refused(
+        "two SAEs would be called topk: trained_saes/topk and the folder other/topk",
+        comparison_saes={"trained": ["topk"], "folders": ["other/*"]},
+    )
+    refused(
+        "custom_saes.example:Nothing: custom_saes.example has no class Nothing",
+        comparison_saes={"python": ["custom_saes.example:Nothing"]},
+    )
     refused(
         f"k_values: 65 is larger than the baseline's d_sae = {D_SAE}",
         sae_variants={"ihtp": {"k_values": [65]}},
@@ -196,11 +219,11 @@ def test_mistakes(project: Path, make_params: Any) -> None:
         controls={"pca_components": 33, "s": 2},
     )
     refused("controls.s = 65 is larger", controls={"s": 65})
-    refused("baseline standard explains .* preflight.min_variance_explained is 0.99",
-            preflight={"tokens": 128, "min_variance_explained": 0.99})
     refused(
-        "hook_layer is 8, but the SAE reads blocks.1", baseline_sae={"source": "folder", "path": "other/topk"}
+        "baseline standard explains .* preflight.min_variance_explained is 0.99",
+        preflight={"tokens": 128, "min_variance_explained": 0.99},
     )
+    refused("hook_layer is 8, but the SAE reads blocks.1", baseline_sae={"source": "folder", "path": "other/topk"})
     broken = project / "trained_saes" / "topk" / "sae_weights.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
     refused("damaged weights")
@@ -208,9 +231,7 @@ def test_mistakes(project: Path, make_params: Any) -> None:
     assert not list(project.glob(".downloaded_saes*"))
 
 
-def test_directory_matches_are_named_and_read(
-    project: Path, make_params: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_matches_are_named_and_read(project: Path, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sae_research.saes import sources
 
     asked = []
@@ -235,8 +256,9 @@ def test_directory_matches_are_named_and_read(
 
 def test_a_comparison_that_fails_is_a_warning_the_baseline_is_not(project: Path, tiny_inputs: Path) -> None:
     lm = load_language_model(str(tiny_inputs / "tiny"), "cpu")
-    params = Params.model_validate({"text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24},
-                                    "preflight": {"tokens": 256}})
+    params = Params.model_validate(
+        {"text": {"dataset": str(tiny_inputs / "texts"), "context_size": 24}, "preflight": {"tokens": 256}}
+    )
     bad = tiny_sae(seed=1)
     bad.b_enc.fill_(torch.nan)
     found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params, preflight_tokens(lm, params))

@@ -20,15 +20,19 @@ def test_streaming_equals_plain(batch: tuple[torch.Tensor, ...]) -> None:
     x, hat, z, mask = batch
     stats = ReconstructionStats(6, 9)
     for i in range(4):
-        stats.update(x[i:i + 1], hat[i:i + 1], z[i:i + 1], mask[i:i + 1])
+        stats.update(x[i : i + 1], hat[i : i + 1], z[i : i + 1], mask[i : i + 1])
     got, X, H, Z = stats.metrics(), x[mask].double(), hat[mask].double(), z[mask].double()
     residual, total = (X - H).square(), (X - X.mean(0)).square()
     want = {
-        "tokens": len(X), "l0": (Z != 0).sum(1).double().mean(), "l1": Z.abs().sum(1).mean(), "mse": residual.mean(),
+        "tokens": len(X),
+        "l0": (Z != 0).sum(1).double().mean(),
+        "l1": Z.abs().sum(1).mean(),
+        "mse": residual.mean(),
         "variance_explained": 1 - residual.sum() / total.sum(),
         "variance_explained_per_dim": (1 - residual.sum(0) / total.sum(0)).mean(),
         "cosine_similarity": torch.nn.functional.cosine_similarity(X, H).mean(),
-        "l2_ratio": (H.norm(dim=1) / X.norm(dim=1)).mean(), "fraction_alive": (Z != 0).any(0).double().mean(),
+        "l2_ratio": (H.norm(dim=1) / X.norm(dim=1)).mean(),
+        "fraction_alive": (Z != 0).any(0).double().mean(),
         "relative_reconstruction_bias": H.square().sum(1).mean() / (X * H).sum(1).mean(),
     }
     assert got == pytest.approx({key: float(value) for key, value in want.items()}, rel=1e-6)
@@ -62,8 +66,9 @@ def test_losses_against_torch() -> None:
     predictions = CleanPredictions(clean.clone(), tokens)
     ce, kl = predictions.compare(edited)
     want_ce = torch.nn.functional.cross_entropy(edited[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    want_kl = torch.nn.functional.kl_div(edited.log_softmax(-1), clean.log_softmax(-1), log_target=True,
-                                         reduction="none").sum(-1)
+    want_kl = torch.nn.functional.kl_div(
+        edited.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
     torch.testing.assert_close(ce, want_ce)
     torch.testing.assert_close(kl, want_kl)
     same_ce, same_kl = predictions.compare(clean)
@@ -126,8 +131,13 @@ def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.Mo
 
     def sae() -> LinearSAE:
         rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-        return LinearSAE(SAEConfig(form="linear", d_in=5, d_sae=12, hook_name="blocks.0.hook_resid_post", options={}),
-                         W_enc=rows.T.contiguous(), b_enc=torch.zeros(12), W_dec=rows * 2, b_dec=torch.zeros(5))
+        return LinearSAE(
+            SAEConfig(form="linear", d_in=5, d_sae=12, hook_name="blocks.0.hook_resid_post", options={}),
+            W_enc=rows.T.contiguous(),
+            b_enc=torch.zeros(12),
+            W_dec=rows * 2,
+            b_dec=torch.zeros(5),
+        )
 
     calls: list[int] = []
     monkeypatch.setattr(weights, "_looked_for", {})

@@ -47,8 +47,10 @@ def test_no_text_stands_twice_in_a_task(packaged: dict[str, CrossedTask]) -> Non
 
 def test_train_and_test_come_from_different_documents(packaged: dict[str, CrossedTask]) -> None:
     """Texts are cut after the split, so the openings of train texts are looked for among those of test texts."""
-    openings = [{text[:60] for task in packaged.values() for texts in getattr(task, part).values() for text in texts}
-                for part in ("train", "test")]
+    openings = [
+        {text[:60] for task in packaged.values() for texts in getattr(task, part).values() for text in texts}
+        for part in ("train", "test")
+    ]
     assert not openings[0] & openings[1]
 
 
@@ -78,11 +80,14 @@ def test_local_task(tmp_path: Path) -> None:
     assert task.notes["copies_dropped"] == 2 and task.notes["conflicting_dropped"] == 1
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("film_or_restaurant", "did you mean film_or_restaurant_by_sentiment"),
-    ("news_topic", "known: film_or_restaurant_by_sentiment"),
-    ("./mine.csv", "no such file or folder"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("film_or_restaurant", "did you mean film_or_restaurant_by_sentiment"),
+        ("news_topic", "known: film_or_restaurant_by_sentiment"),
+        ("./mine.csv", "no such file or folder"),
+    ],
+)
 def test_unknown_task(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_crossed_tasks(name, 16, 16, 1, no_skip)

@@ -33,7 +33,7 @@ def words(*numbers: int) -> str:
 
 def by_definition(text: str) -> set[tuple[str, ...]]:
     found = text.lower().split()[:120]
-    return {tuple(found[i:i + 5]) for i in range(max(1, len(found) - 4))} if found else set()
+    return {tuple(found[i : i + 5]) for i in range(max(1, len(found) - 4))} if found else set()
 
 
 def near_by_definition(texts: Sequence[str], others: Sequence[str]) -> set[tuple[int, int]]:
@@ -61,15 +61,22 @@ def crossing(train: Iterable[str], test: Iterable[str]) -> int:
 
 # --- the definition --------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("one", "other", "near"), [
-    (words(*range(12)), words(*range(12)).upper().replace(" ", "\n\t"), True),  # neither case nor spacing counts
-    (words(*range(16)), words(*range(12), 20, 21, 22, 23), True),  # 8 of 16 shingles
-    (words(*range(16)), words(*range(12), 20, 21, 22, 23, 24), False),  # 8 of 17
-    (words(*range(120)), words(*range(120), *range(500, 900)), True),  # what comes after 120 words does not count
-    (words(*range(119)), words(*range(60), *range(500, 559)), False),
-    ("a b c", "A  b C", True), ("a b c", "a b d", False), ("a b c d", "a b c d e", False),
-    (" ", " ", False), ("", "a", False),  # a text without words is near nothing
-])
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [
+        (words(*range(12)), words(*range(12)).upper().replace(" ", "\n\t"), True),  # neither case nor spacing counts
+        (words(*range(16)), words(*range(12), 20, 21, 22, 23), True),  # 8 of 16 shingles
+        (words(*range(16)), words(*range(12), 20, 21, 22, 23, 24), False),  # 8 of 17
+        (words(*range(120)), words(*range(120), *range(500, 900)), True),  # what comes after 120 words does not count
+        (words(*range(119)), words(*range(60), *range(500, 559)), False),
+        ("a b c", "A  b C", True),
+        ("a b c", "a b d", False),
+        ("a b c d", "a b c d e", False),
+        (" ", " ", False),
+        ("", "a", False),  # a text without words is near nothing
+    ],
+)
 def test_definition(one: str, other: str, near: bool) -> None:
     for texts, others in ([one], [other]), ([other], [one]):
         assert NearIndex(shingle_sets(others)).near(texts).tolist() == [near]
@@ -86,8 +93,11 @@ def test_every_near_copy_is_found_and_nothing_else() -> None:
     rows = read_rows("42_temp_sense")["prompt"].tolist()[:600]
     rng = random.Random(0)
     rows += [words(*(rng.randrange(7) for _ in range(rng.randrange(20)))) for _ in range(300)]  # few words, many ties
-    found = {(int(a), int(b)) for portion in NearIndex(shingle_sets(rows)).pairs(shingle_sets(rows))
-             for a, b in zip(*portion, strict=True)}
+    found = {
+        (int(a), int(b))
+        for portion in NearIndex(shingle_sets(rows)).pairs(shingle_sets(rows))
+        for a, b in zip(*portion, strict=True)
+    }
     assert found == near_by_definition(rows, rows) and len(found) > len(rows) + 100
 
 
@@ -107,7 +117,7 @@ def test_groups_are_chains_whatever_the_order() -> None:
     texts = [*chain, *(words(*range(start, start + 20)) for start in range(500, 900, 40)), "short", ""]
     splits = [SPLITS[2 + number % 2] for number in range(len(texts))]
     want = {text: wrong for text, wrong in zip(texts, out_of_place(texts, splits), strict=True)}
-    assert not near_by_definition(chain[:1], chain[-1:]) and len(set(groups(texts)[:len(chain)])) == 1
+    assert not near_by_definition(chain[:1], chain[-1:]) and len(set(groups(texts)[: len(chain)])) == 1
     assert sum(want.values()) == 4, "half of the chain, none of the others"
     for seed in range(5):
         order = random.Random(seed).sample(range(len(texts)), len(texts))
@@ -118,8 +128,11 @@ def test_groups_are_chains_whatever_the_order() -> None:
 
 # --- tasks -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "train_size", "test_size"), [
-    *((name, 360, 60) for name in SparseProbing().dataset_names if name != "code_language"), ("code_language", 480, 300)])
+
+@pytest.mark.parametrize(
+    ("name", "train_size", "test_size"),
+    [*((name, 360, 60) for name in SparseProbing().dataset_names if name != "code_language"), ("code_language", 480, 300)],
+)
 def test_no_test_text_has_a_near_copy_in_train(name: str, train_size: int, test_size: int) -> None:
     task = load_task(name, train_size, test_size, seed=0)
     assert crossing(flat(task.train), flat(task.test)) == 0
@@ -136,7 +149,7 @@ def test_none_in_any_packaged_task(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CROSSED_TASKS)
 def test_none_in_tasks_with_two_attributes_as_they_are_cut(name: str) -> None:
-    task, = load_crossed_tasks(name, 160, 120, 42, lambda *_: pytest.fail("left out"))
+    (task,) = load_crossed_tasks(name, 160, 120, 42, lambda *_: pytest.fail("left out"))
     assert crossing(*([text for texts in part.values() for text in texts] for part in (task.train, task.test))) == 0
 
 
@@ -164,8 +177,11 @@ def local_rows() -> list[dict[str, str]]:
     """Every text twice, the second time with another end; two attributes."""
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=30)) for _ in range(400)]
-    return [{"text": text + end, "label": f"class {number % 2}", "second_label": f"kind {number // 2 % 2}"}
-            for number, text in enumerate(texts) for end in ("", " the end")]
+    return [
+        {"text": text + end, "label": f"class {number % 2}", "second_label": f"kind {number // 2 % 2}"}
+        for number, text in enumerate(texts)
+        for end in ("", " the end")
+    ]
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -178,7 +194,7 @@ def test_local_tables(tmp_path: Path, backwards: bool) -> None:
     assert crossing(flat(task.train), flat(task.test)) == 0 and task.notes["near_copies_dropped"] > 15
     assert task.train == load_task(str(tmp_path / "there.jsonl"), 120, 60, seed=1).train
     assert {split_of(text) for text in flat(task.train)} == {"probe_train"}, "texts are left out, never moved"
-    crossed, = load_crossed_tasks(path, 60, 32, 1, lambda *_: pytest.fail("left out"))
+    (crossed,) = load_crossed_tasks(path, 60, 32, 1, lambda *_: pytest.fail("left out"))
     assert crossing(*([text for texts in part.values() for text in texts] for part in (crossed.train, crossed.test))) == 0
 
 
@@ -191,8 +207,10 @@ def test_a_table_of_one_template_says_why_it_is_no_task(tmp_path: Path) -> None:
 
 def test_sae_bench_tasks_lose_test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     train = {"a": [words(*range(20))], "b": [words(*range(100, 120))]}
-    test = {"a": [words(*range(20)).upper(), words(*range(1, 21)), words(*range(40, 60))],
-            "b": [words(*range(200, 220)), words(*range(99, 119))]}
+    test = {
+        "a": [words(*range(20)).upper(), words(*range(1, 21)), words(*range(40, 60))],
+        "b": [words(*range(200, 220)), words(*range(99, 119))],
+    }
     monkeypatch.setattr(tasks, "_sae_bench_texts", lambda *_: (train, test))
     task = load_task("fancyzhx/ag_news", 2, 2, seed=0)
     assert task.train == train and task.test == {"a": test["a"][2:], "b": test["b"][:1]}
@@ -201,18 +219,28 @@ def test_sae_bench_tasks_lose_test_texts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_sae_bench_tasks_with_two_attributes_pass_over_them() -> None:
     numbers = iter(range(0, 2_000, 20))
-    texts = {part: {cell: [words(*range(n, n + 20)) for n, _ in zip(numbers, range(6), strict=False)]
-                    for cell in CELLS} for part in ("train", "test")}
+    texts = {
+        part: {cell: [words(*range(n, n + 20)) for n, _ in zip(numbers, range(6), strict=False)] for cell in CELLS}
+        for part in ("train", "test")
+    }
     near = {cell: [f"{text} end" for text in found[:2]] for cell, found in texts["train"].items()}
-    parts = _Parts("hub", ("a", "b"), ("c", "d"), texts["train"],
-                   {cell: [*near[cell], *found] for cell, found in texts["test"].items()}, {}, seed_picks=False)
+    parts = _Parts(
+        "hub",
+        ("a", "b"),
+        ("c", "d"),
+        texts["train"],
+        {cell: [*near[cell], *found] for cell, found in texts["test"].items()},
+        {},
+        seed_picks=False,
+    )
     task = _select(parts, 8, 8, 0)
-    assert task.test == {cell: found[:len(task.train[cell])] for cell, found in texts["test"].items()}
+    assert task.test == {cell: found[: len(task.train[cell])] for cell, found in texts["test"].items()}
     with pytest.raises(TaskUnavailable, match="are no near copies of its train texts"):
         _select(parts._replace(test={cell: 4 * found for cell, found in near.items()}), 8, 8, 0)
 
 
 # --- streams ---------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Text:
@@ -244,7 +272,7 @@ def test_the_index_is_kept_checked_and_made_again(text: Text, tmp_path: Path, mo
     monkeypatch.setattr(corpus.Documents, "_first", noted)
     want = list(documents(text, "sae_train"))
     assert list(documents(text, "sae_train")) == want and len(read) == 1
-    entry, = (tmp_path / ".cache/held_out").iterdir()
+    (entry,) = (tmp_path / ".cache/held_out").iterdir()
     for times, hurt in enumerate(DAMAGES.values(), 2):
         hurt(entry / "codes.npy")
         assert list(documents(text, "sae_train")) == want and len(read) == times
@@ -257,8 +285,11 @@ def test_text_of_token_ids_is_not_kept(byte_tokenizer: PreTrainedTokenizerFast, 
     """Another tokenizer makes another text of it."""
     want = token_contexts(byte_tokenizer, 256, text, "sae_train", 2_000).tokens
     (tmp_path / "ids").mkdir()
-    (tmp_path / "ids" / "rows.jsonl").write_text("\n".join(json.dumps(
-        {"text": byte_tokenizer(row["text"], add_special_tokens=False)["input_ids"]}) for row in local_rows()))
+    (tmp_path / "ids" / "rows.jsonl").write_text(
+        "\n".join(
+            json.dumps({"text": byte_tokenizer(row["text"], add_special_tokens=False)["input_ids"]}) for row in local_rows()
+        )
+    )
     tokenised = text.model_copy(update={"dataset": str(tmp_path / "ids")})
     assert (token_contexts(byte_tokenizer, 256, tokenised, "sae_train", 2_000).tokens == want).all()
     assert len(list((tmp_path / ".cache/held_out").iterdir())) == 1

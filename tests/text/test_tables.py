@@ -34,6 +34,7 @@ def rows_of(path: Path, *columns: str) -> list[tuple[object, ...]]:
 
 # --- what a cell says ------------------------------------------------------------------------
 
+
 def test_one_empty_cell_makes_no_new_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """pandas would read half of a column of 15,000 rows as 0 and 1, the half with the gap as 0.0 and 1.0."""
     lines = [f"text number {i},{i % 2}" for i in range(15_000)]
@@ -66,8 +67,11 @@ def test_typed_tables_keep_their_values(tmp_path: Path) -> None:
 
 
 def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
-    for name, content in {"a.csv": "text,label\nx,1\n", "b.tsv": "text\tlabel\nx\t1\n",
-                          "c.jsonl": '{"text": "x", "label": "1"}\n'}.items():
+    for name, content in {
+        "a.csv": "text,label\nx,1\n",
+        "b.tsv": "text\tlabel\nx\t1\n",
+        "c.jsonl": '{"text": "x", "label": "1"}\n',
+    }.items():
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
         assert rows_of(tmp_path / name) == [("x", "1")]
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfhello")
@@ -94,21 +98,25 @@ def test_answers_of_questions_are_numbers_however_written(tmp_path: Path) -> Non
 
 # --- what cannot be read ---------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.csv", b"text,label\nfine,1\ncaf\xe9,2\n", "row 2: not UTF-8"),
-    ("a.csv", "text,label\nx,1\n".encode("utf-16"), "header: not UTF-8"),
-    ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "caf\xe9", "label": 2}\n', "line 2: not UTF-8"),
-    ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
-    ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", "line 1: not valid JSON"),
-    ("a.csv", b"text,label\na,b,c\n", "row 1: 3 cells, the header names 2 columns"),
-    ("a.csv", b"text,label\n" + b'"never closed,1\n' * 3, "not a valid CSV file"),
-    ("a.csv", b"text,label,label\na,b,c\n", "2 columns are called 'label'"),
-    ("a.csv", b"", "the file is empty"),
-    ("a.csv", b"\n\n", "the file is empty"),
-    ("a.csv", ",".join(f"column_{i}" for i in range(5_000)).encode(), "no column 'text'; available: column_0"),
-    ("a.csv", b"x" * 1_000_000, "no column 'text'; available: xxx"),
-    ("a.parquet", b"", "not a valid Parquet file"),
-])
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text,label\nfine,1\ncaf\xe9,2\n", "row 2: not UTF-8"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), "header: not UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "caf\xe9", "label": 2}\n', "line 2: not UTF-8"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", "line 1: not valid JSON"),
+        ("a.csv", b"text,label\na,b,c\n", "row 1: 3 cells, the header names 2 columns"),
+        ("a.csv", b"text,label\n" + b'"never closed,1\n' * 3, "not a valid CSV file"),
+        ("a.csv", b"text,label,label\na,b,c\n", "2 columns are called 'label'"),
+        ("a.csv", b"", "the file is empty"),
+        ("a.csv", b"\n\n", "the file is empty"),
+        ("a.csv", ",".join(f"column_{i}" for i in range(5_000)).encode(), "no column 'text'; available: column_0"),
+        ("a.csv", b"x" * 1_000_000, "no column 'text'; available: xxx"),
+        ("a.parquet", b"", "not a valid Parquet file"),
+    ],
+)
 def test_unreadable_tables_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -119,8 +127,9 @@ def test_unreadable_tables_are_one_line(tmp_path: Path, name: str, content: byte
 
 def test_cut_and_changed_parquet_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.parquet"
-    pq.write_table(pa.table({"text": [f"text number {i}" for i in range(3_000)], "label": ["a"] * 3_000}), path,
-                   row_group_size=500)
+    pq.write_table(
+        pa.table({"text": [f"text number {i}" for i in range(3_000)], "label": ["a"] * 3_000}), path, row_group_size=500
+    )
     whole = path.read_bytes()
     assert [row[0] for row in rows_of(path)] == [f"text number {i}" for i in range(3_000)]
     for size in range(0, len(whole), len(whole) // 20):
@@ -128,7 +137,7 @@ def test_cut_and_changed_parquet_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not a valid Parquet file"):
             rows_of(path)
     for place in range(4, len(whole) - 8, len(whole) // 60):
-        path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place:place + 8]) + whole[place + 8:])
+        path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place : place + 8]) + whole[place + 8 :])
         try:
             rows_of(path)
         except UserError as error:
@@ -142,8 +151,13 @@ def test_cut_and_changed_parquet_files(tmp_path: Path) -> None:
 def test_a_changed_page_of_a_parquet_file_is_seen_by_its_checksum(tmp_path: Path) -> None:
     """One letter of a dictionary page stands for many rows; some writers give pages a checksum."""
     path = tmp_path / "mine.parquet"
-    pq.write_table(pa.table({"text": ["one old text", "another"] * 50, "label": ["a", "b"] * 50}), path, compression="none",
-                   write_page_checksum=True, write_statistics=False)
+    pq.write_table(
+        pa.table({"text": ["one old text", "another"] * 50, "label": ["a", "b"] * 50}),
+        path,
+        compression="none",
+        write_page_checksum=True,
+        write_statistics=False,
+    )
     path.write_bytes(path.read_bytes().replace(b"one old text", b"one odd text", 1))
     with pytest.raises(UserError, match="not a valid Parquet file"):
         rows_of(path)
@@ -174,10 +188,11 @@ def test_a_pipe_is_no_table(tmp_path: Path) -> None:
 
 # --- rare classes ----------------------------------------------------------------------------
 
+
 def test_a_rare_class_is_left_out_and_named(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path)
     name = table(tmp_path / "mine.csv", ["cat", "dog"], first="the only one,bird")
-    task, = load_tasks([name], 40, 20, 0, stage)
+    (task,) = load_tasks([name], 40, 20, 0, stage)
     alone = load_task(table(tmp_path / "two.csv", ["cat", "dog"]), 40, 20, 0)
     assert task.train == alone.train and task.test == alone.test
     assert list(task.notes["classes_left_out"]) == ["bird"]
@@ -210,5 +225,5 @@ def test_a_rare_third_value_of_an_attribute(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     pd.DataFrame([*rows, ("a slip", "cta", "old")], columns=["text", "label", "second_label"]).to_csv(path, index=False)
     said: list[str] = []
-    task, = load_crossed_tasks(str(path), 32, 16, 1, lambda *reason: said.extend(reason))
+    (task,) = load_crossed_tasks(str(path), 32, 16, 1, lambda *reason: said.extend(reason))
     assert not said and task.first == ("cat", "dog") and task.notes["values_left_out_of_label"] == {"cta": 1}

@@ -64,6 +64,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 # --- packaged --------------------------------------------------------------------------------
 
+
 def test_packaged_splits_are_disjoint_and_without_copies(packaged: dict[str, list[Document]]) -> None:
     ids = [document.doc_id for split in SPLITS for document in packaged[split]]
     assert len(ids) == len(set(ids)) > 40_000
@@ -99,9 +100,11 @@ def test_default_training_text_has_no_near_copies_of_core_text(packaged: dict[st
 
 
 def test_corpus_needs_neither_torch_nor_hub_libraries() -> None:
-    code = ("import sys; from sae_research.text import corpus, tasks; "
-            "heavy = {'torch', 'datasets', 'transformers', 'sae_probes'} & set(sys.modules); "
-            "sys.exit(', '.join(heavy) or 0)")
+    code = (
+        "import sys; from sae_research.text import corpus, tasks; "
+        "heavy = {'torch', 'datasets', 'transformers', 'sae_probes'} & set(sys.modules); "
+        "sys.exit(', '.join(heavy) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""
 
@@ -112,6 +115,7 @@ def test_unknown_split_is_a_programming_error() -> None:
 
 
 # --- local -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 def test_local_files(tmp_path: Path, kind: str) -> None:
@@ -133,7 +137,7 @@ def test_local_file_column_and_subfolders(tmp_path: Path) -> None:
 
 
 def test_local_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("text\n1984\nNA\n\"\"\n0012\n")
+    (tmp_path / "rows.csv").write_text('text\n1984\nNA\n""\n0012\n')
     assert {document.text for document in everything(Text(dataset=str(tmp_path)))} == {"1984", "NA", "0012"}
 
 
@@ -145,21 +149,24 @@ def test_relative_folder_is_found_from_the_project(tmp_path: Path, monkeypatch: 
     assert len(everything(Text(dataset="mine"))) == len(ROWS)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("rows.csv", "id,body\n1,hello\n", "no column 'text'; available: id, body"),
-    ("rows.csv", "", "the file is empty"),
-    ("rows.csv", 'text\n"unclosed\n', "not a valid CSV file"),
-    ("rows.csv", "text\n", "the data set is empty"),
-    ("rows.jsonl", '{"body": "hello"}\n', "line 1: no column 'text'; available: body"),
-    ("rows.jsonl", '{"text": "fine"}\n{broken\n', "line 2: not valid JSON"),
-    ("rows.jsonl", '["hello"]\n', "line 1: expected an object"),
-    ("rows.jsonl", '{"text": 7}\n', "holds 7, which is no text"),
-    ("rows.jsonl", '{"text": "half \\ud83d"}\n', "holds half a character"),
-    ("rows.jsonl", "\n", "the data set is empty"),
-    ("rows.parquet", "no parquet", "not a valid Parquet file"),
-    ("notes.md", "hello", "no readable file; known are .txt, .jsonl, .csv, .parquet"),
-    ("empty.txt", " \n", "the data set is empty"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "id,body\n1,hello\n", "no column 'text'; available: id, body"),
+        ("rows.csv", "", "the file is empty"),
+        ("rows.csv", 'text\n"unclosed\n', "not a valid CSV file"),
+        ("rows.csv", "text\n", "the data set is empty"),
+        ("rows.jsonl", '{"body": "hello"}\n', "line 1: no column 'text'; available: body"),
+        ("rows.jsonl", '{"text": "fine"}\n{broken\n', "line 2: not valid JSON"),
+        ("rows.jsonl", '["hello"]\n', "line 1: expected an object"),
+        ("rows.jsonl", '{"text": 7}\n', "holds 7, which is no text"),
+        ("rows.jsonl", '{"text": "half \\ud83d"}\n', "holds half a character"),
+        ("rows.jsonl", "\n", "the data set is empty"),
+        ("rows.parquet", "no parquet", "not a valid Parquet file"),
+        ("notes.md", "hello", "no readable file; known are .txt, .jsonl, .csv, .parquet"),
+        ("empty.txt", " \n", "the data set is empty"),
+    ],
+)
 def test_bad_local_files(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
@@ -189,6 +196,7 @@ def test_missing_path(name: str) -> None:
 
 
 # --- fingerprints ----------------------------------------------------------------------------
+
 
 def test_fingerprint_follows_the_data(tmp_path: Path) -> None:
     text = Text(dataset=str(write_rows(tmp_path / "mine", "jsonl", ROWS)))

@@ -57,8 +57,14 @@ FINGERPRINT = "text_fingerprint(Text(dataset='someone/tiny'), 'sae_train')"
 
 def ask(questions: list[str], env: dict[str, str]) -> dict[str, Any]:
     """What `CLIENT` answers to each question (an expression): its value, or its `UserError` as text."""
-    done = subprocess.run([sys.executable, "-c", CLIENT, json.dumps(questions)], env=os.environ | env,
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, json.dumps(questions)],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rsplit("ANSWERS", 1)[1])
 
@@ -84,19 +90,37 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (root / "bios").mkdir()
     jobs = {"professor": 21, "nurse": 13}  # of SAE Bench's four pairs of jobs only this one is here
     for part, each in (("train", 16), ("test", 10)):
-        rows = "".join(f"{part} {job} {gender} {number},{code},{gender}\n" for job, code in jobs.items()
-                       for gender in (0, 1) for number in range(each))
+        rows = "".join(
+            f"{part} {job} {gender} {number},{code},{gender}\n"
+            for job, code in jobs.items()
+            for gender in (0, 1)
+            for number in range(each)
+        )
         copy = "train professor 0 0,21,0\n" if part == "test" else ""
         (root / "bios" / f"{part}.csv").write_text("hard_text,profession,gender\n" + copy + rows)
-    repos = {"datasets": {"someone/tiny": root / "tiny", "fancyzhx/ag_news": root / "news",
-                          "LabHC/bias_in_bios": root / "bios", "someone/empty": root / "empty",
-                          "someone/testonly": root / "testonly"}}
-    questions = ["texts('someone/tiny')", "loaded('someone/tiny')", FINGERPRINT,
-                 "texts('someone/tiny', 'body')", "texts('someone/none')",
-                 "texts('someone/empty')", "texts('someone/testonly')",
-                 "task('fancyzhx/ag_news', 40, 20)", "task('fancyzhx/ag_news', 400, 20)",
-                 "task('Helsinki-NLP/europarl', 4, 4)", "crossed('LabHC/bias_in_bios_class_set1', 32, 16)",
-                 "crossed('canrager/amazon_reviews_mcauley_1and5', 32, 16)"]
+    repos = {
+        "datasets": {
+            "someone/tiny": root / "tiny",
+            "fancyzhx/ag_news": root / "news",
+            "LabHC/bias_in_bios": root / "bios",
+            "someone/empty": root / "empty",
+            "someone/testonly": root / "testonly",
+        }
+    }
+    questions = [
+        "texts('someone/tiny')",
+        "loaded('someone/tiny')",
+        FINGERPRINT,
+        "texts('someone/tiny', 'body')",
+        "texts('someone/none')",
+        "texts('someone/empty')",
+        "texts('someone/testonly')",
+        "task('fancyzhx/ag_news', 40, 20)",
+        "task('fancyzhx/ag_news', 400, 20)",
+        "task('Helsinki-NLP/europarl', 4, 4)",
+        "crossed('LabHC/bias_in_bios_class_set1', 32, 16)",
+        "crossed('canrager/amazon_reviews_mcauley_1and5', 32, 16)",
+    ]
     with serve_hub(repos) as url:
         return ask(questions, hub_env(url, root / "home"))
 
@@ -110,14 +134,17 @@ def test_fingerprint_of_a_hub_data_set(answers: dict[str, Any]) -> None:
     assert len(answers[FINGERPRINT]) == 64
 
 
-@pytest.mark.parametrize(("question", "message"), [
-    ("texts('someone/tiny', 'body')", "no column 'body'; available: text"),
-    ("texts('someone/none')", "'someone/none' doesn't exist on the Hub or cannot be accessed"),
-    ("texts('someone/empty')", "someone/empty"),
-    ("texts('someone/testonly')", "Bad split: train"),
-    ("task('Helsinki-NLP/europarl', 4, 4)", "'Helsinki-NLP/europarl' doesn't exist on the Hub"),
-    ("crossed('canrager/amazon_reviews_mcauley_1and5', 32, 16)", "scr.dataset_names"),
-])
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("texts('someone/tiny', 'body')", "no column 'body'; available: text"),
+        ("texts('someone/none')", "'someone/none' doesn't exist on the Hub or cannot be accessed"),
+        ("texts('someone/empty')", "someone/empty"),
+        ("texts('someone/testonly')", "Bad split: train"),
+        ("task('Helsinki-NLP/europarl', 4, 4)", "'Helsinki-NLP/europarl' doesn't exist on the Hub"),
+        ("crossed('canrager/amazon_reviews_mcauley_1and5', 32, 16)", "scr.dataset_names"),
+    ],
+)
 def test_hub_mistakes_are_one_line(answers: dict[str, Any], question: str, message: str) -> None:
     assert answers[question].startswith("UserError: ") and message in answers[question]
     assert "\n" not in answers[question]
@@ -148,10 +175,13 @@ def test_sae_bench_task_too_small(answers: dict[str, Any]) -> None:
     assert answers["task('fancyzhx/ag_news', 400, 20)"].startswith("TaskUnavailable: ")
 
 
-@pytest.mark.parametrize(("env", "reason"), [
-    ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
-    ({"HF_HUB_OFFLINE": "1"}, "the hub is switched off (HF_HUB_OFFLINE)"),
-])
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, "the hub is switched off (HF_HUB_OFFLINE)"),
+    ],
+)
 def test_no_hub(tmp_path: Path, env: dict[str, str], reason: str) -> None:
     no_hub = hub_env("http://127.0.0.1:9", tmp_path) | env
     for answer in ask(["texts('someone/tiny')", FINGERPRINT], no_hub).values():

@@ -26,8 +26,10 @@ from sae_research.text.questions import (
 )
 from sae_research.text.split import split_of
 
-ROWS = [{"question": "what carries oxygen?", "choices": ["bone", "blood", "hair", "nail"], "answer": 1},
-        {"question": "how many legs has an ant?", "choices": ["2", "4", "6", "8"], "answer": 2}]
+ROWS = [
+    {"question": "what carries oxygen?", "choices": ["bone", "blood", "hair", "nail"], "answer": 1},
+    {"question": "how many legs has an ant?", "choices": ["2", "4", "6", "8"], "answer": 2},
+]
 QUESTIONS = tuple(Question(row["question"], tuple(row["choices"]), row["answer"]) for row in ROWS)  # type: ignore[arg-type]
 
 
@@ -55,14 +57,17 @@ def test_letters_as_answers_and_wmdp_s_subject(tmp_path: Path) -> None:
     assert found.subject == "biology"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"choices": ["only one"]}, "row 1: `choices` must be a list of 2 to 4"),
-    ({"choices": "bone, blood"}, "row 1: `choices` must be a list, in a .csv file as JSON"),
-    ({"choices": ["bone", 3]}, "row 1, `choices` holds 3"),
-    ({"answer": 4}, "row 1: `answer` is 4; expected 0 to 3 or A to D"),
-    ({"answer": 1.5}, "`answer` is 1.5"),
-    ({"answer": "E"}, "`answer` is 'E'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": ["only one"]}, "row 1: `choices` must be a list of 2 to 4"),
+        ({"choices": "bone, blood"}, "row 1: `choices` must be a list, in a .csv file as JSON"),
+        ({"choices": ["bone", 3]}, "row 1, `choices` holds 3"),
+        ({"answer": 4}, "row 1: `answer` is 4; expected 0 to 3 or A to D"),
+        ({"answer": 1.5}, "`answer` is 1.5"),
+        ({"answer": "E"}, "`answer` is 'E'"),
+    ],
+)
 def test_a_row_that_is_no_question(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_question_set(write(tmp_path / "some.jsonl", [{**ROWS[0], **change}]))
@@ -79,6 +84,7 @@ def test_a_file_that_is_no_question_set(tmp_path: Path) -> None:
 
 
 # --- the stand-in ------------------------------------------------------------------------------
+
 
 def test_the_topic_follows_from_the_words() -> None:
     assert topic_of(ShortQuestion("What organ pumps it?", "heart")) == "biomedical"
@@ -104,6 +110,7 @@ def test_distractors_are_other_answers() -> None:
 
 
 # --- corpora -----------------------------------------------------------------------------------
+
 
 def test_packaged_topic_keeps_to_one_split() -> None:
     found = topic_documents("packaged_biomedical", "text", 10_000, 0)
@@ -169,13 +176,22 @@ def hub_data_set(folder: Path, files: dict[str, list[dict[str, Any]]]) -> Path:
 
 def test_questions_and_corpora_by_hub_name(tmp_path: Path) -> None:
     text = [{"text": f"paragraph {i} " + "of the corpus " * 5} for i in range(4)] + [{"text": ""}]
-    repos = {"cais/wmdp": {"wmdp-bio/test.parquet": ROWS}, "cais/mmlu": {"human_aging/test.parquet": ROWS[:1]},
-             "Salesforce/wikitext": {"wikitext-2-raw-v1/test.parquet": text},
-             "cais/wmdp-bio-forget-corpus": {"default/train.parquet": text[:2]}}
+    repos = {
+        "cais/wmdp": {"wmdp-bio/test.parquet": ROWS},
+        "cais/mmlu": {"human_aging/test.parquet": ROWS[:1]},
+        "Salesforce/wikitext": {"wikitext-2-raw-v1/test.parquet": text},
+        "cais/wmdp-bio-forget-corpus": {"default/train.parquet": text[:2]},
+    }
     served = {name: hub_data_set(tmp_path / name, files) for name, files in repos.items()}
     with serve_hub({"datasets": served}) as url:
-        done = subprocess.run([sys.executable, "-c", CLIENT], env=os.environ | hub_env(url, tmp_path / "home"),
-                              capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT],
+            env=os.environ | hub_env(url, tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.rsplit("ANSWERS", 1)[1])
     as_json = json.loads(json.dumps(QUESTIONS))

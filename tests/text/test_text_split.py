@@ -15,10 +15,16 @@ def test_normalise_keeps_letters_digits_and_single_spaces() -> None:
     assert normalise("?!…") == ""
 
 
-@pytest.mark.parametrize("twin", [
-    "THE END. NEXT DAY, IT RAINED", "the end.Next day it rained", "  The  end\n\nNext day; it rained!!! ",
-    "Ｔhe end — next day it rained", "“The end” next-day_it rained",
-])
+@pytest.mark.parametrize(
+    "twin",
+    [
+        "THE END. NEXT DAY, IT RAINED",
+        "the end.Next day it rained",
+        "  The  end\n\nNext day; it rained!!! ",
+        "Ｔhe end — next day it rained",
+        "“The end” next-day_it rained",
+    ],
+)
 def test_near_duplicates_share_hash_and_split(twin: str) -> None:
     original = "The end. Next day it rained."
     assert text_hash(twin) == text_hash(original)

@@ -31,8 +31,11 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Text:
     monkeypatch.setattr(corpus, "HASHES_IN_MEMORY", 8)
     folder = tmp_path / "texts"
     folder.mkdir()
-    lines = [json.dumps({"text": f"{number}: " + "word " * (4 + number % 37)})
-             for number in range(400) for _ in range(1 + (number % 3 == 0))]
+    lines = [
+        json.dumps({"text": f"{number}: " + "word " * (4 + number % 37)})
+        for number in range(400)
+        for _ in range(1 + (number % 3 == 0))
+    ]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return Text(dataset=str(folder), context_size=16)
 
@@ -57,8 +60,9 @@ def test_a_file_holds_what_memory_would(byte_tokenizer: PreTrainedTokenizerFast,
     assert isinstance(short, torch.Tensor) and torch.equal(short, found[:63])
 
 
-def test_the_file_is_made_once_and_serves_shorter_runs(byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_made_once_and_serves_shorter_runs(
+    byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     early = contexts(byte_tokenizer, text, 3_000)
     late = contexts(byte_tokenizer, text, 6_000)  # takes its place, for who reads the first nothing changes
     [path] = cached(tmp_path)
@@ -89,8 +93,9 @@ def test_nothing_half_written_stays(byte_tokenizer: PreTrainedTokenizerFast, tex
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_file_is_made_again(kind: str, byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_made_again(
+    kind: str, byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     want = contexts(byte_tokenizer, text, 3_000)[:]
     [path] = cached(tmp_path)
     DAMAGES[kind](path / "tokens.int32")
@@ -99,8 +104,9 @@ def test_a_damaged_file_is_made_again(kind: str, byte_tokenizer: PreTrainedToken
     assert [damage(entry) for entry in cached(tmp_path)] == [None], "what was damaged is gone"
 
 
-def test_the_switch_passes_over_the_file(byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_passes_over_the_file(
+    byte_tokenizer: PreTrainedTokenizerFast, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contexts(byte_tokenizer, text, 3_000)
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")
     monkeypatch.setattr(tokens, "context_chunks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -141,14 +147,14 @@ def test_memory_stays_flat(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     letters = np.random.default_rng(0).integers(97, 123, 4_500_000, np.uint8).tobytes().decode()
     with (tmp_path / "texts/rows.jsonl").open("w") as rows:
         for start in range(0, len(letters), 600):
-            rows.write(json.dumps({"text": letters[start:start + 600]}) + "\n")
+            rows.write(json.dumps({"text": letters[start : start + 600]}) + "\n")
     text = Text(dataset=str(tmp_path / "texts"), context_size=128)
 
     def read(n_tokens: int) -> None:
         found = contexts(byte_tokenizer, text, n_tokens)
         contexts_sha256(found)
         for start in range(0, len(found), 128):
-            found[start:start + 128].sum()
+            found[start : start + 128].sum()
 
     read(200_000)  # whatever is made once
     grown = peak_growth(lambda: read(2_000_000))

@@ -34,7 +34,7 @@ def test_packing_is_exact(byte_tokenizer: PreTrainedTokenizerFast, text: Text) -
     for document in documents(text, "sae_train"):
         ids = byte_tokenizer(document.text, add_special_tokens=False)["input_ids"]
         stream += [SEPARATOR, *ids] if stream else ids
-    assert found.tokens[:, 1:].flatten().tolist() == stream[:63 * 15]
+    assert found.tokens[:, 1:].flatten().tolist() == stream[: 63 * 15]
 
 
 def test_tokens_decode_back_to_their_documents(byte_tokenizer: PreTrainedTokenizerFast, text: Text) -> None:
@@ -52,11 +52,13 @@ def test_tokens_decode_back_to_their_documents(byte_tokenizer: PreTrainedTokeniz
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_tokenised_rows_are_what_their_text_is(byte_tokenizer: PreTrainedTokenizerFast, text: Text, suffix: str,
-                                               tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_tokenised_rows_are_what_their_text_is(
+    byte_tokenizer: PreTrainedTokenizerFast, text: Text, suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     texts = [file.read_text() for file in sorted(Path(text.dataset).glob("*.txt"))]
-    rows = pd.DataFrame({"input_ids": [
-        [SEPARATOR, *byte_tokenizer(content, add_special_tokens=False)["input_ids"]] for content in texts]})
+    rows = pd.DataFrame(
+        {"input_ids": [[SEPARATOR, *byte_tokenizer(content, add_special_tokens=False)["input_ids"]] for content in texts]}
+    )
     folder = tmp_path_factory.mktemp("rows")
     path = folder / f"rows.{suffix}"
     rows.to_parquet(path) if suffix == "parquet" else rows.to_json(path, orient="records", lines=True)
@@ -72,8 +74,8 @@ def test_tokenised_rows_are_what_their_text_is(byte_tokenizer: PreTrainedTokeniz
 def test_longer_streams_begin_with_shorter_ones(byte_tokenizer: PreTrainedTokenizerFast, text: Text) -> None:
     short = token_contexts(byte_tokenizer, SEPARATOR, text, "core_eval", 100)
     long = token_contexts(byte_tokenizer, SEPARATOR, text, "core_eval", 400)
-    assert torch.equal(long.tokens[:len(short.tokens)], short.tokens)
-    assert long.documents[:len(short.documents)] == short.documents
+    assert torch.equal(long.tokens[: len(short.tokens)], short.tokens)
+    assert long.documents[: len(short.documents)] == short.documents
 
 
 def test_packaged_text_is_never_short_of_the_defaults(byte_tokenizer: PreTrainedTokenizerFast) -> None:

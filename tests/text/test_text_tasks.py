@@ -99,8 +99,9 @@ def test_local_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_local_task_formats_and_number_labels(tmp_path: Path, suffix: str) -> None:
-    frame = pd.DataFrame([(text, number) for number in (0, 1) for text, _ in plenty(f"class {number}")],
-                         columns=["text", "label"])
+    frame = pd.DataFrame(
+        [(text, number) for number in (0, 1) for text, _ in plenty(f"class {number}")], columns=["text", "label"]
+    )
     path = tmp_path / f"mine.{suffix}"
     frame.to_json(path, orient="records", lines=True) if suffix == "jsonl" else frame.to_parquet(path)
     assert list(load_task(str(path), 40, 20, seed=3).train) == ["0", "1"]
@@ -118,12 +119,15 @@ def test_local_task_without_labels(tmp_path: Path) -> None:
     assert not isinstance(error.value, TaskUnavailable)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("news_topics", "did you mean news_topic"),
-    ("LabHC/bias_in_bios_class_set4", "did you mean LabHC/bias_in_bios_class_set"),
-    ("zzz", "known: news_topic"),
-    ("./mine.csv", "no such file or folder"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("news_topics", "did you mean news_topic"),
+        ("LabHC/bias_in_bios_class_set4", "did you mean LabHC/bias_in_bios_class_set"),
+        ("zzz", "known: news_topic"),
+        ("./mine.csv", "no such file or folder"),
+    ],
+)
 def test_unknown_task(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_task(name, 4, 4, seed=1)

@@ -117,7 +117,8 @@ def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp
     assert "topk is no longer tracked: logging failed" in warning and "abc123secret" not in warning
     stage.train(make_params(tokens=2048), tmp_path / "plain")
     assert {p.name: p.read_bytes() for p in (tmp_path / "plain" / "topk").iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "tracked" / "topk").iterdir()}
+        p.name: p.read_bytes() for p in (tmp_path / "tracked" / "topk").iterdir()
+    }
 
 
 def test_a_failed_training_ends_its_runs_as_failed(make_params, tmp_path, fake_runs):
@@ -142,8 +143,10 @@ def test_a_service_that_cannot_be_used_costs_the_tracking_only(make_params, monk
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    with (pytest.raises(UserError, match="there is no key: set WANDB_API_KEY"),
-          tracking.tracked(with_tracking(make_params(), project="p"))):
+    with (
+        pytest.raises(UserError, match="there is no key: set WANDB_API_KEY"),
+        tracking.tracked(with_tracking(make_params(), project="p")),
+    ):
         pytest.fail("trained without a key")
     monkeypatch.setenv("WANDB_API_KEY", "k")
     with tracking.tracked(with_tracking(make_params(), project="p")) as tracker:

@@ -41,10 +41,21 @@ def made_curve(late_fall: float = 0.02, decay_drop: float = 0.05) -> list[CurveP
 
 def seen(recipe: dict[str, Any] = STANDARD, curve: list[CurvePoint] | None = None, **figures: Any) -> Seen:
     """A healthy SAE but for what is given."""
-    return Seen(**{"config": TypeAdapter(TrainedSAE).validate_python({**recipe, "d_sae": 256}),
-                   "curve": made_curve() if curve is None else curve, "d_in": D_IN, "l0": 8.0,
-                   "variance_explained": 0.8, "fraction_silent": 0.01, "dense_share": 0.1, "pca": {4: 0.4, 16: 0.6},
-                   "decay_fraction": 0.3, "sparsity_warmup_fraction": 0.1, **figures})
+    return Seen(
+        **{
+            "config": TypeAdapter(TrainedSAE).validate_python({**recipe, "d_sae": 256}),
+            "curve": made_curve() if curve is None else curve,
+            "d_in": D_IN,
+            "l0": 8.0,
+            "variance_explained": 0.8,
+            "fraction_silent": 0.01,
+            "dense_share": 0.1,
+            "pca": {4: 0.4, 16: 0.6},
+            "decay_fraction": 0.3,
+            "sparsity_warmup_fraction": 0.1,
+            **figures,
+        }
+    )
 
 
 def found(name: str = "sae", **given: Any) -> list[tuple[str, str]]:
@@ -58,30 +69,48 @@ def test_a_healthy_run_is_left_alone() -> None:
     assert shape is not None and shape.fall == pytest.approx(0.02, abs=0.005) and shape.spike < 1.1
 
 
-@pytest.mark.parametrize(("given", "expected"), [
-    ({"l0": 17.0}, ("l0_too_high", "train.saes.sae.l1_coefficient: raise (now 0.1)")),
-    ({"l0": 0.2}, ("l0_too_low", "train.saes.sae.l1_coefficient: lower (now 0.1)")),
-    ({"recipe": {**CONFIGS["matching_pursuit"]}, "l0": 17.0}, ("l0_too_high", "train.saes.sae.s: lower (now 4)")),
-    ({"recipe": CONFIGS["hard_concrete"], "l0": 17.0}, ("l0_too_high", "train.saes.sae.l0_coefficient: raise (now 0.003)")),
-    ({"recipe": {**TOP_K, "k": 4}}, ("l0_off_target", "train.tokens: raise, so that the threshold settles")),
-    ({"recipe": {**CONFIGS["jump_relu"], "target_l0": 4}},
-     ("l0_off_target", "train.saes.sae.sparsity_coefficient: raise, or train.tokens")),
-    ({"recipe": {**CONFIGS["jump_relu"], "target_l0": 8}, "l0": 0.0},
-     ("l0_off_target", "train.saes.sae.learning_rate: lower (now 0.003), so that thresholds do not overshoot")),
-    ({"l0": 17.0, "dense_share": 0.9}, ("l0_too_high", "train.saes.sae.l1_coefficient: raise (now 0.1)")),
-    ({"fraction_silent": 0.2}, ("dead_latents", "train.saes.sae.resample_every: 0.1")),
-    ({"fraction_silent": 0.2, "recipe": {**TOP_K, "k": 8}},
-     ("dead_latents", "train.saes.sae.aux_k_coefficient: raise (now 0.03125), or learning_rate: lower")),
-    ({"fraction_silent": 0.2, "recipe": {**CONFIGS["jump_relu"], "target_l0": 8}},
-     ("dead_latents", "train.saes.sae.learning_rate: lower (now 0.003), or d_sae")),
-    ({"dense_share": 0.7}, ("dense_latents", "train.saes.sae.l1_coefficient: raise (now 0.1)")),
-    ({"curve": made_curve(late_fall=0.1)},
-     ("learning_rate_too_low", "train.saes.sae.learning_rate: raise (now 0.003), or train.tokens")),
-    ({"variance_explained": 0.3},
-     ("learning_rate_too_low", "train.saes.sae.learning_rate: raise (now 0.003), or train.tokens")),
-    ({"curve": made_curve(0.005, 0.15)}, ("learning_rate_too_high", "train.saes.sae.learning_rate: lower (now 0.003)")),
-    ({"variance_explained": 0.5, "l0": 12.0}, ("too_narrow", "train.saes.sae.d_sae: raise (now 256)")),
-])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"l0": 17.0}, ("l0_too_high", "train.saes.sae.l1_coefficient: raise (now 0.1)")),
+        ({"l0": 0.2}, ("l0_too_low", "train.saes.sae.l1_coefficient: lower (now 0.1)")),
+        ({"recipe": {**CONFIGS["matching_pursuit"]}, "l0": 17.0}, ("l0_too_high", "train.saes.sae.s: lower (now 4)")),
+        (
+            {"recipe": CONFIGS["hard_concrete"], "l0": 17.0},
+            ("l0_too_high", "train.saes.sae.l0_coefficient: raise (now 0.003)"),
+        ),
+        ({"recipe": {**TOP_K, "k": 4}}, ("l0_off_target", "train.tokens: raise, so that the threshold settles")),
+        (
+            {"recipe": {**CONFIGS["jump_relu"], "target_l0": 4}},
+            ("l0_off_target", "train.saes.sae.sparsity_coefficient: raise, or train.tokens"),
+        ),
+        (
+            {"recipe": {**CONFIGS["jump_relu"], "target_l0": 8}, "l0": 0.0},
+            ("l0_off_target", "train.saes.sae.learning_rate: lower (now 0.003), so that thresholds do not overshoot"),
+        ),
+        ({"l0": 17.0, "dense_share": 0.9}, ("l0_too_high", "train.saes.sae.l1_coefficient: raise (now 0.1)")),
+        ({"fraction_silent": 0.2}, ("dead_latents", "train.saes.sae.resample_every: 0.1")),
+        (
+            {"fraction_silent": 0.2, "recipe": {**TOP_K, "k": 8}},
+            ("dead_latents", "train.saes.sae.aux_k_coefficient: raise (now 0.03125), or learning_rate: lower"),
+        ),
+        (
+            {"fraction_silent": 0.2, "recipe": {**CONFIGS["jump_relu"], "target_l0": 8}},
+            ("dead_latents", "train.saes.sae.learning_rate: lower (now 0.003), or d_sae"),
+        ),
+        ({"dense_share": 0.7}, ("dense_latents", "train.saes.sae.l1_coefficient: raise (now 0.1)")),
+        (
+            {"curve": made_curve(late_fall=0.1)},
+            ("learning_rate_too_low", "train.saes.sae.learning_rate: raise (now 0.003), or train.tokens"),
+        ),
+        (
+            {"variance_explained": 0.3},
+            ("learning_rate_too_low", "train.saes.sae.learning_rate: raise (now 0.003), or train.tokens"),
+        ),
+        ({"curve": made_curve(0.005, 0.15)}, ("learning_rate_too_high", "train.saes.sae.learning_rate: lower (now 0.003)")),
+        ({"variance_explained": 0.5, "l0": 12.0}, ("too_narrow", "train.saes.sae.d_sae: raise (now 256)")),
+    ],
+)
 def test_each_fault_alone(given: dict[str, Any], expected: tuple[str, str]) -> None:
     assert found(**given) == [expected]
 
@@ -115,7 +144,8 @@ def test_limits_are_inclusive_where_they_say_so() -> None:
     (of_a,) = diagnose("a", seen(l0=20.0))
     assert (finding.value, finding.limit) == (20 / D_IN, 0.25)
     assert lines({"a": [of_a], "b": diagnose("b", seen(l0=32.0)), "c": []}) == [
-        "l0 too high (L0 / d_in, limit 0.25): a 0.312, b 0.5; train.saes.*.l1_coefficient: raise"]
+        "l0 too high (L0 / d_in, limit 0.25): a 0.312, b 0.5; train.saes.*.l1_coefficient: raise"
+    ]
     assert lines({"sae": [finding]})[0].startswith("sae: 20 latents a token, 31% of d_in: hardly sparse (L0 / d_in 0.312")
 
 

@@ -49,19 +49,27 @@ def files(folder: Path) -> dict[str, bytes]:
 
 # --- before the first step ------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("documents", "message"), [
-    (["one two three " * 2000], r"every document stands in one split as a whole: give more documents, long ones cut"),
-    (["word " * 900 + str(number) for number in range(12)], "train.held_out_tokens: .*split core_eval ends after"),
-    (["", "  "], "the data set is empty"),
-    (None, "no readable file"),
-])
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        (["one two three " * 2000], r"every document stands in one split as a whole: give more documents, long ones cut"),
+        (["word " * 900 + str(number) for number in range(12)], "train.held_out_tokens: .*split core_eval ends after"),
+        (["", "  "], "the data set is empty"),
+        (None, "no readable file"),
+    ],
+)
 def test_text_that_cannot_be_measured_on_is_refused_at_the_start(short, documents, message, tmp_path, no_steps):
     folder = tmp_path / "books"
     folder.mkdir()
     if documents is not None:
         (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    params = short.model_copy(update={"text": short.text.model_copy(update={"dataset": str(folder)}),
-                                      "train": short.train.model_copy(update={"held_out_tokens": 20_000})})
+    params = short.model_copy(
+        update={
+            "text": short.text.model_copy(update={"dataset": str(folder)}),
+            "train": short.train.model_copy(update={"held_out_tokens": 20_000}),
+        }
+    )
     with pytest.raises(UserError, match=message) as caught:
         stage.train(params, tmp_path / "out")
     assert "\n" not in str(caught.value)
@@ -89,8 +97,12 @@ def test_names_and_places_that_cannot_be_written_are_refused_at_the_start(make_p
     longest = make_params(saes={"a" * 150: TOP_K})
     stage.check_output(longest, tmp_path / "out")
     with pytest.raises(UserError, match="train.saes: the name aaa.* of 230 characters is too long for this file system"):
-        stage.check_output(longest.model_copy(update={"train": longest.train.model_copy(
-            update={"saes": {"a" * 230: longest.train.saes["a" * 150]}})}), tmp_path / "out")
+        stage.check_output(
+            longest.model_copy(
+                update={"train": longest.train.model_copy(update={"saes": {"a" * 230: longest.train.saes["a" * 150]}})}
+            ),
+            tmp_path / "out",
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -105,12 +117,17 @@ def test_a_disk_without_room_is_said_at_the_start(make_params, tmp_path, monkeyp
     assert "warning: a checkpoint takes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("sections", "message"), [
-    ({"controls": {"pca_components": 33}}, "controls.pca_components = 33 is larger than the activations' width 32"),
-    ({"controls": {"names": ["random"], "s": 65}}, "controls.s = 65 is larger than the baseline's d_sae = 64"),
-    ({"controls": {"names": []}, "sae_variants": {"mpsae": {"s_values": [3, 65]}}},
-     "sae_variants.mpsae.s_values: 65 is larger"),
-])
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"controls": {"pca_components": 33}}, "controls.pca_components = 33 is larger than the activations' width 32"),
+        ({"controls": {"names": ["random"], "s": 65}}, "controls.s = 65 is larger than the baseline's d_sae = 64"),
+        (
+            {"controls": {"names": []}, "sae_variants": {"mpsae": {"s_values": [3, 65]}}},
+            "sae_variants.mpsae.s_values: 65 is larger",
+        ),
+    ],
+)
 def test_the_pipeline_s_training_refuses_what_setup_would(make_params, tmp_path, no_steps, sections, message):
     params = Params.model_validate({**make_params().model_dump(), **sections})
     with pytest.raises(UserError, match=message):
@@ -118,6 +135,7 @@ def test_the_pipeline_s_training_refuses_what_setup_would(make_params, tmp_path,
 
 
 # --- after the last step --------------------------------------------------------------------------
+
 
 def broken(*_: object, **__: object) -> None:
     raise UserError("cannot be measured")
@@ -197,10 +215,24 @@ def test_a_full_disk_does_not_end_a_run_by_its_progress_file(tmp_path, monkeypat
 # --- the name of a run ----------------------------------------------------------------------------
 
 SAME = {"held_out_tokens": 99, "evaluate_tokens": 0, "checkpoint_seconds": None, "checkpoint_steps": 7, "enabled": False}
-OTHER = {"tokens": 640, "batch_size": 32, "accumulation_steps": 2, "buffer_tokens": 2048, "llm_dtype": "bfloat16",
-         "warmup_fraction": 0.2, "sparsity_warmup_fraction": 0.2, "decay_fraction": 0.2, "dead_fraction": 0.2,
-         "precision": "bfloat16", "stack": "always", "hook_name": "blocks.0.hook_resid_post", "saved_checkpoints": 2,
-         "learning_rate": 0.1, "device": "mps", "saes": FEW}
+OTHER = {
+    "tokens": 640,
+    "batch_size": 32,
+    "accumulation_steps": 2,
+    "buffer_tokens": 2048,
+    "llm_dtype": "bfloat16",
+    "warmup_fraction": 0.2,
+    "sparsity_warmup_fraction": 0.2,
+    "decay_fraction": 0.2,
+    "dead_fraction": 0.2,
+    "precision": "bfloat16",
+    "stack": "always",
+    "hook_name": "blocks.0.hook_resid_post",
+    "saved_checkpoints": 2,
+    "learning_rate": 0.1,
+    "device": "mps",
+    "saes": FEW,
+}
 
 
 def test_a_run_is_called_by_what_changes_a_weight(make_params):
@@ -209,11 +241,17 @@ def test_a_run_is_called_by_what_changes_a_weight(make_params):
     params = make_params(saes=entries)
     assert set(SAME) | set(OTHER) == set(type(params.train).model_fields)
     assert {key: run_key(make_params(saes=entries, **{key: value})) for key, value in SAME.items()} == dict.fromkeys(
-        SAME, run_key(params))
+        SAME, run_key(params)
+    )
     keys = [run_key(make_params(**{"saes": entries, key: value})) for key, value in OTHER.items()]
     assert len({run_key(params), *keys}) == len(OTHER) + 1
-    updated = {"tracking": {"project": "p"}, "activation_caching": {"enabled": False}, "controls": {"s": 2},
-               "model": {**params.model.model_dump(), "torch_dtype": "bfloat16"}, "core_eval": {"batch_size_prompts": 1}}
+    updated = {
+        "tracking": {"project": "p"},
+        "activation_caching": {"enabled": False},
+        "controls": {"s": 2},
+        "model": {**params.model.model_dump(), "torch_dtype": "bfloat16"},
+        "core_eval": {"batch_size_prompts": 1},
+    }
     assert run_key(Params.model_validate(params.model_dump() | updated)) == run_key(params)
 
 
@@ -226,8 +264,10 @@ def test_what_comes_to_the_same_is_one_run(make_params):
     assert run_key(own_hook) == run_key(params)
     kinds = [run_key(make_params(saes=FEW, device=device)) for device in ("cuda", "cuda:0", "cuda:1", None, "cpu")]
     assert len(set(kinds[:3])) == 1 and len(set(kinds)) == 2 and kinds[3] == kinds[4] == run_key(params)
-    moments = [run_key(make_params(saes={"topk": {**TOP_K, "inference": way}}, saved_checkpoints=2))
-               for way in ("top_k", "threshold")]
+    moments = [
+        run_key(make_params(saes={"topk": {**TOP_K, "inference": way}}, saved_checkpoints=2))
+        for way in ("top_k", "threshold")
+    ]
     assert len(set(moments)) == 2, "SAEs of moments on the way are of one form"
 
 

@@ -16,8 +16,16 @@ from sae_research.training.recipes.base import warmup, warmup_then_decay
 
 SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 """Recipes that work on active latents only where those are few."""
-DETERMINISTIC = ("relu", "standard", "standard_new", "p_anneal", "gated", "gated_rajamanoharan", "jump_relu",
-                 "matching_pursuit")
+DETERMINISTIC = (
+    "relu",
+    "standard",
+    "standard_new",
+    "p_anneal",
+    "gated",
+    "gated_rajamanoharan",
+    "jump_relu",
+    "matching_pursuit",
+)
 """Recipes whose inference form does just what training did."""
 
 
@@ -55,9 +63,7 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
 
 def test_sparse_functions_pass_gradcheck():
     generator = torch.Generator().manual_seed(0)
-    support = products.fixed_support(
-        torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(5)]), 6
-    )
+    support = products.fixed_support(torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(5)]), 6)
     values = torch.randn(10, dtype=torch.float64, generator=generator, requires_grad=True)
     W_dec = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v, w: products.decode_at(support, v, w), (values, W_dec))
@@ -86,8 +92,11 @@ def test_a_support_is_torchs_and_so_are_its_products():
 def test_the_encoders_product_has_the_gradients_of_plain_autograd():
     generator = torch.Generator().manual_seed(0)
     x, W, b, c = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((7, 3), (5, 3), (5,), (3,)))
-    ways = (lambda W, b, c: (x - c) @ W.T + b, lambda W, b, c: products.encode(x, W, b, c, False),
-            lambda W, b, c: products.encode(x, W, b, c, False, known_BF=((x - c) @ W.T + b).detach()))
+    ways = (
+        lambda W, b, c: (x - c) @ W.T + b,
+        lambda W, b, c: products.encode(x, W, b, c, False),
+        lambda W, b, c: products.encode(x, W, b, c, False, known_BF=((x - c) @ W.T + b).detach()),
+    )
     found = []
     for way in ways:
         parameters = [tensor.clone().requires_grad_() for tensor in (W, b, c)]
@@ -175,9 +184,14 @@ def test_top_k_at_inference_by_threshold_or_by_rank(planted_rows):
     assert ((by_rank.encode(x) != 0).sum(-1) <= 4).all()
     assert float((by_threshold.encode(x) != 0).sum(-1).float().mean()) == pytest.approx(4, rel=0.3)
     # each latent answers for itself: half of the dictionary gives half of the code
-    half = type(by_threshold)(cfg=cfg.replace(form="jumprelu", d_sae=32), W_enc=by_threshold.W_enc[:, :32].clone(),
-                              b_enc=by_threshold.b_enc[:32], W_dec=by_threshold.W_dec[:32], b_dec=by_threshold.b_dec,
-                              threshold=by_threshold.threshold[:32])
+    half = type(by_threshold)(
+        cfg=cfg.replace(form="jumprelu", d_sae=32),
+        W_enc=by_threshold.W_enc[:, :32].clone(),
+        b_enc=by_threshold.b_enc[:32],
+        W_dec=by_threshold.W_dec[:32],
+        b_dec=by_threshold.b_dec,
+        threshold=by_threshold.threshold[:32],
+    )
     torch.testing.assert_close(half.encode(x), by_threshold.encode(x)[..., :32], rtol=1e-4, atol=1e-6)
 
 
@@ -206,8 +220,7 @@ def test_pursuit_gradient_is_that_of_the_unrolled_steps():
     W = torch.nn.functional.normalize(torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=1)
     x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     atoms = torch.randint(7, (6, 3), generator=generator)
-    assert torch.autograd.gradcheck(lambda x, W: _Pursue.apply(x, W, atoms),
-                                    (x.requires_grad_(), W.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda x, W: _Pursue.apply(x, W, atoms), (x.requires_grad_(), W.requires_grad_()))
 
 
 def test_hard_concrete_gates(planted_rows):
@@ -302,14 +315,10 @@ def test_auxiliary_loss_revives_dead_latents(planted_rows):
     def alive_after(coefficient: float) -> int:
         recipe = recipe_of(RECIPES["top_k"], 16, planted_rows, **{**TOP_K, "aux_k_coefficient": coefficient})
         with torch.no_grad():
-            recipe.W_enc[:32] *= (
-                0.05  # half the latents still respond, but too little to enter a token's top k
-            )
+            recipe.W_enc[:32] *= 0.05  # half the latents still respond, but too little to enter a token's top k
         optimiser = torch.optim.Adam(recipe.parameters(), lr=3e-3)
         for step in range(150):
-            x = planted_rows[
-                torch.randint(len(planted_rows), (128,), generator=torch.Generator().manual_seed(step))
-            ]
+            x = planted_rows[torch.randint(len(planted_rows), (128,), generator=torch.Generator().manual_seed(step))]
             optimiser.zero_grad()
             recipe.compute(x, (step + 0.5) / 150).loss.backward()
             recipe.project_gradient()

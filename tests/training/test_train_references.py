@@ -16,9 +16,15 @@ REFERENCE = json.loads(fixture.FIXTURE.read_text())
 L1 = {"l1_coefficient": fixture.L1}
 K = {"k": fixture.K, "aux_k_coefficient": fixture.AUX}
 CONFIG: dict[str, dict[str, Any]] = {
-    "standard": L1, "standard_new": L1, "gated_rajamanoharan": L1, "p_anneal": L1, "top_k": K, "batch_top_k": K,
+    "standard": L1,
+    "standard_new": L1,
+    "gated_rajamanoharan": L1,
+    "p_anneal": L1,
+    "top_k": K,
+    "batch_top_k": K,
     "matryoshka_batch_top_k": {**K, "group_fractions": fixture.GROUPS},
-    "jump_relu": {"target_l0": fixture.TARGET_L0, "bandwidth": fixture.BANDWIDTH}}
+    "jump_relu": {"target_l0": fixture.TARGET_L0, "bandwidth": fixture.BANDWIDTH},
+}
 
 
 def one_step(name: str, **config: Any) -> tuple[Recipe, dict[str, float]]:
@@ -93,8 +99,9 @@ def test_loss_and_gradients_equal_sae_lens_where_it_has_the_same_loss() -> None:
     recipe.last_fired_F.fill_(0.5)  # nobody is dead: SAELens' auxiliary loss is another
     output = recipe.compute(fixture.batch(), 0.5)
     output.loss.backward()
-    assert_equal(fixture.summary(output.loss, {k: p.grad for k, p in recipe.named_parameters()}),
-                 REFERENCE["sae_lens"]["top_k"])
+    assert_equal(
+        fixture.summary(output.loss, {k: p.grad for k, p in recipe.named_parameters()}), REFERENCE["sae_lens"]["top_k"]
+    )
 
 
 WINDOWS = pytest.mark.parametrize("threshold", [fixture.THRESHOLD, 0.3 * fixture.BANDWIDTH, 0.0])
@@ -120,12 +127,25 @@ def test_jump_relu_has_the_gradients_of_sae_lens(threshold: float) -> None:
 
     recipe, output = jump_relu_step(threshold)
     slope = 2 * (float(output.l0) / fixture.TARGET_L0 - 1) / fixture.TARGET_L0
-    theirs = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
-        d_in=fixture.D, d_sae=fixture.F, jumprelu_init_threshold=threshold, jumprelu_bandwidth=fixture.BANDWIDTH,
-        apply_b_dec_to_input=False))
+    theirs = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=fixture.D,
+            d_sae=fixture.F,
+            jumprelu_init_threshold=threshold,
+            jumprelu_bandwidth=fixture.BANDWIDTH,
+            apply_b_dec_to_input=False,
+        )
+    )
     w = fixture.weights()
-    theirs.load_state_dict({"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"],
-                            "threshold": theirs.threshold.detach()})
+    theirs.load_state_dict(
+        {
+            "W_enc": w["W_enc"].T,
+            "b_enc": w["b_enc"],
+            "W_dec": w["W_dec"],
+            "b_dec": w["b_dec"],
+            "threshold": theirs.threshold.detach(),
+        }
+    )
     theirs.training_forward_pass(TrainStepInput(fixture.batch(), {"l0": slope}, None, 500, False)).loss.backward()
     for name, parameter in recipe.named_parameters():
         expected = getattr(theirs, name).grad.T if name == "W_enc" else getattr(theirs, name).grad

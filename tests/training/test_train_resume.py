@@ -31,8 +31,9 @@ MANY = {
     "other": {**TOP_K, "hook_name": "blocks.2.hook_mlp_out"},
 }
 """Every recipe, with its randomness and its counters at work, at two hooks."""
-STATEFUL = {name: MANY[name] for name in (
-    "standard", "p_anneal", "hard_concrete", "top_k", "batch_top_k", "jump_relu", "other")}
+STATEFUL = {
+    name: MANY[name] for name in ("standard", "p_anneal", "hard_concrete", "top_k", "batch_top_k", "jump_relu", "other")
+}
 """One of each kind of state."""
 FEW = {name: MANY[name] for name in ("standard", "hard_concrete", "other")}
 
@@ -231,6 +232,7 @@ def test_the_exit_code_is_the_signals(capsys):
 
 # --- what runs leave in `.cache/` -----------------------------------------------------------
 
+
 def test_a_run_from_a_token_file_is_the_same_run(make_params, tmp_path, monkeypatch, capsys):
     params = make_params(saes={"topk": TOP_K}, tokens=3072)
     stage.train(params, tmp_path / "in_memory")
@@ -261,12 +263,17 @@ def interrupted(tmp_path: Path) -> dict[str, Path]:
 def test_checkpoints_nobody_goes_on_with_are_bounded(interrupted, make_params, tmp_path, capsys):
     with held(interrupted["first"]), checkpoints.in_use(interrupted["third"], 2.1e-6):
         assert set(tmp_path.joinpath(".cache/train").iterdir()) == set(interrupted.values()) - {interrupted["second"]}
-        assert capsys.readouterr().out == ("removed the checkpoints of 1 unfinished run: .cache/train held more than "
-                                           "2.1e-06 GB (activation_caching.max_gb)\n")
+        assert capsys.readouterr().out == (
+            "removed the checkpoints of 1 unfinished run: .cache/train held more than "
+            "2.1e-06 GB (activation_caching.max_gb)\n"
+        )
         with checkpoints.in_use(tmp_path / ".cache/train/new", 1e-6):
-            assert checkpoints.saved_checkpoints(interrupted["first"]) and checkpoints.saved_checkpoints(interrupted["third"])
+            assert checkpoints.saved_checkpoints(interrupted["first"]) and checkpoints.saved_checkpoints(
+                interrupted["third"]
+            )
     params = make_params(saes={"topk": TOP_K}, tokens=2048).model_copy(
-        update={"activation_caching": make_params().activation_caching.model_copy(update={"max_gb": 1e-6})})
+        update={"activation_caching": make_params().activation_caching.model_copy(update={"max_gb": 1e-6})}
+    )
     stage.train(params, tmp_path / "out")
     assert not interrupted["first"].exists() and not interrupted["third"].exists()
     assert interrupted["finished"].exists() and progress_path(params).is_file() and run_folder(params).is_dir()

@@ -22,11 +22,7 @@ from sae_research.training.stream import ActivationStream, StreamBatch, Streamin
 
 
 def files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def curve(folder):
@@ -76,10 +72,7 @@ def test_an_sae_does_not_depend_on_its_companions(make_params, tmp_path):
 def test_the_seed_matters(make_params, tmp_path):
     stage.train(make_params(), tmp_path / "a")
     stage.train(make_params().model_copy(update={"random_seed": 1}), tmp_path / "b")
-    assert (
-        files(tmp_path / "a")["topk/sae_weights.safetensors"]
-        != files(tmp_path / "b")["topk/sae_weights.safetensors"]
-    )
+    assert files(tmp_path / "a")["topk/sae_weights.safetensors"] != files(tmp_path / "b")["topk/sae_weights.safetensors"]
 
 
 def test_seeds_of_one_recipe_share_its_id_and_nothing_else_does(make_params, tmp_path):
@@ -124,8 +117,11 @@ def test_hooks_share_a_pass_and_change_nothing_for_one_another(make_params, tmp_
     entries = {"standard": STANDARD, "topk": TOP_K, "deeper": {**TOP_K, "hook_name": other}}
     seen = []
     original = LanguageModel.activations_at
-    monkeypatch.setattr(LanguageModel, "activations_at", lambda self, tokens, hooks: (
-        seen.append((tokens.numel(), sorted(hooks))), original(self, tokens, hooks))[1])
+    monkeypatch.setattr(
+        LanguageModel,
+        "activations_at",
+        lambda self, tokens, hooks: (seen.append((tokens.numel(), sorted(hooks))), original(self, tokens, hooks))[1],
+    )
     caching = {"activation_caching": make_params().activation_caching.model_copy(update={"enabled": False})}
     report = stage.train(make_params(saes=entries).model_copy(update=caching), tmp_path / "both")
     assert sum(n for n, _ in seen) == 8192 + 512 and {tuple(hooks) for _, hooks in seen} == {(HOOK, other)}
@@ -276,11 +272,7 @@ def test_seeds_differ_by_name_and_run():
 def test_standard_config_is_listed(make_params):
     params = make_params()
     listed = stage.hyper_parameters(params.train.saes["standard"], params)
-    assert (
-        listed["l1_coefficient"] == STANDARD["l1_coefficient"]
-        and "k" not in listed
-        and listed["batch_size"] == 64
-    )
+    assert listed["l1_coefficient"] == STANDARD["l1_coefficient"] and "k" not in listed and listed["batch_size"] == 64
 
 
 @pytest.mark.gpu
@@ -290,6 +282,8 @@ def test_saes_on_another_device_than_the_model_learn_the_same(make_params, tmp_p
     for name in ("standard", "topk"):
         for key, tolerance in (("l0", 0.5), ("variance_explained", 0.02)):
             assert there["saes"][name]["held_out"][key] == pytest.approx(
-                here["saes"][name]["held_out"][key], abs=tolerance), (name, key)
+                here["saes"][name]["held_out"][key], abs=tolerance
+            ), (name, key)
         assert curve(tmp_path / "there" / name)[0]["loss"] == pytest.approx(
-            curve(tmp_path / "here" / name)[0]["loss"], rel=1e-4)
+            curve(tmp_path / "here" / name)[0]["loss"], rel=1e-4
+        )

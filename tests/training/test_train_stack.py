@@ -16,8 +16,12 @@ from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, grouped
 from sae_research.training.stream import StreamBatch
 
-SPARSITIES = {"l1_coefficient": [0.05, 0.1, 0.02], "l0_coefficient": [0.003, 0.006, 0.001], "k": [2, 6, 4],
-              "target_l0": [4, 2, 6]}
+SPARSITIES = {
+    "l1_coefficient": [0.05, 0.1, 0.02],
+    "l0_coefficient": [0.003, 0.006, 0.001],
+    "k": [2, 6, 4],
+    "target_l0": [4, 2, 6],
+}
 STACKABLE = [name for name, recipe in RECIPES.items() if recipe.stackable]
 STEPS = 15
 
@@ -27,8 +31,10 @@ def trio(name: str, **train: Any) -> Train:
     config = CONFIGS[name]
     key = next(key for key in SPARSITIES if key in config)
     extra = {"resample_every": 0.1, "resample_window": 0.05} if key == "l1_coefficient" else {}
-    saes = {f"s{i}": {**config, **extra, key: value, "seed": i, "learning_rate": (3e-3, 3e-3, 1e-3)[i]}
-            for i, value in enumerate(SPARSITIES[key])}
+    saes = {
+        f"s{i}": {**config, **extra, key: value, "seed": i, "learning_rate": (3e-3, 3e-3, 1e-3)[i]}
+        for i, value in enumerate(SPARSITIES[key])
+    }
     return Train(saes=saes, batch_size=128, stack="always", dead_fraction=0.05, **{"precision": "float32", **train})
 
 
@@ -47,8 +53,10 @@ def members_of(train: Train, rows: torch.Tensor) -> list[Member]:
 
 def batches(rows: torch.Tensor, first: int, last: int) -> list[StreamBatch]:
     generators = [torch.Generator().manual_seed(step) for step in range(last)]
-    return [StreamBatch(rows[torch.randint(len(rows), (128,), generator=generators[step])], (step + 0.5) / STEPS)
-            for step in range(first, last)]
+    return [
+        StreamBatch(rows[torch.randint(len(rows), (128,), generator=generators[step])], (step + 0.5) / STEPS)
+        for step in range(first, last)
+    ]
 
 
 def tensors(members: list[Member]) -> list[torch.Tensor]:
@@ -93,15 +101,24 @@ def test_a_stack_goes_on_from_a_checkpoint_bit_for_bit(name, planted_rows):
 
 
 def test_only_what_has_one_shape_and_one_loss_is_stacked(planted_rows, monkeypatch):
-    saes = {"a": TOP_K, "b": {**TOP_K, "k": 9, "seed": 3, "learning_rate": 0.1}, "wide": {**TOP_K, "d_sae": 128},
-            "c": {**TOP_K, "aux_k_coefficient": 0.5}, "elsewhere": {**TOP_K, "hook_name": "blocks.0.hook_resid_post"},
-            "d": STANDARD, "e": {**STANDARD, "l1_coefficient": 0.3}, "m": CONFIGS["matching_pursuit"],
-            "n": CONFIGS["matching_pursuit"], "f": TOP_K}
+    saes = {
+        "a": TOP_K,
+        "b": {**TOP_K, "k": 9, "seed": 3, "learning_rate": 0.1},
+        "wide": {**TOP_K, "d_sae": 128},
+        "c": {**TOP_K, "aux_k_coefficient": 0.5},
+        "elsewhere": {**TOP_K, "hook_name": "blocks.0.hook_resid_post"},
+        "d": STANDARD,
+        "e": {**STANDARD, "l1_coefficient": 0.3},
+        "m": CONFIGS["matching_pursuit"],
+        "n": CONFIGS["matching_pursuit"],
+        "f": TOP_K,
+    }
 
     def names(how: str) -> list[list[str]]:
         train = Train(saes=saes, batch_size=128, stack=how)
-        return [[member.name for member in group]
-                for group in grouped([make_member(name, train, 16) for name in saes], train)]
+        return [
+            [member.name for member in group] for group in grouped([make_member(name, train, 16) for name in saes], train)
+        ]
 
     together = [["a", "b", "f"], ["wide"], ["c"], ["elsewhere"], ["d", "e"], ["m"], ["n"]]
     assert names("always") == together
@@ -115,8 +132,13 @@ def test_stacks_in_a_run_learn_what_single_saes_learn(make_params, tmp_path):
     for how in ("always", "never"):
         stage.train(make_params(saes=saes, stack=how, tokens=4096), tmp_path / how)
     for name in saes:
-        rows = [[[float(value) for value in line.split("\t")] for line in
-                 (tmp_path / how / name / "training_curve.tsv").read_text().splitlines()[1:]] for how in ("always", "never")]
+        rows = [
+            [
+                [float(value) for value in line.split("\t")]
+                for line in (tmp_path / how / name / "training_curve.tsv").read_text().splitlines()[1:]
+            ]
+            for how in ("always", "never")
+        ]
         assert rows[0][:3] == [pytest.approx(row, rel=1e-3) for row in rows[1][:3]]
         assert rows[0][-1] == pytest.approx(rows[1][-1], rel=0.05)
 

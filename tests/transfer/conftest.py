@@ -53,8 +53,9 @@ def _other_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[SEPARATOR], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=[SEPARATOR], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator([" ".join(WORDS[::2])], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SEPARATOR)
 
@@ -71,13 +72,24 @@ def finetunes(models_folder: Path) -> dict[str, LanguageModel]:
 
 def params_for(inputs: Path, **transfer: Any) -> Params:
     """Keyword arguments change the section `transfer`."""
-    return Params.model_validate({
-        "model": {"name": str(inputs / "tiny"), "device": "cpu"}, "eval_types": {"transfer": True},
-        "text": {"dataset": str(inputs / "texts"), "context_size": 24},
-        "transfer": {"sae": {"name": "topk"}, "hooks": [DEEPER], "tokens": 1000, "patched_tokens": 240,
-                     "batch_size": 8, "own_finetune": {"source": None, "steps": 3, "moved_tokens": 96},
-                     "controls": {"tokens": 480, "patched_tokens": 96},
-                     "repair": {"tokens": 480, "held_out_tokens": 240, "batch_size": 64}, **transfer}})
+    return Params.model_validate(
+        {
+            "model": {"name": str(inputs / "tiny"), "device": "cpu"},
+            "eval_types": {"transfer": True},
+            "text": {"dataset": str(inputs / "texts"), "context_size": 24},
+            "transfer": {
+                "sae": {"name": "topk"},
+                "hooks": [DEEPER],
+                "tokens": 1000,
+                "patched_tokens": 240,
+                "batch_size": 8,
+                "own_finetune": {"source": None, "steps": 3, "moved_tokens": 96},
+                "controls": {"tokens": 480, "patched_tokens": 96},
+                "repair": {"tokens": 480, "held_out_tokens": 240, "batch_size": 64},
+                **transfer,
+            },
+        }
+    )
 
 
 @pytest.fixture
@@ -90,6 +102,7 @@ def make_params(tiny_inputs: Path, in_project: Path) -> Any:
 @pytest.fixture(scope="session")
 def make_pair(base: LanguageModel, finetunes: dict[str, LanguageModel], tiny_inputs: Path) -> Any:
     """A pair with one of the finetunes, the base model itself by the name `self`."""
+
     def make(name: str, own: bool = False, form: str = "topk", **transfer: Any) -> Pair:
         params = params_for(tiny_inputs, **transfer)
         text = Text(dataset=params.text.dataset, context_size=24)

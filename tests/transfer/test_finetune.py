@@ -44,11 +44,13 @@ def test_made_once_and_only_below_the_hook(base: Any, make_params: Any) -> None:
     assert weights_moved(base, base)["relative_change"] == 0
 
 
-def test_a_changed_finetune_is_made_again(base: Any, make_params: Any, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_finetune_is_made_again(
+    base: Any, make_params: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def made() -> Any:
-        return finetuned_model(base, OwnFinetune(source=None, steps=2), text_of(make_params()), "blocks.1.hook_resid_post",
-                               "cpu", 0)
+        return finetuned_model(
+            base, OwnFinetune(source=None, steps=2), text_of(make_params()), "blocks.1.hook_resid_post", "cpu", 0
+        )
 
     first, tokens = made(), torch.arange(12)[None]
     want, [folder] = first.logits(tokens), cache_dir("models").iterdir()

@@ -16,10 +16,15 @@ from sae_research.transfer.sweep import sweep
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("model", "d_in", "rule", "limit"), [
-    # equivalent raw limits of the published file: multiple * base / scalar
-    ("gpt2-small", 768, "relative", 204.2), ("google/gemma-2b", 2048, "relative", 289.4),
-    ("mistralai/Mistral-7B-v0.1", 4096, "absolute", 200.0)])
+@pytest.mark.parametrize(
+    ("model", "d_in", "rule", "limit"),
+    [
+        # equivalent raw limits of the published file: multiple * base / scalar
+        ("gpt2-small", 768, "relative", 204.2),
+        ("google/gemma-2b", 2048, "relative", 289.4),
+        ("mistralai/Mistral-7B-v0.1", 4096, "absolute", 200.0),
+    ],
+)
 def test_known_models(model: str, d_in: int, rule: str, limit: float) -> None:
     config = Outliers(rule=rule, config_file=str(ROOT / "outlier_cfg.json"))
     found = limits(config, model, d_in, Norms(median=100.0, mean=123.0))
@@ -33,8 +38,10 @@ def test_other_models_are_measured(tmp_path: Path) -> None:
     assert chosen_limit(Outliers(rule="none"), found, "tiny") == float("inf")
     with pytest.raises(UserError, match="needs absolute_threshold"):
         chosen_limit(Outliers(rule="absolute"), found, "tiny")
-    assert chosen_limit(Outliers(rule="absolute"), limits(Outliers(absolute_threshold=7.0), "tiny", 64, Norms(1, 1)),
-                        "tiny") == 7.0
+    assert (
+        chosen_limit(Outliers(rule="absolute"), limits(Outliers(absolute_threshold=7.0), "tiny", 64, Norms(1, 1)), "tiny")
+        == 7.0
+    )
 
 
 def test_largest_are_listed_in_context(base: Any) -> None:

@@ -17,13 +17,24 @@ from sae_research.saes.sources import same_model
 from sae_research.transfer.statistics import Norms, chosen_limit, limits
 
 ROOT = Path(__file__).parents[2]
-PAIRS = {"transfer-gpt2-portuguese": "gpt2-small", "transfer-gemma-2b-python": "gemma-2b",
-         "transfer-mistral-7b-metamath": "mistral-7b"}
+PAIRS = {
+    "transfer-gpt2-portuguese": "gpt2-small",
+    "transfer-gemma-2b-python": "gemma-2b",
+    "transfer-mistral-7b-metamath": "mistral-7b",
+}
 
 
 def test_a_released_sae_names_its_text() -> None:
-    values = {"architecture": "standard", "d_in": 2, "d_sae": 3, "metadata": {
-        "hook_name": "blocks.1.hook_resid_post", "model_name": "gpt2-small", "dataset_path": "Skylion007/openwebtext"}}
+    values = {
+        "architecture": "standard",
+        "d_in": 2,
+        "d_sae": 3,
+        "metadata": {
+            "hook_name": "blocks.1.hook_resid_post",
+            "model_name": "gpt2-small",
+            "dataset_path": "Skylion007/openwebtext",
+        },
+    }
     tensors = {"W_enc": torch.ones(2, 3), "b_enc": torch.zeros(3), "W_dec": torch.ones(3, 2), "b_dec": torch.zeros(2)}
     text = convert(values, tensors, "here").cfg.provenance["text"]
     assert text == "Skylion007/openwebtext", "transfer.dataset: null takes it"

@@ -35,8 +35,10 @@ def test_gap_closes_with_training(make_pair: Any) -> None:
 def test_gap_in_figures() -> None:
     from sae_research.transfer.repair import _gap
 
-    rows = [{"tokens": t, "variance_explained_on_base": 0.8, "variance_explained_on_finetuned": v}
-            for t, v in ((0, 0.6), (100, 0.65), (200, 0.75))]
+    rows = [
+        {"tokens": t, "variance_explained_on_base": 0.8, "variance_explained_on_finetuned": v}
+        for t, v in ((0, 0.6), (100, 0.65), (200, 0.75))
+    ]
     found = _gap({"finetuned": rows, "base": rows})
     assert found["gap"] == pytest.approx(0.2) and found["tokens_to_half"] == pytest.approx(150)
     assert found["gap_closed"] == pytest.approx(0.75) and found["gap_after_equal_training"] == pytest.approx(0.05)
@@ -46,8 +48,9 @@ def test_gap_in_figures() -> None:
 
 @pytest.mark.slow
 def test_l0_is_held(make_pair: Any) -> None:
-    pair = make_pair("near", form="standard",
-                     repair={"tokens": 4800, "held_out_tokens": 480, "batch_size": 64, "learning_rate": 0.001})
+    pair = make_pair(
+        "near", form="standard", repair={"tokens": 4800, "held_out_tokens": 480, "batch_size": 64, "learning_rate": 0.001}
+    )
     curve = repair(pair, sweep(pair, 300).first.limit)["curves"]["base"]
     assert curve[-1]["l0_on_base"] == pytest.approx(curve[0]["l0_on_base"], rel=0.4)
 

@@ -27,8 +27,9 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_offline_pair_its_controls_and_everything_after(make_params: Any, in_project: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_pair_its_controls_and_everything_after(
+    make_params: Any, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_stage(make_params())
     folder = in_project / RESULTS
     assert read(folder / "_status.json")["status"] == "ok"
@@ -124,9 +125,17 @@ def test_switched_off(make_params: Any, in_project: Path) -> None:
 
 def test_own_sae_of_the_finetuned_model(make_params: Any, in_project: Path, models_folder: Path) -> None:
     save_sae(tiny_sae("standard", seed=4, model_name="near"), in_project / "theirs")
-    run_stage(make_params(finetuned_model=str(models_folder / "near"), controls={"names": []}, repair={"enabled": False},
-                          finetuned_sae={"source": "folder", "path": "theirs"}, tokens=480, patched_tokens=96,
-                          tokenizer=str(models_folder / "near")))
+    run_stage(
+        make_params(
+            finetuned_model=str(models_folder / "near"),
+            controls={"names": []},
+            repair={"enabled": False},
+            finetuned_sae={"source": "folder", "path": "theirs"},
+            tokens=480,
+            patched_tokens=96,
+            tokenizer=str(models_folder / "near"),
+        )
+    )
     result = read(in_project / RESULTS / "finetuned_eval_results.json")
     assert set(result["quality"]) == set(result["latents"]) == {"base", "finetuned"}
     assert set(result["losses"]["models"]["base"]["kept"]["saes"]) == {"base", "finetuned"}
@@ -136,8 +145,14 @@ def test_own_sae_of_the_finetuned_model(make_params: Any, in_project: Path, mode
 
 @pytest.mark.slow
 def test_other_tokenizer_end_to_end(make_params: Any, in_project: Path, models_folder: Path) -> None:
-    run_stage(make_params(finetuned_model=str(models_folder / "other_tokenizer"), controls={"names": ["self"]},
-                          tokens=480, patched_tokens=96))
+    run_stage(
+        make_params(
+            finetuned_model=str(models_folder / "other_tokenizer"),
+            controls={"names": ["self"]},
+            tokens=480,
+            patched_tokens=96,
+        )
+    )
     result = read(in_project / RESULTS / "finetuned_eval_results.json")
     assert result["coverage"]["tokenizers"] == "each its own" and 0.1 < result["coverage"]["matched_fraction"] < 1
     assert result["latents"]["base"]["logits"]["shared_fraction"] < 1
@@ -154,13 +169,16 @@ def test_models_of_other_shapes(make_params: Any, in_project: Path, shape: dict[
     assert "failed: " in transfer(in_project) and message in transfer(in_project)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"hooks": ["blocks.9.hook_mlp_out"]}, "the model has layers 0 to 2"),
-    ({"sae": {"name": "missing"}}, "holds no SAE 'missing'; there are topk"),
-    ({"sae": {"source": "folder", "path": "no/such"}}, "transfer.sae: no/such: no SAE there"),
-    ({"finetuned_model": "no/such/folder"}, "transfer.finetuned_model: cannot load"),
-    ({"tokenizer": "no/such/folder"}, "transfer.tokenizer: cannot load"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hooks": ["blocks.9.hook_mlp_out"]}, "the model has layers 0 to 2"),
+        ({"sae": {"name": "missing"}}, "holds no SAE 'missing'; there are topk"),
+        ({"sae": {"source": "folder", "path": "no/such"}}, "transfer.sae: no/such: no SAE there"),
+        ({"finetuned_model": "no/such/folder"}, "transfer.finetuned_model: cannot load"),
+        ({"tokenizer": "no/such/folder"}, "transfer.tokenizer: cannot load"),
+    ],
+)
 def test_one_clear_line(make_params: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         run_stage(make_params(**changes))

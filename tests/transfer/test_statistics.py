@@ -34,8 +34,10 @@ def everything(pair: Pair, limits: dict[str, float]) -> dict[str, Any]:
         found["tokens"].append(batch.base.tokens)
         for m in MODELS:
             found["acts"][m].append(acts[m])
-    return {key: torch.cat(value) if isinstance(value, list) else {m: torch.cat(v) for m, v in value.items()}
-            for key, value in found.items()}
+    return {
+        key: torch.cat(value) if isinstance(value, list) else {m: torch.cat(v) for m, v in value.items()}
+        for key, value in found.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,9 @@ def test_latents_and_quality(swept: Any) -> None:
     pair, statistics, found = swept
     sae, stats = pair.saes["base"], statistics.saes["base"]
     z = {m: dict(encode_each({"sae": sae}, found["acts"][m], found["counted"]))["sae"] for m in MODELS}
-    frame = latent_table(stats, logit_similarity(pair.base, pair.finetuned, sae).correlation,
-                         pair.params.transfer.sampling, 0)
+    frame = latent_table(
+        stats, logit_similarity(pair.base, pair.finetuned, sae).correlation, pair.params.transfer.sampling, 0
+    )
     assert len(frame) == sae.cfg.d_sae
     a, b = (z[m][found["kept"]].double().numpy() for m in MODELS)
     both = [z[m][found["counted"]].double().numpy() for m in MODELS]
@@ -123,8 +126,11 @@ def test_patched_losses_equal_whole_runs(swept: Any) -> None:
     for model, lm in pair.models.items():
         z = sae.encode(found["acts"][model], found["counted"])
         mean = found["acts"][model][found["kept"]].double().mean(0).float()
-        put = {"ce_zero": torch.zeros_like(found["acts"][model]), "ce_mean": mean.expand_as(found["acts"][model]),
-               "ce_patched": sae.decode(z)}
+        put = {
+            "ce_zero": torch.zeros_like(found["acts"][model]),
+            "ce_mean": mean.expand_as(found["acts"][model]),
+            "ce_patched": sae.decode(z),
+        }
         for kind, mask in (("kept", found["kept"]), ("all", found["counted"])):
             got = losses["models"][model][kind]
             clean = lm.logits(tokens).double().log_softmax(-1)
@@ -138,8 +144,9 @@ def test_patched_losses_equal_whole_runs(swept: Any) -> None:
                 assert where[name]["value"] == pytest.approx(float(ce), rel=1e-5)
                 by_name[name] = -log_q[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
             by_name["ce_clean"] = -clean[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-            zero, patched, own = (float(by_name[key][chosen & scale[:, None]].sum())
-                                  for key in ("ce_zero", "ce_patched", "ce_clean"))
+            zero, patched, own = (
+                float(by_name[key][chosen & scale[:, None]].sum()) for key in ("ce_zero", "ce_patched", "ce_clean")
+            )
             recovered = got["saes"]["base"].get("loss_recovered", {}).get("value")
             assert recovered == (pytest.approx((zero - patched) / (zero - own), rel=1e-4) if zero > own else None)
             kl = (clean.exp() * (clean - log_q)).sum(-1)[mask].mean()

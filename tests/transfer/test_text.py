@@ -40,7 +40,8 @@ def test_tables_of_the_check(base: Any, finetunes: Any) -> None:
     assert other.agrees["merges"] is False and other.usable < 0.9 and other.table["Keys with Mismatched Token IDs"] > 0
     assert sum(kind == "other id" for kind, *_ in other.mismatches) == other.table["Keys with Mismatched Token IDs"]
     assert other.table["Good Tokens in Base (%)"] == pytest.approx(
-        100 * (len(ours) - other.table["Keys only in Base"] - other.table["Keys with Mismatched Token IDs"]) / len(ours))
+        100 * (len(ours) - other.table["Keys only in Base"] - other.table["Keys with Mismatched Token IDs"]) / len(ours)
+    )
 
 
 def test_special_tokens_and_chat_template(tiny_inputs: Any) -> None:
@@ -71,11 +72,13 @@ def test_alignment_by_place() -> None:
 def test_matched_tokens_stand_for_the_same_text(make_pair: Any) -> None:
     pair = make_pair("other_tokenizer", own=True)
     batch = next(batches(pair.base, pair.finetuned, pair.source, 200, 8))
-    ones, others = (side.tokens.flatten()[index].tolist()
-                    for side, index in zip((batch.base, batch.finetuned), batch.pairs, strict=True))
+    ones, others = (
+        side.tokens.flatten()[index].tolist() for side, index in zip((batch.base, batch.finetuned), batch.pairs, strict=True)
+    )
     assert len(ones) > 50
     assert [pair.base.tokenizer.decode([i]).strip() for i in ones] == [
-        pair.finetuned.tokenizer.decode([i]).strip() for i in others]
+        pair.finetuned.tokenizer.decode([i]).strip() for i in others
+    ]
     row = next(windows(pair.base, pair.finetuned, documents(pair.source.text, "core_eval"), 24))
     assert len(row.ids[0]) <= 23 and row.n_bytes == len(pair.base.tokenizer.decode(row.ids[0]).encode())
 

@@ -46,8 +46,10 @@ class Places:
 
     def __init__(self, stats: LatentStats) -> None:
         self.stats = stats
-        self._top, self._sampled = ([np.load(stats.folder / f"{kind}_{part}.npy", mmap_mode="r")
-                                     for part in ("value", "context", "position")] for kind in ("top", "sample"))
+        self._top, self._sampled = (
+            [np.load(stats.folder / f"{kind}_{part}.npy", mmap_mode="r") for part in ("value", "context", "position")]
+            for kind in ("top", "sample")
+        )
         self._ids = np.asarray(stats.token_ids)
         self._documents = np.asarray(stats.document)
 
@@ -75,10 +77,23 @@ class Places:
         columns = (context, first, end, position, begin, stop, windows.level[there], about)
         cut = []
         for (name, source), c, a, b, at, low, high, level, value in zip(
-                names, *(column.tolist() for column in columns), strict=True):
-            cut.append({"v": value, "level": level, "c": c, "from": a, "at": at - a, "more": [a > 0, b < size], "doc": name,
-                        "source": source, "t": self._ids[c, a:b], "i": tokens[low:high] - (c * size + a),
-                        "a": shown[low:high]})
+            names, *(column.tolist() for column in columns), strict=True
+        ):
+            cut.append(
+                {
+                    "v": value,
+                    "level": level,
+                    "c": c,
+                    "from": a,
+                    "at": at - a,
+                    "more": [a > 0, b < size],
+                    "doc": name,
+                    "source": source,
+                    "t": self._ids[c, a:b],
+                    "i": tokens[low:high] - (c * size + a),
+                    "a": shown[low:high],
+                }
+            )
         return cut
 
 
@@ -105,8 +120,11 @@ def activation_bars(stats: LatentStats, latents: slice) -> list[list[dict[str, A
     """For every latent its histograms of non-zero activations, on a logarithmic axis: one of the negative ones where there
     are any, one of the positive ones. Each `{edges: [n + 1], counts: [n]}`, without the empty bars at its ends."""
     counts = np.asarray(stats.histogram[latents])
-    sides = [(counts[:, :N_BINS], stats.edges[:N_BINS + 1]), (counts[:, N_BINS + 1:], stats.edges[N_BINS + 1:])] \
-        if stats.signed else [(counts, stats.edges)]
+    sides = (
+        [(counts[:, :N_BINS], stats.edges[: N_BINS + 1]), (counts[:, N_BINS + 1 :], stats.edges[N_BINS + 1 :])]
+        if stats.signed
+        else [(counts, stats.edges)]
+    )
     merged = [(side.reshape(len(side), -1, MERGED).sum(2), significant(edges[::MERGED])) for side, edges in sides]
     found = []
     for row in range(len(counts)):
@@ -115,7 +133,7 @@ def activation_bars(stats: LatentStats, latents: slice) -> list[list[dict[str, A
             filled = np.flatnonzero(side[row])
             if len(filled):
                 first, end = int(filled[0]), int(filled[-1]) + 1
-                bars.append({"edges": edges[first:end + 1], "counts": side[row, first:end]})
+                bars.append({"edges": edges[first : end + 1], "counts": side[row, first:end]})
         found.append(bars)
     return found
 
@@ -126,8 +144,13 @@ def density_bars(stats: LatentStats) -> dict[str, Any]:
     lowest = np.floor(np.log10(alive.min()) / DENSITY_STEP) * DENSITY_STEP if len(alive) else -1.0
     edges = np.arange(lowest, DENSITY_STEP, DENSITY_STEP)
     counts, _ = np.histogram(np.log10(alive).clip(edges[0], edges[-1]), edges)
-    return {"dead": int((stats.count == 0).sum()), "edges": edges, "counts": counts, "rare": float(np.log10(RARE)),
-            "dense": float(np.log10(DENSE))}
+    return {
+        "dead": int((stats.count == 0).sum()),
+        "edges": edges,
+        "counts": counts,
+        "rare": float(np.log10(RARE)),
+        "dense": float(np.log10(DENSE)),
+    }
 
 
 CHUNK_LATENTS = 256
@@ -234,14 +257,19 @@ class Shown:
     def _tail(self, latent: int) -> LogitTail | None:
         if self.logits is None:
             return None
-        return LogitTail(self.stats.strings(self.logits.raised[latent, :5]), float(self.logits.skew[latent]),
-                         float(self.logits.kurtosis[latent]))
+        return LogitTail(
+            self.stats.strings(self.logits.raised[latent, :5]),
+            float(self.logits.skew[latent]),
+            float(self.logits.kurtosis[latent]),
+        )
 
     @cached_property
     def labels(self) -> list[str]:
         """A few tokens that stand for each latent: those of largest mean activation, else those of its top contexts."""
-        return [" ".join(dict.fromkeys(visible(token) for token in tokens[:LABEL_TOKENS]))
-                for tokens in (self._label_tokens(latent) for latent in range(self.stats.d_sae))]
+        return [
+            " ".join(dict.fromkeys(visible(token) for token in tokens[:LABEL_TOKENS]))
+            for tokens in (self._label_tokens(latent) for latent in range(self.stats.d_sae))
+        ]
 
     def _label_tokens(self, latent: int) -> list[str]:
         found = self.explanations[latent]
@@ -294,22 +322,40 @@ def latent_records(shown: Shown, latents: range) -> list[dict[str, Any]]:
     stats, part = shown.stats, slice(latents.start, latents.stop)
     windows, bars = shown.places.of(part), activation_bars(stats, part)
     near, cosine = shown.near[0][part].tolist(), significant(shown.near[1][part]).tolist()
-    figures = {name: significant(values[part]) for name, values in (
-        ("density", stats.density), ("cah", stats.cah), ("max", stats.max), ("min", stats.min), ("mean", stats.mean),
-        ("sd", stats.standard_deviation))}
+    figures = {
+        name: significant(values[part])
+        for name, values in (
+            ("density", stats.density),
+            ("cah", stats.cah),
+            ("max", stats.max),
+            ("min", stats.min),
+            ("mean", stats.mean),
+            ("sd", stats.standard_deviation),
+        )
+    }
     density, kind, quantiles = shown.density, stats.kind[part], significant(shown.quantiles[part])
     logits = _logits(shown, part)
     records = []
     for row, latent in enumerate(latents):
-        records.append({
-            "id": latent, "kind": str(kind[row]), "count": int(stats.count[latent]),
-            "contexts_firing": int(stats.contexts_firing[latent]), "label": shown.labels[latent],
-            **{name: values[row] for name, values in figures.items()},
-            "quantiles": quantiles[row], "bars": bars[row],
-            "near": [{"id": int(n), "cosine": c, "label": shown.labels[n], "density": density[n]}
-                     for n, c in zip(near[row], cosine[row], strict=True)],
-            "logits": logits[row], "explained": _explained(shown.explanations[latent]),
-            "contexts": shown.places.cut(latent, windows, row, shown.settings.window)})
+        records.append(
+            {
+                "id": latent,
+                "kind": str(kind[row]),
+                "count": int(stats.count[latent]),
+                "contexts_firing": int(stats.contexts_firing[latent]),
+                "label": shown.labels[latent],
+                **{name: values[row] for name, values in figures.items()},
+                "quantiles": quantiles[row],
+                "bars": bars[row],
+                "near": [
+                    {"id": int(n), "cosine": c, "label": shown.labels[n], "density": density[n]}
+                    for n, c in zip(near[row], cosine[row], strict=True)
+                ],
+                "logits": logits[row],
+                "explained": _explained(shown.explanations[latent]),
+                "contexts": shown.places.cut(latent, windows, row, shown.settings.window),
+            }
+        )
     return records
 
 
@@ -319,22 +365,37 @@ def _logits(shown: Shown, latents: slice) -> list[dict[str, Any] | None]:
         return [None] * len(range(shown.stats.d_sae)[latents])
     strings = shown.stats.strings
     by = {name: significant(getattr(effects, f"{name}_by")[latents]).tolist() for name in ("raised", "lowered")}
-    edges = significant(np.linspace(effects.lowered_by[latents, 0], effects.raised_by[latents, 0],
-                                    effects.histogram.shape[1] + 1, axis=1))
+    edges = significant(
+        np.linspace(effects.lowered_by[latents, 0], effects.raised_by[latents, 0], effects.histogram.shape[1] + 1, axis=1)
+    )
     skew, kurtosis = significant(effects.skew[latents]), significant(effects.kurtosis[latents])
-    return [{name: [list(pair) for pair in zip(strings(getattr(effects, name)[latent]), by[name][row], strict=True)]
-             for name in by} | {"counts": effects.histogram[latent], "edges": edges[row], "skew": skew[row],
-                                "kurtosis": kurtosis[row]}
-            for row, latent in enumerate(range(shown.stats.d_sae)[latents])]
+    return [
+        {
+            name: [list(pair) for pair in zip(strings(getattr(effects, name)[latent]), by[name][row], strict=True)]
+            for name in by
+        }
+        | {"counts": effects.histogram[latent], "edges": edges[row], "skew": skew[row], "kurtosis": kurtosis[row]}
+        for row, latent in enumerate(range(shown.stats.d_sae)[latents])
+    ]
 
 
 def _explained(found: Explanation | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    tables = {name: [[share.token, share.firings, share.occurrences, significant(share.mean), significant(share.pmi)]
-                     for share in shares] for name, shares in (("by_mean", found.by_mean), ("by_pmi", found.by_pmi))}
-    return tables | {"words": found.words, "purity": significant(found.purity), "position": significant(found.position),
-                     "best": found.best, "auc": {name: significant(rule.auc) for name, rule in found.rules.items()}}
+    tables = {
+        name: [
+            [share.token, share.firings, share.occurrences, significant(share.mean), significant(share.pmi)]
+            for share in shares
+        ]
+        for name, shares in (("by_mean", found.by_mean), ("by_pmi", found.by_pmi))
+    }
+    return tables | {
+        "words": found.words,
+        "purity": significant(found.purity),
+        "position": significant(found.position),
+        "best": found.best,
+        "auc": {name: significant(rule.auc) for name, rule in found.rules.items()},
+    }
 
 
 def _number_tokens(stats: LatentStats, contexts: Sequence[dict[str, Any]]) -> list[str]:

@@ -34,12 +34,14 @@ def nearest(W_dec: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     k = min(k, len(unit) - 1)
     found = []
     for first in range(0, len(unit), CHUNK_LATENTS):
-        cosine = unit[first:first + CHUNK_LATENTS] @ unit.T
+        cosine = unit[first : first + CHUNK_LATENTS] @ unit.T
         rows = torch.arange(len(cosine), device=cosine.device)
         cosine[rows, rows + first] = -torch.inf
         found.append(cosine.topk(k))
-    return (torch.cat([part.indices for part in found]).cpu().numpy(),
-            torch.cat([part.values for part in found]).cpu().numpy())
+    return (
+        torch.cat([part.indices for part in found]).cpu().numpy(),
+        torch.cat([part.values for part in found]).cpu().numpy(),
+    )
 
 
 @torch.no_grad()
@@ -106,5 +108,6 @@ def _matrix(stats: LatentStats, kept: np.ndarray, column: np.ndarray) -> sparse.
         tokens.append(column[token[inside]])
         values.append(value[inside].astype(np.float64))
         start.append(start[-1] + int(inside.sum()))
-    return sparse.csr_matrix((np.concatenate(values), np.concatenate(tokens), np.array(start)),
-                             shape=(stats.d_sae, int(kept.sum())))
+    return sparse.csr_matrix(
+        (np.concatenate(values), np.concatenate(tokens), np.array(start)), shape=(stats.d_sae, int(kept.sum()))
+    )

@@ -90,8 +90,10 @@ def write_batches(shown: Shown, folder: Path) -> list[Path]:
         paths.append(folder / f"batch-{number}.json")
         write_bytes(paths[-1], orjson.dumps(batch.model_dump()))
     dead = np.flatnonzero(shown.stats.count == 0).tolist()
-    write_bytes(folder / "skipped_indexes.json", orjson.dumps({"model_id": _model_id(shown), "layer": _layer(shown),
-                                                              "sae_set": shown.name, "skipped_indexes": dead}))
+    write_bytes(
+        folder / "skipped_indexes.json",
+        orjson.dumps({"model_id": _model_id(shown), "layer": _layer(shown), "sae_set": shown.name, "skipped_indexes": dead}),
+    )
     return paths
 
 
@@ -107,16 +109,29 @@ def batches(shown: Shown) -> Iterator[Batch]:
 
 def _feature(shown: Shown, record: dict[str, Any], sides: list[dict[str, Any]]) -> Feature:
     logits = record["logits"]
-    words = {} if logits is None else {
-        "pos_str": [token for token, _ in logits["raised"]], "pos_values": _round([v for _, v in logits["raised"]]),
-        "neg_str": [token for token, _ in logits["lowered"]], "neg_values": _round([v for _, v in logits["lowered"]]),
-        "logits_hist_data_bar_heights": _round(logits["counts"]), "logits_hist_data_bar_values": _middles(logits["edges"])}
+    words = (
+        {}
+        if logits is None
+        else {
+            "pos_str": [token for token, _ in logits["raised"]],
+            "pos_values": _round([v for _, v in logits["raised"]]),
+            "neg_str": [token for token, _ in logits["lowered"]],
+            "neg_values": _round([v for _, v in logits["lowered"]]),
+            "logits_hist_data_bar_heights": _round(logits["counts"]),
+            "logits_hist_data_bar_values": _middles(logits["edges"]),
+        }
+    )
     return Feature(
-        feature_index=record["id"], frac_nonzero=float(record["density"]),
+        feature_index=record["id"],
+        frac_nonzero=float(record["density"]),
         freq_hist_data_bar_values=[middle for side in sides for middle in _middles(side["edges"])],
         freq_hist_data_bar_heights=[height for side in sides for height in _round(side["counts"])],
-        n_prompts_total=shown.stats.n_contexts, n_tokens_in_prompt=shown.stats.context_size,
-        dataset=str(shown.stats.about["text"]["dataset"]), activations=_activations(shown, record), **words)
+        n_prompts_total=shown.stats.n_contexts,
+        n_tokens_in_prompt=shown.stats.context_size,
+        dataset=str(shown.stats.about["text"]["dataset"]),
+        activations=_activations(shown, record),
+        **words,
+    )
 
 
 def _activations(shown: Shown, record: dict[str, Any]) -> list[Activation]:
@@ -128,8 +143,16 @@ def _activations(shown: Shown, record: dict[str, Any]) -> list[Activation]:
         low, high, share = top if level < 0 else (bounds[level], bounds[level + 1], 1 / levels)
         values = np.zeros(len(context["t"]))
         values[context["i"]] = context["a"]
-        rows.append(Activation(bin_min=low, bin_max=high, bin_contains=share, tokens=shown.stats.strings(context["t"]),
-                               values=_round(values), qualifying_token_index=context["at"]))
+        rows.append(
+            Activation(
+                bin_min=low,
+                bin_max=high,
+                bin_contains=share,
+                tokens=shown.stats.strings(context["t"]),
+                values=_round(values),
+                qualifying_token_index=context["at"],
+            )
+        )
     return rows
 
 

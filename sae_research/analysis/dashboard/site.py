@@ -54,16 +54,20 @@ def compare(one: Shown, other: Shown) -> Comparison:
     text = same_text(one.stats, other.stats)
     same_sae = one.sae.weights_fingerprint() == other.sae.weights_fingerprint()
     if same_sae:
-        found = Matches(np.arange(one.stats.d_sae),
-                        activation_correlation(one.stats, other.stats) if text else np.full(one.stats.d_sae, np.nan))
+        found = Matches(
+            np.arange(one.stats.d_sae),
+            activation_correlation(one.stats, other.stats) if text else np.full(one.stats.d_sae, np.nan),
+        )
         how = "the same latent of one SAE on two models"
     elif text:
         found, how = match_by_activation(one.stats, other.stats), "the latent whose activations correlate most"
     elif one.sae.cfg.hook_name == other.sae.cfg.hook_name and one.lm.fingerprint == other.lm.fingerprint:
         found, how = match_by_decoder(one.sae, other.sae), "the latent whose decoder row is likest"
     else:
-        raise UserError(f"{one.name} and {other.name} share neither text nor hook, so their latents cannot be matched; "
-                        "collect both statistics on the same text")
+        raise UserError(
+            f"{one.name} and {other.name} share neither text nor hook, so their latents cannot be matched; "
+            "collect both statistics on the same text"
+        )
     score = "correlation" if text else "cosine" if not same_sae else "not compared: the texts differ"
     return Comparison(f"{one.name}_and_{other.name}", one.name, other.name, how, score, _content(one, other, found))
 
@@ -74,12 +78,16 @@ def _content(one: Shown, other: Shown, found: Matches) -> dict[str, Any]:
     density = np.where(matched, other.stats.density[partner], 0)
     known = found.score[matched & np.isfinite(found.score)]
     return {
-        "one": one.name, "other": other.name, "partner": found.partner,
+        "one": one.name,
+        "other": other.name,
+        "partner": found.partner,
         "score": [significant(float(s)) if np.isfinite(s) else None for s in found.score],
         "median": significant(float(np.median(known))) if len(known) else None,
-        "density_one": significant(one.stats.density), "density_other": significant(density),
-        "labels_one": one.labels, "labels_other": [other.labels[p] if m else "" for p, m in zip(
-            partner.tolist(), matched.tolist(), strict=True)]}
+        "density_one": significant(one.stats.density),
+        "density_other": significant(density),
+        "labels_one": one.labels,
+        "labels_other": [other.labels[p] if m else "" for p, m in zip(partner.tolist(), matched.tolist(), strict=True)],
+    }
 
 
 HERE = Path(__file__).parent
@@ -89,8 +97,12 @@ OWN_FOLDERS = ("static", "compare", NEURONPEDIA)
 MARK = ".dashboard"
 """Lies in every folder that a site may replace."""
 COLUMNS = ("density", "cah", "max", "mean")
-FIGURES = {"variance_explained": "Variance explained", "loss_recovered": "Loss recovered", "ce_delta": "Cross-entropy added",
-           "kl": "KL divergence"}
+FIGURES = {
+    "variance_explained": "Variance explained",
+    "loss_recovered": "Loss recovered",
+    "ce_delta": "Cross-entropy added",
+    "kl": "KL divergence",
+}
 """Figures of the core evaluation that the start page shows, where they are known."""
 
 
@@ -99,15 +111,22 @@ def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Compa
     with a page of somebody else's."""
     wrong = [one.name for one in shown if not SLUG.fullmatch(one.name) or one.name in OWN_FOLDERS]
     if wrong:
-        raise UserError(f"{', '.join(wrong)}: names become folders of the site, so they are made of a-z, 0-9 and _ and are "
-                        f"none of {', '.join(OWN_FOLDERS)}")
+        raise UserError(
+            f"{', '.join(wrong)}: names become folders of the site, so they are made of a-z, 0-9 and _ and are "
+            f"none of {', '.join(OWN_FOLDERS)}"
+        )
     if (folder / "index.html").exists() and not (folder / MARK).is_file() and not any(folder.glob(f"*/{MARK}")):
         raise UserError(f"{folder} holds an index.html that is no dashboard's; choose another --out")
     write_text(folder / MARK, "")
     for source in sorted((HERE / "static").iterdir()):
         write_bytes(folder / "static" / source.name, source.read_bytes())
-    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True,
-                               lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     pages.filters |= {"number": number, "percent": lambda x: f"{x:.2%}"}
     summaries = [summary(one) for one in shown]
     for one, known in zip(shown, summaries, strict=True):
@@ -124,15 +143,32 @@ def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Compa
 def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.Environment) -> None:
     for number, content in latent_files(shown):
         write_script(folder / "data" / f"{number:05d}.js", f"{shown.name}/{number:05d}", content)
-    write_script(folder / "data" / "about.js", f"{shown.name}/about", {
-        "name": shown.name, "n": shown.stats.d_sae, "per_file": shown.settings.latents_per_file, "quantiles": QUANTILES,
-        "levels": shown.stats.about["settings"]["sample_levels"], "tokens": shown.stats.tokens,
-        "neuronpedia": known["neuronpedia"], "embed": EMBED,
-        "no_logits": "" if shown.logits else f"{shown.sae.cfg.hook_name} is not in the residual stream: its latents promote "
-        "no tokens directly"})
-    write_index(folder / "data" / "index.js", shown.name,
-                {name: getattr(shown.stats, name) for name in COLUMNS}, shown.stats.kind, shown.labels, shown.promoted,
-                density_bars(shown.stats))
+    write_script(
+        folder / "data" / "about.js",
+        f"{shown.name}/about",
+        {
+            "name": shown.name,
+            "n": shown.stats.d_sae,
+            "per_file": shown.settings.latents_per_file,
+            "quantiles": QUANTILES,
+            "levels": shown.stats.about["settings"]["sample_levels"],
+            "tokens": shown.stats.tokens,
+            "neuronpedia": known["neuronpedia"],
+            "embed": EMBED,
+            "no_logits": ""
+            if shown.logits
+            else f"{shown.sae.cfg.hook_name} is not in the residual stream: its latents promote no tokens directly",
+        },
+    )
+    write_index(
+        folder / "data" / "index.js",
+        shown.name,
+        {name: getattr(shown.stats, name) for name in COLUMNS},
+        shown.stats.kind,
+        shown.labels,
+        shown.promoted,
+        density_bars(shown.stats),
+    )
     _page(pages, "sae.html", folder / "index.html", root="../", sae=known)
     _page(pages, "latent.html", folder / "latent.html", root="../", sae=known)
 
@@ -140,14 +176,31 @@ def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.
 KINDS = ("dead", "rare", "between", "dense")
 
 
-def write_index(path: Path, name: str, columns: dict[str, np.ndarray], kind: np.ndarray, labels: Sequence[str],
-                promoted: Sequence[str], bars: dict[str, Any]) -> None:
+def write_index(
+    path: Path,
+    name: str,
+    columns: dict[str, np.ndarray],
+    kind: np.ndarray,
+    labels: Sequence[str],
+    promoted: Sequence[str],
+    bars: dict[str, Any],
+) -> None:
     """The table of latents: numbers as base64 of little-endian arrays, strings joined by line breaks."""
     packed = {column: pack(values.astype("<f4")) for column, values in columns.items()}
     codes = np.select([kind == one for one in KINDS], range(len(KINDS))).astype(np.uint8)
-    write_script(path, f"{name}/index", {
-        "n": len(labels), "columns": packed, "kind": pack(codes), "kinds": KINDS, "labels": "\n".join(labels),
-        "promoted": "\n".join(promoted), "bars": bars})
+    write_script(
+        path,
+        f"{name}/index",
+        {
+            "n": len(labels),
+            "columns": packed,
+            "kind": pack(codes),
+            "kinds": KINDS,
+            "labels": "\n".join(labels),
+            "promoted": "\n".join(promoted),
+            "bars": bars,
+        },
+    )
 
 
 def pack(values: np.ndarray) -> str:
@@ -171,21 +224,38 @@ def summary(shown: Shown) -> dict[str, Any]:
         ("Dead", f"{share['dead']:.1%}", "never fired on this text"),
         ("Dense", f"{share['dense']:.1%}", "fire on 1 % of tokens or more"),
         ("Median density", number(float(np.median(stats.density))), "fraction of tokens on which a latent fires"),
-        *((label, number(shown.figures[key]), "core evaluation") for key, label in FIGURES.items() if key in shown.figures)]
+        *((label, number(shown.figures[key]), "core evaluation") for key, label in FIGURES.items() if key in shown.figures),
+    ]
     text, mask = about["text"], about["mask"]
     sources = [
         ("SAE", f"{cfg.architecture or cfg.form}, {cfg.d_in:,} dimensions, {cfg.d_sae:,} latents"),
-        ("Weights", about["sae"]["fingerprint"]), ("Model", f"{about['model']['name']} ({about['model']['dtype']})"),
-        ("Model's weights", about["model"]["fingerprint"]), ("Hook", about["hook"]),
+        ("Weights", about["sae"]["fingerprint"]),
+        ("Model", f"{about['model']['name']} ({about['model']['dtype']})"),
+        ("Model's weights", about["model"]["fingerprint"]),
+        ("Hook", about["hook"]),
         ("Text", f"{text['dataset']}, {text['split']}, {about['contexts']:,} contexts of {about['context_size']} tokens"),
-        ("Text's fingerprint", text["fingerprint"]), ("Tokens that count", f"{stats.tokens:,} of {about['tokens']:,}"),
-        ("Left out", f"special tokens{', the first of every context' if mask['drop_first_position'] else ''}"
-         + (f", norms above {mask['outlier_norm_multiple']:g} times the median" if mask["outlier_norm_multiple"] else "")),
+        ("Text's fingerprint", text["fingerprint"]),
+        ("Tokens that count", f"{stats.tokens:,} of {about['tokens']:,}"),
+        (
+            "Left out",
+            f"special tokens{', the first of every context' if mask['drop_first_position'] else ''}"
+            + (f", norms above {mask['outlier_norm_multiple']:g} times the median" if mask["outlier_norm_multiple"] else ""),
+        ),
         ("Seed", str(about["seed"])),
-        *((f"Provenance: {key}", _plain(value)) for key, value in sorted(cfg.provenance.items()))]
-    return {"name": shown.name, "d_sae": cfg.d_sae, "hook": cfg.hook_name, "model": about["model"]["name"],
-            "architecture": cfg.architecture or cfg.form, "figures": figures, "sources": sources,
-            "tokens": stats.tokens, "neuronpedia": _hosted(shown), "unexplained": shown.unexplained}
+        *((f"Provenance: {key}", _plain(value)) for key, value in sorted(cfg.provenance.items())),
+    ]
+    return {
+        "name": shown.name,
+        "d_sae": cfg.d_sae,
+        "hook": cfg.hook_name,
+        "model": about["model"]["name"],
+        "architecture": cfg.architecture or cfg.form,
+        "figures": figures,
+        "sources": sources,
+        "tokens": stats.tokens,
+        "neuronpedia": _hosted(shown),
+        "unexplained": shown.unexplained,
+    }
 
 
 def _plain(value: Any) -> str:

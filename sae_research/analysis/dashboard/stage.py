@@ -24,9 +24,15 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.saes.base import Guard
 
 
-def write_dashboard(lab: Lab, folder: str | Path, settings: Dashboards | None = None,
-                    pairs: Iterable[Sequence[str]] | None = None, figures: Mapping[str, Mapping[str, float]] | None = None,
-                    progress: bool = False, skip: Callable[[str, str], None] | None = None) -> Path:
+def write_dashboard(
+    lab: Lab,
+    folder: str | Path,
+    settings: Dashboards | None = None,
+    pairs: Iterable[Sequence[str]] | None = None,
+    figures: Mapping[str, Mapping[str, float]] | None = None,
+    progress: bool = False,
+    skip: Callable[[str, str], None] | None = None,
+) -> Path:
     """Write the site of all SAEs in `lab`; returns its first page, to be opened in a browser from disk.
 
     settings, pairs: by default those of the parameters' section `dashboards`. figures: of an evaluation, by SAE, for the
@@ -72,8 +78,10 @@ def _on_other_model(lab: Lab, settings: Dashboards, progress: bool) -> dict[str,
     lm = load_language_model(settings.other_model, lab.params.model.device, lab.params.model.torch_dtype)
     moved = {f"{name}_on_{slugify(Path(lm.name).name)}": _moved(sae, lm) for name, sae in lab.saes.items()}
     there = Lab.of(moved, lm, lab.params)
-    return {name: Shown(other, sae, lm, there.stats(other, progress), settings)
-            for name, (other, sae) in zip(lab.saes, moved.items(), strict=True)}
+    return {
+        name: Shown(other, sae, lm, there.stats(other, progress), settings)
+        for name, (other, sae) in zip(lab.saes, moved.items(), strict=True)
+    }
 
 
 def _moved(sae: SparseAutoencoder, lm: LanguageModel) -> SparseAutoencoder:
@@ -98,8 +106,12 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
         names = chosen(params)
         lab = Lab.open([str(SAES / name) for name in names], params)
         page = write_dashboard(lab, folder, figures=core_figures(), skip=stage.skip)
-        stage.notes |= {"saes": names, "model": lab.lm.name, "tokens": params.analysis.tokens,
-                        "latents": {name: sae.cfg.d_sae for name, sae in lab.saes.items()}}
+        stage.notes |= {
+            "saes": names,
+            "model": lab.lm.name,
+            "tokens": params.analysis.tokens,
+            "latents": {name: sae.cfg.d_sae for name, sae in lab.saes.items()},
+        }
         print(f"open {page} in a browser", flush=True)
 
 
@@ -110,8 +122,9 @@ def chosen(params: Params) -> list[str]:
         return [name for name in manifest["order"] if manifest["saes"][name]["role"] == "baseline"] or manifest["order"][:1]
     missing = [name for name in params.dashboards.saes if name not in manifest["saes"]]
     if missing or not params.dashboards.saes:
-        raise UserError(f"dashboards.saes: {', '.join(missing) or 'names no SAE'}; {SAES}/ holds "
-                        f"{', '.join(manifest['order'])}")
+        raise UserError(
+            f"dashboards.saes: {', '.join(missing) or 'names no SAE'}; {SAES}/ holds {', '.join(manifest['order'])}"
+        )
     return params.dashboards.saes
 
 

@@ -83,27 +83,32 @@ def sae_bench_main_latents(data: WordLatents, config: Absorption, seed: int) -> 
     """Every letter's main latents in SAE Bench's definition."""
     how = Training(epochs=50, batch_size=4096, weight_decay=1e-6, l1=config.k_sparse_probe_l1_decay)
     weights = _l1_probes(data, random_start(data.train.shape[1], (seed, 3)), how, (seed, 4)).weights
-    ranked = np.argsort(-weights, axis=0, kind="stable")[:config.max_k_value].T
+    ranked = np.argsort(-weights, axis=0, kind="stable")[: config.max_k_value].T
     scores = _f1_by_k(data, list(ranked))
-    return [MainLatents(row[:_split(test, config.f1_jump_threshold)].tolist(), test)
-            for row, (_, test) in zip(ranked, scores, strict=True)]
+    return [
+        MainLatents(row[: _split(test, config.f1_jump_threshold)].tolist(), test)
+        for row, (_, test) in zip(ranked, scores, strict=True)
+    ]
 
 
 def lab_main_latents(data: WordLatents, config: Absorption, seed: int) -> list[MainLatents]:
     """Every letter's main latents in our definition."""
     batches = -(-data.train.shape[0] // 4096)
-    how = Training(epochs=max(1, _LAB_STEPS // batches), batch_size=4096, weight_decay=1e-6,
-                   l1=config.k_sparse_probe_l1_decay)
+    how = Training(
+        epochs=max(1, _LAB_STEPS // batches), batch_size=4096, weight_decay=1e-6, l1=config.k_sparse_probe_l1_decay
+    )
     weights = _l1_probes(data, zero_start(data.train.shape[1]), how, (seed, 5)).weights
     ranked = []
     for column, letter in enumerate(data.letters):
         moves = np.sign(np.asarray(data.train[data.train_labels == letter].sum(0))[0])
         rank = weights[:, column] * moves
-        order = np.argsort(-rank, kind="stable")[:config.max_k_value]
+        order = np.argsort(-rank, kind="stable")[: config.max_k_value]
         ranked.append(order[rank[order] > 0])
     scores = _f1_by_k(data, ranked)
-    return [MainLatents(row[:_split(on_train, config.f1_jump_threshold)].tolist(), on_test)
-            for row, (on_train, on_test) in zip(ranked, scores, strict=True)]
+    return [
+        MainLatents(row[: _split(on_train, config.f1_jump_threshold)].tolist(), on_test)
+        for row, (on_train, on_test) in zip(ranked, scores, strict=True)
+    ]
 
 
 def _l1_probes(data: WordLatents, start: Probes, how: Training, seed: tuple[int, ...]) -> Probes:
@@ -148,7 +153,7 @@ def _columns(x: sparse.csr_matrix, ranked: list[np.ndarray], most: int) -> np.nd
     """The letters' latents, float64 [letters, rows, most]; zero where a letter has fewer."""
     by_column, values = x.tocsc(), np.zeros((len(ranked), x.shape[0], most))
     for letter, row in enumerate(ranked):
-        values[letter, :, :len(row)] = by_column[:, row].toarray()
+        values[letter, :, : len(row)] = by_column[:, row].toarray()
     return values
 
 
@@ -180,8 +185,14 @@ def sae_bench_absorbed(z: np.ndarray, word_projection: np.ndarray, cosine: np.nd
     return Absorbed(fraction, silent & _carried(projection, np.ones_like(other), cosine, word_projection))
 
 
-def lab_absorbed(z: np.ndarray, word_projection: np.ndarray, rows_projection: np.ndarray, cosine: np.ndarray,
-                 main: list[int], usual: np.ndarray) -> Absorbed:
+def lab_absorbed(
+    z: np.ndarray,
+    word_projection: np.ndarray,
+    rows_projection: np.ndarray,
+    cosine: np.ndarray,
+    main: list[int],
+    usual: np.ndarray,
+) -> Absorbed:
     """Our definition. word_projection: of the activations less the decoder's bias [words]; rows_projection: of the
     decoder rows on p [d_sae]; usual: the main latents' mean activation over the letter's training words that they move
     on, signed [main]. The rest as above."""
@@ -205,8 +216,11 @@ def _fraction(projection: np.ndarray, absorber: np.ndarray, by_main: np.ndarray,
     the main latents contribute [words]."""
     candidates = np.maximum(projection[:, absorber], 0)
     count = min(MAX_ABSORBERS, candidates.shape[1])
-    absorbed = np.partition(candidates, candidates.shape[1] - count, axis=1)[:, candidates.shape[1] - count:].sum(1) \
-        if count else np.zeros(len(projection))
+    absorbed = (
+        np.partition(candidates, candidates.shape[1] - count, axis=1)[:, candidates.shape[1] - count :].sum(1)
+        if count
+        else np.zeros(len(projection))
+    )
     enough = (word_projection > 0) & (absorbed >= PROPORTION * word_projection) & (by_main < word_projection)
     share = np.minimum(absorbed, word_projection - by_main)
     total = share + by_main

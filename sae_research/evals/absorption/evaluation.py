@@ -45,63 +45,97 @@ from sae_research.stats.intervals import interval, ratio, stored
 EVAL_TYPE = "absorption_first_letter"
 
 
-def result(name: str, sae: SparseAutoencoder, acts: WordActivations, letters: Letters,
-           scores: dict[str, Any]) -> dict[str, Any]:
+def result(
+    name: str, sae: SparseAutoencoder, acts: WordActivations, letters: Letters, scores: dict[str, Any]
+) -> dict[str, Any]:
     """A validated `AbsorptionEvalOutput` as plain data."""
     from sae_bench.evals.absorption import eval_output as types
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
-    details = [{"first_letter": letter, "mean_absorption_fraction": found["sae_bench"]["absorption_fraction"],
-                "full_absorption_rate": found["sae_bench"]["full_absorption"],
-                "num_full_absorption": found["sae_bench"]["full_absorption_words"],
-                "num_probe_true_positives": found["words"],
-                "num_split_features": len(found["sae_bench"]["main_latents"])} for letter, found in scores.items()]
-    return asdict(types.AbsorptionEvalOutput(
-        eval_config=AbsorptionEvalConfig(**_config(acts)),
-        eval_result_metrics=types.AbsorptionMetricCategories(mean=types.AbsorptionMeanMetrics(**_means(details))),
-        eval_result_details=[types.AbsorptionResultDetail(**record) for record in details],
-        eval_result_unstructured={harness.LAB: lab_block(acts, letters, scores)},
-        **harness.envelope(name, sae, EVAL_TYPE)))
+    details = [
+        {
+            "first_letter": letter,
+            "mean_absorption_fraction": found["sae_bench"]["absorption_fraction"],
+            "full_absorption_rate": found["sae_bench"]["full_absorption"],
+            "num_full_absorption": found["sae_bench"]["full_absorption_words"],
+            "num_probe_true_positives": found["words"],
+            "num_split_features": len(found["sae_bench"]["main_latents"]),
+        }
+        for letter, found in scores.items()
+    ]
+    return asdict(
+        types.AbsorptionEvalOutput(
+            eval_config=AbsorptionEvalConfig(**_config(acts)),
+            eval_result_metrics=types.AbsorptionMetricCategories(mean=types.AbsorptionMeanMetrics(**_means(details))),
+            eval_result_details=[types.AbsorptionResultDetail(**record) for record in details],
+            eval_result_unstructured={harness.LAB: lab_block(acts, letters, scores)},
+            **harness.envelope(name, sae, EVAL_TYPE),
+        )
+    )
 
 
 def _config(acts: WordActivations) -> dict[str, Any]:
     config = acts.params.absorption
     tails, positions = acts.words.tails, acts.words.positions
-    return {"model_name": acts.lm.name, "random_seed": acts.params.random_seed,
-            "f1_jump_threshold": config.f1_jump_threshold, "max_k_value": config.max_k_value,
-            "prompt_template": config.prompt_template, "prompt_token_pos": int(positions[0]) - len(tails[0]),
-            "llm_batch_size": acts.params.model.llm_batch_size, "llm_dtype": acts.params.model.torch_dtype,
-            "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay, "min_GT_probe_f1": config.min_ground_truth_probe_f1,
-            "min_feats_for_eval": config.min_feats_for_eval, "precalc_k_sparse_probe_sae_acts": True}
+    return {
+        "model_name": acts.lm.name,
+        "random_seed": acts.params.random_seed,
+        "f1_jump_threshold": config.f1_jump_threshold,
+        "max_k_value": config.max_k_value,
+        "prompt_template": config.prompt_template,
+        "prompt_token_pos": int(positions[0]) - len(tails[0]),
+        "llm_batch_size": acts.params.model.llm_batch_size,
+        "llm_dtype": acts.params.model.torch_dtype,
+        "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
+        "min_GT_probe_f1": config.min_ground_truth_probe_f1,
+        "min_feats_for_eval": config.min_feats_for_eval,
+        "precalc_k_sparse_probe_sae_acts": True,
+    }
 
 
 def _means(details: list[dict[str, Any]]) -> dict[str, float]:
     """SAE Bench's means and standard deviations over letters; of a single letter the deviation counts as 0."""
-    names = {"absorption_fraction_score": "mean_absorption_fraction", "full_absorption_score": "full_absorption_rate",
-             "num_split_features": "num_split_features"}
+    names = {
+        "absorption_fraction_score": "mean_absorption_fraction",
+        "full_absorption_score": "full_absorption_rate",
+        "num_split_features": "num_split_features",
+    }
     values = {name: [float(record[key]) for record in details] for name, key in names.items()}
-    return {**{f"mean_{name}": statistics.mean(column) for name, column in values.items()},
-            **{f"std_dev_{name}": statistics.stdev(column) if len(column) > 1 else 0.0 for name, column in values.items()}}
+    return {
+        **{f"mean_{name}": statistics.mean(column) for name, column in values.items()},
+        **{f"std_dev_{name}": statistics.stdev(column) if len(column) > 1 else 0.0 for name, column in values.items()},
+    }
 
 
 def lab_block(acts: WordActivations, letters: Letters, scores: dict[str, Any]) -> dict[str, Any]:
     """Our figures: means over letters, each letter one cluster for the intervals."""
     by_letter = {letter: {"words": found["words"], **found["lab"]} for letter, found in scores.items()}
-    columns = {key: [found[key] for found in by_letter.values()]
-               for key in ("absorption_fraction", "full_absorption", "main_latents_f1")}
+    columns = {
+        key: [found[key] for found in by_letter.values()]
+        for key in ("absorption_fraction", "full_absorption", "main_latents_f1")
+    }
     columns["split_latents"] = [len(found["main_latents"]) for found in by_letter.values()]
     columns["probe_f1"] = letters.f1
     figures = {key: ratio(values) for key, values in columns.items()}
     intervals = {key: interval(figure, acts.params.random_seed) for key, figure in figures.items()}
     count, wanted = len(scores), acts.params.absorption.min_feats_for_eval
     return {
-        "metrics": {**{key: figure.value for key, figure in figures.items()}, "letters": count,
-                    "words": sum(found["words"] for found in by_letter.values())},
+        "metrics": {
+            **{key: figure.value for key, figure in figures.items()},
+            "letters": count,
+            "words": sum(found["words"] for found in by_letter.values()),
+        },
         "intervals": {key: list(bounds) for key, bounds in intervals.items() if bounds is not None},
-        "clusters": {"letters": {"level": "letter", "clusters": count,
-                                 "key": fingerprint([acts.hook, acts.words.fingerprint(), list(scores)])[:16]}},
+        "clusters": {
+            "letters": {
+                "level": "letter",
+                "clusters": count,
+                "key": fingerprint([acts.hook, acts.words.fingerprint(), list(scores)])[:16],
+            }
+        },
         "cluster_sums": {key: stored(figure, "letters") for key, figure in figures.items()},
-        "letters": by_letter, "skipped_letters": letters.why_not,
+        "letters": by_letter,
+        "skipped_letters": letters.why_not,
         "probe_f1": {LETTERS[number]: value for number, value in zip(letters.numbers, letters.f1, strict=True)},
         "sae_bench_f1_by_k": {letter: found["sae_bench"]["f1_by_k"] for letter, found in scores.items()},
         "sae_bench_would_report": count >= wanted,
@@ -128,12 +162,22 @@ class Letters(NamedTuple):
 
     def qualifying(self) -> Letters:
         keep = [i for i, number in enumerate(self.numbers) if LETTERS[number] not in self.why_not]
-        return Letters(self.numbers[keep], [self.f1[i] for i in keep],
-                       Probes(self.probes.weights[:, keep], self.probes.biases[keep]), self.why_not)
+        return Letters(
+            self.numbers[keep],
+            [self.f1[i] for i in keep],
+            Probes(self.probes.weights[:, keep], self.probes.biases[keep]),
+            self.why_not,
+        )
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder, *,
-             prompts: Words | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder],
+    lm: LanguageModel,
+    params: Params,
+    stage: StageFolder,
+    *,
+    prompts: Words | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `AbsorptionEvalOutput` in plain data.
 
     prompts: the words in their prompts, by default a sample of the tokenizer's alphabetic tokens. A letter counts where
@@ -156,9 +200,11 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
             with guard.on(name):
                 yield name, result(name, members[name], acts, letters, scores)
     if not scored:
-        raise NotApplicable(f"absorption: {lm.name} shows no first letter at {', '.join(hooks)} with a probe F1 above "
-                            f"{params.absorption.min_ground_truth_probe_f1}; a larger model is needed (SAE Bench advises "
-                            "2B parameters), or a lower absorption.min_ground_truth_probe_f1")
+        raise NotApplicable(
+            f"absorption: {lm.name} shows no first letter at {', '.join(hooks)} with a probe F1 above "
+            f"{params.absorption.min_ground_truth_probe_f1}; a larger model is needed (SAE Bench advises "
+            "2B parameters), or a lower absorption.min_ground_truth_probe_f1"
+        )
 
 
 def _report(letters: Letters, where: str, params: Params, stage: StageFolder) -> None:
@@ -168,16 +214,21 @@ def _report(letters: Letters, where: str, params: Params, stage: StageFolder) ->
     notes, count, wanted = stage.notes["absorption"], len(letters.numbers), params.absorption.min_feats_for_eval
     notes[f"letters{where}"] = {LETTERS[i]: round(value, 4) for i, value in zip(letters.numbers, letters.f1, strict=True)}
     if count < wanted:
-        notes[f"few_letters{where}"] = (f"{count} of 26 letters qualify; SAE Bench asks for {wanted} and would report "
-                                        "nothing")
+        notes[f"few_letters{where}"] = f"{count} of 26 letters qualify; SAE Bench asks for {wanted} and would report nothing"
 
 
 # --- letters ---------------------------------------------------------------------------------
 
+
 def _inputs(acts: WordActivations) -> list[Any]:
     params = acts.params
-    return [params.absorption.model_dump(), params.token_mask.model_dump(), params.random_seed, acts.words.fingerprint(),
-            acts.hook]
+    return [
+        params.absorption.model_dump(),
+        params.token_mask.model_dump(),
+        params.random_seed,
+        acts.words.fingerprint(),
+        acts.hook,
+    ]
 
 
 def _letters(acts: WordActivations) -> Letters:
@@ -186,8 +237,11 @@ def _letters(acts: WordActivations) -> Letters:
     counts = {part: np.bincount(labels[test == held], minlength=26) for part, held in (("training", False), ("test", True))}
     enough = (counts["training"] >= MIN_TRAIN_WORDS) & (counts["test"] >= MIN_TEST_WORDS)
     numbers = np.flatnonzero(enough)
-    why_not = {LETTERS[i]: f"{counts['training'][i]} training and {counts['test'][i]} test words, "
-                           f"fewer than {MIN_TRAIN_WORDS} and {MIN_TEST_WORDS}" for i in np.flatnonzero(~enough)}
+    why_not = {
+        LETTERS[i]: f"{counts['training'][i]} training and {counts['test'][i]} test words, "
+        f"fewer than {MIN_TRAIN_WORDS} and {MIN_TEST_WORDS}"
+        for i in np.flatnonzero(~enough)
+    }
     if not len(numbers):
         return Letters(numbers, [], Probes(np.zeros((0, 0), np.float32), np.zeros(0, np.float32)), why_not)
     cache = ResultCache("absorption")
@@ -198,9 +252,12 @@ def _letters(acts: WordActivations) -> Letters:
         cache.put(key, kept)
     probes = Probes(np.array(kept["weights"], np.float32), np.array(kept["biases"], np.float32))
     threshold = params.absorption.min_ground_truth_probe_f1
-    why_not |= {LETTERS[number]: f"the probe on the model's activations has F1 {value:.3f} on {counts['test'][number]} "
-                                 f"test words, not above {threshold}"
-                for number, value in zip(numbers, kept["f1"], strict=True) if value <= threshold}
+    why_not |= {
+        LETTERS[number]: f"the probe on the model's activations has F1 {value:.3f} on {counts['test'][number]} "
+        f"test words, not above {threshold}"
+        for number, value in zip(numbers, kept["f1"], strict=True)
+        if value <= threshold
+    }
     return Letters(numbers, kept["f1"], probes, dict(sorted(why_not.items())))
 
 
@@ -208,16 +265,19 @@ def _ground_truth(x: np.ndarray, labels: np.ndarray, test: np.ndarray, numbers: 
     start = random_start(x.shape[1], (seed, 2))
     start = Probes(start.weights[:, numbers], start.biases[numbers])
     with threadpool_limits(1):  # thousands of small steps: threads would only wait for one another
-        probes = letter_probes.train(x[~test], one_vs_rest(labels[~test], numbers), start, letter_probes.GROUND_TRUTH,
-                                     (seed, 6))
+        probes = letter_probes.train(
+            x[~test], one_vs_rest(labels[~test], numbers), start, letter_probes.GROUND_TRUTH, (seed, 6)
+        )
     scores = f1(probes.scores(x[test]), one_vs_rest(labels[test], numbers))
     return {"weights": probes.weights.tolist(), "biases": probes.biases.tolist(), "f1": scores.tolist()}
 
 
 # --- SAEs ------------------------------------------------------------------------------------
 
+
 def _scores(saes: dict[str, SparseAutoencoder], acts: WordActivations, letters: Letters, guard: Guard) -> dict[str, Any]:
     """The scores by letter of every SAE that can be scored, from the cache where they are."""
+
     def score_family(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, latents in acts.latents(family).items():
             with guard.on(name):
@@ -249,13 +309,21 @@ def score(sae: SparseAutoencoder, latents: sparse.csr_matrix, acts: WordActivati
         parts: dict[str, list[Absorbed]] = {"sae_bench": [], "lab": []}
         for words_ in np.array_split(hits, math.ceil(len(hits) * sae.cfg.d_sae / _BLOCK) or 1):
             z = data.test[words_].toarray().astype(np.float64)
-            parts["sae_bench"].append(sae_bench_absorbed(z, view.whole[words_, i], view.cosines[:, i],
-                                                         main["sae_bench"][i].latents))
-            parts["lab"].append(lab_absorbed(z, view.less_bias[words_, i], view.along[:, i], view.cosines[:, i],
-                                             main["lab"][i].latents, usual))
-        scores[LETTERS[number]] = {"words": len(hits), **{
-            definition: _summary(main[definition][i], Absorbed(*map(np.concatenate, zip(*found, strict=True))))
-            for definition, found in parts.items()}}
+            parts["sae_bench"].append(
+                sae_bench_absorbed(z, view.whole[words_, i], view.cosines[:, i], main["sae_bench"][i].latents)
+            )
+            parts["lab"].append(
+                lab_absorbed(
+                    z, view.less_bias[words_, i], view.along[:, i], view.cosines[:, i], main["lab"][i].latents, usual
+                )
+            )
+        scores[LETTERS[number]] = {
+            "words": len(hits),
+            **{
+                definition: _summary(main[definition][i], Absorbed(*map(np.concatenate, zip(*found, strict=True))))
+                for definition, found in parts.items()
+            },
+        }
     return scores
 
 
@@ -280,13 +348,22 @@ def _view(sae: SparseAutoencoder, acts: WordActivations, letters: Letters) -> _V
     directions = directions / directions.norm(dim=0)
     rows = sae.W_dec.float()
     along = rows @ directions
-    found = [along, along / rows.norm(dim=1, keepdim=True).clamp_min(1e-8), x @ directions,
-             (sae.target(x) - sae.b_dec).float() @ directions]
+    found = [
+        along,
+        along / rows.norm(dim=1, keepdim=True).clamp_min(1e-8),
+        x @ directions,
+        (sae.target(x) - sae.b_dec).float() @ directions,
+    ]
     along_, cosines, whole, less_bias = (values.double().cpu().numpy() for values in found)
     return _View(letters.probes.scores(x.cpu().numpy()) > 0, whole, less_bias, along_, cosines)
 
 
 def _summary(main: MainLatents, words_absorbed: Absorbed) -> dict[str, Any]:
-    return {"absorption_fraction": float(words_absorbed.fraction.mean()),
-            "full_absorption": float(words_absorbed.full.mean()), "full_absorption_words": int(words_absorbed.full.sum()),
-            "main_latents": main.latents, "main_latents_f1": main.split_f1, "f1_by_k": main.f1}
+    return {
+        "absorption_fraction": float(words_absorbed.fraction.mean()),
+        "full_absorption": float(words_absorbed.full.mean()),
+        "full_absorption_words": int(words_absorbed.full.sum()),
+        "main_latents": main.latents,
+        "main_latents_f1": main.split_f1,
+        "f1_by_k": main.f1,
+    }

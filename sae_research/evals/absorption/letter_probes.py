@@ -49,14 +49,22 @@ def fit_balanced(x: np.ndarray, y: np.ndarray, start: np.ndarray | None = None) 
         open_ = open_[going]
         if not len(open_):
             break
-        theta[open_], value[open_], moved = _shortened(a[going], y[open_], weight[open_], t[going], value[open_],
-                                                       step[going], ridge)
+        theta[open_], value[open_], moved = _shortened(
+            a[going], y[open_], weight[open_], t[going], value[open_], step[going], ridge
+        )
         open_ = open_[moved]
     return theta
 
 
-def _shortened(x1: np.ndarray, y: np.ndarray, weight: np.ndarray, theta: np.ndarray, value: np.ndarray,
-               step: np.ndarray, ridge: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shortened(
+    x1: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    theta: np.ndarray,
+    value: np.ndarray,
+    step: np.ndarray,
+    ridge: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Newton's step, halved per problem until the loss falls. Returns weights, losses, and which problems moved."""
     found, best, moved = theta.copy(), value.copy(), np.zeros(len(theta), dtype=bool)
     pending = np.arange(len(theta))
@@ -119,7 +127,7 @@ class Probes(NamedTuple):
 
 def random_start(d: int, seed: Iterable[int]) -> Probes:
     """What torch draws for a linear layer of 26 outputs: uniform within 1 / sqrt(d)."""
-    theta = np.random.default_rng(list(seed)).uniform(-d**-0.5, d**-0.5, (d + 1, N_LETTERS)).astype(np.float32)
+    theta = np.random.default_rng(list(seed)).uniform(-(d**-0.5), d**-0.5, (d + 1, N_LETTERS)).astype(np.float32)
     return Probes(theta[:-1], theta[-1])
 
 
@@ -152,7 +160,7 @@ def train(x: Features, y: np.ndarray, start: Probes, how: Training, seed: tuple[
     for epoch in range(how.epochs):
         order = None if whole is not None else epoch_order(len(y), (*seed, epoch))
         for begin in range(0, len(y), how.batch_size):
-            rows = None if order is None else order[begin:begin + how.batch_size]
+            rows = None if order is None else order[begin : begin + how.batch_size]
             xb, yb = (x, y) if rows is None else (x[rows], y[rows])
             step += 1
             gradient = _gradient(xb, whole if rows is None else xb.T, yb, theta, extra, how)
@@ -165,8 +173,7 @@ def _transposed(x: Features) -> Features:
     return x.T if isinstance(x, np.ndarray) else x.T.tocsr()
 
 
-def _gradient(x: Features, x_T: Features, y: np.ndarray, theta: np.ndarray, extra: np.ndarray,
-              how: Training) -> np.ndarray:
+def _gradient(x: Features, x_T: Features, y: np.ndarray, theta: np.ndarray, extra: np.ndarray, how: Training) -> np.ndarray:
     """Of mean weighted cross-entropy, L1 and weight decay, float32 [d + 1, outputs]. extra: weight of positives - 1."""
     error = expit(x @ theta[:-1] + theta[-1])
     error -= y
@@ -181,8 +188,7 @@ def _gradient(x: Features, x_T: Features, y: np.ndarray, theta: np.ndarray, extr
     return gradient
 
 
-def _adam(theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int,
-          rate: float) -> None:
+def _adam(theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, rate: float) -> None:
     """One Adam update in place, with torch's defaults. step counts from 1."""
     gradient_squared = np.square(gradient)
     gradient_squared -= second
@@ -200,6 +206,7 @@ def _adam(theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np
 
 
 # --- scores ----------------------------------------------------------------------------------
+
 
 def f1(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
     """F1 of `scores > 0` along the first axis; 0 where nothing is found. y: 0 and 1, broadcast to scores [rows, ...]."""

@@ -58,8 +58,16 @@ class Words(NamedTuple):
     notes: dict[str, Any]
 
     def fingerprint(self) -> str:
-        return fingerprint([self.texts, self.test.tolist(), [t.tolist() for t in self.openings.tokens],
-                            list(self.openings.of), [t.tolist() for t in self.tails], self.positions.tolist()])
+        return fingerprint(
+            [
+                self.texts,
+                self.test.tolist(),
+                [t.tolist() for t in self.openings.tokens],
+                list(self.openings.of),
+                [t.tolist() for t in self.tails],
+                self.positions.tolist(),
+            ]
+        )
 
 
 class _Split(NamedTuple):
@@ -72,7 +80,7 @@ def load_words(lm: LanguageModel, config: Absorption, seed: int) -> Words:
     vocabulary = alphabetic_words(lm.tokenizer)
     kept = vocabulary
     if config.max_words is not None and len(vocabulary) > config.max_words:
-        chosen = np.random.default_rng([seed, 0]).permutation(len(vocabulary))[:config.max_words]
+        chosen = np.random.default_rng([seed, 0]).permutation(len(vocabulary))[: config.max_words]
         kept = [vocabulary[i] for i in sorted(chosen)]
     words = in_prompts(lm, kept, config, seed)
     words.notes["alphabetic_tokens"] = len(vocabulary)
@@ -85,13 +93,17 @@ def in_prompts(lm: LanguageModel, vocabulary: list[str], config: Absorption, see
     placed, dropped = _place(splits)
     words = _tokenise(lm, config, placed, [e for split in splits for e in split.examples], dropped)
     if not words.texts:
-        raise UserError(f"absorption: no word of {lm.name} can be used ({len(vocabulary)} alphabetic; "
-                        f"{_reasons(dropped) or 'none dropped'}); change absorption.prompt_template")
+        raise UserError(
+            f"absorption: no word of {lm.name} can be used ({len(vocabulary)} alphabetic; "
+            f"{_reasons(dropped) or 'none dropped'}); change absorption.prompt_template"
+        )
     shortest = min(map(len, words.tails))
     words.notes.update(
-        words=len(words.texts), test_words=int(words.test.sum()),
+        words=len(words.texts),
+        test_words=int(words.test.sum()),
         words_of_several_tokens=sum(len(tail) > shortest for tail in words.tails),
-        dropped_words=dict(dropped))
+        dropped_words=dict(dropped),
+    )
     return words
 
 
@@ -119,8 +131,10 @@ def _is_test(word: str, seed: int) -> bool:
 def _split(words: list[str], config: Absorption, seed: int, test: bool) -> _Split:
     generator = np.random.default_rng([seed, 1, int(test)])
     size = min(config.icl_examples, max(len(words) - 1, 0))
-    examples = [[words[i] for i in generator.choice(len(words), size, replace=False)] if words else []
-                for _ in range(config.icl_prompts)]
+    examples = [
+        [words[i] for i in generator.choice(len(words), size, replace=False)] if words else []
+        for _ in range(config.icl_prompts)
+    ]
     return _Split([words[i] for i in generator.permutation(len(words))], examples)
 
 
@@ -148,6 +162,7 @@ def whole_prompts(words: Words, config: Absorption) -> list[str]:
 
 def prompt_texts(config: Absorption, words: Sequence[str], examples: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
     """(openings, each with its solved examples; words in the template). A prompt is one of each, joined."""
+
     def ask(word: str) -> str:
         return config.prompt_template.replace("{word}", word)
 
@@ -155,9 +170,15 @@ def prompt_texts(config: Absorption, words: Sequence[str], examples: Sequence[Se
     return openings, [ask(word) for word in words]
 
 
-def _tokenise(lm: LanguageModel, config: Absorption, placed: list[tuple[str, int, bool]],
-              examples: list[list[str]], dropped: Counter[str]) -> Words:
+def _tokenise(
+    lm: LanguageModel,
+    config: Absorption,
+    placed: list[tuple[str, int, bool]],
+    examples: list[list[str]],
+    dropped: Counter[str],
+) -> Words:
     """Prompts as ids. The position is counted from the end: what follows the word must tokenise to the same ids always."""
+
     def ids(texts: list[str]) -> list[list[int]]:
         return lm.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
@@ -169,17 +190,22 @@ def _tokenise(lm: LanguageModel, config: Absorption, placed: list[tuple[str, int
     kept, tails = [], []
     for (word, opening, test), whole in zip(placed, prompts, strict=True):
         head = opening_ids[opening]
-        tail = whole[len(head):]
-        if whole[:len(head)] != head or len(tail) <= len(after_ids) or tail[len(tail) - len(after_ids):] != after_ids:
+        tail = whole[len(head) :]
+        if whole[: len(head)] != head or len(tail) <= len(after_ids) or tail[len(tail) - len(after_ids) :] != after_ids:
             dropped[_SHIFTED] += 1
             continue
         kept.append((word, opening, test))
         tails.append(torch.tensor(tail))
-    return Words([word for word, _, _ in kept],
-                 np.array([LETTERS.index(_stem(word)[0]) for word, _, _ in kept], dtype=np.int64),
-                 np.array([test for _, _, test in kept], dtype=bool),
-                 Openings([torch.tensor([lm.separator_id, *head]) for head in opening_ids], [o for _, o, _ in kept]),
-                 tails, np.array([len(tail) - len(after_ids) - 1 for tail in tails], dtype=np.int64), examples, {})
+    return Words(
+        [word for word, _, _ in kept],
+        np.array([LETTERS.index(_stem(word)[0]) for word, _, _ in kept], dtype=np.int64),
+        np.array([test for _, _, test in kept], dtype=bool),
+        Openings([torch.tensor([lm.separator_id, *head]) for head in opening_ids], [o for _, o, _ in kept]),
+        tails,
+        np.array([len(tail) - len(after_ids) - 1 for tail in tails], dtype=np.int64),
+        examples,
+        {},
+    )
 
 
 def _reasons(dropped: Counter[str]) -> str:
@@ -212,7 +238,7 @@ class WordActivations:
     @cached_property
     def vectors(self) -> Tensor:
         """Activation of every word's last token [words, d_in], float32 on the CPU. What follows it does not run."""
-        up_to = [tail[:at + 1] for tail, at in zip(self.words.tails, self.words.positions, strict=True)]
+        up_to = [tail[: at + 1] for tail, at in zip(self.words.tails, self.words.positions, strict=True)]
         found = self._run(up_to)
         return found.flat[found.offsets[1:] - 1].float()
 
@@ -226,8 +252,15 @@ class WordActivations:
         return self._run(self.words.tails)
 
     def _run(self, tails: Sequence[Tensor]) -> ActivationPool:
-        return collect(self.lm, self.hook, tails, self.params.model.llm_batch_size * _TAILS,
-                       self.params.activation_caching, "words", self.words.openings)
+        return collect(
+            self.lm,
+            self.hook,
+            tails,
+            self.params.model.llm_batch_size * _TAILS,
+            self.params.activation_caching,
+            "words",
+            self.words.openings,
+        )
 
     def latents(self, saes: dict[str, SparseAutoencoder]) -> dict[str, sparse.csr_matrix]:
         """Latents at the words, float32 [words, d_sae], of SAEs of one family, which encode together."""
@@ -242,18 +275,21 @@ class WordActivations:
         back = np.argsort(np.concatenate(order))
         return {name: sparse.vstack(rows, format="csr")[back] for name, rows in parts.items()}
 
-    def _token_level(self, saes: dict[str, SparseAutoencoder],
-                     size: int) -> Iterator[tuple[np.ndarray, Iterator[tuple[str, Tensor]]]]:
+    def _token_level(
+        self, saes: dict[str, SparseAutoencoder], size: int
+    ) -> Iterator[tuple[np.ndarray, Iterator[tuple[str, Tensor]]]]:
         for index in torch.arange(len(self.vectors)).split(size):
             x = self.vectors[index][:, None].to(self.lm.device)
             yield index.numpy(), ((name, z[:, 0]) for name, z in encode_each(saes, x, None))
 
-    def _whole(self, saes: dict[str, SparseAutoencoder],
-               size: int) -> Iterator[tuple[np.ndarray, Iterator[tuple[str, Tensor]]]]:
+    def _whole(
+        self, saes: dict[str, SparseAutoencoder], size: int
+    ) -> Iterator[tuple[np.ndarray, Iterator[tuple[str, Tensor]]]]:
         longest = max(map(len, self.words.openings.tokens)) + max(map(len, self.words.tails))
         for batch in self._prompts(max(1, min(size // longest, self.params.model.llm_batch_size * _TAILS))):
-            mask = batch.real & token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask,
-                                           self.openings.median_norm)
+            mask = batch.real & token_mask(
+                self.lm, batch.tokens, batch.acts, self.params.token_mask, self.openings.median_norm
+            )
             rows = torch.arange(len(batch.at), device=mask.device)
             mask[rows, batch.at] = True
             yield batch.index.numpy(), ((name, z[rows, batch.at]) for name, z in encode_each(saes, batch.acts, mask))
@@ -268,6 +304,7 @@ class WordActivations:
 
 def _joined(head: Batch, tail: Batch, positions: Tensor) -> _Prompts:
     """One opening in front of every tail."""
+
     def join(one: Tensor, many: Tensor) -> Tensor:
         return torch.cat([one.expand(len(many), *one.shape[1:]), many], dim=1)
 

@@ -63,25 +63,33 @@ class Budget(NamedTuple):
     def words(self, endpoint: ChatEndpoint) -> str:
         """`60 requests, about 50,000 prompt tokens and at most 1,890 answer tokens, cost about 0.0087`"""
         cost = self.cost(endpoint)
-        return (f"{self.requests:,} requests, about {self.prompt_tokens:,} prompt tokens and at most "
-                f"{self.completion_tokens:,} answer tokens" + ("" if cost is None else f", cost about {cost:.4g}"))
+        return (
+            f"{self.requests:,} requests, about {self.prompt_tokens:,} prompt tokens and at most "
+            f"{self.completion_tokens:,} answer tokens" + ("" if cost is None else f", cost about {cost:.4g}")
+        )
 
 
 def estimate_tokens(messages: Messages) -> int:
     """About how many tokens a prompt has: one per four bytes of UTF-8, and four for each message's frame. Models differ
     in their tokens; English comes out within some 20 %."""
-    return sum(math.ceil(len(message["content"].encode("utf-8", "replace")) / _BYTES_PER_TOKEN) + _TOKENS_PER_MESSAGE
-               for message in messages)
+    return sum(
+        math.ceil(len(message["content"].encode("utf-8", "replace")) / _BYTES_PER_TOKEN) + _TOKENS_PER_MESSAGE
+        for message in messages
+    )
 
 
 def check_budget(budget: Budget, endpoint: ChatEndpoint, section: str, remedy: str) -> None:
     """Raises `UserError` when `budget` exceeds the endpoint's limits: nothing is asked then."""
     tokens = budget.prompt_tokens + budget.completion_tokens
-    for key, needed, limit in (("max_requests", budget.requests, endpoint.max_requests),
-                               ("max_tokens", tokens, endpoint.max_tokens)):
+    for key, needed, limit in (
+        ("max_requests", budget.requests, endpoint.max_requests),
+        ("max_tokens", tokens, endpoint.max_tokens),
+    ):
         if limit is not None and needed > limit:
-            raise UserError(f"{section} would need {budget.words(endpoint)}, more than {section}.{key} = {limit:,} "
-                            f"allows; nothing was asked; raise the limit or {remedy}")
+            raise UserError(
+                f"{section} would need {budget.words(endpoint)}, more than {section}.{key} = {limit:,} "
+                f"allows; nothing was asked; raise the limit or {remedy}"
+            )
 
 
 _RETRIED = (408, 409, 425, 429, *range(500, 600))
@@ -118,6 +126,7 @@ class _Retry(Exception):
 
 
 # --- the client --------------------------------------------------------------------------------
+
 
 class ChatClient:
     """Asks one model at one endpoint; safe to use from several threads.
@@ -186,8 +195,12 @@ class ChatClient:
     # --- one question ---
 
     def _body(self, messages: Messages, max_tokens: int) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages,
-                                self.endpoint.completion_limit_field: max_tokens, "stream": False}
+        body: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "messages": messages,
+            self.endpoint.completion_limit_field: max_tokens,
+            "stream": False,
+        }
         if self.endpoint.temperature is not None:
             body["temperature"] = self.endpoint.temperature
         return body
@@ -203,7 +216,7 @@ class ChatClient:
             except _Retry as failure:
                 if attempt == self.endpoint.max_retries:
                     raise NoAnswer(f"{failure} ({attempt + 1} attempts)") from None
-                backoff = self.endpoint.backoff_seconds * 2 ** attempt * (1 + jitter / 2)
+                backoff = self.endpoint.backoff_seconds * 2**attempt * (1 + jitter / 2)
                 pause = min(max(backoff, failure.pause), _LONGEST_PAUSE)
             if self._stopped.wait(pause):
                 raise NoAnswer("not asked again: the endpoint was given up")
@@ -236,8 +249,12 @@ class ChatClient:
             usage = value.get("usage") or {}
             if not isinstance(text, str):
                 raise TypeError
-            return Answer(blotted(text.strip(), self._key), blotted(str(choice.get("finish_reason") or ""), self._key),
-                          _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+            return Answer(
+                blotted(text.strip(), self._key),
+                blotted(str(choice.get("finish_reason") or ""), self._key),
+                _count(usage.get("prompt_tokens")),
+                _count(usage.get("completion_tokens")),
+            )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             said = one_line(data.decode("utf-8", "replace"), self._key)
             raise NoAnswer(f"the answer is no chat completion: {said!r}") from None
@@ -255,8 +272,11 @@ class ChatClient:
 
     def _hint(self, error: urllib.error.HTTPError) -> str:
         if error.code in (401, 403):
-            return (f" (check the key in ${self.endpoint.api_key_env})" if self._key else
-                    f" (no key was sent: {self._variable()})")
+            return (
+                f" (check the key in ${self.endpoint.api_key_env})"
+                if self._key
+                else f" (no key was sent: {self._variable()})"
+            )
         if 300 <= error.code < 400:
             return f" (a redirect; give {self.section}.base_url the final address)"
         return f" (check {self.section}.base_url and {self.section}.model)" if error.code in (404, 405) else ""
@@ -291,15 +311,19 @@ class ChatClient:
 
 # --- parts -------------------------------------------------------------------------------------
 
+
 def _checked_url(endpoint: ChatEndpoint, section: str) -> str:
     """The base URL without a trailing slash. What it says is not repeated in messages: it may hold a password."""
     missing = [f"{section}.{key}" for key in ("base_url", "model") if not getattr(endpoint, key)]
     if missing:
-        raise UserError(f"{' and '.join(missing)} must be given: {section} asks a language model behind an "
-                        f"OpenAI-compatible endpoint, e.g. {section}.base_url: http://localhost:8000/v1")
+        raise UserError(
+            f"{' and '.join(missing)} must be given: {section} asks a language model behind an "
+            f"OpenAI-compatible endpoint, e.g. {section}.base_url: http://localhost:8000/v1"
+        )
     url = str(endpoint.base_url).strip().rstrip("/").removesuffix("/chat/completions")
-    return checked_url(url, f"{section}.base_url",
-                       f"put the key into the environment variable that {section}.api_key_env names")
+    return checked_url(
+        url, f"{section}.base_url", f"put the key into the environment variable that {section}.api_key_env names"
+    )
 
 
 def _read_key(endpoint: ChatEndpoint, url: str, section: str) -> str:
@@ -310,9 +334,11 @@ def _read_key(endpoint: ChatEndpoint, url: str, section: str) -> str:
         raise UserError(f"the key in ${name} holds characters that no key has; set it again")
     own = ChatEndpoint.model_fields["api_key_env"].default
     if key and name == own and not keeps_secrets(url):
-        raise UserError(f"{section}.base_url is plain http to another machine, and ${name} would travel there in the "
-                        f"clear: use https, or name this endpoint's own variable in {section}.api_key_env "
-                        "(\"\" sends no key)")
+        raise UserError(
+            f"{section}.base_url is plain http to another machine, and ${name} would travel there in the "
+            f"clear: use https, or name this endpoint's own variable in {section}.api_key_env "
+            '("" sends no key)'
+        )
     return key
 
 

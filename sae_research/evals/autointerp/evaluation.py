@@ -44,8 +44,9 @@ _NOT_A_NUMBER = -1.0
 """SAE Bench's own mark, in its block only: JSON has no NaN."""
 
 
-def result(name: str, sae: SparseAutoencoder, chosen: Windows, records: list[dict[str, Any]], lm: LanguageModel,
-           params: Params) -> dict[str, Any]:
+def result(
+    name: str, sae: SparseAutoencoder, chosen: Windows, records: list[dict[str, Any]], lm: LanguageModel, params: Params
+) -> dict[str, Any]:
     """A validated `AutoInterpEvalOutput` as plain data. At least one record must be scored.
 
     The unstructured block holds SAE Bench's record per latent, under the latent's number, and ours in `lab_v1`.
@@ -59,22 +60,32 @@ def result(name: str, sae: SparseAutoencoder, chosen: Windows, records: list[dic
 
     bench = [record["score_sae_bench"] for record in records if "score_sae_bench" in record]
     deviation = _deviation(bench)
-    metrics = AutoInterpMetrics(autointerp_score=statistics.fmean(bench),
-                                autointerp_std_dev=_NOT_A_NUMBER if deviation is None else deviation)
+    metrics = AutoInterpMetrics(
+        autointerp_score=statistics.fmean(bench), autointerp_std_dev=_NOT_A_NUMBER if deviation is None else deviation
+    )
     latents = {str(record["latent"]): _as_sae_bench(record) for record in records if "score_sae_bench" in record}
-    plain = asdict(AutoInterpEvalOutput(
-        eval_config=AutoInterpEvalConfig(**_config(lm, params)),
-        eval_result_metrics=AutoInterpMetricCategories(autointerp=metrics), eval_result_details=[],
-        eval_result_unstructured={**latents, harness.LAB: _lab(chosen, records, params)},
-        **harness.envelope(name, sae, "autointerp")))
+    plain = asdict(
+        AutoInterpEvalOutput(
+            eval_config=AutoInterpEvalConfig(**_config(lm, params)),
+            eval_result_metrics=AutoInterpMetricCategories(autointerp=metrics),
+            eval_result_details=[],
+            eval_result_unstructured={**latents, harness.LAB: _lab(chosen, records, params)},
+            **harness.envelope(name, sae, "autointerp"),
+        )
+    )
     # SAE Bench's config fills in the number of latents named, and then refuses to read what it wrote
     plain["eval_config"] |= {"n_latents": _config(lm, params)["n_latents"]}
     return plain
 
 
 def _as_sae_bench(record: dict[str, Any]) -> dict[str, Any]:
-    return {"latent": record["latent"], "explanation": record["explanation"], "predictions": record["predictions"],
-            "correct seqs": record["active_sae_bench"], "score": record["score_sae_bench"]}
+    return {
+        "latent": record["latent"],
+        "explanation": record["explanation"],
+        "predictions": record["predictions"],
+        "correct seqs": record["active_sae_bench"],
+        "score": record["score_sae_bench"],
+    }
 
 
 def _lab(chosen: Windows, records: list[dict[str, Any]], params: Params) -> dict[str, Any]:
@@ -82,18 +93,28 @@ def _lab(chosen: Windows, records: list[dict[str, Any]], params: Params) -> dict
     balanced = [record["balanced_score"] for record in records if "balanced_score" in record]
     states = Counter(record["state"] for record in records)
     figures = {
-        "autointerp_score": statistics.fmean(scores), "autointerp_std": _deviation(scores),
+        "autointerp_score": statistics.fmean(scores),
+        "autointerp_std": _deviation(scores),
         "autointerp_balanced_score": statistics.fmean(balanced) if balanced else None,
-        "latents_scored": states[SCORED], "latents_unparsable": states[UNPARSABLE], "latents_failed": states[FAILED],
-        "answers_cut_off": sum(record["cut_off"] for record in records)}
-    intervals = {"autointerp_score": interval(ratio(scores), params.random_seed),
-                 "autointerp_balanced_score": interval(ratio(balanced), params.random_seed)}
-    return {"metrics": {key: value for key, value in figures.items() if value is not None},
-            "intervals": {key: list(bounds) for key, bounds in intervals.items() if bounds is not None},
-            "judge": params.autointerp.model, "alive_latents": chosen.alive, "passed_over": chosen.passed_over,
-            "prompt_tokens": sum(record["prompt_tokens"] for record in records),
-            "completion_tokens": sum(record["completion_tokens"] for record in records),
-            "latents": records}
+        "latents_scored": states[SCORED],
+        "latents_unparsable": states[UNPARSABLE],
+        "latents_failed": states[FAILED],
+        "answers_cut_off": sum(record["cut_off"] for record in records),
+    }
+    intervals = {
+        "autointerp_score": interval(ratio(scores), params.random_seed),
+        "autointerp_balanced_score": interval(ratio(balanced), params.random_seed),
+    }
+    return {
+        "metrics": {key: value for key, value in figures.items() if value is not None},
+        "intervals": {key: list(bounds) for key, bounds in intervals.items() if bounds is not None},
+        "judge": params.autointerp.model,
+        "alive_latents": chosen.alive,
+        "passed_over": chosen.passed_over,
+        "prompt_tokens": sum(record["prompt_tokens"] for record in records),
+        "completion_tokens": sum(record["completion_tokens"] for record in records),
+        "latents": records,
+    }
 
 
 def _deviation(values: list[float]) -> float | None:
@@ -103,25 +124,52 @@ def _deviation(values: list[float]) -> float | None:
 
 def _config(lm: LanguageModel, params: Params) -> dict[str, Any]:
     config = params.autointerp
-    shared = ("dead_latent_threshold", "buffer", "act_threshold_frac", "total_tokens", "max_tokens_in_explanation",
-              "use_demos_in_explanation", "n_top_ex_for_generation", "n_iw_sampled_ex_for_generation",
-              "n_top_ex_for_scoring", "n_random_ex_for_scoring", "n_iw_sampled_ex_for_scoring")
+    shared = (
+        "dead_latent_threshold",
+        "buffer",
+        "act_threshold_frac",
+        "total_tokens",
+        "max_tokens_in_explanation",
+        "use_demos_in_explanation",
+        "n_top_ex_for_generation",
+        "n_iw_sampled_ex_for_generation",
+        "n_top_ex_for_scoring",
+        "n_random_ex_for_scoring",
+        "n_iw_sampled_ex_for_scoring",
+    )
     named = config.override_latents
-    return {**{key: getattr(config, key) for key in shared}, "model_name": lm.name,
-            "n_latents": config.n_latents if named is None else None, "override_latents": named,
-            "random_seed": params.random_seed, "dataset_name": params.text.dataset,
-            "llm_context_size": params.text.context_size, "llm_batch_size": params.model.llm_batch_size,
-            "llm_dtype": params.model.torch_dtype, "no_overlap": True, "scoring": True}
+    return {
+        **{key: getattr(config, key) for key in shared},
+        "model_name": lm.name,
+        "n_latents": config.n_latents if named is None else None,
+        "override_latents": named,
+        "random_seed": params.random_seed,
+        "dataset_name": params.text.dataset,
+        "llm_context_size": params.text.context_size,
+        "llm_batch_size": params.model.llm_batch_size,
+        "llm_dtype": params.model.torch_dtype,
+        "no_overlap": True,
+        "scoring": True,
+    }
 
 
-_SELECTION = ("override_latents", "n_latents", "dead_latent_threshold", "buffer", "n_top_ex_for_generation",
-              "n_iw_sampled_ex_for_generation", "n_top_ex_for_scoring", "n_iw_sampled_ex_for_scoring",
-              "n_random_ex_for_scoring")
+_SELECTION = (
+    "override_latents",
+    "n_latents",
+    "dead_latent_threshold",
+    "buffer",
+    "n_top_ex_for_generation",
+    "n_iw_sampled_ex_for_generation",
+    "n_top_ex_for_scoring",
+    "n_iw_sampled_ex_for_scoring",
+    "n_random_ex_for_scoring",
+)
 """The parameters that windows depend on."""
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `AutoInterpEvalOutput` in plain data.
 
     The estimated cost is shown before anything is asked. Raises `UserError` when no endpoint is given, the estimate
@@ -131,12 +179,17 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     config = params.autointerp
     client = ChatClient(config, "autointerp")
     if params.text.context_size <= 2 * config.buffer:
-        raise UserError(f"autointerp.buffer {config.buffer} leaves no window in contexts of {params.text.context_size} "
-                        "tokens; lower it or raise text.context_size")
+        raise UserError(
+            f"autointerp.buffer {config.buffer} leaves no window in contexts of {params.text.context_size} "
+            "tokens; lower it or raise text.context_size"
+        )
     tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens).tokens
     guard = Guard(stage.skip)
-    found = {name: chosen for name, chosen in find_windows(saes, lm, params, tokens, guard).items()
-             if _usable(name, chosen, params, stage)}
+    found = {
+        name: chosen
+        for name, chosen in find_windows(saes, lm, params, tokens, guard).items()
+        if _usable(name, chosen, params, stage)
+    }
     if not found:
         return
     _announce_cost(found, tokens, lm, params, client, stage)
@@ -155,8 +208,10 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
 
 # --- windows ---------------------------------------------------------------------------------
 
-def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-                 tokens: Tensor, guard: Guard | None = None) -> dict[str, Windows]:
+
+def find_windows(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, tokens: Tensor, guard: Guard | None = None
+) -> dict[str, Windows]:
     """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]. Without a
     `guard` an SAE that fails raises its error."""
     cache, config, found = ResultCache("autointerp_windows"), params.autointerp, {}
@@ -169,6 +224,7 @@ def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: 
             continue
         acts = HookActivations(lm, hook, tokens, params)
         with tqdm(total=len(missing), desc="windows", unit="SAE", dynamic_ncols=True) as bar:
+
             def score(family: Family, acts: HookActivations = acts) -> Iterator[tuple[str, Windows]]:
                 yield from collect_windows(family, acts, config, params.random_seed).items()
 
@@ -181,38 +237,60 @@ def find_windows(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor) -> str:
     config = params.autointerp.model_dump()
-    return result_key(sae, lm, [{key: config[key] for key in _SELECTION}, params.token_mask.model_dump(),
-                                params.random_seed, fingerprint(tokens.tolist())], windows.__name__, __name__)
+    return result_key(
+        sae,
+        lm,
+        [
+            {key: config[key] for key in _SELECTION},
+            params.token_mask.model_dump(),
+            params.random_seed,
+            fingerprint(tokens.tolist()),
+        ],
+        windows.__name__,
+        __name__,
+    )
 
 
 def _usable(name: str, chosen: Windows, params: Params, stage: StageFolder) -> bool:
     config = params.autointerp
     wanted = config.n_latents if config.override_latents is None else len(set(config.override_latents))
     if chosen.latents and len(chosen.latents) < wanted:
-        print(f"{name}: {len(chosen.latents)} of {wanted} latents have windows enough ({chosen.alive} fire on more than "
-              f"{config.dead_latent_threshold:g} tokens)", flush=True)
+        print(
+            f"{name}: {len(chosen.latents)} of {wanted} latents have windows enough ({chosen.alive} fire on more than "
+            f"{config.dead_latent_threshold:g} tokens)",
+            flush=True,
+        )
     if not chosen.latents:
         n = windows.n_top(config) + windows.n_weighted(config)
-        stage.skip(name, f"no latent to explain: {chosen.alive} fire on more than {config.dead_latent_threshold:g} tokens, "
-                         f"none has {n} windows; raise autointerp.total_tokens")
+        stage.skip(
+            name,
+            f"no latent to explain: {chosen.alive} fire on more than {config.dead_latent_threshold:g} tokens, "
+            f"none has {n} windows; raise autointerp.total_tokens",
+        )
     return bool(chosen.latents)
 
 
 # --- the judge -------------------------------------------------------------------------------
 
-def _announce_cost(found: dict[str, Windows], tokens: Tensor, lm: LanguageModel, params: Params, client: ChatClient,
-                   stage: StageFolder) -> None:
+
+def _announce_cost(
+    found: dict[str, Windows], tokens: Tensor, lm: LanguageModel, params: Params, client: ChatClient, stage: StageFolder
+) -> None:
     """Show what is about to be asked; raises `UserError` beyond the limits."""
     config, everything, new = params.autointerp, Budget(), Budget()
     for chosen in found.values():
         for sheet in make_sheets(chosen, tokens, lm, config, params.random_seed):
             whole, rest = judge.budgets(sheet, client, config)
-            everything, new = (Budget(*map(sum, zip(total, part, strict=True)))
-                               for total, part in ((everything, whole), (new, rest)))
+            everything, new = (
+                Budget(*map(sum, zip(total, part, strict=True))) for total, part in ((everything, whole), (new, rest))
+            )
     stage.notes["judge"] = {"model": config.model, "base_url": config.base_url, "estimate": everything.words(config)}
     kept = everything.requests - new.requests
-    print(f"autointerp asks {config.model} at {client.url}: {new.words(config)}"
-          + (f"; {kept:,} more are answered already" if kept else ""), flush=True)
+    print(
+        f"autointerp asks {config.model} at {client.url}: {new.words(config)}"
+        + (f"; {kept:,} more are answered already" if kept else ""),
+        flush=True,
+    )
     check_budget(new, config, "autointerp", "lower autointerp.n_latents")
 
 
@@ -243,5 +321,7 @@ def _conclude(counts: Counter[str], client: ChatClient, params: Params) -> None:
     if failed > params.autointerp.max_failed_fraction * asked:
         raise UserError(f"autointerp: {client.url} left too much unanswered: {kept}")
     if not counts[SCORED]:
-        raise UserError(f"autointerp: none of {asked} latents could be scored: the answers of {params.autointerp.model} "
-                        "are no lists of examples; another model, or a larger autointerp.max_tokens_in_prediction, may do")
+        raise UserError(
+            f"autointerp: none of {asked} latents could be scored: the answers of {params.autointerp.model} "
+            "are no lists of examples; another model, or a larger autointerp.max_tokens_in_prediction, may do"
+        )

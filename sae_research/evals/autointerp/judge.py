@@ -28,20 +28,23 @@ _EXPLAIN = (
     "specific to a single word if all words in a sentence cause the neuron to activate). Pay attention to things like the "
     "capitalization and punctuation of the activating words or concepts, if that seems relevant. Keep the explanation as "
     "short and simple as possible, limited to 20 words or less. Omit punctuation and formatting. You should avoid giving "
-    "long lists of words.")
+    "long lists of words."
+)
 _DEMONSTRATIONS = (
-    " Some examples: \"This neuron activates on the word 'knows' in rhetorical questions\", and \"This neuron activates on "
+    ' Some examples: "This neuron activates on the word \'knows\' in rhetorical questions", and "This neuron activates on '
     "verbs related to decision-making and preferences\", and \"This neuron activates on the substring 'Ent' at the start of "
-    "words\", and \"This neuron activates on text about government economic policy\".")
-_FORM = "Your response should be in the form \"This neuron activates on...\"."
+    'words", and "This neuron activates on text about government economic policy".'
+)
+_FORM = 'Your response should be in the form "This neuron activates on...".'
 _SCORE = (
     "We're studying neurons in a neural network. Each neuron activates on some particular word/words/substring/concept in "
     "a short document. You will be given a short explanation of what this neuron activates for, and then be shown {n} "
     "example sequences in random order. You will have to return a comma-separated list of the examples where you think the "
     "neuron should activate at least once, on ANY of the words or substrings in the document. For example, your response "
-    "might look like \"{example}\". Try not to be overly specific in your interpretation of the explanation. If you think "
-    "there are no examples where the neuron will activate, you should just respond with \"None\". You should include "
-    "nothing else in your response other than comma-separated numbers or the word \"None\" - this is important.")
+    'might look like "{example}". Try not to be overly specific in your interpretation of the explanation. If you think '
+    'there are no examples where the neuron will activate, you should just respond with "None". You should include '
+    'nothing else in your response other than comma-separated numbers or the word "None" - this is important.'
+)
 
 
 class Example(NamedTuple):
@@ -59,8 +62,10 @@ class Example(NamedTuple):
 
     def text(self, mark: bool) -> str:
         """The window in one line; with `mark`, active tokens stand in << >>."""
-        parts = (f"<<{token}>>" if mark and act > self.threshold else token
-                 for token, act in zip(self.tokens, self.acts, strict=True))
+        parts = (
+            f"<<{token}>>" if mark and act > self.threshold else token
+            for token, act in zip(self.tokens, self.acts, strict=True)
+        )
         return "".join(parts).replace("\N{REPLACEMENT CHARACTER}", "").replace("\n", "↵")
 
 
@@ -76,16 +81,23 @@ def _numbered(examples: Sequence[Example], mark: bool) -> str:
 def explanation_messages(examples: Sequence[Example], demonstrations: bool) -> Messages:
     """Asks for an explanation of the windows, which are shown strongest first, active tokens marked."""
     ordered = sorted(examples, key=lambda example: max(example.acts), reverse=True)
-    return [{"role": "system", "content": _EXPLAIN + (_DEMONSTRATIONS if demonstrations else _FORM)},
-            {"role": "user", "content": f"The activating documents are given below:\n\n{_numbered(ordered, mark=True)}"}]
+    return [
+        {"role": "system", "content": _EXPLAIN + (_DEMONSTRATIONS if demonstrations else _FORM)},
+        {"role": "user", "content": f"The activating documents are given below:\n\n{_numbered(ordered, mark=True)}"},
+    ]
 
 
 def scoring_messages(explanation: str, examples: Sequence[Example], sample_answer: Sequence[int]) -> Messages:
     """Asks which windows activate, given the explanation. sample_answer: the numbers named as an example of the form."""
     sample = ", ".join(str(number) for number in sample_answer)
-    return [{"role": "system", "content": _SCORE.format(n=len(examples), example=sample)},
-            {"role": "user", "content": f"Here is the explanation: this neuron fires on {explanation}.\n\n"
-                                        f"Here are the examples:\n\n{_numbered(examples, mark=False)}"}]
+    return [
+        {"role": "system", "content": _SCORE.format(n=len(examples), example=sample)},
+        {
+            "role": "user",
+            "content": f"Here is the explanation: this neuron fires on {explanation}.\n\n"
+            f"Here are the examples:\n\n{_numbered(examples, mark=False)}",
+        },
+    ]
 
 
 def parse_explanation(answer: str) -> str:
@@ -152,9 +164,11 @@ def make_sheets(windows: Windows, tokens: Tensor, lm: LanguageModel, config: Aut
     strings = dict(zip(unique, token_strings(lm.tokenizer, unique), strict=True))
     for number, latent in enumerate(windows.latents):
         values = windows.values[number].float().tolist()
-        threshold = config.act_threshold_frac * max(max(row) for row in values[:n_top(config)])
-        examples = [Example([strings[token] for token in row], acts, threshold)
-                    for row, acts in zip(ids[number].tolist(), values, strict=True)]
+        threshold = config.act_threshold_frac * max(max(row) for row in values[: n_top(config)])
+        examples = [
+            Example([strings[token] for token in row], acts, threshold)
+            for row, acts in zip(ids[number].tolist(), values, strict=True)
+        ]
         yield deal(latent, windows.firings[number], examples, config, np.random.default_rng([seed, latent, 1]))
 
 
@@ -162,13 +176,22 @@ def deal(latent: int, firings: int, examples: list[Example], config: Autointerp,
     """Split windows (strongest, weighted, random, in this order) between explaining and scoring, and shuffle the latter."""
     first, last = n_top(config), n_top(config) + n_weighted(config)
     top, weighted = rng.permutation(first), first + rng.permutation(last - first)
-    shown = [*top[:config.n_top_ex_for_generation], *weighted[:config.n_iw_sampled_ex_for_generation]]
-    scored = [*top[config.n_top_ex_for_generation:], *weighted[config.n_iw_sampled_ex_for_generation:],
-              *range(last, len(examples))]
+    shown = [*top[: config.n_top_ex_for_generation], *weighted[: config.n_iw_sampled_ex_for_generation]]
+    scored = [
+        *top[config.n_top_ex_for_generation :],
+        *weighted[config.n_iw_sampled_ex_for_generation :],
+        *range(last, len(examples)),
+    ]
     scored = [scored[i] for i in rng.permutation(len(scored))]
     sample = 1 + rng.choice(len(scored), config.n_top_ex_for_scoring + config.n_iw_sampled_ex_for_scoring, replace=False)
-    return Sheet(latent, firings, [examples[i] for i in shown], [examples[i] for i in scored],
-                 [bool(i >= last) for i in scored], sorted(sample.tolist()))
+    return Sheet(
+        latent,
+        firings,
+        [examples[i] for i in shown],
+        [examples[i] for i in scored],
+        [bool(i >= last) for i in scored],
+        sorted(sample.tolist()),
+    )
 
 
 def prediction_limit(config: Autointerp) -> int:
@@ -178,6 +201,7 @@ def prediction_limit(config: Autointerp) -> int:
 
 
 # --- what it will cost -------------------------------------------------------------------------
+
 
 def budgets(sheet: Sheet, client: ChatClient, config: Autointerp) -> tuple[Budget, Budget]:
     """(all of one latent's questions, those without a kept answer). An explanation not yet written counts with the
@@ -197,11 +221,18 @@ def budgets(sheet: Sheet, client: ChatClient, config: Autointerp) -> tuple[Budge
 
 # --- the two questions -------------------------------------------------------------------------
 
+
 def judge(sheet: Sheet, client: ChatClient, config: Autointerp) -> dict[str, Any]:
     """What became of one latent, as JSON takes it: its `state` (scored, unparsable, failed), explanation, predictions and
     scores in both definitions, each where there is one."""
-    record: dict[str, Any] = {"latent": sheet.latent, "firings": sheet.firings, "state": FAILED,
-                              "prompt_tokens": 0, "completion_tokens": 0, "cut_off": 0}
+    record: dict[str, Any] = {
+        "latent": sheet.latent,
+        "firings": sheet.firings,
+        "state": FAILED,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "cut_off": 0,
+    }
     try:
         answer = client.ask(sheet.explanation_question(config), config.max_tokens_in_explanation)
         _account(record, answer)
@@ -234,8 +265,10 @@ def _scores(sheet: Sheet, answer: str) -> dict[str, Any]:
         return found | {"state": UNPARSABLE, "why": f"the answer {answer[:80]!r} is no list of examples"}
     found |= {"state": SCORED, "score": _agreement(named, active)}
     if any(active) and not all(active):
-        rates = [_agreement([p for p, a in zip(named, active, strict=True) if a == kind], [kind] * active.count(kind))
-                 for kind in (True, False)]
+        rates = [
+            _agreement([p for p, a in zip(named, active, strict=True) if a == kind], [kind] * active.count(kind))
+            for kind in (True, False)
+        ]
         found["balanced_score"] = sum(rates) / 2
     return found
 

@@ -42,8 +42,11 @@ class Windows(NamedTuple):
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON takes it; activations as hexadecimal bytes."""
-        return {**self._asdict(), "positions": self.positions.tolist(),
-                "values": self.values.contiguous().view(torch.int16).numpy().tobytes().hex()}
+        return {
+            **self._asdict(),
+            "positions": self.positions.tolist(),
+            "values": self.values.contiguous().view(torch.int16).numpy().tobytes().hex(),
+        }
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], config: Autointerp) -> Windows:
@@ -51,8 +54,13 @@ class Windows(NamedTuple):
         each = n_top(config) + n_weighted(config) + config.n_random_ex_for_scoring
         values = np.frombuffer(bytes.fromhex(plain["values"]), dtype=np.int16).copy()
         positions = torch.tensor(plain["positions"], dtype=torch.int64).reshape(n, each)
-        return cls(**{**plain, "positions": positions,
-                      "values": torch.from_numpy(values).view(torch.bfloat16).reshape(n, each, width)})
+        return cls(
+            **{
+                **plain,
+                "positions": positions,
+                "values": torch.from_numpy(values).view(torch.bfloat16).reshape(n, each, width),
+            }
+        )
 
 
 def n_top(config: Autointerp) -> int:
@@ -63,13 +71,15 @@ def n_weighted(config: Autointerp) -> int:
     return config.n_iw_sampled_ex_for_generation + config.n_iw_sampled_ex_for_scoring
 
 
-def collect_windows(saes: dict[str, SparseAutoencoder], acts: HookActivations, config: Autointerp,
-                    seed: int) -> dict[str, Windows]:
+def collect_windows(
+    saes: dict[str, SparseAutoencoder], acts: HookActivations, config: Autointerp, seed: int
+) -> dict[str, Windows]:
     """The windows of every SAE of one family, which encode together."""
     searches = {name: _Search(sae, config, seed) for name, sae in saes.items()}
     while unfinished := {name: saes[name] for name, search in searches.items() if search.following}:
-        followers = {name: _Follower(searches[name].following, saes[name].cfg.d_sae, acts, config, seed)
-                     for name in unfinished}
+        followers = {
+            name: _Follower(searches[name].following, saes[name].cfg.d_sae, acts, config, seed) for name in unfinished
+        }
         for batch in acts.batches():
             for name, z in encode_each(unfinished, batch.acts, acts.lab_mask(batch)):
                 followers[name].update(z, batch.index)
@@ -91,7 +101,7 @@ class _Search:
         else:
             self.order, self.wanted = np.random.default_rng(seed).permutation(self.d_sae).tolist(), config.n_latents
             self.passed_over = 0
-            self.following = self.order[:2 * self.wanted + _SPARE]
+            self.following = self.order[: 2 * self.wanted + _SPARE]
         self.found: list[tuple[int, int, Tensor, Tensor]] = []
         self.seen = 0
         self.alive: Tensor | None = None
@@ -102,7 +112,7 @@ class _Search:
         firings = follower.firings.tolist()
         until = self.order.index(self.following[-1]) + 1
         place = {latent: number for number, latent in enumerate(self.following)}
-        for latent in self.order[self.seen:until]:
+        for latent in self.order[self.seen : until]:
             if len(self.found) == self.wanted:
                 break
             chosen = follower.choose(place[latent]) if self.alive[latent] else None
@@ -113,15 +123,19 @@ class _Search:
         self.seen = until
         missing = self.wanted - len(self.found)
         rest = [latent for latent in self.order[until:] if self.alive[latent]]
-        self.following = rest[:2 * missing + _SPARE] if missing else []
+        self.following = rest[: 2 * missing + _SPARE] if missing else []
 
     def windows(self) -> Windows:
         found = sorted(self.found, key=lambda record: record[0])
         latents, firings, positions, values = zip(*found, strict=True) if found else ((), (), (), ())
-        return Windows(list(latents), list(firings),
-                       torch.stack(positions) if found else torch.zeros(0, 0, dtype=torch.int64),
-                       torch.stack(values) if found else torch.zeros(0, 0, 0, dtype=torch.bfloat16),
-                       0 if self.alive is None else int(self.alive.sum()), self.passed_over)
+        return Windows(
+            list(latents),
+            list(firings),
+            torch.stack(positions) if found else torch.zeros(0, 0, dtype=torch.int64),
+            torch.stack(values) if found else torch.zeros(0, 0, 0, dtype=torch.bfloat16),
+            0 if self.alive is None else int(self.alive.sum()),
+            self.passed_over,
+        )
 
 
 class _Reservoir:
@@ -171,7 +185,8 @@ class _Follower:
         self.top = _Reservoir(n, suppressed, width, torch.int64, device)
         self.weighted = _Reservoir(n, suppressed + n_weighted(config), width, torch.float32, device)
         self.random_rows, self.random_columns = (
-            part.to(device) for part in _random_windows(latents, self.n_contexts, self.size, config, seed))
+            part.to(device) for part in _random_windows(latents, self.n_contexts, self.size, config, seed)
+        )
         self.random_values = torch.zeros(n, config.n_random_ex_for_scoring, width, dtype=torch.bfloat16, device=device)
 
     def update(self, z: Tensor, index: Tensor) -> None:
@@ -181,7 +196,7 @@ class _Follower:
         acts = z[..., self.latents].abs().to(torch.bfloat16)
         row, column = index.to(z.device)[:, None], torch.arange(buffer, self.size - buffer, device=z.device)
         positions = (row * self.size + column).flatten()
-        centres = acts[:, buffer:self.size - buffer].flatten(0, 1).T.contiguous()  # [latents, candidates]
+        centres = acts[:, buffer : self.size - buffer].flatten(0, 1).T.contiguous()  # [latents, candidates]
         # bfloat16 without its sign sorts like the integer of its bits; below them the position settles ties
         bits = centres.view(torch.int16).long()
         self.top.offer(torch.where(bits > 0, (bits << 32) | (_LAST_POSITION - positions), 0), positions, acts, buffer)
@@ -205,13 +220,16 @@ class _Follower:
             return None
         centres = self.weighted.values[number, :, self.config.buffer]
         weaker = (centres < self.top.values[number, top[-1], self.config.buffer]).tolist()
-        weighted = [place for place in self.weighted.ordered(number)[0] if weaker[place]][:n_weighted(self.config)]
+        weighted = [place for place in self.weighted.ordered(number)[0] if weaker[place]][: n_weighted(self.config)]
         if len(weighted) < n_weighted(self.config):
             return None
         random = self.random_rows[number] * self.size + self.random_columns[number]
-        return (torch.cat([self.top.positions[number, top], self.weighted.positions[number, weighted], random]).cpu(),
-                torch.cat([self.top.values[number, top], self.weighted.values[number, weighted],
-                           self.random_values[number]]).cpu())
+        return (
+            torch.cat([self.top.positions[number, top], self.weighted.positions[number, weighted], random]).cpu(),
+            torch.cat(
+                [self.top.values[number, top], self.weighted.values[number, weighted], self.random_values[number]]
+            ).cpu(),
+        )
 
     def _strongest(self, number: int) -> list[int]:
         """Places of the strongest windows whose centres lie more than `buffer` tokens apart, strongest first."""
@@ -219,14 +237,15 @@ class _Follower:
         for place, position in zip(*self.top.ordered(number), strict=True):
             if len(chosen) == n_top(self.config):
                 break
-            if all(position // self.size != other // self.size or abs(position - other) > self.config.buffer
-                   for _, other in chosen):
+            if all(
+                position // self.size != other // self.size or abs(position - other) > self.config.buffer
+                for _, other in chosen
+            ):
                 chosen.append((place, position))
         return [place for place, _ in chosen]
 
 
-def _random_windows(latents: list[int], n_contexts: int, size: int, config: Autointerp,
-                    seed: int) -> tuple[Tensor, Tensor]:
+def _random_windows(latents: list[int], n_contexts: int, size: int, config: Autointerp, seed: int) -> tuple[Tensor, Tensor]:
     """Rows and columns [latents, random windows], each latent's fixed by itself."""
     rows, columns = [], []
     for latent in latents:
@@ -238,6 +257,8 @@ def _random_windows(latents: list[int], n_contexts: int, size: int, config: Auto
 
 def _exponential(seed: int, contexts: list[int], n_columns: int, n_latents: int) -> Tensor:
     """Exponential noise [latents, contexts · columns], each context's fixed by itself: batches change nothing."""
-    rows = [torch.empty(n_columns, n_latents).exponential_(generator=torch.Generator().manual_seed(
-        seed * 1_000_003 + context)) for context in contexts]
+    rows = [
+        torch.empty(n_columns, n_latents).exponential_(generator=torch.Generator().manual_seed(seed * 1_000_003 + context))
+        for context in contexts
+    ]
     return torch.cat(rows).T

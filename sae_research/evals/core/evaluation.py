@@ -60,8 +60,9 @@ class _Text(NamedTuple):
 class _Group(HookActivations):
     """SAEs that read one hook, and what they share."""
 
-    def __init__(self, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], text: _Text,
-                 params: Params, lab: bool) -> None:
+    def __init__(
+        self, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], text: _Text, params: Params, lab: bool
+    ) -> None:
         super().__init__(lm, hook, text.tokens, params)
         self.saes = saes
         self.text = text
@@ -85,8 +86,15 @@ class _Group(HookActivations):
         return [list(range(i * size, (i + 1) * size)) for i in range(first, first + count)]
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder | None = None,
-             *, tokens: Tensor | None = None, lab: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder],
+    lm: LanguageModel,
+    params: Params,
+    stage: StageFolder | None = None,
+    *,
+    tokens: Tensor | None = None,
+    lab: bool = True,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `CoreEvalOutput` in plain data.
 
     tokens: [contexts, seq], by default the core_eval split of the configured text, from all over which the contexts for
@@ -124,18 +132,30 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     if tokens is not None:
         tokens = tokens[:last]
         return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
-    contexts = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval",
-                                     last * params.text.context_size), first)
+    contexts = spread(
+        token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", last * params.text.context_size), first
+    )
     return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:
-    return result_key(sae, lm, [params.core_eval.model_dump(), params.token_mask.model_dump(),
-                                fingerprint(text.tokens.tolist()), text.predictions.about,
-                                text.sparsity.about, lab], __name__)
+    return result_key(
+        sae,
+        lm,
+        [
+            params.core_eval.model_dump(),
+            params.token_mask.model_dump(),
+            fingerprint(text.tokens.tolist()),
+            text.predictions.about,
+            text.sparsity.about,
+            lab,
+        ],
+        __name__,
+    )
 
 
 # --- sparsity and variance -------------------------------------------------------------------
+
 
 def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Any]:
     """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
@@ -143,8 +163,10 @@ def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, An
     found = {name: cache.get(keys[name]) for name in group.saes}
     missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
     batches = group.params.core_eval.n_eval_sparsity_variance_batches
-    with tqdm(total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True,
-              disable=not missing) as bar:
+    with tqdm(
+        total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True, disable=not missing
+    ) as bar:
+
         def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
             for name, done in _sparsity_of(family, group, bar).items():
                 with guard.on(name):
@@ -186,8 +208,9 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
 
-def _encodings(saes: dict[str, SparseAutoencoder], x: Tensor,
-               mask: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def _encodings(
+    saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor | None
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(name, activations with every token counted, activations under the mask, or None without one).
 
     Token by token the second follows from the first; an encoder that sees the sequence must run twice.
@@ -230,11 +253,14 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
     latent, sequences = latent_weights(sae), max(state.sequences, 1)
     bench_density, density = state.sae_bench.density(), state.lab.density
     return {
-        "sae_bench": minus_one_for_nan({**state.sae_bench.metrics(),
-                                         "misc_metrics": misc_metrics(bench_density, latent)}),
+        "sae_bench": minus_one_for_nan({**state.sae_bench.metrics(), "misc_metrics": misc_metrics(bench_density, latent)}),
         "details": feature_details(bench_density, state.sae_bench.consistent_activation(), latent),
-        "lab": {**state.lab.metrics(), **about_mean(state.by_cluster.as_lists()), "support": state.support / sequences,
-                "fraction_tokens_kept": state.kept / max(state.total, 1)},
+        "lab": {
+            **state.lab.metrics(),
+            **about_mean(state.by_cluster.as_lists()),
+            "support": state.support / sequences,
+            "fraction_tokens_kept": state.kept / max(state.total, 1),
+        },
         "clusters": state.by_cluster.as_lists(),
         "interpolating_fraction": state.interpolating / (max(state.kept, 1) if sae.per_token else sequences),
         "density_histogram": density_histogram(density),
@@ -243,14 +269,14 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
 
 # --- predictions -----------------------------------------------------------------------------
 
+
 def _predictions(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Sums]:
     """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
     cache = ResultCache("core_predictions")
     totals: dict[str, Sums] = {name: {} for name in group.saes}
     batches = group.numbers(0, group.params.core_eval.n_eval_reconstruction_batches)
     ablation = None
-    with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch",
-              dynamic_ncols=True) as bar:
+    with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch", dynamic_ncols=True) as bar:
         for number, index in enumerate(batches):
             found = {name: cache.get(f"{keys[name]}-{number}") for name in guard.left(group.saes)}
             missing = {name: group.saes[name] for name in found if found[name] is None}
@@ -285,8 +311,9 @@ def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def _predict_batch(group: _Group, saes: Family, batch: Batch, ablation: _Ablation,
-                   guard: Guard) -> Iterator[tuple[str, Sums]]:
+def _predict_batch(
+    group: _Group, saes: Family, batch: Batch, ablation: _Ablation, guard: Guard
+) -> Iterator[tuple[str, Sums]]:
     """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
     lm, x, tokens = group.lm, batch.acts, batch.tokens
     lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
@@ -299,8 +326,11 @@ def _predict_batch(group: _Group, saes: Family, batch: Batch, ablation: _Ablatio
     zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
     shared = _sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None))
     if group.lab:
-        runs = {"zero": run(torch.where(kept, 0.0, x)), "clean": (clean.ce, None),
-                "mean": run(torch.where(kept, ablation.mean_D, x))}
+        runs = {
+            "zero": run(torch.where(kept, 0.0, x)),
+            "clean": (clean.ce, None),
+            "mean": run(torch.where(kept, ablation.mean_D, x)),
+        }
         shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
 
     def score(family: Family) -> Iterator[tuple[str, Sums]]:
@@ -329,8 +359,9 @@ def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -
 
 def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
     """The same by cluster, in our definition."""
+
     def add(values: Tensor) -> list[float]:
-        return group.text.predictions.sums(batch.index, mask[:, :values.shape[1]], values).tolist()
+        return group.text.predictions.sums(batch.index, mask[:, : values.shape[1]], values).tolist()
 
     sums: Sums = {"cluster/ce_tokens": add(mask[:, :-1]), "cluster/kl_tokens": add(mask)}
     for name, (ce, kl) in runs.items():
@@ -342,30 +373,51 @@ def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tenso
 
 # --- results ---------------------------------------------------------------------------------
 
-def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any],
-            sums: Sums) -> dict[str, Any]:
+
+def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
     params, config = group.params, group.params.core_eval
     tokens = config.batch_size_prompts * group.text.tokens.shape[1]
     metrics = {
-        **sparsity["sae_bench"], **sae_bench_predictions(sums),
-        "token_stats": {"total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
-                        "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches},
+        **sparsity["sae_bench"],
+        **sae_bench_predictions(sums),
+        "token_stats": {
+            "total_tokens_eval_reconstruction": tokens * config.n_eval_reconstruction_batches,
+            "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches,
+        },
     }
     figures = {**sparsity["lab"], **lab_predictions(sums)} if group.lab else {}
     lab = {key: value for key, value in figures.items() if math.isfinite(value)}
-    unstructured = {harness.LAB: {
-        "metrics": lab, "interpolating": sparsity["interpolating_fraction"] >= 0.5,
-        "interpolating_fraction": sparsity["interpolating_fraction"],
-        "density_histogram": sparsity["density_histogram"],
-        **(evidence(sparsity["clusters"], sums, group.text.sparsity.about, group.text.predictions.about,
-                    params.random_seed) if group.lab else {})}}
+    unstructured = {
+        harness.LAB: {
+            "metrics": lab,
+            "interpolating": sparsity["interpolating_fraction"] >= 0.5,
+            "interpolating_fraction": sparsity["interpolating_fraction"],
+            "density_histogram": sparsity["density_histogram"],
+            **(
+                evidence(
+                    sparsity["clusters"], sums, group.text.sparsity.about, group.text.predictions.about, params.random_seed
+                )
+                if group.lab
+                else {}
+            ),
+        }
+    }
     bench_config = {
-        "model_name": group.lm.name, "llm_dtype": params.model.torch_dtype,
-        "batch_size_prompts": config.batch_size_prompts, "dataset": params.text.dataset,
+        "model_name": group.lm.name,
+        "llm_dtype": params.model.torch_dtype,
+        "batch_size_prompts": config.batch_size_prompts,
+        "dataset": params.text.dataset,
         "n_eval_reconstruction_batches": config.n_eval_reconstruction_batches,
         "n_eval_sparsity_variance_batches": config.n_eval_sparsity_variance_batches,
-        "context_size": group.text.tokens.shape[1], "compute_kl": True, "compute_ce_loss": True,
-        "compute_l2_norms": True, "compute_sparsity_metrics": True, "compute_variance_metrics": True,
-        "compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
-    return harness.core_output(bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured,
-                              harness.envelope(name, sae, "core"))
+        "context_size": group.text.tokens.shape[1],
+        "compute_kl": True,
+        "compute_ce_loss": True,
+        "compute_l2_norms": True,
+        "compute_sparsity_metrics": True,
+        "compute_variance_metrics": True,
+        "compute_featurewise_density_statistics": True,
+        "compute_featurewise_weight_based_metrics": True,
+    }
+    return harness.core_output(
+        bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured, harness.envelope(name, sae, "core")
+    )

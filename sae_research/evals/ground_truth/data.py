@@ -37,22 +37,38 @@ MIN_FIRINGS = 5
 
 def config(values: dict[str, Any], seed: int) -> SyntheticModelConfig:
     """SAELens' configuration of `SyntheticData.whole()`."""
-    hierarchy = None if values["hierarchy_roots"] == 0 else HierarchyConfig(
-        total_root_nodes=values["hierarchy_roots"], branching_factor=values["hierarchy_branching"],
-        max_depth=values["hierarchy_depth"], mutually_exclusive_portion=values["mutually_exclusive"],
-        compensate_probabilities=True, scale_children_by_parent=values["scale_by_parent"])
-    correlation = None if values["correlation_rank"] == 0 else LowRankCorrelationConfig(
-        rank=values["correlation_rank"], correlation_scale=values["correlation_scale"])
+    hierarchy = (
+        None
+        if values["hierarchy_roots"] == 0
+        else HierarchyConfig(
+            total_root_nodes=values["hierarchy_roots"],
+            branching_factor=values["hierarchy_branching"],
+            max_depth=values["hierarchy_depth"],
+            mutually_exclusive_portion=values["mutually_exclusive"],
+            compensate_probabilities=True,
+            scale_children_by_parent=values["scale_by_parent"],
+        )
+    )
+    correlation = (
+        None
+        if values["correlation_rank"] == 0
+        else LowRankCorrelationConfig(rank=values["correlation_rank"], correlation_scale=values["correlation_scale"])
+    )
     steps = values["orthogonal_steps"]
     return SyntheticModelConfig(
-        num_features=values["num_features"], hidden_dim=values["hidden_dim"],
+        num_features=values["num_features"],
+        hidden_dim=values["hidden_dim"],
         firing_probability=ZipfianFiringProbabilityConfig(
-            exponent=values["zipf_exponent"], max_prob=values["max_probability"], min_prob=values["min_probability"]),
-        hierarchy=hierarchy, correlation=correlation,
+            exponent=values["zipf_exponent"], max_prob=values["max_probability"], min_prob=values["min_probability"]
+        ),
+        hierarchy=hierarchy,
+        correlation=correlation,
         orthogonalization=OrthogonalizationConfig(num_steps=steps, lr=3e-4) if steps else None,
         mean_firing_magnitudes=LinearMagnitudeConfig(start=values["first_magnitude"], end=values["last_magnitude"]),
         std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=values["magnitude_std"], std=values["magnitude_std_spread"]),
-        bias=values["bias_norm"], seed=seed)
+        bias=values["bias_norm"],
+        seed=seed,
+    )
 
 
 @dataclass
@@ -128,11 +144,18 @@ def statistics(world: World, samples: Samples) -> dict[str, Any]:
     ratio = (count / n / world.asked)[enough] if enough.any() else np.zeros(1)
     orphan, alone = _orphans(world, fired), np.setdiff1d(np.arange(fired.shape[1]), world.edges.ravel())
     return {
-        "features": int(fired.shape[1]), "dimensions": int(samples.x.shape[1]), "l0": float(count.sum() / n),
-        "l0_asked": float(world.asked.sum()), "rate_ratio_quartiles": np.quantile(ratio, (0.25, 0.5, 0.75)).tolist(),
-        "never_fired": int((count == 0).sum()), "rarely_fired": int((count < MIN_FIRINGS).sum()),
-        "parents": len(np.unique(world.edges[:, 0])), "children": len(world.edges), "children_without_parent": orphan,
-        **_correlation(fired, alone), "largest_cosine": _largest_cosine(world.features),
+        "features": int(fired.shape[1]),
+        "dimensions": int(samples.x.shape[1]),
+        "l0": float(count.sum() / n),
+        "l0_asked": float(world.asked.sum()),
+        "rate_ratio_quartiles": np.quantile(ratio, (0.25, 0.5, 0.75)).tolist(),
+        "never_fired": int((count == 0).sum()),
+        "rarely_fired": int((count < MIN_FIRINGS).sum()),
+        "parents": len(np.unique(world.edges[:, 0])),
+        "children": len(world.edges),
+        "children_without_parent": orphan,
+        **_correlation(fired, alone),
+        "largest_cosine": _largest_cosine(world.features),
     }
 
 
@@ -163,7 +186,7 @@ def _largest_cosine(features: Tensor) -> float:
     """Mean over features of the largest absolute cosine with another: the superposition."""
     largest = []
     for start in range(0, len(features), BLOCK):
-        cosine = (features[start:start + BLOCK] @ features.T).abs()
+        cosine = (features[start : start + BLOCK] @ features.T).abs()
         rows = torch.arange(len(cosine), device=cosine.device)
         cosine[rows, rows + start] = 0
         largest.append(cosine.max(1).values)
@@ -177,7 +200,8 @@ def need_firing(world: World, samples: Samples) -> None:
     if able < max(2, len(count) / 2):
         raise UserError(
             f"ground_truth: only {able} of {len(count)} features fire on {MIN_FIRINGS} of the {samples.codes.shape[0]} test "
-            "samples; raise data.min_probability or test_samples, or lower data.num_features")
+            "samples; raise data.min_probability or test_samples, or lower data.num_features"
+        )
 
 
 def _edges(roots: list[HierarchyNode]) -> np.ndarray:

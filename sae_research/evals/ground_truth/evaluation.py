@@ -111,14 +111,18 @@ class SyntheticStream:
             yield {hook: StreamBatch(x_BD, progress) for hook, x_BD in zip(waiting, parts, strict=True)}
 
 
-def train_all(planned: Sequence[Planned], worlds: Mapping[int, World], settings: GroundTruth,
-              seed: int) -> dict[Planned, SparseAutoencoder]:
+def train_all(
+    planned: Sequence[Planned], worlds: Mapping[int, World], settings: GroundTruth, seed: int
+) -> dict[Planned, SparseAutoencoder]:
     """Every planned SAE, in its world's own units, from the cache where it was trained before."""
     keys = {item: _training_key(item, worlds[item.seed], settings, seed) for item in planned}
     folder = cache_dir("ground_truth")
     device = next(iter(worlds.values())).device
-    found = {item: load_sae(folder / keys[item]).to(device) for item in planned
-             if caches_readable() and usable(folder / keys[item])}
+    found = {
+        item: load_sae(folder / keys[item]).to(device)
+        for item in planned
+        if caches_readable() and usable(folder / keys[item])
+    }
     missing = [item for item in planned if item not in found]
     for item, sae in (_train(missing, worlds, settings, seed, folder) if missing else {}).items():
         with new_entry(folder / keys[item]) as entry:
@@ -128,13 +132,22 @@ def train_all(planned: Sequence[Planned], worlds: Mapping[int, World], settings:
 
 
 def _training_key(item: Planned, world: World, settings: GroundTruth, seed: int) -> str:
-    return fingerprint({
-        "sae": item.point.settings.model_dump(), "name": item.name, "world": world.fingerprint, "seed": seed,
-        "samples": settings.samples, "batch_size": settings.batch_size, "code": code_fingerprint(__name__)})[:40]
+    return fingerprint(
+        {
+            "sae": item.point.settings.model_dump(),
+            "name": item.name,
+            "world": world.fingerprint,
+            "seed": seed,
+            "samples": settings.samples,
+            "batch_size": settings.batch_size,
+            "code": code_fingerprint(__name__),
+        }
+    )[:40]
 
 
-def _train(planned: Sequence[Planned], worlds: Mapping[int, World], settings: GroundTruth, seed: int,
-           folder: Path) -> dict[Planned, SparseAutoencoder]:
+def _train(
+    planned: Sequence[Planned], worlds: Mapping[int, World], settings: GroundTruth, seed: int, folder: Path
+) -> dict[Planned, SparseAutoencoder]:
     saes = {item.name: item.point.settings.model_copy(update={"hook_name": item.hook}) for item in planned}
     train = Train(tokens=settings.samples, batch_size=settings.batch_size, checkpoint_seconds=None, saes=saes)
     here = {hook_of(number): world for number, world in worlds.items() if hook_of(number) in train.hooks}
@@ -147,15 +160,22 @@ def _train(planned: Sequence[Planned], worlds: Mapping[int, World], settings: Gr
     Trainer(stream, members, train, progress, StopSignals(), lambda: None).run()
     progress.end("finished")
     by_name = {member.name: member for member in members}
-    return {item: by_name[item.name].recipe.export(
-        stream.scale[item.hook], _config(item, rows[item.hook].shape[1])) for item in planned}
+    return {
+        item: by_name[item.name].recipe.export(stream.scale[item.hook], _config(item, rows[item.hook].shape[1]))
+        for item in planned
+    }
 
 
 def _config(item: Planned, d_in: int) -> SAEConfig:
     config: dict[str, Any] = item.point.settings.model_dump(exclude_none=True, exclude={"hook_name"})
-    return SAEConfig(form="", d_in=d_in, d_sae=item.point.settings.d_sae, model_name="synthetic",
-                     architecture=item.point.settings.recipe,
-                     provenance={"source": "ground_truth", "seed": item.seed, "hyper_parameters": config})
+    return SAEConfig(
+        form="",
+        d_in=d_in,
+        d_sae=item.point.settings.d_sae,
+        model_name="synthetic",
+        architecture=item.point.settings.recipe,
+        provenance={"source": "ground_truth", "seed": item.seed, "hyper_parameters": config},
+    )
 
 
 FOLDER = Path("eval_results/ground_truth")
@@ -190,8 +210,10 @@ def evaluate(params: Params, stage: StageFolder | None = None) -> dict[str, Any]
         raise UserError("ground_truth.recipes: nothing to train; give it an entry")
     device = pick_device(params.train.device or params.model.device)
     worlds = make_worlds(settings, params.random_seed, device)
-    truths = {seed: Truth(world, world.sample(settings.test_samples, "test"), settings.sequence_length)
-              for seed, world in worlds.items()}
+    truths = {
+        seed: Truth(world, world.sample(settings.test_samples, "test"), settings.sequence_length)
+        for seed, world in worlds.items()
+    }
     for seed, world in worlds.items():
         data.need_firing(world, truths[seed].samples)
     planned = [Planned(seed, point) for seed in worlds for point in points]
@@ -204,10 +226,18 @@ def evaluate(params: Params, stage: StageFolder | None = None) -> dict[str, Any]
     scopes["trained_dictionaries"] = [row for row in rows if row["dictionary"] == "trained"]
     scopes["trained"] = [row for row in scopes["trained_dictionaries"] if row["encoder"] == OWN]
     result = {
-        "setting": {**settings.data.whole(), "name": settings.data.setting, "samples": settings.samples,
-                    "test_samples": settings.test_samples, "n_seeds": settings.n_seeds},
-        "generator": generator, "rows": rows, "notes": notes(settings, points, generator),
-        "follow": {scope: measures.follow(chosen_rows, near, params.random_seed) for scope, chosen_rows in scopes.items()}}
+        "setting": {
+            **settings.data.whole(),
+            "name": settings.data.setting,
+            "samples": settings.samples,
+            "test_samples": settings.test_samples,
+            "n_seeds": settings.n_seeds,
+        },
+        "generator": generator,
+        "rows": rows,
+        "notes": notes(settings, points, generator),
+        "follow": {scope: measures.follow(chosen_rows, near, params.random_seed) for scope, chosen_rows in scopes.items()},
+    }
     if stage is not None:
         stage.notes |= {"setting": settings.data.setting, "seeds": settings.n_seeds, "rows": len(rows)}
     return result
@@ -217,9 +247,15 @@ def make_worlds(settings: GroundTruth, seed: int, device: torch.device | str = "
     """seed number -> its world. With `data.world_seed` they differ only in the samples drawn."""
     values = settings.data.whole()
     own = values["world_seed"]
-    return {number: World(values, int(fingerprint([seed, "world", number])[:7], 16) if own is None else own, device,
-                          number if own is not None else 0)
-            for number in range(settings.n_seeds)}
+    return {
+        number: World(
+            values,
+            int(fingerprint([seed, "world", number])[:7], 16) if own is None else own,
+            device,
+            number if own is not None else 0,
+        )
+        for number in range(settings.n_seeds)
+    }
 
 
 def notes(settings: GroundTruth, points: list[GridPoint], generator: list[dict[str, Any]]) -> list[str]:
@@ -232,28 +268,39 @@ def notes(settings: GroundTruth, points: list[GridPoint], generator: list[dict[s
         found.append(f"one sparsity alone: {', '.join(single)}; such a recipe is compared at its own L0 or not at all")
     silent = max(values["rarely_fired"] for values in generator)
     if silent:
-        found.append(f"up to {silent} of {generator[0]['features']} features fire on fewer than {data.MIN_FIRINGS} test "
-                     "samples and are left out of means over features")
+        found.append(
+            f"up to {silent} of {generator[0]['features']} features fire on fewer than {data.MIN_FIRINGS} test "
+            "samples and are left out of means over features"
+        )
     narrow = sorted({p.name for p in points if p.settings.d_sae < generator[0]["features"]})
     if narrow:
-        found.append(f"fewer latents than true features ({', '.join(narrow)}): what has no latent counts 0 in precision, "
-                     "recall and F1; MCC is over as many pairs as there are latents")
+        found.append(
+            f"fewer latents than true features ({', '.join(narrow)}): what has no latent counts 0 in precision, "
+            "recall and F1; MCC is over as many pairs as there are latents"
+        )
     if any(settings.pursuit.ihtp_sizes) and "ihtp" in settings.pursuit.encoders:
-        found.append("samples of a sequence are drawn independently here: IHTP shares a support between tokens that have "
-                     "nothing in common, which text gives it more of")
+        found.append(
+            "samples of a sequence are drawn independently here: IHTP shares a support between tokens that have "
+            "nothing in common, which text gives it more of"
+        )
     return found
 
 
 # --- rows --------------------------------------------------------------------------------------
 
-def _rows(settings: GroundTruth, trained: Mapping[Planned, SparseAutoencoder], truths: Mapping[int, Truth],
-          seed: int) -> Iterator[dict[str, Any]]:
+
+def _rows(
+    settings: GroundTruth, trained: Mapping[Planned, SparseAutoencoder], truths: Mapping[int, Truth], seed: int
+) -> Iterator[dict[str, Any]]:
     cache = ResultCache("ground_truth")
     with tqdm(total=len(truths), desc="measure", unit="seed", dynamic_ncols=True) as bar:
         for number, truth in truths.items():
             own = {item.point: sae for item, sae in trained.items() if item.seed == number}
-            entries = [*_trained_entries(own, number), *_given(settings, own, truth, number),
-                       *_pursuits(settings, own, truth, number, seed)]
+            entries = [
+                *_trained_entries(own, number),
+                *_given(settings, own, truth, number),
+                *_pursuits(settings, own, truth, number, seed),
+            ]
             yield from _measured(entries, truth, cache)
             bar.update()
 
@@ -273,8 +320,15 @@ def _measured(entries: list[Entry], truth: Truth, cache: ResultCache) -> Iterato
 
 
 def _key(sae: SparseAutoencoder, truth: Truth) -> str:
-    return fingerprint({"sae": sae.weights_fingerprint(), "world": truth.world.fingerprint, "n": truth.n,
-                        "sequence": truth.sequence_length, "code": code_fingerprint(__name__, classes=[type(sae)])})[:40]
+    return fingerprint(
+        {
+            "sae": sae.weights_fingerprint(),
+            "world": truth.world.fingerprint,
+            "n": truth.n,
+            "sequence": truth.sequence_length,
+            "code": code_fingerprint(__name__, classes=[type(sae)]),
+        }
+    )[:40]
 
 
 def _trained_entries(own: Mapping[GridPoint, SparseAutoencoder], number: int) -> Iterator[Entry]:
@@ -282,13 +336,17 @@ def _trained_entries(own: Mapping[GridPoint, SparseAutoencoder], number: int) ->
         yield Entry(point.recipe, "trained", OWN, point.sparsity, number, sae)
 
 
-def _pursuits(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], truth: Truth, number: int,
-              seed: int) -> Iterator[Entry]:
+def _pursuits(
+    settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], truth: Truth, number: int, seed: int
+) -> Iterator[Entry]:
     """Every pursuit encoder over every dictionary asked for."""
     asked, base = settings.pursuit, chosen(settings, own)
     world = truth.world
-    sources = {"truth": lambda: (world.features, world.bias), "trained": lambda: (base.W_dec, base.b_dec),
-               "untrained": lambda: untrained_rows(world, base.cfg.d_sae, seed)}
+    sources = {
+        "truth": lambda: (world.features, world.bias),
+        "trained": lambda: (base.W_dec, base.b_dec),
+        "untrained": lambda: untrained_rows(world, base.cfg.d_sae, seed),
+    }
     for dictionary in asked.over:
         W_dec, b_dec = sources[dictionary]()
         for encoder in asked.encoders:
@@ -296,10 +354,22 @@ def _pursuits(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder],
             for size in asked.ihtp_sizes if encoder == "ihtp" else asked.sizes:
                 if size > len(W_dec):
                     raise UserError(f"ground_truth.pursuit.sizes: {size} exceeds the {len(W_dec)} atoms of {dictionary}")
-                cfg = SAEConfig(cls.form, W_dec.shape[1], len(W_dec), model_name="synthetic",
-                                architecture=encoder, options={cls.size_name: size})
-                yield Entry(f"{encoder} over {dictionary}", dictionary, encoder, f"{cls.size_name} {size}", number,
-                            cls(W_dec, b_dec, size, cfg))
+                cfg = SAEConfig(
+                    cls.form,
+                    W_dec.shape[1],
+                    len(W_dec),
+                    model_name="synthetic",
+                    architecture=encoder,
+                    options={cls.size_name: size},
+                )
+                yield Entry(
+                    f"{encoder} over {dictionary}",
+                    dictionary,
+                    encoder,
+                    f"{cls.size_name} {size}",
+                    number,
+                    cls(W_dec, b_dec, size, cfg),
+                )
 
 
 def chosen(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder]) -> SparseAutoencoder:
@@ -307,8 +377,10 @@ def chosen(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder]) ->
     recipe = settings.pursuit.trained or next(iter(own)).recipe
     found = next((sae for point, sae in own.items() if point.recipe == recipe), None)
     if found is None:
-        raise UserError(f"ground_truth.pursuit.trained: no recipe {recipe!r}; known: "
-                        f"{', '.join(dict.fromkeys(point.recipe for point in own))}")
+        raise UserError(
+            f"ground_truth.pursuit.trained: no recipe {recipe!r}; known: "
+            f"{', '.join(dict.fromkeys(point.recipe for point in own))}"
+        )
     return found
 
 
@@ -327,8 +399,10 @@ def _given(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], tr
         for path in matching_folders(pattern):
             sae, d_in = read_folder(path).to(truth.world.device), truth.samples.x.shape[1]
             if sae.cfg.d_in != d_in:
-                raise UserError(f"ground_truth.folders: {path} reads {sae.cfg.d_in} dimensions, the synthetic activations "
-                                f"have {d_in} (ground_truth.data.hidden_dim)")
+                raise UserError(
+                    f"ground_truth.folders: {path} reads {sae.cfg.d_in} dimensions, the synthetic activations "
+                    f"have {d_in} (ground_truth.data.hidden_dim)"
+                )
             yield Entry(slugify(path.resolve().name), "given", OWN, "", number, sae)
 
 
@@ -352,6 +426,13 @@ def beside(params: Params, places: list[str]) -> Params:
     """Parameters with classes (`module:Class`) and folders added to the section's own."""
     settings = params.ground_truth
     classes = [place for place in places if ":" in place and not Path(place).exists()]
-    return params.model_copy(update={"ground_truth": settings.model_copy(update={
-        "python": [*settings.python, *classes],
-        "folders": [*settings.folders, *(place for place in places if place not in classes)]})})
+    return params.model_copy(
+        update={
+            "ground_truth": settings.model_copy(
+                update={
+                    "python": [*settings.python, *classes],
+                    "folders": [*settings.folders, *(place for place in places if place not in classes)],
+                }
+            )
+        }
+    )

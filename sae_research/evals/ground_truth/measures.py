@@ -89,8 +89,9 @@ class Truth:
     def parent_alone(self) -> sparse.csc_matrix:
         """Where the parent of an edge fires and none of its children [n, edges]"""
         parents = self.world.edges[:, 0]
-        children = sparse.csr_matrix((np.ones(len(parents), np.float32), self.world.edges.T[::-1]),
-                                     shape=(self.fired.shape[1],) * 2)  # [child, parent]
+        children = sparse.csr_matrix(
+            (np.ones(len(parents), np.float32), self.world.edges.T[::-1]), shape=(self.fired.shape[1],) * 2
+        )  # [child, parent]
         any_child = ((self.fired @ children) != 0).astype(np.float32).tocsc()
         on = self.fired[:, parents]
         return (on - on.multiply(any_child[:, parents])).tocsc()
@@ -146,16 +147,25 @@ def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Figures:
     x = truth.samples.x.view(*z.shape[:-1], -1)
     stats = ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, z.device)
     stats.update(sae.target(x), sae.decode(z), z, torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device))
-    kept = {key: value for key, value in stats.metrics().items()
-            if key in ("variance_explained", "cosine_similarity", "l0", "fraction_alive")}
+    kept = {
+        key: value
+        for key, value in stats.metrics().items()
+        if key in ("variance_explained", "cosine_similarity", "l0", "fraction_alive")
+    }
     codes = sparse.csc_matrix(z.reshape(truth.n, -1).cpu().numpy())
     fires = (codes != 0).astype(np.float32)
     return {
-        "mcc": known.matching.mean, "mcc_activations": match(correlations(truth.samples.codes, codes)).mean,
-        **_support(truth, known, fires), **_latent_support(truth, known, fires),
-        "uniqueness": len(np.unique(known.best)) / len(known.best), "fraction_dead": 1 - kept["fraction_alive"],
-        "fraction_duplicate": float((known.nearest > DUPLICATE).mean()), **_hierarchy(truth, known, fires),
-        **_probing(truth, codes), **kept}
+        "mcc": known.matching.mean,
+        "mcc_activations": match(correlations(truth.samples.codes, codes)).mean,
+        **_support(truth, known, fires),
+        **_latent_support(truth, known, fires),
+        "uniqueness": len(np.unique(known.best)) / len(known.best),
+        "fraction_dead": 1 - kept["fraction_alive"],
+        "fraction_duplicate": float((known.nearest > DUPLICATE).mean()),
+        **_hierarchy(truth, known, fires),
+        **_probing(truth, codes),
+        **kept,
+    }
 
 
 def correlations(codes: sparse.spmatrix, z: sparse.spmatrix) -> np.ndarray:
@@ -268,8 +278,12 @@ def flags(sae: SparseAutoencoder, figures: Figures, truth: Truth) -> list[str]:
     found = []
     if sae.cfg.d_sae < len(truth.counted):
         found.append(f"narrow: {sae.cfg.d_sae} latents for {len(truth.counted)} features that fire")
-    if sae.per_token and figures["l0"] >= sae.cfg.d_in or not sae.per_token and figures["l0"] >= min(
-            sae.cfg.d_in, truth.sequence_length):
+    if (
+        sae.per_token
+        and figures["l0"] >= sae.cfg.d_in
+        or not sae.per_token
+        and figures["l0"] >= min(sae.cfg.d_in, truth.sequence_length)
+    ):
         found.append("interpolating: as many free coefficients as equations")
     if figures["fraction_alive"] == 0:
         found.append("no latent fires")
@@ -312,7 +326,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
             keys = set.intersection(*(set(values) for values in figures))
             result.setdefault(method, {})[seed] = Curve(
                 np.array([values["l0"] for values in figures]),
-                {key: np.array([values[key] for values in figures]) for key in sorted(keys)})
+                {key: np.array([values[key] for values in figures]) for key in sorted(keys)},
+            )
     return result
 
 
@@ -328,8 +343,11 @@ def common_l0(found: Mapping[str, Mapping[int, Curve]], near: float) -> float | 
 
 def _covering(found: Mapping[str, Mapping[int, Curve]], l0: float) -> list[str]:
     every = {number for seeds in found.values() for number in seeds}
-    return [method for method, seeds in found.items()
-            if every == set(seeds) and all(curve.covers(l0) for curve in seeds.values())]
+    return [
+        method
+        for method, seeds in found.items()
+        if every == set(seeds) and all(curve.covers(l0) for curve in seeds.values())
+    ]
 
 
 def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[str, Any]:
@@ -342,11 +360,20 @@ def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[st
     l0 = common_l0(found, near)
     methods = [] if l0 is None else _covering(found, l0)
     seeds = sorted({number for method in methods for number in found[method]})
-    answer: dict[str, Any] = {"l0": l0, "methods": methods, "seeds": len(seeds), "correlations": {}, "note": "",
-                              "left_out": sorted(set(found) - set(methods))}
+    answer: dict[str, Any] = {
+        "l0": l0,
+        "methods": methods,
+        "seeds": len(seeds),
+        "correlations": {},
+        "note": "",
+        "left_out": sorted(set(found) - set(methods)),
+    }
     if len(methods) < MIN_METHODS:
-        return {**answer, "note": f"{len(methods)} methods reach one L0 in every seed, {MIN_METHODS} are needed to rank "
-                "them: give recipes more sparsities (a list), or add recipes"}
+        return {
+            **answer,
+            "note": f"{len(methods)} methods reach one L0 in every seed, {MIN_METHODS} are needed to rank "
+            "them: give recipes more sparsities (a list), or add recipes",
+        }
     if len(seeds) < 2:
         answer["note"] = "one seed: no interval"
     random = np.random.default_rng(seed)
@@ -355,12 +382,14 @@ def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[st
             continue
         values = _values(found, methods, seeds, metric, l0)
         answer["correlations"][metric] = {
-            truth: _correlation(values, _values(found, methods, seeds, truth, l0), random) for truth in TRUTHS}
+            truth: _correlation(values, _values(found, methods, seeds, truth, l0), random) for truth in TRUTHS
+        }
     return answer
 
 
-def _values(found: Mapping[str, Mapping[int, Curve]], methods: list[str], seeds: list[int], key: str,
-            l0: float) -> np.ndarray:
+def _values(
+    found: Mapping[str, Mapping[int, Curve]], methods: list[str], seeds: list[int], key: str, l0: float
+) -> np.ndarray:
     """[seeds, methods]"""
     return np.array([[found[method][number].at(key, l0) for method in methods] for number in seeds])
 

@@ -124,8 +124,9 @@ _CLUSTERS = 256
 """Rows are pooled at random into so many groups for the interval."""
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `MetaStructureEvalOutput` in plain data.
 
     An SAE whose decoder rows do not vary, or whose meta-SAE has no figures, is skipped. `lm` only says the device.
@@ -134,8 +135,9 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
     dictionaries = shared_dictionaries(saes)
     stage.notes["shared_dictionaries"] = {name: first for name, first in dictionaries.items() if name != first}
     found: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(set(dictionaries.values())), desc="train meta-SAEs", unit="dictionary", dynamic_ncols=True,
-              file=sys.stderr) as bar:
+    with tqdm(
+        total=len(set(dictionaries.values())), desc="train meta-SAEs", unit="dictionary", dynamic_ncols=True, file=sys.stderr
+    ) as bar:
         for name, sae in saes.items():
             first = dictionaries[name]
             with guard.on(name):
@@ -150,8 +152,12 @@ def shared_dictionaries(saes: dict[str, SparseAutoencoder]) -> dict[str, str]:
     firsts: list[str] = []
     found = {}
     for name, sae in saes.items():
-        same = (first for first in firsts if saes[first].W_dec.shape == sae.W_dec.shape
-                and torch.allclose(saes[first].W_dec.float(), sae.W_dec.float(), rtol=1e-5, atol=1e-6))
+        same = (
+            first
+            for first in firsts
+            if saes[first].W_dec.shape == sae.W_dec.shape
+            and torch.allclose(saes[first].W_dec.float(), sae.W_dec.float(), rtol=1e-5, atol=1e-6)
+        )
         found[name] = next(same, name)
         if found[name] == name:
             firsts.append(name)
@@ -164,9 +170,14 @@ def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: R
     if not bool((rows_ND != rows_ND[0]).any()):
         raise UserError("the rows of its decoder do not vary")
     config = params.meta_sae
-    one_seed = fingerprint([
-        fingerprint([list(rows_ND.shape), rows_ND.cpu().numpy().tobytes().hex()]), device.type,
-        config.model_dump(exclude={"n_seeds"}), code_fingerprint(__name__)])
+    one_seed = fingerprint(
+        [
+            fingerprint([list(rows_ND.shape), rows_ND.cpu().numpy().tobytes().hex()]),
+            device.type,
+            config.model_dump(exclude={"n_seeds"}),
+            code_fingerprint(__name__),
+        ]
+    )
     seeds = []
     for number in range(config.n_seeds):
         key = fingerprint([one_seed, params.random_seed, number])[:40]
@@ -194,11 +205,15 @@ def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
     groups = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(0)) % _CLUSTERS
     count = min(_CLUSTERS, len(rows_ND))
     return {
-        "sae_bench": {"decoder_fraction_variance_explained": 1 - float(stock.sum() / centred.sum()),
-                      "final_reconstruction_mse": float(stock.sum()) / rows_ND.numel()},
-        "explained": _by_group(centred - residual, groups, count), "variance": _by_group(centred, groups, count),
+        "sae_bench": {
+            "decoder_fraction_variance_explained": 1 - float(stock.sum() / centred.sum()),
+            "final_reconstruction_mse": float(stock.sum()) / rows_ND.numel(),
+        },
+        "explained": _by_group(centred - residual, groups, count),
+        "variance": _by_group(centred, groups, count),
         "l0": len(code.active) / len(rows_ND),
-        "fraction_alive": len((code.active % width).unique()) / width, "width": width,
+        "fraction_alive": len((code.active % width).unique()) / width,
+        "width": width,
     }
 
 
@@ -209,7 +224,8 @@ def _by_group(values: Tensor, groups: Tensor, count: int) -> list[float]:
 def _result(name: str, sae: SparseAutoencoder, params: Params, found: dict[str, Any]) -> dict[str, Any]:
     seeds, config = found["seeds"], params.meta_sae
     return {
-        **harness.envelope(name, sae, EVAL_TYPE), "eval_type_id": EVAL_TYPE,
+        **harness.envelope(name, sae, EVAL_TYPE),
+        "eval_type_id": EVAL_TYPE,
         "eval_config": _sae_bench_config(config, params.random_seed),
         # no time in results: equal runs write equal bytes
         "eval_result_metrics": {"meta_structure": {**seeds[0]["sae_bench"], "train_time_seconds": 0.0}},
@@ -220,10 +236,19 @@ def _result(name: str, sae: SparseAutoencoder, params: Params, found: dict[str, 
 
 def _sae_bench_config(config: MetaSAE, seed: int) -> dict[str, Any]:
     return {
-        "random_seed": seed, "width_ratio": config.width_ratio, "k": config.k, "train_steps": config.train_steps,
-        "train_batch_size": config.train_batch_size, "learning_rate": config.learning_rate, "weight_decay": 0.0,
-        "autocast": False, "eval_batch_size": _STOCK_EVAL_ROWS, "dead_feature_window": 2000,
-        "feature_sampling_window": 200, "dtype": "float32"}
+        "random_seed": seed,
+        "width_ratio": config.width_ratio,
+        "k": config.k,
+        "train_steps": config.train_steps,
+        "train_batch_size": config.train_batch_size,
+        "learning_rate": config.learning_rate,
+        "weight_decay": 0.0,
+        "autocast": False,
+        "eval_batch_size": _STOCK_EVAL_ROWS,
+        "dead_feature_window": 2000,
+        "feature_sampling_window": 200,
+        "dtype": "float32",
+    }
 
 
 def _lab_block(seeds: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -232,9 +257,11 @@ def _lab_block(seeds: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     share = ratio(explained, variance)
     bounds = interval(share, seed)
     return {
-        "metrics": {"meta_sae_variance_explained": share.value,
-                    "meta_sae_l0": float(np.mean([figures["l0"] for figures in seeds])),
-                    "meta_sae_fraction_alive": float(np.mean([figures["fraction_alive"] for figures in seeds]))},
+        "metrics": {
+            "meta_sae_variance_explained": share.value,
+            "meta_sae_l0": float(np.mean([figures["l0"] for figures in seeds])),
+            "meta_sae_fraction_alive": float(np.mean([figures["fraction_alive"] for figures in seeds])),
+        },
         "intervals": {} if bounds is None else {"meta_sae_variance_explained": list(bounds)},
         "width": seeds[0]["width"],
         "seeds": [sum(figures["explained"]) / sum(figures["variance"]) for figures in seeds],

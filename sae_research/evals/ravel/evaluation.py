@@ -54,48 +54,87 @@ from sae_research.saes.base import Family, Guard
 from sae_research.stats.intervals import Ratio, interval, ratio, stored
 
 
-def ravel_result(name: str, sae: SparseAutoencoder, known: Sequence[Known], tasks: Sequence[Task],
-                 findings: Mapping[str, Any], whole: Mapping[str, Sequence[str]], params: Params,
-                 lm: LanguageModel) -> dict[str, Any]:
+def ravel_result(
+    name: str,
+    sae: SparseAutoencoder,
+    known: Sequence[Known],
+    tasks: Sequence[Task],
+    findings: Mapping[str, Any],
+    whole: Mapping[str, Sequence[str]],
+    params: Params,
+    lm: LanguageModel,
+) -> dict[str, Any]:
     """A validated `RAVELEvalOutput` as plain data. findings: task -> definition -> latents and answers; whole: task ->
     answers when the whole activation is patched."""
     from sae_bench.evals.ravel import eval_output as types
     from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
 
-    stock = {task.name: sae_bench_scores(known, task.sae_bench.test, findings[task.name]["sae_bench"]["answers"])
-             for task in tasks}
+    stock = {
+        task.name: sae_bench_scores(known, task.sae_bench.test, findings[task.name]["sae_bench"]["answers"])
+        for task in tasks
+    }
     config = params.ravel
-    return asdict(types.RAVELEvalOutput(
-        eval_config=RAVELEvalConfig(
-            entity_attribute_selection=config.entity_attribute_selection, top_n_entities=config.top_n_entities,
-            full_dataset_downsample=config.full_dataset_downsample, random_seed=params.random_seed,
-            num_pairs_per_attribute=config.num_pairs_per_attribute, train_test_split=config.train_test_split,
-            model_name=lm.name, llm_dtype=params.model.torch_dtype, llm_batch_size=config.batch_size,
-            learning_rate=config.learning_rate, num_epochs=config.num_epochs,
-            n_generated_tokens=config.n_generated_tokens),
-        eval_result_metrics=types.RAVELMetricCategories(
-            ravel=types.RAVELMetricResults(**_stock_names(mean_scores(stock, tasks), "disentanglement_score"))),
-        eval_result_details=[],
-        eval_result_unstructured={
-            **{f"{kind}_results": {task.name: _stock_names(stock[task.name], "disentangle_score") for task in tasks
-                                   if task.entity_class == kind} for kind in dict.fromkeys(t.entity_class for t in tasks)},
-            harness.LAB: _lab(known, tasks, findings, whole, params.random_seed)},
-        **harness.envelope(name, sae, "ravel")))
+    return asdict(
+        types.RAVELEvalOutput(
+            eval_config=RAVELEvalConfig(
+                entity_attribute_selection=config.entity_attribute_selection,
+                top_n_entities=config.top_n_entities,
+                full_dataset_downsample=config.full_dataset_downsample,
+                random_seed=params.random_seed,
+                num_pairs_per_attribute=config.num_pairs_per_attribute,
+                train_test_split=config.train_test_split,
+                model_name=lm.name,
+                llm_dtype=params.model.torch_dtype,
+                llm_batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                num_epochs=config.num_epochs,
+                n_generated_tokens=config.n_generated_tokens,
+            ),
+            eval_result_metrics=types.RAVELMetricCategories(
+                ravel=types.RAVELMetricResults(**_stock_names(mean_scores(stock, tasks), "disentanglement_score"))
+            ),
+            eval_result_details=[],
+            eval_result_unstructured={
+                **{
+                    f"{kind}_results": {
+                        task.name: _stock_names(stock[task.name], "disentangle_score")
+                        for task in tasks
+                        if task.entity_class == kind
+                    }
+                    for kind in dict.fromkeys(t.entity_class for t in tasks)
+                },
+                harness.LAB: _lab(known, tasks, findings, whole, params.random_seed),
+            },
+            **harness.envelope(name, sae, "ravel"),
+        )
+    )
 
 
-def _lab(known: Sequence[Known], tasks: Sequence[Task], findings: Mapping[str, Any], whole: Mapping[str, Sequence[str]],
-         seed: int) -> dict[str, Any]:
+def _lab(
+    known: Sequence[Known], tasks: Sequence[Task], findings: Mapping[str, Any], whole: Mapping[str, Sequence[str]], seed: int
+) -> dict[str, Any]:
     found = Outcomes(known, tasks, {task.name: findings[task.name][harness.LAB]["answers"] for task in tasks})
     scores, most = found.scores(), Outcomes(known, tasks, whole).scores()
     latents = {task.name: findings[task.name][harness.LAB]["latents"] for task in tasks}
     return {
-        "metrics": {**_names(mean_scores(scores, tasks)), "mask_latents": sum(latents.values()) / len(latents),
-                    **{f"whole_activation_{key}": value for key, value in _names(mean_scores(most, tasks)).items()}},
+        "metrics": {
+            **_names(mean_scores(scores, tasks)),
+            "mask_latents": sum(latents.values()) / len(latents),
+            **{f"whole_activation_{key}": value for key, value in _names(mean_scores(most, tasks)).items()},
+        },
         **found.evidence(seed),
-        "attributes": {task.name: {
-            **_names(scores[task.name]), "intervals": bounds(found.figures(task), seed),
-            "mask_latents": latents[task.name], "train_pairs": len(task.lab.train), "test_pairs": len(task.lab.test),
-            **{f"whole_activation_{key}": value for key, value in _names(most[task.name]).items()}} for task in tasks}}
+        "attributes": {
+            task.name: {
+                **_names(scores[task.name]),
+                "intervals": bounds(found.figures(task), seed),
+                "mask_latents": latents[task.name],
+                "train_pairs": len(task.lab.train),
+                "test_pairs": len(task.lab.test),
+                **{f"whole_activation_{key}": value for key, value in _names(most[task.name]).items()},
+            }
+            for task in tasks
+        },
+    }
 
 
 def _names(scores: Scores) -> dict[str, float]:
@@ -155,8 +194,9 @@ class Outcomes:
                 where = row, int(not pair.cause), column[_base(known, pair)]
                 self.right[where] += right(known[pair.target].prompt.label, answer)
                 self.pairs[where] += 1
-        self.key = fingerprint([[task.name, [[known[row].prompt.text for row in pair[:2]] for pair in task.lab.test]]
-                                for task in tasks])[:16]
+        self.key = fingerprint(
+            [[task.name, [[known[row].prompt.text for row in pair[:2]] for pair in task.lab.test]] for task in tasks]
+        )[:16]
 
     def scores(self) -> dict[str, Scores]:
         """By task."""
@@ -174,16 +214,25 @@ class Outcomes:
         share = [float(only is None or task is only) / sizes[task.entity_class] for task in self.tasks]
         weight = np.asarray(share)[:, None, None] / self.pairs.sum(-1, keepdims=True)
         parts = {"cause": slice(0, 1), "isolation": slice(1, 2), "disentanglement": slice(0, 2)}
-        return {key: Ratio((weight * self.right)[:, kinds].sum((0, 1)), (weight * self.pairs)[:, kinds].sum((0, 1)),
-                           np.asarray(self.strata)) for key, kinds in parts.items()}
+        return {
+            key: Ratio(
+                (weight * self.right)[:, kinds].sum((0, 1)),
+                (weight * self.pairs)[:, kinds].sum((0, 1)),
+                np.asarray(self.strata),
+            )
+            for key, kinds in parts.items()
+        }
 
     def evidence(self, seed: int) -> dict[str, Any]:
         """What `lab_v1` holds on how sure its figures are: intervals, and the sums by entity behind them."""
         figures = self.figures()
-        return {"intervals": bounds(figures, seed),
-                "clusters": {CLUSTERS: {"level": "entity", "clusters": len(self.entities), "strata": self.strata,
-                                        "key": self.key}},
-                "cluster_sums": {key: stored(figure, CLUSTERS) for key, figure in figures.items()}}
+        return {
+            "intervals": bounds(figures, seed),
+            "clusters": {
+                CLUSTERS: {"level": "entity", "clusters": len(self.entities), "strata": self.strata, "key": self.key}
+            },
+            "cluster_sums": {key: stored(figure, CLUSTERS) for key, figure in figures.items()},
+        }
 
 
 def bounds(figures: Mapping[str, Ratio], seed: int) -> dict[str, list[float]]:
@@ -202,8 +251,9 @@ def _base(known: Sequence[Known], pair: Pair) -> tuple[str, str]:
 Findings = dict[str, dict[str, dict[str, Any]]]
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `RAVELEvalOutput` in plain data.
 
     Attributes that the model does not know and SAEs that fail are skipped with their reason. Raises `NotApplicable`
@@ -216,8 +266,11 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         group = PromptActivations(lm, hook, facts, params)
         tasks = build_tasks(facts, group.usable, params, stage)
         if not tasks:
-            stage.skip(hook, f"no attribute has pairs enough; {len(group.usable)} of {len(facts)} prompts have an entity "
-                       "token that counts (token_mask)")
+            stage.skip(
+                hook,
+                f"no attribute has pairs enough; {len(group.usable)} of {len(facts)} prompts have an entity "
+                "token that counts (token_mask)",
+            )
             continue
         whole = _whole_activation(group, tasks, params)
         asked = True
@@ -228,9 +281,11 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
         raise NotApplicable("; ".join(f"{what}: {why}" for what, why in stage.skipped.items()))
 
 
-def _findings(members: dict[str, SparseAutoencoder], group: PromptActivations, tasks: list[Task],
-              params: Params, guard: Guard) -> dict[str, Findings]:
+def _findings(
+    members: dict[str, SparseAutoencoder], group: PromptActivations, tasks: list[Task], params: Params, guard: Guard
+) -> dict[str, Findings]:
     """Of every SAE at a hook that can be scored, from the cache or afresh."""
+
     def score(family: Family) -> Iterator[tuple[str, Findings]]:
         latents = group.entity_latents(family)
         for name, sae in family.items():
@@ -250,8 +305,9 @@ def _findings(members: dict[str, SparseAutoencoder], group: PromptActivations, t
     return guard.left(found)
 
 
-def findings_of(swap: Swap, tasks: Sequence[Task], params: Params,
-                definitions: Sequence[str] = ("sae_bench", harness.LAB)) -> Findings:
+def findings_of(
+    swap: Swap, tasks: Sequence[Task], params: Params, definitions: Sequence[str] = ("sae_bench", harness.LAB)
+) -> Findings:
     """Learn one SAE's masks of every task in both definitions, and ask the patched model."""
     asked = [(task, definition) for task in tasks for definition in definitions]
     plans = [task.lab if definition == harness.LAB else task.sae_bench for task, definition in asked]
@@ -260,8 +316,10 @@ def findings_of(swap: Swap, tasks: Sequence[Task], params: Params,
     learnt = learn(problems, swap, params)
     for (task, definition), plan, problem, numbers in zip(asked, plans, problems, learnt, strict=True):
         taken = numbers > 0
-        findings[task.name][definition] = {"latents": int(taken.sum()), "answers": _ask(
-            swap.group, plan.test, partial(_mix, swap, taken, problem.keeps_error), params)}
+        findings[task.name][definition] = {
+            "latents": int(taken.sum()),
+            "answers": _ask(swap.group, plan.test, partial(_mix, swap, taken, problem.keeps_error), params),
+        }
     return findings
 
 
@@ -277,20 +335,27 @@ def _whole_activation(group: PromptActivations, tasks: list[Task], params: Param
     key = model_key(lm, ["whole", group.hook, _inputs(group.known, params)], __name__)
     found = cache.get(key)
     if found is None:
-        found = {task.name: _ask(group, task.lab.test, lambda part: group.entity[[pair.source for pair in part]], params)
-                 for task in tasks}
+        found = {
+            task.name: _ask(group, task.lab.test, lambda part: group.entity[[pair.source for pair in part]], params)
+            for task in tasks
+        }
         cache.put(key, found)
     return found
 
 
-def _ask(group: PromptActivations, asked: list[Pair], patch: Callable[[Sequence[Pair]], Tensor],
-         params: Params) -> list[str]:
+def _ask(
+    group: PromptActivations, asked: list[Pair], patch: Callable[[Sequence[Pair]], Tensor], params: Params
+) -> list[str]:
     """Answers to every pair's base, patched; a part at a time, for latents of many pairs are large."""
     size = params.model.llm_batch_size
-    patched = torch.cat([patch(asked[start:start + size]) for start in range(0, len(asked), size)])
+    patched = torch.cat([patch(asked[start : start + size]) for start in range(0, len(asked), size)])
     return group.answers(asked, patched)
 
 
 def _inputs(facts: Sequence[Known], params: Params) -> list[Any]:
-    return [params.ravel.model_dump(), params.token_mask.model_dump(), params.random_seed,
-            fingerprint([[one.first, *one.prompt] for one in facts])]
+    return [
+        params.ravel.model_dump(),
+        params.token_mask.model_dump(),
+        params.random_seed,
+        fingerprint([[one.first, *one.prompt] for one in facts]),
+    ]

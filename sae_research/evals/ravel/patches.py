@@ -72,16 +72,20 @@ def build_tasks(known: Sequence[Known], rows: Sequence[int], params: Params, sta
     and to score are skipped with that reason."""
     tasks, config = [], params.ravel
     for entity_class, attribute in dict.fromkeys(
-            (known[row].prompt.entity_class, known[row].prompt.attribute) for row in rows):
+        (known[row].prompt.entity_class, known[row].prompt.attribute) for row in rows
+    ):
         mine = [row for row in rows if known[row].prompt.entity_class == entity_class]
         others = list(dict.fromkeys(known[row].prompt.attribute for row in mine))
         others.remove(attribute)
         prompts = [one.prompt for one in known]
         sizes = config.num_pairs_per_attribute, config.train_test_split
         seed = f"{params.random_seed} {entity_class} {attribute}"
-        task = Task(entity_class, attribute,
-                    sae_bench_plan(random.Random(seed), prompts, mine, attribute, others, *sizes),
-                    lab_plan(random.Random(f"{seed} lab"), prompts, mine, attribute, others, *sizes))
+        task = Task(
+            entity_class,
+            attribute,
+            sae_bench_plan(random.Random(seed), prompts, mine, attribute, others, *sizes),
+            lab_plan(random.Random(f"{seed} lab"), prompts, mine, attribute, others, *sizes),
+        )
         if _scorable(task, known):
             tasks.append(task)
         else:
@@ -95,39 +99,66 @@ def seems_isolation(known: Sequence[Known], pair: Pair) -> bool:
     return known[pair.base].first == known[pair.target].first
 
 
-def sae_bench_plan(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str,
-                   others: Sequence[str], n_pairs: int, train_share: float) -> Plan:
+def sae_bench_plan(
+    rng: random.Random,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    attribute: str,
+    others: Sequence[str],
+    n_pairs: int,
+    train_share: float,
+) -> Plan:
     """SAE Bench's pairs, drawn in its order, split at random: an entity, even a prompt, may stand on both sides."""
     pairs = _draw(rng, prompts, rows, attribute, others, n_pairs, lambda a, b: a.label != b.label)
     n_train = int(len(pairs) * train_share)
     return Plan(pairs[:n_train], pairs[n_train:])
 
 
-def lab_plan(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str, others: Sequence[str],
-             n_pairs: int, train_share: float) -> Plan:
+def lab_plan(
+    rng: random.Random,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    attribute: str,
+    others: Sequence[str],
+    n_pairs: int,
+    train_share: float,
+) -> Plan:
     """As many pairs, those to learn from and those to score about different entities."""
     n_train = max(1, int(n_pairs * train_share))
     parts = []
     for held_out, size in ((False, n_train), (True, max(1, n_pairs - n_train))):
         part = [row for row in rows if prompts[row].held_out == held_out]
-        parts.append(_draw(rng, prompts, part, attribute, others, size,
-                           lambda a, b: not names(a.label) & names(b.label)))
+        parts.append(_draw(rng, prompts, part, attribute, others, size, lambda a, b: not names(a.label) & names(b.label)))
     return Plan(*parts)
 
 
-def _draw(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str, others: Sequence[str],
-          n_pairs: int, differ: Differ) -> list[Pair]:
+def _draw(
+    rng: random.Random,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    attribute: str,
+    others: Sequence[str],
+    n_pairs: int,
+    differ: Differ,
+) -> list[Pair]:
     """`n_pairs` cause pairs and as many isolation pairs, spread over the other attributes, shuffled."""
     cause = _pairs(rng, prompts, rows, attribute, n_pairs, differ, True)
     isolation = [pair for other in others for pair in _pairs(rng, prompts, rows, other, n_pairs, differ, False)]
     rng.shuffle(isolation)
-    pairs = cause + isolation[:len(cause)]
+    pairs = cause + isolation[: len(cause)]
     rng.shuffle(pairs)
     return pairs
 
 
-def _pairs(rng: random.Random, prompts: Sequence[Prompt], rows: Sequence[int], attribute: str, n_pairs: int,
-           differ: Differ, cause: bool) -> list[Pair]:
+def _pairs(
+    rng: random.Random,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    attribute: str,
+    n_pairs: int,
+    differ: Differ,
+    cause: bool,
+) -> list[Pair]:
     """Prompts about `attribute`, none of them twice as base, each with a source of another value."""
     mine = [row for row in rows if prompts[row].attribute == attribute]
     bases = mine if len(mine) < n_pairs else rng.sample(mine, n_pairs)
@@ -172,8 +203,12 @@ def learn(problems: Sequence[Problem], swap: Swap, params: Params) -> list[Tenso
     batches = [_batches(problem.pairs, config) for problem in problems]
     schedules = [temperatures(len(steps)) for steps in batches]
     for step in range(max(map(len, batches))):
-        rows = [_Row(pair, problem.keeps_error, numbers[p], float(schedules[p][step]), 1 / len(batches[p][step]))
-                for p, problem in enumerate(problems) if step < len(batches[p]) for pair in batches[p][step]]
+        rows = [
+            _Row(pair, problem.keeps_error, numbers[p], float(schedules[p][step]), 1 / len(batches[p][step]))
+            for p, problem in enumerate(problems)
+            if step < len(batches[p])
+            for pair in batches[p][step]
+        ]
         for part in _like_length(rows, swap, params):
             _loss(part, swap).backward()
         for p, optimiser in enumerate(optimisers):
@@ -207,7 +242,7 @@ def _loss(rows: Sequence[_Row], swap: Swap) -> Tensor:
 
 def _batches(pairs: list[Pair], config: Config) -> list[list[Pair]]:
     """The batch of every step: the same in every epoch, as in SAE Bench, the last one as large as is left."""
-    epoch = [pairs[start:start + config.batch_size] for start in range(0, len(pairs), config.batch_size)]
+    epoch = [pairs[start : start + config.batch_size] for start in range(0, len(pairs), config.batch_size)]
     return epoch * config.num_epochs
 
 
@@ -216,7 +251,7 @@ def _like_length(rows: list[_Row], swap: Swap, params: Params) -> Iterator[list[
     ordered = sorted(rows, key=lambda row: swap.group.length(row.pair))
     size = rows_at_once(params, swap.group.length(ordered[-1].pair))
     for start in range(0, len(ordered), size):
-        yield ordered[start:start + size]
+        yield ordered[start : start + size]
 
 
 class PromptActivations(HookActivations):

@@ -60,7 +60,7 @@ def names(label: str) -> frozenset[str]:
 def right(label: str, answer: str) -> bool:
     """Whether the answer opens with one of the label's names as whole words."""
     said = answer.strip(' "\n').split('"')[0].strip().lower().removeprefix("the ")
-    return any(said.startswith(name) and not said[len(name):len(name) + 1].isalnum() for name in names(label))
+    return any(said.startswith(name) and not said[len(name) : len(name) + 1].isalnum() for name in names(label))
 
 
 def right_sae_bench(prompt: str, label: str, answer: str) -> bool:
@@ -118,12 +118,16 @@ def load_class(source: str, name: str, attributes: list[str], stage: StageFolder
     splits = _read(folder, name, "entity_to_split", str)
     unknown = [attribute for attribute in attributes if attribute not in templates]
     if unknown:
-        raise UserError(f"ravel.entity_attribute_selection: {name} has no attribute {unknown[0]!r} in {folder}; "
-                        f"available: {', '.join(templates)}")
+        raise UserError(
+            f"ravel.entity_attribute_selection: {name} has no attribute {unknown[0]!r} in {folder}; "
+            f"available: {', '.join(templates)}"
+        )
     return EntityClass(
-        name, {entity: {key: str(value) for key, value in known.items()} for entity, known in values.items()},
+        name,
+        {entity: {key: str(value) for key, value in known.items()} for entity, known in values.items()},
         {attribute: list(_usable(name, templates[attribute], stage)) for attribute in attributes},
-        frozenset(entity for entity in values if splits.get(entity, "train") != "train"))
+        frozenset(entity for entity in values if splits.get(entity, "train") != "train"),
+    )
 
 
 def build_prompts(lm: LanguageModel, entities: EntityClass) -> list[Prompt]:
@@ -142,10 +146,21 @@ def build_prompts(lm: LanguageModel, entities: EntityClass) -> list[Prompt]:
     if not lm.tokenizer.is_fast:
         raise UserError(f"{lm.name}: its tokenizer does not say where tokens stand in a text; RAVEL needs a fast one")
     encoded = lm.tokenizer([text for _, text in asked], add_special_tokens=False, return_offsets_mapping=True)
-    return [Prompt(entities.name, entity, attribute, text, entities.values[entity][attribute],
-                   entity in entities.held_out, (lm.separator_id, *ids), 1 + _token_before(offsets, end))
-            for ((attribute, text), (entity, end)), ids, offsets in zip(
-                asked.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+    return [
+        Prompt(
+            entities.name,
+            entity,
+            attribute,
+            text,
+            entities.values[entity][attribute],
+            entity in entities.held_out,
+            (lm.separator_id, *ids),
+            1 + _token_before(offsets, end),
+        )
+        for ((attribute, text), (entity, end)), ids, offsets in zip(
+            asked.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True
+        )
+    ]
 
 
 def _token_before(offsets: list[tuple[int, int]], end: int) -> int:
@@ -162,6 +177,7 @@ def _usable(name: str, templates: list[Any], stage: StageFolder) -> Iterator[str
 
 
 # --- files -----------------------------------------------------------------------------------
+
 
 def _folder(source: str, name: str) -> Path:
     if source == PACKAGED:
@@ -181,8 +197,12 @@ def _read(folder: Path, name: str, kind: str, of: type) -> dict[str, Any]:
     file_name = f"ravel_{name}_{kind}.json"
     path = next(iter(sorted(folder.rglob(file_name))), None)
     if path is None:
-        there = sorted({file.name.removeprefix("ravel_").removesuffix("_attribute_to_prompts.json")
-                        for file in folder.rglob("ravel_*_attribute_to_prompts.json")})
+        there = sorted(
+            {
+                file.name.removeprefix("ravel_").removesuffix("_attribute_to_prompts.json")
+                for file in folder.rglob("ravel_*_attribute_to_prompts.json")
+            }
+        )
         raise UserError(f"ravel.prompts: {folder} holds no {file_name}; entity classes there: {', '.join(there) or 'none'}")
     content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(value, of) for value in content.values()):
@@ -208,8 +228,14 @@ def known_prompts(lm: LanguageModel, params: Params, stage: StageFolder) -> list
     for name, attributes in config.entity_attribute_selection.items():
         entities = load_class(config.prompts, name, attributes, stage)
         prompts = _downsampled(build_prompts(lm, entities), config.full_dataset_downsample, params.random_seed)
-        known = _most_known([Known(prompt, ids[0]) for prompt, ids in zip(
-            prompts, _answers(lm, prompts, params), strict=True) if _is_right(lm, prompt, ids)], config.top_n_entities)
+        known = _most_known(
+            [
+                Known(prompt, ids[0])
+                for prompt, ids in zip(prompts, _answers(lm, prompts, params), strict=True)
+                if _is_right(lm, prompt, ids)
+            ],
+            config.top_n_entities,
+        )
         counts[name] = {attribute: _count(prompts, known, attribute) for attribute in attributes}
         usable = [a for a in attributes if _qualifies(known, a, counts[name][a], name, config.min_known_entities, stage)]
         if len(usable) < 2:
@@ -218,8 +244,10 @@ def known_prompts(lm: LanguageModel, params: Params, stage: StageFolder) -> list
         kept += [one for one in known if one.prompt.attribute in usable]
     stage.notes["known"] = counts
     if not kept:
-        raise NotApplicable(f"{lm.name} knows too few of the asked facts for RAVEL: " + "; ".join(
-            f"{what}: {why}" for what, why in stage.skipped.items()))
+        raise NotApplicable(
+            f"{lm.name} knows too few of the asked facts for RAVEL: "
+            + "; ".join(f"{what}: {why}" for what, why in stage.skipped.items())
+        )
     return kept
 
 
@@ -242,7 +270,7 @@ def by_length(lengths: Sequence[int], params: Params) -> Iterator[list[int]]:
         same = [row for row, other in enumerate(lengths) if other == length]
         size = rows_at_once(params, length)
         for start in range(0, len(same), size):
-            yield same[start:start + size]
+            yield same[start : start + size]
 
 
 def _answers(lm: LanguageModel, prompts: list[Prompt], params: Params) -> list[list[int]]:
@@ -283,21 +311,28 @@ def _most_known(known: list[Known], n_entities: int) -> list[Known]:
 
 def _count(prompts: list[Prompt], known: list[Known], attribute: str) -> dict[str, int]:
     mine = [one.prompt for one in known if one.prompt.attribute == attribute]
-    return {"prompts": sum(prompt.attribute == attribute for prompt in prompts), "known_prompts": len(mine),
-            "known_entities": len({prompt.entity for prompt in mine}), "known_values": len({p.label for p in mine})}
+    return {
+        "prompts": sum(prompt.attribute == attribute for prompt in prompts),
+        "known_prompts": len(mine),
+        "known_entities": len({prompt.entity for prompt in mine}),
+        "known_values": len({p.label for p in mine}),
+    }
 
 
-def _qualifies(known: list[Known], attribute: str, count: dict[str, int], name: str, least: int,
-               stage: StageFolder) -> bool:
+def _qualifies(known: list[Known], attribute: str, count: dict[str, int], name: str, least: int, stage: StageFolder) -> bool:
     if count["known_entities"] < least:
-        stage.skip(f"{name}/{attribute}", f"the model answers {count['known_prompts']} of {count['prompts']} prompts, "
-                   f"about {count['known_entities']} entities; {least} are needed (ravel.min_known_entities)")
+        stage.skip(
+            f"{name}/{attribute}",
+            f"the model answers {count['known_prompts']} of {count['prompts']} prompts, "
+            f"about {count['known_entities']} entities; {least} are needed (ravel.min_known_entities)",
+        )
         return False
     for part, held_out in (("train", False), ("held-out", True)):
-        labels = {one.prompt.label for one in known
-                  if one.prompt.attribute == attribute and one.prompt.held_out == held_out}
+        labels = {one.prompt.label for one in known if one.prompt.attribute == attribute and one.prompt.held_out == held_out}
         if len(labels) < 2:
-            stage.skip(f"{name}/{attribute}", f"known {part} entities differ in {len(labels)} values of it; "
-                       "patching one for another needs two")
+            stage.skip(
+                f"{name}/{attribute}",
+                f"known {part} entities differ in {len(labels)} values of it; patching one for another needs two",
+            )
             return False
     return True

@@ -61,8 +61,16 @@ _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
 EVAL_TYPE = "sparse_probing_sae_probes"
 
 
-def result(name: str, sae: SparseAutoencoder, model_name: str, params: Params, tasks: list[ProbeTask],
-           rows: dict[str, Tensor], raw: dict[str, Record], found: dict[str, Record]) -> dict[str, Any]:
+def result(
+    name: str,
+    sae: SparseAutoencoder,
+    model_name: str,
+    params: Params,
+    tasks: list[ProbeTask],
+    rows: dict[str, Tensor],
+    raw: dict[str, Record],
+    found: dict[str, Record],
+) -> dict[str, Any]:
     """What SAE Bench's `SparseProbingSaeProbesEvalOutput` is as plain data, with ours in the unstructured block.
 
     rows: task -> number of each of its texts, equal for equal texts. SAE Bench's own class is not imported: that reads
@@ -70,19 +78,34 @@ def result(name: str, sae: SparseAutoencoder, model_name: str, params: Params, t
     """
     config = params.sparse_probing_sae_probes
     bench = {task.name: {**raw[task.name]["sae_bench"], **found[task.name]["sae_bench"]} for task in tasks}
-    means = {probe: {metric: float(np.mean([values[probe][metric] for values in bench.values()])) for metric in METRICS}
-             for probe in next(iter(bench.values()))}
+    means = {
+        probe: {metric: float(np.mean([values[probe][metric] for values in bench.values()])) for metric in METRICS}
+        for probe in next(iter(bench.values()))
+    }
     flat = _flat(means)
     return {
-        **harness.envelope(name, sae, EVAL_TYPE), "eval_type_id": EVAL_TYPE,
+        **harness.envelope(name, sae, EVAL_TYPE),
+        "eval_type_id": EVAL_TYPE,
         "eval_config": {
-            "model_name": model_name, "random_seed": params.random_seed, "dataset_names": [task.name for task in tasks],
-            "reg_type": "l1", "setting": "normal", "ks": list(config.k_values), "binarize": False, "results_path": "",
-            "model_cache_path": None, "include_llm_baseline": True, "baseline_method": "logreg"},
-        "eval_result_metrics": {"llm": {key: value for key, value in flat.items() if key.startswith("llm_")},
-                                "sae": {key: value for key, value in flat.items() if key.startswith("sae_")}},
+            "model_name": model_name,
+            "random_seed": params.random_seed,
+            "dataset_names": [task.name for task in tasks],
+            "reg_type": "l1",
+            "setting": "normal",
+            "ks": list(config.k_values),
+            "binarize": False,
+            "results_path": "",
+            "model_cache_path": None,
+            "include_llm_baseline": True,
+            "baseline_method": "logreg",
+        },
+        "eval_result_metrics": {
+            "llm": {key: value for key, value in flat.items() if key.startswith("llm_")},
+            "sae": {key: value for key, value in flat.items() if key.startswith("sae_")},
+        },
         "eval_result_details": [
-            {"dataset_name": task, **_flat(probes), "sae_metrics_by_k": _by_k(probes)} for task, probes in bench.items()],
+            {"dataset_name": task, **_flat(probes), "sae_metrics_by_k": _by_k(probes)} for task, probes in bench.items()
+        ],
         "sae_metrics_by_k": _by_k(means),
         "eval_result_unstructured": {harness.LAB: _lab_block(tasks, rows, raw, found, params.random_seed)},
     }
@@ -91,18 +114,23 @@ def result(name: str, sae: SparseAutoencoder, model_name: str, params: Params, t
 def _flat(probes: dict[str, dict[str, float]]) -> dict[str, float | None]:
     """SAE Bench's fields, None where there is no figure; it has fields for seven values of k only."""
     fields = {"llm": "llm", **{f"top_{k}": f"sae_top_{k}" for k in _SAE_BENCH_K}}
-    values = {f"{field}_test_{metric}": probes.get(probe, {}).get(metric)
-              for probe, field in fields.items() for metric in METRICS}
+    values = {
+        f"{field}_test_{metric}": probes.get(probe, {}).get(metric) for probe, field in fields.items() for metric in METRICS
+    }
     return {**values, "sae_test_accuracy": None}
 
 
 def _by_k(probes: dict[str, dict[str, float]]) -> dict[int, dict[str, float]]:
-    return {int(probe.removeprefix("top_")): {f"test_{metric}": value for metric, value in values.items()}
-            for probe, values in probes.items() if probe != "llm"}
+    return {
+        int(probe.removeprefix("top_")): {f"test_{metric}": value for metric, value in values.items()}
+        for probe, values in probes.items()
+        if probe != "llm"
+    }
 
 
-def _lab_block(tasks: list[ProbeTask], rows: dict[str, Tensor], raw: dict[str, Record], found: dict[str, Record],
-               seed: int) -> dict[str, Any]:
+def _lab_block(
+    tasks: list[ProbeTask], rows: dict[str, Tensor], raw: dict[str, Record], found: dict[str, Record], seed: int
+) -> dict[str, Any]:
     by_task: dict[str, dict[str, float]] = {}
     resampled: dict[str, dict[str, np.ndarray]] = {}
     asked: dict[str, dict[str, list[str]]] = {}
@@ -170,8 +198,9 @@ class _Texts(NamedTuple):
             yield group
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingSaeProbesEvalOutput` in plain data.
 
     A task with one class or too few texts, a k beyond an SAE's latents, and an SAE that fails, are skipped with their
@@ -200,8 +229,10 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
         except TaskUnavailable as error:
             stage.skip(name, str(error))
     if not tasks:
-        raise UserError("sparse_probing_sae_probes.dataset_names: no task is usable: " + "; ".join(
-            f"{what}: {why}" for what, why in stage.skipped.items()))
+        raise UserError(
+            "sparse_probing_sae_probes.dataset_names: no task is usable: "
+            + "; ".join(f"{what}: {why}" for what, why in stage.skipped.items())
+        )
     row_of: dict[str, int] = {}
     rows = {task.name: torch.tensor([row_of.setdefault(text, len(row_of)) for text in task.texts]) for task in tasks}
     stage.notes["tasks"] = {task.name: task.notes for task in tasks}
@@ -231,20 +262,31 @@ class _HookScores:
         for (name, task), key in self.keys.items():
             found[name][task] = self.cache.get(key)
         missing = sum(record is None for records in found.values() for record in records.values())
-        with tqdm(total=missing, desc="encode and probe", unit="task", dynamic_ncols=True, disable=not missing,
-                  file=sys.stderr) as bar:
-            lacking = [task for task in self.texts.tasks
-                       if raw[task.name] is None or any(records[task.name] is None for records in found.values())]
+        with tqdm(
+            total=missing, desc="encode and probe", unit="task", dynamic_ncols=True, disable=not missing, file=sys.stderr
+        ) as bar:
+            lacking = [
+                task
+                for task in self.texts.tasks
+                if raw[task.name] is None or any(records[task.name] is None for records in found.values())
+            ]
             for group in self.texts.groups(lacking):
                 self._group(group, raw, found, bar)
         return raw, found
 
     def _group(self, group: list[ProbeTask], raw: dict[str, Any], found: dict[str, dict[str, Any]], bar: Any) -> None:
-        missing = {name: sae for name, sae in self.guard.left(self.saes).items()
-                   if any(found[name][task.name] is None for task in group)}
+        missing = {
+            name: sae
+            for name, sae in self.guard.left(self.saes).items()
+            if any(found[name][task.name] is None for task in group)
+        }
         numbers = torch.cat([self.texts.rows[task.name] for task in group]).unique()
-        last = LastTokens([self.texts.tokens[i] for i in numbers], self.norm, self.params,
-                          whole=not all(sae.per_token for sae in self.saes.values()))
+        last = LastTokens(
+            [self.texts.tokens[i] for i in numbers],
+            self.norm,
+            self.params,
+            whole=not all(sae.per_token for sae in self.saes.values()),
+        )
         index = {task.name: torch.searchsorted(numbers, self.texts.rows[task.name]) for task in group}
         for task in group:
             if raw[task.name] is None:
@@ -272,20 +314,38 @@ class _HookScores:
         bench, lab, seed = task.sae_bench, task.lab, self.params.random_seed
         # threads would only wait for one another: many fits of a few hundred texts
         with threadpool_limits(1):
-            return _as_record(task, {
-                "sae_bench": {"llm": sae_bench_full_scores(
-                    activations.sae_bench[bench.train].numpy(), bench.train_labels,
-                    activations.sae_bench[bench.test].numpy(), seed)},
-                "lab": {"llm": full_scores(activations.lab[lab.train].numpy(), lab.train_labels,
-                                           activations.lab[lab.test].numpy(), seed)}})
+            return _as_record(
+                task,
+                {
+                    "sae_bench": {
+                        "llm": sae_bench_full_scores(
+                            activations.sae_bench[bench.train].numpy(),
+                            bench.train_labels,
+                            activations.sae_bench[bench.test].numpy(),
+                            seed,
+                        )
+                    },
+                    "lab": {
+                        "llm": full_scores(
+                            activations.lab[lab.train].numpy(), lab.train_labels, activations.lab[lab.test].numpy(), seed
+                        )
+                    },
+                },
+            )
 
     def _record(self, task: ProbeTask, latents: Vectors) -> Record:
         """The probes on the k best latents, for every k."""
         probes: dict[str, dict[str, Scores]] = {}
         with threadpool_limits(1):
             for definition, z, split in (("sae_bench", latents.sae_bench, task.sae_bench), ("lab", latents.lab, task.lab)):
-                scores = top_k_scores(z[split.train], split.train_labels, z[split.test], self.config.k_values,
-                                      self.params.random_seed, saturate=definition == "sae_bench")
+                scores = top_k_scores(
+                    z[split.train],
+                    split.train_labels,
+                    z[split.test],
+                    self.config.k_values,
+                    self.params.random_seed,
+                    saturate=definition == "sae_bench",
+                )
                 probes[definition] = {f"top_{k}": value for k, value in scores.items()}
         return _as_record(task, probes)
 
@@ -293,5 +353,7 @@ class _HookScores:
 def _as_record(task: ProbeTask, probes: dict[str, dict[str, Scores]]) -> Record:
     """JSON-able: SAE Bench's metrics, and of ours every test text's decision value."""
     labels = task.sae_bench.test_labels
-    return {"sae_bench": {probe: scores.metrics(labels) for probe, scores in probes["sae_bench"].items()},
-            "lab": {probe: scores.decisions.tolist() for probe, scores in probes["lab"].items()}}
+    return {
+        "sae_bench": {probe: scores.metrics(labels) for probe, scores in probes["sae_bench"].items()},
+        "lab": {probe: scores.decisions.tolist() for probe, scores in probes["lab"].items()},
+    }

@@ -50,9 +50,11 @@ def resampled_metrics(scores: Scores, labels: np.ndarray, task: str, seed: int) 
     above = ranked[positive][:, None] - ranked[~positive]
     pairs = np.where(above > 0, 1.0, np.where(above == 0, 0.5, 0.0))  # positive against negative texts
     won = ((weights_RN[:, positive] @ pairs) * weights_RN[:, ~positive]).sum(1)
-    return {"accuracy": weights_RN @ (said == positive) / len(labels),
-            "auc": won / (positive.sum() * (~positive).sum()),
-            "f1": weighted_f1(said, positive, weights_RN)}
+    return {
+        "accuracy": weights_RN @ (said == positive) / len(labels),
+        "auc": won / (positive.sum() * (~positive).sum()),
+        "f1": weighted_f1(said, positive, weights_RN),
+    }
 
 
 @lru_cache(maxsize=128)
@@ -134,6 +136,7 @@ def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # --- the l1 solver ------------------------------------------------------------------------------
 
+
 @numba.njit(cache=True)
 def _objective(x: np.ndarray, signs: np.ndarray, cost: float, penalty: np.ndarray, u: np.ndarray, b: float) -> float:
     total = 0.0
@@ -150,8 +153,9 @@ def _objective(x: np.ndarray, signs: np.ndarray, cost: float, penalty: np.ndarra
 
 
 @numba.njit(cache=True)
-def _model(x: np.ndarray, signs: np.ndarray, cost: float, u: np.ndarray, b: float, gradient: np.ndarray,
-           curvature: np.ndarray) -> None:
+def _model(
+    x: np.ndarray, signs: np.ndarray, cost: float, u: np.ndarray, b: float, gradient: np.ndarray, curvature: np.ndarray
+) -> None:
     """Gradient [k + 1] and Hessian [k + 1, k + 1] of the loss, the intercept last, written in place."""
     k = len(u)
     gradient[:] = 0.0
@@ -205,8 +209,7 @@ def _step(gradient: np.ndarray, curvature: np.ndarray, penalty: np.ndarray, u: n
 
 
 @numba.njit(cache=True)
-def _decrease(gradient: np.ndarray, curvature: np.ndarray, penalty: np.ndarray, u: np.ndarray,
-              step: np.ndarray) -> float:
+def _decrease(gradient: np.ndarray, curvature: np.ndarray, penalty: np.ndarray, u: np.ndarray, step: np.ndarray) -> float:
     """What the first-order model promises of a step: negative unless the step is none."""
     total = 0.0
     for j in range(len(u)):
@@ -246,6 +249,7 @@ def _l1_path(x: np.ndarray, signs: np.ndarray, costs: np.ndarray, penalty: np.nd
 
 
 # --- the l2 solver ----------------------------------------------------------------------------
+
 
 def _l2_newton(x: np.ndarray, signs: np.ndarray, cost: float, theta: np.ndarray) -> np.ndarray:
     """The optimum for one C. x: [n, d + 1], its last column ones; theta [d + 1] is where to start."""
@@ -296,8 +300,11 @@ class Scores(NamedTuple):
         """Accuracy, AUC, and F1 averaged over both classes by their number of texts. labels: [n] of 0 and 1."""
         positive = labels > 0
         said = self.decisions > 0
-        return {"accuracy": float((said == positive).mean()), "auc": auc(self.ranked(), positive),
-                "f1": float(weighted_f1(said, positive))}
+        return {
+            "accuracy": float((said == positive).mean()),
+            "auc": auc(self.ranked(), positive),
+            "f1": float(weighted_f1(said, positive)),
+        }
 
 
 def top_latents(x: Tensor, labels: np.ndarray, k: int) -> Tensor:
@@ -312,8 +319,9 @@ def top_latents(x: Tensor, labels: np.ndarray, k: int) -> Tensor:
     return torch.argsort(difference.abs(), descending=True)[:k]
 
 
-def top_k_scores(train: Tensor, labels: np.ndarray, test: Tensor, ks: Sequence[int], seed: int,
-                 saturate: bool) -> dict[int, Scores]:
+def top_k_scores(
+    train: Tensor, labels: np.ndarray, test: Tensor, ks: Sequence[int], seed: int, saturate: bool
+) -> dict[int, Scores]:
     """Decision values of an l1 probe on the k best latents, for every k up to the number of latents.
 
     C has the highest AUC on validation texts taken from `train` [texts, d]; the probe is then fitted on all of them.
@@ -331,8 +339,7 @@ def full_scores(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: i
     return _choose_and_fit(l2_path, train.astype(np.float64), labels, test.astype(np.float64), seed, saturate=False)
 
 
-def _choose_and_fit(path: Path, x: np.ndarray, labels: np.ndarray, x_test: np.ndarray, seed: int,
-                    saturate: bool) -> Scores:
+def _choose_and_fit(path: Path, x: np.ndarray, labels: np.ndarray, x_test: np.ndarray, seed: int, saturate: bool) -> Scores:
     folds = []
     for train, held_out in _folds(labels, seed):
         weights, intercepts = path(x[train], labels[train], COSTS)
@@ -347,8 +354,7 @@ def sae_bench_full_scores(train: np.ndarray, labels: np.ndarray, test: np.ndarra
     separable that stops long before the optimum, which regularises beyond the penalty."""
     folds = []
     for fitted, held_out in _folds(labels, seed):
-        decisions = [_lbfgs(cost, seed, train[fitted], labels[fitted]).decision_function(train[held_out])
-                     for cost in COSTS]
+        decisions = [_lbfgs(cost, seed, train[fitted], labels[fitted]).decision_function(train[held_out]) for cost in COSTS]
         folds.append([auc(_ranked(column, saturate=True), labels[held_out] > 0) for column in decisions])
     order = np.random.RandomState(seed).permutation(len(train))
     probe = _lbfgs(float(_best_cost(folds)[0]), seed, train[order], labels[order])
@@ -364,7 +370,7 @@ def _lbfgs(cost: float, seed: int, x: np.ndarray, labels: np.ndarray) -> Logisti
 def _best_cost(folds: list[list[float]]) -> np.ndarray:
     """The C of highest mean AUC over folds [1]. folds: AUC for every C."""
     best = int(np.argmax(np.mean(folds, axis=0)))
-    return COSTS[best:best + 1]
+    return COSTS[best : best + 1]
 
 
 def _folds(labels: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

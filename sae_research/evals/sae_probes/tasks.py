@@ -66,8 +66,11 @@ class ProbeTask(NamedTuple):
 @cache
 def task_names() -> tuple[str, ...]:
     """The names of all tasks in the package's order, `5_hist_fig_ismale` first."""
-    master = pd.read_csv(packaged_folder().parent / "probing_datasets_MASTER.csv.zst", compression="zstd",
-                         usecols=["Data type", "Dataset save name"])
+    master = pd.read_csv(
+        packaged_folder().parent / "probing_datasets_MASTER.csv.zst",
+        compression="zstd",
+        usecols=["Data type", "Dataset save name"],
+    )
     files = master.loc[master["Data type"] == "Binary Classification", "Dataset save name"]
     return tuple(file.rpartition("/")[2].partition(".")[0] for file in files)
 
@@ -81,8 +84,10 @@ def chosen_names(config: SparseProbingSaeProbes) -> list[str]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"sparse_probing_sae_probes.dataset_names: sae-probes {packaged_version()} has no binary task "
-                            f"{name!r}; {hint}")
+            raise UserError(
+                f"sparse_probing_sae_probes.dataset_names: sae-probes {packaged_version()} has no binary task "
+                f"{name!r}; {hint}"
+            )
     return list(dict.fromkeys(config.dataset_names))
 
 
@@ -94,12 +99,14 @@ def load_probe_task(name: str, config: SparseProbingSaeProbes, seed: int) -> Pro
 
 def read_rows(name: str) -> pd.DataFrame:
     """Columns `prompt` and `target` of a packaged task, texts exactly as they stand there: the last token is what counts."""
-    return pd.read_csv(packaged_folder() / f"{name}.csv.zst", compression="zstd", usecols=["prompt", "target"],
-                       dtype={"prompt": str}).dropna()
+    return pd.read_csv(
+        packaged_folder() / f"{name}.csv.zst", compression="zstd", usecols=["prompt", "target"], dtype={"prompt": str}
+    ).dropna()
 
 
-def make_task(name: str, texts: Sequence[str], targets: Sequence[Any], config: SparseProbingSaeProbes,
-              seed: int) -> ProbeTask:
+def make_task(
+    name: str, texts: Sequence[str], targets: Sequence[Any], config: SparseProbingSaeProbes, seed: int
+) -> ProbeTask:
     """Both splits of labelled texts. The class that sorts last is the positive one, as in stock.
 
     Raises `TaskUnavailable` for one class, more than two, or too few texts.
@@ -109,19 +116,36 @@ def make_task(name: str, texts: Sequence[str], targets: Sequence[Any], config: S
         raise TaskUnavailable(f"a binary task needs two classes, found {', '.join(map(str, classes[:5])) or 'none'}")
     rows = TaskRows(list(texts[:STOCK_MAX_TEXTS]), labels, seed)
     train, test = stock_split(labels, kept := rows.of_stock(config.max_texts), seed)
-    lab_train, lab_test = (rows.of_lab(part, size, least) for part, size, least in (
-        (TRAIN, config.probe_train_set_size, MIN_TRAIN), (TEST, config.probe_test_set_size, MIN_TEST)))
+    lab_train, lab_test = (
+        rows.of_lab(part, size, least)
+        for part, size, least in (
+            (TRAIN, config.probe_train_set_size, MIN_TRAIN),
+            (TEST, config.probe_test_set_size, MIN_TEST),
+        )
+    )
     index_of: dict[str, int] = {}
-    numbers = [np.array([index_of.setdefault(rows.texts[row], len(index_of)) for row in part])
-               for part in (train, test, lab_train, lab_test)]
+    numbers = [
+        np.array([index_of.setdefault(rows.texts[row], len(index_of)) for row in part])
+        for part in (train, test, lab_train, lab_test)
+    ]
     in_train = {rows.hashes[row] for row in train}
     notes = {
-        "positive_class": str(classes[1]), "rows": len(labels), "rows_in_sae_bench_split": len(kept),
-        "texts": len(index_of), "conflicting_dropped": len(rows.conflicting), "near_copies_dropped": len(rows.crossing),
+        "positive_class": str(classes[1]),
+        "rows": len(labels),
+        "rows_in_sae_bench_split": len(kept),
+        "texts": len(index_of),
+        "conflicting_dropped": len(rows.conflicting),
+        "near_copies_dropped": len(rows.crossing),
         "sae_bench_test_texts_with_copy_in_train": sum(rows.hashes[row] in in_train for row in test),
-        "sizes": {"sae_bench": [len(train), len(test)], "lab_v1": [len(lab_train), len(lab_test)]}}
-    return ProbeTask(name, list(index_of), Split(numbers[0], labels[train], numbers[1], labels[test]),
-                     Split(numbers[2], labels[lab_train], numbers[3], labels[lab_test]), notes)
+        "sizes": {"sae_bench": [len(train), len(test)], "lab_v1": [len(lab_train), len(lab_test)]},
+    }
+    return ProbeTask(
+        name,
+        list(index_of),
+        Split(numbers[0], labels[train], numbers[1], labels[test]),
+        Split(numbers[2], labels[lab_train], numbers[3], labels[lab_test]),
+        notes,
+    )
 
 
 def stock_split(labels: np.ndarray, kept: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,8 +158,10 @@ def stock_split(labels: np.ndarray, kept: np.ndarray, seed: int) -> tuple[np.nda
     rows_of = {label: np.flatnonzero(labels[kept] == label) for label in (1, 0)}
     need = {1: -(-n_train // 2) + -(-n_test // 2), 0: n_train // 2 + n_test // 2}
     if n_train < 2 * MIN_TRAIN or any(len(rows_of[label]) < need[label] for label in need):
-        raise TaskUnavailable(f"SAE Bench's split needs {STOCK_TEST + 2 * MIN_TRAIN} texts, half of either class; found "
-                              f"{len(rows_of[1])} and {len(rows_of[0])}")
+        raise TaskUnavailable(
+            f"SAE Bench's split needs {STOCK_TEST + 2 * MIN_TRAIN} texts, half of either class; found "
+            f"{len(rows_of[1])} and {len(rows_of[0])}"
+        )
     generator = np.random.RandomState(seed)
 
     def draw(rows: dict[int, np.ndarray], size: int) -> dict[int, np.ndarray]:
@@ -155,14 +181,20 @@ class TaskRows:
         self.hashes = [text_hash(text) for text in texts]
         self.splits = [split_of_hash(digest) for digest in self.hashes]
         # texts of the probing splits first: both definitions then read mostly the same, and no SAE was trained on them
-        keys = [(split not in (TRAIN, TEST), hashlib.blake2b(f"{seed}:{digest}".encode(), digest_size=16).digest(), row)
-                for row, (split, digest) in enumerate(zip(self.splits, self.hashes, strict=True))]
+        keys = [
+            (split not in (TRAIN, TEST), hashlib.blake2b(f"{seed}:{digest}".encode(), digest_size=16).digest(), row)
+            for row, (split, digest) in enumerate(zip(self.splits, self.hashes, strict=True))
+        ]
         self.order = [row for *_, row in sorted(keys)]
         label_of: dict[str, int] = {}
-        self.conflicting = {digest for digest, label in zip(self.hashes, labels, strict=True)
-                            if label_of.setdefault(digest, label) != label}
-        probed = {self.hashes[row]: row for row in reversed(range(len(texts)))  # of copies the first, as `of_lab` takes
-                  if self.splits[row] in (TRAIN, TEST) and self.hashes[row] not in self.conflicting}
+        self.conflicting = {
+            digest for digest, label in zip(self.hashes, labels, strict=True) if label_of.setdefault(digest, label) != label
+        }
+        probed = {
+            self.hashes[row]: row
+            for row in reversed(range(len(texts)))  # of copies the first, as `of_lab` takes
+            if self.splits[row] in (TRAIN, TEST) and self.hashes[row] not in self.conflicting
+        }
         wrong = out_of_place([texts[row] for row in probed.values()], [self.splits[row] for row in probed.values()])
         self.crossing = {digest for digest, left_out in zip(probed, wrong, strict=True) if left_out}
 
@@ -170,7 +202,7 @@ class TaskRows:
         """All rows in the file's order, or the first `most` by hash, half of either class, copies and all."""
         if most is None or most >= len(self.texts):
             return np.arange(len(self.texts))
-        taken = [[row for row in self.order if self.labels[row] == label][:most // 2] for label in (0, 1)]
+        taken = [[row for row in self.order if self.labels[row] == label][: most // 2] for label in (0, 1)]
         return np.sort(np.concatenate(taken))
 
     def of_lab(self, part: str, size: int, least: int) -> np.ndarray:
@@ -185,12 +217,15 @@ class TaskRows:
                 rows[int(self.labels[row])].append(row)
         each = min(size // 2, *(len(members) for members in rows.values()))
         if each < least:
-            raise TaskUnavailable(f"our split needs {least} distinct {part} texts of either class; found "
-                                  f"{len(rows[0])} and {len(rows[1])}, sizes asked for {size // 2}")
+            raise TaskUnavailable(
+                f"our split needs {least} distinct {part} texts of either class; found "
+                f"{len(rows[0])} and {len(rows[1])}, sizes asked for {size // 2}"
+            )
         place = {row: i for i, row in enumerate(self.order)}
         # interleaved, so that any stretch of it holds both classes alike: validation takes the last ones
-        return np.array([row for pair in zip(rows[0][:each], rows[1][:each], strict=True)
-                         for row in sorted(pair, key=place.__getitem__)])
+        return np.array(
+            [row for pair in zip(rows[0][:each], rows[1][:each], strict=True) for row in sorted(pair, key=place.__getitem__)]
+        )
 
 
 _FILE = "last_tokens.npy"
@@ -204,7 +239,7 @@ of full length hold."""
 def tokenise(lm: LanguageModel, texts: Sequence[str], context_length: int) -> list[Tensor]:
     """Ids of every text: the separator (BOS), then its last `context_length - 1` tokens, as sae-probes truncates."""
     encoded = lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-    return [torch.tensor([lm.separator_id, *ids[-(context_length - 1):]]) for ids in encoded]
+    return [torch.tensor([lm.separator_id, *ids[-(context_length - 1) :]]) for ids in encoded]
 
 
 class TypicalNorm:
@@ -243,8 +278,9 @@ def passes(lm: LanguageModel, hook: str, tokens: Sequence[Tensor], params: Param
         while end < len(order) and (end + 1 - start) * len(tokens[order[end]]) <= budget:
             end += 1
         chosen = order[start:end]
-        padded = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in chosen], batch_first=True,
-                                                 padding_value=lm.separator_id).to(lm.device)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [tokens[i] for i in chosen], batch_first=True, padding_value=lm.separator_id
+        ).to(lm.device)
         lengths = torch.tensor([len(tokens[i]) for i in chosen], device=padded.device)
         real = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         yield Batch(torch.tensor(chosen), padded, real, lm.activations(padded, hook).float())
@@ -279,9 +315,19 @@ class LastTokens:
     def _last_tokens(self) -> tuple[Vectors, Tensor]:
         """Activations at the last tokens, and which texts have a token that counts [texts]; from the cache if there."""
         caching, root = self.params.activation_caching, cache_dir("activations")
-        key = fingerprint(["last token", self.lm.fingerprint, self.hook, str(self.lm.dtype), self.lm.device.type,
-                           torch.__version__, self.norm.key, self.params.token_mask.model_dump(),
-                           fingerprint([ids.tolist() for ids in self.tokens])])[:32]
+        key = fingerprint(
+            [
+                "last token",
+                self.lm.fingerprint,
+                self.hook,
+                str(self.lm.dtype),
+                self.lm.device.type,
+                torch.__version__,
+                self.norm.key,
+                self.params.token_mask.model_dump(),
+                fingerprint([ids.tolist() for ids in self.tokens]),
+            ]
+        )[:32]
         entry = root / key
         if caching.enabled and usable(entry):
             stored = torch.from_numpy(np.load(entry / _FILE, allow_pickle=False))
@@ -322,8 +368,10 @@ class LastTokens:
         if self._sequence_latents[0] != tuple(saes):
             self._sequence_latents = tuple(saes), self._over_sequences(saes)
         for name in saes:
-            yield name, Vectors(*(torch.from_numpy(matrix[index.numpy()].toarray())
-                                  for matrix in self._sequence_latents[1][name]))
+            yield (
+                name,
+                Vectors(*(torch.from_numpy(matrix[index.numpy()].toarray()) for matrix in self._sequence_latents[1][name])),
+            )
 
     def _per_token(self, saes: dict[str, SparseAutoencoder], index: Tensor) -> Iterator[tuple[str, Vectors]]:
         """One encoding serves both definitions where they read the same token."""
@@ -338,10 +386,10 @@ class LastTokens:
                 parts[name].append(z[:, 0].float().cpu())
         for name, found in parts.items():
             z = torch.cat(found)
-            z_lab = z_bench = z[:len(index)]
+            z_lab = z_bench = z[: len(index)]
             if len(other) or not counts.all():
                 z_lab = z_bench * counts[:, None]
-                z_lab[other] = z[len(index):]
+                z_lab[other] = z[len(index) :]
             yield name, Vectors(z_bench, z_lab)
 
     def _over_sequences(self, saes: dict[str, SparseAutoencoder]) -> dict[str, tuple[sparse.csr_matrix, ...]]:

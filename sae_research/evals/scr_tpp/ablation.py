@@ -72,8 +72,7 @@ def fit(features: np.ndarray, tasks: Sequence[ProbeTask], starts: Sequence[Start
     return Probes(theta[:, :-1].copy(), theta[:, -1].copy())
 
 
-def _fit_alike(features: np.ndarray, tasks: Sequence[ProbeTask], starts: Sequence[Start],
-               pick_on_test: bool) -> np.ndarray:
+def _fit_alike(features: np.ndarray, tasks: Sequence[ProbeTask], starts: Sequence[Start], pick_on_test: bool) -> np.ndarray:
     """Probes with equally many training texts. Returns weights and biases [probes, d + 1]."""
     theta = np.stack([start.theta for start in starts])
     orders = np.stack([start.orders for start in starts])  # [probes, epochs, texts]
@@ -87,7 +86,7 @@ def _fit_alike(features: np.ndarray, tasks: Sequence[ProbeTask], starts: Sequenc
         shuffled, y = np.take_along_axis(rows, order, 1), np.take_along_axis(labels, order, 1)
         for at in range(0, rows.shape[1], BATCH_SIZE):
             step += 1
-            gradient = _gradient(features[shuffled[:, at:at + BATCH_SIZE]], y[:, at:at + BATCH_SIZE], theta)
+            gradient = _gradient(features[shuffled[:, at : at + BATCH_SIZE]], y[:, at : at + BATCH_SIZE], theta)
             adamw_step(theta, gradient, first, second, step, LEARNING_RATE)
         if pick_on_test:
             correct = np.array([_correct(features, task, own) for task, own in zip(tasks, theta, strict=True)])
@@ -147,12 +146,15 @@ def decoder_matrix(sae: SparseAutoencoder) -> Tensor:
     matrix = sae.W_dec.float().cpu()
     if _agree(added, codes.float().cpu() @ matrix, sae.W_dec.dtype):
         return matrix
-    matrix = torch.cat([(sae.decode(_units(sae, start)) - offset)[:, 0].float().cpu()
-                        for start in range(0, sae.cfg.d_sae, _CHUNK)])
+    matrix = torch.cat(
+        [(sae.decode(_units(sae, start)) - offset)[:, 0].float().cpu() for start in range(0, sae.cfg.d_sae, _CHUNK)]
+    )
     if _agree(added, codes.float().cpu() @ matrix, sae.W_dec.dtype):
         return matrix
-    raise NotLinear("its decoder is not linear in the latents of each token, so that the effect of an ablation cannot "
-                    "be had from mean activations")
+    raise NotLinear(
+        "its decoder is not linear in the latents of each token, so that the effect of an ablation cannot "
+        "be had from mean activations"
+    )
 
 
 def _units(sae: SparseAutoencoder, start: int) -> Tensor:
@@ -177,6 +179,7 @@ def _agree(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
 
 
 # --- which latents ---------------------------------------------------------------------------
+
 
 def effects(view: View, train: Draw, probe: int, kind: Literal["scr", "tpp"], definition: Definition) -> Tensor:
     """How much each latent helps a probe to tell its classes apart [d_sae].
@@ -207,6 +210,7 @@ def strongest(effect: Tensor, n: int, definition: Definition) -> Tensor:
 
 
 # --- what it does ----------------------------------------------------------------------------
+
 
 def ablated_logits(view: View, rows: Tensor, chosen: Sequence[Tensor]) -> Tensor:
     """Logits after ablating each of the sets `chosen` of latents [sets, rows, probes]."""

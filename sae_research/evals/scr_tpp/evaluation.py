@@ -42,36 +42,64 @@ from sae_research.text.tasks import Task
 Metrics = dict[str, float]
 
 
-def scr_output(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, settings: Settings,
-               tasks: dict[str, Metrics], pairs: dict[str, tuple[str, str]], lab: dict[str, Any]) -> dict[str, Any]:
+def scr_output(
+    name: str,
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    params: Params,
+    settings: Settings,
+    tasks: dict[str, Metrics],
+    pairs: dict[str, tuple[str, str]],
+    lab: dict[str, Any],
+) -> dict[str, Any]:
     """A validated `ScrEvalOutput` as plain data. tasks: SAE Bench's figures by task; pairs: the first attribute's
     values by task; lab: our block."""
     from sae_bench.evals.scr_and_tpp import eval_output as types
 
-    return asdict(types.ScrEvalOutput(
-        eval_config=_config(lm, params, settings, list(tasks), scr=True, pairs=pairs),
-        eval_result_metrics=types.ScrMetricCategories(scr_metrics=types.ScrMetrics(
-            **_known(types.ScrMetrics, _average(list(tasks.values()))))),
-        eval_result_details=[types.ScrResultDetail(dataset_name=f"{task}_results", **_known(types.ScrResultDetail, values))
-                             for task, values in tasks.items()],
-        eval_result_unstructured={harness.LAB: _with_cap(lab, sae, settings)}, **harness.envelope(name, sae, "scr")))
+    return asdict(
+        types.ScrEvalOutput(
+            eval_config=_config(lm, params, settings, list(tasks), scr=True, pairs=pairs),
+            eval_result_metrics=types.ScrMetricCategories(
+                scr_metrics=types.ScrMetrics(**_known(types.ScrMetrics, _average(list(tasks.values()))))
+            ),
+            eval_result_details=[
+                types.ScrResultDetail(dataset_name=f"{task}_results", **_known(types.ScrResultDetail, values))
+                for task, values in tasks.items()
+            ],
+            eval_result_unstructured={harness.LAB: _with_cap(lab, sae, settings)},
+            **harness.envelope(name, sae, "scr"),
+        )
+    )
 
 
-def tpp_output(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, settings: Settings,
-               tasks: dict[str, Metrics], classes: dict[str, dict[str, Metrics]], lab: dict[str, Any]) -> dict[str, Any]:
+def tpp_output(
+    name: str,
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    params: Params,
+    settings: Settings,
+    tasks: dict[str, Metrics],
+    classes: dict[str, dict[str, Metrics]],
+    lab: dict[str, Any],
+) -> dict[str, Any]:
     """A validated `TppEvalOutput` as plain data. tasks and classes: SAE Bench's figures by task, and by task and
     class; lab: our block."""
     from sae_bench.evals.scr_and_tpp import eval_output as types
 
-    return asdict(types.TppEvalOutput(
-        eval_config=_config(lm, params, settings, list(tasks), scr=False, pairs={}),
-        eval_result_metrics=types.TppMetricCategories(tpp_metrics=types.TppMetrics(
-            **_known(types.TppMetrics, _average(list(tasks.values()))))),
-        eval_result_details=[types.TppResultDetail(dataset_name=f"{task}_tpp_results",
-                                                   **_known(types.TppResultDetail, values))
-                             for task, values in tasks.items()],
-        eval_result_unstructured={**classes, harness.LAB: _with_cap(lab, sae, settings)},
-        **harness.envelope(name, sae, "tpp")))
+    return asdict(
+        types.TppEvalOutput(
+            eval_config=_config(lm, params, settings, list(tasks), scr=False, pairs={}),
+            eval_result_metrics=types.TppMetricCategories(
+                tpp_metrics=types.TppMetrics(**_known(types.TppMetrics, _average(list(tasks.values()))))
+            ),
+            eval_result_details=[
+                types.TppResultDetail(dataset_name=f"{task}_tpp_results", **_known(types.TppResultDetail, values))
+                for task, values in tasks.items()
+            ],
+            eval_result_unstructured={**classes, harness.LAB: _with_cap(lab, sae, settings)},
+            **harness.envelope(name, sae, "tpp"),
+        )
+    )
 
 
 def _average(tasks: Sequence[Metrics]) -> Metrics:
@@ -91,16 +119,27 @@ def _with_cap(lab: dict[str, Any], sae: SparseAutoencoder, settings: Settings) -
     return {**lab, "thresholds_capped": capped} if capped else lab
 
 
-def _config(lm: LanguageModel, params: Params, settings: Settings, tasks: list[str], scr: bool,
-            pairs: dict[str, tuple[str, str]]) -> Any:
+def _config(
+    lm: LanguageModel, params: Params, settings: Settings, tasks: list[str], scr: bool, pairs: dict[str, tuple[str, str]]
+) -> Any:
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
     return ScrAndTppEvalConfig(
-        random_seed=params.random_seed, dataset_names=tasks, perform_scr=scr, train_set_size=settings.train_set_size,
-        test_set_size=settings.test_set_size, context_length=settings.context_length, probe_epochs=settings.probe_epochs,
-        early_stopping_patience=settings.probe_epochs, sae_batch_size=params.model.llm_batch_size,
-        llm_batch_size=params.model.llm_batch_size, llm_dtype=params.model.torch_dtype, model_name=lm.name,
-        n_values=list(settings.n_values), column1_vals_lookup={task: [pair] for task, pair in pairs.items()})
+        random_seed=params.random_seed,
+        dataset_names=tasks,
+        perform_scr=scr,
+        train_set_size=settings.train_set_size,
+        test_set_size=settings.test_set_size,
+        context_length=settings.context_length,
+        probe_epochs=settings.probe_epochs,
+        early_stopping_patience=settings.probe_epochs,
+        sae_batch_size=params.model.llm_batch_size,
+        llm_batch_size=params.model.llm_batch_size,
+        llm_dtype=params.model.torch_dtype,
+        model_name=lm.name,
+        n_values=list(settings.n_values),
+        column1_vals_lookup={task: [pair] for task, pair in pairs.items()},
+    )
 
 
 SAEs = dict[str, SparseAutoencoder]
@@ -118,24 +157,44 @@ def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
     for name in settings.dataset_names:
         tasks += load_crossed_tasks(name, settings.train_set_size, settings.test_set_size, params.random_seed, stage.skip)
     need_one("scr", tasks, stage)
-    stage.notes["tasks"] = {task.name: {**task.notes, "first": list(task.first), "second": list(task.second)}
-                            for task in tasks}
+    stage.notes["tasks"] = {
+        task.name: {**task.notes, "first": list(task.first), "second": list(task.second)} for task in tasks
+    }
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
     own = {task.name: measures.scr_task(task, row_of) for task in tasks}
 
     def score(views: Views, thresholds: list[int]) -> dict[str, Any]:
-        bench = {name: measures.sae_bench_metrics(measures.directions(task, views["sae_bench"][name], thresholds, "sae_bench"),
-                                             thresholds) for name, task in own.items()}
-        lab = [measures.lab_task(task, views["lab"][name], measures.directions(task, views["lab"][name], thresholds, "lab"))
-               for name, task in own.items()]
+        bench = {
+            name: measures.sae_bench_metrics(
+                measures.directions(task, views["sae_bench"][name], thresholds, "sae_bench"), thresholds
+            )
+            for name, task in own.items()
+        }
+        lab = [
+            measures.lab_task(task, views["lab"][name], measures.directions(task, views["lab"][name], thresholds, "lab"))
+            for name, task in own.items()
+        ]
         metrics, intervals = measures.lab_metrics(lab, thresholds, params.random_seed)
-        return {"sae_bench": bench, "lab": {
-            "metrics": metrics, "intervals": intervals,
-            "tasks": {entry.task.name: measures.lab_details(entry, thresholds) for entry in lab}}}
+        return {
+            "sae_bench": bench,
+            "lab": {
+                "metrics": metrics,
+                "intervals": intervals,
+                "tasks": {entry.task.name: measures.lab_details(entry, thresholds) for entry in lab},
+            },
+        }
 
     probe_tasks = {name: task.probes for name, task in own.items()}
-    study = Study("scr", settings, tokenise(lm, list(row_of), settings.context_length), _sizes(row_of, tasks), probe_tasks,
-                  _rows(probe_tasks), score, __name__)
+    study = Study(
+        "scr",
+        settings,
+        tokenise(lm, list(row_of), settings.context_length),
+        _sizes(row_of, tasks),
+        probe_tasks,
+        _rows(probe_tasks),
+        score,
+        __name__,
+    )
     pairs = {task.name: task.first for task in tasks}
     for name, found in evaluate(study, saes, lm, params, stage):
         yield name, scr_output(name, saes[name], lm, params, settings, found["sae_bench"], pairs, found["lab"])
@@ -157,19 +216,35 @@ def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
     stage.notes["tasks"] = {task.name: {**task.notes, "classes": list(task.train)} for task in tasks if task.name in own}
 
     def score(views: Views, thresholds: list[int]) -> dict[str, Any]:
-        bench = {name: measures.outcomes(task, views["sae_bench"][name], thresholds, "sae_bench") for name, task in own.items()}
+        bench = {
+            name: measures.outcomes(task, views["sae_bench"][name], thresholds, "sae_bench") for name, task in own.items()
+        }
         lab = {name: measures.outcomes(task, views["lab"][name], thresholds, "lab") for name, task in own.items()}
         details = {name: measures.details(task, lab[name], thresholds) for name, task in own.items()}
-        return {"sae_bench": {name: measures.class_metrics(task, bench[name], thresholds) for name, task in own.items()},
-                "lab": {"metrics": measures.mean_metrics([{k: v for k, v in values.items() if k.startswith("tpp_")}
-                                                     for values in details.values()]),
-                        "intervals": measures.intervals([(task, lab[name]) for name, task in own.items()], thresholds,
-                                                   params.random_seed),
-                        "tasks": details}}
+        return {
+            "sae_bench": {name: measures.class_metrics(task, bench[name], thresholds) for name, task in own.items()},
+            "lab": {
+                "metrics": measures.mean_metrics(
+                    [{k: v for k, v in values.items() if k.startswith("tpp_")} for values in details.values()]
+                ),
+                "intervals": measures.intervals(
+                    [(task, lab[name]) for name, task in own.items()], thresholds, params.random_seed
+                ),
+                "tasks": details,
+            },
+        }
 
     probe_tasks = {name: list(task.probes.values()) for name, task in own.items()}
-    study = Study("tpp", settings, tokenise(lm, list(row_of), settings.context_length), _sizes(row_of, tasks), probe_tasks,
-                  _rows(probe_tasks), score, __name__)
+    study = Study(
+        "tpp",
+        settings,
+        tokenise(lm, list(row_of), settings.context_length),
+        _sizes(row_of, tasks),
+        probe_tasks,
+        _rows(probe_tasks),
+        score,
+        __name__,
+    )
     for name, found in evaluate(study, saes, lm, params, stage):
         means = {task: measures.mean_metrics(list(classes.values())) for task, classes in found["sae_bench"].items()}
         yield name, tpp_output(name, saes[name], lm, params, settings, means, found["sae_bench"], found["lab"])
@@ -182,17 +257,24 @@ def tpp_settings(params: Params) -> Settings:
     def either(value: Any, shared: Any) -> Any:
         return shared if value is None else value
 
-    return Settings(either(own.dataset_names, probing.dataset_names),
-                    either(own.train_set_size, probing.probe_train_set_size),
-                    either(own.test_set_size, probing.probe_test_set_size),
-                    either(own.context_length, probing.context_length), own.n_values, own.probe_epochs)
+    return Settings(
+        either(own.dataset_names, probing.dataset_names),
+        either(own.train_set_size, probing.probe_train_set_size),
+        either(own.test_set_size, probing.probe_test_set_size),
+        either(own.context_length, probing.context_length),
+        own.n_values,
+        own.probe_epochs,
+    )
 
 
 def _with_classes(tasks: list[Task], stage: StageFolder) -> list[Task]:
     for task in tasks:
         if len(task.train) < measures.MIN_CLASSES:
-            stage.skip(task.name, f"task {task.name} has {len(task.train)} classes: their probes mirror each other, and "
-                                  f"the score would be about 0 for any SAE; TPP needs {measures.MIN_CLASSES}")
+            stage.skip(
+                task.name,
+                f"task {task.name} has {len(task.train)} classes: their probes mirror each other, and "
+                f"the score would be about 0 for any SAE; TPP needs {measures.MIN_CLASSES}",
+            )
     return [task for task in tasks if len(task.train) >= measures.MIN_CLASSES]
 
 
@@ -238,8 +320,9 @@ class Study(NamedTuple):
     """Name of the module that `score` is in: its code decides whether a cached result is still right."""
 
 
-def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, what `study.score` returned) of every SAE whose decoder allows it, in the order given."""
     guard = Guard(stage.skip)
     cache, thresholds = ResultCache(study.kind), sorted(set(study.settings.n_values))
@@ -252,8 +335,10 @@ def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel
             rows = torch.arange(len(study.tokens))
             trained = _train(study, group.raw_means(rows), params.random_seed)
             with tqdm(total=len(missing), desc=f"encode and ablate ({study.kind})", unit="SAE", dynamic_ncols=True) as bar:
-                for name, scores in guard.each({name: members[name] for name in missing},
-                                               partial(_scores, study, group, rows, trained, missing, thresholds, guard)):
+                for name, scores in guard.each(
+                    {name: members[name] for name in missing},
+                    partial(_scores, study, group, rows, trained, missing, thresholds, guard),
+                ):
                     with guard.on(name):
                         cache.put(keys[name], scores)
                         found[name] = scores
@@ -264,8 +349,16 @@ def evaluate(study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel
                 yield name, found[name]
 
 
-def _scores(study: Study, group: TextsByTask, rows: Tensor, trained: _Trained, matrices: dict[str, Tensor],
-            thresholds: list[int], guard: Guard, family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+def _scores(
+    study: Study,
+    group: TextsByTask,
+    rows: Tensor,
+    trained: _Trained,
+    matrices: dict[str, Tensor],
+    thresholds: list[int],
+    guard: Guard,
+    family: Family,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, means in group.latent_means(family, rows):
         with guard.on(name):
             yield name, study.score(_views(study, trained, means, matrices[name]), thresholds)
@@ -274,8 +367,13 @@ def _scores(study: Study, group: TextsByTask, rows: Tensor, trained: _Trained, m
 def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> str:
     tokens = fingerprint([row.tolist() for row in study.tokens])
     settings = {**study.settings._asdict(), "dataset_names": list(study.tasks)}
-    return result_key(sae, lm, [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(),
-                                params.random_seed], study.module, __name__)
+    return result_key(
+        sae,
+        lm,
+        [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(), params.random_seed],
+        study.module,
+        __name__,
+    )
 
 
 def _linear(saes: dict[str, SparseAutoencoder], guard: Guard) -> dict[str, Tensor]:
@@ -296,6 +394,7 @@ def _note_cap(stage: StageFolder, name: str, d_sae: int, thresholds: Sequence[in
 
 # --- probes and views ------------------------------------------------------------------------
 
+
 class _Trained(NamedTuple):
     """Probes of every task and what they read of the model's own activations [texts, probes], by definition."""
 
@@ -306,8 +405,11 @@ class _Trained(NamedTuple):
 def _train(study: Study, raw: Means, seed: int) -> _Trained:
     tasks = [task for own in study.tasks.values() for task in own]
     # by a probe's place in its task, not by the task's name: a local task's name is a path
-    starts = [ablation.start(seed, number, raw.lab.shape[1], len(task.train.rows), study.settings.probe_epochs)
-              for own in study.tasks.values() for number, task in enumerate(own)]
+    starts = [
+        ablation.start(seed, number, raw.lab.shape[1], len(task.train.rows), study.settings.probe_epochs)
+        for own in study.tasks.values()
+        for number, task in enumerate(own)
+    ]
     fitted: dict[Definition, Probes] = {}
     logits: dict[Definition, Tensor] = {}
     for definition in DEFINITIONS:

@@ -66,12 +66,17 @@ class Direction(NamedTuple):
 
 def scr_task(task: CrossedTask, row_of: dict[str, int]) -> ScrTask:
     """A task's probes. Half of each cell where the attributes agree goes into the balanced data, as in SAE Bench."""
-    train, test = ({cell: torch.tensor([row_of[text] for text in part[cell]]) for cell in CELLS}
-                   for part in (task.train, task.test))
+    train, test = (
+        {cell: torch.tensor([row_of[text] for text in part[cell]]) for cell in CELLS} for part in (task.train, task.test)
+    )
     probes = [ProbeTask(*(_balanced(part, attribute) for part in (train, test))) for attribute in (0, 1)]
     biased = ProbeTask(*(_labelled([part[0, 0], part[1, 1]], [1, 0]) for part in (train, test)))
-    return ScrTask(task.name, (probes[0], probes[1], biased), tuple(_quarter(task.test, cell) for cell in CELLS),
-                   _labelled([train[0, 1], train[1, 0]], [1, 0]))
+    return ScrTask(
+        task.name,
+        (probes[0], probes[1], biased),
+        tuple(_quarter(task.test, cell) for cell in CELLS),
+        _labelled([train[0, 1], train[1, 0]], [1, 0]),
+    )
 
 
 def _quarter(cells: Cells | dict[tuple[int, int], Tensor], cell: tuple[int, int]) -> int:
@@ -80,30 +85,40 @@ def _quarter(cells: Cells | dict[tuple[int, int], Tensor], cell: tuple[int, int]
 
 def _balanced(rows: dict[tuple[int, int], Tensor], attribute: int) -> Draw:
     """Equally many texts of every cell, labelled 1 where `attribute` has its first value."""
-    return _labelled([rows[cell][:_quarter(rows, cell)] for cell in CELLS], [1 - cell[attribute] for cell in CELLS])
+    return _labelled([rows[cell][: _quarter(rows, cell)] for cell in CELLS], [1 - cell[attribute] for cell in CELLS])
 
 
 def _labelled(rows: Sequence[Tensor], labels: Sequence[int]) -> Draw:
-    return Draw(torch.cat(list(rows)), torch.cat([torch.full((len(part),), float(label))
-                                                  for part, label in zip(rows, labels, strict=True)]))
+    return Draw(
+        torch.cat(list(rows)),
+        torch.cat([torch.full((len(part),), float(label)) for part, label in zip(rows, labels, strict=True)]),
+    )
 
 
 # --- outcomes --------------------------------------------------------------------------------
 
+
 def directions(task: ScrTask, view: View, thresholds: Sequence[int], definition: Definition) -> tuple[Direction, Direction]:
     """Both directions' outcomes at every threshold."""
-    return (_direction(task, view, FIRST, SECOND, thresholds, definition),
-            _direction(task, view, SECOND, FIRST, thresholds, definition))
+    return (
+        _direction(task, view, FIRST, SECOND, thresholds, definition),
+        _direction(task, view, SECOND, FIRST, thresholds, definition),
+    )
 
 
-def _direction(task: ScrTask, view: View, read: int, ablate: int, thresholds: Sequence[int],
-               definition: Definition) -> Direction:
+def _direction(
+    task: ScrTask, view: View, read: int, ablate: int, thresholds: Sequence[int], definition: Definition
+) -> Direction:
     effect = effects(view, task.probes[ablate].train, ablate, "scr", definition)
     chosen = [strongest(effect, n, definition) for n in thresholds]
     rows, labels = task.probes[read].test
     logits = ablated_logits(view, rows, chosen)
-    return Direction(_correct(view.logits[rows, read], labels), _correct(view.logits[rows, BIASED], labels),
-                     _correct(logits[:, :, BIASED], labels), [len(latents) for latents in chosen])
+    return Direction(
+        _correct(view.logits[rows, read], labels),
+        _correct(view.logits[rows, BIASED], labels),
+        _correct(logits[:, :, BIASED], labels),
+        [len(latents) for latents in chosen],
+    )
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,6 +126,7 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 # --- SAE Bench's definition ------------------------------------------------------------------
+
 
 def sae_bench_metrics(both: tuple[Direction, Direction], thresholds: Sequence[int]) -> Metrics:
     """SAE Bench's figures of one task: 0 where there is no gap; no `scr_metric` at all where the biased probe reads
@@ -132,6 +148,7 @@ def _scores(direction: Direction) -> list[float]:
 
 
 # --- ours ------------------------------------------------------------------------------------
+
 
 class LabTask(NamedTuple):
     """One task's outcomes with what ours needs of them."""
@@ -164,8 +181,9 @@ def lab_metrics(tasks: Sequence[LabTask], thresholds: Sequence[int], seed: int) 
         parts = [_given_and_lost(entry, which(entry)) for entry in used]
         strata = np.repeat(np.arange(len(used) * len(CELLS)), [size for entry in used for size in entry.task.strata])
         for column, n in enumerate(thresholds if used else ()):
-            figure = Ratio(np.concatenate([given[column] for given, _ in parts]),
-                           np.concatenate([lost for _, lost in parts]), strata)
+            figure = Ratio(
+                np.concatenate([given[column] for given, _ in parts]), np.concatenate([lost for _, lost in parts]), strata
+            )
             metrics[f"{prefix}_threshold_{n}"] = figure.value
             bounds = interval(figure, seed)
             if bounds is not None:
@@ -187,14 +205,16 @@ def lab_details(entry: LabTask, thresholds: Sequence[int]) -> dict[str, Any]:
     details: dict[str, Any] = {"direction": [number + 1 for number in entry.neglected]}
     for number, direction in enumerate(entry.both):
         read = ("first", "second")[number]
-        details |= {f"{read}_clean_accuracy": float(direction.clean.mean()),
-                    f"{read}_biased_accuracy": float(direction.biased.mean()),
-                    f"{read}_ablated_accuracy": dict(zip(map(str, thresholds), direction.ablated.mean(dim=1).tolist(),
-                                                         strict=True)),
-                    f"{read}_latents_ablated": dict(zip(map(str, thresholds), direction.count, strict=True))}
+        details |= {
+            f"{read}_clean_accuracy": float(direction.clean.mean()),
+            f"{read}_biased_accuracy": float(direction.biased.mean()),
+            f"{read}_ablated_accuracy": dict(zip(map(str, thresholds), direction.ablated.mean(dim=1).tolist(), strict=True)),
+            f"{read}_latents_ablated": dict(zip(map(str, thresholds), direction.count, strict=True)),
+        }
         if direction.gap >= MIN_GAP:
-            details |= {f"scr_dir{number + 1}_threshold_{n}": score
-                        for n, score in zip(thresholds, _scores(direction), strict=True)}
+            details |= {
+                f"scr_dir{number + 1}_threshold_{n}": score for n, score in zip(thresholds, _scores(direction), strict=True)
+            }
     return details
 
 
@@ -224,10 +244,13 @@ class Outcomes(NamedTuple):
 
 def tpp_task(task: Task, row_of: dict[str, int], seed: int) -> TppTask:
     """Probes over the draws of sparse probing: all texts of a class, and as many of the others."""
-    rows = {split: {label: torch.tensor([row_of[text] for text in texts]) for label, texts in part.items()}
-            for split, part in (("train", task.train), ("test", task.test))}
-    probes = {label: ProbeTask(*(draw(rows[split], label, seed, split) for split in ("train", "test")))
-              for label in task.train}
+    rows = {
+        split: {label: torch.tensor([row_of[text] for text in texts]) for label, texts in part.items()}
+        for split, part in (("train", task.train), ("test", task.test))
+    }
+    probes = {
+        label: ProbeTask(*(draw(rows[split], label, seed, split) for split in ("train", "test"))) for label in task.train
+    }
     return TppTask(task.name, probes, rows["test"])
 
 
@@ -253,10 +276,16 @@ def _class_correct(logits: Tensor, test: Draw) -> Tensor:
 
 # --- figures ---------------------------------------------------------------------------------
 
+
 def class_metrics(task: TppTask, found: Outcomes, thresholds: Sequence[int]) -> dict[str, Metrics]:
     """class -> figures when its latents are ablated, with SAE Bench's names."""
-    drops = [[float(found.clean[probe].mean()) - found.ablated[target][probe].mean(dim=1).numpy()
-              for probe in range(len(task.probes))] for target in range(len(task.probes))]
+    drops = [
+        [
+            float(found.clean[probe].mean()) - found.ablated[target][probe].mean(dim=1).numpy()
+            for probe in range(len(task.probes))
+        ]
+        for target in range(len(task.probes))
+    ]
     return {label: _named(_kinds(target, drops[target]), thresholds) for target, label in enumerate(task.probes)}
 
 
@@ -268,8 +297,11 @@ def _kinds(target: int, drops: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
 
 
 def _named(kinds: Sequence[np.ndarray], thresholds: Sequence[int]) -> Metrics:
-    return {f"tpp_threshold_{n}_{kind}": float(values[i])
-            for i, n in enumerate(thresholds) for kind, values in zip(KINDS, kinds, strict=True)}
+    return {
+        f"tpp_threshold_{n}_{kind}": float(values[i])
+        for i, n in enumerate(thresholds)
+        for kind, values in zip(KINDS, kinds, strict=True)
+    }
 
 
 def mean_metrics(each: Sequence[Metrics]) -> Metrics:
@@ -320,7 +352,11 @@ def _lost(task: TppTask, found: Outcomes, kind: str, count: int) -> np.ndarray:
 
 def details(task: TppTask, found: Outcomes, thresholds: Sequence[int]) -> dict[str, Any]:
     """One task's figures, the probes' clean accuracy, and how many latents were ablated."""
-    return {**mean_metrics(list(class_metrics(task, found, thresholds).values())),
-            "clean_accuracy": {label: float(clean.mean()) for label, clean in zip(task.probes, found.clean, strict=True)},
-            "latents_ablated": {label: dict(zip(map(str, thresholds), count, strict=True))
-                                for label, count in zip(task.probes, found.count, strict=True)}}
+    return {
+        **mean_metrics(list(class_metrics(task, found, thresholds).values())),
+        "clean_accuracy": {label: float(clean.mean()) for label, clean in zip(task.probes, found.clean, strict=True)},
+        "latents_ablated": {
+            label: dict(zip(map(str, thresholds), count, strict=True))
+            for label, count in zip(task.probes, found.count, strict=True)
+        },
+    }

@@ -68,8 +68,9 @@ class _Texts(NamedTuple):
     notes: dict[str, Any]
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingEvalOutput` in plain data.
 
     A task with too few texts and an SAE that fails are skipped with their reason. Raises `UserError` when no task is left.
@@ -87,13 +88,18 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
                 yield name, _result(name, sae, lm, params, texts, raw, found[name])
 
 
-def _scores(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-            texts: _Texts, guard: Guard) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
+def _scores(
+    group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, texts: _Texts, guard: Guard
+) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
     """Of the raw activations by task, and of every SAE by name and task; each from the cache, or afresh and kept."""
     cache, keys = ResultCache("sparse_probing"), _keys(group, members, lm, params, texts)
     found = {name: {task: cache.get(keys[name, task]) for task in texts.tasks} for name in ("", *members)}
-    with tqdm(total=sum(score is None for name in members for score in found[name].values()), desc="encode and probe",
-              unit="SAE·task", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(score is None for name in members for score in found[name].values()),
+        desc="encode and probe",
+        unit="SAE·task",
+        dynamic_ncols=True,
+    ) as bar:
         for task in texts.tasks:
             rows = _rows(texts, task)
             if found[""][task] is None:
@@ -118,17 +124,25 @@ def _scores(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: Langu
     return found.pop(""), found
 
 
-def _keys(group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-          texts: _Texts) -> dict[tuple[str, str], str]:
+def _keys(
+    group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, texts: _Texts
+) -> dict[tuple[str, str], str]:
     """Keys of the result cache by (SAE, task); the raw activations' name is empty. What the other tasks are is in none."""
-    shared = [params.sparse_probing.model_dump(exclude={"dataset_names"}), params.token_mask.model_dump(),
-              params.random_seed]
+    shared = [
+        params.sparse_probing.model_dump(exclude={"dataset_names"}),
+        params.token_mask.model_dump(),
+        params.random_seed,
+    ]
     of = {name: result_key(sae, lm, shared, __name__) for name, sae in members.items()}
     of[""] = model_key(lm, ["raw", next(iter(members.values())).cfg.hook_name, shared], __name__)
-    drawn = {task: [group.key(_rows(texts, task)), {label: [_ids(texts, draw) for draw in probe]
-                                                    for label, probe in classes.items()},
-                    fingerprint([[_ids(texts, draw) for draw in draws] for draws in texts.draws[task].of_class.values()])]
-             for task, classes in texts.tasks.items()}
+    drawn = {
+        task: [
+            group.key(_rows(texts, task)),
+            {label: [_ids(texts, draw) for draw in probe] for label, probe in classes.items()},
+            fingerprint([[_ids(texts, draw) for draw in draws] for draws in texts.draws[task].of_class.values()]),
+        ]
+        for task, classes in texts.tasks.items()
+    }
     return {(name, task): fingerprint([key, about])[:40] for name, key in of.items() for task, about in drawn.items()}
 
 
@@ -144,10 +158,12 @@ def _ids(texts: _Texts, draw: Draw) -> list[Any]:
 
 # --- texts -----------------------------------------------------------------------------------
 
+
 def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
     config = params.sparse_probing
-    tasks = load_tasks(config.dataset_names, config.probe_train_set_size, config.probe_test_set_size, params.random_seed,
-                       stage)
+    tasks = load_tasks(
+        config.dataset_names, config.probe_train_set_size, config.probe_test_set_size, params.random_seed, stage
+    )
     need_one("sparse_probing", tasks, stage)
     pools = {task.name: _pool(task, params) for task in tasks}
     row_of = text_numbers(part.values() for task in tasks for part in (task.train, task.test))
@@ -156,14 +172,31 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
     for pool in pools.values():  # after all else, so that whoever reads the tasks without pools runs the same texts together
         for text in (text for texts in pool.values() for text in texts):
             row_of.setdefault(text, len(row_of))
-    sizes = [*own, *brought_in(row_of, ([[*([text for text in texts if row_of[text] >= more] for texts in pool.values())]]
-                                        for pool in pools.values()), more)]
-    draws = {name: train_draws({label: torch.tensor([row_of[text] for text in texts]) for label, texts in pool.items()},
-                               config.probe_train_set_size // 2, config.train_draws, config.train_pool, params.random_seed)
-             for name, pool in pools.items()}
-    return _Texts(tokenise(lm, list(row_of), config.context_length), sizes,
-                  {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks}, draws,
-                  {task.name: {**task.notes, "classes": list(task.train), **_drawn(draws[task.name])} for task in tasks})
+    sizes = [
+        *own,
+        *brought_in(
+            row_of,
+            ([[*([text for text in texts if row_of[text] >= more] for texts in pool.values())]] for pool in pools.values()),
+            more,
+        ),
+    ]
+    draws = {
+        name: train_draws(
+            {label: torch.tensor([row_of[text] for text in texts]) for label, texts in pool.items()},
+            config.probe_train_set_size // 2,
+            config.train_draws,
+            config.train_pool,
+            params.random_seed,
+        )
+        for name, pool in pools.items()
+    }
+    return _Texts(
+        tokenise(lm, list(row_of), config.context_length),
+        sizes,
+        {task.name: _probe_tasks(task, row_of, params.random_seed) for task in tasks},
+        draws,
+        {task.name: {**task.notes, "classes": list(task.train), **_drawn(draws[task.name])} for task in tasks},
+    )
 
 
 def _pool(task: Task, params: Params) -> dict[str, list[str]]:
@@ -178,18 +211,26 @@ def _pool(task: Task, params: Params) -> dict[str, list[str]]:
 
 def _drawn(draws: TrainDraws) -> dict[str, Any]:
     """What the stage notes of the draws of training texts."""
-    return {"train_draws": len(next(iter(draws.of_class.values()))), "train_share": round(draws.share, 4),
-            "train_replaced": draws.replaced}
+    return {
+        "train_draws": len(next(iter(draws.of_class.values()))),
+        "train_share": round(draws.share, 4),
+        "train_replaced": draws.replaced,
+    }
 
 
 def _probe_tasks(task: Task, row_of: dict[str, int], seed: int) -> dict[str, ProbeTask]:
-    rows = {split: {label: torch.tensor([row_of[text] for text in texts]) for label, texts in part.items()}
-            for split, part in (("train", task.train), ("test", task.test))}
-    return {label: ProbeTask(draw(rows["train"], label, seed, "train"), draw(rows["test"], label, seed, "test"))
-            for label in task.train}
+    rows = {
+        split: {label: torch.tensor([row_of[text] for text in texts]) for label, texts in part.items()}
+        for split, part in (("train", task.train), ("test", task.test))
+    }
+    return {
+        label: ProbeTask(draw(rows["train"], label, seed, "train"), draw(rows["test"], label, seed, "test"))
+        for label in task.train
+    }
 
 
 # --- probes ----------------------------------------------------------------------------------
+
 
 def _accuracies(means: Means, texts: _Texts, task: str, params: Params, prefix: str) -> Scores:
     """Every probe of a task on one kind of features: accuracies in SAE Bench's definition, in ours which test texts it
@@ -197,27 +238,42 @@ def _accuracies(means: Means, texts: _Texts, task: str, params: Params, prefix: 
     classes = texts.tasks[task]
     # many fits of a few hundred texts: threads would only wait for one another
     with threadpool_limits(1):
-        return {"sae_bench": _sae_bench_accuracies(means.sae_bench, classes, params, prefix),
-                "lab": _lab_outcomes(means.lab, classes, texts.draws[task], params, prefix), "fires": bool(means.lab.any())}
+        return {
+            "sae_bench": _sae_bench_accuracies(means.sae_bench, classes, params, prefix),
+            "lab": _lab_outcomes(means.lab, classes, texts.draws[task], params, prefix),
+            "fires": bool(means.lab.any()),
+        }
 
 
-def _sae_bench_accuracies(features: Tensor, classes: dict[str, ProbeTask], params: Params,
-                          prefix: str) -> dict[str, dict[str, float]]:
+def _sae_bench_accuracies(
+    features: Tensor, classes: dict[str, ProbeTask], params: Params, prefix: str
+) -> dict[str, dict[str, float]]:
     """metric -> class -> accuracy, for every k no larger than the number of features and for the full probe."""
-    top = {f"{prefix}_top_{k}_test_accuracy": {
-               label: top_k_accuracy(features, task.train, task.test, k) for label, task in classes.items()}
-           for k in _ks(features, params)}
-    return {**top, f"{prefix}_test_accuracy": {
-        label: sae_bench_full_accuracy(features, task, params.random_seed) for label, task in classes.items()}}
+    top = {
+        f"{prefix}_top_{k}_test_accuracy": {
+            label: top_k_accuracy(features, task.train, task.test, k) for label, task in classes.items()
+        }
+        for k in _ks(features, params)
+    }
+    return {
+        **top,
+        f"{prefix}_test_accuracy": {
+            label: sae_bench_full_accuracy(features, task, params.random_seed) for label, task in classes.items()
+        },
+    }
 
 
-def _lab_outcomes(features: Tensor, classes: dict[str, ProbeTask], draws: TrainDraws, params: Params,
-                  prefix: str) -> dict[str, dict[str, list[str]]]:
+def _lab_outcomes(
+    features: Tensor, classes: dict[str, ProbeTask], draws: TrainDraws, params: Params, prefix: str
+) -> dict[str, dict[str, list[str]]]:
     """metric -> class -> which test texts were told right with each draw of training texts, by our names of metrics."""
     found = redrawn_correct(features, draws, {label: task.test for label, task in classes.items()}, _ks(features, params))
-    return {f"{prefix}_full_accuracy" if k is None else f"{prefix}_top_{k}_accuracy":
-            {label: [packed(bits) for bits in correct] for label, correct in of_class.items()}
-            for k, of_class in found.items()}
+    return {
+        f"{prefix}_full_accuracy" if k is None else f"{prefix}_top_{k}_accuracy": {
+            label: [packed(bits) for bits in correct] for label, correct in of_class.items()
+        }
+        for k, of_class in found.items()
+    }
 
 
 def _ks(features: Tensor, params: Params) -> list[int]:
@@ -226,8 +282,16 @@ def _ks(features: Tensor, params: Params) -> list[int]:
 
 # --- results ---------------------------------------------------------------------------------
 
-def _result(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params, texts: _Texts,
-            raw: dict[str, Scores], found: dict[str, Scores]) -> dict[str, Any]:
+
+def _result(
+    name: str,
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    params: Params,
+    texts: _Texts,
+    raw: dict[str, Scores],
+    found: dict[str, Scores],
+) -> dict[str, Any]:
     both = {task: {part: {**raw[task][part], **found[task][part]} for part in ("sae_bench", "lab")} for task in texts.tasks}
     bench = {task: _class_means(parts["sae_bench"]) for task, parts in both.items()}
     averages = _task_means(bench)
@@ -237,25 +301,45 @@ def _result(name: str, sae: SparseAutoencoder, lm: LanguageModel, params: Params
     unstructured[harness.LAB] = _lab_block(texts, {task: parts["lab"] for task, parts in both.items()}, params.random_seed)
     config = params.sparse_probing
     return harness.sparse_probing_output(
-        {"random_seed": params.random_seed, "dataset_names": list(texts.tasks),
-         "probe_train_set_size": config.probe_train_set_size, "probe_test_set_size": config.probe_test_set_size,
-         "context_length": config.context_length, "sae_batch_size": params.model.llm_batch_size,
-         "llm_batch_size": params.model.llm_batch_size, "llm_dtype": params.model.torch_dtype,
-         "model_name": lm.name, "k_values": list(config.k_values)},
+        {
+            "random_seed": params.random_seed,
+            "dataset_names": list(texts.tasks),
+            "probe_train_set_size": config.probe_train_set_size,
+            "probe_test_set_size": config.probe_test_set_size,
+            "context_length": config.context_length,
+            "sae_batch_size": params.model.llm_batch_size,
+            "llm_batch_size": params.model.llm_batch_size,
+            "llm_dtype": params.model.torch_dtype,
+            "model_name": lm.name,
+            "k_values": list(config.k_values),
+        },
         {key: value for key, value in averages.items() if key.startswith("llm_") and key in known},
         {key: value for key, value in averages.items() if key.startswith("sae_") and key in known},
-        [{"dataset_name": f"{task}_results", **{k: v for k, v in values.items() if k in known}}
-         for task, values in bench.items()],
-        unstructured, harness.envelope(name, sae, "sparse_probing"))
+        [
+            {"dataset_name": f"{task}_results", **{k: v for k, v in values.items() if k in known}}
+            for task, values in bench.items()
+        ],
+        unstructured,
+        harness.envelope(name, sae, "sparse_probing"),
+    )
 
 
 def _lab_block(texts: _Texts, outcomes: Outcomes, seed: int) -> dict[str, Any]:
     """Our accuracies, their intervals, and every outcome behind them, so that SAEs can be compared text by text."""
-    by_task = {task: _class_means({metric: {label: _share(draws, texts.tasks[task][label]) for label, draws in cells.items()}
-                                   for metric, cells in metrics.items()}) for task, metrics in outcomes.items()}
+    by_task = {
+        task: _class_means(
+            {
+                metric: {label: _share(draws, texts.tasks[task][label]) for label, draws in cells.items()}
+                for metric, cells in metrics.items()
+            }
+        )
+        for task, metrics in outcomes.items()
+    }
     asked = {task: {label: _asked(probe) for label, probe in classes.items()} for task, classes in texts.tasks.items()}
-    correct = {metric: {task: metrics[metric] for task, metrics in outcomes.items()}
-               for metric in sorted({metric for metrics in outcomes.values() for metric in metrics})}
+    correct = {
+        metric: {task: metrics[metric] for task, metrics in outcomes.items()}
+        for metric in sorted({metric for metrics in outcomes.values() for metric in metrics})
+    }
     # one share for all tasks: the largest, whose draws have most in common
     share, replaced = max(d.share for d in texts.draws.values()), any(d.replaced for d in texts.draws.values())
 
@@ -264,15 +348,26 @@ def _lab_block(texts: _Texts, outcomes: Outcomes, seed: int) -> dict[str, Any]:
         return None if found is None else list(found)
 
     intervals = {metric: bounds(cells) for metric, cells in correct.items()}
-    of_tasks = {task: {metric: bounds({task: cells}) for metric, cells in metrics.items()}
-                for task, metrics in outcomes.items()}
-    return {"metrics": _task_means(by_task), "tasks": by_task,
-            "intervals": {metric: found for metric, found in intervals.items() if found is not None},
-            "task_intervals": {task: {metric: found for metric, found in metrics.items() if found is not None}
-                               for task, metrics in of_tasks.items()},
-            "outcomes": {"asked": asked, "correct": correct, "train_share": share, "train_replaced": replaced,
-                         "train_draws": len(next(iter(next(iter(texts.draws.values())).of_class.values()))),
-                         "key": fingerprint([asked, fingerprint([t.tolist() for t in texts.tokens]), share, replaced])[:16]}}
+    of_tasks = {
+        task: {metric: bounds({task: cells}) for metric, cells in metrics.items()} for task, metrics in outcomes.items()
+    }
+    return {
+        "metrics": _task_means(by_task),
+        "tasks": by_task,
+        "intervals": {metric: found for metric, found in intervals.items() if found is not None},
+        "task_intervals": {
+            task: {metric: found for metric, found in metrics.items() if found is not None}
+            for task, metrics in of_tasks.items()
+        },
+        "outcomes": {
+            "asked": asked,
+            "correct": correct,
+            "train_share": share,
+            "train_replaced": replaced,
+            "train_draws": len(next(iter(next(iter(texts.draws.values())).of_class.values()))),
+            "key": fingerprint([asked, fingerprint([t.tolist() for t in texts.tokens]), share, replaced])[:16],
+        },
+    }
 
 
 def _asked(task: ProbeTask) -> list[str]:

@@ -57,8 +57,9 @@ def _chosen(count: int, size: int, replaced: bool, key: list[object]) -> Tensor:
     return torch.randperm(count, generator=generator)[:size]
 
 
-def redrawn_correct(features: Tensor, drawn: TrainDraws, tests: Mapping[str, Draw],
-                    ks: Sequence[int]) -> dict[int | None, dict[str, np.ndarray]]:
+def redrawn_correct(
+    features: Tensor, drawn: TrainDraws, tests: Mapping[str, Draw], ks: Sequence[int]
+) -> dict[int | None, dict[str, np.ndarray]]:
     """Which test rows of every class the probes get right, by k, None standing for all dimensions. bool [draws, test rows]
 
     features: [rows, d]. The k dimensions are those whose class means differ most on each draw's training rows alone.
@@ -81,12 +82,16 @@ def redrawn_correct(features: Tensor, drawn: TrainDraws, tests: Mapping[str, Dra
     return {k: {label: found[k] for label, found in classes.items()} for k in (*ks, None)}
 
 
-def _top_k(x: np.ndarray, train_RN: np.ndarray, y_RN: np.ndarray, test_M: np.ndarray,
-           ks: Sequence[int]) -> dict[int, np.ndarray]:
+def _top_k(
+    x: np.ndarray, train_RN: np.ndarray, y_RN: np.ndarray, test_M: np.ndarray, ks: Sequence[int]
+) -> dict[int, np.ndarray]:
     """Decision values [draws, test rows] of the probes on k dimensions."""
     weights = np.zeros((len(train_RN), len(x)))  # class mean less class mean, as one product
-    np.add.at(weights, (np.arange(len(train_RN))[:, None], train_RN),
-              np.where(y_RN > 0, 1 / y_RN.sum(1, keepdims=True), -1 / (1 - y_RN).sum(1, keepdims=True)))
+    np.add.at(
+        weights,
+        (np.arange(len(train_RN))[:, None], train_RN),
+        np.where(y_RN > 0, 1 / y_RN.sum(1, keepdims=True), -1 / (1 - y_RN).sum(1, keepdims=True)),
+    )
     apart_RD = np.abs(weights @ x)
     most = min(max(ks, default=0), x.shape[1])
     best_RK = np.argpartition(-apart_RD, most - 1, axis=1)[:, :most] if most else np.zeros((len(weights), 0), int)
@@ -137,9 +142,11 @@ def fit(x: np.ndarray, y_RN: np.ndarray) -> np.ndarray:
     return theta_RD
 
 
-def _lowered(x1: np.ndarray, y: np.ndarray, theta: np.ndarray, step: np.ndarray, gradient: np.ndarray,
-             ridge: np.ndarray) -> np.ndarray:
+def _lowered(
+    x1: np.ndarray, y: np.ndarray, theta: np.ndarray, step: np.ndarray, gradient: np.ndarray, ridge: np.ndarray
+) -> np.ndarray:
     """theta less as much of the step as lowers the objective (Armijo), by halving."""
+
     def objective(at: np.ndarray) -> np.ndarray:
         z = np.einsum("rnd,rd->rn", x1, at)
         return np.logaddexp(0, np.where(y > 0, -z, z)).sum(1) + (ridge * at**2).sum(1) / 2

@@ -50,8 +50,15 @@ from sae_research.text.tokens import pack_documents
 Record = dict[str, list[dict[str, Any]]]
 
 
-def result(name: str, sae: SparseAutoencoder, model: str, params: Params, asked: dict[str, Any], record: Record,
-           stand_in: str | None) -> dict[str, Any]:
+def result(
+    name: str,
+    sae: SparseAutoencoder,
+    model: str,
+    params: Params,
+    asked: dict[str, Any],
+    record: Record,
+    stand_in: str | None,
+) -> dict[str, Any]:
     """SAE Bench's `UnlearningEvalOutput` as plain data.
 
     asked: side -> question set -> {asked, known}. stand_in: what the packaged data stand for, None where none are used.
@@ -60,65 +67,101 @@ def result(name: str, sae: SparseAutoencoder, model: str, params: Params, asked:
     (forget, retain), own = (_matrices(record[definition]) for definition in DEFINITIONS)
     label = {} if stand_in is None else {"stand_in": stand_in}
     return _unlearning_output(
-        _config(params, model), intervention.unlearning_score(forget, retain, bar),
-        {**label, "configurations": _figures(record["sae_bench"], forget, retain),
-         harness.LAB: {**label, "questions": asked, **_lab_block(record["lab"], *own, params)}},
-        harness.envelope(name, sae, "unlearning"))
+        _config(params, model),
+        intervention.unlearning_score(forget, retain, bar),
+        {
+            **label,
+            "configurations": _figures(record["sae_bench"], forget, retain),
+            harness.LAB: {**label, "questions": asked, **_lab_block(record["lab"], *own, params)},
+        },
+        harness.envelope(name, sae, "unlearning"),
+    )
 
 
 def _config(params: Params, model: str) -> dict[str, Any]:
     config = params.unlearning
-    return {"random_seed": params.random_seed, "dataset_names": [*config.forget_questions, *config.retain_questions],
-            "retain_thresholds": list(config.retain_thresholds), "n_features_list": list(config.n_features_list),
-            "multipliers": list(config.multipliers), "dataset_size": config.dataset_size, "seq_len": config.seq_len,
-            "model_name": model, "llm_batch_size": params.model.llm_batch_size, "llm_dtype": params.model.torch_dtype}
+    return {
+        "random_seed": params.random_seed,
+        "dataset_names": [*config.forget_questions, *config.retain_questions],
+        "retain_thresholds": list(config.retain_thresholds),
+        "n_features_list": list(config.n_features_list),
+        "multipliers": list(config.multipliers),
+        "dataset_size": config.dataset_size,
+        "seq_len": config.seq_len,
+        "model_name": model,
+        "llm_batch_size": params.model.llm_batch_size,
+        "llm_dtype": params.model.torch_dtype,
+    }
 
 
-def _unlearning_output(config: dict[str, Any], score: float, unstructured: dict[str, Any],
-                       common: dict[str, Any]) -> dict[str, Any]:
+def _unlearning_output(
+    config: dict[str, Any], score: float, unstructured: dict[str, Any], common: dict[str, Any]
+) -> dict[str, Any]:
     from sae_bench.evals.unlearning import eval_output as types
     from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
-    return asdict(types.UnlearningEvalOutput(
-        eval_config=UnlearningEvalConfig(**config),
-        eval_result_metrics=types.UnlearningMetricCategories(
-            unlearning=types.UnlearningMetrics(unlearning_score=score)),
-        eval_result_details=[], eval_result_unstructured=unstructured, **common))
+    return asdict(
+        types.UnlearningEvalOutput(
+            eval_config=UnlearningEvalConfig(**config),
+            eval_result_metrics=types.UnlearningMetricCategories(unlearning=types.UnlearningMetrics(unlearning_score=score)),
+            eval_result_details=[],
+            eval_result_unstructured=unstructured,
+            **common,
+        )
+    )
 
 
 def _lab_block(record: list[dict[str, Any]], forget: np.ndarray, retain: np.ndarray, params: Params) -> dict[str, Any]:
     bar, seed = params.unlearning.min_retain_accuracy, params.random_seed
     held_out, kept = intervention.held_out(forget, retain, bar, seed)
     return {
-        "metrics": {"unlearning_score": intervention.unlearning_score(forget, retain, bar),
-                    "unlearning_score_held_out": held_out, "retain_accuracy_held_out": kept,
-                    "forget_questions": forget.shape[1], "retain_questions": retain.shape[1]},
+        "metrics": {
+            "unlearning_score": intervention.unlearning_score(forget, retain, bar),
+            "unlearning_score_held_out": held_out,
+            "retain_accuracy_held_out": kept,
+            "forget_questions": forget.shape[1],
+            "retain_questions": retain.shape[1],
+        },
         "intervals": {"unlearning_score": intervention.interval(forget, retain, bar, seed)},
         "best_configuration": intervention.best_configuration(forget, retain, bar),
-        "configurations": [{**figures, "forget_right": entry["forget"], "retain_right": entry["retain"]}
-                           for figures, entry in zip(_figures(record, forget, retain), record, strict=True)]}
+        "configurations": [
+            {**figures, "forget_right": entry["forget"], "retain_right": entry["retain"]}
+            for figures, entry in zip(_figures(record, forget, retain), record, strict=True)
+        ],
+    }
 
 
 def _matrices(record: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Which forget and which retain questions are answered rightly, bool [configurations, questions] each."""
-    forget, retain = (np.array([[digit == "1" for digit in entry[side]] for entry in record])
-                      for side in ("forget", "retain"))
+    forget, retain = (
+        np.array([[digit == "1" for digit in entry[side]] for entry in record]) for side in ("forget", "retain")
+    )
     return forget, retain
 
 
 def _figures(record: list[dict[str, Any]], forget: np.ndarray, retain: np.ndarray) -> list[dict[str, Any]]:
-    return [{"retain_threshold": entry["retain_threshold"], "n_features": entry["n_features"],
-             "multiplier": entry["multiplier"], "latents": entry["latents"],
-             "forget_accuracy": float(forget[row].mean()), "retain_accuracy": float(retain[row].mean())}
-            for row, entry in enumerate(record)]
+    return [
+        {
+            "retain_threshold": entry["retain_threshold"],
+            "n_features": entry["n_features"],
+            "multiplier": entry["multiplier"],
+            "latents": entry["latents"],
+            "forget_accuracy": float(forget[row].mean()),
+            "retain_accuracy": float(retain[row].mean()),
+        }
+        for row, entry in enumerate(record)
+    ]
 
 
 CHARACTERS_PER_TOKEN = 5
 """About what English needs: a document is cut to one context's worth of text."""
-STAND_IN = ("stand-in for WMDP and MMLU: packaged biomedical against general text, one-word science questions with three "
-            "other answers as distractors; not comparable with published unlearning scores")
-NOTHING_TO_CLAMP = ("no latent fires on the forget corpus and stays below a retain threshold: nothing was clamped, which "
-                    "scores 0")
+STAND_IN = (
+    "stand-in for WMDP and MMLU: packaged biomedical against general text, one-word science questions with three "
+    "other answers as distractors; not comparable with published unlearning scores"
+)
+NOTHING_TO_CLAMP = (
+    "no latent fires on the forget corpus and stays below a retain threshold: nothing was clamped, which scores 0"
+)
 
 
 class Material(NamedTuple):
@@ -135,16 +178,19 @@ class Material(NamedTuple):
 
     def asked(self) -> dict[str, dict[str, dict[str, int]]]:
         """Side -> set -> how many questions were asked and how many are known."""
-        return {side: {known.name: {"asked": known.asked, "known": len(known.known)} for known in sets}
-                for side, sets in (("forget", self.forget), ("retain", self.retain))}
+        return {
+            side: {known.name: {"asked": known.asked, "known": len(known.known)} for known in sets}
+            for side, sets in (("forget", self.forget), ("retain", self.retain))
+        }
 
     @property
     def n_forget(self) -> int:
         return sum(len(known.prompts) for known in self.forget)
 
 
-def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params,
-             stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(
+    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `UnlearningEvalOutput` in plain data.
 
     An SAE that fails is skipped with its reason. Raises `NotApplicable` where the model knows too few questions,
@@ -164,15 +210,25 @@ def evaluate(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Para
             if not any(entry["latents"] for entry in found[name]["lab"]):
                 stage.notes.setdefault("nothing_to_clamp", {})[name] = NOTHING_TO_CLAMP
             with guard.on(name):
-                yield name, result(name, sae, lm.name, params, material.asked(), found[name],
-                                   STAND_IN if stands_in(params) else None)
+                yield (
+                    name,
+                    result(
+                        name, sae, lm.name, params, material.asked(), found[name], STAND_IN if stands_in(params) else None
+                    ),
+                )
 
 
 def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, material: Material) -> str:
     config = params.unlearning
-    values = [config.retain_thresholds, config.n_features_list, config.multipliers, params.token_mask.model_dump(),
-              {name: fingerprint(tokens.tolist()) for name, tokens in material.corpora.items()},
-              _identity(material.prompts()), material.n_forget]
+    values = [
+        config.retain_thresholds,
+        config.n_features_list,
+        config.multipliers,
+        params.token_mask.model_dump(),
+        {name: fingerprint(tokens.tolist()) for name, tokens in material.corpora.items()},
+        _identity(material.prompts()),
+        material.n_forget,
+    ]
     return result_key(sae, lm, values, __name__)
 
 
@@ -182,22 +238,29 @@ def _identity(asked: Sequence[Prompt]) -> str:
 
 # --- what is asked and read ------------------------------------------------------------------
 
+
 def load_material(lm: LanguageModel, params: Params, stage: StageFolder) -> Material:
     """Corpora as contexts, and the questions that the model knows. Raises as `evaluate` does."""
     config = params.unlearning
     if stands_in(params):
         stage.notes["stand_in"] = STAND_IN
-    material = Material({}, [_known(lm, params, name) for name in config.forget_questions],
-                        [_known(lm, params, name) for name in config.retain_questions])
+    material = Material(
+        {},
+        [_known(lm, params, name) for name in config.forget_questions],
+        [_known(lm, params, name) for name in config.retain_questions],
+    )
     stage.notes["questions"] = material.asked()
     for side, sets in material.asked().items():
         known, total = (sum(counts[key] for counts in sets.values()) for key in ("known", "asked"))
         if known < config.min_known_questions:
             raise NotApplicable(
                 f"{lm.name} knows {known} of {total} {side} questions ({', '.join(sets)}), fewer than "
-                f"unlearning.min_known_questions = {config.min_known_questions}: what it does not know it cannot forget")
-    corpora = {side: _contexts(lm, params, name)
-               for side, name in (("forget", config.forget_corpus), ("retain", config.retain_corpus))}
+                f"unlearning.min_known_questions = {config.min_known_questions}: what it does not know it cannot forget"
+            )
+    corpora = {
+        side: _contexts(lm, params, name)
+        for side, name in (("forget", config.forget_corpus), ("retain", config.retain_corpus))
+    }
     stage.notes["corpora"] = {side: {"contexts": len(tokens), "tokens": tokens.numel()} for side, tokens in corpora.items()}
     return material._replace(corpora=corpora)
 
@@ -230,15 +293,24 @@ def _contexts(lm: LanguageModel, params: Params, name: str) -> Tensor:
     documents = topic_documents(name, config.corpus_column, CHARACTERS_PER_TOKEN * config.seq_len, params.random_seed)
     tokens = pack_documents(lm.tokenizer, lm.separator_id, iter(documents), config.seq_len, config.dataset_size).tokens
     if not len(tokens):
-        raise UserError(f"unlearning: corpus {name} is shorter than one context of {config.seq_len} tokens; "
-                        "give more text or a smaller unlearning.seq_len")
+        raise UserError(
+            f"unlearning: corpus {name} is shorter than one context of {config.seq_len} tokens; "
+            "give more text or a smaller unlearning.seq_len"
+        )
     return tokens
 
 
 # --- measuring -------------------------------------------------------------------------------
 
-def measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, params: Params,
-             material: Material, guard: Guard | None = None) -> Iterator[tuple[str, Record]]:
+
+def measure(
+    saes: dict[str, SparseAutoencoder],
+    lm: LanguageModel,
+    hook: str,
+    params: Params,
+    material: Material,
+    guard: Guard | None = None,
+) -> Iterator[tuple[str, Record]]:
     """(name, which questions every configuration leaves right) of SAEs at one hook, families together. Without a `guard`
     an SAE that fails raises its error."""
     if not saes:
@@ -249,8 +321,10 @@ def measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, pa
 
     def score(family: Family) -> Iterator[tuple[str, Record]]:
         found = {side: firing(corpus, family) for side, corpus in corpora.items()}
-        plans = {name: {d: configurations(found["forget"][name][d], found["retain"][name][d], params)
-                        for d in DEFINITIONS} for name in family}
+        plans = {
+            name: {d: configurations(found["forget"][name][d], found["retain"][name][d], params) for d in DEFINITIONS}
+            for name in family
+        }
         for name, right in correct_answers(questions, asked, family, plans).items():
             yield name, _record(plans[name], right, material.n_forget)
 
@@ -263,16 +337,27 @@ def measure(saes: dict[str, SparseAutoencoder], lm: LanguageModel, hook: str, pa
 def configurations(forget: Firing, retain: Firing, params: Params) -> list[Configuration]:
     """Every combination of retain threshold, number of latents and multiplier, with the latents it clamps."""
     config = params.unlearning
-    return [Configuration(threshold, n, multiplier, tuple(choose_latents(forget, retain, threshold, n)))
-            for threshold in config.retain_thresholds for n in config.n_features_list
-            for multiplier in config.multipliers]
+    return [
+        Configuration(threshold, n, multiplier, tuple(choose_latents(forget, retain, threshold, n)))
+        for threshold in config.retain_thresholds
+        for n in config.n_features_list
+        for multiplier in config.multipliers
+    ]
 
 
 def _record(plans: Plans, right: dict[str, np.ndarray], n_forget: int) -> Record:
-    return {definition: [{**configuration._asdict(), "latents": list(configuration.latents),
-                          "forget": _digits(row[:n_forget]), "retain": _digits(row[n_forget:])}
-                         for configuration, row in zip(plans[definition], right[definition], strict=True)]
-            for definition in DEFINITIONS}
+    return {
+        definition: [
+            {
+                **configuration._asdict(),
+                "latents": list(configuration.latents),
+                "forget": _digits(row[:n_forget]),
+                "retain": _digits(row[n_forget:]),
+            }
+            for configuration, row in zip(plans[definition], right[definition], strict=True)
+        ]
+        for definition in DEFINITIONS
+    }
 
 
 def _digits(values: np.ndarray) -> str:

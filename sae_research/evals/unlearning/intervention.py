@@ -74,8 +74,13 @@ def firing(corpus: HookActivations, saes: dict[str, SparseAutoencoder]) -> dict[
                 active = fires(kept, definition)
                 count[name][definition] += active.sum(dim=0).double().cpu()
                 total[name][definition] += (kept.abs() * active).sum(dim=0).double().cpu()
-    return {name: {d: Firing((count[name][d] / max(tokens[d], 1)).numpy(), (total[name][d] / max(tokens[d], 1)).numpy())
-                   for d in DEFINITIONS} for name in saes}
+    return {
+        name: {
+            d: Firing((count[name][d] / max(tokens[d], 1)).numpy(), (total[name][d] / max(tokens[d], 1)).numpy())
+            for d in DEFINITIONS
+        }
+        for name in saes
+    }
 
 
 def choose_latents(forget: Firing, retain: Firing, retain_threshold: float, n: int) -> list[int]:
@@ -114,16 +119,19 @@ def best_configuration(forget: np.ndarray, retain: np.ndarray, min_retain_accura
     return None if best < 0 or allowed[best] >= 1.0 else best
 
 
-def interval(forget: np.ndarray, retain: np.ndarray, min_retain_accuracy: float, seed: int,
-             n_resamples: int = 2000) -> list[float]:
+def interval(
+    forget: np.ndarray, retain: np.ndarray, min_retain_accuracy: float, seed: int, n_resamples: int = 2000
+) -> list[float]:
     """95 % bootstrap interval of the score over questions, [low, high].
 
     Both sets of questions are drawn anew, and the best configuration is chosen anew in each draw. The draws depend on the
     seed and the numbers of questions only: those of two SAEs are paired.
     """
     rng = np.random.default_rng([seed, forget.shape[1], retain.shape[1]])
-    means = [values[:, rng.integers(values.shape[1], size=(n_resamples, values.shape[1]))].mean(axis=2)
-             for values in (forget, retain)]
+    means = [
+        values[:, rng.integers(values.shape[1], size=(n_resamples, values.shape[1]))].mean(axis=2)
+        for values in (forget, retain)
+    ]
     scores = _scores(means[0], means[1], min_retain_accuracy)
     return [float(value) for value in np.quantile(scores, [0.025, 0.975])]
 
@@ -138,19 +146,20 @@ def held_out(forget: np.ndarray, retain: np.ndarray, min_retain_accuracy: float,
     rng = np.random.default_rng([seed, forget.shape[1], retain.shape[1], 1])
     figures = []
     for _ in range(_HALVINGS):
-        first, second = ([values[:, half] for values, half in zip((forget, retain), halves, strict=True)]
-                         for halves in zip(*(_halves(values.shape[1], rng) for values in (forget, retain)), strict=True))
+        first, second = (
+            [values[:, half] for values, half in zip((forget, retain), halves, strict=True)]
+            for halves in zip(*(_halves(values.shape[1], rng) for values in (forget, retain)), strict=True)
+        )
         for choosing, measuring in ((first, second), (second, first)):
             best = best_configuration(choosing[0], choosing[1], min_retain_accuracy)
-            figures.append((0.0, 1.0) if best is None else
-                           (1.0 - measuring[0][best].mean(), measuring[1][best].mean()))
+            figures.append((0.0, 1.0) if best is None else (1.0 - measuring[0][best].mean(), measuring[1][best].mean()))
     score, kept = np.mean(figures, axis=0)
     return float(score), float(kept)
 
 
 def _halves(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     order = rng.permutation(n)
-    return order[:n // 2], order[n // 2:]
+    return order[: n // 2], order[n // 2 :]
 
 
 class Configuration(NamedTuple):
@@ -189,8 +198,9 @@ Plans = dict[str, list[Configuration]]
 
 
 @torch.no_grad()
-def correct_answers(questions: HookActivations, prompts: Sequence[Prompt], saes: dict[str, SparseAutoencoder],
-                    plans: dict[str, Plans]) -> dict[str, dict[str, np.ndarray]]:
+def correct_answers(
+    questions: HookActivations, prompts: Sequence[Prompt], saes: dict[str, SparseAutoencoder], plans: dict[str, Plans]
+) -> dict[str, dict[str, np.ndarray]]:
     """Name -> definition -> which prompts are still answered rightly, bool [configurations, prompts].
 
     For SAEs of one family. prompts: known questions, in the order of `questions`.
@@ -203,8 +213,15 @@ def correct_answers(questions: HookActivations, prompts: Sequence[Prompt], saes:
     return right
 
 
-def _ask(questions: HookActivations, batch: Batch, asked: Sequence[Prompt], sae: SparseAutoencoder,
-         by_definition: dict[str, Tensor], plans: Plans, right: dict[str, np.ndarray]) -> None:
+def _ask(
+    questions: HookActivations,
+    batch: Batch,
+    asked: Sequence[Prompt],
+    sae: SparseAutoencoder,
+    by_definition: dict[str, Tensor],
+    plans: Plans,
+    right: dict[str, np.ndarray],
+) -> None:
     """Fill in `right` for one batch of prompts and one SAE."""
     jobs: dict[object, Job] = {}
     users: dict[object, list[tuple[str, int, int]]] = {}
@@ -218,7 +235,7 @@ def _ask(questions: HookActivations, batch: Batch, asked: Sequence[Prompt], sae:
                 users.setdefault(key, []).append((definition, number, row))
     keys, size = list(jobs), questions.params.model.llm_batch_size
     for start in range(0, len(keys), size):
-        chunk = keys[start:start + size]
+        chunk = keys[start : start + size]
         prompts = [asked[jobs[key].row] for key in chunk]
         logits = edited_logits(questions, batch, prompts, sae, by_definition, [jobs[key] for key in chunk])
         for key, prompt, chosen in zip(chunk, prompts, answers(logits, prompts), strict=True):
@@ -238,8 +255,14 @@ def edits(z: Tensor, may_edit: Tensor, configuration: Configuration, definition:
         yield row, Edit(positions[order], latents[columns][order], values[order])
 
 
-def edited_logits(questions: HookActivations, batch: Batch, prompts: Sequence[Prompt], sae: SparseAutoencoder,
-                  by_definition: dict[str, Tensor], jobs: Sequence[Job]) -> Tensor:
+def edited_logits(
+    questions: HookActivations,
+    batch: Batch,
+    prompts: Sequence[Prompt],
+    sae: SparseAutoencoder,
+    by_definition: dict[str, Tensor],
+    jobs: Sequence[Job],
+) -> Tensor:
     """Logits [jobs, vocab] at the last token of each job's prompt."""
     rows = torch.tensor([job.row for job in jobs])
     positions, own = last_positions(prompts)

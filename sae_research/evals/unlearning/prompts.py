@@ -69,8 +69,7 @@ def wordings(lm: LanguageModel, name: str, prompt_format: str) -> list[Wordings]
     return [orders(question) for question in questions.questions]
 
 
-def find_known(lm: LanguageModel, name: str, questions: Sequence[Wordings], limit: int | None,
-               batch_size: int) -> Known:
+def find_known(lm: LanguageModel, name: str, questions: Sequence[Wordings], limit: int | None, batch_size: int) -> Known:
     """Ask until `limit` questions are known, or all: known is a question answered rightly in every wording."""
     known: list[int] = []
     prompts: list[Prompt] = []
@@ -91,8 +90,10 @@ def find_known(lm: LanguageModel, name: str, questions: Sequence[Wordings], limi
 
 def answers(last_logits: Tensor, prompts: Sequence[Prompt]) -> list[int]:
     """The option chosen in each row. last_logits: [batch, vocab] at the prompts' last tokens."""
-    return [int(torch.stack([row[list(ids)].max() for ids in prompt.options]).argmax())
-            for row, prompt in zip(last_logits.float().cpu(), prompts, strict=True)]
+    return [
+        int(torch.stack([row[list(ids)].max() for ids in prompt.options]).argmax())
+        for row, prompt in zip(last_logits.float().cpu(), prompts, strict=True)
+    ]
 
 
 def last_positions(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
@@ -117,11 +118,10 @@ def _right(lm: LanguageModel, prompts: list[Prompt], batch_size: int) -> list[bo
     right = [False] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+        rows = order[start : start + batch_size]
         batch = [prompts[i] for i in rows]
         positions, own = last_positions(batch)
-        tokens = torch.nn.utils.rnn.pad_sequence([p.tokens for p in batch], batch_first=True,
-                                                 padding_value=lm.separator_id)
+        tokens = torch.nn.utils.rnn.pad_sequence([p.tokens for p in batch], batch_first=True, padding_value=lm.separator_id)
         logits = lm.logits(tokens, positions)[torch.arange(len(batch)), own.to(lm.device)]
         for i, prompt, chosen in zip(rows, batch, answers(logits, batch), strict=True):
             right[i] = chosen == prompt.answer
@@ -130,18 +130,21 @@ def _right(lm: LanguageModel, prompts: list[Prompt], batch_size: int) -> list[bo
 
 # --- letters ---------------------------------------------------------------------------------
 
+
 def question_text(question: Question, order: Sequence[int], subject: str) -> str:
     """SAE Bench's wording of a question with its choices in `order`, lettered."""
     choices = "".join(f"\n{letter}. {question.choices[i]}" for letter, i in zip(LETTERS, order, strict=False))
     return f"The following are multiple choice questions (with answers) about {subject}.\n{question.text}{choices}"
 
 
-def _letter_prompts(question: Question, subject: str, word: Callable[[str], Tensor],
-                    letters: Sequence[tuple[int, ...]]) -> Iterator[Prompt]:
+def _letter_prompts(
+    question: Question, subject: str, word: Callable[[str], Tensor], letters: Sequence[tuple[int, ...]]
+) -> Iterator[Prompt]:
     """A prompt per order of the choices, the given order first."""
     for order in permutations(range(len(question.choices))):
-        yield Prompt(word(question_text(question, order, subject)), tuple(letters[:len(order)]),
-                     order.index(question.answer))
+        yield Prompt(
+            word(question_text(question, order, subject)), tuple(letters[: len(order)]), order.index(question.answer)
+        )
 
 
 def _wording(lm: LanguageModel, prompt_format: str) -> Callable[[str], Tensor]:
@@ -172,6 +175,7 @@ def _single_tokens(lm: LanguageModel, *texts: str) -> tuple[int, ...]:
 
 # --- the stand-in's one-word answers ----------------------------------------------------------
 
+
 def _word_questions(lm: LanguageModel, topic: str) -> list[Wordings]:
     """The packaged questions on a topic whose true answer is one token, against answers of others of them.
 
@@ -185,7 +189,10 @@ def _word_questions(lm: LanguageModel, topic: str) -> list[Wordings]:
     for question in questions:
         false = distractors(question, list(id_of), N_DISTRACTORS)
         if len(false) == N_DISTRACTORS:
-            prompt = Prompt(_ids(lm, f"Question: {question.text}\nAnswer (one word):", [lm.separator_id]),
-                            tuple(id_of[word] for word in (question.answer, *false)), 0)
+            prompt = Prompt(
+                _ids(lm, f"Question: {question.text}\nAnswer (one word):", [lm.separator_id]),
+                tuple(id_of[word] for word in (question.answer, *false)),
+                0,
+            )
             result.append(lambda prompt=prompt: iter([prompt]))
     return result

@@ -109,9 +109,7 @@ LAYOUTS: dict[str, Layout] = {
         trainer_class="MatryoshkaBatchTopKTrainer",
         architecture="matryoshka_batchtopk",
     ),
-    "JumpReluAutoEncoder": Layout(
-        "jumprelu", _PLAIN, trainer_class="JumpReluTrainer", subtracts_b_dec=False
-    ),
+    "JumpReluAutoEncoder": Layout("jumprelu", _PLAIN, trainer_class="JumpReluTrainer", subtracts_b_dec=False),
     "GatedAutoEncoder": Layout(
         "gated",
         {**_LINEAR, "b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"},
@@ -135,31 +133,39 @@ def read_checkpoint(weights: Path, config: Path) -> SparseAutoencoder:
     state = load_state(weights)
     _check_keys(state, layout, trainer["dict_class"], weights)
     tensors = _tensors(state, layout, trainer, weights, config)
-    if (
-        layout.form != "topk"
-    ):  # a TopK SAE there ranks by activation alone, and keeps unit rows while training
+    if layout.form != "topk":  # a TopK SAE there ranks by activation alone, and keeps unit rows while training
         tensors = fold_decoder_norms(layout.form, tensors)
     k = _k(trainer, state, config, weights)
     if layout.form == "topk" and k is None:
         raise UserError(f"{config}: trainer lacks k, and so do the weights")
     d_sae, d_in = tensors["W_dec"].shape
     cfg = SAEConfig(
-        form=layout.form, d_in=d_in, d_sae=d_sae, model_name=text(trainer["lm_name"], "lm_name", config),
-        hook_name=hook_name(trainer, config), context_size=context_size,
-        apply_b_dec_to_input=layout.subtracts_b_dec, options={"k": k} if layout.form == "topk" else {},
+        form=layout.form,
+        d_in=d_in,
+        d_sae=d_sae,
+        model_name=text(trainer["lm_name"], "lm_name", config),
+        hook_name=hook_name(trainer, config),
+        context_size=context_size,
+        apply_b_dec_to_input=layout.subtracts_b_dec,
+        options={"k": k} if layout.form == "topk" else {},
         architecture=layout.architecture,
-        provenance={"format": "dictionary_learning", "dict_class": trainer["dict_class"],
-                    **{key: text(trainer[key], key, config) for key in ("trainer_class",) if trainer.get(key)},
-                    **({} if k is None else {"held_out": {"l0": float(k)}}),
-                    **({"group_sizes": state["group_sizes"].tolist()} if "group_sizes" in state else {})})
+        provenance={
+            "format": "dictionary_learning",
+            "dict_class": trainer["dict_class"],
+            **{key: text(trainer[key], key, config) for key in ("trainer_class",) if trainer.get(key)},
+            **({} if k is None else {"held_out": {"l0": float(k)}}),
+            **({"group_sizes": state["group_sizes"].tolist()} if "group_sizes" in state else {}),
+        },
+    )
     try:
         return form_class(layout.form).from_tensors(cfg, tensors)
     except UserError as error:
         raise UserError(f"{weights}: {error}") from None
 
 
-def _tensors(state: dict[str, Tensor], layout: Layout, trainer: dict[str, Any], weights: Path, config: Path
-             ) -> dict[str, Tensor]:
+def _tensors(
+    state: dict[str, Tensor], layout: Layout, trainer: dict[str, Any], weights: Path, config: Path
+) -> dict[str, Tensor]:
     """Our tensors by our names, of the sizes that config.json says; where it says none, of those of `W_dec`."""
     found = {name: state[key].T if name in layout.transposed else state[key] for name, key in layout.keys.items()}
     sizes = found["W_dec"].shape
@@ -185,8 +191,13 @@ def _k(trainer: dict[str, Any], state: dict[str, Tensor], config: Path, weights:
     return kept
 
 
-_SUBMODULES = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre", "mlp_out": "hook_mlp_out",
-               "attn_out": "hook_attn_out", "attention_out": "hook_attn_out"}
+_SUBMODULES = {
+    "resid_post": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+    "attention_out": "hook_attn_out",
+}
 """What a `submodule_name` without its `_layer_N` may be, and the hook that it is."""
 
 
@@ -206,8 +217,10 @@ def hook_name(trainer: dict[str, Any], config: Path) -> str:
     elif "." in submodule:
         hook = hook_of(submodule, config)
     else:
-        raise UserError(f"{config}: submodule_name {shown(submodule)} is not known; known: "
-                        f"{', '.join(f'{kind}_layer_{layer}' for kind in _SUBMODULES)}")
+        raise UserError(
+            f"{config}: submodule_name {shown(submodule)} is not known; known: "
+            f"{', '.join(f'{kind}_layer_{layer}' for kind in _SUBMODULES)}"
+        )
     if not hook.startswith(f"blocks.{layer}."):
         raise UserError(f"{config}: submodule_name {shown(submodule)} is not of layer {layer}, which `layer` says")
     return hook
@@ -232,8 +245,9 @@ def _layout(trainer: dict[str, Any], config: Path) -> Layout:
     try:
         return LAYOUTS[trainer["dict_class"]]
     except (KeyError, TypeError):
-        raise UserError(f"{config}: dict_class {shown(trainer['dict_class'])} is not supported; "
-                        f"known: {', '.join(LAYOUTS)}") from None
+        raise UserError(
+            f"{config}: dict_class {shown(trainer['dict_class'])} is not supported; known: {', '.join(LAYOUTS)}"
+        ) from None
 
 
 def _check_keys(state: dict[str, Tensor], layout: Layout, dict_class: str, path: Path) -> None:
@@ -242,11 +256,8 @@ def _check_keys(state: dict[str, Tensor], layout: Layout, dict_class: str, path:
     missing = sorted(set(layout.keys.values()) - set(state))
     unknown = sorted(set(state) - set(layout.keys.values()) - set(layout.extra))
     if missing or unknown:
-        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also holds {', '.join(unknown)}"] * bool(
-            unknown
-        )
-        raise UserError(f"{path}: not the weights of {dict_class}, which config.json names: "
-                        f"{' and '.join(parts)}")
+        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also holds {', '.join(unknown)}"] * bool(unknown)
+        raise UserError(f"{path}: not the weights of {dict_class}, which config.json names: {' and '.join(parts)}")
     bad = [name for name in ("W_enc", "W_dec") if state[layout.keys[name]].dim() != 2]
     if bad:
         key = layout.keys[bad[0]]
@@ -296,8 +307,10 @@ def export_dictionary_learning(
     tensors = _as_they_subtract(sae, layout.subtracts_b_dec)
     if sae.cfg.form == "jumprelu" and name != "JumpReluAutoEncoder":
         tensors["threshold"] = _one_threshold(tensors["threshold"], name)
-    state = {key: (tensors[ours].T if ours in layout.transposed else tensors[ours]).contiguous().clone()
-             for ours, key in layout.keys.items()}
+    state = {
+        key: (tensors[ours].T if ours in layout.transposed else tensors[ours]).contiguous().clone()
+        for ours, key in layout.keys.items()
+    }
     further: dict[str, Any] = {}
     if "k" in layout.extra:
         further["k"] = _mean_l0(sae)
@@ -313,23 +326,27 @@ def export_dictionary_learning(
     write_json(folder / CONFIG_FILE, _config(sae, name, further))
     if figures is not None and figures.is_file():
         ours = read_json(figures)
-        write_json(folder / EVAL_FILE, round_significant({
-            **{theirs: ours[key] for key, theirs in THEIR_FIGURES.items() if key in ours},
-            "hyperparameters": {"n_tokens": ours.get("tokens"), "context_length": sae.cfg.context_size}}))
+        write_json(
+            folder / EVAL_FILE,
+            round_significant(
+                {
+                    **{theirs: ours[key] for key, theirs in THEIR_FIGURES.items() if key in ours},
+                    "hyperparameters": {"n_tokens": ours.get("tokens"), "context_length": sae.cfg.context_size},
+                }
+            ),
+        )
     return name
 
 
 def _chosen_class(sae: SparseAutoencoder, wanted: str | None) -> str:
     form = sae.cfg.form
     if form not in CLASSES_OF_FORM:
-        raise UserError(f"dictionary_learning has no class for the form {form}; it has "
-                        f"{', '.join(CLASSES_OF_FORM)}")
+        raise UserError(f"dictionary_learning has no class for the form {form}; it has {', '.join(CLASSES_OF_FORM)}")
     if sae.cfg.center_input:
         raise UserError("dictionary_learning cannot express an SAE that reads a centred residual stream")
     if wanted is not None:
         if wanted not in CLASSES_OF_FORM[form]:
-            raise UserError(f"an SAE of the form {form} cannot be a {wanted}; "
-                            f"possible: {', '.join(CLASSES_OF_FORM[form])}")
+            raise UserError(f"an SAE of the form {form} cannot be a {wanted}; possible: {', '.join(CLASSES_OF_FORM[form])}")
         return wanted
     if form == "jumprelu":
         return _CLASS_OF_ARCHITECTURE.get(sae.cfg.architecture, CLASSES_OF_FORM[form][0])
@@ -338,16 +355,18 @@ def _chosen_class(sae: SparseAutoencoder, wanted: str | None) -> str:
 
 def _one_threshold(threshold_F: Tensor, name: str) -> Tensor:
     if (threshold_F != threshold_F[0]).any():
-        raise UserError(f"{name} has one threshold for all latents, this SAE one for each; "
-                        "export it as JumpReluAutoEncoder")
+        raise UserError(f"{name} has one threshold for all latents, this SAE one for each; export it as JumpReluAutoEncoder")
     return threshold_F[0].clone()
 
 
 def _mean_l0(sae: SparseAutoencoder) -> int:
     """The k it was trained with."""
     provenance = sae.cfg.provenance
-    k = sae.options().get("k") or provenance.get("hyper_parameters", {}).get("k") or (
-        provenance.get("held_out", {}).get("l0"))
+    k = (
+        sae.options().get("k")
+        or provenance.get("hyper_parameters", {}).get("k")
+        or (provenance.get("held_out", {}).get("l0"))
+    )
     if k is None:
         raise UserError("the k this SAE was trained with is not recorded; export it as JumpReluAutoEncoder")
     return max(1, round(float(k)))
@@ -371,8 +390,11 @@ def _as_they_subtract(sae: SparseAutoencoder, theirs: bool) -> dict[str, Tensor]
         return tensors
     shift_F = (tensors["b_dec"] @ tensors["W_enc"]) * (1 if theirs else -1)
     if sae.cfg.form == "gated":
-        return {**tensors, "b_gate": tensors["b_gate"] + shift_F,
-                "b_mag": tensors["b_mag"] + shift_F * tensors["r_mag"].exp()}
+        return {
+            **tensors,
+            "b_gate": tensors["b_gate"] + shift_F,
+            "b_mag": tensors["b_mag"] + shift_F * tensors["r_mag"].exp(),
+        }
     return {**tensors, "b_enc": tensors["b_enc"] + shift_F}
 
 
@@ -380,8 +402,7 @@ def _config(sae: SparseAutoencoder, dict_class: str, further: dict[str, Any]) ->
     cfg, provenance = sae.cfg, sae.cfg.provenance
     kind = cfg.hook_name.rpartition(".")[2].removeprefix("hook_")
     if kind not in SUBMODULES:
-        raise UserError(f"dictionary_learning has no name for the hook {cfg.hook_name!r}; it has "
-                        f"{', '.join(SUBMODULES)}")
+        raise UserError(f"dictionary_learning has no name for the hook {cfg.hook_name!r}; it has {', '.join(SUBMODULES)}")
     trainer_class = LAYOUTS[dict_class].trainer_class
     if cfg.form == "standard":
         trainer_class = _TRAINER_OF_RECIPE.get(provenance.get("recipe", ""), provenance.get("trainer_class", trainer_class))

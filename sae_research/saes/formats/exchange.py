@@ -24,8 +24,10 @@ def read_folder(folder: Path) -> dict[str, SparseAutoencoder]:
         return {folder.name: dl.load_dictionary_learning(folder)}
     if (folder / si.CONFIG_FILE).is_file():
         return {slugify(hook): sae for hook, sae in si.load_run(folder).items()}
-    raise UserError(f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, {dl.WEIGHTS_FILE} with "
-                    f"{dl.CONFIG_FILE}, or {si.CONFIG_FILE} with samples_<N>.pt")
+    raise UserError(
+        f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, {dl.WEIGHTS_FILE} with "
+        f"{dl.CONFIG_FILE}, or {si.CONFIG_FILE} with samples_<N>.pt"
+    )
 
 
 def sae_folders(folder: Path) -> list[Path]:

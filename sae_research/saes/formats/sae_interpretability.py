@@ -40,8 +40,12 @@ from sae_research.saes.reading import (
 from sae_research.saes.registry import form_class
 
 CONFIG_FILE = "final_config.yaml"
-FORMS = {"relu": "standard", "gated": "gated", "hard_concrete": "signed_hard_concrete",
-         "gated_hard_concrete": "gated_hard_concrete"}
+FORMS = {
+    "relu": "standard",
+    "gated": "gated",
+    "hard_concrete": "signed_hard_concrete",
+    "gated_hard_concrete": "gated_hard_concrete",
+}
 _CHECKPOINT = re.compile(r"samples_(\d+)\.pt")
 EVALUATION_BETA = 1.0
 
@@ -126,14 +130,17 @@ def _split(state: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]
     return by_hook
 
 
-def _describe(kind: str, hook_name: str, state: dict[str, Tensor], W_dec: Tensor, config: dict[str, Any], path: Path
-              ) -> SAEConfig:
+def _describe(
+    kind: str, hook_name: str, state: dict[str, Tensor], W_dec: Tensor, config: dict[str, Any], path: Path
+) -> SAEConfig:
     d_sae, d_in = W_dec.shape
     saes = config["saes"]
     ratio = number(saes.get("dict_size_to_input_ratio", d_sae / d_in), "saes.dict_size_to_input_ratio", path)
     if abs(ratio * d_in - d_sae) > 1:
-        raise UserError(f"{path}: saes.dict_size_to_input_ratio {ratio:g} makes {ratio * d_in:g} latents of {d_in} "
-                        f"dimensions, the weights have {d_sae}")
+        raise UserError(
+            f"{path}: saes.dict_size_to_input_ratio {ratio:g} makes {ratio * d_in:g} latents of {d_in} "
+            f"dimensions, the weights have {d_sae}"
+        )
     gated_by_input = saes.get("input_dependent_gates", "gate_logits" not in state)
     if kind == "hard_concrete" and flag(gated_by_input, "saes.input_dependent_gates", path) == ("gate_logits" in state):
         raise UserError(f"{path}: saes.input_dependent_gates is {gated_by_input}, the weights say the opposite")
@@ -141,25 +148,45 @@ def _describe(kind: str, hook_name: str, state: dict[str, Tensor], W_dec: Tensor
     if not isinstance(limits, list) or len(limits) != 2:
         raise UserError(f"{path}: saes.hard_concrete_stretch_limits must be two numbers, not {str(limits)[:60]!r}")
     stretch = [number(limit, "saes.hard_concrete_stretch_limits", path) for limit in limits]
-    model = text(config.get("tlens_model_name"), "tlens_model_name", path) or text(config.get("tlens_model_path"),
-                                                                                  "tlens_model_path", path)
+    model = text(config.get("tlens_model_name"), "tlens_model_name", path) or text(
+        config.get("tlens_model_path"), "tlens_model_path", path
+    )
     context_size = section(config.get("data"), "data", path).get("context_length") or 256
     return SAEConfig(
-        form=FORMS[kind], d_in=d_in, d_sae=d_sae, model_name=model, hook_name=hook_name,
+        form=FORMS[kind],
+        d_in=d_in,
+        d_sae=d_sae,
+        model_name=model,
+        hook_name=hook_name,
         context_size=whole(context_size, "data.context_length", path),
-        apply_b_dec_to_input=kind.startswith("gated"), architecture=kind,
+        apply_b_dec_to_input=kind.startswith("gated"),
+        architecture=kind,
         options={"beta": EVALUATION_BETA, "stretch": stretch} if "hard_concrete" in kind else {},
-        provenance={"format": "sae_interpretability", "sae_type": kind,
-                    **({"training_beta": float(state["beta"])} if "beta" in state else {}),
-                    **({"seed": config["seed"]} if isinstance(config.get("seed"), int) else {})})
+        provenance={
+            "format": "sae_interpretability",
+            "sae_type": kind,
+            **({"training_beta": float(state["beta"])} if "beta" in state else {}),
+            **({"seed": config["seed"]} if isinstance(config.get("seed"), int) else {}),
+        },
+    )
 
 
 _KEYS = {
     "relu": {"W_enc": "encoder.0.weight", "b_enc": "encoder.0.bias", "W_dec": "decoder.weight", "b_dec": "decoder.bias"},
-    "hard_concrete": {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight",
-                      "b_dec": "decoder.bias"},
-    "gated": {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "decoder_bias", "b_gate": "gate_bias",
-              "b_mag": "mag_bias", "r_mag": "r_mag"},
+    "hard_concrete": {
+        "W_enc": "encoder.weight",
+        "b_enc": "encoder.bias",
+        "W_dec": "decoder.weight",
+        "b_dec": "decoder.bias",
+    },
+    "gated": {
+        "W_enc": "encoder.weight",
+        "W_dec": "decoder.weight",
+        "b_dec": "decoder_bias",
+        "b_gate": "gate_bias",
+        "b_mag": "mag_bias",
+        "r_mag": "r_mag",
+    },
 }
 _KEYS["gated_hard_concrete"] = _KEYS["gated"]
 _FURTHER = {"hard_concrete": {"beta", "gate_logits"}, "gated_hard_concrete": {"beta"}}
@@ -172,8 +199,12 @@ def _tensors(kind: str, state: dict[str, Tensor], where: str) -> dict[str, Tenso
     missing = sorted(set(keys.values()) - set(state))
     unused = sorted(set(state) - set(keys.values()) - _FURTHER.get(kind, set()))
     if missing or unused:
-        raise UserError(f"{where}: not an SAE of sae_type {kind}: " + " and ".join(
-            [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also holds {', '.join(unused)}"] * bool(unused)))
+        raise UserError(
+            f"{where}: not an SAE of sae_type {kind}: "
+            + " and ".join(
+                [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also holds {', '.join(unused)}"] * bool(unused)
+            )
+        )
     if state.get("beta", torch.ones(1)).numel() != 1:
         raise UserError(f"{where}: beta is not one number")
     s = {name: state[key].T if name.startswith("W_") else state[key] for name, key in keys.items()}
@@ -192,14 +223,17 @@ def _tensors(kind: str, state: dict[str, Tensor], where: str) -> dict[str, Tenso
     return {name: tensor.contiguous().clone() for name, tensor in s.items()}
 
 
-def _hard_concrete_encoder(weight: Tensor, bias: Tensor, gate_logits: Tensor | None, d_in: int, d_sae: int, where: str
-                           ) -> dict[str, Tensor]:
+def _hard_concrete_encoder(
+    weight: Tensor, bias: Tensor, gate_logits: Tensor | None, d_in: int, d_sae: int, where: str
+) -> dict[str, Tensor]:
     """The gates' logits come first in its one matrix, magnitudes second; gates that no input moves stand alone."""
     if gate_logits is not None:
         return {"W_gate": torch.zeros(d_in, d_sae), "b_gate": gate_logits}
     if tuple(weight.shape) != (d_in, 2 * d_sae) or tuple(bias.shape) != (2 * d_sae,):
-        raise UserError(f"{where}: encoder.weight has shape {tuple(weight.T.shape)} and encoder.bias "
-                        f"{tuple(bias.shape)}, expected {(2 * d_sae, d_in)} and {(2 * d_sae,)}: gates, then magnitudes")
+        raise UserError(
+            f"{where}: encoder.weight has shape {tuple(weight.T.shape)} and encoder.bias "
+            f"{tuple(bias.shape)}, expected {(2 * d_sae, d_in)} and {(2 * d_sae,)}: gates, then magnitudes"
+        )
     return {"W_gate": weight[:, :d_sae], "b_gate": bias[:d_sae], "W_enc": weight[:, d_sae:], "b_enc": bias[d_sae:]}
 
 
@@ -211,5 +245,9 @@ def _folded_beside_gates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Unit rows, magnitudes scaled to match; the gates read the encoder as it is, so that it stays."""
     norms_F = tensors["W_dec"].norm(dim=1)
     norms_F = torch.where(norms_F > 0, norms_F, torch.ones_like(norms_F))
-    return {**tensors, "W_dec": tensors["W_dec"] / norms_F[:, None], "b_mag": tensors["b_mag"] * norms_F,
-            "r_mag": tensors["r_mag"] + norms_F.log()}
+    return {
+        **tensors,
+        "W_dec": tensors["W_dec"] / norms_F[:, None],
+        "b_mag": tensors["b_mag"] * norms_F,
+        "r_mag": tensors["r_mag"] + norms_F.log(),
+    }

@@ -35,20 +35,52 @@ from sae_research.saes.reading import (
 )
 from sae_research.saes.registry import form_class
 
-OF_ALL = frozenset({"architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
-                    "reshape_activations", "metadata"})
+OF_ALL = frozenset(
+    {
+        "architecture",
+        "d_in",
+        "d_sae",
+        "dtype",
+        "device",
+        "apply_b_dec_to_input",
+        "normalize_activations",
+        "reshape_activations",
+        "metadata",
+    }
+)
 _OF_TOPK = frozenset({"k", "rescale_acts_by_decoder_norm"})
 OF_ARCHITECTURE: dict[str, frozenset[str]] = {
-    "standard": frozenset(), "gated": frozenset(), "jumprelu": frozenset(), "topk": _OF_TOPK, "batchtopk": _OF_TOPK,
+    "standard": frozenset(),
+    "gated": frozenset(),
+    "jumprelu": frozenset(),
+    "topk": _OF_TOPK,
+    "batchtopk": _OF_TOPK,
     "matryoshka_batchtopk": _OF_TOPK,
     "matching_pursuit": frozenset({"residual_threshold", "max_iterations", "stop_on_duplicate_support"}),
 }
 """Keys that a latent's activation depends on, by architecture; a test holds them against the package."""
-TRAINING_ONLY = frozenset({
-    "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "use_sparse_activations", "aux_loss_coefficient",
-    "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "l0_coefficient", "l0_warm_up_steps",
-    "pre_act_loss_coefficient", "jumprelu_tanh_scale", "jumprelu_ste_to_input", "target_l0", "topk_threshold_lr",
-    "matryoshka_widths", "use_matryoshka_aux_loss"})
+TRAINING_ONLY = frozenset(
+    {
+        "decoder_init_norm",
+        "l1_coefficient",
+        "lp_norm",
+        "l1_warm_up_steps",
+        "use_sparse_activations",
+        "aux_loss_coefficient",
+        "jumprelu_init_threshold",
+        "jumprelu_bandwidth",
+        "jumprelu_sparsity_loss_mode",
+        "l0_coefficient",
+        "l0_warm_up_steps",
+        "pre_act_loss_coefficient",
+        "jumprelu_tanh_scale",
+        "jumprelu_ste_to_input",
+        "target_l0",
+        "topk_threshold_lr",
+        "matryoshka_widths",
+        "use_matryoshka_aux_loss",
+    }
+)
 """Keys of its training classes, which change no activation of finished weights; likewise held against the package."""
 _OLD_RUNNER = re.compile(
     r"model_(name|class_name|kwargs|from_pretrained_kwargs)|hook_(name|point|eval|point_eval|layer|point_layer)"
@@ -61,10 +93,15 @@ _OLD_RUNNER = re.compile(
     r"|checkpoint_path|save_final_checkpoint|output_path|resume\w*|sae_lens_(training_)?version|neuronpedia_id"
     r"|l1_\w+|l0_\w+|lp_norm|sparsity_\w+|mse_loss_normalization|use_ghost_grads|ghost_grads\w*|expansion_factor"
     r"|b_dec_init_method|decoder_(orthogonal|heuristic)_init\w*|normalize_sae_decoder|init_encoder_as_decoder_transpose"
-    r"|scale_sparsity_penalty_by_decoder_norm|noise_scale|jumprelu_\w+|n_running_sparsity|effective_\w+|training_\w+")
+    r"|scale_sparsity_penalty_by_decoder_norm|noise_scale|jumprelu_\w+|n_running_sparsity|effective_\w+|training_\w+"
+)
 """Keys of configurations before version 6, which held the settings of the whole training run in one level."""
-_SPELLINGS = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "hook_point_layer": "hook_layer",
-              "activation_fn_str": "activation_fn"}
+_SPELLINGS = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "hook_point_layer": "hook_layer",
+    "activation_fn_str": "activation_fn",
+}
 
 
 def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -76,14 +113,20 @@ def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     known = _one_level_up(values, where)
     architecture = known["architecture"]
     if not isinstance(architecture, str) or architecture not in OF_ARCHITECTURE:
-        raise UserError(f"{where}: SAELens architecture {shown(architecture)} is not supported; "
-                        f"known: {', '.join(OF_ARCHITECTURE)}")
+        raise UserError(
+            f"{where}: SAELens architecture {shown(architecture)} is not supported; known: {', '.join(OF_ARCHITECTURE)}"
+        )
     _check_activation(known, where)
-    unknown = sorted(key for key, value in known.items() if value is not None
-                     and key not in OF_ALL | OF_ARCHITECTURE[architecture] | TRAINING_ONLY)
+    unknown = sorted(
+        key
+        for key, value in known.items()
+        if value is not None and key not in OF_ALL | OF_ARCHITECTURE[architecture] | TRAINING_ONLY
+    )
     if unknown:
-        raise UserError(f"{where}: the configuration holds {', '.join(unknown)[:120]}, which the architecture "
-                        f"{architecture} does not use; remove what changes no activation")
+        raise UserError(
+            f"{where}: the configuration holds {', '.join(unknown)[:120]}, which the architecture "
+            f"{architecture} does not use; remove what changes no activation"
+        )
     for key in ("d_in", "d_sae"):
         if key not in known:
             raise UserError(f"{where}: the configuration lacks '{key}'")
@@ -118,8 +161,12 @@ def _one_level_up(values: dict[str, Any], where: str) -> dict[str, Any]:
     normalisation = flat.get("normalize_activations")
     if isinstance(normalisation, bool):
         normalisation = "expected_average_only_in" if normalisation else "none"
-    return {**{key: value for key, value in flat.items() if not _OLD_RUNNER.fullmatch(key) or key == "device"},
-            "architecture": flat.get("architecture", "standard"), "normalize_activations": normalisation, "metadata": flat}
+    return {
+        **{key: value for key, value in flat.items() if not _OLD_RUNNER.fullmatch(key) or key == "device"},
+        "architecture": flat.get("architecture", "standard"),
+        "normalize_activations": normalisation,
+        "metadata": flat,
+    }
 
 
 def _check_activation(known: dict[str, Any], where: str) -> None:
@@ -128,8 +175,9 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
         said = known.pop(spelling, None)
         expected = ("topk", "relu") if known["architecture"] == "topk" else ("relu",)
         if said is not None and said not in expected:
-            raise UserError(f"{where}: the activation function {shown(said)} is not that of the architecture "
-                            f"{known['architecture']}")
+            raise UserError(
+                f"{where}: the activation function {shown(said)} is not that of the architecture {known['architecture']}"
+            )
     for values in (known, known["metadata"]):
         if values.get("hook_head_index") is not None:
             raise UserError(f"{where}: reads one attention head only (hook_head_index); hooks give all heads")
@@ -139,8 +187,10 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
         known.pop(key, None)
     reshaped = known.get("reshape_activations") or "none"
     if reshaped != "none" and not (reshaped == "hook_z" and str(known["metadata"].get("hook_name")).endswith("hook_z")):
-        raise UserError(f"{where}: reshape_activations {shown(reshaped)} does not fit its hook "
-                        f"{shown(known['metadata'].get('hook_name'))}")
+        raise UserError(
+            f"{where}: reshape_activations {shown(reshaped)} does not fit its hook "
+            f"{shown(known['metadata'].get('hook_name'))}"
+        )
 
 
 def _check_metadata(known: dict[str, Any], where: str) -> None:
@@ -156,8 +206,15 @@ def _check_metadata(known: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: hook_layer is {layer}, the hook is {hook}; correct the one that is wrong")
 
 
-FORMS = {"standard": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated",
-         "batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu", "matching_pursuit": "sae_lens_matching_pursuit"}
+FORMS = {
+    "standard": "standard",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "jumprelu",
+    "matryoshka_batchtopk": "jumprelu",
+    "matching_pursuit": "sae_lens_matching_pursuit",
+}
 """SAELens architecture -> our form. The BatchTopK pair are training classes; at inference they have a
 threshold."""
 _UNFOLDABLE = {
@@ -167,21 +224,31 @@ _UNFOLDABLE = {
     "expected_average_only_in": "the factor it multiplied activations by is not recorded with the weights",
 }
 # Ways of loading a model that change no activation: where it lies, in what precision, how it is fetched.
-_NEUTRAL = frozenset("""
+_NEUTRAL = frozenset(
+    """
     attn_implementation cache_dir default_padding_side default_prepend_bos device device_map dtype first_n_layers
     force_download local_files_only low_cpu_mem_usage max_memory mirror move_to_device n_ctx n_devices offload_buffers
     offload_folder offload_state_dict output_loading_info proxies resume_download token torch_dtype trust_remote_code tp_plan
     use_auth_token use_fast use_flash_attention_2 use_safetensors variant weights_only
-""".split())
+""".split()
+)
 # TransformerLens loads the model unprocessed for SAELens; these switched off change nothing.
-_NEUTRAL_WHEN_FALSE = ("center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases",
-                       "refactor_factored_attn_matrices", "load_in_8bit", "load_in_4bit")
+_NEUTRAL_WHEN_FALSE = (
+    "center_writing_weights",
+    "fold_ln",
+    "center_unembed",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+    "load_in_8bit",
+    "load_in_4bit",
+)
 _PINNED = re.compile(r"main|[0-9a-f]{7,40}")
 """Revisions that name no other weights: the main branch, and commits, which pin what a branch holds."""
 
 
-def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
-            scaling_factor: float | None = None) -> SparseAutoencoder:
+def convert(
+    values: dict[str, Any], tensors: dict[str, Tensor], where: str, scaling_factor: float | None = None
+) -> SparseAutoencoder:
     """An SAE from SAELens' configuration and weights, with unit decoder rows.
 
     scaling_factor: what activations were multiplied by in training (`normalize_activations:
@@ -191,8 +258,9 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
     values = settings(values, where)
     _refuse_unsupported(values, where, scaling_factor)
     state = _used(values["architecture"], tensors, where)
-    check_shapes({name: tensor for name, tensor in state.items() if name != "topk_threshold"}, values["d_in"],
-                 values["d_sae"], where)
+    check_shapes(
+        {name: tensor for name, tensor in state.items() if name != "topk_threshold"}, values["d_in"], values["d_sae"], where
+    )
     state = {name: tensor.clone() for name, tensor in floats(state, where).items()}
     if values["architecture"] == "matching_pursuit":
         cls, state, options = _pursuit(values, state, where, scaling_factor)
@@ -203,8 +271,7 @@ def convert(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
         options = {name: whole(values.get(name), name, where) for name in cls.option_names}
     missing = [name for name in cls.tensor_names if name not in state]
     if missing:
-        raise UserError(f"{where}: weights lack {', '.join(missing)} for the architecture "
-                        f"{values['architecture']}")
+        raise UserError(f"{where}: weights lack {', '.join(missing)} for the architecture {values['architecture']}")
     cfg = _config(cls, values, options, where)
     try:
         return cls.from_tensors(cfg, {name: state[name] for name in cls.tensor_names})
@@ -217,13 +284,18 @@ def _config(cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[
     hook = hook_of(metadata.get("hook_name") or "", where)
     dataset = {"text": metadata["dataset_path"]} if metadata.get("dataset_path") else {}
     return SAEConfig(
-        form=cls.form, d_in=values["d_in"], d_sae=values["d_sae"] + _rescales_tokens(values),
-        model_name=model_name(metadata), hook_name=hook,
+        form=cls.form,
+        d_in=values["d_in"],
+        d_sae=values["d_sae"] + _rescales_tokens(values),
+        model_name=model_name(metadata),
+        hook_name=hook,
         context_size=whole(metadata.get("context_size") or 128, "context_size", where),
         prepend_bos=metadata.get("prepend_bos") is not False,
         apply_b_dec_to_input=values.get("apply_b_dec_to_input", True),
         center_input=centres_input(metadata.get("model_from_pretrained_kwargs") or {}, hook, where),
-        options=options, provenance={"format": "sae_lens", **dataset})
+        options=options,
+        provenance={"format": "sae_lens", **dataset},
+    )
 
 
 def from_sae_lens(sae: Any, where: str = "SAELens object") -> SparseAutoencoder:
@@ -243,27 +315,39 @@ def centres_input(kwargs: dict[str, Any], hook_name: str, where: str) -> bool:
     over d_model. A model with LayerNorm computes the same, because it removes that mean before every reading;
     the heads' own outputs (hook_z) lie before a writing matrix and do not change.
     """
-    active = {name: value for name, value in kwargs.items()
-              if value is not None and name not in _NEUTRAL and name != "revision"
-              and not (name in _NEUTRAL_WHEN_FALSE and value is False)}
+    active = {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None
+        and name not in _NEUTRAL
+        and name != "revision"
+        and not (name in _NEUTRAL_WHEN_FALSE and value is False)
+    }
     if not active:
         return False
     if active == {"center_writing_weights": True}:
         return not hook_name.endswith("hook_z")
     named = ", ".join(f"{name}={value}" for name, value in sorted(active.items()))
-    raise UserError(f"{where}: trained on a model loaded with {named}; only center_writing_weights can be "
-                    "reproduced on the unprocessed model")
+    raise UserError(
+        f"{where}: trained on a model loaded with {named}; only center_writing_weights can be "
+        "reproduced on the unprocessed model"
+    )
 
 
 def model_name(metadata: dict[str, Any]) -> str:
     """The model an SAE was trained on, with its revision (`pythia-70m-deduped@step3000`) where that names other weights."""
-    name, revision = (str(value or "") for value in (
-        metadata.get("model_name"), (metadata.get("model_from_pretrained_kwargs") or {}).get("revision")))
+    name, revision = (
+        str(value or "")
+        for value in (metadata.get("model_name"), (metadata.get("model_from_pretrained_kwargs") or {}).get("revision"))
+    )
     return f"{name}@{revision}" if name and revision and not _PINNED.fullmatch(revision) else name
 
 
-_BESIDE = {"jumprelu": ("log_threshold",), "batchtopk": ("topk_threshold", "threshold"),
-           "matryoshka_batchtopk": ("topk_threshold", "threshold")}
+_BESIDE = {
+    "jumprelu": ("log_threshold",),
+    "batchtopk": ("topk_threshold", "threshold"),
+    "matryoshka_batchtopk": ("topk_threshold", "threshold"),
+}
 """Tensors that checkpoints of training may hold beside those of the form, or in the place of one."""
 
 
@@ -274,8 +358,10 @@ def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str
     known = {*cls.tensor_names, *_BESIDE.get(architecture, ())}
     unused = sorted(set(tensors) - known)
     if unused:
-        raise UserError(f"{where}: the weights also hold {', '.join(unused)[:120]}, which the architecture {architecture} "
-                        "does not use; correct the architecture, or remove them")
+        raise UserError(
+            f"{where}: the weights also hold {', '.join(unused)[:120]}, which the architecture {architecture} "
+            "does not use; correct the architecture, or remove them"
+        )
     thresholds = sorted({"log_threshold", "threshold", "topk_threshold"} & set(tensors))
     if len(thresholds) > 1:
         raise UserError(f"{where}: the weights hold both {' and '.join(thresholds)}; remove the one that is not meant")
@@ -289,8 +375,9 @@ def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str
     return tensors
 
 
-def _pursuit(values: dict[str, Any], tensors: dict[str, Tensor], where: str, scaling_factor: float | None
-             ) -> tuple[type[SparseAutoencoder], dict[str, Tensor], dict[str, Any]]:
+def _pursuit(
+    values: dict[str, Any], tensors: dict[str, Tensor], where: str, scaling_factor: float | None
+) -> tuple[type[SparseAutoencoder], dict[str, Tensor], dict[str, Any]]:
     """(form, tensors, options) of SAELens' matching pursuit: ours where that computes the same."""
     threshold = number(values.get("residual_threshold", 1e-2), "residual_threshold", where)
     steps = values.get("max_iterations")
@@ -304,8 +391,11 @@ def _pursuit(values: dict[str, Any], tensors: dict[str, Tensor], where: str, sca
     unit = bool(((tensors["W_dec"].norm(dim=1) - 1).abs() <= UNIT_TOLERANCE).all())
     if unit and threshold <= 0 and not once and steps <= values["d_sae"]:
         return form_class("nonnegative_matching_pursuit"), tensors, {"s": steps}
-    return LensPursuitSAE, tensors, {"max_iterations": steps, "residual_threshold": max(threshold, 0.0),
-                                     "stop_on_duplicate_support": once}
+    return (
+        LensPursuitSAE,
+        tensors,
+        {"max_iterations": steps, "residual_threshold": max(threshold, 0.0), "stop_on_duplicate_support": once},
+    )
 
 
 def _rescales_tokens(values: dict[str, Any]) -> bool:
@@ -314,17 +404,20 @@ def _rescales_tokens(values: dict[str, Any]) -> bool:
 
 def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: float | None) -> None:
     normalisation = values.get("normalize_activations") or "none"
-    if normalisation != "none" and not _rescales_tokens(values) and not (
-            normalisation == "expected_average_only_in" and scaling_factor):
+    if (
+        normalisation != "none"
+        and not _rescales_tokens(values)
+        and not (normalisation == "expected_average_only_in" and scaling_factor)
+    ):
         why = _UNFOLDABLE.get(normalisation, "unknown")
-        raise UserError(f"{where}: normalize_activations = {normalisation[:60]} cannot be folded into the "
-                        f"weights: {why}")
+        raise UserError(f"{where}: normalize_activations = {normalisation[:60]} cannot be folded into the weights: {why}")
     if normalisation == "none" and scaling_factor not in (None, 1):
         raise UserError(f"{where}: activation_scaler.json holds a factor, but normalize_activations is none")
 
 
-def _folded(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
-            scaling_factor: float | None) -> dict[str, Tensor]:
+def _folded(
+    values: dict[str, Any], tensors: dict[str, Tensor], where: str, scaling_factor: float | None
+) -> dict[str, Tensor]:
     """Input scale and decoder norms folded into the weights; BatchTopK's one threshold spread over the
     latents."""
     architecture, form = values["architecture"], FORMS[values["architecture"]]
@@ -347,6 +440,7 @@ def _folded(values: dict[str, Any], tensors: dict[str, Tensor], where: str,
 
 
 # --- the directory of releases ---------------------------------------------------------------
+
 
 class ReleasedSAE(NamedTuple):
     """One entry of SAELens' directory. `card` holds the figures it publishes: l0, variance_explained."""
@@ -371,13 +465,15 @@ def release_directory() -> dict[str, dict[str, Any]]:
 @cache
 def released_saes() -> tuple[ReleasedSAE, ...]:
     """Every SAE that SAELens knows by release and id."""
-    return tuple(ReleasedSAE(release, str(entry["id"]), value["repo_id"], _card(entry))
-                 for release, value in release_directory().items() for entry in value["saes"])
+    return tuple(
+        ReleasedSAE(release, str(entry["id"]), value["repo_id"], _card(entry))
+        for release, value in release_directory().items()
+        for entry in value["saes"]
+    )
 
 
 def _card(entry: dict[str, Any]) -> dict[str, float]:
-    return {key: float(entry[key]) for key in ("l0", "variance_explained")
-            if isinstance(entry.get(key), int | float)}
+    return {key: float(entry[key]) for key in ("l0", "variance_explained") if isinstance(entry.get(key), int | float)}
 
 
 def matching_saes(release_pattern: str, id_pattern: str) -> list[ReleasedSAE]:
@@ -389,14 +485,14 @@ def matching_saes(release_pattern: str, id_pattern: str) -> list[ReleasedSAE]:
         release, sae_id = re.compile(release_pattern), re.compile(id_pattern)
     except re.error as error:
         raise UserError(f"comparison_saes: {error.pattern!r} is not a regular expression ({error})") from None
-    found = [
-        sae for sae in released_saes() if release.fullmatch(sae.release) and sae_id.fullmatch(sae.sae_id)
-    ]
+    found = [sae for sae in released_saes() if release.fullmatch(sae.release) and sae_id.fullmatch(sae.sae_id)]
     if not found:
         releases = sum(1 for name in {sae.release for sae in released_saes()} if release.fullmatch(name))
-        raise UserError(f"comparison_saes: no SAE of SAELens' directory matches {release_pattern!r} and "
-                        f"{id_pattern!r} "
-                        f"in full ({releases} releases match the first)")
+        raise UserError(
+            f"comparison_saes: no SAE of SAELens' directory matches {release_pattern!r} and "
+            f"{id_pattern!r} "
+            f"in full ({releases} releases match the first)"
+        )
     return found
 
 
@@ -413,9 +509,7 @@ def from_release(release: str, sae_id: str) -> SparseAutoencoder:
         reason = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
         raise UserError(f"SAELens {release} / {sae_id}: {reason}") from None
     converted = from_sae_lens(sae, f"SAELens {release} / {sae_id}")
-    card = next(
-        (item.card for item in released_saes() if (item.release, item.sae_id) == (release, sae_id)), {}
-    )
+    card = next((item.card for item in released_saes() if (item.release, item.sae_id) == (release, sae_id)), {})
     converted.cfg = converted.cfg.replace(
         provenance={
             **converted.cfg.provenance,

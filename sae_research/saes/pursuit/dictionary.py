@@ -50,20 +50,23 @@ def check_atoms(W_dec: Tensor, normalise: Normalise = "note", signed: bool = Tru
     notes = []
     if off_F.any():
         low, high = norms[:, 0][off_F].aminmax()
-        notes.append(f"{int(off_F.sum())} of {len(W_dec)} atoms are not of unit norm "
-                     f"({float(low):.3g} to {float(high):.3g})")
+        notes.append(
+            f"{int(off_F.sum())} of {len(W_dec)} atoms are not of unit norm ({float(low):.3g} to {float(high):.3g})"
+        )
     if zero_F.any():
         notes.append(f"{int(zero_F.sum())} of {len(W_dec)} atoms are zero vectors")
     if notes and normalise == "refuse":
-        raise UserError(f"{' and '.join(notes)}; pursuit needs unit atoms: mend the decoder, or allow scaling "
-                        "(normalise: note)")
+        raise UserError(
+            f"{' and '.join(notes)}; pursuit needs unit atoms: mend the decoder, or allow scaling (normalise: note)"
+        )
     if zero_F.all():
         raise UserError("every atom of the dictionary is a zero vector; there is nothing to pursue")
     atoms = torch.where(zero_F[:, None], 0.0, W_dec / norms.clamp_min(torch.finfo(norms.dtype).tiny))
     repeated_F = _repeated(atoms, signed) & ~zero_F
     if repeated_F.any():
-        notes.append(f"{int(repeated_F.sum())} atoms repeat another{' up to sign' if signed else ''}: "
-                     "the first stands for all")
+        notes.append(
+            f"{int(repeated_F.sum())} atoms repeat another{' up to sign' if signed else ''}: the first stands for all"
+        )
     said = {"not of": ": scaled to it", "are zero": ": never taken"}
     notes = [note + next((end for key, end in said.items() if key in note), "") for note in notes]
     return Checked(atoms, ~(zero_F | repeated_F), notes)
@@ -119,7 +122,7 @@ class GramRows:
             self._used, missing = 0, wanted
         for part in missing.split(self._block):
             end = self._used + len(part)
-            self.table[self._used:end] = (self.atoms[part] @ self.atoms.T).to(self.dtype)
+            self.table[self._used : end] = (self.atoms[part] @ self.atoms.T).to(self.dtype)
             self.slot[part] = torch.arange(self._used, end, dtype=torch.int32, device=part.device)
             self._used = end
 
@@ -127,8 +130,9 @@ class GramRows:
 class Dictionary:
     """Usable unit atoms, padded for the kernels, with their Gram rows by precision. `atoms` [padded, d_in]."""
 
-    def __init__(self, atoms_FD: Tensor, usable_F: Tensor, max_gram_bytes: int | None = None,
-                 max_chunk_bytes: int | None = None) -> None:
+    def __init__(
+        self, atoms_FD: Tensor, usable_F: Tensor, max_gram_bytes: int | None = None, max_chunk_bytes: int | None = None
+    ) -> None:
         self.d_sae = len(atoms_FD)
         pad = -self.d_sae % WIDTH_MULTIPLE
         if not bool(usable_F.all()):
@@ -166,7 +170,7 @@ class Dictionary:
             return 0.0
         highest = 0.0
         for start in range(0, len(self.atoms), 256):
-            rows = self.gram().table[start:start + 256].abs()
+            rows = self.gram().table[start : start + 256].abs()
             rows.diagonal(start).zero_()
             highest = max(highest, float(rows.max()))
         return highest

@@ -37,8 +37,9 @@ class PursuitSAE(SparseAutoencoder):
     defaults: ClassVar[dict[str, Any]] = {}
     """The form's further options, kept in files only where they differ from these."""
 
-    def __init__(self, W_dec: Tensor, b_dec: Tensor, size: int, cfg: SAEConfig | None = None,
-                 normalise: Normalise = "note") -> None:
+    def __init__(
+        self, W_dec: Tensor, b_dec: Tensor, size: int, cfg: SAEConfig | None = None, normalise: Normalise = "note"
+    ) -> None:
         if normalise not in ("note", "refuse"):
             raise UserError(f"{self.form}: normalise must be note or refuse (got {normalise!r})")
         try:
@@ -63,8 +64,9 @@ class PursuitSAE(SparseAutoencoder):
     def options(self) -> dict[str, Any]:
         """The size, and every further option that is not at its default."""
         further = {**self.defaults, "normalise": "note"}
-        return {self.size_name: self.size} | {name: getattr(self, name) for name, value in further.items()
-                                              if getattr(self, name) != value}
+        return {self.size_name: self.size} | {
+            name: getattr(self, name) for name, value in further.items() if getattr(self, name) != value
+        }
 
     @classmethod
     def from_tensors(cls, cfg: SAEConfig, tensors: dict[str, Tensor]) -> Self:
@@ -74,8 +76,11 @@ class PursuitSAE(SparseAutoencoder):
     def family_key(self) -> object:
         """Members over one dictionary share work: the same bytes, whichever files they came from, and equal options
         but for the size."""
-        return (self.cfg.center_input, self.dictionary_fingerprint(),
-                tuple((name, getattr(self, name)) for name in self.defaults))
+        return (
+            self.cfg.center_input,
+            self.dictionary_fingerprint(),
+            tuple((name, getattr(self, name)) for name in self.defaults),
+        )
 
     def dictionary_fingerprint(self) -> str:
         """SHA-256 over the bytes of the dictionary, computed once while torch counts no change to its tensors."""
@@ -151,8 +156,16 @@ class IHTPSAE(PursuitSAE):
     per_token = False
     causal = False
 
-    def __init__(self, W_dec: Tensor, b_dec: Tensor, k: int = 10, cfg: SAEConfig | None = None, *, iterations: int = 0,
-                 normalise: Normalise = "note") -> None:
+    def __init__(
+        self,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        k: int = 10,
+        cfg: SAEConfig | None = None,
+        *,
+        iterations: int = 0,
+        normalise: Normalise = "note",
+    ) -> None:
         super().__init__(W_dec, b_dec, k, cfg, normalise)
         self.iterations = _not_negative(self.form, "iterations", iterations)
 
@@ -166,8 +179,9 @@ class IHTPSAE(PursuitSAE):
         kept = [x_SD[index].detach() for x_SD, index in zip(x_BSD, tokens, strict=True)]
         if not all(all_finite(x_TD) for x_TD in kept):
             raise UserError(f"{cls.form}: the activations hold NaN or infinity; use model.torch_dtype float32 or bfloat16")
-        found = thresholding.fit_sequences(kept, first.dictionary(), [member.k for member in members],
-                                           iterations=first.iterations)
+        found = thresholding.fit_sequences(
+            kept, first.dictionary(), [member.k for member in members], iterations=first.iterations
+        )
         for fits in found:
             z_BSF = torch.zeros(*x.shape[:-1], first.cfg.d_sae, dtype=x_BSD.dtype, device=x.device)
             for b, (support, z_TU) in enumerate(fits):
@@ -187,8 +201,16 @@ class TopKRefitSAE(PursuitSAE):
     size_name = "k"
     defaults = {"iterations": 0}
 
-    def __init__(self, W_dec: Tensor, b_dec: Tensor, k: int = 10, cfg: SAEConfig | None = None, *, iterations: int = 0,
-                 normalise: Normalise = "note") -> None:
+    def __init__(
+        self,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        k: int = 10,
+        cfg: SAEConfig | None = None,
+        *,
+        iterations: int = 0,
+        normalise: Normalise = "note",
+    ) -> None:
         super().__init__(W_dec, b_dec, k, cfg, normalise)
         self.iterations = _not_negative(self.form, "iterations", iterations)
 
@@ -212,8 +234,18 @@ class MPSAE(PursuitSAE):
     defaults = {"tolerance": 0.0, "gram_dtype": "float32", "refresh": 0}
     nonnegative: ClassVar[bool] = False
 
-    def __init__(self, W_dec: Tensor, b_dec: Tensor, s: int = 50, cfg: SAEConfig | None = None, *, tolerance: float = 0.0,
-                 gram_dtype: str = "float32", refresh: int = 0, normalise: Normalise = "note") -> None:
+    def __init__(
+        self,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        s: int = 50,
+        cfg: SAEConfig | None = None,
+        *,
+        tolerance: float = 0.0,
+        gram_dtype: str = "float32",
+        refresh: int = 0,
+        normalise: Normalise = "note",
+    ) -> None:
         super().__init__(W_dec, b_dec, s, cfg, normalise)
         self.tolerance = _share(self.form, tolerance)
         if gram_dtype not in GRAM_DTYPES:
@@ -224,8 +256,14 @@ class MPSAE(PursuitSAE):
     def chosen(self, x_ND: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """A smaller s is a prefix of the largest one's steps."""
         atoms_NS, coefficients_NS = matching.pursue(
-            x_ND, self.dictionary(), max(sizes), nonnegative=self.nonnegative, tolerance=self.tolerance,
-            gram_dtype=GRAM_DTYPES[self.gram_dtype], refresh=self.refresh)
+            x_ND,
+            self.dictionary(),
+            max(sizes),
+            nonnegative=self.nonnegative,
+            tolerance=self.tolerance,
+            gram_dtype=GRAM_DTYPES[self.gram_dtype],
+            refresh=self.refresh,
+        )
         for size in sizes:
             yield atoms_NS[:, :size], coefficients_NS[:, :size]
 
@@ -251,8 +289,16 @@ class OMPSAE(PursuitSAE):
     defaults = {"tolerance": 0.0}
     pursuit: ClassVar[Any] = staticmethod(orthogonal.orthogonal)
 
-    def __init__(self, W_dec: Tensor, b_dec: Tensor, s: int = 10, cfg: SAEConfig | None = None, *, tolerance: float = 0.0,
-                 normalise: Normalise = "note") -> None:
+    def __init__(
+        self,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        s: int = 10,
+        cfg: SAEConfig | None = None,
+        *,
+        tolerance: float = 0.0,
+        normalise: Normalise = "note",
+    ) -> None:
         super().__init__(W_dec, b_dec, s, cfg, normalise)
         self.tolerance = _share(self.form, tolerance)
 

@@ -89,8 +89,22 @@ def _find(row, flip, high, n_blocks):
 
 
 @numba.njit(nogil=True, fastmath=True, cache=True)
-def pursue(begin, end, correlations_NF, table_RF, slot_F, flip, energy_N, stop_N, first, last, atoms_NS, coefficients_NS,
-           done_N, wanted_N):
+def pursue(
+    begin,
+    end,
+    correlations_NF,
+    table_RF,
+    slot_F,
+    flip,
+    energy_N,
+    stop_N,
+    first,
+    last,
+    atoms_NS,
+    coefficients_NS,
+    done_N,
+    wanted_N,
+):
     """Matching-pursuit steps `first` to `last` of tokens `begin` to `end`, as far as the Gram rows at hand reach.
 
     correlations_NF: float32, overwritten. table_RF: Gram rows, float32 or bfloat16 as uint16; slot_F: int32, where in
@@ -140,8 +154,9 @@ def pursue(begin, end, correlations_NF, table_RF, slot_F, flip, energy_N, stop_N
 
 
 @numba.njit(nogil=True, fastmath=True, cache=True)
-def orthogonal(begin, end, correlations_NF, gram_FF, steps, energy_N, stop_N, least_pivot, accuracy, atoms_NS, beta_NS,
-               factor_NSS):
+def orthogonal(
+    begin, end, correlations_NF, gram_FF, steps, energy_N, stop_N, least_pivot, accuracy, atoms_NS, beta_NS, factor_NSS
+):
     """Orthogonal matching pursuit of tokens `begin` to `end`.
 
     Each atom taken adds a direction q orthogonal to those before it; its correlations with all atoms, `A q`, are kept,
@@ -208,8 +223,9 @@ def orthogonal(begin, end, correlations_NF, gram_FF, steps, energy_N, stop_N, le
 
 
 @numba.njit(nogil=True, fastmath=True, cache=True)
-def nonnegative_orthogonal(begin, end, correlations_NF, gram_FF, sizes_M, energy_N, stop_N, accuracy, sweeps, atoms_NS,
-                           coefficients_MNS):
+def nonnegative_orthogonal(
+    begin, end, correlations_NF, gram_FF, sizes_M, energy_N, stop_N, accuracy, sweeps, atoms_NS, coefficients_MNS
+):
     """Greedy pursuit with non-negative refit: each step takes the atom of largest positive correlation with the
     residual, then fits all taken ones by non-negative least squares (coordinate descent from the last fit).
 

@@ -18,8 +18,17 @@ BLOCK = 4_096
 """Correlations walked at a time beyond that."""
 
 
-def pursue(correlations_NF: Tensor, table_FF: Tensor, nonnegative: bool, energy_N: Tensor, stop_N: Tensor, first: int,
-           last: int, atoms_NS: Tensor, coefficients_NS: Tensor) -> None:
+def pursue(
+    correlations_NF: Tensor,
+    table_FF: Tensor,
+    nonnegative: bool,
+    energy_N: Tensor,
+    stop_N: Tensor,
+    first: int,
+    last: int,
+    atoms_NS: Tensor,
+    coefficients_NS: Tensor,
+) -> None:
     """Steps `first` to `last` of every token; the whole Gram matrix must be at hand.
 
     correlations_NF: float32, contiguous, overwritten. table_FF: Gram matrix, float32 or bfloat16. energy_N: squared
@@ -31,12 +40,24 @@ def pursue(correlations_NF: Tensor, table_FF: Tensor, nonnegative: bool, energy_
         return
     fits = width <= IN_REGISTERS
     block = triton.next_power_of_2(width) if fits else BLOCK
-    arguments = (correlations_NF, table_FF, energy_N, stop_N, atoms_NS, coefficients_NS, width, atoms_NS.stride(0),
-                 coefficients_NS.stride(0), first, last)
+    arguments = (
+        correlations_NF,
+        table_FF,
+        energy_N,
+        stop_N,
+        atoms_NS,
+        coefficients_NS,
+        width,
+        atoms_NS.stride(0),
+        coefficients_NS.stride(0),
+        first,
+        last,
+    )
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     with _device(correlations_NF):
         (_steps_in_registers if fits else _steps_in_memory)[(n_tokens,)](
-            *arguments, NONNEGATIVE=nonnegative, BLOCK=block, num_warps=warps)
+            *arguments, NONNEGATIVE=nonnegative, BLOCK=block, num_warps=warps
+        )
 
 
 def _device(tensor: Tensor) -> torch.cuda.device:
@@ -45,8 +66,21 @@ def _device(tensor: Tensor) -> torch.cuda.device:
 
 
 @triton.jit
-def _steps_in_registers(correlations, table, energies, stops, atoms, coefficients, width, atoms_stride,
-                        coefficients_stride, first, last, NONNEGATIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _steps_in_registers(
+    correlations,
+    table,
+    energies,
+    stops,
+    atoms,
+    coefficients,
+    width,
+    atoms_stride,
+    coefficients_stride,
+    first,
+    last,
+    NONNEGATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < width
@@ -68,8 +102,21 @@ def _steps_in_registers(correlations, table, energies, stops, atoms, coefficient
 
 
 @triton.jit
-def _steps_in_memory(correlations, table, energies, stops, atoms, coefficients, width, atoms_stride,
-                     coefficients_stride, first, last, NONNEGATIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _steps_in_memory(
+    correlations,
+    table,
+    energies,
+    stops,
+    atoms,
+    coefficients,
+    width,
+    atoms_stride,
+    coefficients_stride,
+    first,
+    last,
+    NONNEGATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     energy = tl.load(energies + token)

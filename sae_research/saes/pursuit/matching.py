@@ -14,8 +14,16 @@ from torch.nn.functional import embedding_bag
 from sae_research.saes.pursuit.dictionary import Dictionary, GramRows
 
 
-def pursue(x_ND: Tensor, dictionary: Dictionary, steps: int, *, nonnegative: bool = False, tolerance: float = 0.0,
-           gram_dtype: torch.dtype | None = None, refresh: int = 0) -> tuple[Tensor, Tensor]:
+def pursue(
+    x_ND: Tensor,
+    dictionary: Dictionary,
+    steps: int,
+    *,
+    nonnegative: bool = False,
+    tolerance: float = 0.0,
+    gram_dtype: torch.dtype | None = None,
+    refresh: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Atoms [tokens, steps] (int64) and coefficients [tokens, steps] in the order they were taken.
 
     x_ND: finite. nonnegative: take the largest positive correlation and stop where there is none. tolerance: a token
@@ -40,8 +48,15 @@ def pursue(x_ND: Tensor, dictionary: Dictionary, steps: int, *, nonnegative: boo
 class _Run:
     """Tokens under way: what they are, what was taken so far, how much is left."""
 
-    def __init__(self, x_ND: Tensor, dictionary: Dictionary, atoms_NS: Tensor, coefficients_NS: Tensor,
-                 nonnegative: bool, tolerance: float) -> None:
+    def __init__(
+        self,
+        x_ND: Tensor,
+        dictionary: Dictionary,
+        atoms_NS: Tensor,
+        coefficients_NS: Tensor,
+        nonnegative: bool,
+        tolerance: float,
+    ) -> None:
         self.x, self.dictionary = x_ND, dictionary
         self.atoms, self.coefficients = atoms_NS, coefficients_NS
         self.nonnegative = nonnegative
@@ -57,8 +72,9 @@ class _Run:
         """What the first `steps` atoms leave of each token, computed afresh."""
         if steps == 0:
             return self.x
-        residual = self.x - embedding_bag(self.atoms[:, :steps], self.dictionary.atoms, mode="sum",
-                                          per_sample_weights=self.coefficients[:, :steps])
+        residual = self.x - embedding_bag(
+            self.atoms[:, :steps], self.dictionary.atoms, mode="sum", per_sample_weights=self.coefficients[:, :steps]
+        )
         self.energy = residual.to(self.energy.dtype).square().sum(1)
         return residual
 
@@ -108,9 +124,20 @@ def _steps_numba(run: _Run, gram: GramRows, first: int, last: int) -> None:
     table = gram.table.view(torch.uint16).numpy() if gram.dtype == torch.bfloat16 else gram.table.numpy()
     done = np.full(len(run.x), first, np.int64)
     wanted = np.full(len(run.x), -1, np.int32)
-    arguments = (run.correlations.numpy(), table, gram.slot.numpy(), np.float32(0 if run.nonnegative else -1),
-                 run.energy.numpy(), run.stop.numpy(), first, last, run.atoms.numpy(), run.coefficients.numpy(), done,
-                 wanted)
+    arguments = (
+        run.correlations.numpy(),
+        table,
+        gram.slot.numpy(),
+        np.float32(0 if run.nonnegative else -1),
+        run.energy.numpy(),
+        run.stop.numpy(),
+        first,
+        last,
+        run.atoms.numpy(),
+        run.coefficients.numpy(),
+        done,
+        wanted,
+    )
     while sum(kernels_numba.in_threads(kernels_numba.pursue, len(run.x), *arguments)):
         gram.fetch(torch.from_numpy(wanted[wanted >= 0]).long().unique())
 
@@ -119,5 +146,6 @@ def _steps_triton(run: _Run, gram: GramRows, first: int, last: int) -> None:
     """The same steps in one CUDA kernel launch."""
     from sae_research.saes.pursuit import kernels_triton
 
-    kernels_triton.pursue(run.correlations, gram.table, run.nonnegative, run.energy, run.stop, first, last,
-                          run.atoms, run.coefficients)
+    kernels_triton.pursue(
+        run.correlations, gram.table, run.nonnegative, run.energy, run.stop, first, last, run.atoms, run.coefficients
+    )

@@ -30,8 +30,9 @@ def accuracy(dtype: torch.dtype) -> float:
     return 10 * torch.finfo(dtype).eps
 
 
-def orthogonal(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], *,
-               tolerance: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+def orthogonal(
+    x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], *, tolerance: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
     """Orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad 1993) to the largest of `sizes`.
 
     Each step takes the atom of largest absolute correlation with the residual, then fits the token on all atoms taken
@@ -47,16 +48,19 @@ def orthogonal(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], *,
     for part in _parts(x_ND, dictionary, width):
         factor_NSS = torch.eye(steps, dtype=x_ND.dtype, device=x_ND.device).repeat(len(x_ND[part]), 1, 1)
         (_orthogonal_numba if compiled else _orthogonal_torch)(
-            x_ND[part], dictionary, tolerance, atoms_NS[part], beta_NS[part], factor_NSS)
+            x_ND[part], dictionary, tolerance, atoms_NS[part], beta_NS[part], factor_NSS
+        )
         # x is fitted by sum_j beta_j q_j, and atom_i = sum_j factor_ij q_j: the coefficients c solve factor^T c = beta
         for size, fit_NS in zip(sizes, coefficients, strict=True):
             fit_NS[part] = torch.linalg.solve_triangular(
-                factor_NSS[:, :size, :size].mT, beta_NS[part, :size, None], upper=True)[..., 0]
+                factor_NSS[:, :size, :size].mT, beta_NS[part, :size, None], upper=True
+            )[..., 0]
     return atoms_NS, coefficients
 
 
-def nonnegative_orthogonal(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], *,
-                           tolerance: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+def nonnegative_orthogonal(
+    x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], *, tolerance: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
     """Non-negative orthogonal matching pursuit (Bruckstein, Elad and Zibulevsky 2008).
 
     As `orthogonal`, with the largest positive correlation and a non-negative least-squares fit, by coordinate descent
@@ -68,15 +72,18 @@ def nonnegative_orthogonal(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence
     compiled = _compiled(x_ND, dictionary)
     for part in _parts(x_ND, dictionary, steps * steps + (0 if compiled else steps * x_ND.shape[1])):
         fits = (_nonnegative_numba if compiled else _nonnegative_torch)(
-            x_ND[part], dictionary, sorted(set(sizes)), tolerance, atoms_NS[part])
+            x_ND[part], dictionary, sorted(set(sizes)), tolerance, atoms_NS[part]
+        )
         for size, fit_NS in zip(sizes, coefficients, strict=True):
             fit_NS[part] = fits[size][:, :size]
     return atoms_NS, coefficients
 
 
 def _empty(x_ND: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    return (torch.zeros(len(x_ND), steps, dtype=torch.long, device=x_ND.device),
-            torch.zeros(len(x_ND), steps, dtype=x_ND.dtype, device=x_ND.device))
+    return (
+        torch.zeros(len(x_ND), steps, dtype=torch.long, device=x_ND.device),
+        torch.zeros(len(x_ND), steps, dtype=x_ND.dtype, device=x_ND.device),
+    )
 
 
 def _compiled(x_ND: Tensor, dictionary: Dictionary) -> bool:
@@ -91,8 +98,10 @@ def _parts(x_ND: Tensor, dictionary: Dictionary, width: int) -> list[slice]:
 
 # --- orthogonal matching pursuit -------------------------------------------------------------
 
-def _orthogonal_torch(x_ND: Tensor, dictionary: Dictionary, tolerance: float, atoms_NS: Tensor, beta_NS: Tensor,
-                      factor_NSS: Tensor) -> None:
+
+def _orthogonal_torch(
+    x_ND: Tensor, dictionary: Dictionary, tolerance: float, atoms_NS: Tensor, beta_NS: Tensor, factor_NSS: Tensor
+) -> None:
     """The reference: residuals and orthonormal directions q in the space of activations."""
     n, steps = atoms_NS.shape
     residual_ND, norm_N = x_ND.clone(), x_ND.norm(dim=1)
@@ -126,15 +135,26 @@ def _orthogonal_torch(x_ND: Tensor, dictionary: Dictionary, tolerance: float, at
         made_N[going] += 1
 
 
-def _orthogonal_numba(x_ND: Tensor, dictionary: Dictionary, tolerance: float, atoms_NS: Tensor, beta_NS: Tensor,
-                      factor_NSS: Tensor) -> None:
+def _orthogonal_numba(
+    x_ND: Tensor, dictionary: Dictionary, tolerance: float, atoms_NS: Tensor, beta_NS: Tensor, factor_NSS: Tensor
+) -> None:
     from sae_research.saes.pursuit import kernels_numba
 
     energy_N = x_ND.double().square().sum(1)
     kernels_numba.in_threads(
-        kernels_numba.orthogonal, len(x_ND), dictionary.correlations(x_ND).numpy(), dictionary.gram().table.numpy(),
-        min(atoms_NS.shape[1], x_ND.shape[1]), energy_N.numpy(), _stop(energy_N, tolerance).numpy(),
-        least_pivot(x_ND.dtype), accuracy(x_ND.dtype), atoms_NS.numpy(), beta_NS.numpy(), factor_NSS.numpy())
+        kernels_numba.orthogonal,
+        len(x_ND),
+        dictionary.correlations(x_ND).numpy(),
+        dictionary.gram().table.numpy(),
+        min(atoms_NS.shape[1], x_ND.shape[1]),
+        energy_N.numpy(),
+        _stop(energy_N, tolerance).numpy(),
+        least_pivot(x_ND.dtype),
+        accuracy(x_ND.dtype),
+        atoms_NS.numpy(),
+        beta_NS.numpy(),
+        factor_NSS.numpy(),
+    )
 
 
 def _stop(energy_N: Tensor, tolerance: float) -> Tensor:
@@ -144,8 +164,10 @@ def _stop(energy_N: Tensor, tolerance: float) -> Tensor:
 
 # --- its non-negative form -------------------------------------------------------------------
 
-def _nonnegative_torch(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], tolerance: float,
-                       atoms_NS: Tensor) -> dict[int, Tensor]:
+
+def _nonnegative_torch(
+    x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], tolerance: float, atoms_NS: Tensor
+) -> dict[int, Tensor]:
     """The reference: residuals, and coordinate descent on all tokens at once."""
     n, steps = atoms_NS.shape
     chosen_NSD = torch.zeros(n, steps, x_ND.shape[1], dtype=x_ND.dtype, device=x_ND.device)
@@ -161,8 +183,9 @@ def _nonnegative_torch(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int
         going = (~resting_N).nonzero()[:, 0]
         atoms_NS[going, step] = atom_N[going]
         chosen_NSD[going, step] = dictionary.atoms[atom_N[going]]
-        fit_NS[going, :step + 1] = _descend(chosen_NSD[going, :step + 1], x_ND[going], fit_NS[going, :step + 1],
-                                            norm_N[going])
+        fit_NS[going, : step + 1] = _descend(
+            chosen_NSD[going, : step + 1], x_ND[going], fit_NS[going, : step + 1], norm_N[going]
+        )
         residual_ND = x_ND - (fit_NS[:, None] @ chosen_NSD)[:, 0]
         if step + 1 in sizes:
             found[step + 1] = fit_NS.clone()
@@ -185,14 +208,24 @@ def _descend(chosen_GSD: Tensor, x_GD: Tensor, fit_GS: Tensor, norm_G: Tensor) -
     return fit_GS
 
 
-def _nonnegative_numba(x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], tolerance: float,
-                       atoms_NS: Tensor) -> dict[int, Tensor]:
+def _nonnegative_numba(
+    x_ND: Tensor, dictionary: Dictionary, sizes: Sequence[int], tolerance: float, atoms_NS: Tensor
+) -> dict[int, Tensor]:
     from sae_research.saes.pursuit import kernels_numba
 
     energy_N = x_ND.double().square().sum(1)
     fits_MNS = torch.zeros(len(sizes), *atoms_NS.shape)
     kernels_numba.in_threads(
-        kernels_numba.nonnegative_orthogonal, len(x_ND), dictionary.correlations(x_ND).numpy(),
-        dictionary.gram().table.numpy(), np.array(sizes, dtype=np.int64), energy_N.numpy(),
-        _stop(energy_N, tolerance).numpy(), accuracy(x_ND.dtype), SWEEPS, atoms_NS.numpy(), fits_MNS.numpy())
+        kernels_numba.nonnegative_orthogonal,
+        len(x_ND),
+        dictionary.correlations(x_ND).numpy(),
+        dictionary.gram().table.numpy(),
+        np.array(sizes, dtype=np.int64),
+        energy_N.numpy(),
+        _stop(energy_N, tolerance).numpy(),
+        accuracy(x_ND.dtype),
+        SWEEPS,
+        atoms_NS.numpy(),
+        fits_MNS.numpy(),
+    )
     return dict(zip(sizes, fits_MNS, strict=True))

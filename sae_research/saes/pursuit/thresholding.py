@@ -30,8 +30,9 @@ class SequenceFit(NamedTuple):
     """[tokens, support]"""
 
 
-def fit_sequences(x: Sequence[Tensor], dictionary: Dictionary, k_values: Sequence[int], *,
-                  iterations: int = 0) -> list[list[SequenceFit]]:
+def fit_sequences(
+    x: Sequence[Tensor], dictionary: Dictionary, k_values: Sequence[int], *, iterations: int = 0
+) -> list[list[SequenceFit]]:
     """For each k, each sequence's fit on the union of its tokens' k atoms of largest absolute correlation.
 
     x: the tokens that count of each sequence [tokens, d_in], finite. Correlations and the ranking of atoms are computed
@@ -68,17 +69,18 @@ def _ranked(correlations_TF: Tensor, k: int) -> torch.return_types.topk:
     return correlations_TF.abs().topk(k, dim=-1)
 
 
-def _ranked_in_parts(x_TD: Tensor, dictionary: Dictionary, k: int,
-                     fitted: SequenceFit | None = None) -> tuple[Tensor, Tensor]:
+def _ranked_in_parts(
+    x_TD: Tensor, dictionary: Dictionary, k: int, fitted: SequenceFit | None = None
+) -> tuple[Tensor, Tensor]:
     """Each token's k atoms of largest absolute correlation, corrected for a fit where there is one."""
     values, atoms = [], []
     size = dictionary.tokens_at_a_time()
     for start in range(0, max(len(x_TD), 1), size):
-        part = x_TD[start:start + size]
+        part = x_TD[start : start + size]
         if fitted is None:
             correlations_TF = dictionary.correlations(part)
         else:
-            z_TU = fitted.z[start:start + size]
+            z_TU = fitted.z[start : start + size]
             correlations_TF = dictionary.correlations(part - z_TU @ dictionary.atoms[fitted.support])
             correlations_TF[:, fitted.support] += z_TU
         best = _ranked(correlations_TF, k)
@@ -92,18 +94,20 @@ def _union(values_TK: Tensor, atoms_TK: Tensor, k: int) -> Tensor:
     return atoms_TK[:, :k][values_TK[:, :k] > 0].unique()
 
 
-def _fit_together(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor],
-                  correlations: Sequence[Tensor | None]) -> list[SequenceFit]:
+def _fit_together(
+    dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor], correlations: Sequence[Tensor | None]
+) -> list[SequenceFit]:
     """Every sequence's fit on its support. correlations: with all atoms [tokens, padded], or None."""
     found: list[SequenceFit | None] = [None] * len(x)
     for group in _groups(dictionary, supports, x):
         width = max(len(supports[i]) for i in group)
         support_NU = torch.stack([pad(supports[i], (0, width - len(supports[i])), value=-1) for i in group])
-        rhs_NTU = torch.stack([_products(dictionary, support_NU[row].clamp_min(0), x[i], correlations[i])
-                               for row, i in enumerate(group)])
+        rhs_NTU = torch.stack(
+            [_products(dictionary, support_NU[row].clamp_min(0), x[i], correlations[i]) for row, i in enumerate(group)]
+        )
         z_NTU = fit(dictionary, support_NU, torch.stack([x[i] for i in group]), rhs_NTU)
         for row, i in enumerate(group):
-            found[i] = SequenceFit(supports[i], z_NTU[row, :, :len(supports[i])])
+            found[i] = SequenceFit(supports[i], z_NTU[row, :, : len(supports[i])])
     return [item for item in found if item is not None]
 
 
@@ -123,12 +127,18 @@ def _groups(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tens
         width, d_in = steps * PADDED_TO, dictionary.atoms.shape[1]
         numbers = width * max(width, d_in) + tokens * (width + d_in)
         size = max(1, dictionary.max_chunk_bytes // (8 * max(numbers, 1)))
-        groups += [members[start:start + size] for start in range(0, len(members), size)]
+        groups += [members[start : start + size] for start in range(0, len(members), size)]
     return groups
 
 
-def _iterate(fits: list[SequenceFit], x: Sequence[Tensor], correlations: Sequence[Tensor | None], dictionary: Dictionary,
-             k: int, iterations: int) -> list[SequenceFit]:
+def _iterate(
+    fits: list[SequenceFit],
+    x: Sequence[Tensor],
+    correlations: Sequence[Tensor | None],
+    dictionary: Dictionary,
+    k: int,
+    iterations: int,
+) -> list[SequenceFit]:
     changing = list(range(len(x)))
     for _ in range(iterations):
         changed = {}
@@ -139,20 +149,24 @@ def _iterate(fits: list[SequenceFit], x: Sequence[Tensor], correlations: Sequenc
         if not changed:
             break
         changing = list(changed)
-        refitted = _fit_together(dictionary, list(changed.values()), [x[i] for i in changing],
-                                 [correlations[i] for i in changing])
+        refitted = _fit_together(
+            dictionary, list(changed.values()), [x[i] for i in changing], [correlations[i] for i in changing]
+        )
         for i, item in zip(changing, refitted, strict=True):
             fits[i] = item
     return fits
 
 
-def fit_tokens(x_ND: Tensor, dictionary: Dictionary, k_values: Sequence[int], *,
-               iterations: int = 0) -> list[tuple[Tensor, Tensor]]:
+def fit_tokens(
+    x_ND: Tensor, dictionary: Dictionary, k_values: Sequence[int], *, iterations: int = 0
+) -> list[tuple[Tensor, Tensor]]:
     """For each k: every token's k atoms of largest absolute correlation [tokens, k] and their least-squares
     coefficients [tokens, k]. Places without an atom, of zero correlation, hold atom 0 and coefficient 0."""
     empty = {"dtype": x_ND.dtype, "device": x_ND.device}
-    found = [(torch.zeros(len(x_ND), k, dtype=torch.long, device=x_ND.device), torch.zeros(len(x_ND), k, **empty))
-             for k in k_values]
+    found = [
+        (torch.zeros(len(x_ND), k, dtype=torch.long, device=x_ND.device), torch.zeros(len(x_ND), k, **empty))
+        for k in k_values
+    ]
     gathered = max(k_values) * (max(k_values) + x_ND.shape[1]) * 8
     size = min(dictionary.tokens_at_a_time(), max(1, dictionary.max_chunk_bytes // gathered))
     for start in range(0, len(x_ND), size):
@@ -166,8 +180,9 @@ def fit_tokens(x_ND: Tensor, dictionary: Dictionary, k_values: Sequence[int], *,
     return found
 
 
-def _refit_tokens(x_ND: Tensor, dictionary: Dictionary, correlations_NF: Tensor, support_NK: Tensor,
-                  iterations: int) -> tuple[Tensor, Tensor]:
+def _refit_tokens(
+    x_ND: Tensor, dictionary: Dictionary, correlations_NF: Tensor, support_NK: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
     def refit(index: Tensor, support: Tensor) -> Tensor:
         rhs = correlations_NF[index].gather(1, support.clamp_min(0))
         return fit(dictionary, support, x_ND[index, None], rhs[:, None])[:, 0]
@@ -222,6 +237,7 @@ def fit(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor, correlations_
         left = _attempt(z_NTU, left[~wide], lambda i: _normal_float32(dictionary, support_NU[i], rhs_NTU[i]))
         left = torch.cat([left, wide.nonzero()[:, 0]])
     for wanted, solve in ((~wide, _normal_float64), (wide, _dual_float64)):
+
         def attempt(i: Tensor, solve=solve) -> tuple[Tensor, Tensor]:
             return solve(dictionary, support_NU[i], x_NTD[i].double())
 

@@ -133,9 +133,7 @@ class Recipe(nn.Module):
 
     def learning_rate(self, progress: float) -> float:
         train = self.train_config
-        return self.config.learning_rate * warmup_then_decay(
-            progress, train.warmup_fraction, train.decay_fraction
-        )
+        return self.config.learning_rate * warmup_then_decay(progress, train.warmup_fraction, train.decay_fraction)
 
     def sparsity_warmup(self, progress: float) -> float:
         """Factor of the sparsity penalty, linear over the first `sparsity_warmup_fraction` of the run."""
@@ -197,8 +195,9 @@ class Recipe(nn.Module):
 
     def encode(self, x_BD: Tensor, known_BF: Tensor | None = None) -> Tensor:
         """Pre-activations [B, F]; `known_BF` are their values where they have been computed already."""
-        return products.encode(x_BD, self.W_enc, self.b_enc, self.b_dec if self.reads_b_dec else None, self.bfloat16,
-                               known_BF)
+        return products.encode(
+            x_BD, self.W_enc, self.b_enc, self.b_dec if self.reads_b_dec else None, self.bfloat16, known_BF
+        )
 
     def decode(self, z_BF: Tensor, W_FD: Tensor) -> Tensor:
         """`z W` [B, D]; `b_dec` is not added."""
@@ -219,8 +218,14 @@ class Recipe(nn.Module):
             support = self.select(pre_BF)
         if support is None:
             return self._reconstruct_densely(x_BD, read_BD, pre_BF)
-        pre_N = encode_at(support, self._values_at(support, pre_BF, read_BD), read_BD, self.W_enc, self.b_enc,
-                          self.b_dec if self.reads_b_dec else None)
+        pre_N = encode_at(
+            support,
+            self._values_at(support, pre_BF, read_BD),
+            read_BD,
+            self.W_enc,
+            self.b_enc,
+            self.b_dec if self.reads_b_dec else None,
+        )
         z_N = torch.relu(pre_N)
         active_N = z_N.detach() > 0
         x_hat_BD = decode_at(support, z_N, self.decoder()) + self.b_dec

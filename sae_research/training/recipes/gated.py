@@ -52,13 +52,22 @@ class GatedRajamanoharan(L1Family):
         gate_BF, z_BF, active_BF = self._encode(x_BD)
         residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
-        loss = (residual_BD.square().sum() + self.penalty(progress) * gate_BF.sum()
-                + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(x_BD)
+        loss = (
+            residual_BD.square().sum()
+            + self.penalty(progress) * gate_BF.sum()
+            + self.config.aux_coefficient * gate_error_BD.square().sum()
+        ) / len(x_BD)
         return StepOutput(loss, residual_BD.detach(), active_BF.sum() / len(x_BD), active_BF.any(0))
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
-        return {"W_enc": self.W_enc.T, "W_dec": self.W_dec, "b_dec": self.b_dec / scale, "b_gate": self.b_enc / scale,
-                "b_mag": self.b_mag / scale, "r_mag": self.r_mag}
+        return {
+            "W_enc": self.W_enc.T,
+            "W_dec": self.W_dec,
+            "b_dec": self.b_dec / scale,
+            "b_gate": self.b_enc / scale,
+            "b_mag": self.b_mag / scale,
+            "r_mag": self.r_mag,
+        }
 
 
 class Gated(GatedRajamanoharan):

@@ -199,12 +199,20 @@ class GatedHardConcrete(HardConcrete):
         gate_BF = torch.relu(log_alpha_BF) * torch.exp(-self.log_sharpness)
         gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
         penalty = self.config.l0_coefficient * self.sparsity_warmup(progress)
-        loss = ((residual_BD.square().sum() + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(x_BD)
-                + penalty * self.expected_l0(log_alpha_BF))
+        loss = (residual_BD.square().sum() + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(
+            x_BD
+        ) + penalty * self.expected_l0(log_alpha_BF)
         active_BF = z_BF.detach() > 0
         return StepOutput(loss, residual_BD.detach(), active_BF.sum() / len(x_BD), self.fired(log_alpha_BF, magnitude_BF))
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         sharpness = self.log_sharpness.exp()
-        return {"W_enc": self.W_enc.T, "W_dec": self.W_dec, "b_dec": self.b_dec / scale, "b_gate": self.b_enc * sharpness,
-                "b_mag": self.b_mag / scale, "r_mag": self.r_mag, "sharpness": (sharpness * scale).expand_as(self.b_enc)}
+        return {
+            "W_enc": self.W_enc.T,
+            "W_dec": self.W_dec,
+            "b_dec": self.b_dec / scale,
+            "b_gate": self.b_enc * sharpness,
+            "b_mag": self.b_mag / scale,
+            "r_mag": self.r_mag,
+            "sharpness": (sharpness * scale).expand_as(self.b_enc),
+        }

@@ -105,5 +105,3 @@ class JumpReLU(Recipe):
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         return {**super().own_tensors(scale), "threshold": self.threshold / scale}
-
-

@@ -202,8 +202,11 @@ class PAnneal(L1Family):
         """Lower p when a step of the schedule is reached."""
         config = self.config
         span = max(config.anneal_end - config.anneal_start, 1e-9)
-        due = int((progress - config.anneal_start) / span * config.sparsity_updates) + 1 if (
-            progress >= config.anneal_start) else 0
+        due = (
+            int((progress - config.anneal_start) / span * config.sparsity_updates) + 1
+            if (progress >= config.anneal_start)
+            else 0
+        )
         if min(due, config.sparsity_updates) > self.host["updates"] and self.host["seen"]:
             now, following = self.queue_Q2.nanmean(0)
             self.scale.mul_(now / following.clamp_min(1e-12))

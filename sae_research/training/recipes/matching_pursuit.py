@@ -78,7 +78,7 @@ class MatchingPursuit(Recipe):
             pursuit = MPSAE(self.W_dec, self.b_dec, self.config.s)
             atoms_BS, _ = next(pursuit.chosen(pursuit.centred(x_BD), [self.config.s]))
         residual_BD = _Pursue.apply(x_BD - self.b_dec, self.W_dec, atoms_BS)
-        l0 = (torch.nn.functional.one_hot(atoms_BS[:64], len(self.W_dec)).amax(1).sum() / len(atoms_BS[:64]))
+        l0 = torch.nn.functional.one_hot(atoms_BS[:64], len(self.W_dec)).amax(1).sum() / len(atoms_BS[:64])
         return StepOutput(residual_BD.square().sum() / len(x_BD), residual_BD.detach(), l0, atoms_BS.flatten())
 
     @torch.no_grad()
