@@ -16,7 +16,7 @@ import torch
 
 from sae_research.analysis.context import Lab, open_sae
 from sae_research.config.params import Params
-from sae_research.evals.harness import EVALUATIONS
+from sae_research.evals.run import EVALUATIONS
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.reporting.results import EXTRACTORS
 from sae_research.runtime.errors import UserError

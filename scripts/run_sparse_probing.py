@@ -5,7 +5,7 @@ from sae_research.runtime.errors import run_main
 
 def main() -> None:
     from sae_research.config.params import load_params
-    from sae_research.evals.harness import run_evaluation
+    from sae_research.evals.run import run_evaluation
 
     run_evaluation("sparse_probing", load_params())
 

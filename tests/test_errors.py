@@ -135,7 +135,7 @@ def test_limits_of_the_shell_are_one_line(limit: str, body: str, line: str, tmp_
     [
         "from sae_research.runtime.files import write_json; write_json(Path('eval_results/a.json'), 1)",
         "from sae_research.runtime.files import replaced_folder\n    with replaced_folder('trained_saes') as folder: pass",
-        "from sae_research.runtime.files import ResultCache; ResultCache('x').put('a', 1)",
+        "from sae_research.runtime.cache import ResultCache; ResultCache('x').put('a', 1)",
     ],
     ids=["file", "folder", "cache"],
 )

@@ -31,7 +31,6 @@ ROOTS = {
     "dashboard": ["sae_research.analysis.dashboard.stage"],
 }
 LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
-PURSUIT = {"core_ihtp", "train", "dashboard"}
 REACHED_BY: dict[str, set[str]] = {
     "lm/model.py": LM,
     "lm/hooks.py": LM,
@@ -39,13 +38,13 @@ REACHED_BY: dict[str, set[str]] = {
     "runtime/files.py": LM,
     "config/inputs.py": LM,
     "saes/base.py": LM - {"activations"},
-    "stats/predictions.py": LM - {"activations", "probing"},
+    "stats/predictions.py": {"core", "core_ihtp", "probing", "train"},
     "stats/intervals.py": {"core", "core_ihtp", "probing"},
     "evals/core/metrics.py": {"core", "core_ihtp"},
-    "saes/pursuit/kernels_triton.py": PURSUIT,
+    "saes/pursuit/kernels_triton.py": {"core", "core_ihtp", "probing", "train"},
     "training/products.py": {"train"},
     "training/recipes/gated.py": {"train"},
-    "saes/forms.py": {"core", "core_ihtp", "probing", "train"},
+    "saes/forms.py": LM - {"activations"},
     "reporting/report.py": set(),
     "analysis/steer.py": set(),
     "analysis/dashboard/templates/latent.html": {"dashboard"},
@@ -175,7 +174,7 @@ def test_dependencies_of_every_stage_are_what_its_code_reaches(stages: dict[str,
             {"inputs", "train", "core_metrics", "aggregate_metrics", "visualize", "generate_report"},
         ),
         ("sae_research/config/evaluation_params.py", {"inputs", "train", "core_eval", "ravel_eval"}),
-        ("sae_research/training/products.py", {"train", "setup", "core_eval", "transfer_eval"}),
+        ("sae_research/training/products.py", {"train", "transfer_eval"}),
         ("sae_research/evals/ravel/data/ravel_city_attribute_to_prompts.json", {"ravel_eval"}),
     ],
 )

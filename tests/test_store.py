@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.runtime import files
+from sae_research.runtime import files, stages
 from sae_research.runtime.cache import ResultCache, prune
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint, read_json, write_json
@@ -57,20 +57,20 @@ def test_stage_status_tells_how_it_ended(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with stage_folder(folder, enabled=False) as stage:
         assert stage is None
-    assert files.read_status(folder)["status"] == "disabled"
+    assert stages.read_status(folder)["status"] == "disabled"
     with stage_folder(folder) as stage:
         assert isinstance(stage, StageFolder)
-        assert files.read_status(folder)["status"] == "incomplete"
+        assert stages.read_status(folder)["status"] == "incomplete"
         stage.skip("task", "too few texts")
         stage.write_result("sae", {"x": 1})
-    assert files.read_status(folder) == {"status": "ok", "message": "", "skipped": {"task": "too few texts"}, "notes": {}}
-    assert files.read_results(folder) == {"sae": {"x": 1}}
+    assert stages.read_status(folder) == {"status": "ok", "message": "", "skipped": {"task": "too few texts"}, "notes": {}}
+    assert stages.read_results(folder) == {"sae": {"x": 1}}
     with pytest.raises(UserError), stage_folder(folder):
         raise UserError("the disk is a teapot")
-    assert files.read_status(folder)["status"] == "failed"
-    assert "teapot" in files.read_status(folder)["message"]
-    assert files.read_results(folder) == {}, "nothing stale survives"
-    assert files.read_status(tmp_path / "nowhere")["status"] == "missing"
+    assert stages.read_status(folder)["status"] == "failed"
+    assert "teapot" in stages.read_status(folder)["message"]
+    assert stages.read_results(folder) == {}, "nothing stale survives"
+    assert stages.read_status(tmp_path / "nowhere")["status"] == "missing"
 
 
 def test_result_cache_survives_damage(in_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_names_that_lead_elsewhere_are_refused(name: object, tmp_path: Path) -> 
         files.checked_name(name, "there")
     (tmp_path / "manifest.json").write_text(json.dumps({"order": [name], "saes": {str(name): {}}}))
     with pytest.raises(UserError, match=r"manifest\.json"):
-        files.read_manifest(tmp_path / "manifest.json")
+        stages.read_manifest(tmp_path / "manifest.json")
 
 
 def test_long_names_are_cut_alike_and_stay_apart() -> None:
@@ -149,7 +149,7 @@ def test_long_names_are_cut_alike_and_stay_apart() -> None:
 def test_a_manifest_of_another_shape(value: object, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"manifest\.json: "):
-        files.read_manifest(tmp_path / "manifest.json")
+        stages.read_manifest(tmp_path / "manifest.json")
 
 
 def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_no_project(tmp_path: Path):
 def hold(folder: Path, output: str, **environment: str) -> subprocess.Popen[str]:
     """Another process that writes `output` until its input ends."""
     code = (
-        "import sys\nfrom sae_research.runtime.files import writing\n"
+        "import sys\nfrom sae_research.runtime.stages import writing\n"
         "with writing(sys.argv[1]):\n    print(1, flush=True)\n    input()"
     )
     process = subprocess.Popen(

@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sae_research.config.local_inputs import FOLDER, sections
-from sae_research.evals.harness import EVALUATIONS, RESULTS
+from sae_research.evals.run import EVALUATIONS, RESULTS
 from sae_research.runtime.errors import UserError, run_main
 from sae_research.runtime.sources import PROJECT, sources
 

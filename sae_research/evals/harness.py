@@ -1,12 +1,5 @@
-"""What every evaluation stage starts from: the SAEs that setup prepared, grouped by the hook they read.
-
-The labelled tasks that an evaluation names: those that can be had, and an error when none can.
-
-Results in SAE Bench's own output types, so that its readers and leaderboards accept our files.
-
-The evaluation stages: read the prepared SAEs, load the model once, write one result per SAE and a status.
-
-What computes is imported only once an evaluation is known to be on: ten stages that are off would wait for torch.
+"""What every evaluation shares: the SAEs that setup prepared, cache keys, labelled tasks, and results in SAE Bench's own
+output types, so that its readers and leaderboards accept our files.
 """
 
 from __future__ import annotations
@@ -14,7 +7,7 @@ from __future__ import annotations
 import importlib
 import sys
 import uuid
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -25,7 +18,7 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
-from sae_research.runtime.stages import StageFolder, read_manifest, stage_folder
+from sae_research.runtime.stages import StageFolder, read_manifest
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.saes.registry import code_fingerprint
 from sae_research.text.local import listed
@@ -172,7 +165,6 @@ def envelope(name: str, sae: SparseAutoencoder, eval_type: str) -> dict[str, Any
 @cache
 def _types(eval_type: str) -> Any:
     """SAE Bench's module of output types, imported only when a result is written."""
-    import importlib
 
     return importlib.import_module(f"sae_bench.evals.{eval_type}.eval_output")
 
@@ -237,70 +229,3 @@ def sparse_probing_output(
             **common,
         )
     )
-
-
-RESULTS = Path("eval_results")
-
-EVALUATIONS = {
-    "core": "core:evaluate",
-    "sparse_probing": "sparse_probing:evaluate",
-    "scr": "scr_tpp:evaluate_scr",
-    "tpp": "scr_tpp:evaluate_tpp",
-    "absorption": "absorption:evaluate",
-    "unlearning": "unlearning:evaluate",
-    "sparse_probing_sae_probes": "sae_probes:evaluate",
-    "meta_sae": "meta_sae:evaluate",
-    "autointerp": "autointerp:evaluate",
-    "ravel": "ravel:evaluate",
-}
-"""Name (as in `eval_types`, `eval_results/` and `metrics/`) -> function in this package, called with
-(saes, lm, params, stage), which yields (name, result) of every SAE it could score."""
-
-OPTIONAL = tuple(name for name in EVALUATIONS if name not in ("core", "sparse_probing"))
-
-
-def run_evaluation(name: str, params: Params) -> None:
-    """One stage: writes `eval_results/<name>/`. Raises `UserError` when nothing could be evaluated."""
-    if name not in EVALUATIONS:
-        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(EVALUATIONS)}")
-    with stage_folder(RESULTS / name, getattr(params.eval_types, name)) as stage:
-        if stage is None:
-            return
-        module, _, function = EVALUATIONS[name].partition(":")
-        evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
-        lm, saes = _start(params, stage)
-        _write(stage, evaluate(saes, lm, params, stage))
-
-
-def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str, SparseAutoencoder]]:
-    import torch
-
-    from sae_research.lm import load_language_model
-
-    torch.manual_seed(params.random_seed)
-    lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-    saes = load_saes(SAE_FOLDER, lm)
-    stage.notes |= {
-        "model": lm.name,
-        "hooks": sorted(by_hook(saes)),
-        "text": params.text.dataset,
-        "dtype": params.model.torch_dtype,
-        "random_seed": params.random_seed,
-    }
-    announce(params, lm, saes)
-    return lm, saes
-
-
-def _write(stage: StageFolder, results: Iterator[tuple[str, dict[str, Any]]]) -> None:
-    from sae_research.saes.base import Guard
-
-    guard, written = Guard(stage.skip), False
-    for name, result in results:
-        with guard.on(name):
-            stage.write_result(name, result)
-            written = True
-    if not written:
-        raise UserError(
-            f"{stage.folder}: no SAE could be evaluated: "
-            + "; ".join(f"{what}: {why}" for what, why in stage.skipped.items())
-        )

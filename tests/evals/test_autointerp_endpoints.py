@@ -13,7 +13,8 @@ from llm_server import DROP, HANG, Http, is_scoring, sensible, serve_llm
 
 from sae_research.config.params import Params
 from sae_research.evals import autointerp
-from sae_research.evals.harness import SAE_FOLDER, run_evaluation
+from sae_research.evals.harness import SAE_FOLDER
+from sae_research.evals.run import run_evaluation
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_json
 from sae_research.runtime.stages import read_status

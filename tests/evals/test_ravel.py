@@ -357,7 +357,7 @@ import json, sys
 from pathlib import Path
 from sae_research.runtime.errors import UserError
 from sae_research.evals.ravel.prompts import load_class
-from sae_research.runtime.files import StageFolder
+from sae_research.runtime.stages import StageFolder
 for name in sys.argv[1:]:
     try:
         towns = load_class(name, "town", ["Country", "Language"], StageFolder(Path("unused")))
