@@ -41,16 +41,16 @@ class EvalTypes(Section):
 
 
 class CoreEval(Section):
-    batch_size_prompts: Positive = 8
+    batch_size_prompts: Positive = 6
     n_eval_reconstruction_batches: Positive = 2
     n_eval_sparsity_variance_batches: Positive = 16
 
 
 class SparseProbing(Section):
     dataset_names: list[LocalName] = ["news_topic", "code_language", "science_field", "product_sentiment"]
-    probe_train_set_size: Annotated[Positive, Field(ge=4)] = 120
+    probe_train_set_size: Annotated[Positive, Field(ge=4)] = 80
     probe_test_set_size: Annotated[Positive, Field(ge=4)] = 60
-    context_length: Annotated[Positive, Field(ge=4)] = 128
+    context_length: Annotated[Positive, Field(ge=4)] = 64
     k_values: list[Positive] = [1, 2, 5]
     train_draws: Annotated[Positive, Field(ge=2)] = 20
     """Sets of training texts that every probe is fitted on: accuracies are means over them, and their spread is part of

@@ -148,10 +148,10 @@ class GroundTruth(Section):
     is as wide as what it stands for, and latents for the rarest features would need far longer training."""
     learning_rate: Above0 = 0.01
     """Of SAEs that give none."""
-    samples: Annotated[Whole, Field(ge=1024, le=MOST_TOKENS)] = 65_536
+    samples: Annotated[Whole, Field(ge=1024, le=MOST_TOKENS)] = 32_768
     """Activations that every SAE is trained on."""
     batch_size: Annotated[Whole, Field(ge=16, le=MOST)] = 256
-    test_samples: Annotated[Whole, Field(ge=512, le=MOST)] = 4_096
+    test_samples: Annotated[Whole, Field(ge=512, le=MOST)] = 2_048
     """Fresh activations that everything is measured on; half of them choose the probes' latents."""
     sequence_length: Positive = 128
     """Samples that an encoder of whole sequences sees together; they are drawn independently."""
