@@ -1,6 +1,6 @@
 # make repro: set up and run the pipeline · make test: set up and run the tests · make help: all targets
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow bench lint clean-cache
+.PHONY: help setup repro check test test-slow bench lint clean-cache
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -15,22 +15,31 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make setup      the environment in .venv"
 	@echo "make repro      run the pipeline: metrics/, images/, METRICS.md   [PRESET=pythia-70m]"
+	@echo "make check      format, lint, types, import contracts, dependencies of stages, links (seconds)"
 	@echo "make test       the tests (minutes)"
-	@echo "make test-slow  slow tests too (tens of minutes): fixtures from stock SAE Bench made afresh"
-	@echo "make bench      speed against stock libraries, as ratios (about ten minutes; trains SAEs first where there are none)"
-	@echo "make lint       ruff"
+	@echo "make test-slow  slow tests too (tens of minutes): fixtures from SAE Bench made afresh"
+	@echo "make bench      speed against other libraries, as ratios (about ten minutes; trains SAEs first where there are none)"
 	@echo "make clean-cache  remove .cache: costs time, never correctness"
 
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --quiet -c constraints.txt -e '.[dev]'
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(f"error: Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=python3.11" if v[:2] not in ((3, 11), (3, 12)) else 0)'
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
+	test -x "$(BIN)/uv" || "$(BIN)/python" -m pip install --quiet uv
+	"$(BIN)/uv" pip install --python "$(BIN)/python" --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 repro: setup
 	@python -m sae_research repro --preset "$(PRESET)"
+
+check: setup
+	@ruff format --check .
+	@ruff check .
+	@ty check
+	@lint-imports --no-logo
+	@python -m sae_research.cli.dependencies --check
+	@python -m pytest -q tests/docs
 
 test: setup
 	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
@@ -41,8 +50,7 @@ test-slow: setup
 bench: setup
 	@python -m benchmarks
 
-lint: setup
-	@ruff check .
+lint: check
 
 clean-cache:
 	rm -rf .cache

@@ -1,4 +1,4 @@
-"""`python -m sae_research VERB`."""
+"""`sae-research VERB`, also `python -m sae_research VERB`."""
 
 from sae_research.runtime.errors import run_main
 
@@ -9,5 +9,10 @@ def main() -> int:
     return verbs()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command `sae-research`."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -7,7 +7,9 @@ evaluate({"mine": my_module, "theirs": "trained_saes/topk"}, hook="blocks.8.hook
 from __future__ import annotations
 
 import importlib
+import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,3 +88,14 @@ def _results(evaluation: str, lab: Lab, folder: Path, skipped: dict[str, str]) -
                 done.append((name, result))
     skipped |= stage.skipped
     return done
+
+
+class _CallableModule(types.ModuleType):
+    """`from sae_research import evaluate` gives the function, or this module once something has imported it; either is
+    called alike."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Figures:
+        return evaluate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

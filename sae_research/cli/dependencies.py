@@ -6,6 +6,7 @@ Files and folders that other stages write are the one part that is kept by hand:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from io import StringIO
 from pathlib import Path
@@ -101,6 +102,10 @@ def main() -> None:
     path = PROJECT / PIPELINE
     before = path.read_text()
     after = written(before)
+    if "--check" in sys.argv[1:]:
+        if before != after:
+            raise UserError(f"{PIPELINE} is not up to date: run `python -m sae_research.cli.dependencies`")
+        return
     path.write_text(after)
     print(f"{PIPELINE}: {'as it was' if before == after else 'dependencies written'}")
 

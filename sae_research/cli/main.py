@@ -1,4 +1,4 @@
-"""One command with verbs: `python -m sae_research VERB`."""
+"""One command with verbs: `sae-research VERB`, which is `python -m sae_research VERB`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRESETS = Path("presets")
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sae_research", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sae-research", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     repro = verbs.add_parser(
         "repro",
