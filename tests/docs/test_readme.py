@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_research.reporting.tables import number
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COLUMNS = (
     ("core", "l0"),
     ("core", "variance_explained"),
