@@ -77,7 +77,9 @@ def pointers(section: Section, prefix: str = "") -> Iterator[Pointer]:
         if isinstance(value, Section):
             yield from pointers(value, f"{key}.")
         else:
-            annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            annotation: Any = field.annotation
+            if field.metadata:
+                annotation = Annotated.__class_getitem__((annotation, *field.metadata))  # ty: ignore[missing-attribute]
             mark = next(iter(_marks(annotation)), None)
             if mark is not None:
                 yield from _texts(value, key, mark)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ LONGEST = 400
 """Characters of one complaint: a value or key that it quotes may be long."""
 
 
-def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], most: int = 5) -> str:
+def explained(error: ValidationError, explain: Callable[[Mapping[str, Any]], str], most: int = 5) -> str:
     """All that is wrong, in one line of bearable length. explain: one complaint as a user would say it."""
     items = error.errors()
     more = [f"{len(items) - most} more"] if len(items) > most else []
@@ -174,7 +174,7 @@ def explained(error: ValidationError, explain: Callable[[dict[str, Any]], str], 
     return "; ".join([*(one if len(one) <= LONGEST else f"{one[: LONGEST - 1]}…" for one in said), *more])
 
 
-def got(item: dict[str, Any]) -> str:
+def got(item: Mapping[str, Any]) -> str:
     """` (got 3)`: what a complaint is about, unless it is a whole section, or an address, which may hold a key."""
     return "" if isinstance(item["input"], dict) or "base_url" in item["loc"] else f" (got {shortened.repr(item['input'])})"
 
@@ -183,7 +183,7 @@ shortened = reprlib.Repr()
 shortened.maxstring = shortened.maxother = shortened.maxlong = 80
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: Mapping[str, Any]) -> str:
     """One pydantic complaint as a user would say it, with the nearest known key where one is misspelt."""
     in_recipe = item["loc"][:2] == ("train", "saes") and len(item["loc"]) > 3  # its fourth part names the recipe
     where = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (in_recipe and i == 3))

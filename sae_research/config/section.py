@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Annotated, Any, ClassVar, get_origin
+from typing import Annotated, Any, ClassVar, Self, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -134,8 +134,8 @@ class FromOneSource(Section):
         return {**values, "source": (sources or list(cls.NEEDS))[0]}
 
     @model_validator(mode="after")
-    def _its_keys_and_no_others(self) -> FromOneSource:
-        chosen = self.source  # type: ignore[attr-defined]
+    def _its_keys_and_no_others(self) -> Self:
+        chosen: str = getattr(self, "source")  # noqa: B009  (each subclass names its own sources)
         if missing := [key for key in self.NEEDS[chosen] if getattr(self, key) is None]:
             raise ValueError(f"source: {chosen} needs {' and '.join(missing)}")
         for source, keys in self.NEEDS.items():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ def collect_hooks(
     return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
 
 
-def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: str) -> Tensor:
+def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: Literal["c", "w+"]) -> Tensor:
     """A tensor over a file. numpy knows no bfloat16, so 16-bit types travel as integers."""
     plain = np.float32 if dtype == torch.float32 else np.int16
     mapped = np.memmap(path, dtype=plain, mode=mode, shape=(total, d_in))

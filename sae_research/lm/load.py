@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -176,9 +176,10 @@ def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     with _one_line(name, "is not a causal language model that can be loaded"):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, revision=revision, output_loading_info=True
             )
+            model, info = loaded
         except RuntimeError:
             if isinstance(folder, Path):
                 _refuse_other_shapes(folder, name)
@@ -188,7 +189,7 @@ def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision
 
 
 @contextmanager
-def _one_line(name: str, problem: str) -> Iterator[None]:
+def _one_line(name: str, problem: str) -> Generator[None]:
     """What transformers raises for files it cannot use, which is almost anything, as one line; the disk's own troubles
     pass."""
     from huggingface_hub.errors import StrictDataclassError
@@ -335,10 +336,11 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
 
     logging.disable_progress_bar()
     with _parsed_once():
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=file_name, dtype=torch.float32, output_loading_info=True
         )
+    model, info = loaded
     check_loaded(info, file_name)
     # The weights are plain floats now; transformers refuses to save them while these say otherwise.
     del model.config.quantization_config
@@ -351,12 +353,14 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
+def _parsed_once() -> Generator[None]:
     """transformers opens a GGUF file anew and parses its 100,000 strings byte by byte for the tokenizer, the
     configuration and the weights; in here it opens the file once and reads a string at a time."""
-    import gguf
-    from transformers import modeling_gguf_pytorch_utils as loader
+    import gguf as library
+    from transformers import modeling_gguf_pytorch_utils as utilities
 
+    gguf: Any = library
+    loader: Any = utilities
     reader, parse = gguf.GGUFReader, loader._gguf_parse_value
 
     def parse_fast(value: Any, types: list[int]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -28,7 +28,7 @@ MIN_ROWS = 64
 class _Linear(nn.Linear):
     """`nn.Linear` by oneDNN where nothing is to be differentiated."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # ty: ignore[lost-keyword-for-regular-parameter]
         if (
             x.device.type != "cpu"
             or x.dtype != torch.float32
@@ -84,7 +84,7 @@ class LanguageModel:
     real token.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, fingerprint: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)
         use_onednn(model)
         self.tokenizer = tokenizer
@@ -127,7 +127,7 @@ class LanguageModel:
         """Width of the activations at a hook. Raises `UserError` for a hook the model lacks."""
         point = self._point(hook)
         if point.kind == "attn.hook_z":
-            weight = point.module.weight
+            weight: Any = point.module.weight
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
         return self.d_model
 
@@ -283,7 +283,7 @@ class LanguageModel:
         return logits if positions is None or self._keeps_positions else logits[:, positions]
 
     @contextmanager
-    def _counted_edit(self, hook: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def _counted_edit(self, hook: str, edit: Callable[[Tensor], Tensor]) -> Generator[None]:
         """`_edit`, checked to have happened exactly once."""
         calls = 0
 
@@ -298,7 +298,7 @@ class LanguageModel:
             raise UserError(f"hook {hook} fired {calls} times in one pass of {type(self.model).__name__}, expected 1")
 
     @contextmanager
-    def _edit(self, point: HookPoint, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def _edit(self, point: HookPoint, edit: Callable[[Tensor], Tensor]) -> Generator[None]:
         """Pass one module's input or output through `edit`, whatever the family's return shape."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -327,7 +327,7 @@ class LanguageModel:
             handle.remove()
 
     @contextmanager
-    def _stand_ins(self, last: int, activations: Tensor) -> Iterator[_StandIn]:
+    def _stand_ins(self, last: int, activations: Tensor) -> Generator[_StandIn]:
         """Layers 0 to `last` do nothing but the last, which answers with `activations`.
 
         The model itself runs as ever, so masks, positions and embeddings stay its own.

@@ -76,7 +76,7 @@ def find_parts(layer: nn.Module, forward: Callable[[], Any]) -> Parts:
     attention, mlp = _group(run, layer, _ATTENTION), _group(run, layer, _MLP)
     for calls, scales in _pairs(run, attention, mlp, _numbers(layer)):
         one, two = (call and Part(call.module, scale) for call, scale in zip(calls, scales, strict=True))
-        added = sum(call.out.float() * scale for call, scale in zip(calls, scales, strict=True) if call)
+        added: Any = sum(call.out.float() * scale for call, scale in zip(calls, scales, strict=True) if call)
         if _equal(run, added) and _edits_reach_the_stream(layer, forward, run, [part for part in (one, two) if part]):
             return Parts(one if attention else None, two, "has no MLP" if attention else "has no attention")
     if not attention and not mlp:

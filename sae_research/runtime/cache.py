@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def caches_readable() -> bool:
 
 
 @contextmanager
-def cache_writes(folder: Path) -> Iterator[None]:
+def cache_writes(folder: Path) -> Generator[None]:
     """Raises `UserError` where the block may not write into `folder` of the cache."""
     try:
         yield
@@ -138,7 +138,7 @@ def prune(folder: Path, max_gb: float, keep: Iterable[Path] = ()) -> list[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Generator[None]:
     """Keep `folder`, made where it is missing, from `prune` and `remove_unheld` of any process during the block. The
     system lets go of it when this process ends, whatever ends it. Several may hold the same."""
     descriptor = _hold(folder)
@@ -274,7 +274,7 @@ def seal(folder: Path) -> None:
 
 
 @contextmanager
-def new_entry(entry: Path) -> Iterator[Path]:
+def new_entry(entry: Path) -> Generator[Path]:
     """A temporary folder to write into. When the block ends well it takes the place of `entry`, with the list of its files;
     when not, it is removed. No other process prunes it meanwhile, and whoever has the old one's files open reads on.
 

@@ -25,7 +25,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ RESERVE = "_" * len("._eval_results.json.xxxxxxxx.tmp")
 
 
 @contextmanager
-def replaced_folder(target: str | Path) -> Iterator[Path]:
+def replaced_folder(target: str | Path) -> Generator[Path]:
     """A new folder that takes the place of `target`, and of all it holds, once the block is done; it goes if the block
     fails. At no moment is neither there for the next run. A link to a folder stays a link.
 
@@ -226,7 +226,7 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def first_folder(target: Path) -> Iterator[Path]:
+def first_folder(target: Path) -> Generator[Path]:
     """A new folder that becomes `target` once the block is done, for caches whose names say what is inside: where another
     process was faster, its equal folder stays. It goes if the block fails; raises `OSError`, naming `target`."""
     with _new_folder(target) as temporary:
@@ -287,7 +287,7 @@ def _settle(stray: Path, target: Path | None) -> None:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def _new_folder(target: Path) -> Generator[Path]:
     """A folder beside `target`, held, and removed at the end unless it was moved away."""
     with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _made(target: Path) -> Iterator[Path]:
+def _made(target: Path) -> Generator[Path]:
     while True:
         try:
             temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY))
@@ -332,7 +332,7 @@ def _replace(target: Path, temporary: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, operation: int) -> Iterator[bool]:
+def _locked(folder: Path, operation: int) -> Generator[bool]:
     """Hold a folder by its inode, wherever it is moved; False where somebody else holds it or it is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -351,7 +351,7 @@ def _locked(folder: Path, operation: int) -> Iterator[bool]:
 
 
 @contextmanager
-def _naming(target: Path) -> Iterator[None]:
+def _naming(target: Path) -> Generator[None]:
     """An `OSError` without a file, as writing to an open one raises it, names the folder that was to be."""
     try:
         yield
@@ -362,7 +362,7 @@ def _naming(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _existing_is_one_error() -> Iterator[None]:
+def _existing_is_one_error() -> Generator[None]:
     """A rename onto a folder that holds something is `ENOTEMPTY` on some systems, `EEXIST` on others."""
     try:
         yield

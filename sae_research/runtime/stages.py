@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ APART = "to run several at once give each a copy of its own: `dvc exp run --temp
 
 
 @contextmanager
-def writing(output: str | Path) -> Iterator[None]:
+def writing(output: str | Path) -> Generator[None]:
     """Hold the right to write a stage's output during the block. The system lets go of it when the process ends.
 
     Raises `UserError` where another process writes the same output, or where an experiment (`dvc exp run`) and another
@@ -45,7 +45,7 @@ def writing(output: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(what: str, how: int) -> Iterator[str | None]:
+def _locked(what: str, how: int) -> Generator[str | None]:
     """Lock a name for all processes of this user. Gives None when it is ours, else who holds it, as far as is known."""
     folder = Path(tempfile.gettempdir()) / f"sae_research-{os.getuid()}"  # a project may be read-only, and stays clean
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -92,7 +92,7 @@ class StageFolder:
 
 
 @contextmanager
-def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -> Iterator[StageFolder | None]:
+def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -> Generator[StageFolder | None]:
     """Open an evaluation's output folder; `_status.json` tells at any moment how far it got. A stage's folder is emptied: it
     holds the stage's output and nothing else. In a user's folder (`emptied=False`) only earlier results and status go.
 

@@ -15,11 +15,11 @@ import hashlib
 import math
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,12 @@ class SparseAutoencoder(nn.Module):
     """A token's latents depend on no later token."""
     signed: ClassVar[bool] = False
     """Activations may be negative."""
+
+    W_dec: Tensor
+    b_dec: Tensor
+    if TYPE_CHECKING:  # of the other tensors torch only says "Tensor or Module"
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, cfg: SAEConfig | None = None, **tensors: Tensor) -> None:
         super().__init__()
@@ -292,7 +298,7 @@ class Guard:
         self.failed: set[str] = set()
 
     @contextmanager
-    def on(self, name: str) -> Iterator[None]:
+    def on(self, name: str) -> Generator[None]:
         """What happens inside concerns this SAE alone. Ends quietly where it fails."""
         try:
             yield

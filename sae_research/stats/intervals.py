@@ -168,10 +168,11 @@ def interval(figure: Ratio, seed: int, level: float = LEVEL) -> tuple[float, flo
 def _retrained(ones: Sequence[Ratio], others: Sequence[Ratio] = ()) -> tuple[float, ...]:
     """(variance, degrees of freedom) that the choice of training texts adds to a figure or a difference; empty where they
     were drawn once."""
-    if any(r.retrained is None for r in (*ones, *others)):
+    draws = [[ratio.retrained for ratio in side if ratio.retrained is not None] for side in (ones, others)]
+    if len(draws[0]) < len(ones) or len(draws[1]) < len(others):
         return ()
-    one, other = (np.mean([r.retrained.figures for r in side], axis=0) if side else 0.0 for side in (ones, others))
-    return ones[0].retrained.variance(one - other), len(ones[0].retrained.figures) - 1
+    one, other = (np.mean([each.figures for each in side], axis=0) if side else 0.0 for side in draws)
+    return draws[0][0].variance(np.asarray(one - other)), len(draws[0][0].figures) - 1
 
 
 def _moved(drawn: np.ndarray, retrained: tuple[float, ...], seed: int) -> np.ndarray:

@@ -302,8 +302,8 @@ def _hub(name: str) -> Iterator[_Parts]:
         from sae_bench.sae_bench_utils.dataset_info import dataset_metadata
 
         repository = name.split("_class_set")[0]
-        frames = load_dataset(repository)
-        about = dataset_metadata[repository]
+        frames: Any = load_dataset(repository)
+        about: Any = dataset_metadata[repository]
         columns = [about["text_column_name"], about["column1_name"], about["column2_name"]]
         rows = {split: list(zip(*(frames[split][column] for column in columns), strict=True)) for split in ("train", "test")}
     second = tuple(about["column2_mapping"])

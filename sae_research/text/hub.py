@@ -6,7 +6,7 @@ never needs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def hub_answers(path: str) -> bool:
 
 
 @contextmanager
-def offline_if_silent(path: str) -> Iterator[None]:
+def offline_if_silent(path: str) -> Generator[None]:
     """Where the hub does not answer to `path`, its client looks into its cache alone during the block."""
     from huggingface_hub import constants
 
@@ -53,7 +53,7 @@ def offline_if_silent(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def hub_errors(name: str, offline_mend: str) -> Iterator[None]:
+def hub_errors(name: str, offline_mend: str) -> Generator[None]:
     """Turn what the hub's libraries raise about data set `name` into one `UserError`.
 
     Seen with datasets 3.6 and huggingface_hub 2.4: an unreachable hub arrives as a `FileNotFoundError` with
@@ -71,7 +71,7 @@ def hub_errors(name: str, offline_mend: str) -> Iterator[None]:
             f"hub data set {name!r}: the hub cannot be reached ({constants.ENDPOINT} gave no answer within "
             f"{constants.HF_HUB_ETAG_TIMEOUT} s); to run offline, {offline_mend}"
         )
-    config.STREAMING_READ_MAX_RETRIES = 2  # of a read that the hub's client has tried six times itself
+    setattr(config, "STREAMING_READ_MAX_RETRIES", 2)  # noqa: B010  (of a read that the hub's client has tried six times itself)
     known = (
         DatasetsError,
         HfHubHTTPError,

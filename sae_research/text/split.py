@@ -29,13 +29,13 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 Split = Literal["sae_train", "core_eval", "probe_train", "probe_test"]
-SPLITS: tuple[str, ...] = get_args(Split)
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 SHARE_SAE_TRAIN = 0.5
 SHARE_CORE_EVAL = 0.1
 SHARE_PROBE_TRAIN = 0.25
 SHARE_PROBE_TEST = 0.15
-SHARES: dict[str, float] = dict(
+SHARES: dict[Split, float] = dict(
     zip(SPLITS, (SHARE_SAE_TRAIN, SHARE_CORE_EVAL, SHARE_PROBE_TRAIN, SHARE_PROBE_TEST), strict=True)
 )
 
@@ -77,8 +77,8 @@ def split_of_hash(digest: str) -> Split:
     for split, share in SHARES.items():
         upper += share
         if position < upper:
-            return split  # type: ignore[return-value]
-    return SPLITS[-1]  # type: ignore[return-value]  # the shares add up to 1 only up to rounding
+            return split
+    return SPLITS[-1]  # the shares add up to 1 only up to rounding
 
 
 WORDS = 120

@@ -145,7 +145,7 @@ def context_chunks(
             raise _runs_out(texts, n_tokens, made * size + len(held_tokens), met)
 
 
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+def decoder(tokenizer: Any) -> Decode:
     """What makes text of a tokenised data set's rows; separators and other special tokens are left out."""
     size = len(tokenizer)
 

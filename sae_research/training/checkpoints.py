@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ class Checkpoint(NamedTuple):
 
 
 @contextmanager
-def in_use(folder: Path, max_gb: float) -> Iterator[None]:
+def in_use(folder: Path, max_gb: float) -> Generator[None]:
     """Hold a run's folder during the block, for nobody to remove, and first make room beside it: of runs that ended
     early, those that were at work longest ago go until no more than `max_gb` gigabytes are left. Says so in a line."""
     with held(folder):

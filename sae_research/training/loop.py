@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,20 +124,20 @@ class StopSignals:
         self._deferred = True
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self) -> Generator[None]:
         """A stretch in which state changes: a signal waits for the next `check`."""
         with self._set(True):
             yield
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> Generator[None]:
         """A stretch inside a deferred one that may be left at any point."""
         with self._set(False):
             self.check()
             yield
 
     @contextmanager
-    def _set(self, deferred: bool) -> Iterator[None]:
+    def _set(self, deferred: bool) -> Generator[None]:
         before, self._deferred = self._deferred, deferred
         try:
             yield

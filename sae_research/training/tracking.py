@@ -6,7 +6,7 @@ import importlib.util
 import os
 import string
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +75,7 @@ class Tracker:
 
 
 @contextmanager
-def tracked(params: Params) -> Iterator[Tracker]:
+def tracked(params: Params) -> Generator[Tracker]:
     """A tracker for the SAEs of `params`; an error or signal inside marks its runs as failed.
 
     Raises `UserError` before anything is trained when a project is named and wandb or its key is missing, or the name's

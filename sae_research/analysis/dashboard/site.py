@@ -8,7 +8,7 @@ A page opened from disk may not `fetch` anything, so each data file is a script 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,7 +285,7 @@ def _page(pages: jinja2.Environment, template: str, path: Path, **values: Any) -
 
 
 @contextmanager
-def _renewed(folder: Path) -> Iterator[Path]:
+def _renewed(folder: Path) -> Generator[Path]:
     """A new folder in place of an earlier site's, whose files, of more latents perhaps, must not stay. Raises `UserError`
     for a folder that is not of a site."""
     if folder.exists() and not (folder / MARK).is_file():

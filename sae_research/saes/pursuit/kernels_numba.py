@@ -146,7 +146,7 @@ def pursue(
                 high[lane] = np.float32(0.0)
             for block in range(n_blocks):
                 for lane in range(LANES):
-                    changed = row[block * LANES + lane] - value * _widen(other[block * LANES + lane])
+                    changed = row[block * LANES + lane] - value * _widen(other[block * LANES + lane])  # ty: ignore[missing-argument]
                     row[block * LANES + lane] = changed
                     high[lane] = max(high[lane], max(changed, flip * changed))
         done_N[n] = step

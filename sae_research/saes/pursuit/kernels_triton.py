@@ -8,8 +8,8 @@ walked in blocks. What is computed is defined by `matching._steps_torch`.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # ty: ignore[import-not-found]
+import triton.language as tl  # ty: ignore[import-not-found]
 from torch import Tensor
 
 IN_REGISTERS = 16_384

@@ -90,7 +90,7 @@ def _backend(run: _Run, gram: GramRows):
 
 def triton_there() -> bool:
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401  # ty: ignore[import-not-found]
     except ImportError:
         return False
     return True

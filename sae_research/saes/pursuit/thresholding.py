@@ -9,7 +9,7 @@ Least squares of tokens on chosen atoms, many supports at once, by the cheapest 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def fit_tokens(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each k: every token's k atoms of largest absolute correlation [tokens, k] and their least-squares
     coefficients [tokens, k]. Places without an atom, of zero correlation, hold atom 0 and coefficient 0."""
-    empty = {"dtype": x_ND.dtype, "device": x_ND.device}
+    empty: dict[str, Any] = {"dtype": x_ND.dtype, "device": x_ND.device}
     found = [
         (torch.zeros(len(x_ND), k, dtype=torch.long, device=x_ND.device), torch.zeros(len(x_ND), k, **empty))
         for k in k_values
