@@ -80,6 +80,7 @@ def _results(evaluation: str, lab: Lab, folder: Path, skipped: dict[str, str]) -
     score = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
     done: list[tuple[str, dict[str, Any]]] = []
     with stage_folder(folder, emptied=False) as stage:
+        assert stage is not None  # it is where a stage may be disabled
         guard = Guard(stage.skip)
         torch.manual_seed(lab.params.random_seed)
         for name, result in score(lab.saes, lab.lm, lab.params, stage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -52,7 +53,9 @@ def density_histogram(stats: LatentStats, path: Path) -> Path:
         if name == "dead":
             axes.bar(lowest - 0.6, counts[name], 0.25, color=color, label=text)
         else:
-            axes.hist(np.log10(density[kind == name]), bins, color=color, label=text, edgecolor="white", linewidth=0.4)
+            axes.hist(
+                np.log10(density[kind == name]), bins.tolist(), color=color, label=text, edgecolor="white", linewidth=0.4
+            )
     ticks = [t for t in range(int(np.ceil(lowest)), 1)]
     axes.set_xticks([lowest - 0.6, *ticks], ["0", *[f"{10.0**t:g}" for t in ticks]])
     axes.axvline(np.log10(DENSE), color=MUTED, linewidth=0.8, linestyle=":")
@@ -169,7 +172,12 @@ def subspace_scatter(found: Subspace, path: Path, most: int = len(PALETTE)) -> P
         if not chosen.any():
             continue
         color = GREY if group == OTHER else PALETTE[(number - 1) % len(PALETTE)]
-        style = {"s": 9 if group != OTHER else 4, "color": color, "alpha": 0.75 if group != OTHER else 0.35, "linewidths": 0}
+        style: dict[str, Any] = {
+            "s": 9 if group != OTHER else 4,
+            "color": color,
+            "alpha": 0.75 if group != OTHER else 0.35,
+            "linewidths": 0,
+        }
         for axes, (i, j) in zip(panels, flat, strict=True):
             axes.scatter(found.coordinates[chosen, i], found.coordinates[chosen, j], **style)
         if space is not None:
@@ -185,13 +193,19 @@ def steering_sweep(found: Steering, path: Path) -> Path:
     """Target rate and cost on neutral text against strength."""
     rows = sorted((row for row in found.strengths if row.strength is not None), key=lambda row: row.strength)
     figure, (left, right) = _figure(width=9.0, height=3.6, columns=2)
-    x = [row.strength for row in rows]
+    x = [row.strength or 0.0 for row in rows]
     plain(left, f"strength (1 = the latent's maximum, {found.maximum:.3g})", "target tokens per token")
-    left.plot(x, [row.target_rate for row in rows], "o-", color=BLUE, label=f"latent {found.latent}, {found.method}")
+    left.plot(
+        x,
+        np.array([row.target_rate for row in rows], dtype=float),
+        "o-",
+        color=BLUE,
+        label=f"latent {found.latent}, {found.method}",
+    )
     left.axhline(found.strengths[0].target_rate, color=MUTED, linestyle=":", linewidth=1, label="unsteered")
     plain(right, f"strength (1 = the latent's maximum, {found.maximum:.3g})", "nats per token of neutral text")
-    right.plot(x, [row.kl for row in rows], "o-", color=ORANGE, label="KL(unsteered || steered)")
-    right.plot(x, [row.ce_change for row in rows], "s--", color=GREEN, label="rise of cross-entropy")
+    right.plot(x, np.array([row.kl for row in rows], dtype=float), "o-", color=ORANGE, label="KL(unsteered || steered)")
+    right.plot(x, np.array([row.ce_change for row in rows], dtype=float), "s--", color=GREEN, label="rise of cross-entropy")
     for axes in (left, right):
         axes.legend(fontsize=SMALL, frameon=False)
     return _written(figure, path)

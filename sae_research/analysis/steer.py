@@ -242,7 +242,7 @@ def _samples(
         edit = Edit(sae, *how, mask)
         hooks = {hook: edit}
     ids = sample(lab.lm, tokens, n_tokens, seeds, temperature, top_p, hooks)
-    if edit is not None:
+    if edit is not None and edit.mask is not None:
         expected = len(seeds) * (int(edit.mask.sum()) + n_tokens - 1)
         if edit.edited != expected:
             raise UserError(f"steering at {hook} edited {edit.edited} positions where {expected} were due")

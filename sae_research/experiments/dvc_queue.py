@@ -12,7 +12,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class DVCQueue:
             raise UserError(f"{root}: experiments need a git repository with a commit; git add, git commit")
 
     @contextlib.contextmanager
-    def _repo(self) -> Iterator[Any]:
+    def _repo(self) -> Generator[Any]:
         """DVC's own object, without what it prints."""
         from dvc.exceptions import DvcException
         from dvc.repo import Repo

@@ -15,7 +15,7 @@ A file has settings of the run, `data` and `saes`. Its sweep files spell the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
@@ -433,7 +433,7 @@ def parse(values: Values, where: str) -> Config:
     return config
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: Mapping[str, Any]) -> str:
     return f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].removeprefix('Value error, ')}{got(item)}"
 
 

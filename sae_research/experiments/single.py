@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def scales_over(params_yaml: Values, device: str | None) -> Measure:
     """`scaling.measure` for overrides of this `params.yaml`, each model and text measured once."""
     known: dict[str, dict[str, Scale]] = {}
 
-    def scale_of(overrides: Values, hooks: list[str]) -> dict[str, Scale]:
+    def scale_of(overrides: Values, hooks: Iterable[str]) -> dict[str, Scale]:
         relevant = {key: value for key, value in overrides.items() if key.startswith(("model.", "text.", "train.tokens"))}
         key = fingerprint(relevant)
         missing = [hook for hook in hooks if hook not in known.setdefault(key, {})]

@@ -180,7 +180,7 @@ def preflight(
         for name, sae in group.items():
             if name in failed:
                 continue
-            figures = measured[name] | ({} if ratios[name] is None else {"norm_ratio": ratios[name]})
+            figures: dict[str, Any] = measured[name] | ({} if ratios[name] is None else {"norm_ratio": ratios[name]})
             card = {
                 key: value
                 for key, value in (sae.cfg.provenance.get("held_out") or {}).items()

@@ -145,8 +145,9 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
             disable_git=True,
             disable_code=True,
             x_disable_stats=True,
-            **({"api_key": key} if key else {}),
         )
+        if key:
+            settings.api_key = key
         for sae, config in params.train.saes.items():
             runs[sae] = wandb.init(
                 project=tracking.project,
@@ -156,7 +157,7 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
                 dir=str(project_root()),
                 settings=settings,
                 reinit="create_new",
-                mode=mode,
+                mode=mode,  # ty: ignore[invalid-argument-type]
                 config={
                     "sae": sae,
                     "model_name": params.model.name,

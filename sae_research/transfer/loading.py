@@ -278,7 +278,7 @@ def _with_tokenizer(lm: LanguageModel, name: str) -> LanguageModel:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
         other = LanguageModel(lm.model, tokenizer, lm.name, fingerprint([lm.fingerprint, name, tokenizer.get_vocab()]))
     except (OSError, ValueError) as error:
         raise UserError(f"transfer.tokenizer: cannot load {name!r}: {str(error).strip().partition(chr(10))[0]}") from None

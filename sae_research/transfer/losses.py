@@ -130,9 +130,7 @@ class _Runs(NamedTuple):
 @torch.no_grad()
 def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
     predicts = real[:, 1:]
-    results: dict[str, dict[str, tuple[Tensor, Tensor | None]]] = {
-        "clean": {name: (runs.clean.ce, None) for name in FILTERS}
-    }
+    results: dict[str, Any] = {"clean": {name: (runs.clean.ce, None) for name in FILTERS}}
     for role, sae in pair.saes.items():
         results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))
     rows = torch.arange(0, len(runs.tokens), pair.params.transfer.ablate_every, device=runs.tokens.device)

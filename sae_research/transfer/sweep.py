@@ -200,7 +200,9 @@ def _start(pair: Pair, batch: PairBatch, acts: dict[str, dict[str, Tensor]]) -> 
         norms[hook] = _norms(pair, batch, here["base"])
         found = limits(config, pair.base.name, pair.base.d_in(hook), norms[hook])
         limit = chosen_limit(config, found, pair.base.name)
-        shift = tuple(here[model][side.real].mean(0).to(sums_dtype(side.real.device)) for model, side in batch.sides.items())
+        shift: Any = tuple(
+            here[model][side.real].mean(0).to(sums_dtype(side.real.device)) for model, side in batch.sides.items()
+        )
         hooks[hook] = HookStats(pair.base.d_in(hook), context_size, limit, shift)
         if hook == pair.hook:
             log = OutlierLog(found, limit, config.listed, pair.base.device)

@@ -124,7 +124,7 @@ def _feature(shown: Shown, record: dict[str, Any], sides: list[dict[str, Any]]) 
     return Feature(
         feature_index=record["id"],
         frac_nonzero=float(record["density"]),
-        freq_hist_data_bar_values=[middle for side in sides for middle in _middles(side["edges"])],
+        freq_hist_data_bar_values=[float(middle) for side in sides for middle in _middles(side["edges"])],
         freq_hist_data_bar_heights=[height for side in sides for height in _round(side["counts"])],
         n_prompts_total=shown.stats.n_contexts,
         n_tokens_in_prompt=shown.stats.context_size,
