@@ -1,15 +1,11 @@
-"""What the model loses without some latents: effect on the answer, with and without the SAE's error term.
-
-Which latents carry a metric: gradient attribution with the error term, or integrated gradients, checked by ablation.
+"""Which latents carry a metric: gradient attribution with the error term, or integrated gradients, checked by ablation.
 
 At a hook the model's activation of a token that counts is `x = sum_f z_f d_f + b_dec + error`. With g the gradient of the
 metric with respect to x in the unedited model, the share of latent f is `z_f <d_f, g>` and that of the error `<error, g>`;
 the reconstruction's shares, the error's and the bias's add up to `<x, g>`. (The error term leaves the model's outputs, and
-so g, as they are: one backward pass serves any number of SAEs at any number of hooks, whatever their encoders. Dividing
-the norm of the error's gradient by the sum of both norms, as has been done, gives 1/2 always: the two gradients are one.)
+so g, as they are: one backward pass serves any number of SAEs at any number of hooks, whatever their encoders are.)
 
-With integrated gradients (Sundararajan et al. 2017) g is the mean gradient along the straight path from `b_dec` to x at
-all tokens that count, and the shares of latents and error add up to metric(x) - metric(b_dec).
+`ablate` sets latents to zero and runs the model again, with and without the SAE's error term.
 """
 
 from __future__ import annotations

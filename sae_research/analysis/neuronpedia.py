@@ -1,7 +1,4 @@
-"""SAEs there are: SAELens' directory of releases and the SAEs of this project.
-
-Neuronpedia's feature and steering interfaces: latents that it hosts, looked up and steered over the network.
-"""
+"""Latents that others host: SAELens' directory of releases, and Neuronpedia's feature and steering interfaces."""
 
 from __future__ import annotations
 

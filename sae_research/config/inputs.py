@@ -1,7 +1,4 @@
-"""What the sections `model`, `text`, `token_mask` and `activation_caching` of `params.yaml` may say.
-
-What the sections that name the SAEs to evaluate may say: baseline, pursuit variants, comparisons, controls, checks.
-"""
+"""Sections of `params.yaml` that name what is studied: model, text, token mask, and the SAEs to evaluate."""
 
 from __future__ import annotations
 

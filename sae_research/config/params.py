@@ -1,11 +1,4 @@
-"""What `params.yaml` may say. Unknown keys, wrong types and impossible values are refused in one line.
-
-Sections stand in the `*_params.py` beside this file.
-
-Which numbers of the comparison's sections fit an SAE's sizes: known before anything is trained or computed.
-
-A module of its own, because the train stage asks it of the SAE to be and the setup stage of the SAE there is.
-"""
+"""All of `params.yaml`. Unknown keys, wrong types and impossible values are refused in one line."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""What the section `visualization` of `params.yaml` may say.
-
-What the section `analysis` of `params.yaml` may say.
-
-What the section `dashboards` of `params.yaml` may say.
-"""
+"""Sections of `params.yaml` about what is shown: `visualization`, `analysis`, `dashboards`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The points of a grid: every combination of the values that a sweep file lists, each as complete parameters.
+"""A grid: every combination of the values that a sweep file lists, each as complete parameters, and as jobs.
 
-Points of a grid as jobs: what shares model, text and schedule trains in one pass; each job is one DVC experiment.
-
-A grid as a Weights & Biases sweep file, for whoever lets W&B's agents run it: `wandb sweep FILE`, `wandb agent ID`.
+Points that share model, text and schedule train in one pass; each job is one DVC experiment. A grid can also be written as a
+Weights & Biases sweep file: `wandb sweep FILE`, `wandb agent ID`.
 """
 
 from __future__ import annotations

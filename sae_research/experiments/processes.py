@@ -1,6 +1,6 @@
-"""Where jobs may run: device slots, what there is to use, and a lease on each GPU so that no two jobs meet on one.
+"""Device slots, leases on GPUs so that no two jobs meet on one, and this project's processes on record.
 
-Processes of ours, on record: found again by number and start time, so that no other is ever taken for one.
+A process is found again by number and start time, so that no other is ever taken for one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""From the flags of a sweep to its end: read, expand, leave out what is finished, say so, run, report.
-
-A sweep: the points of a grid, as few runs as share a stream, through DVC's queue onto the devices there are.
-"""
+"""A sweep from its flags to its end: read, expand, leave out what is finished, run as few streams as possible through DVC's
+queue onto the devices there are, report."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Activations of many sequences at one hook: computed once, kept in a memory-mapped cache, shared by every SAE.
+"""Activations of many sequences at hooks: computed once, kept in a memory-mapped cache, shared by every SAE.
 
-Activations of many sequences that open alike: every opening runs through the model once.
-
-Activations of token sequences at one hook, and which tokens count: what every evaluation on text starts from.
+`collect_hooks` fills pools for several hooks in one pass. Sequences that open alike run their opening through the model
+once. `HookActivations` adds which tokens count.
 """
 
 from __future__ import annotations

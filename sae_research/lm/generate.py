@@ -1,7 +1,4 @@
-"""Text sampled from a model whose activations are edited at every step, with noise that different edits share.
-
-How the residual stream becomes logits: the unembedding and the gain of the norm before it.
-"""
+"""Text sampled from a model whose activations are edited at every step, and how the residual stream becomes logits."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Dense float32 products on the CPU by oneDNN in place of MKL.
+"""The language model under study: activations at a hook, logits, and logits from edited activations.
 
-The CPU build of torch multiplies float32 matrices with MKL, which on AMD's processors leaves a part of their speed
-unused: seen there, 78 to 94 GFLOP/s a core with MKL and 103 to 107 with oneDNN on the shapes of a 576-wide model.
-
-The language model under study: activations at a hook, logits, and logits from edited activations.
+On the CPU its dense float32 products go through oneDNN: torch's build multiplies with MKL, which on AMD's processors leaves
+speed unused (measured there: 78 to 94 GFLOP/s a core with MKL, 103 to 107 with oneDNN, on shapes of a 576-wide model).
 """
 
 from __future__ import annotations

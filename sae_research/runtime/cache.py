@@ -1,9 +1,7 @@
-"""Store_cache.
-
-Folders of files under `.cache`: each is written whole, with a list of its files, and believed only while that list holds.
+"""Caches under `.cache`: single values with a checksum, folders of files with a list of theirs, size limits, one switch.
 
 What is read back instead of being computed again (activations, mean latents, tokens of long texts, models made here, latent
-statistics) decides figures as much as code does. A file that was cut, emptied, zeroed, exchanged or has a flipped bit costs
+statistics) decides metrics as much as code does. A file that was cut, emptied, zeroed, exchanged or has a flipped bit costs
 time, never correctness. No torch here.
 """
 

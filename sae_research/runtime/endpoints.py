@@ -1,9 +1,8 @@
-"""Keys and tokens: from the environment, else from the project's `.env`; never from parameters, never printed.
+"""Servers asked over HTTP, and the keys they ask for.
 
-Servers asked over HTTP: which addresses are usable, where a key may go, how answers are read, what went wrong in a line.
-
-Whoever sends a key takes the address, the opener and the words of this module: no key travels in the clear beyond this
-machine, none follows a redirect, none is repeated in a message.
+Keys come from the environment, else from the project's `.env`; never from parameters, and they are never printed. Whoever
+sends a key takes the address, the opener and the words of this module: no key travels in the clear beyond this machine, none
+follows a redirect, none is repeated in a message.
 """
 
 from __future__ import annotations

@@ -1,16 +1,10 @@
-"""Where results live and how they are named: fingerprints, atomic writes, the result cache, `_status.json`.
-
-No torch here: the reporting stages import this module and must start in a fraction of a second.
-
-Folders that appear whole or not at all, one way for everything that writes one.
+"""Files and folders: names, fingerprints, JSON, and replacement of either as a whole.
 
 A folder is made as a hidden neighbour of its target, `.<target>.<random>.tmp`, and moved into place when it is finished.
 What it replaces waits as `.<target>.<random>.old.tmp` until the new one stands, so that a process killed between the two
 renames loses nothing: whoever writes the target next puts the old one back first, and removes what else was left. The
 process at work holds its folders by a lock that the system lifts when the process ends, whatever ends it; nobody else's
-folders are touched. Git and DVC ignore `.*.tmp`.
-
-No torch here: the reporting stages import this module and must start in a fraction of a second.
+folders are touched. Git and DVC ignore `.*.tmp`. No torch here: the reporting stages start in a fraction of a second.
 """
 
 from __future__ import annotations

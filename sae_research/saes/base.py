@@ -1,11 +1,10 @@
-"""The contract of a sparse autoencoder: weights, configuration, `encode` with a mask, `decode`.
+"""The contract of a sparse autoencoder: weights, configuration, `encode` with a mask, `decode`; and the guard that keeps one
+SAE's failure from the others.
 
-One SAE that cannot be scored takes no other with it: it is skipped with its reason, the others' figures stay the same.
-
-Every evaluation scores its SAEs through a `Guard`. What counts as an SAE's own failure: what encoders and the checks on them
-refuse (`UserError`: NaN, infinity, another shape, nothing that fires), numbers that a solver or JSON refuses (`ValueError`,
-`ArithmeticError`, `LinAlgError`), and memory that one SAE alone is too large for. Any other exception is a defect of the
-program and ends the stage with its traceback.
+Every evaluation scores its SAEs through a `Guard`: one that cannot be scored is skipped with its reason. What counts as an
+SAE's own failure: what encoders and the checks on them refuse (`UserError`: NaN, infinity, another shape, nothing that
+fires), numbers that a solver or JSON refuses (`ValueError`, `ArithmeticError`, `LinAlgError`), and memory that one SAE alone
+is too large for. Any other exception is a defect of the program and ends the stage with its traceback.
 """
 
 from __future__ import annotations

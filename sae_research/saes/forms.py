@@ -1,21 +1,5 @@
-"""Unit decoder rows: the scale of a latent moved from its decoder row into its encoder.
-
-Standard SAE: ReLU of an affine map (Bricken et al. 2023, Towards Monosemanticity).
-
-Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014).
-
-JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435); also how BatchTopK SAEs run at inference.
-
-TopK SAE: the k largest pre-activations of a token, after a ReLU (Gao et al. 2024, arXiv 2406.04093).
-
-Linear SAE: an affine map with no nonlinearity, as PCA is.
-
-A ReLU SAE that reads every token at one norm: SAELens' `normalize_activations: constant_norm_rescale`.
-
-SAEs with hard-concrete gates (Louizos et al. 2018, arXiv 1712.01312), at inference with their median gates.
-
-Matching pursuit as SAELens has it, where it is not what our own forms compute.
-"""
+"""Inference forms of SAEs with an encoder of their own: ReLU, gated, JumpReLU, TopK, linear, hard concrete, and SAELens'
+rescaled and matching-pursuit forms. Each class names the paper or library that defines it."""
 
 from __future__ import annotations
 

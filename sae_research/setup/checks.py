@@ -1,7 +1,7 @@
-"""How long the evaluations will take here and how much disk they want: for the screen, never for files.
+"""Before hours are spent: do the SAEs work on this model, as well as their cards say, and how long will the evaluations
+take?
 
-A few seconds of the evaluation to come: do the SAEs work on this model, as well as their cards say, and
-how long will it take? Prints warnings; stops for what would make hours of evaluation worthless.
+Prints warnings, and stops for what would make hours of evaluation worthless. Times are for the screen, never for files.
 """
 
 from __future__ import annotations

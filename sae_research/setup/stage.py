@@ -1,9 +1,7 @@
-"""The texts and files that the evaluations to come name: are they there, and can a first row be read?
+"""The stage `setup`: plan the SAEs, write them, check them, put the folder in place.
 
-An evaluation that fails for a misspelt name after an hour of others could have been told before them. Cheap: nothing is
-fetched, and of a file only its beginning is read. No torch here.
-
-The stage itself: plan the SAEs, write them, check them, put the folder in place.
+The texts and files that evaluations name are checked first: an evaluation that fails for a misspelt name after an hour of
+others could have been told before them. Nothing is fetched for that, and of a file only its beginning is read.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
-"""Streaming statistics of a reconstruction: one pass over batches, memory that does not grow with tokens.
-
-Which tokens vary together: clusters of documents or sources, and sums over them.
+"""Statistics of a reconstruction from one pass over batches, in memory that does not grow with tokens; and clusters of text.
 
 Contexts are packed from documents end to end, so a document may fill several contexts and a context may hold several
-documents. Every token therefore counts for its own document, wherever it was packed. Documents of one source (a
-packaged set, a file) resemble each other; with at least `MIN_SOURCES` sources the sources are the clusters, else the
-documents are.
-
-Statistics that are sums: what is kept apart while reading can be added up afterwards. And how figures are written.
+documents. Every token therefore counts for its own document, wherever it was packed. Documents of one source (a packaged
+set, a file) resemble each other; with at least `MIN_SOURCES` sources the sources are the clusters, else the documents
+are.
 """
 
 from __future__ import annotations

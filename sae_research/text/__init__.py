@@ -1,5 +1,5 @@
 """Text: where it comes from (packaged, local folder, hub), the one split, token contexts, probing tasks.
 
-`split` decides for every text which part of the project may see it; `corpus` yields documents; `stream` packs
-them into token contexts; `tasks` gives labelled texts to the probing evaluations. Only `stream` needs torch.
+`split` decides for every text which part of the project may see it; `corpus` yields documents; `tokens` packs them into
+token contexts; `tasks` gives labelled texts to the probing evaluations. Only `tokens` needs torch.
 """

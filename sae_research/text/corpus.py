@@ -1,6 +1,6 @@
 """Running text for SAE training and core evaluation, one document at a time, each in exactly one split.
 
-The index of held-out texts that training text is compared with, kept under `.cache/held_out/`.
+Training leaves out near copies of text that core evaluation reads; the index of that text is kept under `.cache/held_out/`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""The real text that comes as an ordinary dependency: the CSV files inside the package `sae_probes`.
-
-The labelled tasks that come with the packaged text: files, labels, and what to know of each.
-"""
+"""The text that comes as an ordinary dependency: the CSV files inside the package `sae_probes`, and the labelled tasks made
+of them."""
 
 from __future__ import annotations
 

@@ -1,17 +1,11 @@
-"""Multiple-choice questions by name: a local file, or a hub data set in the layout of WMDP and MMLU.
+"""Multiple-choice questions, and running text on one topic, for evaluations that set one subject against another.
 
-A row holds `question` (text), `choices` (a list of two to four texts; in a .csv file that list as JSON) and `answer`
-(the index of the right one, or its letter).
+Questions come from a local file or a hub data set in the layout of WMDP and MMLU. A row holds `question` (text), `choices`
+(two to four texts; in a .csv file that list as JSON) and `answer` (the index of the right one, or its letter).
 
-Short science questions with one-word answers, biomedical and other, out of the packaged `36_sciq_tf`.
-
-That file holds true and false answers, but hardly ever both for one question (one pair in 5,000 rows). A question here
-is one of its true rows; false answers to it are other questions' answers (`distractors`).
-
-Which topic a question belongs to is decided by the words of its text and answer alone: *biomedical* names something of
-BODY; *other* names something of MATTER and nothing of BODY or LIFE. What is neither, or both, is left out.
-
-Running text on one topic, for evaluations that set one topic against another: packaged, local, or from the hub.
+The packaged questions are the true rows of `36_sciq_tf`, which hardly ever holds a true and a false answer to one question;
+their false answers are other questions' answers. *Biomedical* names something of BODY; *other* names something of MATTER and
+nothing of BODY or LIFE; what is neither, or both, is left out.
 """
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
-"""The one split for everything, by hash of the normalised text.
+"""The one split for everything, by hash of the normalised text, and near copies of a text.
 
-SAE training, core evaluation, probing train and probing test never share a text, whatever file or task it
-came from: where a text belongs is a property of the text alone. Splitting by row leaks, because the packaged
-sets repeat themselves and each other (28 % of test rows had their copy in train). Texts that are much the same without
-being equal are the matter of `text.near_copies`.
+SAE training, core evaluation, probing train and probing test never share a text, whatever file or task it came from: where a
+text belongs is a property of the text alone. Splitting by row leaks, because the packaged sets repeat themselves and each
+other (28 % of test rows had their copy in train).
 
-Near copies of a text: one definition for training text, core evaluation, probing and local files.
-
-Two texts are near copies where the sets of their five-word shingles have a Jaccard similarity of at least one half.
-Shingles are taken from the first 120 words, about what a context of 128 tokens holds; words are what white space parts,
-lower-cased. A text of fewer than five words is one shingle, so that text without spaces is near its exact copies alone.
-
-Similarities are exact: an inverted index holds of every text only its rarest shingles, one of which any near copy must
-have. On sets of this size that is as small as MinHash signatures and faster, and does not err near the threshold.
+Two texts are near copies where the sets of their five-word shingles have a Jaccard similarity of at least one half. Shingles
+come from the first 120 words, about what a context of 128 tokens holds; words are what white space separates, lower-cased. A
+text of fewer than five words is one shingle.
 """
 
 from __future__ import annotations

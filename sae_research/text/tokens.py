@@ -1,8 +1,6 @@
-"""What each token id looks like as text.
+"""Documents packed into token contexts of one length, each token knowing its document.
 
-Documents packed into token contexts of one length, each token knowing its document.
-
-Token contexts of long runs: in a file under `.cache/tokens/`, of which only what is asked for is in memory.
+Long runs keep their contexts in a file under `.cache/tokens/`, of which only what is asked for is in memory.
 """
 
 from __future__ import annotations

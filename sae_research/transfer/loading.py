@@ -1,9 +1,8 @@
-"""What is compared, and which tokens count in the comparison.
+"""What is compared: both models, their SAEs, text and tokenizers, loaded and checked. What cannot be compared stops here
+with one line.
 
-Do two tokenizers mean the same by their ids? Without that, one tokenizer's ids make no sense to the other's model.
-
-What is compared: both models, their SAEs, text and tokenizers, loaded and checked. Whatever cannot be compared stops
-here with one line.
+Two tokenizers are checked for meaning the same by their ids: without that, one tokenizer's ids make no sense to the other's
+model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""What either model loses with an SAE's reconstruction in place of its activations: a second pass, on fewer tokens.
-
-What a latent's decoder row writes into the logits of either model, and how alike the two are over the vocabulary.
-"""
+"""What either model loses with an SAE's reconstruction in place of its activations, and what a latent writes into the logits
+of either model. A second pass, on fewer tokens."""
 
 from __future__ import annotations
 

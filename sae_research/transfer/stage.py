@@ -1,11 +1,7 @@
-"""From sums to what is written: one result for a pair of models, as plain data.
-
-The stage `transfer_eval`: writes `eval_results/transfer/`, one result for the pair and one for every control.
+"""The stage `transfer_eval`: writes `eval_results/transfer/`, one result for the pair and one for every control.
 
 Every part of a result (statistics, patched losses, how far the model moved, repair) is kept in the result cache when it is
 done: a run that was stopped, or that changes one part's settings, computes only what is missing.
-
-Where the stage begins: what is switched off must not wait for torch.
 """
 
 from __future__ import annotations

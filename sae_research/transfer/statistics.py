@@ -1,9 +1,5 @@
-"""How alike two models' activations are at one hook, token by token, by position, and as a whole. Sums only.
-
-Every latent of an SAE on two models: sums of its activations on the same tokens, and what follows from them.
-
-Outlier activations: the published rules, a robust one, and which tokens they hit.
-"""
+"""Two models' activations on the same tokens, as sums: similarity by token and position, every latent, and outlier tokens by
+the published rules and a robust one."""
 
 from __future__ import annotations
 

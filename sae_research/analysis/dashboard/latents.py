@@ -1,11 +1,5 @@
-"""The text around a latent's firings, cut to a window, for many latents at a time.
-
-Histograms coarse enough to draw, from the fine logarithmic ones of the store.
-
-What every latent's direction does to the next token: tokens raised and lowered, and the spread over the vocabulary.
-
-Everything a latent's page shows, for one file of latents at a time.
-"""
+"""Everything a latent's page shows, for one file of latents at a time: windows of text around its firings, coarse
+histograms, and what its direction does to the next token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Two SAEs, or one SAE on two models, latent by latent.
-
-Writes the site: pages from templates, data as scripts.
+"""The site: pages from templates, data as scripts; and two SAEs, or one SAE on two models, latent by latent.
 
 A page opened from disk may not `fetch` anything, so each data file is a script that hands its content to `lab.put`.
 """

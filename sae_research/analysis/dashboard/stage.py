@@ -1,7 +1,4 @@
-"""Dashboards of SAEs: statistics collected or reused, then written as a site.
-
-The stage `dashboards`: writes `dashboards/`, the site of the SAEs that params.yaml names.
-"""
+"""The stage `dashboards`: statistics collected or reused, then written as a site of the SAEs that `params.yaml` names."""
 
 from __future__ import annotations
 

@@ -1,14 +1,12 @@
-"""Pursuit steps compiled for CPU by numba, one token at a time: no compiler is asked of the user.
+"""Pursuit steps compiled for the CPU by numba, one token at a time, and the k largest entries of every row.
 
-All work on float32 correlations whose width is a multiple of `LANES` (pad with zero atoms, which correlate with
+Pursuit works on float32 correlations whose width is a multiple of `LANES` (pad with zero atoms, which correlate with
 nothing), on a range of tokens: `in_threads` gives each thread its own. (numba's own threads take three times as long to
 compile and do not heed torch's.) What is computed is defined by the plain loops in `matching.py` and `orthogonal.py`.
 
-The k largest entries of every row, on the CPU: what a TopK SAE pays for once its other products are sparse.
-
-`torch.topk` copies each row into pairs and sorts them in part: 6 ms for k = 32 and 12 ms for k = 64 on 512 rows of 2,304,
-where the encoder's product takes 7. Here a row is bisected by value, counting the entries above a limit, which is what
-vector units do best: 3 ms for either.
+`largest` is what a TopK SAE pays for once its other products are sparse. `torch.topk` copies each row into pairs and
+sorts them in part: 6 ms for k = 32 and 12 ms for k = 64 on 512 rows of 2,304, where the encoder's product takes 7. Here a
+row is bisected by value, counting the entries above a limit: 3 ms for either.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Supports of the largest correlations, refitted: per sequence (union over its tokens) and per token.
+"""Supports of the largest correlations, refitted by least squares: per sequence (union over its tokens) and per token.
 
 With iterations this is hard thresholding pursuit (Foucart 2011): choose again by the correlations corrected for the
-fit, `z + (x - z atoms) atoms^T`, and refit, until the support no longer changes.
-
-Least squares of tokens on chosen atoms, many supports at once, by the cheapest way that their conditioning allows.
+fit, `z + (x - z atoms) atoms^T`, and refit, until the support no longer changes. Least squares go the cheapest way that a
+support's conditioning allows.
 """
 
 from __future__ import annotations
