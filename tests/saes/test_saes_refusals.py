@@ -18,7 +18,8 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae, save_variant
 from sae_research.saes.formats import exchange
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning, hook_name, load_dictionary_learning
-from sae_research.saes.formats.sae_lens import OF_ALL, OF_ARCHITECTURE, TRAINING_ONLY, from_sae_lens, settings
+from sae_research.saes.formats.sae_lens import from_sae_lens
+from sae_research.saes.formats.sae_lens_settings import OF_ALL, OF_ARCHITECTURE, TRAINING_ONLY, settings
 from sae_research.saes.reading import hook_of, load_state
 
 
