@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 import httpx2
 
-from sae_research.analysis.context import PREPARED, TRAINED, open_sae
 from sae_research.runtime.endpoints import blotted, checked_url, error_text, http_client, keeps_secrets, one_line
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 from sae_research.saes.formats.sae_lens import release_directory
+from sae_research.saes.sources import PREPARED, TRAINED, open_sae, sae_name
 
 EMBED = "?embed=true&embedexplanation=true&embedplots=true&embedtest=true&height=300"
 
@@ -110,7 +110,7 @@ def list_local() -> list[dict[str, Any]]:
 
 def describe(reference: str) -> dict[str, Any]:
     """Everything an SAE's configuration says. Downloads a release that is not in the hub's cache."""
-    name, sae = open_sae(reference)
+    name, sae = sae_name(reference), open_sae(reference)
     cfg = sae.cfg
     return {
         "name": name,
