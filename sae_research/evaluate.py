@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from sae_research.analysis.context import Lab, open_sae
+from sae_research.analysis.context import Lab
 from sae_research.config.params import Params
 from sae_research.evals.run import EVALUATIONS
-from sae_research.lm import LanguageModel, load_language_model
+from sae_research.lm import LanguageModel
 from sae_research.reporting.results import EXTRACTORS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import NAME_LIMIT, SLUG
@@ -58,10 +58,7 @@ def evaluate(
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
-    opened = {name: open_sae(str(sae))[1] if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
-    lab = Lab.of(
-        opened, lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype), params, hook
-    )
+    lab = Lab.of(saes, lm, params, hook)
     found: Figures = {name: {} for name in saes}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:

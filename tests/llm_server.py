@@ -22,12 +22,11 @@ HANG, DROP = "<hang>", "<drop>"
 
 
 class Http(NamedTuple):
-    """An HTTP answer as it stands. `drip` sends the body byte by byte, so many seconds apart."""
+    """An HTTP answer as it stands."""
 
     status: int
     body: bytes = b""
     headers: dict[str, str] = {}
-    drip: float = 0.0
 
 
 Reply = Callable[[dict[str, Any], int], str | Http]
@@ -132,10 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         try:
-            for piece in [answer.body] if not answer.drip else [answer.body[i : i + 1] for i in range(len(answer.body))]:
-                self.wfile.write(piece)
-                self.wfile.flush()
-                if answer.drip and self.state.ending.wait(answer.drip):
-                    return
+            self.wfile.write(answer.body)
+            self.wfile.flush()
         except OSError:
             return  # the client gave up waiting

@@ -19,7 +19,7 @@ from sae_research.config.reporting import Style
 from sae_research.config.section import Section
 from sae_research.config.training import AnyRecipe
 from sae_research.experiments import sae_interpretability
-from sae_research.experiments.config_files import flatten, parse_overrides
+from sae_research.experiments.config_files import flatten, parse_overrides, with_values
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.yaml_files import read_mapping
 
@@ -154,6 +154,8 @@ def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
     assert load_params(tmp_path / "bom.yaml") == Params()
     with pytest.raises(UserError, match="nested"):
         parse_overrides(["lr=" + "[" * 500])
+    with pytest.raises(UserError, match="full_key: model.name"):
+        with_values({"model": {}}, {"model.name": "a${"})
 
 
 # --- leaves ----------------------------------------------------------------------------------

@@ -11,43 +11,12 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.collect import LatentStats, collect_stats, is_collected, store_folder
-from sae_research.analysis.released import ForeignSAE, adapt
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model, token_mask
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import slugify, user_path
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.base import FAULTS
-from sae_research.saes.files import CONFIG_FILE
-from sae_research.saes.sources import check_fits, fill_in, read_folder, read_release
-
-__all__ = ["ForeignSAE", "Lab", "adapt", "local_names", "open_sae"]
-
-PREPARED, TRAINED = Path("downloaded_saes"), Path("trained_saes")
-RELEASE_PREFIX = "sae_lens:"
-
-
-def open_sae(reference: str) -> tuple[str, SparseAutoencoder]:
-    """(name, SAE) of what a user may write: a folder, a name in downloaded_saes/ or trained_saes/, or
-    `sae_lens:RELEASE:ID`. Raises `UserError` when it is nowhere."""
-    if reference.startswith(RELEASE_PREFIX):
-        release, _, sae_id = reference.removeprefix(RELEASE_PREFIX).partition(":")
-        if not sae_id:
-            raise UserError(f"--sae {reference}: write sae_lens:RELEASE:ID; `analyze saes --search TEXT` lists them")
-        return slugify(f"{release}_{sae_id}"), read_release(release, sae_id)
-    for folder in (user_path(reference), PREPARED / reference, TRAINED / reference):
-        if folder.is_dir():
-            return slugify(folder.resolve().name), read_folder(folder)
-    known = ", ".join(local_names()) or "none yet"
-    raise UserError(
-        f"--sae {reference}: no such folder, nor a name in {PREPARED}/ or {TRAINED}/ (there: {known}); releases "
-        "are written sae_lens:RELEASE:ID"
-    )
-
-
-def local_names() -> list[str]:
-    """Names of the SAEs that the pipeline wrote."""
-    return sorted({path.parent.name for root in (PREPARED, TRAINED) for path in root.glob(f"*/{CONFIG_FILE}")})
+from sae_research.saes.sources import check_fits, fill_in, open_sae, sae_name
 
 
 @dataclass
@@ -65,25 +34,32 @@ class Lab:
 
     @classmethod
     def open(cls, references: str | Sequence[str], params: Params | None = None, lm: LanguageModel | None = None) -> Lab:
-        """Read SAEs (what `open_sae` takes) and load the model that `params` names. Raises `UserError` for one that does
-        not fit the model."""
-        params = params or Params()
-        opened = [open_sae(one) for one in ([references] if isinstance(references, str) else references)]
-        lm = lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-        saes: dict[str, SparseAutoencoder] = {}
-        for name, sae in opened:
-            unique = name if name not in saes else f"{name}_{sum(other.startswith(name) for other in saes) + 1}"
-            saes[unique] = sae
+        """SAEs as `open_sae` takes them, called after their folders or releases; two of one name are numbered."""
+        saes: dict[str, str] = {}
+        for one in [references] if isinstance(references, str) else references:
+            name = sae_name(one)
+            saes[name if name not in saes else f"{name}_{sum(other.startswith(name) for other in saes) + 1}"] = one
         return cls.of(saes, lm, params)
 
     @classmethod
-    def of(cls, saes: Mapping[str, Any], lm: LanguageModel, params: Params | None = None, hook: str | None = None) -> Lab:
-        """SAEs that are in memory: ours, SAELens', or any object with `encode` and `decode`, taken as they are now: after a
-        change to one, make a new lab. hook: where an SAE that does not say so itself belongs."""
+    def of(
+        cls,
+        saes: Mapping[str, Any],
+        lm: LanguageModel | None = None,
+        params: Params | None = None,
+        hook: str | None = None,
+    ) -> Lab:
+        """SAEs by name, each as `open_sae` takes it; objects in memory are taken as they are now: after a change to one,
+        make a new lab. lm: by default the model that `params` names. hook: where an SAE that does not say so itself belongs.
+
+        Raises `UserError` for an SAE that is not there or does not fit the model."""
         params = params or Params()
         if not saes:
             raise UserError("an analysis needs at least one SAE")
-        adapted = {name: adapt(sae, lm, hook) for name, sae in saes.items()}
+        # files first: the model takes longer
+        opened = {name: open_sae(sae) if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
+        lm = lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+        adapted = {name: open_sae(sae, lm, hook) for name, sae in opened.items()}
         for name, sae in adapted.items():
             fill_in(sae, lm.name, hook or params.train.hook_name)
             check_fits(name, sae, lm, params.model.same_as)

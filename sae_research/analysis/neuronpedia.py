@@ -7,27 +7,16 @@ import json
 import math
 import os
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from http.client import HTTPException
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from sae_research.analysis.context import PREPARED, TRAINED, open_sae
-from sae_research.runtime.endpoints import (
-    BadAnswer,
-    blotted,
-    checked_url,
-    error_text,
-    keeps_secrets,
-    one_line,
-    opener,
-    read_answer,
-)
+import httpx2
+
+from sae_research.runtime.endpoints import blotted, checked_url, error_text, http_client, keeps_secrets, one_line
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 from sae_research.saes.formats.sae_lens import release_directory
+from sae_research.saes.sources import PREPARED, TRAINED, open_sae, sae_name
 
 EMBED = "?embed=true&embedexplanation=true&embedplots=true&embedtest=true&height=300"
 
@@ -118,7 +107,7 @@ def list_local() -> list[dict[str, Any]]:
 
 def describe(reference: str) -> dict[str, Any]:
     """Everything an SAE's configuration says. Downloads a release that is not in the hub's cache."""
-    name, sae = open_sae(reference)
+    name, sae = sae_name(reference), open_sae(reference)
     cfg = sae.cfg
     return {
         "name": name,
@@ -181,13 +170,13 @@ class Neuronpedia:
                 "(`analyze saes --describe RELEASE` lists them)"
             )
         self.model, self.layer = parts
-        self.base_url, self.timeout = checked_url(base_url, "--base-url", f"the key belongs in ${KEY_VARIABLE}"), timeout
+        self.base_url = checked_url(base_url, "--base-url", f"the key belongs in ${KEY_VARIABLE}")
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"the key in ${KEY_VARIABLE} holds characters that no key has; set it again")
         if self._key and not keeps_secrets(self.base_url):
             raise UserError(f"{self.base_url}: ${KEY_VARIABLE} would travel there in the clear; use https")
-        self._opener = opener(self.base_url)
+        self._http = http_client(self.base_url, timeout, headers={"User-Agent": "sae-research"})
 
     def feature(self, latent: int) -> Feature:
         """Look a latent up."""
@@ -245,38 +234,31 @@ class Neuronpedia:
         return Steered(strength, amount, seed, found["DEFAULT"], found["STEERED"])
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "sae-research"}
-        if self._key:
-            headers["x-api-key"] = self._key
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base_url + urllib.parse.quote(path), data, headers)
         where = self.base_url + path
+        headers = {"x-api-key": self._key} if self._key else {}
         try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                data = read_answer(response, time.monotonic() + self.timeout)
-            return json.loads(blotted(data.decode("utf-8", "replace"), self._key))
-        except urllib.error.HTTPError as error:
-            with error:
-                said, _ = error_text(error, self._key)
-            hint = (
-                f" (is ${KEY_VARIABLE} set?)"
-                if error.code in (401, 403)
-                else " (the hourly limit is used up)"
-                if error.code == 429
-                else " (a redirect; give --base-url the final address)"
-                if 300 <= error.code < 400
-                else ""
-            )
-            raise UserError(f"{where}: HTTP {error.code}{f': {said}' if said else ''}{hint}") from None
-        except BadAnswer as reason:
-            raise UserError(f"{where}: {reason}") from None
+            method = "GET" if body is None else "POST"
+            answer = self._http.request(method, self.base_url + quote(path), json=body, headers=headers)
+            if answer.is_success:
+                return json.loads(blotted(answer.content.decode("utf-8", "replace"), self._key))
         except (ValueError, RecursionError):
             raise UserError(f"{where}: the answer is not JSON") from None
-        except (OSError, HTTPException) as error:
-            cause = one_line(str(getattr(error, "reason", error)) or type(error).__name__, self._key)
+        except httpx2.RequestError as error:
+            cause = one_line(str(error) or type(error).__name__, self._key)
             raise UserError(
                 f"{self.base_url} cannot be reached ({cause}); `--engine local` steers without a network"
             ) from None
+        said, status = error_text(answer.text, self._key), answer.status_code
+        hint = (
+            f" (is ${KEY_VARIABLE} set?)"
+            if status in (401, 403)
+            else " (the hourly limit is used up)"
+            if status == 429
+            else " (a redirect; give --base-url the final address)"
+            if answer.is_redirect
+            else ""
+        )
+        raise UserError(f"{where}: HTTP {status}{f': {said}' if said else ''}{hint}")
 
 
 def _is_number(value: Any) -> bool:

@@ -202,10 +202,9 @@ class ChatEndpoint(Section):
     concurrency: Annotated[Whole, Field(ge=1, le=256)] = 8
     """Questions under way at once."""
     timeout_seconds: Above0 = 60.0
+    """Of connecting, and of every wait for more of an answer."""
     max_retries: Count = 4
-    """After a time-out, a lost connection, 408, 409, 425, 429 or 5xx."""
-    backoff_seconds: NonNegative = 1.0
-    """Pause before the first retry; it doubles with each, and `Retry-After` is respected."""
+    """After a time-out, a lost connection, 408, 409, 429 or 5xx; after growing pauses, or as long as `Retry-After` says."""
     max_requests: Positive | None = 2_000
     """Ask nothing at all when more new requests than this would be needed; null sets no limit."""
     max_tokens: Tokens | None = 2_000_000

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 
 from sae_research.config.params import Params
@@ -32,32 +34,28 @@ def names_sections(values: Values) -> bool:
     return bool(values) and all(str(key).split(".")[0] in Params.model_fields for key in values)
 
 
-def flatten(values: Values, stop: Iterable[str] = ()) -> Values:
-    """Nested mappings as dotted keys; an empty mapping, and what stands at a key in `stop`, stay whole.
+def flatten(values: Values) -> Values:
+    """Nested mappings as dotted keys; an empty mapping stays whole.
 
     Keys may be dotted already: `{"train.saes": {"topk": {"k": 4}}}` -> `{"train.saes.topk.k": 4}`.
     """
     flat: Values = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value and key not in stop:
-            flat |= {f"{key}.{inner}": item for inner, item in flatten(value).items()}
-        else:
-            flat[str(key)] = value
+        nested = isinstance(value, dict) and value
+        flat |= {f"{key}.{inner}": item for inner, item in flatten(value).items()} if nested else {str(key): value}
     return flat
 
 
 def with_values(values: Values, overrides: Values) -> Values:
-    """A copy with dotted keys set; mappings on the way are made where there are none."""
-    result = copy.deepcopy(values)
-    for key, value in overrides.items():
-        *path, last = key.split(".")
-        here = result
-        for part in path:
-            if not isinstance(here.get(part), dict):
-                here[part] = {}
-            here = here[part]
-        here[last] = copy.deepcopy(value)
-    return result
+    """A copy with dotted keys set, as `dvc exp run -S` sets them; mappings on the way are made where there are none."""
+    touched = {key.partition(".")[0] for key in overrides}  # OmegaConf takes 60 ms for all of params.yaml
+    try:
+        config = OmegaConf.create({key: values[key] for key in values if key in touched}, flags={"allow_objects": True})
+        for key, value in overrides.items():
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+    except OmegaConfBaseException as error:  # a `${` without its end
+        raise UserError(f"{' '.join(str(error).split())[:200]}") from None
+    return {**copy.deepcopy(values), **OmegaConf.to_container(config)}
 
 
 def over(params_yaml: Values, overrides: Values) -> Values:

@@ -1,26 +1,25 @@
-"""Servers asked over HTTP, and the keys they ask for.
+"""Keys, and the servers that they are sent to: which addresses are usable, where a key may go, what went wrong in a line.
 
-Keys come from the environment, else from the project's `.env`; never from parameters, and they are never printed. Whoever
-sends a key takes the address, the opener and the words of this module: no key travels in the clear beyond this machine, none
-follows a redirect, none is repeated in a message.
+Keys come from the environment, else from the project's `.env`; never from parameters. Whoever sends one takes the address,
+the client and the words of this module: no key travels in the clear beyond this machine, none follows a redirect, none is
+repeated in a message.
 """
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import json
 import os
-import time
-import urllib.error
-import urllib.request
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
+
+if TYPE_CHECKING:
+    import httpx2
 
 
 def secret(*names: str) -> str | None:
@@ -45,13 +44,8 @@ def redacted(text: str, *secrets: str | None) -> str:
     return text
 
 
-LARGEST_ANSWER = 10_000_000
 SHORTEST_KEY = 8
 """Keys shorter than this are no secrets; striking them out would garble answers."""
-
-
-class BadAnswer(Exception):
-    """A server's answer that no use can be made of; says why in a few words."""
 
 
 # --- addresses -----------------------------------------------------------------------------------
@@ -101,36 +95,13 @@ def keeps_secrets(url: str) -> bool:
 # --- requests ------------------------------------------------------------------------------------
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: following it would hand the key to another address and drop the question."""
+def http_client(url: str, timeout: float, **settings: Any) -> httpx2.Client:
+    """For requests to one server. It follows no redirect, which would hand a key to another address, and asks this machine
+    without a proxy. timeout: seconds, of connecting and of every wait for more of an answer."""
+    import httpx2  # not for those who only look up a key
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def opener(url: str) -> urllib.request.OpenerDirector:
-    """Opens requests to a server: no redirect is followed, and this machine is asked without a proxy."""
-    proxies = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
-    return urllib.request.build_opener(_NoRedirect, *proxies)
-
-
-def read_answer(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body, within the deadline (`time.monotonic`) however slowly it drips.
-
-    Raises `TimeoutError`, `BadAnswer` for a body that is too long, `IncompleteRead` for one cut short.
-    """
-    chunks, size = [], 0
-    while chunk := response.read1(65_536):
-        chunks.append(chunk)
-        size += len(chunk)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > LARGEST_ANSWER:
-            raise BadAnswer(f"the answer is longer than {LARGEST_ANSWER:,} bytes")
-    expected = response.getheader("Content-Length")
-    if expected is not None and expected.isdigit() and size < int(expected):
-        raise http.client.IncompleteRead(b"".join(chunks), int(expected) - size)
-    return b"".join(chunks)
+    limits = httpx2.Limits(max_connections=None)
+    return httpx2.Client(follow_redirects=False, trust_env=not is_loopback(url), timeout=timeout, limits=limits, **settings)
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -147,17 +118,11 @@ def one_line(text: str, *keys: str | None, limit: int = 200) -> str:
     return line if len(line) <= limit else line[:limit] + "…"
 
 
-def error_text(error: urllib.error.HTTPError, *keys: str | None) -> tuple[str, str]:
-    """(message, code) of an error answer, in OpenAI's form or as plain text, in one line."""
+def error_text(answer: str, *keys: str | None) -> str:
+    """What the body of an error answer says, in OpenAI's form or as plain text, in one line."""
     try:
-        data = error.read(20_000)
-    except (OSError, http.client.HTTPException):
-        return "", ""
-    try:
-        inner = json.loads(data)
+        inner = json.loads(answer)
         inner = inner.get("error", inner) if isinstance(inner, dict) else inner
-        if isinstance(inner, dict):
-            return one_line(str(inner.get("message") or ""), *keys), str(inner.get("code") or "")
-        return one_line(str(inner), *keys), ""
+        return one_line(str(inner.get("message") or "") if isinstance(inner, dict) else str(inner), *keys)
     except (ValueError, RecursionError):
-        return one_line(data.decode("utf-8", "replace"), *keys), ""
+        return one_line(answer, *keys)

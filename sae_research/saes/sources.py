@@ -14,20 +14,22 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from torch import nn
 
 from sae_research.config.params import BaselineSAE
+from sae_research.config.transfer import TransferSAE
 from sae_research.lm import LanguageModel
 from sae_research.lm.load import folder_fingerprint
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, fingerprint, read_json, slugify, user_path
 from sae_research.saes import SparseAutoencoder, form_class, load_sae
 from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
+from sae_research.saes.foreign import adapt
 from sae_research.saes.formats import dictionary_learning as dl
-from sae_research.saes.formats import exchange
+from sae_research.saes.formats import sae_interpretability as si
 from sae_research.saes.formats.sae_lens import from_release
 from sae_research.text.hub import offline_if_silent, one_line
 
@@ -130,29 +132,77 @@ def check_tokenizer(lm: LanguageModel) -> None:
         )
 
 
-TRAINED = Path("trained_saes")
-"""What the train stage writes."""
+PREPARED, TRAINED = Path("downloaded_saes"), Path("trained_saes")
+"""What the setup stage and the train stage write."""
 TRAINING_REPORT = "training_report.json"
 T = TypeVar("T")
 OFFLINE_HINT = "without a hub, set baseline_sae.source: trained"
 
 
-def read_baseline(settings: BaselineSAE) -> SparseAutoencoder:
-    """The baseline, wherever `baseline_sae.source` says it is."""
-    if settings.source == "trained":
-        return read_trained(settings.name)
-    if settings.source == "hub":
-        assert settings.repo_id and settings.filename  # params.py requires them for this source
-        return read_hub(settings.repo_id, settings.filename)
-    if settings.source == "sae_lens":
-        assert settings.release and settings.sae_id
-        return read_release(settings.release, settings.sae_id)
-    assert settings.path
-    return read_folder(user_path(settings.path))
+def open_sae(
+    wanted: Any, lm: LanguageModel | None = None, hook: str | None = None, baseline: SparseAutoencoder | None = None
+) -> SparseAutoencoder:
+    """The one door to an SAE, wherever it is. Raises `UserError` for one that is not there, damaged, or not used in full.
+
+    wanted: a folder as a `Path`; a folder or the name of one in downloaded_saes/ or trained_saes/ as a user writes it; or
+
+        trained:NAME            of the train stage
+        prepared:NAME           of the setup stage
+        sae_lens:RELEASE:ID     of SAELens' directory
+        hub:REPO_ID:FILENAME    of a hub repository, with the configuration beside it
+        python:MODULE:CLASS     a class of the user's own, built from `baseline`
+
+    or an object in memory with `encode` and `decode`. What such an object does is found by trying, on activations of `lm`
+    at `hook`, where it does not say itself which hook it reads.
+    """
+    if isinstance(wanted, Path):
+        return _in_folder(wanted)
+    if not isinstance(wanted, str):
+        return adapt(wanted, lm, hook)
+    kind, _, rest = wanted.partition(":")
+    first, _, second = rest.partition(":")
+    if kind == "trained":
+        return _trained(rest)
+    if kind == "prepared":
+        return _prepared(rest)
+    if kind == "sae_lens":
+        return _release(first, second)
+    if kind == "hub":
+        return _on_hub(first, second)
+    if kind == "python" and baseline is not None:
+        return _of_class(rest, baseline)
+    return _in_folder(_named_folder(wanted))
 
 
-def read_trained(name: str) -> SparseAutoencoder:
-    """An SAE of the train stage. Raises `UserError` naming those there are."""
+def reference_of(block: BaselineSAE | TransferSAE) -> str | Path:
+    """What `open_sae` takes for a block of params.yaml with a `source`."""
+    if block.source == "folder":
+        assert block.path  # the section requires what its source needs
+        return user_path(block.path)
+    return ":".join([block.source, *(getattr(block, key) for key in block.NEEDS[block.source] or ("name",))])
+
+
+def sae_name(wanted: str) -> str:
+    """The name in tables of an SAE that a user names: of its folder, or of its release and id."""
+    kind, _, rest = wanted.partition(":")
+    return slugify(rest) if kind in ("sae_lens", "hub") else slugify(_named_folder(wanted).resolve().name)
+
+
+def local_names() -> list[str]:
+    """Names of the SAEs that the pipeline wrote."""
+    return sorted({name for root in (PREPARED, TRAINED) for name in _names_in(root)})
+
+
+def trained_names() -> list[str]:
+    """Names of the SAEs that the train stage wrote."""
+    return _names_in(TRAINED)
+
+
+def _names_in(root: Path) -> list[str]:
+    return sorted(path.parent.name for path in root.glob(f"*/{CONFIG_FILE}"))
+
+
+def _trained(name: str) -> SparseAutoencoder:
     folder = TRAINED / checked_name(name, "trained SAE", "choose one of train.saes")
     if not (folder / CONFIG_FILE).is_file():
         known = trained_names()
@@ -173,20 +223,52 @@ def read_trained(name: str) -> SparseAutoencoder:
     return _from(sae, source="trained", name=name)
 
 
-def trained_names() -> list[str]:
-    """Names of the SAEs the train stage wrote."""
-    return sorted(path.parent.name for path in TRAINED.glob(f"*/{CONFIG_FILE}"))
+def _prepared(name: str) -> SparseAutoencoder:
+    if name not in _names_in(PREPARED):
+        known = ", ".join(_names_in(PREPARED))
+        raise UserError(
+            f"{PREPARED} holds no SAE {name!r}"
+            + (f"; there are {known}" if known else "; run the setup stage first (dvc repro setup)")
+        )
+    return load_sae(PREPARED / name)
 
 
-def read_folder(folder: Path) -> SparseAutoencoder:
-    """A local folder: ours, SAELens', dictionary_learning's, or a run of SAE-Interpretability with one hook."""
-    saes = exchange.read_folder(folder)
+# --- folders ---------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path) -> dict[str, SparseAutoencoder]:
+    """The SAEs of one folder by name: ours or SAELens', dictionary_learning's, or a run of SAE-Interpretability, which
+    has one for each hook. Raises `UserError` where there is none."""
+    if (folder / CONFIG_FILE).is_file():
+        return {folder.name: load_sae(folder)}
+    if (folder / dl.WEIGHTS_FILE).is_file():
+        return {folder.name: dl.load_dictionary_learning(folder)}
+    if (folder / si.CONFIG_FILE).is_file():
+        return {slugify(hook): sae for hook, sae in si.load_run(folder).items()}
+    raise UserError(
+        f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, {dl.WEIGHTS_FILE} with "
+        f"{dl.CONFIG_FILE}, or {si.CONFIG_FILE} with samples_<N>.pt"
+    )
+
+
+def _in_folder(folder: Path) -> SparseAutoencoder:
+    saes = open_folder(folder)
     if len(saes) > 1:
         raise UserError(
             f"{folder}: holds {len(saes)} SAEs ({', '.join(saes)}); split it with "
             f"`python -m sae_research import {folder} OUT` and name those folders"
         )
     return _from(next(iter(saes.values())), source="folder", name=folder.name)
+
+
+def _named_folder(name: str) -> Path:
+    for folder in (user_path(name), PREPARED / name, TRAINED / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"--sae {name}: no such folder, nor a name in {PREPARED}/ or {TRAINED}/ (there: "
+        f"{', '.join(local_names()) or 'none yet'}); releases are written sae_lens:RELEASE:ID"
+    )
 
 
 def matching_folders(pattern: str) -> list[Path]:
@@ -214,9 +296,15 @@ def folder_names(patterns: Sequence[str]) -> dict[Path, str]:
         parts |= {place: parts[place] + 1 for place in twins}
 
 
-def read_python(place: str, baseline: SparseAutoencoder) -> SparseAutoencoder:
-    """A class of the user's own, built from the baseline. `cfg.form` keeps its place, so that `load_sae`
-    finds it; the source is pinned by its hash."""
+def python_name(place: str) -> str:
+    """The name in tables of a class of the user's own: its `form`, or its own name."""
+    cls = form_class(place)
+    return slugify(cls.form or cls.__name__)
+
+
+def _of_class(place: str, baseline: SparseAutoencoder) -> SparseAutoencoder:
+    """A class of the user's own. `cfg.form` keeps its place, so that `load_sae` finds it; the source is pinned by its
+    hash."""
     cls = form_class(place)
     sae = cls.from_baseline(baseline)
     if not isinstance(sae, SparseAutoencoder):
@@ -232,16 +320,10 @@ def read_python(place: str, baseline: SparseAutoencoder) -> SparseAutoencoder:
     return sae
 
 
-def python_name(place: str) -> str:
-    """The name in tables of a class of the user's own: its `form`, or its own name."""
-    cls = form_class(place)
-    return slugify(cls.form or cls.__name__)
-
-
 # --- the hub ---------------------------------------------------------------------------------
 
 
-def read_hub(repo_id: str, filename: str) -> SparseAutoencoder:
+def _on_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     """An SAE file of a hub repository with the configuration beside it; kept in the hub's own cache."""
     beside = {dl.WEIGHTS_FILE: dl.CONFIG_FILE, WEIGHTS_FILE: CONFIG_FILE}
     folder, _, name = filename.rpartition("/")
@@ -269,8 +351,9 @@ def download(repo_id: str, filename: str) -> Path:
     )
 
 
-def read_release(release: str, sae_id: str) -> SparseAutoencoder:
-    """An SAE by SAELens release and id."""
+def _release(release: str, sae_id: str) -> SparseAutoencoder:
+    if not sae_id:
+        raise UserError(f"sae_lens:{release}: write sae_lens:RELEASE:ID; `analyze saes --search TEXT` lists them")
     sae = _reach(lambda: from_release(release, sae_id), f"SAELens {release} / {sae_id}", release)
     return _from(sae, source="sae_lens")
 

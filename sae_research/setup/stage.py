@@ -218,14 +218,14 @@ class Setup:
         """Names are known before anything is read: a clash must not wait for downloads."""
         chosen = self.params.comparison_saes
         for name in self._trained_names():
-            yield self._compared(slugify(name), f"trained_saes/{name}", lambda name=name: sources.read_trained(name))
+            yield self._compared(slugify(name), f"trained_saes/{name}", f"trained:{name}")
         for path, name in sources.folder_names(chosen.folders).items():
-            yield self._compared(name, f"the folder {path}", lambda path=path: sources.read_folder(path))
+            yield self._compared(name, f"the folder {path}", path)
         for place in chosen.python:
             yield self._compared(
                 sources.python_name(place),
                 f"the class {place}",
-                lambda place=place: sources.read_python(place, self.baseline),
+                f"python:{place}",
                 base=self.name,
             )
         if chosen.sae_regex_pattern is not None and chosen.sae_block_pattern is not None:
@@ -233,7 +233,7 @@ class Setup:
                 yield self._compared(
                     slugify(f"{item.release}_{item.sae_id}"),
                     f"SAELens {item.release} / {item.sae_id}",
-                    lambda item=item: sources.read_release(item.release, item.sae_id),
+                    f"sae_lens:{item.release}:{item.sae_id}",
                 )
 
     def _trained_names(self) -> list[str]:
@@ -243,9 +243,9 @@ class Setup:
         used = self.name if self.params.baseline_sae.source == "trained" else None
         return [name for name in sources.trained_names() if name != used]
 
-    def _compared(self, name: str, origin: str, read: Callable[[], SparseAutoencoder], base: str | None = None) -> Planned:
+    def _compared(self, name: str, origin: str, wanted: str | Path, base: str | None = None) -> Planned:
         def write(folder: Path) -> None:
-            sae = read()
+            sae = sources.open_sae(wanted, baseline=self.baseline)
             self.admit(name, sae)
             sae.cfg = sae.cfg.replace(role="comparison", base=base)
             save_sae(sae, folder)
@@ -267,7 +267,7 @@ def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
     SAEs or the model would make the evaluations fail or mislead.
     """
     check_inputs(params)
-    baseline = sources.read_baseline(params.baseline_sae)
+    baseline = sources.open_sae(sources.reference_of(params.baseline_sae))
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
     check_tokenizer(lm)
     setup = Setup(params, lm, baseline)

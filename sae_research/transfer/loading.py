@@ -18,10 +18,10 @@ from sae_research.config.params import Params, Text, TokenMask
 from sae_research.config.transfer import Transfer, TransferSAE
 from sae_research.lm import LanguageModel, load_language_model, token_mask
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import fingerprint, round_significant, user_path, write_json, write_text
+from sae_research.runtime.files import fingerprint, round_significant, write_json, write_text
 from sae_research.runtime.stages import StageFolder
-from sae_research.saes import SparseAutoencoder, load_sae
-from sae_research.saes.sources import check_fits, fill_in, is_model, read_folder, read_release
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.sources import check_fits, fill_in, is_model, open_sae, reference_of
 from sae_research.transfer.finetune import finetuned_model
 from sae_research.transfer.text import PairBatch, TextSource
 
@@ -286,23 +286,11 @@ def _with_tokenizer(lm: LanguageModel, name: str) -> LanguageModel:
 
 
 def read_sae(config: TransferSAE, key: str) -> SparseAutoencoder:
-    """An SAE by where it comes from. Raises `UserError` where there is none."""
+    """An SAE by where it comes from. Raises `UserError` that begins with `key` where there is none."""
     try:
-        if config.source == "sae_lens":
-            assert config.release and config.sae_id  # transfer_params.py requires them for this source
-            return read_release(config.release, config.sae_id)
-        if config.source == "folder":
-            assert config.path
-            return read_folder(user_path(config.path))
+        return open_sae(reference_of(config))
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    if not (SAE_FOLDER / config.name / "cfg.json").is_file():
-        known = ", ".join(sorted(path.parent.name for path in SAE_FOLDER.glob("*/cfg.json")))
-        raise UserError(
-            f"{key}: {SAE_FOLDER} holds no SAE {config.name!r}"
-            + (f"; there are {known}" if known else "; run the setup stage first (dvc repro setup)")
-        )
-    return load_sae(SAE_FOLDER / config.name)
 
 
 def hooks(params: Params, hook: str) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ import torch
 from evals_saes import config, dictionary, standard
 from torch import Tensor
 
-from sae_research.analysis.released import ForeignSAE, adapt
 from sae_research.config.params import Params
 from sae_research.evaluate import evaluate
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import UserError
+from sae_research.saes.foreign import ForeignSAE, adapt
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.identity import Unidentified, identity
 from sae_research.saes.pursuit.encoders import IHTPSAE

@@ -58,7 +58,6 @@ def settings(make_params: Any) -> Callable[..., Params]:
                 "n_random_ex_for_scoring": 5,
                 "timeout_seconds": 5,
                 "max_retries": 1,
-                "backoff_seconds": 0.01,
                 "concurrency": 2,
                 **changes,
             },

@@ -12,7 +12,7 @@ from evals_saes import standard
 from llm_server import DROP, HANG, Http, is_scoring, sensible, serve_llm
 
 from sae_research.config.params import Params
-from sae_research.evals import autointerp
+from sae_research.evals.autointerp import judge
 from sae_research.evals.harness import SAE_FOLDER
 from sae_research.evals.run import run_evaluation
 from sae_research.runtime.errors import UserError
@@ -122,7 +122,7 @@ def test_a_run_cut_short_continues_without_paying_twice(settings: Any) -> None:
 
 @pytest.mark.usefixtures("prepared")
 def test_a_killed_run_continues(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = autointerp.stage.judge.judge, []
+    real, calls = judge.judge, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -132,12 +132,12 @@ def test_a_killed_run_continues(settings: Any, monkeypatch: pytest.MonkeyPatch) 
 
     with serve_llm() as server:
         params = settings(base_url=server.url, concurrency=1)
-        monkeypatch.setattr(autointerp.stage.judge, "judge", interrupted)
+        monkeypatch.setattr(judge, "judge", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_evaluation("autointerp", params)
         paid = len(server.bodies)
         assert 6 <= paid <= 8
-        monkeypatch.setattr(autointerp.stage.judge, "judge", real)
+        monkeypatch.setattr(judge, "judge", real)
         assert stage_of(params)[1] == ""
         assert len(server.bodies) == 20
 

@@ -23,8 +23,8 @@ from random_saes import D_IN, D_SAE, make_sae, random_activations
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import save_sae
-from sae_research.saes.formats import exchange
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
+from sae_research.saes.sources import open_folder
 
 KEYS = [
     "threshold",
@@ -139,7 +139,7 @@ FOLDERS: dict[str, Folder] = {
 
 
 def read(folder: Path) -> tuple[torch.Tensor, ...]:
-    (sae,) = exchange.read_folder(folder).values()
+    (sae,) = open_folder(folder).values()
     z = sae.encode(X)
     return z, sae.decode(z), torch.tensor(sae.cfg.hook_layer)
 

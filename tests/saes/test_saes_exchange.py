@@ -16,8 +16,9 @@ from sae_research.cli.main import main
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.formats.dictionary_learning import load_dictionary_learning
-from sae_research.saes.formats.exchange import export_saes, import_saes, read_folder
+from sae_research.saes.formats.exchange import export_saes, import_saes
 from sae_research.saes.formats.sae_interpretability import load_run
+from sae_research.saes.sources import open_folder
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.4.hook_resid_pre")
 LOW, HIGH = -0.1, 1.1
@@ -194,4 +195,4 @@ def test_what_cannot_go_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         import_saes(tmp_path / "nowhere", tmp_path / "x")
     with pytest.raises(UserError, match="no SAE there"):
-        read_folder(tmp_path)
+        open_folder(tmp_path)

@@ -23,12 +23,12 @@ import json, sys, time
 time.sleep = lambda seconds: None  # the client's patience with a dead hub is not under test
 from huggingface_hub import close_session
 from sae_research.runtime.errors import UserError
-from sae_research.saes.sources import read_hub
+from sae_research.saes.sources import open_sae
 for line in sys.stdin:
     close_session()  # no connection may outlive the server
     repo, file = json.loads(line)
     try:
-        sae = read_hub(repo, file)
+        sae = open_sae(f"hub:{repo}:{file}")
         answer = [sae.cfg.form, sae.cfg.provenance]
     except UserError as error:
         answer = str(error)

@@ -12,7 +12,7 @@ from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import NAME_LIMIT
 from sae_research.saes import save_sae
-from sae_research.saes.sources import folder_names, read_folder
+from sae_research.saes.sources import folder_names, open_sae
 
 
 def named(*patterns: str) -> dict[str, str]:
@@ -50,7 +50,7 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     save_sae(tiny_sae(), tmp_path / "saes" / "mine")
     assert list(folder_names(["~/saes/*"]).values()) == ["mine"]
-    assert read_folder(next(iter(folder_names(["~/saes/*"])))).cfg.form == "standard"
+    assert open_sae(next(iter(folder_names(["~/saes/*"])))).cfg.form == "standard"
     with pytest.raises(UserError, match="no such home folder"):
         folder_names(["~nobody_of_that_name/*"])
 

@@ -1,38 +1,26 @@
-"""What questions to a language model will cost, reckoned before any is asked.
+"""Questions to a language model behind any OpenAI-compatible endpoint, and what they will cost.
 
-Questions to a language model behind any OpenAI-compatible endpoint: asked once, answers kept by their content.
-
-Plain HTTP from the standard library. The key comes from the environment, goes into one header, and is blotted out of
-everything the endpoint says before that is shown or kept.
+The `openai` client sends and retries. Ours are the budget (estimated before anything is asked), the cache of answers, and
+the guards of the key: it comes from the environment, goes into one header of requests to one address, follows no redirect,
+and is struck out of everything the endpoint says before that is shown or kept.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import os
 import ssl
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from openai import APIError, APIStatusError, APITimeoutError, OpenAI
+
 from sae_research.config.evaluation_params import ChatEndpoint
 from sae_research.runtime.cache import ResultCache
-from sae_research.runtime.endpoints import (
-    BadAnswer,
-    blotted,
-    checked_url,
-    error_text,
-    keeps_secrets,
-    one_line,
-    opener,
-    read_answer,
-)
+from sae_research.runtime.endpoints import blotted, checked_url, error_text, http_client, keeps_secrets, one_line
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 
@@ -92,10 +80,11 @@ def check_budget(budget: Budget, endpoint: ChatEndpoint, section: str, remedy: s
             )
 
 
-_RETRIED = (408, 409, 425, 429, *range(500, 600))
-_NOBODY = (401, 402, 403, 404, 405)
+_REFUSES_ALL = (401, 402, 403, 404, 405)
 """Answers that no other question would change: key, quota, address or model are wrong."""
-_LONGEST_PAUSE = 60.0
+_HEADERS = {"host", "content-type", "content-length", "accept", "accept-encoding", "connection"}
+_MARKS = {"x-stainless-raw-response", "x-stainless-retry-count"}
+"""By which `openai` finds its way back from a response."""
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -113,21 +102,6 @@ class NoAnswer(Exception):
     """One question stayed without an answer; says why in a few words."""
 
 
-class _Down(Exception):
-    """The endpoint as a whole refuses: asking on is pointless."""
-
-
-class _Retry(Exception):
-    """This attempt failed and another may succeed, not before `pause` seconds."""
-
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
-        super().__init__(reason)
-        self.pause = pause
-
-
-# --- the client --------------------------------------------------------------------------------
-
-
 class ChatClient:
     """Asks one model at one endpoint; safe to use from several threads.
 
@@ -141,15 +115,21 @@ class ChatClient:
         """section: where `endpoint` stands in params.yaml, for messages. Raises `UserError` for an endpoint that is not
         fully given, or a key that cannot be sent safely."""
         self.endpoint, self.section = endpoint, section
-        self.url = f"{_checked_url(endpoint, section)}/chat/completions"
+        base_url = _checked_url(endpoint, section)
+        self.url = f"{base_url}/chat/completions"
         self._key = _read_key(endpoint, self.url, section)
-        self._opener = opener(self.url)
         self._cache = ResultCache("llm_answers")
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._unanswered_in_a_row = 0
         self.down: str | None = None
-        self.sent = 0
-        """HTTP requests sent, retries included."""
+        timeout, hooks = endpoint.timeout_seconds, {"request": [self._before_sending]}
+        self._openai = OpenAI(
+            api_key="set before sending",
+            base_url=base_url,
+            timeout=timeout,
+            max_retries=endpoint.max_retries,
+            http_client=http_client(base_url, timeout, event_hooks=hooks),
+        )
 
     def kept(self, messages: Messages, max_tokens: int) -> Answer | None:
         """The answer in the cache, if there is one."""
@@ -163,16 +143,15 @@ class ChatClient:
         found = self._cache.get(key)
         if found is not None:
             return Answer(**found)
-        if self._stopped.is_set():
-            raise NoAnswer("not asked: the endpoint was given up")
         try:
-            answer = self._persistently(body, jitter=int(key[:4], 16) / 0xFFFF)
+            answer = self._parse(self._openai.chat.completions.with_raw_response.create(**body).content)
+        except APIError as error:
+            reason, refuses_all = self._refusal(error) if isinstance(error, APIStatusError) else self._lost(error)
+            self._unanswered(reason, refuses_all)
+            raise NoAnswer(reason) from None
         except NoAnswer as reason:
             self._unanswered(str(reason))
             raise
-        except _Down as reason:
-            self._give_up(str(reason))
-            raise NoAnswer(str(reason)) from None
         with self._lock:
             self._unanswered_in_a_row = 0
         self._cache.put(key, answer._asdict())
@@ -208,38 +187,15 @@ class ChatClient:
     def _key_of(self, body: dict[str, Any]) -> str:
         return fingerprint([self.url, body])[:40]
 
-    def _persistently(self, body: dict[str, Any], jitter: float) -> Answer:
-        """Try, and try again after growing pauses that differ between questions. Raises `NoAnswer` or `_Down`."""
-        for attempt in range(self.endpoint.max_retries + 1):
-            try:
-                return self._once(body)
-            except _Retry as failure:
-                if attempt == self.endpoint.max_retries:
-                    raise NoAnswer(f"{failure} ({attempt + 1} attempts)") from None
-                backoff = self.endpoint.backoff_seconds * 2**attempt * (1 + jitter / 2)
-                pause = min(max(backoff, failure.pause), _LONGEST_PAUSE)
-            if self._stopped.wait(pause):
-                raise NoAnswer("not asked again: the endpoint was given up")
-        raise AssertionError("the last attempt returns or raises")
-
-    def _once(self, body: dict[str, Any]) -> Answer:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "sae-research"}
+    def _before_sending(self, request: Any) -> None:
+        """Runs before every attempt. Raises `NoAnswer` once the endpoint is given up."""
+        if self._stopped.is_set():
+            raise NoAnswer("not asked: the endpoint was given up")
+        for name in set(request.headers) - _HEADERS - _MARKS:  # `openai` adds what its own variables hold
+            del request.headers[name]
+        request.headers["User-Agent"] = "sae-research"
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
-        with self._lock:
-            self.sent += 1
-        deadline = time.monotonic() + self.endpoint.timeout_seconds
-        try:
-            with self._opener.open(request, timeout=self.endpoint.timeout_seconds) as response:
-                return self._parse(read_answer(response, deadline))
-        except BadAnswer as reason:
-            raise NoAnswer(str(reason)) from None
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error) from None
-        except (TimeoutError, http.client.HTTPException, OSError) as error:  # URLError is an OSError
-            raise self._lost(error) from None
+            request.headers["Authorization"] = f"Bearer {self._key}"
 
     def _parse(self, data: bytes) -> Answer:
         try:
@@ -259,57 +215,57 @@ class ChatClient:
             said = one_line(data.decode("utf-8", "replace"), self._key)
             raise NoAnswer(f"the answer is no chat completion: {said!r}") from None
 
-    # --- what went wrong ---
+    # --- what went wrong: (reason, whether no other question would fare better) ---
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        said, code = error_text(error, self._key)
-        reason = f"HTTP {error.code}" + (f": {said}" if said else "")
-        if code == "insufficient_quota" or error.code in _NOBODY or 300 <= error.code < 400:
-            return _Down(reason + self._hint(error))
-        if error.code in _RETRIED:
-            return _Retry(reason, _seconds(error.headers.get("Retry-After")))
-        return NoAnswer(reason)
+    def _refusal(self, error: APIStatusError) -> tuple[str, bool]:
+        status = error.status_code
+        said = error_text(error.response.text, self._key)
+        reason = f"HTTP {status}" + (f": {said}" if said else "")
+        refuses_all = error.code == "insufficient_quota" or status in _REFUSES_ALL or 300 <= status < 400
+        return reason + (self._hint(status) if refuses_all else _attempts(error)), refuses_all
 
-    def _hint(self, error: urllib.error.HTTPError) -> str:
-        if error.code in (401, 403):
-            return (
-                f" (check the key in ${self.endpoint.api_key_env})"
-                if self._key
-                else f" (no key was sent: {self._variable()})"
-            )
-        if 300 <= error.code < 400:
+    def _hint(self, status: int) -> str:
+        if status in (401, 403):
+            name = self.endpoint.api_key_env
+            if self._key:
+                return f" (check the key in ${name})"
+            unset = f"${name} is empty or not set" if name else f"{self.section}.api_key_env names no variable"
+            return f" (no key was sent: {unset})"
+        if 300 <= status < 400:
             return f" (a redirect; give {self.section}.base_url the final address)"
-        return f" (check {self.section}.base_url and {self.section}.model)" if error.code in (404, 405) else ""
+        return f" (check {self.section}.base_url and {self.section}.model)" if status in (404, 405) else ""
 
-    def _variable(self) -> str:
-        name = self.endpoint.api_key_env
-        return f"${name} is empty or not set" if name else f"{self.section}.api_key_env names no variable"
-
-    def _lost(self, error: BaseException) -> Exception:
+    def _lost(self, error: APIError) -> tuple[str, bool]:
         """No HTTP answer came at all, or not whole."""
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(error, APITimeoutError):
+            return f"no answer within {self.endpoint.timeout_seconds:g} s{_attempts(error)}", False
+        cause: BaseException = error
+        while deeper := cause.__cause__ or cause.__context__:
+            cause = deeper
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return _Down(f"its certificate is not valid: {cause.verify_message}")
-        if isinstance(cause, TimeoutError):
-            return _Retry(f"no answer within {self.endpoint.timeout_seconds:g} s")
+            return f"its certificate is not valid: {cause.verify_message}", True
         said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-        return _Retry("no connection: " + (one_line(said, self._key) or type(cause).__name__))
+        return f"no connection: {one_line(said, self._key) or type(cause).__name__}{_attempts(error)}", False
 
-    def _unanswered(self, reason: str) -> None:
+    def _unanswered(self, reason: str, refuses_all: bool = False) -> None:
         limit = max(3, self.endpoint.concurrency)
         with self._lock:
             self._unanswered_in_a_row += 1
-            in_a_row = self._unanswered_in_a_row
-        if in_a_row >= limit:
-            self._give_up(f"{limit} questions in a row without an answer, the last one: {reason}")
-
-    def _give_up(self, reason: str) -> None:
-        with self._lock:
-            self.down = self.down or reason
-        self._stopped.set()
+            if refuses_all:
+                self.down = self.down or reason
+            elif self._unanswered_in_a_row >= limit:
+                self.down = self.down or f"{limit} questions in a row without an answer, the last one: {reason}"
+            if self.down:
+                self._stopped.set()
 
 
 # --- parts -------------------------------------------------------------------------------------
+
+
+def _attempts(error: APIError) -> str:
+    """` (3 attempts)`; nothing for a question that was asked once."""
+    retries = int(error.request.headers.get("x-stainless-retry-count", 0))
+    return f" ({retries + 1} attempts)" if retries else ""
 
 
 def _checked_url(endpoint: ChatEndpoint, section: str) -> str:
@@ -340,15 +296,6 @@ def _read_key(endpoint: ChatEndpoint, url: str, section: str) -> str:
             '("" sends no key)'
         )
     return key
-
-
-def _seconds(header: str | None) -> float:
-    """`Retry-After` in seconds; its other form, a date, counts as nothing."""
-    try:
-        seconds = float(header or 0)
-    except ValueError:
-        return 0.0
-    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
 
 
 def _count(value: Any) -> int | None:

@@ -30,7 +30,7 @@ from sae_research.runtime.files import fingerprint, slugify, write_json
 from sae_research.runtime.stages import StageFolder, stage_folder
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, load_sae, save_sae
 from sae_research.saes.registry import code_fingerprint
-from sae_research.saes.sources import matching_folders, python_name, read_folder, read_python
+from sae_research.saes.sources import matching_folders, open_sae, python_name
 from sae_research.setup.stage import VARIANTS
 from sae_research.training.checkpoints import PROGRESS_FILE, ProgressFile
 from sae_research.training.loop import StopSignals, Trainer
@@ -394,10 +394,11 @@ def untrained_rows(world: World, d_sae: int, seed: int) -> tuple[Tensor, Tensor]
 def _given(settings: GroundTruth, own: Mapping[GridPoint, SparseAutoencoder], truth: Truth, number: int) -> Iterator[Entry]:
     """Classes of the user's own over the trained decoder, and SAEs in folders."""
     for place in settings.python:
-        yield Entry(python_name(place), "trained", place, "", number, read_python(place, chosen(settings, own)))
+        sae = open_sae(f"python:{place}", baseline=chosen(settings, own))
+        yield Entry(python_name(place), "trained", place, "", number, sae)
     for pattern in settings.folders:
         for path in matching_folders(pattern):
-            sae, d_in = read_folder(path).to(truth.world.device), truth.samples.x.shape[1]
+            sae, d_in = open_sae(path).to(truth.world.device), truth.samples.x.shape[1]
             if sae.cfg.d_in != d_in:
                 raise UserError(
                     f"ground_truth.folders: {path} reads {sae.cfg.d_in} dimensions, the synthetic activations "

@@ -5,29 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import slugify
 from sae_research.saes.base import SparseAutoencoder
-from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE, load_sae, sae_lens_lacks, save_sae
+from sae_research.saes.files import CONFIG_FILE, sae_lens_lacks, save_sae
 from sae_research.saes.formats import dictionary_learning as dl
 from sae_research.saes.formats import sae_interpretability as si
 from sae_research.saes.formats.dictionary_learning import EVAL_FILE, export_dictionary_learning
+from sae_research.saes.sources import open_folder
 
 FORMATS = ("dictionary_learning", "sae_lens")
-
-
-def read_folder(folder: Path) -> dict[str, SparseAutoencoder]:
-    """The SAEs of one folder by name: ours or SAELens', dictionary_learning's, or a run of SAE-Interpretability, which
-    has one for each hook. Raises `UserError` where there is none."""
-    if (folder / CONFIG_FILE).is_file():
-        return {folder.name: load_sae(folder)}
-    if (folder / dl.WEIGHTS_FILE).is_file():
-        return {folder.name: dl.load_dictionary_learning(folder)}
-    if (folder / si.CONFIG_FILE).is_file():
-        return {slugify(hook): sae for hook, sae in si.load_run(folder).items()}
-    raise UserError(
-        f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, {dl.WEIGHTS_FILE} with "
-        f"{dl.CONFIG_FILE}, or {si.CONFIG_FILE} with samples_<N>.pt"
-    )
 
 
 def sae_folders(folder: Path) -> list[Path]:
@@ -39,7 +24,7 @@ def sae_folders(folder: Path) -> list[Path]:
         return [folder]
     found = sorted({path.parent for mark in marks for path in folder.rglob(mark)})
     if not found:
-        read_folder(folder)  # says what was expected
+        open_folder(folder)  # says what was expected
     return found
 
 
@@ -86,7 +71,7 @@ def _read_all(source: Path) -> dict[Path, tuple[Path, SparseAutoencoder]]:
     """(folder, SAE) by place below `source`; SAEs of one folder stand below it by name."""
     found = {}
     for folder in sae_folders(source):
-        saes = read_folder(folder)
+        saes = open_folder(folder)
         for name, sae in saes.items():
             place = folder.relative_to(source)
             found[place / name if len(saes) > 1 else place] = folder, sae

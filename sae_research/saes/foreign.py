@@ -37,7 +37,7 @@ _USER_CODE = (ArithmeticError, AssertionError, AttributeError, LookupError, Runt
 """What an `encode` raises for a shape or type that it was not written for."""
 
 
-def adapt(sae: Any, lm: LanguageModel, hook: str | None = None) -> SparseAutoencoder:
+def adapt(sae: Any, lm: LanguageModel | None = None, hook: str | None = None) -> SparseAutoencoder:
     """Any object with `encode` and `decode` as an SAE of this project. Raises `UserError` for one without."""
     if isinstance(sae, SparseAutoencoder):
         return sae if sae.W_dec.dtype != torch.float64 else copy.deepcopy(sae).float()
@@ -53,7 +53,7 @@ def adapt(sae: Any, lm: LanguageModel, hook: str | None = None) -> SparseAutoenc
                 raise  # its decoder rescales by what its encoder last saw, or writes elsewhere than it reads (transcoders)
             metadata = sae.cfg.metadata  # an architecture that this project lacks runs as it is
             hook, model_name = metadata.hook_name or hook or "", metadata.model_name or ""
-    if hook is None:
+    if hook is None or lm is None:
         raise UserError(f"{type(sae).__name__} does not say which hook it reads: give hook=, e.g. blocks.8.hook_resid_post")
     return ForeignSAE.around(sae, sample_activations(lm, hook), hook, model_name)
 
