@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sae_research.config.params import MetaSAE, Params
+from sae_research.config.evaluation_params import MetaSAE
+from sae_research.config.params import Params
 from sae_research.evals import harness
 from sae_research.lm import LanguageModel
 from sae_research.runtime.cache import ResultCache
