@@ -16,8 +16,8 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder, stage_folder
 
 if TYPE_CHECKING:
+    from sae_research.evals.harness import PreparedSAEs
     from sae_research.lm import LanguageModel
-    from sae_research.saes import SparseAutoencoder
 
 RESULTS = Path("eval_results")
 
@@ -42,18 +42,18 @@ def run_evaluation(name: str, params: Params) -> None:
         _write(stage, evaluate(saes, lm, params, stage))
 
 
-def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str, SparseAutoencoder]]:
+def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedSAEs]:
     import torch
 
-    from sae_research.evals.harness import SAE_FOLDER, announce, by_hook, load_saes
+    from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs, announce, by_hook
     from sae_research.lm import load_language_model
 
     torch.manual_seed(params.random_seed)
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-    saes = load_saes(SAE_FOLDER, lm)
+    saes = PreparedSAEs(SAE_FOLDER, lm)
     stage.notes |= {
         "model": lm.name,
-        "hooks": sorted(by_hook(saes)),
+        "hooks": sorted(group.hook for group in by_hook(saes)),
         "text": params.text.dataset,
         "dtype": params.model.torch_dtype,
         "random_seed": params.random_seed,
