@@ -52,7 +52,7 @@ def main() -> None:
 
     from benchmarks import stock
     from sae_research.config.params import load_params
-    from sae_research.evals.harness import SAE_FOLDER, load_saes
+    from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs
     from sae_research.lm import load_language_model
     from sae_research.lm.load import packaged_folder
 
@@ -62,7 +62,7 @@ def main() -> None:
         update={"activation_caching": params.activation_caching.model_copy(update={"enabled": False})}
     )
     lm = load_language_model(params.model.name, "cpu")
-    saes = _some(load_saes(SAE_FOLDER, lm), options.saes)
+    saes = _some(dict(PreparedSAEs(SAE_FOLDER, lm)), options.saes)
     model = stock.hooked_model(packaged_folder(params.model.name))
     print(f"{len(saes)} SAEs, {torch.get_num_threads()} threads: {', '.join(saes)}\n", flush=True)
     rows: dict[str, tuple[float, float]] = {}

@@ -43,10 +43,11 @@ def compare(
         ours: dict[str, float] = {}
         for row, definitions in ((ALONE, ("sae_bench",)), (BOTH, ("sae_bench", "lab_v1"))):
             start = time.perf_counter()
-            for hook, members in by_hook(saes).items():
-                group = PromptActivations(lm, hook, known, params)
+            for members in by_hook(saes):
+                group = PromptActivations(lm, members.hook, known, params)
                 tasks = build_tasks(known, group.usable, params, stage)
-                for name, sae in members.items():
+                for name in members.infos:
+                    sae = saes[name]
                     swap = Swap(sae, group.entity_latents({name: sae})[name], group)
                     found = findings_of(swap, tasks, params, definitions)
                     scores = mean_scores(

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import stock_sae_probes
-from sae_research.config.params import Params, SparseProbingSaeProbes
+from sae_research.config.evaluation_params import SparseProbingSaeProbes
+from sae_research.config.params import Params
 from sae_research.evals import sae_probes
 from sae_research.evals.sae_probes.tasks import TaskRows, chosen_names, read_rows, task_names
 from sae_research.lm import LanguageModel

@@ -27,7 +27,8 @@ from benchmarks import stock_scr_tpp  # first: they switch jaxtyping off
 
 import torch  # isort: skip
 
-from sae_research.config.params import SCR, TPP, Params
+from sae_research.config.evaluation_params import SCR, TPP
+from sae_research.config.params import Params
 from sae_research.evals.scr_tpp import evaluate_scr, evaluate_tpp, evaluation
 from sae_research.evals.scr_tpp.evaluation import Settings, tpp_settings
 from sae_research.lm import LanguageModel

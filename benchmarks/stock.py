@@ -29,7 +29,7 @@ from sae_bench.sae_bench_utils.general_utils import _standardize_sae_cfg
 from torch import Tensor
 from transformer_lens import HookedTransformer, loading_from_pretrained
 
-from sae_research.config.params import SparseProbing
+from sae_research.config.evaluation_params import SparseProbing
 from sae_research.saes import SparseAutoencoder
 from sae_research.text.tasks import Task
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from benchmarks.stock import StockSAE
-from sae_research.config.params import Autointerp
+from sae_research.config.evaluation_params import Autointerp
 from sae_research.saes import SparseAutoencoder
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from benchmarks.stock import StockSAE
-from sae_research.config.params import SparseProbingSaeProbes
+from sae_research.config.evaluation_params import SparseProbingSaeProbes
 from sae_research.saes import SparseAutoencoder
 
 MODEL = "model"

@@ -24,7 +24,7 @@ from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from sae_research.config.params import Unlearning
+from sae_research.config.evaluation_params import Unlearning
 from sae_research.saes import SparseAutoencoder
 
 FORGET_SET = "wmdp-bio"

@@ -17,10 +17,11 @@ from benchmarks import stock_unlearning
 from benchmarks.open_book import open_book_rows
 from sae_research.config.params import Params
 from sae_research.evals.harness import by_hook
-from sae_research.evals.unlearning.evaluation import Material, Record, measure
+from sae_research.evals.unlearning.evaluation import Clamping, Material, Record
 from sae_research.evals.unlearning.prompts import Known, Prompt, find_known, question_text
 from sae_research.lm import LanguageModel
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.base import Guard
 from sae_research.text.questions import Question, topic_documents
 from sae_research.text.tokens import pack_documents
 
@@ -58,8 +59,10 @@ def compare(
     start = time.perf_counter()
     ours = {
         name: record
-        for hook, members in by_hook(saes).items()
-        for name, record in measure(members, lm, hook, params, material)
+        for members in by_hook(saes)
+        for name, record in Guard(None).each(
+            {name: saes[name] for name in members.infos}, Clamping(lm, members.hook, params, material).score
+        )
     }
     our_time, start = time.perf_counter() - start, time.perf_counter()
     theirs = {}

@@ -6,7 +6,6 @@ evaluate({"mine": my_module, "theirs": "trained_saes/topk"}, hook="blocks.8.hook
 
 from __future__ import annotations
 
-import importlib
 import sys
 import tempfile
 import types
@@ -18,7 +17,7 @@ import torch
 
 from sae_research.analysis.context import Lab
 from sae_research.config.params import Params
-from sae_research.evals.run import EVALUATIONS
+from sae_research.evals.run import evaluation_function
 from sae_research.lm import LanguageModel
 from sae_research.reporting.results import EXTRACTORS
 from sae_research.runtime.errors import UserError
@@ -52,9 +51,8 @@ def evaluate(
     score none of the SAEs, and whatever an evaluation itself refuses.
     """
     params = params or Params()
-    unknown = [name for name in evaluations if name not in EVALUATIONS]
-    if unknown:
-        raise UserError(f"unknown evaluation {unknown[0]!r}; known: {', '.join(EVALUATIONS)}")
+    for name in evaluations:
+        evaluation_function(name)
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
@@ -73,8 +71,7 @@ def evaluate(
 
 def _results(evaluation: str, lab: Lab, folder: Path, skipped: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE that could be scored, also written to `folder`; `skipped` gets why others could not."""
-    module, _, function = EVALUATIONS[evaluation].partition(":")
-    score = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
+    score = evaluation_function(evaluation)
     done: list[tuple[str, dict[str, Any]]] = []
     with stage_folder(folder, emptied=False) as stage:
         assert stage is not None  # it is where a stage may be disabled

@@ -13,14 +13,14 @@ from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
+    from sae_research.config.evaluations import EVALUATIONS
     from sae_research.reporting.ground_truth import extract_ground_truth
-    from sae_research.reporting.metrics import EVALS
     from sae_research.reporting.results import aggregate, extract
     from sae_research.reporting.transfer import extract_transfer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*EVALS, "transfer", "ground_truth"):
+    for name in EVALUATIONS:
         command = commands.add_parser(name, help=f"metrics of the {name} evaluation")
         command.add_argument("results", type=Path, help="folder of *_eval_results.json")
         command.add_argument("output", type=Path)

@@ -1,21 +1,23 @@
 """What every stage of `dvc.yaml` depends on, computed: code from the imports its script reaches, local inputs from the
 parameters it reads. `python -m sae_research.cli.dependencies` writes the lists; a test holds the file to them.
 
-Files and folders that other stages write are the one part that is kept by hand: only the stage knows what it reads.
+Files and folders that other stages write are kept by hand, as only the stage knows what it reads, but for the two stages
+that gather all evaluations.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from sae_research.config.evaluations import OF_SAES
 from sae_research.config.local_inputs import FOLDER, sections
-from sae_research.evals.run import EVALUATIONS, RESULTS
+from sae_research.evals.run import RESULTS
 from sae_research.runtime.errors import UserError, run_main
 from sae_research.runtime.sources import PROJECT, sources
 
@@ -24,13 +26,15 @@ PACKAGE, SCRIPTS, OWN_CLASSES = "sae_research", "scripts", "custom_saes"
 _REGISTRY = f"{PACKAGE}.saes.registry"
 
 
-def dependencies(stage: Mapping[str, Any]) -> list[str]:
-    """The `deps` of a stage of `dvc.yaml`, sorted within each kind: code, local inputs, what other stages write."""
+def dependencies(stage: Mapping[str, Any], gathered: Sequence[str] = ()) -> list[str]:
+    """The `deps` of a stage of `dvc.yaml`, sorted within each kind: code, local inputs, what other stages write, and of that
+    what is `gathered` from all evaluations."""
     code = _code(stage)
     own = [OWN_CLASSES] if f"{PACKAGE}/saes/registry.py" in code else []
     read = {key.partition(".")[0] for key in stage.get("params", ()) if isinstance(key, str)}
     inputs = [f"{FOLDER}/{name}.json" for name in sections() if name in read]
-    return [*_folders(code), *own, *inputs, *(dep for dep in stage.get("deps", ()) if not _computed(dep))]
+    written_elsewhere = [dep for dep in stage.get("deps", ()) if not _computed(dep) and dep not in gathered]
+    return [*_folders(code), *own, *inputs, *written_elsewhere, *gathered]
 
 
 def written(text: str) -> str:
@@ -39,13 +43,25 @@ def written(text: str) -> str:
     yaml.width, yaml.preserve_quotes = 4096, True
     yaml.indent(mapping=2, sequence=4, offset=2)
     pipeline = yaml.load(text)
+    gathered = _gathered(pipeline["stages"])
     for name, stage in pipeline["stages"].items():
         if name == "inputs":
             stage["outs"] = [{f"{FOLDER}/{section}.json": {"cache": False}} for section in sections()]
-        stage["deps"] = dependencies(stage)
+        stage["deps"] = dependencies(stage, gathered.get(name, ()))
     stream = StringIO()
     yaml.dump(pipeline, stream)
     return stream.getvalue()
+
+
+def _gathered(stages: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What the stages that read every evaluation depend on; completes the command that lists it."""
+    evaluations = [name for name in OF_SAES if f"{name}_metrics" in stages]
+    metrics = [f"metrics/{name}.json" for name in evaluations]
+    if "aggregate_metrics" in stages:
+        command = f"python -m {SCRIPTS}.extract_metrics aggregate {' '.join(metrics)} metrics/all_metrics.json"
+        if str(stages["aggregate_metrics"]["cmd"]) != command:
+            stages["aggregate_metrics"]["cmd"] = command
+    return {"aggregate_metrics": metrics, "process_results": [f"{RESULTS}/{name}" for name in evaluations]}
 
 
 def _code(stage: Mapping[str, Any]) -> set[str]:
@@ -55,7 +71,9 @@ def _code(stage: Mapping[str, Any]) -> set[str]:
         raise UserError(f"{PIPELINE}: a stage must run `python -m {SCRIPTS}.NAME`, not {stage['cmd']!r}")
     outs = [next(iter(out)) if isinstance(out, Mapping) else out for out in stage.get("outs", ())]
     modules = [
-        f"{PACKAGE}.evals.{EVALUATIONS[name].partition(':')[0]}" for name in EVALUATIONS if f"{RESULTS}/{name}" in outs
+        f"{PACKAGE}.evals.{str(one.evaluate).partition(':')[0]}"
+        for one in OF_SAES.values()
+        if f"{RESULTS}/{one.name}" in outs
     ]
     found = sources(words[2], by_name={f"{PACKAGE}.evals.run": modules})
     return {path.resolve().relative_to(PROJECT).as_posix() for path in found.files}

@@ -1,4 +1,4 @@
-"""What `eval_types` and the sections of single evaluations of `params.yaml` may say."""
+"""What the sections of single evaluations of `params.yaml` may say."""
 
 from __future__ import annotations
 
@@ -20,24 +20,6 @@ from sae_research.config.section import (
     Tokens,
     Whole,
 )
-
-
-class EvalTypes(Section):
-    core: bool = True
-    sparse_probing: bool = True
-    scr: bool = False
-    tpp: bool = False
-    absorption: bool = False
-    unlearning: bool = False
-    sparse_probing_sae_probes: bool = False
-    meta_sae: bool = False
-    autointerp: bool = False
-    ravel: bool = False
-    transfer: bool = False
-    ground_truth: bool = True
-    """SAEs on synthetic activations whose true features are known; needs no language model."""
-    dashboards: bool = False
-    """A site to look at latents with, in dashboards/."""
 
 
 class CoreEval(Section):

@@ -7,24 +7,11 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
-from sae_research.config.evaluation_params import (
-    SCR,
-    TPP,
-    Absorption,
-    Autointerp,
-    CoreEval,
-    EvalTypes,
-    MetaSAE,
-    Ravel,
-    SparseProbing,
-    SparseProbingSaeProbes,
-    Unlearning,
-)
-from sae_research.config.ground_truth import GroundTruth
+from sae_research.config.evaluations import EVALUATIONS, EvalTypes
 from sae_research.config.inputs import (
     ActivationCaching,
     BaselineSAE,
@@ -39,12 +26,11 @@ from sae_research.config.inputs import (
 from sae_research.config.reporting import Analysis, Dashboards, Visualization
 from sae_research.config.section import Section, Seed
 from sae_research.config.training import Tracking, Train, recipe_model
-from sae_research.config.transfer import Transfer
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.yaml_files import read_mapping
 
 
-class Params(Section):
+class _General(Section):
     random_seed: Seed = 42
     model: Model = Model()
     text: Text = Text()
@@ -56,18 +42,23 @@ class Params(Section):
     controls: Controls = Controls()
     preflight: Preflight = Preflight()
     eval_types: EvalTypes = EvalTypes()
-    core_eval: CoreEval = CoreEval()
-    sparse_probing: SparseProbing = SparseProbing()
-    scr: SCR = SCR()
-    tpp: TPP = TPP()
-    absorption: Absorption = Absorption()
-    unlearning: Unlearning = Unlearning()
-    sparse_probing_sae_probes: SparseProbingSaeProbes = SparseProbingSaeProbes()
-    meta_sae: MetaSAE = MetaSAE()
-    autointerp: Autointerp = Autointerp()
-    ravel: Ravel = Ravel()
-    transfer: Transfer = Transfer()
-    ground_truth: GroundTruth = GroundTruth()
+
+
+if TYPE_CHECKING:
+
+    class _WithEvaluations(_General):
+        def __getattr__(self, section: str) -> Any: ...
+else:
+    _WithEvaluations = create_model(
+        "_WithEvaluations",
+        __base__=_General,
+        **{one.section_name: (one.section, one.section()) for one in EVALUATIONS.values()},
+    )
+
+
+class Params(_WithEvaluations):
+    """All of `params.yaml`: the general sections, one for each evaluation, and those below."""
+
     analysis: Analysis = Analysis()
     dashboards: Dashboards = Dashboards()
     tracking: Tracking = Tracking()

@@ -1,5 +1,5 @@
-"""What every evaluation shares: the SAEs that setup prepared, cache keys, labelled tasks, and results in SAE Bench's own
-output types, so that its readers and leaderboards accept our files.
+"""What every evaluation shares: SAEs opened in turn, the loop that scores what the result cache lacks, labelled tasks, and
+results in SAE Bench's own output types, so that its readers and leaderboards accept our files.
 """
 
 from __future__ import annotations
@@ -7,87 +7,211 @@ from __future__ import annotations
 import importlib
 import sys
 import uuid
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from tqdm import tqdm
+
+from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
+from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder, read_manifest
-from sae_research.saes import SparseAutoencoder, load_sae
+from sae_research.saes import SparseAutoencoder, families, load_sae
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.saes.registry import code_fingerprint
 from sae_research.text.local import listed
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
 
 SAE_FOLDER = Path("downloaded_saes")
+OPEN_BYTES = 512 * 2**20
+"""SAEs are open together while their weights take no more than this; a family over one dictionary always is."""
 
 
-def load_saes(folder: Path, lm: LanguageModel) -> dict[str, SparseAutoencoder]:
-    """Every SAE of the manifest, in its order, on the model's device.
-
-    Raises `UserError` when setup has not run, a file is damaged, or an SAE does not fit the model.
-    """
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
-    saes = {name: load_sae(folder / name, str(lm.device)) for name in read_manifest(manifest)["order"]}
-    if not saes:
-        raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
-    for name, sae in saes.items():
-        width = lm.d_in(sae.cfg.hook_name)
-        if sae.cfg.d_in != width:
-            raise UserError(f"SAE {name} reads {sae.cfg.d_in} dimensions, {lm.name} has {width} at {sae.cfg.hook_name}")
-    return saes
+# --- SAEs ------------------------------------------------------------------------------------
 
 
-def by_hook(saes: dict[str, SparseAutoencoder]) -> dict[str, dict[str, SparseAutoencoder]]:
-    """SAEs grouped by hook: one model pass serves a group."""
-    groups: dict[str, dict[str, SparseAutoencoder]] = {}
-    for name, sae in saes.items():
-        groups.setdefault(sae.cfg.hook_name, {})[name] = sae
-    return groups
+class PreparedSAEs(Mapping[str, SparseAutoencoder]):
+    """The SAEs that setup wrote, in the manifest's order, on the model's device. Each look-up opens one anew, and nothing
+    here holds it. Raises `UserError` when setup has not run, a file is damaged, or an SAE does not fit the model."""
+
+    def __init__(self, folder: Path, lm: LanguageModel) -> None:
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
+        self._folder, self._device, self.infos = folder, str(lm.device), {}
+        for name in read_manifest(manifest)["order"]:
+            info = self.infos[name] = self[name].info()
+            width = lm.d_in(info.cfg.hook_name)
+            if info.cfg.d_in != width:
+                raise UserError(
+                    f"SAE {name} reads {info.cfg.d_in} dimensions, {lm.name} has {width} at {info.cfg.hook_name}"
+                )
+        if not self.infos:
+            raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
+
+    def __getitem__(self, name: str) -> SparseAutoencoder:
+        return load_sae(self._folder / name, self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
 
 
-def result_key(sae: SparseAutoencoder, lm: LanguageModel, inputs: Any, *modules: str) -> str:
+def infos_of(saes: Mapping[str, SparseAutoencoder]) -> dict[str, SAEInfo]:
+    """What is known of every SAE, by name."""
+    return saes.infos if isinstance(saes, PreparedSAEs) else {name: sae.info() for name, sae in saes.items()}
+
+
+class Group:
+    """SAEs that read one hook: one model pass serves them all."""
+
+    def __init__(self, hook: str, infos: dict[str, SAEInfo], saes: Mapping[str, SparseAutoencoder]) -> None:
+        self.hook, self.infos, self._saes = hook, infos, saes
+
+    def open(self, names: Iterable[str]) -> Iterator[Family]:
+        """These SAEs, as many at a time as `OPEN_BYTES` allows, families together; closed when the next are asked for."""
+        together: dict[object, list[str]] = {}
+        for name in names:
+            family = self.infos[name].family
+            together.setdefault(name if family is None else family, []).append(name)
+        chosen: list[str] = []
+        for family in [*together.values(), []]:
+            if chosen and (not family or sum(self.infos[name].nbytes for name in (*chosen, *family)) > OPEN_BYTES):
+                opened = {name: self._saes[name] for name in chosen}
+                yield opened
+                opened.clear()  # the caller's variable still holds it when the next ones are opened
+                chosen = []
+            chosen += family
+
+    def keys(self, lm: LanguageModel, inputs: Any, *modules: str) -> dict[str, str]:
+        """Of every SAE the `result_key`."""
+        return {name: result_key(info, lm, inputs, *modules) for name, info in self.infos.items()}
+
+
+def by_hook(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
+    """SAEs grouped by the hook they read."""
+    infos: dict[str, dict[str, SAEInfo]] = {}
+    for name, info in infos_of(saes).items():
+        infos.setdefault(info.cfg.hook_name, {})[name] = info
+    return [Group(hook, members, saes) for hook, members in infos.items()]
+
+
+def announce(params: Params, lm: LanguageModel, saes: Mapping[str, SparseAutoencoder]) -> None:
+    """One line that says what is about to be evaluated."""
+    hooks = ", ".join(group.hook for group in by_hook(saes))
+    print(f"{len(saes)} SAEs on {lm.name} ({params.model.torch_dtype}, {lm.device}) at {hooks}", flush=True, file=sys.stderr)
+
+
+# --- the cached loop -------------------------------------------------------------------------
+
+
+def result_key(sae: SparseAutoencoder | SAEInfo, lm: LanguageModel, inputs: Any, *modules: str) -> str:
     """Key of one SAE's result: weights, configuration, inputs, model, precision, device kind, and the code and libraries
     that `modules` (names, `__name__` of whoever computes it) and the SAE's class reach."""
-    return fingerprint(
-        {
-            "sae": sae.weights_fingerprint(),
-            "inputs": inputs,
-            "model": lm.fingerprint,
-            "dtype": str(lm.dtype),
-            "device": lm.device.type,
-            "code": code_fingerprint(*modules, classes=[type(sae)]),
-        }
-    )[:40]
+    info = sae if isinstance(sae, SAEInfo) else sae.info()
+    return _key(lm, inputs, code_fingerprint(*modules, classes=[info.kind]), sae=info.fingerprint)
 
 
 def model_key(lm: LanguageModel, inputs: Any, *modules: str) -> str:
     """Key of what the model alone gives, for every SAE: inputs, model, precision, device kind, code and libraries."""
-    return fingerprint(
-        {
-            "inputs": inputs,
-            "model": lm.fingerprint,
-            "dtype": str(lm.dtype),
-            "device": lm.device.type,
-            "code": code_fingerprint(*modules),
+    return _key(lm, inputs, code_fingerprint(*modules))
+
+
+def _key(lm: LanguageModel, inputs: Any, code: str, **more: str) -> str:
+    model = {"model": lm.fingerprint, "dtype": str(lm.dtype), "device": lm.device.type}
+    return fingerprint({"inputs": inputs, "code": code, **model, **more})[:40]
+
+
+class Scores:
+    """What an evaluation finds of each SAE of a group, part by part (task, batch of text; one part where it has none): read
+    from the result cache, and what is missing there scored and kept. An interrupted run or one more SAE pays for what is
+    missing alone; an SAE that fails is left out with its reason (`Guard`)."""
+
+    def __init__(self, kind: str, group: Group, keys: Mapping[str, str | Mapping[Any, str]], guard: Guard) -> None:
+        """keys: of the result cache `kind`, by SAE, or by SAE and part."""
+        self.group, self.guard, self._cache = group, guard, ResultCache(kind)
+        self.keys = {name: {"": key} if isinstance(key, str) else dict(key) for name, key in keys.items()}
+        self.found = {
+            name: {part: self._cache.get(key) for part, key in parts.items()}
+            for name, parts in self.keys.items()
+            if name not in guard.failed
         }
-    )[:40]
+
+    def lacking(self, parts: Iterable[Any] | None = None) -> list[str]:
+        """Names of the SAEs that lack one of these parts, of all by default."""
+        return [
+            name
+            for name, found in self.guard.left(self.found).items()
+            if any(found[part] is None for part in (found if parts is None else parts))
+        ]
+
+    def opened(self, parts: Iterable[Any] | None = None) -> Iterator[Family]:
+        """The SAEs that lack one of these parts, opened in turn."""
+        return self.group.open(self.lacking(parts))
+
+    def without(self, saes: Family, part: Any) -> Family:
+        """Those of `saes` that lack the part and have not failed."""
+        return {name: sae for name, sae in self.guard.left(saes).items() if self.found[name][part] is None}
+
+    def keep(self, name: str, part: Any, value: Any) -> None:
+        """Keep what was found of an SAE. Value: JSON-able."""
+        with self.guard.on(name):
+            self._cache.put(self.keys[name][part], value)
+            self.found[name][part] = value
+
+    @contextmanager
+    def progress(self, desc: str, unit: str = "SAE", steps: int = 1) -> Iterator[tqdm]:
+        """A bar over what is missing, shown where something is. steps: of each part of each SAE."""
+        missing = sum(value is None for parts in self.found.values() for value in parts.values()) * steps
+        with tqdm(total=missing, desc=desc, unit=unit, dynamic_ncols=True, disable=not missing, file=sys.stderr) as bar:
+            yield bar
+
+    def fill(
+        self,
+        score: Callable[..., Iterator[tuple[str, Any]]],
+        bar: tqdm,
+        parts: Sequence[Any] = ("",),
+        step: int = 1,
+    ) -> None:
+        """Score what is missing of these parts, family by family. score: called with SAEs of one family, and before them the
+        part where there are several; yields (name, value)."""
+        for saes in self.opened(parts):
+            for names in families(saes):
+                for part in parts:
+                    for name, value in self.guard.each(
+                        self.without({name: saes[name] for name in names}, part),
+                        partial(score, part) if part != "" else score,
+                    ):
+                        self.keep(name, part, value)
+                        bar.update(step)
+
+    def left(self) -> dict[str, Any]:
+        """Of every SAE that was scored its value, or its values by part."""
+        whole = {name: parts for name, parts in self.found.items() if all(value is not None for value in parts.values())}
+        return {name: parts[""] if list(parts) == [""] else parts for name, parts in self.guard.left(whole).items()}
 
 
-def announce(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder]) -> None:
-    """One line that says what is about to be evaluated."""
-    print(
-        f"{len(saes)} SAEs on {lm.name} ({params.model.torch_dtype}, {lm.device}) at {', '.join(by_hook(saes))}",
-        flush=True,
-        file=sys.stderr,
-    )
+def made_once(kind: str, key: str, make: Callable[[], Any]) -> Any:
+    """What the result cache `kind` holds under `key`; made and kept where it holds nothing. JSON-able."""
+    kept = ResultCache(kind)
+    found = kept.get(key)
+    if found is None:
+        kept.put(key, found := make())
+    return found
+
+
+# --- tasks -----------------------------------------------------------------------------------
 
 
 def load_tasks(names: Sequence[str], train_size: int, test_size: int, seed: int, stage: StageFolder) -> list[Task]:
@@ -121,9 +245,63 @@ LAB = "lab_v1"
 """Name of our own definitions' block inside `eval_result_unstructured`."""
 
 
-def sae_description(sae: SparseAutoencoder) -> dict[str, Any]:
+# --- results ---------------------------------------------------------------------------------
+
+
+def output(
+    evaluation: str,
+    name: str,
+    info: SAEInfo,
+    *,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    details: Sequence[dict[str, Any]] = (),
+    unstructured: dict[str, Any],
+    sae_bench: str | None = None,
+) -> dict[str, Any]:
+    """One SAE's result as plain data. evaluation: its name in `config.evaluations`.
+
+    sae_bench: `module:Class` below `sae_bench.evals`, the output class that validates it and drops fields it does not know
+    (SAE Bench has some for a few values of k only; ours keeps every k in the unstructured block). None where it has none, or
+    one that is too slow to import.
+    """
+    result_type = OF_SAES[evaluation].result_type
+    plain = {
+        **envelope(name, info, result_type),
+        "eval_type_id": result_type,
+        "eval_config": config,
+        "eval_result_metrics": metrics,
+        "eval_result_details": list(details),
+        "eval_result_unstructured": unstructured,
+    }
+    return plain if sae_bench is None else asdict(_output_type(sae_bench).validate_python(plain))
+
+
+@cache
+def _output_type(place: str) -> TypeAdapter[Any]:
+    """Imported only when a result is written."""
+    module, _, name = place.partition(":")
+    return TypeAdapter(getattr(importlib.import_module(f"sae_bench.evals.{module}.eval_output"), name))
+
+
+def envelope(name: str, info: SAEInfo, eval_type: str) -> dict[str, Any]:
+    """The fields every SAE Bench result has. The identifier follows from the content, and the time is the epoch:
+    two equal runs write equal bytes."""
+    identity = fingerprint([eval_type, name, info.fingerprint])
+    return {
+        "eval_id": str(uuid.UUID(identity[:32])),
+        "datetime_epoch_millis": 0,
+        "sae_bench_commit_hash": f"sae-bench {version('sae-bench')} definitions",
+        "sae_lens_id": name,
+        "sae_lens_release_id": info.cfg.provenance.get("release", "sae_research"),
+        "sae_lens_version": version("sae-lens"),
+        "sae_cfg_dict": sae_description(info),
+    }
+
+
+def sae_description(info: SAEInfo) -> dict[str, Any]:
     """What tables and plots need to know of an SAE: the result's `sae_cfg_dict`."""
-    cfg = sae.cfg
+    cfg = info.cfg
     return {
         "form": cfg.form,
         "architecture": cfg.architecture,
@@ -131,7 +309,7 @@ def sae_description(sae: SparseAutoencoder) -> dict[str, Any]:
         "base": cfg.base,
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
-        **sae.options(),
+        **info.options,
         "hook_name": cfg.hook_name,
         "hook_layer": cfg.hook_layer,
         "model_name": cfg.model_name,
@@ -140,92 +318,8 @@ def sae_description(sae: SparseAutoencoder) -> dict[str, Any]:
         "prepend_bos": cfg.prepend_bos,
         "normalize_activations": "none",
         "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-        "per_token": sae.per_token,
-        "causal": sae.causal,
-        "signed": sae.signed,
+        "per_token": info.per_token,
+        "causal": info.causal,
+        "signed": info.signed,
         "provenance": cfg.provenance,
     }
-
-
-def envelope(name: str, sae: SparseAutoencoder, eval_type: str) -> dict[str, Any]:
-    """The fields every SAE Bench result has. The identifier follows from the content, and the time is the epoch:
-    two equal runs write equal bytes."""
-    identity = fingerprint([eval_type, name, sae.weights_fingerprint()])
-    return {
-        "eval_id": str(uuid.UUID(identity[:32])),
-        "datetime_epoch_millis": 0,
-        "sae_bench_commit_hash": f"sae-bench {version('sae-bench')} definitions",
-        "sae_lens_id": name,
-        "sae_lens_release_id": sae.cfg.provenance.get("release", "sae_research"),
-        "sae_lens_version": version("sae-lens"),
-        "sae_cfg_dict": sae_description(sae),
-    }
-
-
-@cache
-def _types(eval_type: str) -> Any:
-    """SAE Bench's module of output types, imported only when a result is written."""
-
-    return importlib.import_module(f"sae_bench.evals.{eval_type}.eval_output")
-
-
-def core_output(
-    config: dict[str, Any],
-    metrics: dict[str, dict[str, float]],
-    details: list[dict[str, float]],
-    unstructured: dict[str, Any],
-    common: dict[str, Any],
-) -> dict[str, Any]:
-    """A validated `CoreEvalOutput` as plain data."""
-    from sae_bench.evals.core.eval_config import CoreEvalConfig
-
-    types = _types("core")
-    categories = types.CoreMetricCategories(
-        model_behavior_preservation=types.ModelBehaviorPreservationMetrics(**metrics["model_behavior_preservation"]),
-        model_performance_preservation=types.ModelPerformancePreservationMetrics(
-            **metrics["model_performance_preservation"]
-        ),
-        reconstruction_quality=types.ReconstructionQualityMetrics(**metrics["reconstruction_quality"]),
-        shrinkage=types.ShrinkageMetrics(**metrics["shrinkage"]),
-        sparsity=types.SparsityMetrics(**metrics["sparsity"]),
-        token_stats=types.TokenStatsMetrics(**metrics["token_stats"]),
-        misc_metrics=types.MiscMetrics(**metrics["misc_metrics"]),
-    )
-    return asdict(
-        types.CoreEvalOutput(
-            eval_config=CoreEvalConfig(**config),
-            eval_result_metrics=categories,
-            eval_result_details=[types.CoreFeatureMetric(**record) for record in details],
-            eval_result_unstructured=unstructured,
-            **common,
-        )
-    )
-
-
-def sparse_probing_output(
-    config: dict[str, Any],
-    llm: dict[str, float],
-    sae: dict[str, float],
-    details: list[dict[str, Any]],
-    unstructured: dict[str, Any],
-    common: dict[str, Any],
-) -> dict[str, Any]:
-    """A validated `SparseProbingEvalOutput` as plain data.
-
-    SAE Bench has fields for k in 1, 2, 5, 10, 20, 50, 100 only and drops others without a word; ours keeps every k
-    in the unstructured block.
-    """
-    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
-
-    types = _types("sparse_probing")
-    return asdict(
-        types.SparseProbingEvalOutput(
-            eval_config=SparseProbingEvalConfig(**config),
-            eval_result_metrics=types.SparseProbingMetricCategories(
-                llm=types.SparseProbingLlmMetrics(**llm), sae=types.SparseProbingSaeMetrics(**sae)
-            ),
-            eval_result_details=[types.SparseProbingResultDetail(**record) for record in details],
-            eval_result_unstructured=unstructured,
-            **common,
-        )
-    )

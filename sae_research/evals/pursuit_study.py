@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.config.params import Params
-from sae_research.evals.harness import load_saes
+from sae_research.evals.harness import PreparedSAEs
 from sae_research.lm import Batch, LanguageModel
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.errors import UserError
@@ -65,7 +65,7 @@ def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
     folder: what the setup stage wrote. Raises `UserError` where it holds no baseline or not both untrained
     dictionaries.
     """
-    saes = load_saes(folder, lm)
+    saes = dict(PreparedSAEs(folder, lm))
     baseline = next((sae for sae in saes.values() if sae.cfg.role == "baseline"), None)
     untrained = {sae.cfg.provenance.get("kind"): sae for sae in reversed(saes.values()) if sae.cfg.role == "control"}
     if baseline is None or not set(CONTROLS) <= set(untrained):

@@ -6,63 +6,54 @@ What computes is imported only once an evaluation is known to be on: ten stages 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder, stage_folder
 
 if TYPE_CHECKING:
+    from sae_research.evals.harness import PreparedSAEs
     from sae_research.lm import LanguageModel
-    from sae_research.saes import SparseAutoencoder
 
 RESULTS = Path("eval_results")
 
-EVALUATIONS = {
-    "core": "core:evaluate",
-    "sparse_probing": "sparse_probing:evaluate",
-    "scr": "scr_tpp:evaluate_scr",
-    "tpp": "scr_tpp:evaluate_tpp",
-    "absorption": "absorption:evaluate",
-    "unlearning": "unlearning:evaluate",
-    "sparse_probing_sae_probes": "sae_probes:evaluate",
-    "meta_sae": "meta_sae:evaluate",
-    "autointerp": "autointerp:evaluate",
-    "ravel": "ravel:evaluate",
-}
-"""Name (as in `eval_types`, `eval_results/` and `metrics/`) -> function in this package, called with
-(saes, lm, params, stage), which yields (name, result) of every SAE it could score."""
 
-OPTIONAL = tuple(name for name in EVALUATIONS if name not in ("core", "sparse_probing"))
+def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str, Any]]]]:
+    """What computes an evaluation of `OF_SAES`. Raises `UserError` for another name."""
+    if name not in OF_SAES:
+        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
+    module, _, function = str(OF_SAES[name].evaluate).partition(":")
+    return getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
 
 
 def run_evaluation(name: str, params: Params) -> None:
     """One stage: writes `eval_results/<name>/`. Raises `UserError` when nothing could be evaluated."""
-    if name not in EVALUATIONS:
-        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(EVALUATIONS)}")
+    if name not in OF_SAES:
+        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
     with stage_folder(RESULTS / name, getattr(params.eval_types, name)) as stage:
         if stage is None:
             return
-        module, _, function = EVALUATIONS[name].partition(":")
-        evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
+        evaluate = evaluation_function(name)
         lm, saes = _start(params, stage)
         _write(stage, evaluate(saes, lm, params, stage))
 
 
-def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, dict[str, SparseAutoencoder]]:
+def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedSAEs]:
     import torch
 
-    from sae_research.evals.harness import SAE_FOLDER, announce, by_hook, load_saes
+    from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs, announce, by_hook
     from sae_research.lm import load_language_model
 
     torch.manual_seed(params.random_seed)
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-    saes = load_saes(SAE_FOLDER, lm)
+    saes = PreparedSAEs(SAE_FOLDER, lm)
     stage.notes |= {
         "model": lm.name,
-        "hooks": sorted(by_hook(saes)),
+        "hooks": sorted(group.hook for group in by_hook(saes)),
         "text": params.text.dataset,
         "dtype": params.model.torch_dtype,
         "random_seed": params.random_seed,

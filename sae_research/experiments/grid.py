@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_research.config.evaluations import EVALUATIONS, EvalTypes
 from sae_research.config.inputs import BaselineSAE, Comparison
-from sae_research.config.params import EvalTypes, Params, check_params
+from sae_research.config.params import Params, check_params
 from sae_research.experiments import sae_interpretability as foreign
 from sae_research.experiments.config_files import Values, flatten, names_sections, nearest, over, with_values, write_yaml
 from sae_research.experiments.sae_interpretability import NOTES, Changes, Measure, translate
@@ -333,8 +334,8 @@ def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list
     }
     values = with_values(values, {"model.device": "auto"})  # a worker's environment says which
     enabled = [
-        name for name, on in check_params(values, where).eval_types.model_dump().items() if on and name != "dashboards"
-    ]  # a site has no metrics
+        name for name, on in check_params(values, where).eval_types.model_dump().items() if on and name in EVALUATIONS
+    ]  # dashboards have no metrics
     values["eval_types"] = {**values.get("eval_types", {}), **dict.fromkeys(enabled, False), **dict.fromkeys(stages, True)}
     # stages switched off run too, in seconds: figures of the commit below would stand in the experiment's row
     targets = [f"{name}_metrics" for name in dict.fromkeys([*stages, *enabled])]
@@ -346,7 +347,9 @@ def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list
 
 def sae_keys(params: Params) -> dict[str, str]:
     """What each SAE of a job and its figures depend on, as one fingerprint: equal keys are the same finished point."""
-    evaluations = {"core_eval" if name == "core" else name for name, on in params.eval_types.model_dump().items() if on}
+    evaluations = {
+        EVALUATIONS[name].section_name for name, on in params.eval_types.model_dump().items() if on and name in EVALUATIONS
+    }
     sections = params.model_dump(include=_SECTIONS | evaluations)
     for name, keys in _ASIDE.items():
         sections[name] = {key: value for key, value in sections[name].items() if key not in keys}

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from sae_research.reporting.metrics import EVAL_NOTES, EVALS, Metric, headline, metric_named, residual_key, sort_keys
+from sae_research.reporting.metrics import EVAL_NOTES, OPTIONAL, Metric, headline, metric_named, residual_key, sort_keys
 from sae_research.reporting.results import Row, Run
 from sae_research.runtime.files import write_text
 from sae_research.stats.intervals import Difference, Ratio, accuracy, averaged, difference, holm, mixed, ratio
@@ -369,8 +369,8 @@ def tested_metrics(run: Run) -> list[Metric]:
     """Headline figures that have a direction, and those of other evaluations that stored evidence; none of an evaluation
     that should not be relied on."""
     chosen = [headline(key) for key in run.headline]
-    for name in EVALS:
-        if name not in ("core", "sparse_probing", *EVAL_NOTES):
+    for name in OPTIONAL:
+        if name not in EVAL_NOTES:
             keys = {
                 key
                 for row in run.rows
@@ -378,7 +378,7 @@ def tested_metrics(run: Run) -> list[Metric]:
                 for key in (*record.get("cluster_sums", {}), *record.get("outcomes", {}).get("correct", {}))
             }
             chosen += [metric_named(key, name) for key in sort_keys(keys, name)]
-    return [metric for metric in chosen if metric.better]
+    return [metric for metric in dict.fromkeys(chosen) if metric.better]
 
 
 def comparisons(run: Run) -> list[Comparison]:

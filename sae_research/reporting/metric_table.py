@@ -1,6 +1,8 @@
 """What one metric is: its name, meaning, source in a result file, and which way it should point.
 
-The table of metrics: one record each, by evaluation, ours first and SAE Bench's after.
+The table of metrics: one record each, by evaluation, ours first and SAE Bench's after. Extraction, tables and pictures
+follow from it: every metric stands in `metrics/<eval>.json` and `metrics/results.csv`, in the report's section of an
+optional evaluation, and where `table` and `plot` say so in the first table and among the pictures.
 
 `Metric(key, label, eval, better, definition)` is a figure of ours, found under `key` in `lab_v1.metrics`; a last
 argument `"category.name"` makes it SAE Bench's, found there in its structured block. A key may hold `{k}`.
@@ -36,6 +38,10 @@ class Metric:
     """`category.name` in SAE Bench's structured block; None for ours, which stands under `key` in lab_v1."""
     idle: tuple[float, str] | None = None
     """The value that is had for nothing, and by what; None where there is no such value."""
+    table: bool = False
+    """Whether it is a column of the report's first table, for a `{k}` at the values of k that lead."""
+    plot: int = 0
+    """Its place among the pictures of a metric against L0, from 1; 0: not drawn."""
 
     @property
     def version(self) -> Definition:
@@ -60,6 +66,7 @@ METRICS: tuple[Metric, ...] = (
         "core",
         None,
         "Mean number of latents with a non-zero activation per token; for IHTP that is the whole support.",
+        table=True,
     ),
     Metric(
         "variance_explained",
@@ -67,6 +74,8 @@ METRICS: tuple[Metric, ...] = (
         "core",
         "higher",
         "1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean activation over all tokens that count.",
+        table=True,
+        plot=2,
     ),
     Metric(
         "variance_explained_per_dim",
@@ -81,6 +90,8 @@ METRICS: tuple[Metric, ...] = (
         "core",
         "higher",
         "(CE zero-ablated − CE patched) / (CE zero-ablated − CE clean): 1 is the clean model.",
+        table=True,
+        plot=1,
     ),
     Metric(
         "loss_recovered_mean_ablation",
@@ -95,14 +106,24 @@ METRICS: tuple[Metric, ...] = (
         "core",
         "lower",
         "Cross-entropy of the patched model minus that of the clean model, in nats per token.",
+        table=True,
     ),
-    Metric("kl", "KL", "core", "lower", "Mean over tokens of KL(clean ‖ patched) of the next-token distributions, in nats."),
+    Metric(
+        "kl",
+        "KL",
+        "core",
+        "lower",
+        "Mean over tokens of KL(clean ‖ patched) of the next-token distributions, in nats.",
+        table=True,
+        plot=3,
+    ),
     Metric(
         "fraction_alive",
         "Fraction alive",
         "core",
         "higher",
         "Fraction of latents that are non-zero on at least one token of the evaluation.",
+        table=True,
     ),
     Metric("cosine_similarity", "Cosine similarity", "core", "higher", "Mean cosine between activation and reconstruction."),
     Metric(
@@ -262,6 +283,8 @@ METRICS: tuple[Metric, ...] = (
         "sparse_probing",
         "higher",
         "Mean test accuracy over tasks of a logistic probe on the {k} latents chosen on the training split.",
+        table=True,
+        plot=4,
     ),
     Metric(
         "llm_top_{k}_accuracy",

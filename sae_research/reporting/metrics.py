@@ -12,17 +12,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
+from sae_research.config.evaluations import OF_SAES
+
 # The records themselves stand in metric_table.py: add yours there.
 from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, STOCK_SUFFIX, Metric
 
 __all__ = [
-    "CORE_HEADLINE",
-    "CORE_PLOTTED",
     "EVALS",
     "EVAL_NOTES",
     "EVAL_TITLES",
     "LAB",
     "METRICS",
+    "OPTIONAL",
     "SAE_BENCH",
     "STOCK_SUFFIX",
     "WANTED_K",
@@ -37,53 +38,16 @@ __all__ = [
     "top_k",
 ]
 
-EVALS = (
-    "core",
-    "sparse_probing",
-    "scr",
-    "tpp",
-    "absorption",
-    "unlearning",
-    "sparse_probing_sae_probes",
-    "meta_sae",
-    "autointerp",
-    "ravel",
-)
+EVALS = tuple(OF_SAES)
 """The evaluations, in the order of every table."""
-
-CORE_HEADLINE = ("l0", "variance_explained", "loss_recovered", "ce_delta", "kl", "fraction_alive")
-"""Columns of the report's first table; probing accuracies follow, for the values of k that were measured."""
-
-CORE_PLOTTED = ("loss_recovered", "variance_explained", "kl")
-"""What is drawn against L0; probing accuracies follow."""
+OPTIONAL = tuple(name for name, one in OF_SAES.items() if not one.headline)
+"""Those with a section of their own in the report."""
+EVAL_TITLES = {name: one.title for name, one in OF_SAES.items()}
+EVAL_NOTES = {name: one.caution for name, one in OF_SAES.items() if one.caution is not None}
+"""What stands above an evaluation's figures."""
 
 WANTED_K = (1, 5)
 """The values of k that tables and figures lead with, or the nearest measured ones."""
-
-EVAL_TITLES = {
-    "core": "Core",
-    "sparse_probing": "Sparse probing",
-    "scr": "Spurious correlation removal",
-    "tpp": "Targeted probe perturbation",
-    "absorption": "Feature absorption",
-    "unlearning": "Unlearning",
-    "sparse_probing_sae_probes": "k-sparse probing on the tasks of sae-probes",
-    "meta_sae": "Meta-SAE",
-    "autointerp": "Automatic interpretation",
-    "ravel": "RAVEL",
-}
-
-_UNRELIABLE = (
-    "What the literature holds of it: at its canonical settings this metric fails and should not be relied on, "
-    "while k-sparse probing on the tasks of sae-probes was the most reliable (arXiv 2605.18229)."
-)
-_STAND_IN = (
-    "With the packaged corpora and questions (the default) this is a stand-in for WMDP and MMLU: biomedical "
-    "against other science questions, one-word answers against three other answers. Its scores compare SAEs with "
-    "one another, not with published ones."
-)
-EVAL_NOTES = {"scr": _UNRELIABLE, "tpp": _UNRELIABLE, "unlearning": _STAND_IN}
-"""What stands above an evaluation's figures."""
 
 
 def leading_ks(measured: Iterable[int]) -> tuple[int, ...]:
@@ -148,13 +112,14 @@ def _with_k(metric: Metric, k: str) -> Metric:
     return replace(metric, **filled, source=metric.source and metric.source.replace("{k}", k))
 
 
+@cache
 def home(key: str) -> str:
-    """The evaluation that a headline figure comes from."""
-    return "sparse_probing" if key.startswith(("sae_", "llm_")) else "core"
+    """The evaluation that a figure comes from: no two have one of the same key."""
+    return next((metric.eval for metric in METRICS if _pattern(metric.key).fullmatch(key)), "core")
 
 
 def headline(key: str) -> Metric:
-    """The record of a core or probing metric, by its concrete key."""
+    """The record of a metric by its concrete key alone."""
     return metric_named(key, home(key))
 
 

@@ -16,15 +16,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_research.config.evaluations import EVALUATIONS
 from sae_research.reporting.comparisons import SEEDS_FOR_A_CLAIM, contenders
-from sae_research.reporting.ground_truth import FOLDER as GROUND_TRUTH
 from sae_research.reporting.ground_truth import ground_truth
 from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, STOCK_SUFFIX, Metric, headline
 from sae_research.reporting.report_noise import differences, equal_l0, intervals, seeds
 from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side, stricter
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.results import RESULTS, Row, Run
 from sae_research.reporting.tables import ABSENT, count, markdown, number
-from sae_research.reporting.transfer import FOLDER as TRANSFER
 from sae_research.reporting.transfer import transfer
 from sae_research.runtime.files import write_text
 from sae_research.runtime.stages import read_status
@@ -137,10 +136,10 @@ def statuses(run: Run, root: Path = Path(".")) -> str:
             for key, value in sorted(state.get("notes", {}).items())
             if isinstance(value, (str, int, float)) and key not in SAID_ABOVE
         ]
-    for title, folder in (("Transfer to a finetuned model", TRANSFER), ("Ground truth", GROUND_TRUTH)):
-        state = read_status(root / folder)
+    for other in (one for name, one in EVALUATIONS.items() if name not in EVALS):
+        state = read_status(root / RESULTS / other.name)
         if state["status"] != "missing":
-            body.append([title, state["status"], ABSENT, _one_line(state["message"])])
+            body.append([other.title, state["status"], ABSENT, _one_line(state["message"])])
     table = markdown(["Evaluation", "Status", "SAEs", "Message"], body, left=4)
     return "\n".join(["## How each evaluation ended", "", table, "", *details]).rstrip()
 

@@ -17,7 +17,7 @@ from sae_research.reporting.comparisons import (
     recipes,
     seed_lines,
 )
-from sae_research.reporting.metrics import EVAL_TITLES, Metric, headline
+from sae_research.reporting.metrics import EVAL_TITLES, OPTIONAL, Metric, headline
 from sae_research.reporting.results import Row, Run
 from sae_research.reporting.tables import ABSENT, markdown, number, with_interval
 
@@ -217,7 +217,7 @@ def _difference_tables(found: Sequence[Comparison]) -> list[str]:
     """One table for core and sparse probing, one for every other evaluation that was tested."""
     groups: dict[str, list[Comparison]] = {}
     for item in found:
-        title = "" if item.metric.eval in ("core", "sparse_probing") else EVAL_TITLES[item.metric.eval]
+        title = EVAL_TITLES[item.metric.eval] if item.metric.eval in OPTIONAL else ""
         groups.setdefault(title, []).append(item)
     lines: list[str] = []
     for title, items in groups.items():

@@ -10,7 +10,7 @@ from sae_research.reporting.ground_truth import beside
 from sae_research.reporting.metrics import (
     EVAL_NOTES,
     EVAL_TITLES,
-    EVALS,
+    OPTIONAL,
     STOCK_SUFFIX,
     Metric,
     family_of,
@@ -41,7 +41,6 @@ STRICTER = (
 """Figures of the first table, each followed by what says the same more strictly, and what they leave out."""
 FOLLOWED = ("variance_explained", "top_1_probing")
 """Figures of the first table that the ground-truth evaluation compares with the truth."""
-OPTIONAL = tuple(name for name in EVALS if name not in ("core", "sparse_probing"))
 
 
 def results(run: Run, root: Path = Path(".")) -> str:

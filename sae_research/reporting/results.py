@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from sae_research.reporting.metrics import (
-    CORE_HEADLINE,
-    CORE_PLOTTED,
     EVALS,
     LAB,
     METRICS,
+    Metric,
+    family_of,
     home,
     leading_ks,
     sort_keys,
@@ -361,16 +361,37 @@ class Run:
     @property
     def headline(self) -> tuple[str, ...]:
         """Columns of the report's first table."""
-        return (*CORE_HEADLINE, *self.probing_keys)
+        return self._keys(metric for metric in METRICS if metric.table)
 
     @property
     def plotted(self) -> tuple[str, ...]:
         """What is drawn against L0."""
-        return (*CORE_PLOTTED, *self.probing_keys)
+        return self._keys(sorted((metric for metric in METRICS if metric.plot), key=lambda metric: metric.plot))
 
     @property
     def probing_keys(self) -> tuple[str, ...]:
         return tuple(f"sae_top_{k}_accuracy" for k in leading_ks(self.ks))
+
+    def _keys(self, metrics: Iterable[Metric]) -> tuple[str, ...]:
+        """Concrete keys, a `{k}` at the values that lead among those measured."""
+        return tuple(
+            key
+            for metric in metrics
+            for key in (
+                [metric.key.replace("{k}", str(k)) for k in leading_ks(self._ks_of(metric))]
+                if "{k}" in metric.key
+                else [metric.key]
+            )
+        )
+
+    def _ks_of(self, metric: Metric) -> set[int]:
+        prefix, suffix = metric.key.split("{k}")
+        return {
+            int(key.removeprefix(prefix).removesuffix(suffix))
+            for row in self.rows
+            for key in row.evals.get(metric.eval, {}).get("metrics", {})
+            if family_of(key, metric.eval) == metric.key
+        }
 
     def unavailable(self, eval_name: str) -> str | None:
         """Why an evaluation has no figures at all, in words; None when it has some."""

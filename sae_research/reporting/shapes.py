@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from sae_research.config.evaluations import EVALUATIONS
 from sae_research.reporting.metrics import EVALS, LAB
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, read_json
@@ -40,12 +41,10 @@ RESULT = {
 }
 STATUS = {"status!": str, "message": str, "skipped": {str: str}, "notes": {"random_seed": NUMBER}, "config": {str: object}}
 MERGED_RECORD = {"sae!": str, "cfg!": CFG, "evals!": {str: {"status!": str, "metrics": {str: FIGURE}, **EVIDENCE}}}
-EVALUATIONS = {"order!": [str], "evals!": {f"{name}!": STATUS for name in EVALS}}
+MERGED_EVALUATIONS = {"order!": [str], "evals!": {f"{name}!": STATUS for name in EVALS}}
 MANIFEST = {"saes!": {str: CFG}, "order": [str]}
 TRAINING = {"saes": {str: {str: object}}, "tokens": NUMBER}
 TRANSFER = {key: {str: object} for key in ("setting", "similarity", "quality", "losses", "latents")}
-TYPE_IDS = {"absorption": "absorption_first_letter", "meta_sae": "meta_structure_decoder_variance"}
-"""SAE Bench's name of an evaluation where it is not ours."""
 
 
 def shaped(value: Any, shape: Shape, path: Path, mend: str) -> Any:
@@ -118,7 +117,7 @@ def evaluation_results(eval_name: str, folder: Path) -> dict[str, dict[str, Any]
         if isinstance(unstructured, dict):
             shaped(unstructured, {LAB: {"metrics": {str: FIGURE}, **EVIDENCE}}, path, mend)
         kind = result.get("eval_type_id", eval_name)
-        if kind not in (eval_name, TYPE_IDS.get(eval_name)):
+        if kind not in (eval_name, EVALUATIONS[eval_name].result_type):
             raise UserError(f"{path}: a result of the evaluation {kind}; it belongs in another folder")
     return results
 
@@ -141,7 +140,7 @@ def manifest(path: Path) -> dict[str, Any]:
 
 def merged_evaluations(path: Path) -> dict[str, Any]:
     """`eval_results/merged/_evaluations.json`, names fit for files."""
-    found = shaped(read_json(path), EVALUATIONS, path, MERGE_AGAIN)
+    found = shaped(read_json(path), MERGED_EVALUATIONS, path, MERGE_AGAIN)
     for name in found["order"]:
         checked_name(name, path)
     return found
@@ -168,7 +167,8 @@ def failures(root: Path = Path(".")) -> list[str]:
         status = evaluation_status(root / "eval_results" / name)
         if status["status"] not in ("ok", "disabled", "not_applicable"):
             lines.append(f"{name}: {status['status']}: {status['message']}")
-    for folder in ("eval_results/transfer", "eval_results/ground_truth", "dashboards"):
+    others = [f"eval_results/{name}" for name in EVALUATIONS if name not in EVALS]
+    for folder in (*others, "dashboards"):
         status = evaluation_status(root / folder)
         if status["status"] in ("failed", "incomplete"):
             lines.append(f"{folder.rpartition('/')[2]}: {status['status']}: {status['message']}")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.reporting.metrics import EVALS, WANTED_K, Metric, headline, metric_named, residual_key, sort_keys
+from sae_research.reporting.metrics import EVALS, METRICS, WANTED_K, Metric, headline, metric_named, residual_key, sort_keys
 from sae_research.reporting.results import Curve, Row, Run
 from sae_research.reporting.style import short_names
 from sae_research.runtime.files import round_significant, write_json, write_text
@@ -127,7 +127,10 @@ def write_plot_data(run: Run, root: Path = Path(".")) -> None:
     A list is empty where nothing was measured, never absent: `dvc plots` then draws the others.
     """
     # dvc.yaml names the files of WANTED_K, whichever values of k were measured
-    for key in dict.fromkeys((*run.plotted, *(f"sae_top_{k}_accuracy" for k in WANTED_K))):
+    named = [
+        metric.key.replace("{k}", str(k)) for metric in METRICS if metric.plot and "{k}" in metric.key for k in WANTED_K
+    ]
+    for key in dict.fromkeys((*run.plotted, *named)):
         write_json(root / PLOTS / f"{key}.json", plot_rows(run, key))
     rows = [row for curve in run.curves for row in curve_rows(curve)]
     write_json(root / PLOTS / "training_curves.json", rows)

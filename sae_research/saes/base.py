@@ -73,6 +73,24 @@ class SAEConfig:
         return int(digits[0])
 
 
+@dataclass(frozen=True)
+class SAEInfo:
+    """What is known of an SAE while it is closed: all that results and cache keys need."""
+
+    cfg: SAEConfig
+    options: dict[str, Any]
+    per_token: bool
+    causal: bool
+    signed: bool
+    kind: type[SparseAutoencoder]
+    family: object
+    """Equal for SAEs that share the work of encoding; None for one that shares it with nobody."""
+    fingerprint: str
+    """Of weights and options."""
+    nbytes: int
+    """Memory that its tensors take."""
+
+
 class SparseAutoencoder(nn.Module):
     """Base of every inference form.
 
@@ -217,6 +235,21 @@ class SparseAutoencoder(nn.Module):
         elif in_place_of := {name: value for name, value in vars(self).items() if hasattr(type(self), name)}:
             digest.update(_identity(in_place_of).encode())
         return digest.hexdigest()
+
+    def info(self) -> SAEInfo:
+        """What is to be known of it once it is closed."""
+        fingerprint, key = self.weights_fingerprint(), self.family_key()
+        return SAEInfo(
+            self.cfg,
+            self.options(),
+            self.per_token,
+            self.causal,
+            self.signed,
+            type(self),
+            None if key == id(self) else (type(self), key),
+            fingerprint,
+            sum(tensor.nbytes for tensor in self.tensors().values()),
+        )
 
     @classmethod
     def _is_ours(cls) -> bool:

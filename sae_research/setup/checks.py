@@ -65,11 +65,12 @@ def time_lines(
     """One line per evaluation: the time it will take, at the speeds just measured, less what is in the cache."""
     prefix, full = model_seconds(lm, hook, params.text.context_size)
     tokens = evaluation_tokens(params)
+    infos = {name: sae.info() for name, sae in saes.items()}
     lines = []
     for name, (encoded, patched) in tokens.items():
         notes = Evaluated(name, lm, params)
         parts = params.sparse_probing.dataset_names if name == "sparse_probing" else [name]
-        left = [[sae for sae in saes if not notes.has(saes[sae], part)] for part in parts]
+        left = [[sae for sae in saes if not notes.has(infos[sae], part)] for part in parts]
         seconds = 0.0
         for todo in left:
             if todo:

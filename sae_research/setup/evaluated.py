@@ -19,7 +19,7 @@ from sae_research.lm import LanguageModel
 from sae_research.runtime.cache import ResultCache, cache_dir, caches_readable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
-from sae_research.saes import SparseAutoencoder
+from sae_research.saes.base import SAEInfo
 from sae_research.saes.registry import code_fingerprint
 from sae_research.text.corpus import text_fingerprint
 
@@ -43,21 +43,21 @@ class Evaluated:
             _source(kind),
         ]
 
-    def note(self, sae: SparseAutoencoder, part: str, files: Sequence[str]) -> None:
+    def note(self, sae: SAEInfo, part: str, files: Sequence[str]) -> None:
         """`files` of the result cache (`kind/key`) hold what this SAE scored on `part`."""
         if not self.has(sae, part):
             with suppress(UserError):  # a cache that cannot be written: an estimate may be too high
                 self._notes.put(self._key(sae, part), list(files))
 
-    def has(self, sae: SparseAutoencoder, part: str) -> bool:
+    def has(self, sae: SAEInfo, part: str) -> bool:
         """Whether all of them are there and may be read."""
         files = self._notes.get(self._key(sae, part))
         return caches_readable() and bool(files) and all((cache_dir("results") / f"{file}.json").is_file() for file in files)
 
-    def _key(self, sae: SparseAutoencoder, part: str) -> str:
+    def _key(self, sae: SAEInfo, part: str) -> str:
         path = Path(part)  # a user's own file may have changed
         stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
-        return fingerprint([self._setting, sae.weights_fingerprint(), sae.cfg.hook_name, part, stamp])[:40]
+        return fingerprint([self._setting, sae.fingerprint, sae.cfg.hook_name, part, stamp])[:40]
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from evals_saes import D, config, dictionary, standard
 from fixtures import make_meta_sae as fixture
 
-from sae_research.config.params import MetaSAE
+from sae_research.config.evaluation_params import MetaSAE
 from sae_research.evals import meta_sae
 from sae_research.evals.meta_sae import evaluation
 from sae_research.evals.meta_sae.evaluation import BatchTopKSAE, measure, shared_dictionaries, train_meta_sae

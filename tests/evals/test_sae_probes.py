@@ -13,7 +13,7 @@ from evals_saes import HOOK, D, config, dictionary, everything, identity, standa
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
-from sae_research.config.params import SparseProbingSaeProbes
+from sae_research.config.evaluation_params import SparseProbingSaeProbes
 from sae_research.evals import sae_probes
 from sae_research.evals.sae_probes import evaluation as stage_module
 from sae_research.evals.sae_probes.probes import (

@@ -7,10 +7,11 @@ import sys
 
 CODE = """
 import sys
-from sae_research.evals.harness import OPTIONAL, run_evaluation
+from sae_research.config.evaluations import OF_SAES
+from sae_research.evals.run import run_evaluation
 from sae_research.config.params import Params
-for name in OPTIONAL:
-    run_evaluation(name, Params())
+for name, one in OF_SAES.items():
+    one.on or run_evaluation(name, Params())
 print("torch" in sys.modules)
 """
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from sae_research.reporting.results import aggregate, extract, merge, read_run
-from sae_research.reporting.shapes import TYPE_IDS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name
 from tests.reporting.conftest import SAES, Lab
@@ -99,12 +98,3 @@ def test_the_manifest(lab: Lab) -> None:
     for value in ([], {}, {"saes": []}, {"saes": {"topk": 3}}, {"saes": {"topk": {}}, "order": "topk"}):
         path.write_text(json.dumps(value))
         refused(lambda: merge(lab.root), "manifest.json")
-
-
-def test_results_of_every_evaluation_carry_a_name_that_is_known() -> None:
-    from sae_research.evals.absorption.evaluation import EVAL_TYPE as absorption
-    from sae_research.evals.meta_sae.evaluation import EVAL_TYPE as meta_sae
-    from sae_research.evals.sae_probes.evaluation import EVAL_TYPE as sae_probes
-
-    assert {"absorption": absorption, "meta_sae": meta_sae} == TYPE_IDS
-    assert sae_probes == "sparse_probing_sae_probes", "the others carry their own names"

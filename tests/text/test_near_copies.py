@@ -13,7 +13,8 @@ import pytest
 from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
-from sae_research.config.params import SparseProbing, SparseProbingSaeProbes, Text
+from sae_research.config.evaluation_params import SparseProbing, SparseProbingSaeProbes
+from sae_research.config.params import Text
 from sae_research.evals.sae_probes.tasks import ProbeTask, load_probe_task, read_rows, task_names
 from sae_research.runtime.errors import UserError
 from sae_research.text import corpus, tasks

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from sae_research.config.params import Absorption
+from sae_research.config.evaluation_params import Absorption
 from sae_research.evals.absorption.letter_probes import (
     Features,
     Probes,

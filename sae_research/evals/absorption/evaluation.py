@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import sparse
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
@@ -32,26 +30,18 @@ from sae_research.evals.absorption.absorbed import (
 )
 from sae_research.evals.absorption.letter_probes import Probes, f1, one_vs_rest, random_start
 from sae_research.evals.absorption.words import LETTERS, WordActivations, Words, load_words
-from sae_research.evals.harness import by_hook, model_key, result_key
+from sae_research.evals.harness import Group, Scores, by_hook, made_once, model_key
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import NotApplicable
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Family, Guard
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.stats.intervals import interval, ratio, stored
 
-EVAL_TYPE = "absorption_first_letter"
 
-
-def result(
-    name: str, sae: SparseAutoencoder, acts: WordActivations, letters: Letters, scores: dict[str, Any]
-) -> dict[str, Any]:
+def result(name: str, info: SAEInfo, acts: WordActivations, letters: Letters, scores: dict[str, Any]) -> dict[str, Any]:
     """A validated `AbsorptionEvalOutput` as plain data."""
-    from sae_bench.evals.absorption import eval_output as types
-    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
-
     details = [
         {
             "first_letter": letter,
@@ -63,14 +53,15 @@ def result(
         }
         for letter, found in scores.items()
     ]
-    return asdict(
-        types.AbsorptionEvalOutput(
-            eval_config=AbsorptionEvalConfig(**_config(acts)),
-            eval_result_metrics=types.AbsorptionMetricCategories(mean=types.AbsorptionMeanMetrics(**_means(details))),
-            eval_result_details=[types.AbsorptionResultDetail(**record) for record in details],
-            eval_result_unstructured={harness.LAB: lab_block(acts, letters, scores)},
-            **harness.envelope(name, sae, EVAL_TYPE),
-        )
+    return harness.output(
+        "absorption",
+        name,
+        info,
+        config=_config(acts),
+        metrics={"mean": _means(details)},
+        details=details,
+        unstructured={harness.LAB: lab_block(acts, letters, scores)},
+        sae_bench="absorption:AbsorptionEvalOutput",
     )
 
 
@@ -171,7 +162,7 @@ class Letters(NamedTuple):
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder],
+    saes: Mapping[str, SparseAutoencoder],
     lm: LanguageModel,
     params: Params,
     stage: StageFolder,
@@ -187,21 +178,23 @@ def evaluate(
     prompts = load_words(lm, params.absorption, params.random_seed) if prompts is None else prompts
     stage.notes["absorption"] = dict(prompts.notes)
     scored, hooks, guard = False, by_hook(saes), Guard(stage.skip)
-    for hook, members in hooks.items():
+    for members in hooks:
+        hook = members.hook
         acts = WordActivations(lm, hook, prompts, params)
         letters = _letters(acts).qualifying()
         _report(letters, f" at {hook}" if len(hooks) > 1 else "", params, stage)
         if not len(letters.numbers):
-            for name in members:
+            for name in members.infos:
                 stage.skip(name, f"no first letter qualifies at {hook}")
             continue
         scored = True
         for name, scores in _scores(members, acts, letters, guard).items():
             with guard.on(name):
-                yield name, result(name, members[name], acts, letters, scores)
+                yield name, result(name, members.infos[name], acts, letters, scores)
     if not scored:
+        at = ", ".join(members.hook for members in hooks)
         raise NotApplicable(
-            f"absorption: {lm.name} shows no first letter at {', '.join(hooks)} with a probe F1 above "
+            f"absorption: {lm.name} shows no first letter at {at} with a probe F1 above "
             f"{params.absorption.min_ground_truth_probe_f1}; a larger model is needed (SAE Bench advises "
             "2B parameters), or a lower absorption.min_ground_truth_probe_f1"
         )
@@ -244,12 +237,10 @@ def _letters(acts: WordActivations) -> Letters:
     }
     if not len(numbers):
         return Letters(numbers, [], Probes(np.zeros((0, 0), np.float32), np.zeros(0, np.float32)), why_not)
-    cache = ResultCache("absorption")
     key = model_key(lm, ["letters", _inputs(acts)], __name__)
-    kept = cache.get(key)
-    if kept is None:
-        kept = _ground_truth(acts.vectors.numpy(), labels, test, numbers, params.random_seed)
-        cache.put(key, kept)
+    kept = made_once(
+        "absorption", key, lambda: _ground_truth(acts.vectors.numpy(), labels, test, numbers, params.random_seed)
+    )
     probes = Probes(np.array(kept["weights"], np.float32), np.array(kept["biases"], np.float32))
     threshold = params.absorption.min_ground_truth_probe_f1
     why_not |= {
@@ -275,25 +266,18 @@ def _ground_truth(x: np.ndarray, labels: np.ndarray, test: np.ndarray, numbers: 
 # --- SAEs ------------------------------------------------------------------------------------
 
 
-def _scores(saes: dict[str, SparseAutoencoder], acts: WordActivations, letters: Letters, guard: Guard) -> dict[str, Any]:
-    """The scores by letter of every SAE that can be scored, from the cache where they are."""
+def _scores(members: Group, acts: WordActivations, letters: Letters, guard: Guard) -> dict[str, Any]:
+    """The scores by letter of every SAE that can be scored."""
 
     def score_family(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, latents in acts.latents(family).items():
             with guard.on(name):
-                yield name, score(saes[name], latents, acts, letters)
+                yield name, score(family[name], latents, acts, letters)
 
-    cache = ResultCache("absorption")
-    keys = {name: result_key(sae, acts.lm, _inputs(acts), __name__) for name, sae in saes.items()}
-    found = {name: cache.get(key) for name, key in keys.items()}
-    missing = {name: sae for name, sae in saes.items() if found[name] is None}
-    with tqdm(total=len(missing), desc="encode and score", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:
-        for name, scores in guard.each(missing, score_family):
-            with guard.on(name):
-                cache.put(keys[name], scores)
-                found[name] = scores
-            bar.update()
-    return guard.left(found)
+    scores = Scores("absorption", members, members.keys(acts.lm, _inputs(acts), __name__), guard)
+    with scores.progress("encode and score") as bar:
+        scores.fill(score_family, bar)
+    return scores.left()
 
 
 def score(sae: SparseAutoencoder, latents: sparse.csr_matrix, acts: WordActivations, letters: Letters) -> dict[str, Any]:

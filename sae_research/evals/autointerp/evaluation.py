@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,15 +27,14 @@ from sae_research.evals.autointerp import judge, windows
 from sae_research.evals.autointerp.client import Budget, ChatClient, check_budget
 from sae_research.evals.autointerp.judge import FAILED, SCORED, UNPARSABLE, Sheet, make_sheets
 from sae_research.evals.autointerp.windows import Windows, collect_windows
-from sae_research.evals.harness import by_hook, result_key
+from sae_research.evals.harness import Scores, by_hook, infos_of
 from sae_research.lm import LanguageModel
 from sae_research.lm.activations import HookActivations
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Family, Guard
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.stats.intervals import interval, ratio
 from sae_research.text.tokens import token_contexts
 
@@ -45,33 +43,28 @@ _NOT_A_NUMBER = -1.0
 
 
 def result(
-    name: str, sae: SparseAutoencoder, chosen: Windows, records: list[dict[str, Any]], lm: LanguageModel, params: Params
+    name: str, info: SAEInfo, chosen: Windows, records: list[dict[str, Any]], lm: LanguageModel, params: Params
 ) -> dict[str, Any]:
     """A validated `AutoInterpEvalOutput` as plain data. At least one record must be scored.
 
     The unstructured block holds SAE Bench's record per latent, under the latent's number, and ours in `lab_v1`.
     """
-    from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
-    from sae_bench.evals.autointerp.eval_output import (
-        AutoInterpEvalOutput,
-        AutoInterpMetricCategories,
-        AutoInterpMetrics,
-    )
-
     bench = [record["score_sae_bench"] for record in records if "score_sae_bench" in record]
     deviation = _deviation(bench)
-    metrics = AutoInterpMetrics(
-        autointerp_score=statistics.fmean(bench), autointerp_std_dev=_NOT_A_NUMBER if deviation is None else deviation
-    )
     latents = {str(record["latent"]): _as_sae_bench(record) for record in records if "score_sae_bench" in record}
-    plain = asdict(
-        AutoInterpEvalOutput(
-            eval_config=AutoInterpEvalConfig(**_config(lm, params)),
-            eval_result_metrics=AutoInterpMetricCategories(autointerp=metrics),
-            eval_result_details=[],
-            eval_result_unstructured={**latents, harness.LAB: _lab(chosen, records, params)},
-            **harness.envelope(name, sae, "autointerp"),
-        )
+    plain = harness.output(
+        "autointerp",
+        name,
+        info,
+        config=_config(lm, params),
+        metrics={
+            "autointerp": {
+                "autointerp_score": statistics.fmean(bench),
+                "autointerp_std_dev": _NOT_A_NUMBER if deviation is None else deviation,
+            }
+        },
+        unstructured={**latents, harness.LAB: _lab(chosen, records, params)},
+        sae_bench="autointerp:AutoInterpEvalOutput",
     )
     # SAE Bench's config fills in the number of latents named, and then refuses to read what it wrote
     plain["eval_config"] |= {"n_latents": _config(lm, params)["n_latents"]}
@@ -168,7 +161,7 @@ _SELECTION = (
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `AutoInterpEvalOutput` in plain data.
 
@@ -193,13 +186,13 @@ def evaluate(
     if not found:
         return
     _announce_cost(found, tokens, lm, params, client, stage)
-    counts = Counter()
+    counts, infos = Counter(), infos_of(saes)
     for name in (name for name in saes if name in found):
         records = _judged(name, make_sheets(found[name], tokens, lm, config, params.random_seed), client, params)
         counts.update(_state_counts(name, records, stage))
         if any(record["state"] == SCORED for record in records):
             with guard.on(name):
-                yield name, result(name, saes[name], found[name], records, lm, params)
+                yield name, result(name, infos[name], found[name], records, lm, params)
         else:
             reasons = Counter(record["why"] for record in records).most_common(1)
             stage.skip(name, f"none of its {len(records)} latents could be scored: {reasons[0][0]}")
@@ -210,45 +203,38 @@ def evaluate(
 
 
 def find_windows(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, tokens: Tensor, guard: Guard | None = None
+    saes: Mapping[str, SparseAutoencoder],
+    lm: LanguageModel,
+    params: Params,
+    tokens: Tensor,
+    guard: Guard | None = None,
 ) -> dict[str, Windows]:
     """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]. Without a
     `guard` an SAE that fails raises its error."""
-    cache, config, found = ResultCache("autointerp_windows"), params.autointerp, {}
-    for hook, members in by_hook(saes).items():
-        keys = {name: _key(sae, lm, params, tokens) for name, sae in members.items()}
-        kept = {name: cache.get(key) for name, key in keys.items()}
-        found |= {name: Windows.from_plain(plain, config) for name, plain in kept.items() if plain is not None}
-        missing = {name: sae for name, sae in members.items() if kept[name] is None}
-        if not missing:
-            continue
-        acts = HookActivations(lm, hook, tokens, params)
-        with tqdm(total=len(missing), desc="windows", unit="SAE", dynamic_ncols=True) as bar:
+    config, found = params.autointerp, {}
+    for members in by_hook(saes):
+        keys = members.keys(lm, _inputs(params, tokens), windows.__name__, __name__)
+        scores = Scores("autointerp_windows", members, keys, guard or Guard(None))
+        acts = HookActivations(lm, members.hook, tokens, params)
 
-            def score(family: Family, acts: HookActivations = acts) -> Iterator[tuple[str, Windows]]:
-                yield from collect_windows(family, acts, config, params.random_seed).items()
+        def score(family: Family, acts: HookActivations = acts) -> Iterator[tuple[str, Any]]:
+            for name, chosen in collect_windows(family, acts, config, params.random_seed).items():
+                yield name, chosen.to_plain()
 
-            for name, chosen in (guard or Guard(None)).each(missing, score):
-                cache.put(keys[name], chosen.to_plain())
-                found[name] = chosen
-                bar.update()
+        with scores.progress("windows") as bar:
+            scores.fill(score, bar)
+        found |= {name: Windows.from_plain(plain, config) for name, plain in scores.left().items()}
     return found
 
 
-def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, tokens: Tensor) -> str:
+def _inputs(params: Params, tokens: Tensor) -> list[Any]:
     config = params.autointerp.model_dump()
-    return result_key(
-        sae,
-        lm,
-        [
-            {key: config[key] for key in _SELECTION},
-            params.token_mask.model_dump(),
-            params.random_seed,
-            fingerprint(tokens.tolist()),
-        ],
-        windows.__name__,
-        __name__,
-    )
+    return [
+        {key: config[key] for key in _SELECTION},
+        params.token_mask.model_dump(),
+        params.random_seed,
+        fingerprint(tokens.tolist()),
+    ]
 
 
 def _usable(name: str, chosen: Windows, params: Params, stage: StageFolder) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.config.params import Autointerp
+from sae_research.config.evaluation_params import Autointerp
 from sae_research.evals.autointerp.client import Answer, Budget, ChatClient, Messages, NoAnswer, estimate_tokens
 from sae_research.evals.autointerp.windows import Windows, n_top, n_weighted
 from sae_research.lm import LanguageModel

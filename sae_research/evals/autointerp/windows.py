@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.config.params import Autointerp
+from sae_research.config.evaluation_params import Autointerp
 from sae_research.lm.activations import HookActivations
 from sae_research.saes import SparseAutoencoder, encode_each
 

@@ -3,15 +3,15 @@
 Two definitions from the same activations. SAE Bench 0.6.0's patches every token, sinks included, and counts every
 token that is not BOS, EOS or padding. Ours (`lab_v1`) neither counts nor patches tokens outside `token_mask`.
 
-Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs;
-the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
+Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
+together; the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
 predictions, so that an interrupted run or an added SAE pays only for what is missing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,14 +23,13 @@ from tqdm import tqdm
 from sae_research.config.params import Params
 from sae_research.evals import harness
 from sae_research.evals.core.metrics import about_mean, evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
-from sae_research.evals.harness import by_hook, result_key
+from sae_research.evals.harness import Group, Scores, by_hook
 from sae_research.lm import Batch, LanguageModel
 from sae_research.lm.activations import HookActivations
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.saes.base import Family, Guard, check_finite
+from sae_research.saes.base import Family, Guard, SAEInfo, check_finite
 from sae_research.setup.evaluated import Evaluated
 from sae_research.stats import (
     CleanPredictions,
@@ -58,13 +57,10 @@ class _Text(NamedTuple):
 
 
 class _Group(HookActivations):
-    """SAEs that read one hook, and what they share."""
+    """What SAEs that read one hook share."""
 
-    def __init__(
-        self, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], text: _Text, params: Params, lab: bool
-    ) -> None:
+    def __init__(self, lm: LanguageModel, hook: str, text: _Text, params: Params, lab: bool) -> None:
         super().__init__(lm, hook, text.tokens, params)
-        self.saes = saes
         self.text = text
         self.lab = lab
         """Whether our own definitions are computed beside SAE Bench's."""
@@ -87,7 +83,7 @@ class _Group(HookActivations):
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder],
+    saes: Mapping[str, SparseAutoencoder],
     lm: LanguageModel,
     params: Params,
     stage: StageFolder | None = None,
@@ -105,19 +101,19 @@ def evaluate(
     """
     guard = Guard(stage.skip if stage else None)
     text = _text(lm, params, tokens)
-    for hook, members in by_hook(saes).items():
-        group = _Group(lm, hook, members, text, params, lab)
-        keys = {name: _key(sae, lm, params, text, lab) for name, sae in members.items()}
-        sparsity = _sparsity(group, keys, guard)
-        prediction = _predictions(group, keys, guard)
+    for members in by_hook(saes):
+        group = _Group(lm, members.hook, text, params, lab)
+        keys = members.keys(lm, _inputs(params, text, lab), __name__)
+        sparsity = _sparsity(group, Scores("core_sparsity", members, keys, guard))
+        prediction = _predictions(group, members, keys, guard)
         if tokens is None:
-            _note(guard.left(members), keys, lm, params)
-        for name, sae in guard.left(members).items():
+            _note(guard.left(members.infos), keys, lm, params)
+        for name, info in guard.left(members.infos).items():
             with guard.on(name):
-                yield name, _result(name, sae, group, sparsity[name], prediction[name])
+                yield name, _result(name, info, group, sparsity[name], prediction[name])
 
 
-def _note(saes: dict[str, SparseAutoencoder], keys: dict[str, str], lm: LanguageModel, params: Params) -> None:
+def _note(saes: dict[str, SAEInfo], keys: dict[str, str], lm: LanguageModel, params: Params) -> None:
     """For estimates: where each SAE's results lie."""
     notes, batches = Evaluated("core", lm, params), range(params.core_eval.n_eval_reconstruction_batches)
     for name, sae in saes.items():
@@ -138,44 +134,33 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
 
 
-def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, text: _Text, lab: bool) -> str:
-    return result_key(
-        sae,
-        lm,
-        [
-            params.core_eval.model_dump(),
-            params.token_mask.model_dump(),
-            fingerprint(text.tokens.tolist()),
-            text.predictions.about,
-            text.sparsity.about,
-            lab,
-        ],
-        __name__,
-    )
+def _inputs(params: Params, text: _Text, lab: bool) -> list[Any]:
+    return [
+        params.core_eval.model_dump(),
+        params.token_mask.model_dump(),
+        fingerprint(text.tokens.tolist()),
+        text.predictions.about,
+        text.sparsity.about,
+        lab,
+    ]
 
 
 # --- sparsity and variance -------------------------------------------------------------------
 
 
-def _sparsity(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Any]:
+def _sparsity(group: _Group, scores: Scores) -> dict[str, Any]:
     """Both definitions' statistics of reconstruction and sparsity for every SAE, family by family."""
-    cache = ResultCache("core_sparsity")
-    found = {name: cache.get(keys[name]) for name in group.saes}
-    missing = {name: sae for name, sae in group.saes.items() if found[name] is None}
     batches = group.params.core_eval.n_eval_sparsity_variance_batches
-    with tqdm(
-        total=len(missing) * batches, desc="sparsity and variance", unit="SAE·batch", dynamic_ncols=True, disable=not missing
-    ) as bar:
+    with scores.progress("sparsity and variance", "SAE·batch", batches) as bar:
 
         def score(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
             for name, done in _sparsity_of(family, group, bar).items():
-                with guard.on(name):
+                with scores.guard.on(name):
                     check_finite(done)
-                    cache.put(keys[name], done)
                     yield name, done
 
-        found |= dict(guard.each(missing, score))
-    return found
+        scores.fill(score, bar, step=0)
+    return scores.left()
 
 
 class _SparsityState:
@@ -270,29 +255,31 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
 # --- predictions -----------------------------------------------------------------------------
 
 
-def _predictions(group: _Group, keys: dict[str, str], guard: Guard) -> dict[str, Sums]:
+def _predictions(group: _Group, members: Group, keys: dict[str, str], guard: Guard) -> dict[str, Sums]:
     """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
-    cache = ResultCache("core_predictions")
-    totals: dict[str, Sums] = {name: {} for name in group.saes}
     batches = group.numbers(0, group.params.core_eval.n_eval_reconstruction_batches)
-    ablation = None
-    with tqdm(total=len(batches) * len(group.saes), desc="patched predictions", unit="SAE·batch", dynamic_ncols=True) as bar:
-        for number, index in enumerate(batches):
-            found = {name: cache.get(f"{keys[name]}-{number}") for name in guard.left(group.saes)}
-            missing = {name: group.saes[name] for name in found if found[name] is None}
-            bar.update(len(group.saes) - len(missing))
-            if missing:
+    by_batch = {name: {number: f"{key}-{number}" for number in range(len(batches))} for name, key in keys.items()}
+    scores, ablation = Scores("core_predictions", members, by_batch, guard), None
+    with scores.progress("patched predictions", "SAE·batch") as bar:
+        for saes in scores.opened():
+            for number, index in enumerate(batches):
+                if not scores.without(saes, number):
+                    continue
                 batch = group.pool.batch(index)
                 if ablation is None:
                     ablation = _Ablation(_zero_logits(group, batch), group.mean_activation)
-                for name, sums in _predict_batch(group, missing, batch, ablation, guard):
-                    cache.put(f"{keys[name]}-{number}", sums)
-                    found[name] = sums
+                for name, sums in _predict_batch(group, scores.without(saes, number), batch, ablation, guard):
+                    scores.keep(name, number, sums)
                     bar.update()
-            for name in guard.left(found):
-                for key, value in found[name].items():
-                    totals[name][key] = np.add(totals[name].get(key, 0.0), value).tolist()
-    return totals
+    return {name: _total(by_number.values()) for name, by_number in scores.left().items()}
+
+
+def _total(parts: Iterable[Sums]) -> Sums:
+    total: Sums = {}
+    for sums in parts:
+        for key, value in sums.items():
+            total[key] = np.add(total.get(key, 0.0), value).tolist()
+    return total
 
 
 class _Ablation(NamedTuple):
@@ -374,7 +361,7 @@ def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tenso
 # --- results ---------------------------------------------------------------------------------
 
 
-def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
+def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
     params, config = group.params, group.params.core_eval
     tokens = config.batch_size_prompts * group.text.tokens.shape[1]
     metrics = {
@@ -418,6 +405,13 @@ def _result(name: str, sae: SparseAutoencoder, group: _Group, sparsity: dict[str
         "compute_featurewise_density_statistics": True,
         "compute_featurewise_weight_based_metrics": True,
     }
-    return harness.core_output(
-        bench_config, minus_one_for_nan(metrics), sparsity["details"], unstructured, harness.envelope(name, sae, "core")
+    return harness.output(
+        "core",
+        name,
+        info,
+        config=bench_config,
+        metrics=minus_one_for_nan(metrics),
+        details=sparsity["details"],
+        unstructured=unstructured,
+        sae_bench="core:CoreEvalOutput",
     )

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +27,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sae_research.config.params import MetaSAE, Params
+from sae_research.config.evaluation_params import MetaSAE
+from sae_research.config.params import Params
 from sae_research.evals import harness
+from sae_research.evals.harness import infos_of, made_once
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Guard
+from sae_research.saes.base import Guard, SAEInfo
 from sae_research.saes.registry import code_fingerprint
 from sae_research.stats.intervals import interval, ratio
 from sae_research.training.products import Support, decode_at, encode_at
@@ -118,54 +120,54 @@ def train_meta_sae(rows_ND: Tensor, config: MetaSAE, seed: int) -> BatchTopKSAE:
     return sae
 
 
-EVAL_TYPE = "meta_structure_decoder_variance"
 _STOCK_EVAL_ROWS = 4096
 _CLUSTERS = 256
 """Rows are pooled at random into so many groups for the interval."""
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `MetaStructureEvalOutput` in plain data.
 
     An SAE whose decoder rows do not vary, or whose meta-SAE has no figures, is skipped. `lm` only says the device.
     """
-    cache, guard = ResultCache("meta_sae"), Guard(stage.skip)
+    guard, infos = Guard(stage.skip), infos_of(saes)
     dictionaries = shared_dictionaries(saes)
     stage.notes["shared_dictionaries"] = {name: first for name, first in dictionaries.items() if name != first}
     found: dict[str, dict[str, Any]] = {}
     with tqdm(
         total=len(set(dictionaries.values())), desc="train meta-SAEs", unit="dictionary", dynamic_ncols=True, file=sys.stderr
     ) as bar:
-        for name, sae in saes.items():
-            first = dictionaries[name]
+        for name, first in dictionaries.items():
             with guard.on(name):
                 if first not in found:
                     bar.update()
-                    found[first] = _of_dictionary(saes[first].W_dec, params, lm.device, cache)
-                yield name, _result(name, sae, params, found[first])
+                    found[first] = _of_dictionary(saes[first].W_dec, params, lm.device)
+                yield name, _result(name, infos[name], params, found[first])
 
 
-def shared_dictionaries(saes: dict[str, SparseAutoencoder]) -> dict[str, str]:
-    """SAE -> the first SAE with the same decoder rows, up to the rounding of their normalisation."""
-    firsts: list[str] = []
+def shared_dictionaries(saes: Mapping[str, SparseAutoencoder]) -> dict[str, str]:
+    """SAE -> the first SAE with the same decoder rows, up to the rounding of their normalisation. Of every SAE a corner of
+    its rows is kept; only where two agree are both opened."""
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=1e-5, atol=1e-6)
+
+    corners: dict[str, tuple[torch.Size, Tensor]] = {}
     found = {}
-    for name, sae in saes.items():
-        same = (
-            first
-            for first in firsts
-            if saes[first].W_dec.shape == sae.W_dec.shape
-            and torch.allclose(saes[first].W_dec.float(), sae.W_dec.float(), rtol=1e-5, atol=1e-6)
-        )
-        found[name] = next(same, name)
+    for name in saes:
+        rows = saes[name].W_dec
+        shape, corner = rows.shape, rows[:64, :64].clone()
+        alike = (first for first, (size, its) in corners.items() if size == shape and same(its, corner))
+        found[name] = next((first for first in alike if same(saes[first].W_dec, rows)), name)
         if found[name] == name:
-            firsts.append(name)
+            corners[name] = shape, corner
     return found
 
 
-def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: ResultCache) -> dict[str, Any]:
-    """Figures of every seed, from the cache if there. Raises `UserError` where the rows do not vary."""
+def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device) -> dict[str, Any]:
+    """Figures of every seed, kept in the result cache. Raises `UserError` where the rows do not vary."""
     rows_ND = W_dec.detach().float().to(device)
     if not bool((rows_ND != rows_ND[0]).any()):
         raise UserError("the rows of its decoder do not vary")
@@ -178,16 +180,13 @@ def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device, cache: R
             code_fingerprint(__name__),
         ]
     )
-    seeds = []
-    for number in range(config.n_seeds):
-        key = fingerprint([one_seed, params.random_seed, number])[:40]
-        figures = cache.get(key)
-        if figures is None:
-            seed = int(fingerprint([params.random_seed, "meta_sae", number])[:12], 16)
-            figures = measure(train_meta_sae(rows_ND, config, seed), rows_ND)
-            cache.put(key, figures)
-        seeds.append(figures)
-    return {"seeds": seeds}
+
+    def of_seed(number: int) -> dict[str, Any]:
+        seed = int(fingerprint([params.random_seed, "meta_sae", number])[:12], 16)
+        return measure(train_meta_sae(rows_ND, config, seed), rows_ND)
+
+    keys = [fingerprint([one_seed, params.random_seed, number])[:40] for number in range(config.n_seeds)]
+    return {"seeds": [made_once("meta_sae", key, partial(of_seed, number)) for number, key in enumerate(keys)]}
 
 
 @torch.no_grad()
@@ -221,17 +220,17 @@ def _by_group(values: Tensor, groups: Tensor, count: int) -> list[float]:
     return np.bincount(groups.numpy(), values.double().cpu().numpy(), minlength=count).tolist()
 
 
-def _result(name: str, sae: SparseAutoencoder, params: Params, found: dict[str, Any]) -> dict[str, Any]:
-    seeds, config = found["seeds"], params.meta_sae
-    return {
-        **harness.envelope(name, sae, EVAL_TYPE),
-        "eval_type_id": EVAL_TYPE,
-        "eval_config": _sae_bench_config(config, params.random_seed),
+def _result(name: str, info: SAEInfo, params: Params, found: dict[str, Any]) -> dict[str, Any]:
+    seeds = found["seeds"]
+    return harness.output(
+        "meta_sae",
+        name,
+        info,
+        config=_sae_bench_config(params.meta_sae, params.random_seed),
         # no time in results: equal runs write equal bytes
-        "eval_result_metrics": {"meta_structure": {**seeds[0]["sae_bench"], "train_time_seconds": 0.0}},
-        "eval_result_details": [],
-        "eval_result_unstructured": {harness.LAB: _lab_block(seeds, params.random_seed)},
-    }
+        metrics={"meta_structure": {**seeds[0]["sae_bench"], "train_time_seconds": 0.0}},
+        unstructured={harness.LAB: _lab_block(seeds, params.random_seed)},
+    )
 
 
 def _sae_bench_config(config: MetaSAE, seed: int) -> dict[str, Any]:

@@ -21,18 +21,16 @@ token alone. Here the SAE's own hook, the entity's own last token, and whole pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import by_hook, model_key, result_key
+from sae_research.evals.harness import Group, by_hook, made_once, model_key
 from sae_research.evals.ravel.patches import (
     Pair,
     Problem,
@@ -45,18 +43,17 @@ from sae_research.evals.ravel.patches import (
 )
 from sae_research.evals.ravel.prompts import Known, known_prompts, right, right_sae_bench
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import NotApplicable
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Family, Guard
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.stats.intervals import Ratio, interval, ratio, stored
 
 
 def ravel_result(
     name: str,
-    sae: SparseAutoencoder,
+    info: SAEInfo,
     known: Sequence[Known],
     tasks: Sequence[Task],
     findings: Mapping[str, Any],
@@ -66,48 +63,43 @@ def ravel_result(
 ) -> dict[str, Any]:
     """A validated `RAVELEvalOutput` as plain data. findings: task -> definition -> latents and answers; whole: task ->
     answers when the whole activation is patched."""
-    from sae_bench.evals.ravel import eval_output as types
-    from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
-
     stock = {
         task.name: sae_bench_scores(known, task.sae_bench.test, findings[task.name]["sae_bench"]["answers"])
         for task in tasks
     }
-    config = params.ravel
-    return asdict(
-        types.RAVELEvalOutput(
-            eval_config=RAVELEvalConfig(
-                entity_attribute_selection=config.entity_attribute_selection,
-                top_n_entities=config.top_n_entities,
-                full_dataset_downsample=config.full_dataset_downsample,
-                random_seed=params.random_seed,
-                num_pairs_per_attribute=config.num_pairs_per_attribute,
-                train_test_split=config.train_test_split,
-                model_name=lm.name,
-                llm_dtype=params.model.torch_dtype,
-                llm_batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                num_epochs=config.num_epochs,
-                n_generated_tokens=config.n_generated_tokens,
-            ),
-            eval_result_metrics=types.RAVELMetricCategories(
-                ravel=types.RAVELMetricResults(**_stock_names(mean_scores(stock, tasks), "disentanglement_score"))
-            ),
-            eval_result_details=[],
-            eval_result_unstructured={
-                **{
-                    f"{kind}_results": {
-                        task.name: _stock_names(stock[task.name], "disentangle_score")
-                        for task in tasks
-                        if task.entity_class == kind
-                    }
-                    for kind in dict.fromkeys(t.entity_class for t in tasks)
-                },
-                harness.LAB: _lab(known, tasks, findings, whole, params.random_seed),
-            },
-            **harness.envelope(name, sae, "ravel"),
-        )
+    by_class = {
+        f"{kind}_results": {
+            task.name: _stock_names(stock[task.name], "disentangle_score") for task in tasks if task.entity_class == kind
+        }
+        for kind in dict.fromkeys(task.entity_class for task in tasks)
+    }
+    return harness.output(
+        "ravel",
+        name,
+        info,
+        config=_config(lm, params),
+        metrics={"ravel": _stock_names(mean_scores(stock, tasks), "disentanglement_score")},
+        unstructured={**by_class, harness.LAB: _lab(known, tasks, findings, whole, params.random_seed)},
+        sae_bench="ravel:RAVELEvalOutput",
     )
+
+
+def _config(lm: LanguageModel, params: Params) -> dict[str, Any]:
+    config = params.ravel
+    return {
+        "entity_attribute_selection": config.entity_attribute_selection,
+        "top_n_entities": config.top_n_entities,
+        "full_dataset_downsample": config.full_dataset_downsample,
+        "random_seed": params.random_seed,
+        "num_pairs_per_attribute": config.num_pairs_per_attribute,
+        "train_test_split": config.train_test_split,
+        "model_name": lm.name,
+        "llm_dtype": params.model.torch_dtype,
+        "llm_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "num_epochs": config.num_epochs,
+        "n_generated_tokens": config.n_generated_tokens,
+    }
 
 
 def _lab(
@@ -252,7 +244,7 @@ Findings = dict[str, dict[str, dict[str, Any]]]
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `RAVELEvalOutput` in plain data.
 
@@ -262,12 +254,12 @@ def evaluate(
     facts, guard = known_prompts(lm, params, stage), Guard(stage.skip)
     stage.notes["pairs_per_attribute"] = f"{params.ravel.num_pairs_per_attribute} of either kind (SAE Bench: 5000)"
     asked = False
-    for hook, members in by_hook(saes).items():
-        group = PromptActivations(lm, hook, facts, params)
+    for members in by_hook(saes):
+        group = PromptActivations(lm, members.hook, facts, params)
         tasks = build_tasks(facts, group.usable, params, stage)
         if not tasks:
             stage.skip(
-                hook,
+                members.hook,
                 f"no attribute has pairs enough; {len(group.usable)} of {len(facts)} prompts have an entity "
                 "token that counts (token_mask)",
             )
@@ -276,15 +268,15 @@ def evaluate(
         asked = True
         for name, findings in _findings(members, group, tasks, params, guard).items():
             with guard.on(name):
-                yield name, ravel_result(name, members[name], facts, tasks, findings, whole, params, lm)
+                yield name, ravel_result(name, members.infos[name], facts, tasks, findings, whole, params, lm)
     if not asked:
         raise NotApplicable("; ".join(f"{what}: {why}" for what, why in stage.skipped.items()))
 
 
 def _findings(
-    members: dict[str, SparseAutoencoder], group: PromptActivations, tasks: list[Task], params: Params, guard: Guard
+    members: Group, group: PromptActivations, tasks: list[Task], params: Params, guard: Guard
 ) -> dict[str, Findings]:
-    """Of every SAE at a hook that can be scored, from the cache or afresh."""
+    """Of every SAE at a hook that can be scored."""
 
     def score(family: Family) -> Iterator[tuple[str, Findings]]:
         latents = group.entity_latents(family)
@@ -292,17 +284,11 @@ def _findings(
             with guard.on(name):
                 yield name, findings_of(Swap(sae, latents.pop(name), group), tasks, params)
 
-    cache, facts = ResultCache("ravel"), _inputs(group.known, params)
-    keys = {name: result_key(sae, group.lm, facts, __name__) for name, sae in members.items()}
-    found = {name: cache.get(keys[name]) for name in members}
-    missing = {name: sae for name, sae in members.items() if found[name] is None}
-    with tqdm(total=len(missing), desc="masks", unit="SAE", dynamic_ncols=True, disable=not missing) as bar:
-        for name, findings in guard.each(missing, score):
-            with guard.on(name):
-                cache.put(keys[name], findings)
-                found[name] = findings
-            bar.update()
-    return guard.left(found)
+    keys = members.keys(group.lm, _inputs(group.known, params), __name__)
+    scores = harness.Scores("ravel", members, keys, guard)
+    with scores.progress("masks") as bar:
+        scores.fill(score, bar)
+    return scores.left()
 
 
 def findings_of(
@@ -331,16 +317,15 @@ def _mix(swap: Swap, taken: Tensor, keeps_error: bool, part: Sequence[Pair]) -> 
 
 def _whole_activation(group: PromptActivations, tasks: list[Task], params: Params) -> dict[str, list[str]]:
     """Answers to every task's held-out pairs when the source's whole activation is put in; kept in the cache."""
-    lm, cache = group.lm, ResultCache("ravel")
-    key = model_key(lm, ["whole", group.hook, _inputs(group.known, params)], __name__)
-    found = cache.get(key)
-    if found is None:
-        found = {
+    key = model_key(group.lm, ["whole", group.hook, _inputs(group.known, params)], __name__)
+    return made_once(
+        "ravel",
+        key,
+        lambda: {
             task.name: _ask(group, task.lab.test, lambda part: group.entity[[pair.source for pair in part]], params)
             for task in tasks
-        }
-        cache.put(key, found)
-    return found
+        },
+    )
 
 
 def _ask(

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_research.config.evaluation_params import Ravel as Config
 from sae_research.config.params import Params
-from sae_research.config.params import Ravel as Config
 from sae_research.evals.ravel.prompts import Known, Prompt, answer_text, by_length, names, rows_at_once
 from sae_research.lm import LanguageModel
 from sae_research.lm.activations import HookActivations

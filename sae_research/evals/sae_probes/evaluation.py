@@ -11,20 +11,17 @@ keyed by the SAE's name alone.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import by_hook, model_key, result_key
+from sae_research.evals.harness import Group, by_hook, model_key
 from sae_research.evals.sae_probes.probes import (
     Scores,
     full_scores,
@@ -47,8 +44,8 @@ from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
-from sae_research.saes import SparseAutoencoder, families
-from sae_research.saes.base import Family, Guard
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.stats.intervals import packed
 from sae_research.text.tasks import TaskUnavailable
 
@@ -58,12 +55,12 @@ test texts. A probe is `llm` (all dimensions of the activations) or `top_<k>`.""
 
 METRICS = ("accuracy", "auc", "f1")
 _SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
-EVAL_TYPE = "sparse_probing_sae_probes"
+KIND = "sparse_probing_sae_probes"
 
 
 def result(
     name: str,
-    sae: SparseAutoencoder,
+    info: SAEInfo,
     model_name: str,
     params: Params,
     tasks: list[ProbeTask],
@@ -83,10 +80,11 @@ def result(
         for probe in next(iter(bench.values()))
     }
     flat = _flat(means)
-    return {
-        **harness.envelope(name, sae, EVAL_TYPE),
-        "eval_type_id": EVAL_TYPE,
-        "eval_config": {
+    plain = harness.output(
+        KIND,
+        name,
+        info,
+        config={
             "model_name": model_name,
             "random_seed": params.random_seed,
             "dataset_names": [task.name for task in tasks],
@@ -99,16 +97,13 @@ def result(
             "include_llm_baseline": True,
             "baseline_method": "logreg",
         },
-        "eval_result_metrics": {
-            "llm": {key: value for key, value in flat.items() if key.startswith("llm_")},
-            "sae": {key: value for key, value in flat.items() if key.startswith("sae_")},
-        },
-        "eval_result_details": [
+        metrics={part: {key: value for key, value in flat.items() if key.startswith(f"{part}_")} for part in ("llm", "sae")},
+        details=[
             {"dataset_name": task, **_flat(probes), "sae_metrics_by_k": _by_k(probes)} for task, probes in bench.items()
         ],
-        "sae_metrics_by_k": _by_k(means),
-        "eval_result_unstructured": {harness.LAB: _lab_block(tasks, rows, raw, found, params.random_seed)},
-    }
+        unstructured={harness.LAB: _lab_block(tasks, rows, raw, found, params.random_seed)},
+    )
+    return {**plain, "sae_metrics_by_k": _by_k(means)}
 
 
 def _flat(probes: dict[str, dict[str, float]]) -> dict[str, float | None]:
@@ -199,7 +194,7 @@ class _Texts(NamedTuple):
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingSaeProbesEvalOutput` in plain data.
 
@@ -209,15 +204,15 @@ def evaluate(
     texts, guard = _load(lm, params, stage), Guard(stage.skip)
     first = texts.rows[texts.tasks[0].name]
     sample = first[np.linspace(0, len(first) - 1, min(_NORM_SAMPLE, len(first))).astype(int)]
-    for hook, members in by_hook(saes).items():
-        norm = TypicalNorm(lm, hook, [texts.tokens[i] for i in sample], params)
+    for members in by_hook(saes):
+        norm = TypicalNorm(lm, members.hook, [texts.tokens[i] for i in sample], params)
         raw, found = _HookScores(members, norm, texts, params, guard).compute()
-        for name, sae in guard.left(members).items():
+        for name, info in guard.left(members.infos).items():
             for k in params.sparse_probing_sae_probes.k_values:
-                if k > sae.cfg.d_sae:
-                    stage.skip(f"{name}, k = {k}", f"the SAE has {sae.cfg.d_sae} latents")
+                if k > info.cfg.d_sae:
+                    stage.skip(f"{name}, k = {k}", f"the SAE has {info.cfg.d_sae} latents")
             with guard.on(name):
-                yield name, result(name, sae, lm.name, params, texts.tasks, texts.rows, raw, found[name])
+                yield name, result(name, info, lm.name, params, texts.tasks, texts.rows, raw, found[name])
 
 
 def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
@@ -243,71 +238,50 @@ def _load(lm: LanguageModel, params: Params, stage: StageFolder) -> _Texts:
 class _HookScores:
     """Every probe on SAEs that read one hook, group of tasks by group of tasks, family by family."""
 
-    def __init__(self, saes: Family, norm: TypicalNorm, texts: _Texts, params: Params, guard: Guard) -> None:
-        self.saes, self.norm, self.texts, self.params, self.guard = saes, norm, texts, params, guard
+    def __init__(self, members: Group, norm: TypicalNorm, texts: _Texts, params: Params, guard: Guard) -> None:
+        self.members, self.norm, self.texts, self.params, self.guard = members, norm, texts, params, guard
         self.config = params.sparse_probing_sae_probes
-        self.cache = ResultCache("sparse_probing_sae_probes")
-        task_keys = {task.name: texts.key(task) for task in texts.tasks}
+        tasks = {task.name: texts.key(task) for task in texts.tasks}
         shared = [self.config.k_values, params.token_mask.model_dump(), params.random_seed, norm.key, norm.hook]
-        self.keys = {}
-        for name, sae in saes.items():
-            base = result_key(sae, norm.lm, shared, __name__)
-            self.keys |= {(name, task): fingerprint([base, key])[:40] for task, key in task_keys.items()}
-        self.raw_keys = {task: model_key(norm.lm, ["raw", shared, key], __name__) for task, key in task_keys.items()}
+        keys = {
+            name: {task: fingerprint([base, key])[:40] for task, key in tasks.items()}
+            for name, base in members.keys(norm.lm, shared, __name__).items()
+        }
+        self.scores = harness.Scores(KIND, members, keys, guard)
+        self.raw_keys = {task: model_key(norm.lm, ["raw", shared, key], __name__) for task, key in tasks.items()}
 
     def compute(self) -> tuple[dict[str, Record], dict[str, dict[str, Record]]]:
         """Records of the raw activations by task, and of every SAE by name and task."""
-        raw = {task: self.cache.get(key) for task, key in self.raw_keys.items()}
-        found: dict[str, dict[str, Any]] = {name: {} for name in self.saes}
-        for (name, task), key in self.keys.items():
-            found[name][task] = self.cache.get(key)
-        missing = sum(record is None for records in found.values() for record in records.values())
-        with tqdm(
-            total=missing, desc="encode and probe", unit="task", dynamic_ncols=True, disable=not missing, file=sys.stderr
-        ) as bar:
-            lacking = [
-                task
-                for task in self.texts.tasks
-                if raw[task.name] is None or any(records[task.name] is None for records in found.values())
-            ]
+        raw = {task: ResultCache(KIND).get(key) for task, key in self.raw_keys.items()}
+        lacking = [task for task in self.texts.tasks if raw[task.name] is None or self.scores.lacking([task.name])]
+        with self.scores.progress("encode and probe", "task") as bar:
             for group in self.texts.groups(lacking):
-                self._group(group, raw, found, bar)
-        return raw, found
+                self._group({task.name: task for task in group}, raw, bar)
+        return raw, self.scores.left()
 
-    def _group(self, group: list[ProbeTask], raw: dict[str, Any], found: dict[str, dict[str, Any]], bar: Any) -> None:
-        missing = {
-            name: sae
-            for name, sae in self.guard.left(self.saes).items()
-            if any(found[name][task.name] is None for task in group)
-        }
-        numbers = torch.cat([self.texts.rows[task.name] for task in group]).unique()
+    def _group(self, group: dict[str, ProbeTask], raw: dict[str, Any], bar: Any) -> None:
+        numbers = torch.cat([self.texts.rows[task] for task in group]).unique()
         last = LastTokens(
             [self.texts.tokens[i] for i in numbers],
             self.norm,
             self.params,
-            whole=not all(sae.per_token for sae in self.saes.values()),
+            whole=not all(info.per_token for info in self.members.infos.values()),
         )
-        index = {task.name: torch.searchsorted(numbers, self.texts.rows[task.name]) for task in group}
-        for task in group:
-            if raw[task.name] is None:
-                rows = index[task.name]
-                raw[task.name] = self._raw_record(task, Vectors(last.raw.sae_bench[rows], last.raw.lab[rows]))
-                self.cache.put(self.raw_keys[task.name], raw[task.name])
-        for names in families(missing):
-            for task in group:
-                family = self.guard.left({name: missing[name] for name in names})
-                if all(found[name][task.name] for name in family):
-                    continue
-                for name, record in self.guard.each(family, partial(self._records, task, last, index[task.name])):
-                    with self.guard.on(name):
-                        self.cache.put(self.keys[name, task.name], record)
-                        found[name][task.name] = record
-                    bar.update()
+        index = {task: torch.searchsorted(numbers, self.texts.rows[task]) for task in group}
+        for name, task in group.items():
+            rows = index[name]
+            raw[name] = harness.made_once(
+                KIND,
+                self.raw_keys[name],
+                lambda task=task, rows=rows: self._raw_record(task, Vectors(last.raw.sae_bench[rows], last.raw.lab[rows])),
+            )
 
-    def _records(self, task: ProbeTask, last: LastTokens, rows: Tensor, family: Family) -> Iterator[tuple[str, Record]]:
-        for name, latents in last.latents(family, rows):
-            with self.guard.on(name):
-                yield name, self._record(task, latents)
+        def score(task: str, family: Family) -> Iterator[tuple[str, Record]]:
+            for name, latents in last.latents(family, index[task]):
+                with self.guard.on(name):
+                    yield name, self._record(group[task], latents)
+
+        self.scores.fill(score, bar, list(group))
 
     def _raw_record(self, task: ProbeTask, activations: Vectors) -> Record:
         """The probe on all dimensions of the activations."""

@@ -28,7 +28,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from sae_research.config.params import Params, SparseProbingSaeProbes, TokenMask
+from sae_research.config.evaluation_params import SparseProbingSaeProbes
+from sae_research.config.params import Params, TokenMask
 from sae_research.lm import Batch, LanguageModel, token_mask
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.cache import cache_dir, new_entry, prune, usable

@@ -15,90 +15,53 @@ What SCR and TPP share: texts once, probes once per hook point, then every SAE s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import by_hook, load_tasks, need_one, result_key
+from sae_research.evals.harness import Scores, by_hook, load_tasks, need_one
 from sae_research.evals.probing import Means, ProbeTask, TextsByTask, brought_in, text_numbers, tokenise
 from sae_research.evals.scr_tpp import ablation, measures
 from sae_research.evals.scr_tpp.ablation import Definition, Probes, View, decoder_matrix
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Family, Guard
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.text.crossed_tasks import CrossedTask, load_crossed_tasks
 from sae_research.text.tasks import Task
 
 Metrics = dict[str, float]
 
 
-def scr_output(
+def _result(
+    study: Study,
     name: str,
-    sae: SparseAutoencoder,
+    info: SAEInfo,
     lm: LanguageModel,
     params: Params,
-    settings: Settings,
     tasks: dict[str, Metrics],
-    pairs: dict[str, tuple[str, str]],
     lab: dict[str, Any],
+    pairs: dict[str, tuple[str, str]] | None = None,
+    classes: dict[str, dict[str, Metrics]] | None = None,
 ) -> dict[str, Any]:
-    """A validated `ScrEvalOutput` as plain data. tasks: SAE Bench's figures by task; pairs: the first attribute's
-    values by task; lab: our block."""
-    from sae_bench.evals.scr_and_tpp import eval_output as types
-
-    return asdict(
-        types.ScrEvalOutput(
-            eval_config=_config(lm, params, settings, list(tasks), scr=True, pairs=pairs),
-            eval_result_metrics=types.ScrMetricCategories(
-                scr_metrics=types.ScrMetrics(**_known(types.ScrMetrics, _average(list(tasks.values()))))
-            ),
-            eval_result_details=[
-                types.ScrResultDetail(dataset_name=f"{task}_results", **_known(types.ScrResultDetail, values))
-                for task, values in tasks.items()
-            ],
-            eval_result_unstructured={harness.LAB: _with_cap(lab, sae, settings)},
-            **harness.envelope(name, sae, "scr"),
-        )
-    )
-
-
-def tpp_output(
-    name: str,
-    sae: SparseAutoencoder,
-    lm: LanguageModel,
-    params: Params,
-    settings: Settings,
-    tasks: dict[str, Metrics],
-    classes: dict[str, dict[str, Metrics]],
-    lab: dict[str, Any],
-) -> dict[str, Any]:
-    """A validated `TppEvalOutput` as plain data. tasks and classes: SAE Bench's figures by task, and by task and
-    class; lab: our block."""
-    from sae_bench.evals.scr_and_tpp import eval_output as types
-
-    return asdict(
-        types.TppEvalOutput(
-            eval_config=_config(lm, params, settings, list(tasks), scr=False, pairs={}),
-            eval_result_metrics=types.TppMetricCategories(
-                tpp_metrics=types.TppMetrics(**_known(types.TppMetrics, _average(list(tasks.values()))))
-            ),
-            eval_result_details=[
-                types.TppResultDetail(dataset_name=f"{task}_tpp_results", **_known(types.TppResultDetail, values))
-                for task, values in tasks.items()
-            ],
-            eval_result_unstructured={**classes, harness.LAB: _with_cap(lab, sae, settings)},
-            **harness.envelope(name, sae, "tpp"),
-        )
+    """tasks: SAE Bench's figures by task; pairs (SCR): the first attribute's values by task; classes (TPP): the figures
+    by task and class; lab: our block."""
+    suffix = "_tpp_results" if study.kind == "tpp" else "_results"
+    return harness.output(
+        study.kind,
+        name,
+        info,
+        config=_config(lm, params, study, list(tasks), pairs or {}),
+        metrics={f"{study.kind}_metrics": _average(list(tasks.values()))},
+        details=[{"dataset_name": f"{task}{suffix}", **values} for task, values in tasks.items()],
+        unstructured={**(classes or {}), harness.LAB: _with_cap(lab, info, study.settings)},
+        sae_bench=f"scr_and_tpp:{study.kind.capitalize()}EvalOutput",
     )
 
 
@@ -109,40 +72,34 @@ def _average(tasks: Sequence[Metrics]) -> Metrics:
     return {key: sum(values) / len(values) for key, values in having.items()}
 
 
-def _known(output_type: type, metrics: Metrics) -> Metrics:
-    names = {field.name for field in fields(output_type)}
-    return {key: value for key, value in metrics.items() if key in names}
-
-
-def _with_cap(lab: dict[str, Any], sae: SparseAutoencoder, settings: Settings) -> dict[str, Any]:
-    capped = {str(n): sae.cfg.d_sae for n in sorted(set(settings.n_values)) if n > sae.cfg.d_sae}
+def _with_cap(lab: dict[str, Any], info: SAEInfo, settings: Settings) -> dict[str, Any]:
+    capped = {str(n): info.cfg.d_sae for n in sorted(set(settings.n_values)) if n > info.cfg.d_sae}
     return {**lab, "thresholds_capped": capped} if capped else lab
 
 
 def _config(
-    lm: LanguageModel, params: Params, settings: Settings, tasks: list[str], scr: bool, pairs: dict[str, tuple[str, str]]
-) -> Any:
-    from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+    lm: LanguageModel, params: Params, study: Study, tasks: list[str], pairs: dict[str, tuple[str, str]]
+) -> dict[str, Any]:
+    settings = study.settings
+    return {
+        "random_seed": params.random_seed,
+        "dataset_names": tasks,
+        "perform_scr": study.kind == "scr",
+        "train_set_size": settings.train_set_size,
+        "test_set_size": settings.test_set_size,
+        "context_length": settings.context_length,
+        "probe_epochs": settings.probe_epochs,
+        "early_stopping_patience": settings.probe_epochs,
+        "sae_batch_size": params.model.llm_batch_size,
+        "llm_batch_size": params.model.llm_batch_size,
+        "llm_dtype": params.model.torch_dtype,
+        "model_name": lm.name,
+        "n_values": list(settings.n_values),
+        "column1_vals_lookup": {task: [pair] for task, pair in pairs.items()},
+    }
 
-    return ScrAndTppEvalConfig(
-        random_seed=params.random_seed,
-        dataset_names=tasks,
-        perform_scr=scr,
-        train_set_size=settings.train_set_size,
-        test_set_size=settings.test_set_size,
-        context_length=settings.context_length,
-        probe_epochs=settings.probe_epochs,
-        early_stopping_patience=settings.probe_epochs,
-        sae_batch_size=params.model.llm_batch_size,
-        llm_batch_size=params.model.llm_batch_size,
-        llm_dtype=params.model.torch_dtype,
-        model_name=lm.name,
-        n_values=list(settings.n_values),
-        column1_vals_lookup={task: [pair] for task, pair in pairs.items()},
-    )
 
-
-SAEs = dict[str, SparseAutoencoder]
+SAEs = Mapping[str, SparseAutoencoder]
 Views = dict[Definition, dict[str, View]]
 
 
@@ -196,8 +153,8 @@ def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
         __name__,
     )
     pairs = {task.name: task.first for task in tasks}
-    for name, found in evaluate(study, saes, lm, params, stage):
-        yield name, scr_output(name, saes[name], lm, params, settings, found["sae_bench"], pairs, found["lab"])
+    for name, info, found in evaluate(study, saes, lm, params, stage):
+        yield name, _result(study, name, info, lm, params, found["sae_bench"], found["lab"], pairs=pairs)
 
 
 def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFolder) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -245,9 +202,10 @@ def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
         score,
         __name__,
     )
-    for name, found in evaluate(study, saes, lm, params, stage):
-        means = {task: measures.mean_metrics(list(classes.values())) for task, classes in found["sae_bench"].items()}
-        yield name, tpp_output(name, saes[name], lm, params, settings, means, found["sae_bench"], found["lab"])
+    for name, info, found in evaluate(study, saes, lm, params, stage):
+        classes = found["sae_bench"]
+        means = {task: measures.mean_metrics(list(of_class.values())) for task, of_class in classes.items()}
+        yield name, _result(study, name, info, lm, params, means, found["lab"], classes=classes)
 
 
 def tpp_settings(params: Params) -> Settings:
@@ -321,62 +279,48 @@ class Study(NamedTuple):
 
 
 def evaluate(
-    study: Study, saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, what `study.score` returned) of every SAE whose decoder allows it, in the order given."""
+    study: Study, saes: SAEs, lm: LanguageModel, params: Params, stage: StageFolder
+) -> Iterator[tuple[str, SAEInfo, dict[str, Any]]]:
+    """(name, what is known of it, what `study.score` returned) of every SAE whose decoder allows it, in the order given."""
     guard = Guard(stage.skip)
-    cache, thresholds = ResultCache(study.kind), sorted(set(study.settings.n_values))
-    for hook, members in by_hook(saes).items():
-        keys = {name: _key(study, sae, lm, params) for name, sae in members.items()}
-        found = {name: cache.get(keys[name]) for name in members}
-        missing = _linear({name: sae for name, sae in members.items() if found[name] is None}, guard)
-        if missing:
-            group = TextsByTask(lm, hook, study.tokens, study.sizes, params, study.settings.context_length)
-            rows = torch.arange(len(study.tokens))
-            trained = _train(study, group.raw_means(rows), params.random_seed)
-            with tqdm(total=len(missing), desc=f"encode and ablate ({study.kind})", unit="SAE", dynamic_ncols=True) as bar:
-                for name, scores in guard.each(
-                    {name: members[name] for name in missing},
-                    partial(_scores, study, group, rows, trained, missing, thresholds, guard),
-                ):
-                    with guard.on(name):
-                        cache.put(keys[name], scores)
-                        found[name] = scores
-                    bar.update()
-        for name, sae in members.items():
-            if found[name] is not None:
-                _note_cap(stage, name, sae.cfg.d_sae, thresholds)
-                yield name, found[name]
+    thresholds = sorted(set(study.settings.n_values))
+    for members in by_hook(saes):
+        scores = Scores(study.kind, members, members.keys(lm, _inputs(study, params), study.module, __name__), guard)
+        probing = _Probing(study, members.hook, lm, params)
+
+        def score(family: Family, probing: _Probing = probing) -> Iterator[tuple[str, dict[str, Any]]]:
+            matrices = _linear(family, guard)
+            for name, means in probing.group.latent_means(guard.left(family), probing.rows):
+                with guard.on(name):
+                    yield name, study.score(_views(study, probing.trained, means, matrices[name]), thresholds)
+
+        with scores.progress(f"encode and ablate ({study.kind})") as bar:
+            scores.fill(score, bar)
+        for name, found in scores.left().items():
+            info = members.infos[name]
+            _note_cap(stage, name, info.cfg.d_sae, thresholds)
+            yield name, info, found
 
 
-def _scores(
-    study: Study,
-    group: TextsByTask,
-    rows: Tensor,
-    trained: _Trained,
-    matrices: dict[str, Tensor],
-    thresholds: list[int],
-    guard: Guard,
-    family: Family,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, means in group.latent_means(family, rows):
-        with guard.on(name):
-            yield name, study.score(_views(study, trained, means, matrices[name]), thresholds)
+class _Probing:
+    """Texts and probes at one hook, made when the first SAE needs them."""
+
+    def __init__(self, study: Study, hook: str, lm: LanguageModel, params: Params) -> None:
+        self._study, self._seed, self.rows = study, params.random_seed, torch.arange(len(study.tokens))
+        self.group = TextsByTask(lm, hook, study.tokens, study.sizes, params, study.settings.context_length)
+
+    @cached_property
+    def trained(self) -> _Trained:
+        return _train(self._study, self.group.raw_means(self.rows), self._seed)
 
 
-def _key(study: Study, sae: SparseAutoencoder, lm: LanguageModel, params: Params) -> str:
+def _inputs(study: Study, params: Params) -> list[Any]:
     tokens = fingerprint([row.tolist() for row in study.tokens])
     settings = {**study.settings._asdict(), "dataset_names": list(study.tasks)}
-    return result_key(
-        sae,
-        lm,
-        [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(), params.random_seed],
-        study.module,
-        __name__,
-    )
+    return [study.kind, settings, tokens, study.sizes, study.identity, params.token_mask.model_dump(), params.random_seed]
 
 
-def _linear(saes: dict[str, SparseAutoencoder], guard: Guard) -> dict[str, Tensor]:
+def _linear(saes: Family, guard: Guard) -> dict[str, Tensor]:
     """What each SAE's latents add to the reconstruction [d_sae, d_in]; SAEs with another kind of decoder are skipped."""
     matrices = {}
     for name, sae in saes.items():

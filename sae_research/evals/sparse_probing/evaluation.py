@@ -10,18 +10,17 @@ the latents, so that one set of them is one draw of the accuracy: ours is the me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import by_hook, load_tasks, model_key, need_one, result_key
+from sae_research.evals.harness import Group, by_hook, load_tasks, made_once, model_key, need_one
 from sae_research.evals.probing import (
     Draw,
     Means,
@@ -36,17 +35,16 @@ from sae_research.evals.probing import (
 )
 from sae_research.evals.sparse_probing.redrawn import TrainDraws, pool_size, redrawn_correct, train_draws
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Family, Guard
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.setup.evaluated import Evaluated
 from sae_research.stats.intervals import accuracy, interval, packed, unpacked
 from sae_research.text.tasks import Task, load_task
 
-_SAE_BENCH_K = (1, 2, 5, 10, 20, 50, 100)
+KIND = "sparse_probing"
 
 # of one set of features and one task: `sae_bench` -> metric -> class -> accuracy, and `lab` -> metric -> class -> which
 # test rows were right (`intervals.packed`)
@@ -69,7 +67,7 @@ class _Texts(NamedTuple):
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `SparseProbingEvalOutput` in plain data.
 
@@ -78,72 +76,67 @@ def evaluate(
     guard = Guard(stage.skip)
     texts = _load(lm, params, stage)
     stage.notes["tasks"] = texts.notes
-    for hook, members in by_hook(saes).items():
-        group = TextsByTask(lm, hook, texts.tokens, texts.sizes, params, params.sparse_probing.context_length)
+    for members in by_hook(saes):
+        group = TextsByTask(lm, members.hook, texts.tokens, texts.sizes, params, params.sparse_probing.context_length)
         raw, found = _scores(group, members, lm, params, texts, guard)
-        for name, sae in guard.left(members).items():
+        for name, info in guard.left(members.infos).items():
             with guard.on(name):
                 if not any(scores["fires"] for scores in found[name].values()):
                     raise UserError(f"it fires on none of the {len(texts.tokens):,} texts")
-                yield name, _result(name, sae, lm, params, texts, raw, found[name])
+                yield name, _result(name, info, lm, params, texts, raw, found[name])
 
 
 def _scores(
-    group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, texts: _Texts, guard: Guard
+    group: TextsByTask, members: Group, lm: LanguageModel, params: Params, texts: _Texts, guard: Guard
 ) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
-    """Of the raw activations by task, and of every SAE by name and task; each from the cache, or afresh and kept."""
-    cache, keys = ResultCache("sparse_probing"), _keys(group, members, lm, params, texts)
-    found = {name: {task: cache.get(keys[name, task]) for task in texts.tasks} for name in ("", *members)}
-    with tqdm(
-        total=sum(score is None for name in members for score in found[name].values()),
-        desc="encode and probe",
-        unit="SAE·task",
-        dynamic_ncols=True,
-    ) as bar:
-        for task in texts.tasks:
-            rows = _rows(texts, task)
-            if found[""][task] is None:
-                found[""][task] = _accuracies(group.raw_means(rows), texts, task, params, "llm")
-                cache.put(keys["", task], found[""][task])
+    """Of the raw activations by task, and of every SAE by name and task."""
+    rows = {task: _rows(texts, task) for task in texts.tasks}
+    raw_keys, keys = _keys(group, members, lm, params, texts, rows)
+    raw = {
+        task: made_once(KIND, key, lambda t=task: _accuracies(group.raw_means(rows[t]), texts, t, params, "llm"))
+        for task, key in raw_keys.items()
+    }
 
-            def score(family: Family, rows: Tensor = rows, task: str = task) -> Iterator[tuple[str, Scores]]:
-                for name, means in group.latent_means(family, rows):
-                    with guard.on(name):
-                        yield name, _accuracies(means, texts, task, params, "sae")
+    def score(task: str, family: Family) -> Iterator[tuple[str, Scores]]:
+        for name, means in group.latent_means(family, rows[task]):
+            with guard.on(name):
+                yield name, _accuracies(means, texts, task, params, "sae")
 
-            missing = {name: sae for name, sae in guard.left(members).items() if found[name][task] is None}
-            for name, scores in guard.each(missing, score):
-                with guard.on(name):
-                    cache.put(keys[name, task], scores)
-                    found[name][task] = scores
-                bar.update()
-    notes = Evaluated("sparse_probing", lm, params)
-    for name, sae in guard.left(members).items():
-        for task in texts.tasks:
-            notes.note(sae, task, [f"sparse_probing/{keys[name, task]}"])
-    return found.pop(""), found
+    scores = harness.Scores(KIND, members, keys, guard)
+    with scores.progress("encode and probe", "SAE·task") as bar:
+        scores.fill(score, bar, list(texts.tasks))
+    notes = Evaluated(KIND, lm, params)
+    for name, info in guard.left(members.infos).items():
+        for task, key in keys[name].items():
+            notes.note(info, task, [f"{KIND}/{key}"])
+    return raw, scores.left()
 
 
 def _keys(
-    group: TextsByTask, members: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, texts: _Texts
-) -> dict[tuple[str, str], str]:
-    """Keys of the result cache by (SAE, task); the raw activations' name is empty. What the other tasks are is in none."""
+    group: TextsByTask, members: Group, lm: LanguageModel, params: Params, texts: _Texts, rows: dict[str, Tensor]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Keys of the result cache: of the raw activations by task, of SAEs by name and task. What the other tasks are is in
+    none."""
     shared = [
         params.sparse_probing.model_dump(exclude={"dataset_names"}),
         params.token_mask.model_dump(),
         params.random_seed,
     ]
-    of = {name: result_key(sae, lm, shared, __name__) for name, sae in members.items()}
-    of[""] = model_key(lm, ["raw", next(iter(members.values())).cfg.hook_name, shared], __name__)
     drawn = {
         task: [
-            group.key(_rows(texts, task)),
+            group.key(rows[task]),
             {label: [_ids(texts, draw) for draw in probe] for label, probe in classes.items()},
             fingerprint([[_ids(texts, draw) for draw in draws] for draws in texts.draws[task].of_class.values()]),
         ]
         for task, classes in texts.tasks.items()
     }
-    return {(name, task): fingerprint([key, about])[:40] for name, key in of.items() for task, about in drawn.items()}
+
+    def by_task(key: str) -> dict[str, str]:
+        return {task: fingerprint([key, about])[:40] for task, about in drawn.items()}
+
+    return by_task(model_key(lm, ["raw", members.hook, shared], __name__)), {
+        name: by_task(key) for name, key in members.keys(lm, shared, __name__).items()
+    }
 
 
 def _rows(texts: _Texts, task: str) -> Tensor:
@@ -285,7 +278,7 @@ def _ks(features: Tensor, params: Params) -> list[int]:
 
 def _result(
     name: str,
-    sae: SparseAutoencoder,
+    info: SAEInfo,
     lm: LanguageModel,
     params: Params,
     texts: _Texts,
@@ -295,13 +288,14 @@ def _result(
     both = {task: {part: {**raw[task][part], **found[task][part]} for part in ("sae_bench", "lab")} for task in texts.tasks}
     bench = {task: _class_means(parts["sae_bench"]) for task, parts in both.items()}
     averages = _task_means(bench)
-    known = {f"{prefix}_top_{k}_test_accuracy" for prefix in ("llm", "sae") for k in _SAE_BENCH_K}
-    known |= {"llm_test_accuracy", "sae_test_accuracy"}
     unstructured = {f"{task}_results": parts["sae_bench"] for task, parts in both.items()}
     unstructured[harness.LAB] = _lab_block(texts, {task: parts["lab"] for task, parts in both.items()}, params.random_seed)
     config = params.sparse_probing
-    return harness.sparse_probing_output(
-        {
+    return harness.output(
+        KIND,
+        name,
+        info,
+        config={
             "random_seed": params.random_seed,
             "dataset_names": list(texts.tasks),
             "probe_train_set_size": config.probe_train_set_size,
@@ -313,14 +307,12 @@ def _result(
             "model_name": lm.name,
             "k_values": list(config.k_values),
         },
-        {key: value for key, value in averages.items() if key.startswith("llm_") and key in known},
-        {key: value for key, value in averages.items() if key.startswith("sae_") and key in known},
-        [
-            {"dataset_name": f"{task}_results", **{k: v for k, v in values.items() if k in known}}
-            for task, values in bench.items()
-        ],
-        unstructured,
-        harness.envelope(name, sae, "sparse_probing"),
+        metrics={
+            part: {key: value for key, value in averages.items() if key.startswith(f"{part}_")} for part in ("llm", "sae")
+        },
+        details=[{"dataset_name": f"{task}_results", **values} for task, values in bench.items()],
+        unstructured=unstructured,
+        sae_bench="sparse_probing:SparseProbingEvalOutput",
     )
 
 

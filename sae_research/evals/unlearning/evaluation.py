@@ -12,17 +12,16 @@ one-word answers against three other answers. They show how an SAE behaves, not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import by_hook, model_key, result_key
+from sae_research.evals.harness import Scores, by_hook, made_once, model_key
 from sae_research.evals.unlearning import intervention
 from sae_research.evals.unlearning.intervention import (
     DEFINITIONS,
@@ -36,12 +35,11 @@ from sae_research.evals.unlearning.intervention import (
 from sae_research.evals.unlearning.prompts import PACKAGED_QUESTIONS, Known, Prompt, find_known, wordings
 from sae_research.lm import LanguageModel
 from sae_research.lm.activations import HookActivations
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import NotApplicable, UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
-from sae_research.saes.base import Family, Guard
+from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.text.questions import PACKAGED_TOPICS, topic_documents
 from sae_research.text.tokens import pack_documents
 
@@ -52,7 +50,7 @@ Record = dict[str, list[dict[str, Any]]]
 
 def result(
     name: str,
-    sae: SparseAutoencoder,
+    info: SAEInfo,
     model: str,
     params: Params,
     asked: dict[str, Any],
@@ -66,15 +64,18 @@ def result(
     bar = params.unlearning.min_retain_accuracy
     (forget, retain), own = (_matrices(record[definition]) for definition in DEFINITIONS)
     label = {} if stand_in is None else {"stand_in": stand_in}
-    return _unlearning_output(
-        _config(params, model),
-        intervention.unlearning_score(forget, retain, bar),
-        {
+    return harness.output(
+        "unlearning",
+        name,
+        info,
+        config=_config(params, model),
+        metrics={"unlearning": {"unlearning_score": intervention.unlearning_score(forget, retain, bar)}},
+        unstructured={
             **label,
             "configurations": _figures(record["sae_bench"], forget, retain),
             harness.LAB: {**label, "questions": asked, **_lab_block(record["lab"], *own, params)},
         },
-        harness.envelope(name, sae, "unlearning"),
+        sae_bench="unlearning:UnlearningEvalOutput",
     )
 
 
@@ -92,23 +93,6 @@ def _config(params: Params, model: str) -> dict[str, Any]:
         "llm_batch_size": params.model.llm_batch_size,
         "llm_dtype": params.model.torch_dtype,
     }
-
-
-def _unlearning_output(
-    config: dict[str, Any], score: float, unstructured: dict[str, Any], common: dict[str, Any]
-) -> dict[str, Any]:
-    from sae_bench.evals.unlearning import eval_output as types
-    from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
-
-    return asdict(
-        types.UnlearningEvalOutput(
-            eval_config=UnlearningEvalConfig(**config),
-            eval_result_metrics=types.UnlearningMetricCategories(unlearning=types.UnlearningMetrics(unlearning_score=score)),
-            eval_result_details=[],
-            eval_result_unstructured=unstructured,
-            **common,
-        )
-    )
 
 
 def _lab_block(record: list[dict[str, Any]], forget: np.ndarray, retain: np.ndarray, params: Params) -> dict[str, Any]:
@@ -189,7 +173,7 @@ class Material(NamedTuple):
 
 
 def evaluate(
-    saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
+    saes: Mapping[str, SparseAutoencoder], lm: LanguageModel, params: Params, stage: StageFolder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `UnlearningEvalOutput` in plain data.
 
@@ -197,30 +181,22 @@ def evaluate(
     `UserError` for text that cannot be read.
     """
     material, guard = load_material(lm, params, stage), Guard(stage.skip)
-    for hook, members in by_hook(saes).items():
-        cache = ResultCache("unlearning")
-        keys = {name: _key(sae, lm, params, material) for name, sae in members.items()}
-        found = {name: cache.get(keys[name]) for name in members}
-        missing = {name: sae for name, sae in members.items() if found[name] is None}
-        for name, record in measure(missing, lm, hook, params, material, guard):
-            with guard.on(name):
-                cache.put(keys[name], record)
-                found[name] = record
-        for name, sae in guard.left(members).items():
-            if not any(entry["latents"] for entry in found[name]["lab"]):
+    for members in by_hook(saes):
+        scores = Scores("unlearning", members, members.keys(lm, _inputs(params, material), __name__), guard)
+        clamping = Clamping(lm, members.hook, params, material)
+        with scores.progress("clamp and ask") as bar:
+            scores.fill(clamping.score, bar)
+        for name, record in scores.left().items():
+            if not any(entry["latents"] for entry in record["lab"]):
                 stage.notes.setdefault("nothing_to_clamp", {})[name] = NOTHING_TO_CLAMP
             with guard.on(name):
-                yield (
-                    name,
-                    result(
-                        name, sae, lm.name, params, material.asked(), found[name], STAND_IN if stands_in(params) else None
-                    ),
-                )
+                stand_in = STAND_IN if stands_in(params) else None
+                yield name, result(name, members.infos[name], lm.name, params, material.asked(), record, stand_in)
 
 
-def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, material: Material) -> str:
+def _inputs(params: Params, material: Material) -> list[Any]:
     config = params.unlearning
-    values = [
+    return [
         config.retain_thresholds,
         config.n_features_list,
         config.multipliers,
@@ -229,7 +205,6 @@ def _key(sae: SparseAutoencoder, lm: LanguageModel, params: Params, material: Ma
         _identity(material.prompts()),
         material.n_forget,
     ]
-    return result_key(sae, lm, values, __name__)
 
 
 def _identity(asked: Sequence[Prompt]) -> str:
@@ -277,13 +252,13 @@ def _known(lm: LanguageModel, params: Params, name: str) -> Known:
     config = params.unlearning
     asked = wordings(lm, name, config.prompt_format)
     first = [next(words()) for words in asked]
-    cache = ResultCache("unlearning_known")
     key = model_key(lm, ["known", config.max_known_questions, _identity(first)], __name__)
-    kept = cache.get(key)
-    if kept is None:
+
+    def ask() -> dict[str, Any]:
         known = find_known(lm, name, asked, config.max_known_questions, params.model.llm_batch_size)
-        cache.put(key, {"asked": known.asked, "known": known.known})
-        return known
+        return {"asked": known.asked, "known": known.known}
+
+    kept = made_once("unlearning_known", key, ask)
     return Known(name, [first[number] for number in kept["known"]], kept["asked"], kept["known"])
 
 
@@ -303,35 +278,31 @@ def _contexts(lm: LanguageModel, params: Params, name: str) -> Tensor:
 # --- measuring -------------------------------------------------------------------------------
 
 
-def measure(
-    saes: dict[str, SparseAutoencoder],
-    lm: LanguageModel,
-    hook: str,
-    params: Params,
-    material: Material,
-    guard: Guard | None = None,
-) -> Iterator[tuple[str, Record]]:
-    """(name, which questions every configuration leaves right) of SAEs at one hook, families together. Without a `guard`
-    an SAE that fails raises its error."""
-    if not saes:
-        return
-    corpora = {side: HookActivations(lm, hook, tokens, params) for side, tokens in material.corpora.items()}
-    asked = material.prompts()
-    questions = HookActivations(lm, hook, [prompt.tokens for prompt in asked], params)
+class Clamping:
+    """What is read and asked at one hook, each run through the model when the first SAE needs it."""
 
-    def score(family: Family) -> Iterator[tuple[str, Record]]:
-        found = {side: firing(corpus, family) for side, corpus in corpora.items()}
+    def __init__(self, lm: LanguageModel, hook: str, params: Params, material: Material) -> None:
+        self.lm, self.hook, self.params, self.material = lm, hook, params, material
+
+    @cached_property
+    def corpora(self) -> dict[str, HookActivations]:
+        return {
+            side: HookActivations(self.lm, self.hook, tokens, self.params) for side, tokens in self.material.corpora.items()
+        }
+
+    @cached_property
+    def questions(self) -> HookActivations:
+        return HookActivations(self.lm, self.hook, [prompt.tokens for prompt in self.material.prompts()], self.params)
+
+    def score(self, family: Family) -> Iterator[tuple[str, Record]]:
+        """(name, which questions every configuration leaves right) of SAEs of one family."""
+        found = {side: firing(corpus, family) for side, corpus in self.corpora.items()}
         plans = {
-            name: {d: configurations(found["forget"][name][d], found["retain"][name][d], params) for d in DEFINITIONS}
+            name: {d: configurations(found["forget"][name][d], found["retain"][name][d], self.params) for d in DEFINITIONS}
             for name in family
         }
-        for name, right in correct_answers(questions, asked, family, plans).items():
-            yield name, _record(plans[name], right, material.n_forget)
-
-    with tqdm(total=len(saes), desc="clamp and ask", unit="SAE", dynamic_ncols=True) as bar:
-        for name, record in (guard or Guard(None)).each(saes, score):
-            yield name, record
-            bar.update()
+        for name, right in correct_answers(self.questions, self.material.prompts(), family, plans).items():
+            yield name, _record(plans[name], right, self.material.n_forget)
 
 
 def configurations(forget: Firing, retain: Firing, params: Params) -> list[Configuration]:

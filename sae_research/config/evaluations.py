@@ -1,0 +1,180 @@
+"""Every evaluation, one record each: what it is called, which section it reads, where it is computed, what to know of it.
+
+Stages, parameters, extraction, tables and the report follow from these records; `docs/extending.md` adds one. Nothing here
+imports torch or an evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, create_model
+
+from sae_research.config.evaluation_params import (
+    SCR,
+    TPP,
+    Absorption,
+    Autointerp,
+    CoreEval,
+    MetaSAE,
+    Ravel,
+    SparseProbing,
+    SparseProbingSaeProbes,
+    Unlearning,
+)
+from sae_research.config.ground_truth import GroundTruth
+from sae_research.config.section import Section
+from sae_research.config.transfer import Transfer
+
+_UNRELIABLE = (
+    "What the literature holds of it: at its canonical settings this metric fails and should not be relied on, "
+    "while k-sparse probing on the tasks of sae-probes was the most reliable (arXiv 2605.18229)."
+)
+_STAND_IN = (
+    "With the packaged corpora and questions (the default) this is a stand-in for WMDP and MMLU: biomedical "
+    "against other science questions, one-word answers against three other answers. Its scores compare SAEs with "
+    "one another, not with published ones."
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation."""
+
+    name: str
+    """In `eval_types`, `eval_results/` and `metrics/`."""
+    title: str
+    """In tables and headings."""
+    section: type[Section]
+    """What `params.yaml` says of it, under `section_name`."""
+    measures: str
+    """In a few words, with what it needs beyond the packaged data."""
+    evaluate: str | None = None
+    """`module:function` below `sae_research.evals`, called with (saes, lm, params, stage); it yields (name, result) of every
+    SAE it can score. None where a stage script of its own computes other than one result per SAE of the comparison."""
+    on: bool = False
+    """Whether it runs as delivered."""
+    headline: bool = False
+    """Whether its metrics stand in the report's first table; the others have a section each."""
+    section_name: str = ""
+    """The name where empty."""
+    result_type: str = ""
+    """SAE Bench's `eval_type_id`; the name where empty."""
+    caution: str | None = None
+    """Stands above its figures. Differences between SAEs are then not tested."""
+
+    def __post_init__(self) -> None:
+        for field in ("section_name", "result_type"):
+            object.__setattr__(self, field, getattr(self, field) or self.name)
+
+
+EVALUATIONS: dict[str, Evaluation] = {
+    evaluation.name: evaluation
+    for evaluation in (
+        Evaluation(
+            "core",
+            "Core",
+            CoreEval,
+            "reconstruction, sparsity, loss recovered, KL",
+            "core:evaluate",
+            on=True,
+            headline=True,
+            section_name="core_eval",
+        ),
+        Evaluation(
+            "sparse_probing",
+            "Sparse probing",
+            SparseProbing,
+            "classes told apart by one, two or five latents",
+            "sparse_probing:evaluate",
+            on=True,
+            headline=True,
+        ),
+        Evaluation(
+            "scr",
+            "Spurious correlation removal",
+            SCR,
+            "a spurious concept removed by ablating latents",
+            "scr_tpp:evaluate_scr",
+            caution=_UNRELIABLE,
+        ),
+        Evaluation(
+            "tpp",
+            "Targeted probe perturbation",
+            TPP,
+            "one class removed by ablating latents, the others kept",
+            "scr_tpp:evaluate_tpp",
+            caution=_UNRELIABLE,
+        ),
+        Evaluation(
+            "absorption",
+            "Feature absorption",
+            Absorption,
+            "first letters that other latents have absorbed",
+            "absorption:evaluate",
+            result_type="absorption_first_letter",
+        ),
+        Evaluation(
+            "unlearning",
+            "Unlearning",
+            Unlearning,
+            "one field forgotten by clamping latents, the rest kept",
+            "unlearning:evaluate",
+            caution=_STAND_IN,
+        ),
+        Evaluation(
+            "sparse_probing_sae_probes",
+            "k-sparse probing on the tasks of sae-probes",
+            SparseProbingSaeProbes,
+            "binary tasks of sae-probes solved from the last token",
+            "sae_probes:evaluate",
+        ),
+        Evaluation(
+            "meta_sae",
+            "Meta-SAE",
+            MetaSAE,
+            "decoder rows explained by a smaller SAE",
+            "meta_sae:evaluate",
+            result_type="meta_structure_decoder_variance",
+        ),
+        Evaluation(
+            "autointerp",
+            "Automatic interpretation",
+            Autointerp,
+            "explanations written and scored by a language model; needs an OpenAI-compatible endpoint",
+            "autointerp:evaluate",
+        ),
+        Evaluation("ravel", "RAVEL", Ravel, "one attribute of an entity changed, the others kept", "ravel:evaluate"),
+        Evaluation("transfer", "Transfer to a finetuned model", Transfer, "whether the SAE serves a finetune of its model"),
+        Evaluation(
+            "ground_truth",
+            "Ground truth",
+            GroundTruth,
+            "SAEs on synthetic activations whose true features are known; needs no language model",
+            on=True,
+        ),
+    )
+}
+"""By name, in the order of every table."""
+
+OF_SAES = {name: one for name, one in EVALUATIONS.items() if one.evaluate is not None}
+"""Those that give one result per SAE of the comparison."""
+
+if TYPE_CHECKING:
+
+    class _Toggles(Section):
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    _Toggles = create_model(
+        "_Toggles",
+        __base__=Section,
+        **{name: (bool, Field(one.on, description=f"{one.measures}.")) for name, one in EVALUATIONS.items()},
+    )
+
+
+class EvalTypes(_Toggles):
+    """Which evaluations run."""
+
+    dashboards: bool = False
+    """A site to look at latents with, in dashboards/."""
