@@ -5,7 +5,6 @@ Neuronpedia's feature and steering interfaces: latents that it hosts, looked up 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from sae_research.runtime.endpoints import (
     opener,
     read_answer,
 )
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_json
 from sae_research.saes.formats.sae_lens import release_directory
 
@@ -66,11 +65,8 @@ def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
     unknown release, with those that look alike."""
     known = release_directory()
     if release not in known:
-        close = difflib.get_close_matches(release, known, 3)
-        raise UserError(
-            f"SAELens has no release {release!r}"
-            + (f"; did you mean {', '.join(close)}?" if close else "; `analyze saes --search TEXT` finds releases")
-        )
+        hint = did_you_mean(release, known, "; `analyze saes --search TEXT` finds releases")
+        raise UserError(f"SAELens has no release {release!r}{hint}")
     return [
         {
             "sae_id": str(entry["id"]),
