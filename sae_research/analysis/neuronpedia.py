@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -12,8 +11,15 @@ from urllib.parse import quote
 
 import httpx2
 
-from sae_research.runtime.endpoints import blotted, checked_url, error_text, http_client, keeps_secrets, one_line
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.endpoints import (
+    blotted,
+    checked_url,
+    error_text,
+    http_client,
+    keeps_secrets,
+    one_line,
+)
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_json
 from sae_research.saes.formats.sae_lens import release_directory
 from sae_research.saes.sources import PREPARED, TRAINED, open_sae, sae_name
@@ -52,11 +58,8 @@ def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
     unknown release, with those that look alike."""
     known = release_directory()
     if release not in known:
-        close = difflib.get_close_matches(release, known, 3)
-        raise UserError(
-            f"SAELens has no release {release!r}"
-            + (f"; did you mean {', '.join(close)}?" if close else "; `analyze saes --search TEXT` finds releases")
-        )
+        hint = did_you_mean(release, known, "; `analyze saes --search TEXT` finds releases")
+        raise UserError(f"SAELens has no release {release!r}{hint}")
     return [
         {
             "sae_id": str(entry["id"]),

@@ -6,8 +6,6 @@ What each verb of `analyze` does: opens SAEs, calls the analysis, prints a table
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from sae_research.analysis.store import LatentStats, check_latents
 from sae_research.config.params import Params, load_params
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json, write_text
+from sae_research.runtime.formatting import csv_text, text_table
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -34,10 +33,7 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
     rows = list(rows)
     columns = list(columns or (rows[0] if rows else []))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [columns, *cells]
-    )
+    return text_table([columns, *cells], left=len(columns))
 
 
 def _cell(value: Any) -> str:
@@ -55,12 +51,8 @@ def _cell(value: Any) -> str:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A long table, floats to six digits."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_text(path, buffer.getvalue())
+    body = [[f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    write_text(path, csv_text(list(rows[0]) if rows else [], body))
 
 
 def say_written(*paths: Path) -> None:

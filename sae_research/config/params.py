@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from sae_research.config.inputs import (
 from sae_research.config.reporting import Analysis, Dashboards, Visualization
 from sae_research.config.section import Section, Seed
 from sae_research.config.training import Tracking, Train, recipe_model
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.yaml_files import read_mapping
 
 
@@ -139,10 +138,9 @@ def check_trained_names(params: Params) -> None:
         wanted.insert(0, ("baseline_sae.name", params.baseline_sae.name))
     for key, name in wanted:
         if params.train.enabled and name not in params.train.saes:
-            close = difflib.get_close_matches(name, params.train.saes, n=1)
             raise UserError(
                 f"{key}: {name} is not among train.saes ({_listed(list(params.train.saes))})"
-                + (f"; did you mean {close[0]}?" if close else "")
+                + did_you_mean(name, params.train.saes, otherwise="")
             )
 
 
@@ -179,8 +177,7 @@ def _explain(item: Mapping[str, Any]) -> str:
         )
         return f"{where}: {message}{got(item)}"
     known = sorted(recipe_model(item["loc"][3]).model_fields) if in_recipe else _known_keys(item["loc"][:-1])
-    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    return f"unknown key {where}" + (f", did you mean {close[0]}?" if close else f"; known: {', '.join(known)}")
+    return f"unknown key {where}" + did_you_mean(str(item["loc"][-1]), known)
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:

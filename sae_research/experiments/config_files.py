@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,3 @@ def parse_overrides(lines: Iterable[str]) -> Values:
             raise UserError(f"{line!r}: expected KEY=VALUE, such as saes.sparsity_coeff=0.03")
         overrides[key.removeprefix("--")] = parse(value, line)
     return overrides
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """`, did you mean X?`, or the list of what there is."""
-    names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1)
-    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"

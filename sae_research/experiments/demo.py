@@ -18,6 +18,7 @@ from sae_research.config.params import Params, check_params, load_params
 from sae_research.runtime.endpoints import secret
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
+from sae_research.runtime.formatting import number, text_table
 from sae_research.saes.hub import TOKEN_NAMES, upload
 
 PICTURE = "pareto.png"
@@ -198,15 +199,9 @@ def plan(params: Params) -> str:
 def results_table(folder: Path) -> str:
     """Every SAE's `eval_results.json` as a line."""
     rows = [(path.parent.name, read_json(path)) for path in sorted(folder.glob("*/eval_results.json"))]
-    width = max(len(name) for name, _ in rows)
-    columns = (("l0", "L0"), ("variance_explained", "VE"), ("loss_recovered", "recovered"), ("fraction_alive", "alive"))
-    head = f"{'':{width}s}" + "".join(f"{label:>11s}" for _, label in columns)
-    body = [f"{name:{width}s}" + "".join(f"{_cell(values.get(key)):>11s}" for key, _ in columns) for name, values in rows]
-    return "\n".join(["", head, *body])
-
-
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+    columns = {"l0": "L0", "variance_explained": "VE", "loss_recovered": "recovered", "fraction_alive": "alive"}
+    body = [[name, *(number(values.get(key)) for key in columns)] for name, values in rows]
+    return "\n" + text_table([("SAE", *columns.values()), *body])
 
 
 def _check(folder: Path, repo_id: str | None) -> None:

@@ -16,10 +16,9 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.experiments.config_files import nearest
 from sae_research.experiments.grid import Job
 from sae_research.experiments.processes import tail
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 
 
 class Entry(NamedTuple):
@@ -141,7 +140,7 @@ def apply_experiment(root: Path, name: str) -> list[str]:
     references = git(root, "for-each-ref", "refs/exps/*/*/*", "--format=%(refname)").stdout.split()
     known = {reference.rpartition("/")[2] for reference in references}
     if name not in known and git(root, "rev-parse", "--verify", "-q", f"{name}^{{commit}}").returncode:
-        raise UserError(f"no experiment {name!r}{nearest(name, known) if known else '; there is none yet'}")
+        raise UserError(f"no experiment {name!r}{did_you_mean(name, known) if known else '; there is none yet'}")
     return queue.apply(name)
 
 

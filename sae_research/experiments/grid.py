@@ -18,9 +18,9 @@ from sae_research.config.evaluations import EVALUATIONS, EvalTypes
 from sae_research.config.inputs import BaselineSAE, Comparison
 from sae_research.config.params import Params, check_params
 from sae_research.experiments import sae_interpretability as foreign
-from sae_research.experiments.config_files import Values, flatten, names_sections, nearest, over, with_values, write_yaml
+from sae_research.experiments.config_files import Values, flatten, names_sections, over, with_values, write_yaml
 from sae_research.experiments.sae_interpretability import NOTES, Changes, Measure, translate
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import fingerprint, slugify
 from sae_research.training.checkpoints import OPERATIONAL
 
@@ -157,7 +157,7 @@ def _our_axes(values: Values, sweep: Values, where: tuple[str, str]) -> dict[str
     known = flatten(Params.model_validate({}).model_dump()) | flatten(values)
     for key, listed in flatten(sweep).items():
         if key.split(".")[0] not in Params.model_fields:
-            raise UserError(f"{where[1]}: unknown key {key}{nearest(key, known)}")
+            raise UserError(f"{where[1]}: unknown key {key}{did_you_mean(key, known)}")
         axes[key] = _listed(key, listed, where[1], pairs=isinstance(known.get(key), list))
     return axes
 
@@ -186,7 +186,7 @@ def _our_point(base: Values, swept: dict[str, Any], several: set[str], where: st
             _, _, name, setting = key.split(".", 3)
             if name not in base["train"].get("saes", {}):
                 known = base["train"].get("saes", {})
-                raise UserError(f"{where}: {key}: no SAE of that name is trained{nearest(name, known)}")
+                raise UserError(f"{where}: {key}: no SAE of that name is trained{did_you_mean(name, known)}")
             if key in several:
                 named.setdefault(name, {})[setting] = value
     for key, value in shared.items():
@@ -271,7 +271,7 @@ def make_jobs(points: list[Point], stages: list[str], sweep_name: str, where: st
     known = set(EvalTypes.model_fields)
     for stage in stages:
         if stage not in known:
-            raise UserError(f"--stages: unknown evaluation {stage}{nearest(stage, known)}")
+            raise UserError(f"--stages: unknown evaluation {stage}{did_you_mean(stage, known)}")
     groups: dict[str, tuple[dict[str, Any], list[Point]]] = {}
     for point in points:
         checked(point, where)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import psutil
 
 from sae_research.experiments import processes
-from sae_research.experiments.config_files import nearest
 from sae_research.experiments.dvc_queue import DVCQueue, Entry
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import project_root, read_json
+from sae_research.runtime.formatting import duration, number
 
 SECONDS = 3.0
 MAX_LINE = 200
@@ -41,10 +41,10 @@ class Row(NamedTuple):
         if now:
             total, left = now.get("total_steps"), now.get("seconds_left")
             step = f"step {now['step']:,}" + (f" of {total:,.0f}" if total else "")
-            step += f", {_duration(left)} left" if left is not None and self.state == "running" else ""
+            step += f", {duration(left)} left" if left is not None and self.state == "running" else ""
         lines = [f"{self.state:8s} {self.name}  {self.device}  {step}".rstrip()]
         saes = [
-            f"{name} loss {_short(sae.get('loss'))} L0 {_short(sae.get('l0'))}" for name, sae in now.get("saes", {}).items()
+            f"{name} loss {number(sae.get('loss'))} L0 {number(sae.get('l0'))}" for name, sae in now.get("saes", {}).items()
         ]
         if saes:
             lines.append("         " + "; ".join(saes[:4]) + (f"; and {len(saes) - 4} more" if len(saes) > 4 else ""))
@@ -156,17 +156,7 @@ def _chosen(candidates: list[Row], name: str, what: str) -> Row:
         names = [row.name for row in candidates]
         if not names:
             raise UserError(f"nothing of this project {what}")
-        raise UserError(
-            f"no job {name!r} of this project {what}{nearest(name, names)}" if name else f"name one of {', '.join(names)}"
-        )
+        if not name:
+            raise UserError(f"name one of {', '.join(names)}")
+        raise UserError(f"no job {name!r} of this project {what}{did_you_mean(name, names)}")
     return found[0]
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

@@ -22,8 +22,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from sae_research.config.params import Params, explained, got
 from sae_research.config.section import Above0, Count, Fraction, Interval, Name, NonNegative, Positive, Section, Seed
-from sae_research.experiments.config_files import Values, flatten, nearest, with_values
-from sae_research.runtime.errors import UserError
+from sae_research.experiments.config_files import Values, flatten, with_values
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import round_significant, slugify
 
 TOKENS = 4_096
@@ -413,9 +413,9 @@ def canonical_key(key: str, where: str) -> str:
         if field not in _SECTIONS
     }
     if section and section not in _SECTIONS:
-        raise UserError(f"{where}: unknown section {section}{nearest(section, ('data', 'saes', 'sae_specific'))}")
+        raise UserError(f"{where}: unknown section {section}{did_you_mean(section, ('data', 'saes', 'sae_specific'))}")
     known |= set() if section else set(ALIASES)
-    raise UserError(f"{where}: unknown key {key}{nearest(f'{section}.{last}' if section else last, known)}")
+    raise UserError(f"{where}: unknown key {key}{did_you_mean(f'{section}.{last}' if section else last, known)}")
 
 
 def parse(values: Values, where: str) -> Config:

@@ -4,9 +4,7 @@ queue onto the devices there are, report."""
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
-import io
 import json
 import os
 import re
@@ -30,6 +28,7 @@ from sae_research.experiments.single import scales_over
 from sae_research.runtime.cache import cache_dir, writable_cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.formatting import csv_text, text_table
 from sae_research.runtime.yaml_files import parse as parse_yaml
 from sae_research.runtime.yaml_files import read_mapping
 from sae_research.training.checkpoints import progress_path
@@ -392,28 +391,24 @@ def _alive(entry: Entry) -> bool:
 
 def results_table(jobs: list[Job], finished: dict[str, Finished]) -> str:
     """The figures of every SAE of the sweep, run by run, as text."""
-    width = max(len(name) for job in jobs for name in job.saes) + 2
-    lines = [f"{'SAE':{width}s}" + "".join(f"{column:>20s}" for column in COLUMNS)]
+    rows = [("SAE", "experiment", "job", *COLUMNS)]
     for job in jobs:
-        rows = [(name, finished[key]) for name, key in sae_keys(job.params).items() if key in finished]
-        if rows:
-            lines.append(f"{', '.join(dict.fromkeys(done.experiment for _, done in rows))}  {job.label}".rstrip())
-        for name, done in rows:
-            lines.append(f"{name:{width}s}" + "".join(f"{done.figures.get(column, '')!s:>20}" for column in COLUMNS))
-    return "\n".join(lines)
+        for name, key in sae_keys(job.params).items():
+            if done := finished.get(key):
+                figures = (done.figures.get(column) for column in COLUMNS)
+                rows.append((name, done.experiment, job.label, *("" if value is None else str(value) for value in figures)))
+    return text_table(rows, left=3)
 
 
 def write_copies(folder: Path, jobs: Iterable[Job], finished: dict[str, Finished], outcome: Outcome | None) -> None:
     """The parameters of each job, `results.csv` and, after a run, `outcome.json`."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["experiment", "sae", *COLUMNS])
+    rows = []
     for job in jobs:
         write_yaml(folder / f"{job.name}.yaml", _plain(job.values))
         for name, key in sae_keys(job.params).items():
-            if key in finished:
-                writer.writerow([finished[key].experiment, name, *(finished[key].figures.get(c, "") for c in COLUMNS)])
-    write_text(folder / "results.csv", table.getvalue())
+            if done := finished.get(key):
+                rows.append([done.experiment, name, *(done.figures.get(column) for column in COLUMNS)])
+    write_text(folder / "results.csv", csv_text(["experiment", "sae", *COLUMNS], rows))
     if outcome:
         write_json(folder / "outcome.json", outcome._asdict())
 

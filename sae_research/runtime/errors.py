@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import select
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -26,6 +27,15 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.code = 128 + signal_number
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """`, did you mean X?` for what is nearly a known name; else `otherwise`, by default the list of what is known."""
+    known = known if isinstance(known, Sequence) else sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f", did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if otherwise is None else otherwise
 
 
 _SPACE = "free some, or `make clean-cache`; results finished so far are kept"

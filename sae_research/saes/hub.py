@@ -9,6 +9,7 @@ from typing import Any
 from sae_research.runtime.endpoints import keeps_secrets, one_line, secret
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
+from sae_research.runtime.formatting import markdown_table, number
 
 TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ACCESS_TOKEN")
 CARD = "README.md"
@@ -92,8 +93,8 @@ def card(files: dict[str, Path], repo_id: str) -> str:
         figures: Any = read_json(results) if results else {}
         if not isinstance(figures, dict):
             raise UserError(f"{results}: not the figures of an SAE; remove it or write it again")
-        cells = [f"{figures[key]:.4g}" if isinstance(figures.get(key), int | float) else "–" for key in _COLUMNS]
-        rows.append(f"| `{sae}` | {' | '.join(cells)} |")
+        cells = [number(value if isinstance(value := figures.get(key), int | float) else None) for key in _COLUMNS]
+        rows.append([f"`{sae}`", *cells])
     head = [
         "---",
         "library_name: sae_lens",
@@ -106,7 +107,7 @@ def card(files: dict[str, Path], repo_id: str) -> str:
         "Trained with sae_research; held-out figures, sinks left out.",
         "",
     ]
-    table = ["| SAE | L0 | variance explained | loss recovered | fraction alive |", "|---|--:|--:|--:|--:|", *rows]
+    table = [markdown_table(["SAE", "L0", "variance explained", "loss recovered", "fraction alive"], rows)]
     load = (
         ["", "```python", "from sae_lens import SAE", "", f'sae = SAE.from_pretrained("{repo_id}", "{saes[0]}")', "```"]
         if saes

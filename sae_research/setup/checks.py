@@ -18,6 +18,7 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root, round_significant
+from sae_research.runtime.formatting import duration, gigabytes
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import Family, Guard, check_finite
 from sae_research.setup.controls import sample_size
@@ -89,7 +90,7 @@ def _amount(seconds: float, left: list[list[str]], n_saes: int, tokens: int) -> 
         return f"all {n_saes} SAEs are in the cache"
     lacking = sum(map(len, left))
     cached = "" if lacking == n_saes * len(left) else f"; {1 - lacking / (n_saes * len(left)):.0%} is in the cache"
-    return f"up to {_duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
+    return f"up to {duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
 
 
 def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder], d_sae: int) -> list[str]:
@@ -102,18 +103,12 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
     width = torch.empty(0, dtype=lm.dtype).element_size()
     needed = sum(widths.values()) * tokens * width + sample * max(widths.values()) * width
     free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
-    lines = [f"activation cache: about {needed / 1e9:.2f} GB (limit {limit / 1e9:g} GB, {free / 1e9:.0f} GB free)"]
+    lines = [f"activation cache: about {gigabytes(needed)} (limit {gigabytes(limit)}, {gigabytes(free)} free)"]
     if needed > free:
         lines.append("warning: the disk has less room than that; make room or set activation_caching.enabled: false")
     elif needed > limit:
         lines.append("warning: activation_caching.max_gb is smaller than that; activations will be computed more than once")
     return lines
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 L0_TOLERANCE = 1.5

@@ -16,6 +16,7 @@ from sae_research.config.params import Params, check_sizes
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, replaced_folder, slugify, write_json
+from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
 from sae_research.saes.formats.sae_lens import matching_saes
 from sae_research.saes.pursuit.dictionary import check_atoms
@@ -339,13 +340,12 @@ def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> s
                 row["form"].rpartition(":")[2],
                 str(row["d_sae"]),
                 str(row.get("k", row.get("s", ""))),
-                f"{seen['l0']:.4g}" if "l0" in seen else "fails",
-                f"{seen['variance_explained']:.3f}" if "variance_explained" in seen else "-",
+                number(seen["l0"]) if "l0" in seen else "fails",
+                number(seen.get("variance_explained")),
                 row["hook_name"],
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return text_table(rows, left=len(rows[0]))
 
 
 def _check_layer(params: Params, baseline: SparseAutoencoder) -> None:

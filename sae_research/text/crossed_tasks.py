@@ -7,14 +7,13 @@ the other two cells, as in SAE Bench: the balanced data sets take half of them.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import fingerprint
 from sae_research.text.hub import hub_errors
 from sae_research.text.local import (
@@ -186,11 +185,8 @@ def unknown_crossed_task(name: str) -> str:
     """What is said of a name that is neither a task nor a path."""
     if looks_local(name):
         return f"two-attribute task {name}: no such file or folder"
-    known = [*CROSSED_TASKS, *HUB_TASKS]
-    close = difflib.get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
-        f"unknown two-attribute task {name!r}; {hint}known: {', '.join(known)}; or the path of a "
+        f"unknown two-attribute task {name!r}{did_you_mean(name, [*CROSSED_TASKS, *HUB_TASKS])}; or the path of a "
         f"{', '.join(TABLE_SUFFIXES)} file with columns {', '.join(LOCAL_COLUMNS)}"
     )
 

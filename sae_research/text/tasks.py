@@ -7,13 +7,12 @@ keep their own train and test parts, less the test texts that have a copy or nea
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import fingerprint
 from sae_research.text.hub import OFFLINE_TASKS, hub_errors, one_line
 from sae_research.text.local import (
@@ -113,11 +112,8 @@ def unknown_task(name: str) -> str:
     """What is said of a name that is neither a task nor a path."""
     if looks_local(name):
         return f"task {name}: no such file or folder"
-    known = [*PACKAGED_TASKS, *SAE_BENCH_TASKS]
-    close = difflib.get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
-        f"unknown task {name!r}; {hint}known: {', '.join(known)}; "
+        f"unknown task {name!r}{did_you_mean(name, [*PACKAGED_TASKS, *SAE_BENCH_TASKS])}; "
         f"or the path of a {', '.join(TABLE_SUFFIXES)} file with columns text and label"
     )
 

@@ -31,6 +31,7 @@ from sae_research.runtime.files import (
     write_json,
     write_text,
 )
+from sae_research.runtime.formatting import ABSENT, gigabytes, number, text_table, tsv_text
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.stats import ReconstructionStats
@@ -163,13 +164,13 @@ def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
     needed, free = weights * (1 + train.saved_checkpoints), shutil.disk_usage(output.resolve().parent).free
     if needed > free:
         raise UserError(
-            f"{output}: the SAEs of train.saes take {_gigabytes(needed)}, the disk has {_gigabytes(free)} free; "
+            f"{output}: the SAEs of train.saes take {gigabytes(needed)}, the disk has {gigabytes(free)} free; "
             "make room (`make clean-cache`), or train fewer or narrower ones"
         )
     needed, free = STATE_COPIES * weights + buffers, shutil.disk_usage(cache_dir("train")).free
     if needed > free:
         print(
-            f"warning: a checkpoint takes {_gigabytes(needed)}, the disk of .cache has {_gigabytes(free)} free: an "
+            f"warning: a checkpoint takes {gigabytes(needed)}, the disk of .cache has {gigabytes(free)} free: an "
             "interrupted run will start afresh",
             file=sys.stderr,
             flush=True,
@@ -189,10 +190,6 @@ def held_out_tokens(params: Params, lm: LanguageModel) -> Tensor:
     if not token_mask(lm, tokens, torch.empty(0), without_norms).any():
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
     return tokens
-
-
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.3g} GB"
 
 
 OUTPUT = Path("trained_saes")
@@ -351,23 +348,20 @@ def hyper_parameters(config: SAERecipe, params: Params) -> dict[str, Any]:
 
 def curve_tsv(curve: list[CurveRow]) -> str:
     """A training curve as a table, 4 significant digits."""
-    rows = ["\t".join(str(round_significant(value)) for value in row) for row in curve]
-    return "\n".join(["\t".join(CurveRow._fields), *rows]) + "\n"
+    return tsv_text(CurveRow._fields, ([round_significant(value) for value in row] for row in curve))
 
 
 def held_out_table(report: Report) -> str:
     """The held-out figures as a plain table, by hook, PCA below each."""
-    lines = [f"\nheld-out text, {report['model_name']}, {report['tokens']:,} training tokens"]
+    parts = [f"\nheld-out text, {report['model_name']}, {report['tokens']:,} training tokens"]
+    keys = ("l0", "variance_explained", "fraction_alive")
     for hook, at_hook in report["hooks"].items():
-        lines.append(f"{hook:32s}{'L0':>8s}{'variance explained':>20s}{'alive':>8s}")
-        for name, entry in report["saes"].items():
-            if entry["hook_name"] == hook:
-                figures = entry["held_out"]
-                lines.append(
-                    f"{name:32s}{figures['l0']:8.1f}{figures['variance_explained']:20.3f}{figures['fraction_alive']:8.3f}"
-                )
-        lines += [f"{f'PCA, {n} components':32s}{int(n):8d}{value:20.3f}" for n, value in at_hook["pca_reference"].items()]
-    return "\n".join(lines)
+        saes = {name: entry["held_out"] for name, entry in report["saes"].items() if entry["hook_name"] == hook}
+        rows = [[name, *(number(figures[key]) for key in keys)] for name, figures in saes.items()]
+        pca = at_hook["pca_reference"].items()
+        rows += [[f"PCA, {n} components", n, number(value), ABSENT] for n, value in pca]
+        parts.append(text_table([(hook, "L0", "variance explained", "alive"), *rows]))
+    return "\n".join(parts)
 
 
 def _exported(member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, text: str) -> SparseAutoencoder:

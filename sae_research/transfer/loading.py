@@ -19,6 +19,7 @@ from sae_research.config.transfer import Transfer, TransferSAE
 from sae_research.lm import LanguageModel, load_language_model, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint, round_significant, write_json, write_text
+from sae_research.runtime.formatting import tsv_text
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.sources import check_fits, fill_in, is_model, open_sae, reference_of
@@ -333,8 +334,5 @@ def _check_finetuned_sae(sae: SparseAutoencoder, finetuned: LanguageModel, hook:
 
 
 def _mismatches(found: TokenizerCheck) -> str:
-    lines = [
-        "\t".join([kind, repr(token), "" if one is None else str(one), "" if other is None else str(other)])
-        for kind, token, one, other in found.mismatches
-    ]
-    return "\n".join(["kind\ttoken\tbase_id\tfinetuned_id", *lines]) + "\n"
+    rows = ((kind, repr(token), one, other) for kind, token, one, other in found.mismatches)
+    return tsv_text(["kind", "token", "base_id", "finetuned_id"], rows)

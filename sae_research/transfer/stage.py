@@ -18,6 +18,7 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
 from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.files import fingerprint, round_significant, write_text
+from sae_research.runtime.formatting import tsv_text
 from sae_research.runtime.stages import StageFolder, stage_folder
 from sae_research.saes.base import Guard
 from sae_research.saes.registry import code_fingerprint
@@ -214,18 +215,11 @@ def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:
 
 
 def _outlier_tokens(listed: list[dict[str, Any]]) -> str:
-    lines = [
-        "\t".join(
-            [
-                item["model"],
-                f"{item['norm']:.6g}",
-                str(item["position"]),
-                *(repr(item[part]) for part in ("before", "token", "after")),
-            ]
-        )
-        for item in listed
-    ]
-    return "\n".join(["model\tnorm\tposition\tbefore\ttoken\tafter", *lines]) + "\n"
+    parts = ("before", "token", "after")
+    rows = (
+        [item["model"], f"{item['norm']:.6g}", item["position"], *(repr(item[part]) for part in parts)] for item in listed
+    )
+    return tsv_text(["model", "norm", "position", *parts], rows)
 
 
 def _setting(pair: Pair) -> dict[str, Any]:

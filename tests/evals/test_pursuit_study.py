@@ -10,8 +10,7 @@ import pytest
 import torch
 from evals_saes import HOOK, D, dictionary, standard
 
-from sae_research.evals import pursuit_study
-from sae_research.reporting import pursuit_page
+from benchmarks import pursuit_page, pursuit_study
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, save_sae
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE

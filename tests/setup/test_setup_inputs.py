@@ -31,7 +31,7 @@ def texts(in_project: Path) -> Path:
     ("evaluation", "section", "message"),
     [
         ("sparse_probing", {"dataset_names": ["news_topic", "gone.csv"]}, "task gone.csv: no such file"),
-        ("sparse_probing", {"dataset_names": ["news_topik"]}, "unknown task 'news_topik'; did you mean news_topic"),
+        ("sparse_probing", {"dataset_names": ["news_topik"]}, "unknown task 'news_topik', did you mean news_topic"),
         ("sparse_probing", {"dataset_names": ["poor.csv"]}, "poor.csv: no column 'label'; available: text, class"),
         ("sparse_probing", {"dataset_names": ["broken.parquet"]}, "not a valid Parquet file"),
         ("sparse_probing", {"dataset_names": ["empty"]}, "empty: no readable file"),

@@ -16,7 +16,6 @@ only where an SAE reads sequences.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
@@ -33,7 +32,7 @@ from sae_research.config.params import Params, TokenMask
 from sae_research.lm import Batch, LanguageModel, token_mask
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import fingerprint
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.text.packaged import packaged_folder, packaged_version
@@ -83,11 +82,9 @@ def chosen_names(config: SparseProbingSaeProbes) -> list[str]:
         return list(known)
     for name in config.dataset_names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=2)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
             raise UserError(
                 f"sparse_probing_sae_probes.dataset_names: sae-probes {packaged_version()} has no binary task "
-                f"{name!r}; {hint}"
+                f"{name!r}{did_you_mean(name, known)}"
             )
     return list(dict.fromkeys(config.dataset_names))
 

@@ -1,10 +1,17 @@
-"""Every pursuit encoder against its size, over the trained dictionary and over untrained ones: figures for docs/pursuit.md.
+"""Every pursuit encoder against its size, over trained and untrained dictionaries, for docs/pursuit.md.
+
+    python -m benchmarks.pursuit_study                # some minutes on the packaged model
+    python -m benchmarks.pursuit_study --draw-only    # images and tables from the numbers there are
+
+Reads `downloaded_saes/` (run the setup stage first) and writes `docs/pursuit/study.json`, `docs/pursuit/*.png` and the
+tables of the page. The table of speeds comes from `python -m benchmarks.pursuit --json docs/pursuit/speed.json`.
 
 Definitions are those of the core evaluation (lab_v1), on fewer contexts. Families share one run, as in the pipeline.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.config.params import Params
-from sae_research.evals.harness import PreparedSAEs
-from sae_research.lm import Batch, LanguageModel
+from benchmarks import pursuit_page
+from sae_research.config.params import Params, load_params
+from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs
+from sae_research.lm import Batch, LanguageModel, load_language_model
 from sae_research.lm.activations import HookActivations
-from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import round_significant
+from sae_research.runtime.errors import UserError, run_main
+from sae_research.runtime.files import round_significant, write_json
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.pursuit.encoders import (
     IHTPSAE,
@@ -32,6 +40,8 @@ from sae_research.saes.pursuit.encoders import (
 from sae_research.stats import CleanPredictions, ReconstructionStats
 from sae_research.text.tokens import spread, token_contexts
 
+PAGE = Path("docs/pursuit.md")
+FOLDER = Path("docs/pursuit")
 LOSS_CONTEXTS = 4
 STATISTICS_CONTEXTS = 16
 BATCH = 4
@@ -179,3 +189,19 @@ class _Loss:
         edited = torch.where(self.mask[..., None], x_hat.to(self.batch.acts.dtype), self.batch.acts)
         ce, _ = self.predictions.compare(self.lm.resume(self.hook, edited, self.batch.tokens))
         return float(ce[self.mask[:, :-1]].double().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw-only", action="store_true", help="images and tables from the numbers there are")
+    if not parser.parse_args().draw_only:
+        params = load_params()
+        lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+        write_json(FOLDER / "study.json", study(SAE_FOLDER, lm, params))
+    for path in pursuit_page.draw(FOLDER):
+        print(path)
+    pursuit_page.write_tables(PAGE, FOLDER)
+
+
+if __name__ == "__main__":
+    run_main(main)
