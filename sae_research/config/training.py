@@ -225,6 +225,20 @@ def recipe_model(name: str) -> type[SAERecipe]:
     ]
 
 
+SHARED = {
+    "batch_size",
+    "accumulation_steps",
+    "buffer_tokens",
+    "precision",
+    "llm_dtype",
+    "warmup_fraction",
+    "sparsity_warmup_fraction",
+    "decay_fraction",
+    "dead_fraction",
+}
+"""Settings of a run that shape every SAE in it."""
+
+
 class Train(Section):
     enabled: bool = True
     """Whether the pipeline trains SAEs of its own; a baseline from elsewhere needs none."""
@@ -301,3 +315,10 @@ class Train(Section):
     def hooks(self) -> list[str]:
         """Every hook an SAE is trained at, in order of first use."""
         return list(dict.fromkeys(self.hook_of(name) for name in self.saes))
+
+    def hyper_parameters(self, name: str) -> dict[str, Any]:
+        """What shaped one SAE's training: its own settings, and those of the run that all SAEs share."""
+        return {
+            **self.saes[name].model_dump(exclude={"recipe", "seed", "hook_name"}, exclude_none=True),
+            **self.model_dump(include=SHARED),
+        }
