@@ -332,10 +332,10 @@ def _width(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding
 
 def _knob(place: str, config: SAERecipe, down: bool) -> str:
     """What to change for a lower L0 (`down`) or a higher one."""
-    for key, direct in (("k", True), ("target_l0", True), ("s", True), ("l1_coefficient", False), ("l0_coefficient", False)):
-        if hasattr(config, key):
-            return f"{place}.{key}: {'lower' if direct == down else 'raise'} (now {getattr(config, key):g})"
-    raise ValueError(f"the recipe {config.recipe} has no parameter of sparsity")
+    if config.sparsity is None:
+        return f"{place}: settings for {'fewer' if down else 'more'} active latents"
+    key, effect = config.sparsity
+    return f"{place}.{key}: {'lower' if down == (effect == 'raises') else 'raise'} (now {getattr(config, key):g})"
 
 
 def _below_pca(summary: TrainingSummary) -> tuple[int, float] | None:

@@ -140,13 +140,13 @@ class Stack:
                 gradient = gradient if len(parts) == 1 else gradient / len(parts)
                 total[name] = total[name].add_(gradient) if name in total else gradient
             for recipe, output, own in zip(self.recipes, found, outputs, strict=True):
-                recipe.follow(output, batch.progress)
+                recipe.track(output, batch.progress)
                 own.append(output)
         return total, [merged(own) for own in outputs]
 
     def _part(self, x_BD: Tensor, progress: float) -> tuple[dict[str, Tensor], list[StepOutput]]:
-        self.template.host = self.first.host
-        draws = [recipe.draw(len(x_BD)) for recipe in self.recipes]
+        self.template.plain_state = self.first.plain_state
+        draws = [recipe.draw_noise(len(x_BD)) for recipe in self.recipes]
         noise = None if draws[0] is None else torch.stack(draws)  # type: ignore[arg-type]
         in_dims = (0, 0, 0, 0, None if noise is None else 0, None, None)
         gradients, found = vmap(grad(self._one, has_aux=True), in_dims=in_dims)(

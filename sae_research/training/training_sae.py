@@ -28,7 +28,7 @@ class CurveRow(NamedTuple):
 
 @dataclass
 class TrainingSAE:
-    """One SAE in training: its recipe, its optimiser, and what is noted on the way."""
+    """One SAE in training: its recipe, its optimiser and its curve so far."""
 
     name: str
     recipe: Recipe

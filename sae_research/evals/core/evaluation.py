@@ -41,7 +41,7 @@ from sae_research.stats import (
 from sae_research.stats.predictions import losses, prediction_sums, total
 from sae_research.stats.reconstruction import Clusters, ReconstructionSums, clusters_by_context, clusters_of
 from sae_research.stats.sae_bench import SaeBenchStats, feature_details, misc_metrics
-from sae_research.text.tokens import spread, token_contexts
+from sae_research.text.tokens import reorder_evenly, token_contexts
 
 Sums = dict[str, float | list[float]]
 """By quantity; lists hold one number per cluster."""
@@ -133,7 +133,7 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     if tokens is not None:
         tokens = tokens[:last]
         return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
-    contexts = spread(
+    contexts = reorder_evenly(
         token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", last * params.text.context_size), first
     )
     return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
