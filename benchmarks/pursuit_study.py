@@ -38,7 +38,7 @@ from sae_research.saes.pursuit.encoders import (
     TopKRefitSAE,
 )
 from sae_research.stats import CleanPredictions, ReconstructionStats
-from sae_research.text.tokens import spread, token_contexts
+from sae_research.text.tokens import reorder_evenly, token_contexts
 
 PAGE = Path("docs/pursuit.md")
 FOLDER = Path("docs/pursuit")
@@ -90,7 +90,7 @@ def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
         if sae.cfg.role in ("baseline", "comparison") and sae.cfg.hook_name == hook
     }
     found = own | dict(_members({"trained": baseline} | {kind: untrained[kind] for kind in CONTROLS}))
-    contexts = spread(
+    contexts = reorder_evenly(
         token_contexts(
             lm.tokenizer,
             lm.separator_id,

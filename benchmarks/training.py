@@ -19,9 +19,9 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.text.tokens import token_contexts
 from sae_research.training.checkpoints import ProgressFile
-from sae_research.training.loop import StopSignals, Team, Trainer
-from sae_research.training.member import Member, make_member, start, train_step
+from sae_research.training.loop import StopSignals, ThreadPoolStepper, Trainer
 from sae_research.training.stream import ActivationStream, StreamBatch
+from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
 
 BATCH, TOKENS, D_SAE = 512, 6_144, 2_304
 STEPS, STEPS_TOGETHER, UNTIMED = 40, 10, 3
@@ -49,7 +49,7 @@ def compare(
     those steps alone on batches at hand: what shuffling, normalising, PCA and progress add.
     """
     x_ND = _activations(lm, params)
-    relu_of: dict[str, tuple[str, Callable[[Member, int], Step]]] = {
+    relu_of: dict[str, tuple[str, Callable[[TrainingSAE, int], Step]]] = {
         "dictionary_learning": ("standard", lambda m, n: stock_training.dictionary_learning(m.recipe, n)),
         "SAELens": ("standard_new", lambda m, n: stock_training.sae_lens(m.recipe, n, BATCH)),
     }
@@ -93,45 +93,50 @@ def _whole_against_parts(lm: LanguageModel, params: Params) -> tuple[float, floa
     began = time.perf_counter()
     rows = stream.calibrate()[train.hook_name]
     whole = time.perf_counter() - began
-    members = [_started(name, train, rows) for name in entries]
+    in_training = [_started(name, train, rows) for name in entries]
     with tempfile.TemporaryDirectory() as folder:
         progress = ProgressFile(Path(folder) / "progress.json", "cpu")
         began = time.perf_counter()
-        Trainer(stream, members, train, progress, StopSignals(), lambda: None).run()
+        Trainer(stream, in_training, train, progress, StopSignals(), lambda: None).run()
         whole += time.perf_counter() - began
     began = time.perf_counter()
     for start_row in range(0, len(tokens), params.model.llm_batch_size):
         lm.activations(tokens[start_row : start_row + params.model.llm_batch_size], train.hook_name)
     parts = time.perf_counter() - began
     fresh = [_started(name, train, rows) for name in entries]
-    n_steps = members[0].step
-    with Team(len(fresh), torch.device("cpu")) as team:
+    n_steps = in_training[0].step
+    with ThreadPoolStepper(len(fresh), torch.device("cpu")) as stepper:
         for i in range(n_steps):
             batch = StreamBatch(rows[i * BATCH % (len(rows) - BATCH) :][:BATCH], (i + 0.5) / n_steps)
             began = time.perf_counter()
-            team.map(lambda member, batch=batch: train_step(member, batch), fresh)
+            stepper.map(lambda sae, batch=batch: train_step(sae, batch), fresh)
             parts += time.perf_counter() - began
     return whole, parts
 
 
-def _started(name: str, train: Train, rows_ND: Tensor) -> Member:
-    member = make_member(name, train, rows_ND.shape[1])
-    start(member, rows_ND, 0)
-    return member
+def _started(name: str, train: Train, rows_ND: Tensor) -> TrainingSAE:
+    sae = new_training_sae(name, train, rows_ND.shape[1])
+    start(sae, rows_ND, 0)
+    return sae
 
 
 def _race(
-    row: str, entries: list[dict[str, Any]], stock: Callable[[Member, int], Step], x_ND: Tensor, n_steps: int, params: Params
+    row: str,
+    entries: list[dict[str, Any]],
+    stock: Callable[[TrainingSAE, int], Step],
+    x_ND: Tensor,
+    n_steps: int,
+    params: Params,
 ) -> tuple[float, float]:
-    members = [_member(entry, x_ND, params) for entry in entries]
-    theirs = [stock(member, n_steps + UNTIMED) for member in members]
-    spent, apart, l0s = [0.0, 0.0], 0.0, [0.0] * len(members)
-    with Team(len(members), torch.device("cpu")) as team:
+    in_training = [_member(entry, x_ND, params) for entry in entries]
+    theirs = [stock(sae, n_steps + UNTIMED) for sae in in_training]
+    spent, apart, l0s = [0.0, 0.0], 0.0, [0.0] * len(in_training)
+    with ThreadPoolStepper(len(in_training), torch.device("cpu")) as stepper:
         for i in range(n_steps + UNTIMED):
             first = i * BATCH % (len(x_ND) // BATCH * BATCH)
             batch = StreamBatch(x_ND[first : first + BATCH], 0.5)
             began = time.perf_counter()
-            outputs = team.map(lambda member, batch=batch: train_step(member, batch), members)
+            outputs = stepper.map(lambda sae, batch=batch: train_step(sae, batch), in_training)
             between = time.perf_counter()
             their_losses = [stock_step(batch.acts) for stock_step in theirs]
             ended = time.perf_counter()
@@ -144,13 +149,13 @@ def _race(
                 spent = [spent[0] + between - began, spent[1] + ended - between]
     print(
         f"{row}: losses part by at most {apart:.2g} of themselves; last L0 "
-        f"{', '.join(f'{l0:.0f}' for l0 in l0s)}; {n_steps * BATCH * len(members) / spent[0]:,.0f} tokens/s against "
-        f"{n_steps * BATCH * len(members) / spent[1]:,.0f}"
+        f"{', '.join(f'{l0:.0f}' for l0 in l0s)}; {n_steps * BATCH * len(in_training) / spent[0]:,.0f} tokens/s against "
+        f"{n_steps * BATCH * len(in_training) / spent[1]:,.0f}"
     )
     return spent[0], spent[1]
 
 
-def _member(entry: dict[str, Any], x_ND: Tensor, params: Params) -> Member:
+def _member(entry: dict[str, Any], x_ND: Tensor, params: Params) -> TrainingSAE:
     """An SAE of ours at a constant rate and penalty, of which no latent is ever dead."""
     train = Train(
         saes={"sae": entry},

@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 
 from sae_research.config.params import Train
 from sae_research.config.training import TrainedSAE
-from sae_research.training.member import Member, train_step
 from sae_research.training.stream import StreamBatch
+from sae_research.training.training_sae import TrainingSAE, train_step
 
 HOOK = "blocks.1.hook_resid_post"
 STANDARD = {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1, "learning_rate": 0.003}
@@ -39,7 +39,7 @@ def recipe_of(cls: type, d_in: int, rows: torch.Tensor, seed: int = 0, **config:
 def trained(recipe: Any, rows: torch.Tensor, steps: int = 200, batch: int = 128) -> Any:
     """The recipe after a short run of its own, as the trainer would do it."""
     optimiser = torch.optim.Adam(recipe.parameters(), lr=recipe.config.learning_rate, betas=recipe.betas)
-    member = Member("sae", recipe, optimiser, torch.zeros(()), torch.zeros((), dtype=torch.long))
+    member = TrainingSAE("sae", recipe, optimiser, torch.zeros(()), torch.zeros((), dtype=torch.long))
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         x = rows[torch.randint(len(rows), (batch,), generator=generator)]

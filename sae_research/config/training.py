@@ -1,15 +1,14 @@
-"""Where training curves go besides `trained_saes/`: Weights & Biases, when a project is named.
+"""The sections `train` and `tracking` of `params.yaml`: settings of a run, of the SAEs in it, and where curves go.
 
-What one SAE of `train.saes` may say, recipe by recipe. Defaults hold for activations of unit mean square norm.
+Each recipe of `training/recipes` has its settings here, in a class that its annotation `config` names, rather than in the
+file of its loss: every command reads `params.yaml`, and those that draw, report or queue must not import torch.
 
-Everything that literature gives in steps is a fraction of the run here.
-
-What the section `train` of `params.yaml` may say; its SAEs, recipe by recipe, stand in `recipe_params.py`.
+Defaults hold for activations of unit mean square norm. Everything that literature gives in steps is a fraction of the run.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -48,8 +47,13 @@ class Tracking(Section):
 class SAERecipe(Section):
     """What every recipe has."""
 
+    sparsity: ClassVar[tuple[str, Literal["raises", "lowers"]] | None] = None
+    """The setting that decides how sparse the SAE becomes, and what a larger value does to L0."""
+
     recipe: Name
+    """How the SAE is trained: a name of `training.RECIPES`."""
     d_sae: Width
+    """Latents."""
     hook_name: Name | None = None
     """Where in the model; null takes `train.hook_name`. All hooks of a run are read in one pass."""
     learning_rate: Above0 = 3.0e-3
@@ -64,7 +68,9 @@ class SAERecipe(Section):
 class L1Recipe(SAERecipe):
     """Recipes whose penalty grows with activations: dead latents are resampled, if at all."""
 
+    sparsity = ("l1_coefficient", "lowers")
     l1_coefficient: NonNegative
+    """Weight of the penalty on activations."""
     resample_every: Fraction = 0.0
     """Resample dead latents each time this fraction of the run has passed, in its first half; 0 never does."""
     resample_window: Fraction = 0.1
@@ -86,8 +92,11 @@ class ReluRecipe(L1Recipe):
 class PAnnealRecipe(L1Recipe):
     recipe: Literal["p_anneal"]
     p_end: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The penalty's power at the end; it starts at 1."""
     anneal_start: Fraction = 0.2
+    """Fraction of the run after which p falls."""
     anneal_end: Fraction = 0.9
+    """Fraction of the run after which p stays at `p_end`."""
     sparsity_updates: Positive = 10
     """How often p is lowered on the way."""
     queue_length: Positive = 10
@@ -103,19 +112,23 @@ class PAnnealRecipe(L1Recipe):
 class GatedRecipe(L1Recipe):
     recipe: Literal["gated", "gated_rajamanoharan"]
     aux_coefficient: NonNegative = 1.0
+    """Weight of the gates' own reconstruction."""
 
 
 class HardConcreteRecipe(SAERecipe):
+    sparsity = ("l0_coefficient", "lowers")
     recipe: Literal["hard_concrete", "gated_hard_concrete"]
     l0_coefficient: NonNegative
     """Weight of the expected L0."""
     aux_coefficient: NonNegative = 1.0
     """Of the gate's own reconstruction; `gated_hard_concrete` only."""
     initial_beta: Above0 = 0.5
+    """Temperature of the gates at the start; lower is closer to 0 or 1."""
     final_beta: Above0 | None = None
     """Where `beta_annealing` ends; null: half of `initial_beta`, as in SAE-Interpretability's own sweep (1.0 to 0.5), which
     has no default for it."""
     beta_annealing: bool = False
+    """Whether beta falls, geometrically, after the learning rate's warm-up."""
     stretch: Interval = (-0.1, 1.1)
     """Limits the concrete distribution is stretched to before clipping to [0, 1]."""
     input_dependent_gates: bool = True
@@ -138,12 +151,16 @@ class HardConcreteRecipe(SAERecipe):
 
 
 class JumpReLURecipe(SAERecipe):
+    sparsity = ("target_l0", "raises")
     recipe: Literal["jump_relu"]
     target_l0: Above0
+    """The L0 that the penalty pulls to."""
     sparsity_coefficient: NonNegative = 1.0
+    """Weight of that penalty."""
     bandwidth: Above0 = 0.05
     """Width of the window in which pre-activations move their threshold, in normalised activations."""
     initial_threshold: Above0 = 0.02
+    """Every latent's threshold at the start."""
 
     @model_validator(mode="after")
     def _fits(self) -> JumpReLURecipe:
@@ -155,8 +172,11 @@ class JumpReLURecipe(SAERecipe):
 class KRecipe(SAERecipe):
     """The TopK family."""
 
+    sparsity = ("k", "raises")
     k: Positive
+    """Active latents a token."""
     aux_k_coefficient: NonNegative = 1 / 32
+    """Weight of the loss that revives dead latents."""
     inference: Literal["threshold", "top_k"] = "threshold"
     """How the trained SAE encodes: pre-activations above the recorded threshold (any subset of latents, each for
     itself), or the k largest."""
@@ -191,6 +211,7 @@ class MatryoshkaRecipe(KRecipe):
 
 
 class MatchingPursuitRecipe(SAERecipe):
+    sparsity = ("s", "raises")
     recipe: Literal["matching_pursuit"]
     s: Positive
     """Greedy steps a token."""
@@ -225,10 +246,27 @@ def recipe_model(name: str) -> type[SAERecipe]:
     ]
 
 
+SHARED = {
+    "batch_size",
+    "accumulation_steps",
+    "buffer_tokens",
+    "precision",
+    "llm_dtype",
+    "warmup_fraction",
+    "sparsity_warmup_fraction",
+    "decay_fraction",
+    "dead_fraction",
+}
+"""Settings of a run that shape every SAE in it."""
+
+
 class Train(Section):
+    """SAEs of our own: what each is, and the run that trains all of them."""
+
     enabled: bool = True
     """Whether the pipeline trains SAEs of its own; a baseline from elsewhere needs none."""
     hook_name: Name = "blocks.8.hook_resid_post"
+    """Where SAEs are trained that name no hook of their own."""
     tokens: Tokens = 240_000
     """Tokens of text that the language model reads; those that count are trained on."""
     batch_size: Positive = 512
@@ -239,14 +277,19 @@ class Train(Section):
     buffer_tokens: Positive = 65_536
     """Activations held and shuffled at a time, for each hook."""
     llm_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the language model's pass."""
     held_out_tokens: Positive = 8_192
+    """Tokens of other documents on which the SAEs are measured."""
     evaluate_tokens: Count = 1_024
     """Held-out tokens on which predictions are compared with the reconstruction in place; 0 leaves that out."""
     learning_rate: Above0 | None = 3.0e-3
     """Of every SAE that gives none of its own; null: its recipe's default."""
     warmup_fraction: Fraction = 0.05
+    """The learning rate rises linearly over this fraction of the run ..."""
     sparsity_warmup_fraction: Fraction = 0.1
+    """Sparsity penalties rise linearly over this fraction of the run."""
     decay_fraction: Fraction = 0.3
+    """... and falls linearly to 0 over this last fraction."""
     dead_fraction: Fraction = 0.05
     """A latent silent for this fraction of the run counts as dead (auxiliary loss of the TopK family)."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] | None = None
@@ -301,3 +344,10 @@ class Train(Section):
     def hooks(self) -> list[str]:
         """Every hook an SAE is trained at, in order of first use."""
         return list(dict.fromkeys(self.hook_of(name) for name in self.saes))
+
+    def hyper_parameters(self, name: str) -> dict[str, Any]:
+        """What shaped one SAE's training: its own settings, and those of the run that all SAEs share."""
+        return {
+            **self.saes[name].model_dump(exclude={"recipe", "seed", "hook_name"}, exclude_none=True),
+            **self.model_dump(include=SHARED),
+        }

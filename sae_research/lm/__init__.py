@@ -1,6 +1,6 @@
 """The language model under study: where it comes from, hook points, prefix, resume."""
 
-from sae_research.lm.activations import ActivationPool, Batch, Openings, collect, collect_hooks
+from sae_research.lm.activations import ActivationPool, Batch, SharedPrefixes, collect, collect_hooks
 from sae_research.lm.load import PACKAGED, load_language_model, pick_device
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
@@ -10,7 +10,7 @@ __all__ = [
     "ActivationPool",
     "Batch",
     "LanguageModel",
-    "Openings",
+    "SharedPrefixes",
     "collect",
     "collect_hooks",
     "load_language_model",

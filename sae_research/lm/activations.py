@@ -90,15 +90,15 @@ def collect(
     batch_size: int,
     caching: ActivationCaching,
     progress: str | None = None,
-    openings: Openings | None = None,
+    prefixes: SharedPrefixes | None = None,
 ) -> ActivationPool:
     """Run the model up to `hook` over all sequences (1-D tensors of ids, or one [n, seq] tensor), or read the cache.
 
     Kept under `.cache/activations/`, in the model's precision, by the content of model, hook and tokens.
-    `progress` names a progress bar. With `openings` the sequences continue those, which run once each; the pool holds
+    `progress` names a progress bar. With `prefixes` the sequences continue those, which run once each; the pool holds
     the sequences' own tokens only. Raises `UserError` for a hook the model lacks.
     """
-    return collect_hooks(lm, [hook], sequences, batch_size, caching, progress, openings)[hook]
+    return collect_hooks(lm, [hook], sequences, batch_size, caching, progress, prefixes)[hook]
 
 
 def collect_hooks(
@@ -108,11 +108,11 @@ def collect_hooks(
     batch_size: int,
     caching: ActivationCaching,
     progress: str | None = None,
-    openings: Openings | None = None,
+    prefixes: SharedPrefixes | None = None,
 ) -> dict[str, ActivationPool]:
     """As `collect`, at several hooks: one pass of the model for all whose activations are not in the cache.
 
-    A hook's entry is the one that `collect` makes and reads. With `openings` the model runs once for each hook.
+    A hook's entry is the one that `collect` makes and reads. With `prefixes` the model runs once for each hook.
     """
     rows = [row.to("cpu") for row in sequences]
     widths, total = {hook: lm.d_in(hook) for hook in hooks}, sum(len(row) for row in rows)
@@ -122,7 +122,7 @@ def collect_hooks(
 
     if not caching.enabled:
         flats = {hook: torch.empty(total, width, dtype=lm.dtype) for hook, width in widths.items()}
-        _fill(lm, rows, batch_size, flats, progress, openings)
+        _fill(lm, rows, batch_size, flats, progress, prefixes)
         return pools(flats)
     root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
     folders = {
@@ -135,7 +135,7 @@ def collect_hooks(
                 lm.device.type,
                 sources_fingerprint(__name__),
                 about_rows,
-                *([] if openings is None else [[row.tolist() for row in openings.tokens], list(openings.of)]),
+                *([] if prefixes is None else [[row.tolist() for row in prefixes.tokens], list(prefixes.of)]),
             ]
         )[:32]
         for hook in hooks
@@ -150,7 +150,7 @@ def collect_hooks(
         flats = {
             hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+") for hook, temporary in temporaries.items()
         }
-        _fill(lm, rows, batch_size, flats, progress, openings)
+        _fill(lm, rows, batch_size, flats, progress, prefixes)
         for hook, temporary in temporaries.items():
             write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
         flats.clear()
@@ -177,7 +177,7 @@ def _fill(
     batch_size: int,
     flats: dict[str, Tensor],
     progress: str | None,
-    openings: Openings | None,
+    prefixes: SharedPrefixes | None,
 ) -> None:
     """Compute activations into the tensors `flats`, by hook."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
@@ -185,8 +185,8 @@ def _fill(
         return
     passes = (
         [_plain(lm, list(flats), rows, batch_size)]
-        if openings is None
-        else [_continued(lm, hook, rows, batch_size, openings) for hook in flats]
+        if prefixes is None
+        else [_continued(lm, hook, rows, batch_size, prefixes) for hook in flats]
     )
     with tqdm(
         total=int(offsets[-1]) * len(passes),
@@ -222,9 +222,9 @@ def _plain(
 
 
 def _continued(
-    lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int, openings: Openings
+    lm: LanguageModel, hook: str, rows: Sequence[Tensor], batch_size: int, prefixes: SharedPrefixes
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    for chosen, acts in continued(lm, hook, rows, openings, batch_size):
+    for chosen, acts in continued(lm, hook, rows, prefixes, batch_size):
         yield chosen, {hook: acts}
 
 
@@ -232,42 +232,42 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference between continuing and a whole run that counts as rounding."""
 
 
-class Openings(NamedTuple):
+class SharedPrefixes(NamedTuple):
     """What sequences continue."""
 
     tokens: Sequence[Tensor]
-    """The openings, 1-D tensors of ids."""
+    """The prefixes, 1-D tensors of ids."""
     of: Sequence[int]
-    """Which opening each sequence continues."""
+    """Which prefix each sequence continues."""
 
 
 def continued(
-    lm: LanguageModel, hook: str, rows: Sequence[Tensor], openings: Openings, batch_size: int
+    lm: LanguageModel, hook: str, rows: Sequence[Tensor], prefixes: SharedPrefixes, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(which rows, activations at `hook` [batch, seq, d_in] of their own tokens, padded on the right) until all ran.
 
-    Sequences of one opening reuse its keys and values; attention is causal, so this is what a whole run gives. That
+    Sequences of one prefix reuse its keys and values; attention is causal, so this is what a whole run gives. That
     is checked on the first sequence: an architecture that cannot continue runs whole sequences instead.
     """
     if not rows:
         return
-    resumable = _can_continue(lm, hook, openings.tokens[openings.of[0]], rows[0])
-    for number, opening in enumerate(openings.tokens):
-        members = sorted((i for i in range(len(rows)) if openings.of[i] == number), key=lambda i: (len(rows[i]), i))
-        past = _read(lm, hook, opening) if members and resumable else None
+    resumable = _can_continue(lm, hook, prefixes.tokens[prefixes.of[0]], rows[0])
+    for number, prefix in enumerate(prefixes.tokens):
+        members = sorted((i for i in range(len(rows)) if prefixes.of[i] == number), key=lambda i: (len(rows[i]), i))
+        past = _read(lm, hook, prefix) if members and resumable else None
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
             tails = torch.nn.utils.rnn.pad_sequence(
                 [rows[i] for i in chosen], batch_first=True, padding_value=lm.separator_id
             )
-            yield chosen, _continue(lm, hook, past, tails) if past is not None else _whole(lm, hook, opening, tails)
+            yield chosen, _continue(lm, hook, past, tails) if past is not None else _whole(lm, hook, prefix, tails)
 
 
-def _read(lm: LanguageModel, hook: str, opening: Tensor) -> DynamicCache:
+def _read(lm: LanguageModel, hook: str, prefix: Tensor) -> DynamicCache:
     from transformers import DynamicCache
 
     past = DynamicCache(config=lm.model.config.get_text_config())
-    lm.activations(opening[None].to(lm.device), hook, past)
+    lm.activations(prefix[None].to(lm.device), hook, past)
     return past
 
 
@@ -277,14 +277,14 @@ def _continue(lm: LanguageModel, hook: str, past: DynamicCache, tails: Tensor) -
     return lm.activations(tails.to(lm.device), hook, own)
 
 
-def _whole(lm: LanguageModel, hook: str, opening: Tensor, tails: Tensor) -> Tensor:
-    tokens = torch.cat([opening.expand(len(tails), -1), tails], dim=1)
-    return lm.activations(tokens.to(lm.device), hook)[:, len(opening) :]
+def _whole(lm: LanguageModel, hook: str, prefix: Tensor, tails: Tensor) -> Tensor:
+    tokens = torch.cat([prefix.expand(len(tails), -1), tails], dim=1)
+    return lm.activations(tokens.to(lm.device), hook)[:, len(prefix) :]
 
 
-def _can_continue(lm: LanguageModel, hook: str, opening: Tensor, tail: Tensor) -> bool:
+def _can_continue(lm: LanguageModel, hook: str, prefix: Tensor, tail: Tensor) -> bool:
     try:
-        got = _continue(lm, hook, _read(lm, hook, opening), tail[None]).float()
+        got = _continue(lm, hook, _read(lm, hook, prefix), tail[None]).float()
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         print(
             f"{lm.name} cannot continue a sequence from its keys and values ({type(error).__name__}): "
@@ -292,7 +292,7 @@ def _can_continue(lm: LanguageModel, hook: str, opening: Tensor, tail: Tensor) -
             flush=True,
         )
         return False
-    want = _whole(lm, hook, opening, tail[None]).float()
+    want = _whole(lm, hook, prefix, tail[None]).float()
     return bool((got - want).norm() <= _TOLERANCE[lm.dtype] * want.norm())
 
 

@@ -1,12 +1,27 @@
-"""Cross-entropy and KL divergence of next-token predictions, token by token."""
+"""What a language model loses when activations at a hook are replaced: the one definition of its metrics.
+
+A run is a pass with something in place of the activations: `clean` (nothing), `zero` (zeros), `mean` (the mean activation)
+or `patched` (a reconstruction). `CleanPredictions.compare` gives a run's cross-entropy and KL divergence token by token,
+`prediction_sums` their sums over counted positions, and `losses` the metrics:
+
+    ce_delta       = ce_patched - ce_clean                               in nats per counted prediction
+    kl             = KL(clean || patched)                                in nats per counted position
+    loss_recovered = (ce_zero - ce_patched) / (ce_zero - ce_clean)       over zero-ablation; the same over mean-ablation
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 4_000_000
 """Logits per step: small enough that a step's temporaries stay in the processor's caches."""
+RECOVERED = {"zero": "loss_recovered", "mean": "loss_recovered_mean_ablation"}
+"""Names of loss recovered, by what it is measured against."""
 
 
 class CleanPredictions:
@@ -53,3 +68,55 @@ class CleanPredictions:
     def _chunks(self) -> list[slice]:
         step = max(1, CHUNK_ELEMENTS // self.log_p_NV.shape[1])
         return [slice(start, start + step) for start in range(0, len(self.log_p_NV), step)]
+
+
+def total(values: Tensor, mask: Tensor) -> float:
+    """Sum over the positions where the mask holds, in float64 (on the CPU where the device has none)."""
+    chosen = values[mask]
+    return float((chosen.cpu() if chosen.device.type == "mps" else chosen).double().sum())
+
+
+def prediction_sums(
+    mask: Tensor,
+    runs: Mapping[str, tuple[Tensor, Tensor | None]],
+    add: Callable[[Tensor, Tensor], Any] = total,
+    predicted: Tensor | None = None,
+) -> dict[str, Any]:
+    """`ce_<run>`, `kl_<run>` and the numbers of terms in them, `ce_tokens` and `kl_tokens`.
+
+    mask: True where a position counts [batch, seq]. runs: (cross-entropy [batch, seq - 1], KL [batch, seq] or None) by
+    name, as `CleanPredictions.compare` gives them. `add(values, mask)` sums, over everything unless said otherwise.
+    predicted: which predictions count [batch, seq - 1], by default those made at counted positions.
+    """
+    predicted = mask[:, :-1] if predicted is None else predicted
+    sums = {"ce_tokens": add(predicted, predicted), "kl_tokens": add(mask, mask)}
+    for name, (ce, kl) in runs.items():
+        sums[f"ce_{name}"] = add(ce, predicted)
+        if kl is not None:
+            sums[f"kl_{name}"] = add(kl, mask)
+    return sums
+
+
+def loss_ratios(sums: Mapping[str, Any], patched: str = "patched") -> dict[str, tuple[Any, Any]]:
+    """Numerator and denominator of every metric that the runs in `sums` allow. The sums are numbers, or arrays of one number
+    a cluster. patched: name of the patched run."""
+    tokens, clean, own = sums["ce_tokens"], sums["ce_clean"], sums[f"ce_{patched}"]
+    ablated = {run: sums[f"ce_{run}"] for run in ("zero", "mean") if f"ce_{run}" in sums}
+    return {
+        "kl": (sums[f"kl_{patched}"], sums["kl_tokens"]),
+        "ce_clean": (clean, tokens),
+        "ce_patched": (own, tokens),
+        "ce_delta": (own - clean, tokens),
+        **{f"ce_{run}_ablated": (ce, tokens) for run, ce in ablated.items()},
+        **{RECOVERED[run]: (ce - own, ce - clean) for run, ce in ablated.items()},
+    }
+
+
+def losses(sums: Mapping[str, float]) -> dict[str, float]:
+    """The metrics from sums over all positions; NaN where a denominator is zero."""
+    per_token = {key: _ratio(value, sums[f"{key[:2]}_tokens"]) for key, value in sums.items()}
+    return {key: _ratio(*parts) for key, parts in loss_ratios(per_token).items()}
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan

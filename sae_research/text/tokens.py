@@ -85,7 +85,7 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     return _contexts(tokens, docs, used, separator_id, size)
 
 
-def spread(contexts: Contexts, n: int) -> Contexts:
+def reorder_evenly(contexts: Contexts, n: int) -> Contexts:
     """The same contexts in another order: first `n` that are spread evenly over the text, then the others.
 
     Contexts that follow one another are often of one document; what is costly is better measured on many documents.

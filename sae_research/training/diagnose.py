@@ -72,7 +72,7 @@ class CurvePoint(NamedTuple):
     variance_explained: float
 
 
-class Seen(NamedTuple):
+class TrainingSummary(NamedTuple):
     """What is known of one SAE once it is trained."""
 
     config: SAERecipe
@@ -106,12 +106,12 @@ class Finding(NamedTuple):
     """The parameter and which way."""
 
 
-def diagnose(name: str, seen: Seen, limits: Limits = LIMITS) -> list[Finding]:
+def diagnose(name: str, summary: TrainingSummary, limits: Limits = LIMITS) -> list[Finding]:
     """Everything that is wrong with one SAE, the gravest kind of fault first."""
     place = f"train.saes.{name}"
-    found = [*_sparsity(place, seen, limits), *_learning_rate(place, seen, limits), *_latents(place, seen, limits)]
+    found = [*_sparsity(place, summary, limits), *_learning_rate(place, summary, limits), *_latents(place, summary, limits)]
     if not any(finding.what == "learning_rate_too_low" for finding in found):
-        found += _width(place, seen, limits)
+        found += _width(place, summary, limits)
     return found
 
 
@@ -155,22 +155,22 @@ def needs_comparison(ce: float, vocab_size: int, limits: Limits = LIMITS) -> boo
 # --- rules -----------------------------------------------------------------------------------
 
 
-def _sparsity(place: str, seen: Seen, limits: Limits) -> list[Finding]:
-    config, share = seen.config, seen.l0 / seen.d_in
+def _sparsity(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding]:
+    config, share = summary.config, summary.l0 / summary.d_in
     asked = getattr(config, "k", None) or getattr(config, "target_l0", None)
-    if asked and not asked / limits.l0_off <= seen.l0 <= asked * limits.l0_off:
+    if asked and not asked / limits.l0_off <= summary.l0 <= asked * limits.l0_off:
         if not hasattr(config, "target_l0"):
             change = "train.tokens: raise, so that the threshold settles"
-        elif seen.l0 < asked:
+        elif summary.l0 < asked:
             change = f"{place}.learning_rate: lower (now {config.learning_rate:g}), so that thresholds do not overshoot"
         else:
             change = f"{place}.sparsity_coefficient: raise, or train.tokens"
         return [
             Finding(
                 "l0_off_target",
-                f"L0 is {seen.l0:.4g} on held-out text where {asked:g} were asked for",
+                f"L0 is {summary.l0:.4g} on held-out text where {asked:g} were asked for",
                 "L0 / asked",
-                seen.l0 / asked,
+                summary.l0 / asked,
                 limits.l0_off,
                 change,
             )
@@ -179,18 +179,18 @@ def _sparsity(place: str, seen: Seen, limits: Limits) -> list[Finding]:
         return [
             Finding(
                 "l0_too_high",
-                f"{seen.l0:.4g} latents a token, {share:.0%} of d_in: hardly sparse",
+                f"{summary.l0:.4g} latents a token, {share:.0%} of d_in: hardly sparse",
                 "L0 / d_in",
                 share,
                 limits.l0_high,
                 _knob(place, config, down=True),
             )
         ]
-    if share < limits.l0_low or seen.l0 < 1:
+    if share < limits.l0_low or summary.l0 < 1:
         return [
             Finding(
                 "l0_too_low",
-                f"{seen.l0:.3g} latents a token cannot reconstruct {seen.d_in} dimensions",
+                f"{summary.l0:.3g} latents a token cannot reconstruct {summary.d_in} dimensions",
                 "L0 / d_in",
                 share,
                 limits.l0_low,
@@ -200,12 +200,12 @@ def _sparsity(place: str, seen: Seen, limits: Limits) -> list[Finding]:
     return []
 
 
-def _learning_rate(place: str, seen: Seen, limits: Limits) -> list[Finding]:
+def _learning_rate(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding]:
     rate = f"{place}.learning_rate"
-    now = f"(now {seen.config.learning_rate:g})"
+    now = f"(now {summary.config.learning_rate:g})"
     found = []
-    below = _below_pca(seen)
-    shape = curve_shape(seen.curve, seen.decay_fraction, seen.sparsity_warmup_fraction)
+    below = _below_pca(summary)
+    shape = curve_shape(summary.curve, summary.decay_fraction, summary.sparsity_warmup_fraction)
     if shape is not None and shape.collapse > limits.collapse:
         found.append(
             Finding(
@@ -267,9 +267,9 @@ def _learning_rate(place: str, seen: Seen, limits: Limits) -> list[Finding]:
             Finding(
                 "learning_rate_too_low",
                 f"it explains less variance than {n} principal components with "
-                f"{seen.l0:.4g} latents a token: it has not learnt yet",
+                f"{summary.l0:.4g} latents a token: it has not learnt yet",
                 "variance explained",
-                seen.variance_explained,
+                summary.variance_explained,
                 pca,
                 f"{rate}: raise {now}, or train.tokens",
             )
@@ -277,53 +277,53 @@ def _learning_rate(place: str, seen: Seen, limits: Limits) -> list[Finding]:
     return found
 
 
-def _latents(place: str, seen: Seen, limits: Limits) -> list[Finding]:
+def _latents(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding]:
     found = []
-    if seen.fraction_silent > limits.dead:
-        if hasattr(seen.config, "resample_every") and seen.config.resample_every == 0:
+    if summary.fraction_silent > limits.dead:
+        if hasattr(summary.config, "resample_every") and summary.config.resample_every == 0:
             change = f"{place}.resample_every: 0.1"
-        elif hasattr(seen.config, "aux_k_coefficient"):
-            change = f"{place}.aux_k_coefficient: raise (now {seen.config.aux_k_coefficient:g}), or learning_rate: lower"
+        elif hasattr(summary.config, "aux_k_coefficient"):
+            change = f"{place}.aux_k_coefficient: raise (now {summary.config.aux_k_coefficient:g}), or learning_rate: lower"
         else:
-            change = f"{place}.learning_rate: lower (now {seen.config.learning_rate:g}), or d_sae"
+            change = f"{place}.learning_rate: lower (now {summary.config.learning_rate:g}), or d_sae"
         found.append(
             Finding(
                 "dead_latents",
-                f"{seen.fraction_silent:.1%} of latents did not fire any more at the end",
+                f"{summary.fraction_silent:.1%} of latents did not fire any more at the end",
                 "fraction of latents silent",
-                seen.fraction_silent,
+                summary.fraction_silent,
                 limits.dead,
                 change,
             )
         )
-    if seen.dense_share > limits.dense and seen.l0 <= limits.l0_high * seen.d_in:  # where all is dense, L0 says so
+    if summary.dense_share > limits.dense and summary.l0 <= limits.l0_high * summary.d_in:  # where all is dense, L0 says so
         found.append(
             Finding(
                 "dense_latents",
-                f"{seen.dense_share:.0%} of L0 comes from latents that fire on more than {DENSE_FROM:.0%} of tokens",
+                f"{summary.dense_share:.0%} of L0 comes from latents that fire on more than {DENSE_FROM:.0%} of tokens",
                 "share of L0 from dense latents",
-                seen.dense_share,
+                summary.dense_share,
                 limits.dense,
-                _knob(place, seen.config, down=True),
+                _knob(place, summary.config, down=True),
             )
         )
     return found
 
 
-def _width(place: str, seen: Seen, limits: Limits) -> list[Finding]:
-    width = seen.config.d_sae
+def _width(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding]:
+    width = summary.config.d_sae
     if (
-        seen.l0 < limits.narrow_l0 * seen.d_in
-        or seen.variance_explained >= limits.narrow_variance
-        or width >= limits.narrow_width * seen.d_in
+        summary.l0 < limits.narrow_l0 * summary.d_in
+        or summary.variance_explained >= limits.narrow_variance
+        or width >= limits.narrow_width * summary.d_in
     ):
         return []
     return [
         Finding(
             "too_narrow",
-            f"{seen.l0:.4g} latents a token explain only {seen.variance_explained:.1%}",
+            f"{summary.l0:.4g} latents a token explain only {summary.variance_explained:.1%}",
             "variance explained",
-            seen.variance_explained,
+            summary.variance_explained,
             limits.narrow_variance,
             f"{place}.d_sae: raise (now {width})",
         )
@@ -332,17 +332,17 @@ def _width(place: str, seen: Seen, limits: Limits) -> list[Finding]:
 
 def _knob(place: str, config: SAERecipe, down: bool) -> str:
     """What to change for a lower L0 (`down`) or a higher one."""
-    for key, direct in (("k", True), ("target_l0", True), ("s", True), ("l1_coefficient", False), ("l0_coefficient", False)):
-        if hasattr(config, key):
-            return f"{place}.{key}: {'lower' if direct == down else 'raise'} (now {getattr(config, key):g})"
-    raise ValueError(f"the recipe {config.recipe} has no parameter of sparsity")
+    if config.sparsity is None:
+        return f"{place}: settings for {'fewer' if down else 'more'} active latents"
+    key, effect = config.sparsity
+    return f"{place}.{key}: {'lower' if down == (effect == 'raises') else 'raise'} (now {getattr(config, key):g})"
 
 
-def _below_pca(seen: Seen) -> tuple[int, float] | None:
+def _below_pca(summary: TrainingSummary) -> tuple[int, float] | None:
     """(components, what they explain) where the SAE explains less with at least as many latents a token."""
-    fewer = [n for n in seen.pca if n <= seen.l0]
-    if fewer and seen.variance_explained < seen.pca[max(fewer)]:
-        return max(fewer), seen.pca[max(fewer)]
+    fewer = [n for n in summary.pca if n <= summary.l0]
+    if fewer and summary.variance_explained < summary.pca[max(fewer)]:
+        return max(fewer), summary.pca[max(fewer)]
     return None
 
 

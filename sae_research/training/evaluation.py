@@ -1,11 +1,13 @@
-"""Figures of trained SAEs on documents they were not trained on.
+"""What is measured of SAEs once they are trained, on documents they were not trained on.
 
-What is known of the SAEs once they are trained: `eval_results.json` of each, and what the run's curves say.
+`evaluate` fills the run's report and `eval_results.json` of each SAE: reconstruction and sparsity, what the language model
+loses with the reconstruction in place, and what the training curves show (`diagnose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +17,16 @@ from sae_research.config.params import Params, Text
 from sae_research.lm import LanguageModel, collect_hooks, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant
+from sae_research.runtime.formatting import ABSENT, number, text_table
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.files import sae_lens_lacks
 from sae_research.stats import CleanPredictions, ReconstructionStats, density_histogram
+from sae_research.stats.predictions import losses, prediction_sums
 from sae_research.text.tokens import token_contexts
 from sae_research.training import diagnose
-from sae_research.training.diagnose import CurvePoint, Finding, Seen
-from sae_research.training.member import Member
+from sae_research.training.diagnose import CurvePoint, Finding, TrainingSummary
+from sae_research.training.stream import ActivationStream, pca_variance_explained
+from sae_research.training.training_sae import TrainingSAE
 
 HELD_OUT_SPLIT = "core_eval"
 KEPT = (
@@ -34,6 +39,7 @@ KEPT = (
 )
 """Which of the statistics the training report shows."""
 BATCH = 1024
+PCA_COMPONENTS = (16, 32, 64, 128)
 
 
 class HeldOut(NamedTuple):
@@ -88,11 +94,48 @@ Report = dict[str, Any]
 Results = dict[str, dict[str, Any]]
 
 
+def evaluate(
+    report: Report,
+    in_training: Sequence[TrainingSAE],
+    saes: dict[str, SparseAutoencoder],
+    stream: ActivationStream,
+    held_out_contexts: Tensor,
+    lm: LanguageModel,
+    params: Params,
+) -> Results:
+    """Add every SAE's held-out figures to the report, PCA's at every hook, and what they show; returns what
+    `eval_results.json` of each SAE holds."""
+    held_out = read_held_out(
+        lm, params, held_out_contexts, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()}
+    )
+    stats: dict[str, ReconstructionStats] = {}
+    for hook, buffer in stream.buffers.items():
+        rows_ND = held_out.rows(hook).to(buffer.device)
+        here = [sae for sae in in_training if sae.hook == hook]
+        stats |= held_out_stats({sae.name: saes[sae.name].to(buffer.device) for sae in here}, rows_ND)
+        for sae in here:
+            config = params.train.saes[sae.name]
+            report["saes"][sae.name] = {
+                "recipe": config.recipe,
+                "hook_name": hook,
+                "tokens": sae.tokens,
+                "hyper_parameters": params.train.hyper_parameters(sae.name),
+                "fraction_silent_at_end": sae.fraction_silent,
+                "held_out": kept(stats[sae.name]),
+            }
+        explained = pca_variance_explained(buffer.pca, rows_ND * buffer.calibration.scale, PCA_COMPONENTS)
+        report["hooks"][hook] = {
+            "fraction_tokens_kept": buffer.fraction_kept,
+            "pca_reference": {str(n): value for n, value in explained.items()},
+        }
+    return after_training(report, stats, saes, in_training, held_out, lm, params)
+
+
 def after_training(
     report: Report,
     stats: Mapping[str, ReconstructionStats],
     saes: Mapping[str, SparseAutoencoder],
-    members: Sequence[Member],
+    in_training: Sequence[TrainingSAE],
     held_out: HeldOut,
     lm: LanguageModel,
     params: Params,
@@ -105,9 +148,7 @@ def after_training(
     results = {
         name: _result(report["saes"][name], stats[name], sae, predictions.get(name, {})) for name, sae in saes.items()
     }
-    found = {
-        member.name: diagnose.diagnose(member.name, _seen(member, report, stats[member.name], params)) for member in members
-    }
+    found = {sae.name: diagnose.diagnose(sae.name, _summary(sae, report, stats[sae.name], params)) for sae in in_training}
     ce = next((figures["ce_clean"] for figures in predictions.values()), None)
     if ce is not None:
         elsewhere = _ce_elsewhere(lm, params) if diagnose.needs_comparison(ce, lm.vocab_size) else None
@@ -131,21 +172,6 @@ def finding_lines(report: Report) -> dict[str, list[str]]:
 # --- predictions -------------------------------------------------------------------------------
 
 
-class _Sums(NamedTuple):
-    """Sums of cross-entropy and KL over counted positions."""
-
-    ce: Tensor
-    kl: Tensor
-
-    @classmethod
-    def of(cls, ce: Tensor, kl: Tensor | None, mask: Tensor) -> _Sums:
-        none = torch.zeros((), dtype=torch.float64)  # summed on the CPU: MPS has no float64
-        return cls(ce[mask[:, :-1]].cpu().double().sum(), none if kl is None else kl[mask].cpu().double().sum())
-
-    def plus(self, other: _Sums) -> _Sums:
-        return _Sums(self.ce + other.ce, self.kl + other.kl)
-
-
 @torch.no_grad()
 def loss_recovered(
     saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm: LanguageModel, params: Params
@@ -161,43 +187,43 @@ def loss_recovered(
     if n == 0:
         return {}
     index = torch.linspace(0, len(held_out.tokens) - 1, n).round().long()
-    sums: dict[str, _Sums] = {}
-    counts = dict.fromkeys(held_out.acts, (0, 0))
-
-    def add(key: str, compared: tuple[Tensor, Tensor | None], mask: Tensor) -> None:
-        found = _Sums.of(*compared, mask)
-        sums[key] = sums[key].plus(found) if key in sums else found
-
+    sums: dict[str, dict[str, float]] = {name: {} for name in saes}
+    deepest = max(held_out.acts, key=_layer)  # the fewest layers are left to run from there
     for chosen in index.split(_contexts_at_once(lm, held_out.tokens.shape[1], params)):
         tokens = held_out.tokens[chosen].to(lm.device)
-        deepest = max(held_out.acts, key=_layer)  # the fewest layers are left to run from there
         clean = CleanPredictions(lm.resume(deepest, held_out.acts[deepest][chosen].to(lm.device), tokens), tokens)
-        for hook, all_acts in held_out.acts.items():
+        for hook in held_out.acts:
             here = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
-            acts, mask = all_acts[chosen].to(lm.device).float(), held_out.mask[hook][chosen].to(lm.device)
-            counts[hook] = counts[hook][0] + int(mask[:, :-1].sum()), counts[hook][1] + int(mask.sum())
-            keep = mask[..., None]
-
-            def run(
-                edited: Tensor,
-                hook: str = hook,
-                clean: CleanPredictions = clean,
-                tokens: Tensor = tokens,
-            ) -> tuple[Tensor, Tensor]:
-                return clean.compare(lm.resume(hook, edited, tokens))
-
-            add(f"clean/{hook}", (clean.ce, None), mask)
-            add(f"zero/{hook}", run(torch.where(keep, 0.0, acts)), mask)
-            device = next(iter(here.values())).W_dec.device
-            for name, z in encode_each(here, acts.to(device), mask.to(device)):
-                x_hat = here[name].decode(z).to(lm.device, acts.dtype)
-                add(name, run(torch.where(keep, x_hat, acts)), mask)
+            for name, own in _sums_at(hook, here, held_out, chosen, clean, lm):
+                sums[name] = {key: sums[name].get(key, 0.0) + value for key, value in own.items()}
     return {
-        name: _prediction_figures(
-            sums[f"clean/{sae.cfg.hook_name}"], sums[f"zero/{sae.cfg.hook_name}"], sums[name], *counts[sae.cfg.hook_name]
-        )
-        for name, sae in saes.items()
+        name: {key: value for key, value in losses(own).items() if not math.isnan(value)}
+        | {"prediction_tokens": own["ce_tokens"]}
+        for name, own in sums.items()
+        if own.get("ce_tokens")
     }
+
+
+def _sums_at(
+    hook: str,
+    saes: Mapping[str, SparseAutoencoder],
+    held_out: HeldOut,
+    chosen: Tensor,
+    clean: CleanPredictions,
+    lm: LanguageModel,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one hook."""
+    tokens = held_out.tokens[chosen].to(lm.device)
+    acts, mask = held_out.acts[hook][chosen].to(lm.device).float(), held_out.mask[hook][chosen].to(lm.device)
+
+    def run(put: Tensor | float) -> tuple[Tensor, Tensor]:
+        return clean.compare(lm.resume(hook, torch.where(mask[..., None], put, acts), tokens))
+
+    shared = {"clean": (clean.ce, None), "zero": run(0.0)}
+    device = next(iter(saes.values())).W_dec.device
+    for name, z in encode_each(saes, acts.to(device), mask.to(device)):
+        x_hat = saes[name].decode(z).to(lm.device, acts.dtype)
+        yield name, prediction_sums(mask, {**shared, "patched": run(x_hat)})
 
 
 def _contexts_at_once(lm: LanguageModel, context_size: int, params: Params) -> int:
@@ -207,24 +233,6 @@ def _contexts_at_once(lm: LanguageModel, context_size: int, params: Params) -> i
 
 def _layer(hook: str) -> int:
     return next(int(part) for part in hook.split(".") if part.isdigit())
-
-
-def _prediction_figures(clean: _Sums, zero: _Sums, patched: _Sums, ce_tokens: int, kl_tokens: int) -> dict[str, float]:
-    if ce_tokens == 0:
-        return {}
-    ce = {
-        "ce_clean": float(clean.ce) / ce_tokens,
-        "ce_zero_ablated": float(zero.ce) / ce_tokens,
-        "ce_patched": float(patched.ce) / ce_tokens,
-    }
-    gap = ce["ce_zero_ablated"] - ce["ce_clean"]
-    return {
-        **ce,
-        "ce_delta": ce["ce_patched"] - ce["ce_clean"],
-        "kl": float(patched.kl) / kl_tokens,
-        **({"loss_recovered": (ce["ce_zero_ablated"] - ce["ce_patched"]) / gap} if gap else {}),
-        "prediction_tokens": float(ce_tokens),
-    }
 
 
 def _ce_elsewhere(lm: LanguageModel, params: Params) -> float | None:
@@ -273,31 +281,44 @@ def _result(
     )
 
 
-def _seen(member: Member, report: Report, stats: ReconstructionStats, params: Params) -> Seen:
-    entry = report["saes"][member.name]
+def _summary(sae: TrainingSAE, report: Report, stats: ReconstructionStats, params: Params) -> TrainingSummary:
+    entry = report["saes"][sae.name]
     density_F = stats.density
     total = float(density_F.sum())
     dense = float(density_F[density_F > diagnose.DENSE_FROM].sum())
-    end = member.curve[-1].tokens if member.curve else 1
-    return Seen(
-        config=params.train.saes[member.name],
-        curve=[CurvePoint(row.tokens / end, row.loss, row.variance_explained) for row in member.curve],
+    end = sae.curve[-1].tokens if sae.curve else 1
+    return TrainingSummary(
+        config=params.train.saes[sae.name],
+        curve=[CurvePoint(row.tokens / end, row.loss, row.variance_explained) for row in sae.curve],
         d_in=stats.sum_D.shape[0],
         l0=entry["held_out"]["l0"],
         variance_explained=entry["held_out"].get("variance_explained", 0.0),
-        fraction_silent=fraction_silent(member),
+        fraction_silent=fraction_silent(sae),
         dense_share=dense / total if total else 0.0,
-        pca={int(n): value for n, value in report["hooks"][member.hook]["pca_reference"].items()},
+        pca={int(n): value for n, value in report["hooks"][sae.hook]["pca_reference"].items()},
         decay_fraction=params.train.decay_fraction,
         sparsity_warmup_fraction=params.train.sparsity_warmup_fraction,
     )
 
 
-def fraction_silent(member: Member) -> float:
+def fraction_silent(sae: TrainingSAE) -> float:
     """Fraction of latents that did not fire in the last `diagnose.DEAD_TOKENS` tokens, or the last half of the run."""
-    window = min(diagnose.DEAD_TOKENS / max(member.tokens, 1), 0.5)
-    last_F = member.recipe.last_fired_F
+    window = min(diagnose.DEAD_TOKENS / max(sae.tokens, 1), 0.5)
+    last_F = sae.recipe.last_fired_F
     return float((last_F < last_F.max() - window).float().mean())
+
+
+def held_out_table(report: Report) -> str:
+    """The held-out figures as a plain table, by hook, PCA below each."""
+    parts = [f"\nheld-out text, {report['model_name']}, {report['tokens']:,} training tokens"]
+    keys = ("l0", "variance_explained", "fraction_alive")
+    for hook, at_hook in report["hooks"].items():
+        saes = {name: entry["held_out"] for name, entry in report["saes"].items() if entry["hook_name"] == hook}
+        rows = [[name, *(number(figures[key]) for key in keys)] for name, figures in saes.items()]
+        pca = at_hook["pca_reference"].items()
+        rows += [[f"PCA, {n} components", n, number(value), ABSENT] for n, value in pca]
+        parts.append(text_table([(hook, "L0", "variance explained", "alive"), *rows]))
+    return "\n".join(parts)
 
 
 def _print(found: Mapping[str, list[Finding]], saes: Mapping[str, SparseAutoencoder]) -> None:

@@ -1,14 +1,7 @@
-"""Steps of several SAEs side by side on a CPU: each gets its share of the threads, rather than all threads in turn.
+"""The training loop: one pass over the stream, one step for every SAE on each batch of its hook.
 
-What a step has besides matrix products (selection, sparse products, small tensors) leaves all but one core idle however
-many threads it may use. An SAE's result depends on how many threads it has, in the last digits, and on nothing that
-others do.
-
-SIGTERM and Ctrl-C as a request: a run is left between two steps, never inside one.
-
-SAEs of moments on the way, spaced evenly in the logarithm of progress: how features form.
-
-The training loop: one pass over the stream, one step for every SAE on each batch of its hook.
+`Trainer` comes first. Below it stands what it uses: rows of the training curves, a pool of threads in which SAEs step side
+by side, snapshots of SAEs on the way, and signals that stop a run between two steps.
 """
 
 from __future__ import annotations
@@ -33,15 +26,180 @@ from sae_research.config.params import Train
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.training.checkpoints import ProgressFile
-from sae_research.training.member import CurveRow, Member, train_step
 from sae_research.training.recipes import StepOutput
 from sae_research.training.stack import Stack, grouped
 from sae_research.training.stream import Stream, StreamBatch
+from sae_research.training.training_sae import CurveRow, TrainingSAE, train_step
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
+CURVE_ROWS = 60
+"""Rows of a training curve, spread evenly over the run; only at these does the loop wait for the device."""
 
-class Team:
+
+@dataclass
+class Trainer:
+    """The loop over a stream, with what happens around the steps."""
+
+    stream: Stream
+    saes: list[TrainingSAE]
+    train: Train
+    progress: ProgressFile
+    signals: StopSignals
+    save: Callable[[], None]
+    """Write a checkpoint of stream and SAEs as they stand."""
+    at_step: Callable[[float], None] = lambda fraction: None
+    """Called before the first step and after every step with the fraction of the run done."""
+
+    def run(self) -> None:
+        """All steps that are left, and a checkpoint of the end. Raises `UserError` naming SAE and step when a loss is no
+        longer finite, and `Stop`, with a checkpoint written, when a signal came."""
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+        groups = grouped(self.saes, self.train)
+        self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
+        self.stepper = ThreadPoolStepper(len(self.units), self.stream.device)
+        with (
+            self.stepper,
+            self.signals.deferred(),
+            tqdm(
+                total=self.stream.n_tokens,
+                initial=int(self.stream.fraction * self.stream.n_tokens),
+                desc="training",
+                unit="tok",
+                unit_scale=True,
+                mininterval=1,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            try:
+                self._loop(bar)
+            except Stop:
+                self.save_checkpoint()
+                raise
+            self.save_checkpoint()  # what is trained outlives whatever its measurement meets
+            self._report(self.stream.fraction)
+            self.progress.trained = True
+            self.signals.check()
+
+    @property
+    def step(self) -> int:
+        """Steps of the SAE that has done most; hooks differ by the few tokens that their norms rule out."""
+        return max(sae.step for sae in self.saes)
+
+    def _loop(self, bar: Any) -> None:
+        stream = self.stream
+        self._rounds(bar)
+        while stream.next_chunk < stream.n_chunks:
+            with self.signals.at_once():
+                acts = stream.read(stream.next_chunk)
+            stream.feed(acts)
+            del acts
+            self._rounds(bar)
+        if stream.next_chunk == stream.n_chunks:
+            stream.finish()
+        self._rounds(bar)
+
+    def _rounds(self, bar: Any) -> None:
+        for batches in self.stream.rounds():
+            if self.step == 0:
+                self.at_step(0.0)
+            for sae, output, batch in self._step(batches):
+                if int(batch.progress * CURVE_ROWS) > len(sae.curve) - 1:
+                    log_row(sae, output, batch)
+                    bar.set_postfix_str(postfix(self.saes), refresh=False)
+            fraction = self.stream.fraction
+            self.at_step(fraction)
+            bar.update(int(fraction * bar.total) - bar.n)
+            self._report(fraction)
+            if self._due():
+                self.save_checkpoint()
+            self.signals.check()
+
+    def _step(self, batches: dict[str, StreamBatch]) -> list[tuple[TrainingSAE, StepOutput, StreamBatch]]:
+        """A step of every SAE whose hook has a batch."""
+
+        def step(unit: TrainingSAE | Stack) -> list[tuple[TrainingSAE, StepOutput, StreamBatch]]:
+            batch = batches[unit.hook]
+            if isinstance(unit, TrainingSAE):
+                return [(unit, train_step(unit, batch), batch)]
+            return [(sae, output, batch) for sae, output in zip(unit.saes, unit.step(batch), strict=True)]
+
+        done = self.stepper.map(step, [unit for unit in self.units if unit.hook in batches])
+        return [each for unit in done for each in unit]
+
+    def _due(self) -> bool:
+        by_steps, by_time = self.train.checkpoint_steps, self.train.checkpoint_seconds
+        return (by_steps is not None and self.step - self.saved_step >= by_steps) or (
+            by_time is not None and time.monotonic() - self.saved_at >= by_time
+        )
+
+    def save_checkpoint(self) -> None:
+        """Keep this moment. Never a diverged one; on a full disk the last good one stays and the run goes on."""
+        raise_if_diverged(self.saes)
+        if self.progress.values["checkpoint_step"] == self.step:
+            return
+        try:
+            self.save()
+            self.progress.values["checkpoint_step"] = self.step
+        except OSError as error:
+            print(
+                f"\nno checkpoint at step {self.step}: {error.strerror or error}; the last good one is kept",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def _report(self, fraction: float) -> None:
+        rows = int(self.stream.expected_rows)
+        self.progress.update(
+            fraction,
+            step=self.step,
+            tokens=max(sae.tokens for sae in self.saes),
+            total_steps=rows // self.train.batch_size,
+            total_tokens=rows,
+            saes={
+                sae.name: {"step": row.step, "loss": row.loss, "l0": row.l0, "variance_explained": row.variance_explained}
+                for sae in self.saes
+                for row in sae.curve[-1:]
+            },
+        )
+
+
+# --- training curves ---------------------------------------------------------------------------
+
+
+def log_row(sae: TrainingSAE, output: StepOutput, batch: StreamBatch) -> None:
+    """Add a row to a sae's curve. Raises `UserError` when its loss was not finite."""
+    raise_if_diverged([sae])
+    variance = (batch.acts - batch.acts.mean(0)).square().sum()
+    steps = sae.step - (sae.curve[-1].step if sae.curve else 0)
+    explained = 1 - output.residual.square().sum() / variance
+    sae.curve.append(CurveRow(sae.step, sae.tokens, float(sae.loss_sum) / steps, float(output.l0), float(explained)))
+    sae.loss_sum.zero_()
+
+
+def raise_if_diverged(saes: Iterable[TrainingSAE]) -> None:
+    for sae in saes:
+        if int(sae.bad_step):
+            raise UserError(
+                f"train.saes.{sae.name}: the loss at step {int(sae.bad_step)} is not finite; lower "
+                "its learning_rate, or set train.llm_dtype: float32 if activations overflow"
+            )
+
+
+def postfix(saes: Iterable[TrainingSAE]) -> str:
+    """`name: loss 0.21 L0 32.0 VE 0.78` for each sae, for the progress bar."""
+    return " | ".join(
+        f"{sae.name}: loss {row.loss:.3g} L0 {row.l0:.3g} VE {row.variance_explained:.3f}"
+        for sae in saes
+        for row in sae.curve[-1:]
+    )
+
+
+# --- threads -----------------------------------------------------------------------------------
+
+
+class ThreadPoolStepper:
     """Workers for so many items at a time; on a GPU, whose operations queue up, the calling thread alone."""
 
     def __init__(self, n_items: int, device: torch.device) -> None:
@@ -64,13 +222,55 @@ class Team:
         torch.set_num_threads(self.threads)
         return [future.result() for future in futures]
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> ThreadPoolStepper:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.pool is not None:
             self.pool.shutdown()
 
+
+# --- snapshots ---------------------------------------------------------------------------------
+
+FOLDER = "checkpoints"
+"""Below an SAE's own folder, where nothing looks for SAEs unasked."""
+
+
+def snapshot_fractions(n: int) -> list[float]:
+    """The start, and the last n - 1 of ..., 0.001, 10^-2.5, 0.01, 10^-1.5, 0.1, 10^-0.5 of the run."""
+    return [0.0, *(10 ** (-k / 2) for k in range(n - 1, 0, -1))] if n else []
+
+
+class Snapshots:
+    """Saves every sae's SAE below `folder` when a moment has come; `fraction` of the run is done already."""
+
+    def __init__(
+        self,
+        folder: Path,
+        n: int,
+        saes: list[TrainingSAE],
+        export: Callable[[TrainingSAE], SparseAutoencoder],
+        resumed_at: float | None,
+    ) -> None:
+        self.folder, self.saes, self.export = folder, saes, export
+        self.left = [f for f in snapshot_fractions(n) if resumed_at is None or f > resumed_at]
+
+    def at_step(self, fraction: float) -> None:
+        """Save if the run has just come past a moment."""
+        if not self.left or fraction < self.left[0]:
+            return
+        self.left = [f for f in self.left if f > fraction]
+        for sae in self.saes:
+            save_sae(self.export(sae), self.folder / sae.name / f"step_{sae.step}")
+
+    def move_into(self, output: Path) -> None:
+        """Put what was saved, in this process or one before it, below each SAE's folder in `output`."""
+        for sae in self.saes:
+            if (self.folder / sae.name).is_dir():
+                shutil.copytree(self.folder / sae.name, output / sae.name / FOLDER)
+
+
+# --- signals -----------------------------------------------------------------------------------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -143,203 +343,3 @@ class StopSignals:
             yield
         finally:
             self._deferred = before
-
-
-FOLDER = "checkpoints"
-"""Below an SAE's own folder, where nothing looks for SAEs unasked."""
-
-
-def snapshot_fractions(n: int) -> list[float]:
-    """The start, and the last n - 1 of ..., 0.001, 10^-2.5, 0.01, 10^-1.5, 0.1, 10^-0.5 of the run."""
-    return [0.0, *(10 ** (-k / 2) for k in range(n - 1, 0, -1))] if n else []
-
-
-class Snapshots:
-    """Saves every member's SAE below `folder` when a moment has come; `fraction` of the run is done already."""
-
-    def __init__(
-        self,
-        folder: Path,
-        n: int,
-        members: list[Member],
-        export: Callable[[Member], SparseAutoencoder],
-        resumed_at: float | None,
-    ) -> None:
-        self.folder, self.members, self.export = folder, members, export
-        self.left = [f for f in snapshot_fractions(n) if resumed_at is None or f > resumed_at]
-
-    def at_step(self, fraction: float) -> None:
-        """Save if the run has just come past a moment."""
-        if not self.left or fraction < self.left[0]:
-            return
-        self.left = [f for f in self.left if f > fraction]
-        for member in self.members:
-            save_sae(self.export(member), self.folder / member.name / f"step_{member.step}")
-
-    def move_into(self, output: Path) -> None:
-        """Put what was saved, in this process or one before it, below each SAE's folder in `output`."""
-        for member in self.members:
-            if (self.folder / member.name).is_dir():
-                shutil.copytree(self.folder / member.name, output / member.name / FOLDER)
-
-
-CURVE_ROWS = 60
-"""Rows of a training curve, spread evenly over the run; only at these does the loop wait for the device."""
-
-
-def log_row(member: Member, output: StepOutput, batch: StreamBatch) -> None:
-    """Add a row to a member's curve. Raises `UserError` when its loss was not finite."""
-    raise_if_diverged([member])
-    variance = (batch.acts - batch.acts.mean(0)).square().sum()
-    steps = member.step - (member.curve[-1].step if member.curve else 0)
-    explained = 1 - output.residual.square().sum() / variance
-    member.curve.append(
-        CurveRow(member.step, member.tokens, float(member.loss_sum) / steps, float(output.l0), float(explained))
-    )
-    member.loss_sum.zero_()
-
-
-def raise_if_diverged(members: Iterable[Member]) -> None:
-    for member in members:
-        if int(member.bad_step):
-            raise UserError(
-                f"train.saes.{member.name}: the loss at step {int(member.bad_step)} is not finite; lower "
-                "its learning_rate, or set train.llm_dtype: float32 if activations overflow"
-            )
-
-
-@dataclass
-class Trainer:
-    """The loop over a stream, with what happens around the steps."""
-
-    stream: Stream
-    members: list[Member]
-    train: Train
-    progress: ProgressFile
-    signals: StopSignals
-    save: Callable[[], None]
-    """Write a checkpoint of stream and members as they stand."""
-    at_step: Callable[[float], None] = lambda fraction: None
-    """Called before the first step and after every step with the fraction of the run done."""
-
-    def run(self) -> None:
-        """All steps that are left, and a checkpoint of the end. Raises `UserError` naming SAE and step when a loss is no
-        longer finite, and `Stop`, with a checkpoint written, when a signal came."""
-        self.saved_at, self.saved_step = time.monotonic(), self.step
-        groups = grouped(self.members, self.train)
-        self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
-        self.team = Team(len(self.units), self.stream.device)
-        with (
-            self.team,
-            self.signals.deferred(),
-            tqdm(
-                total=self.stream.n_tokens,
-                initial=int(self.stream.fraction * self.stream.n_tokens),
-                desc="training",
-                unit="tok",
-                unit_scale=True,
-                mininterval=1,
-                dynamic_ncols=True,
-            ) as bar,
-        ):
-            try:
-                self._loop(bar)
-            except Stop:
-                self.save_checkpoint()
-                raise
-            self.save_checkpoint()  # what is trained outlives whatever its measurement meets
-            self._report(self.stream.fraction)
-            self.progress.trained = True
-            self.signals.check()
-
-    @property
-    def step(self) -> int:
-        """Steps of the SAE that has done most; hooks differ by the few tokens that their norms rule out."""
-        return max(member.step for member in self.members)
-
-    def _loop(self, bar: Any) -> None:
-        stream = self.stream
-        self._rounds(bar)
-        while stream.next_chunk < stream.n_chunks:
-            with self.signals.at_once():
-                acts = stream.read(stream.next_chunk)
-            stream.feed(acts)
-            del acts
-            self._rounds(bar)
-        if stream.next_chunk == stream.n_chunks:
-            stream.finish()
-        self._rounds(bar)
-
-    def _rounds(self, bar: Any) -> None:
-        for batches in self.stream.rounds():
-            if self.step == 0:
-                self.at_step(0.0)
-            for member, output, batch in self._step(batches):
-                if int(batch.progress * CURVE_ROWS) > len(member.curve) - 1:
-                    log_row(member, output, batch)
-                    bar.set_postfix_str(postfix(self.members), refresh=False)
-            fraction = self.stream.fraction
-            self.at_step(fraction)
-            bar.update(int(fraction * bar.total) - bar.n)
-            self._report(fraction)
-            if self._due():
-                self.save_checkpoint()
-            self.signals.check()
-
-    def _step(self, batches: dict[str, StreamBatch]) -> list[tuple[Member, StepOutput, StreamBatch]]:
-        """A step of every SAE whose hook has a batch."""
-
-        def step(unit: Member | Stack) -> list[tuple[Member, StepOutput, StreamBatch]]:
-            batch = batches[unit.hook]
-            if isinstance(unit, Member):
-                return [(unit, train_step(unit, batch), batch)]
-            return [(member, output, batch) for member, output in zip(unit.members, unit.step(batch), strict=True)]
-
-        done = self.team.map(step, [unit for unit in self.units if unit.hook in batches])
-        return [each for unit in done for each in unit]
-
-    def _due(self) -> bool:
-        by_steps, by_time = self.train.checkpoint_steps, self.train.checkpoint_seconds
-        return (by_steps is not None and self.step - self.saved_step >= by_steps) or (
-            by_time is not None and time.monotonic() - self.saved_at >= by_time
-        )
-
-    def save_checkpoint(self) -> None:
-        """Keep this moment. Never a diverged one; on a full disk the last good one stays and the run goes on."""
-        raise_if_diverged(self.members)
-        if self.progress.values["checkpoint_step"] == self.step:
-            return
-        try:
-            self.save()
-            self.progress.values["checkpoint_step"] = self.step
-        except OSError as error:
-            print(
-                f"\nno checkpoint at step {self.step}: {error.strerror or error}; the last good one is kept",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.saved_at, self.saved_step = time.monotonic(), self.step
-
-    def _report(self, fraction: float) -> None:
-        rows = int(self.stream.expected_rows)
-        self.progress.update(
-            fraction,
-            step=self.step,
-            tokens=max(member.tokens for member in self.members),
-            total_steps=rows // self.train.batch_size,
-            total_tokens=rows,
-            saes={
-                member.name: {"step": row.step, "loss": row.loss, "l0": row.l0, "variance_explained": row.variance_explained}
-                for member in self.members
-                for row in member.curve[-1:]
-            },
-        )
-
-
-def postfix(members: Iterable[Member]) -> str:
-    """`name: loss 0.21 L0 32.0 VE 0.78` for each member, for the progress bar."""
-    return " | ".join(
-        f"{member.name}: loss {row.loss:.3g} L0 {row.l0:.3g} VE {row.variance_explained:.3f}"
-        for member in members
-        for row in member.curve[-1:]
-    )

@@ -1,15 +1,12 @@
-"""Which precisions a device multiplies fast.
+"""Matrix products of an SAE in training, dense and sparse.
 
-The dense matrix products of an SAE, in the run's precision: parameters, sums and what comes out stay float32.
+The dense ones run in the run's precision: bfloat16 halves what a product reads and, where processors have instructions for
+it, takes a third to a half of the time. Parameters, sums and what comes out stay float32.
 
-bfloat16 halves what a product reads and, where processors have instructions for it, takes a third to a half of the time.
-
-The sparse path of an SAE: one dense product to find the active latents, everything after on those alone.
-
-A ReLU or TopK SAE of width F trains with five [B, F] x [D] products a step; at L0 << F, four of them mostly
-multiply zeros. Here a batch's active latents are a `Support` in compressed sparse row (CSR) layout, and
-decoding, its gradients and the encoder's gradients run over those entries only. Seen on 2 CPU cores at B
-1024, D 576, F 2304, L0 32: 2 ms for a sparse decode against 35 ms for the dense product.
+A ReLU or TopK SAE of width F trains with five [B, F] x [D] products a step; at L0 << F four of them mostly multiply zeros.
+On the sparse path one dense product finds the active latents, a batch's `Support` in compressed sparse row (CSR) layout, and
+decoding, its gradients and the encoder's gradients run over those entries only. Measured on 2 CPU cores at B 1024, D 576,
+F 2304, L0 32: 2 ms for a sparse decode against 35 ms for the dense product.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from torch.autograd import Function
 
 def pass_dtype(wanted: str, device: torch.device) -> str:
     """Precision of a language model's pass: float32 where bfloat16 is wanted and the device only emulates it, which takes
-    tens of times as long; said in a line."""
+    tens of times as long. Prints a line then."""
     if wanted != "bfloat16" or has_bfloat16(device):
         return wanted
     print(f"train.llm_dtype: bfloat16 is emulated on this {device.type} device; the model's pass stays float32", flush=True)

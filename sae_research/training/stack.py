@@ -18,10 +18,10 @@ from torch.func import functional_call, grad, vmap
 from sae_research.config.params import Train
 from sae_research.config.training import SAERecipe
 from sae_research.runtime.files import fingerprint
-from sae_research.training.member import Member, adam, merged, note_losses
 from sae_research.training.recipes import Recipe, StepOutput
 from sae_research.training.recipes.base import project_rows, unit_rows
 from sae_research.training.stream import StreamBatch
+from sae_research.training.training_sae import TrainingSAE, adam, merged, note_losses
 
 MAPPED = {"l1_coefficient", "l0_coefficient", "k", "target_l0", "sparsity_coefficient", "aux_coefficient"}
 """Settings that `forward` reads and that may differ inside a stack: it is given one number an SAE."""
@@ -43,35 +43,35 @@ LARGEST = 2**27
 larger fills a GPU by itself."""
 
 
-def grouped(members: Iterable[Member], train: Train) -> list[list[Member]]:
-    """The members that step together, in order: stacks where `train.stack` asks for them, single ones otherwise."""
-    groups: dict[str, list[list[Member]]] = {}
-    for member in members:
-        recipe = member.recipe
+def grouped(saes: Iterable[TrainingSAE], train: Train) -> list[list[TrainingSAE]]:
+    """The SAEs that step together, in order: stacks where `train.stack` asks for them, single ones otherwise."""
+    groups: dict[str, list[list[TrainingSAE]]] = {}
+    for sae in saes:
+        recipe = sae.recipe
         device = recipe.W_dec.device.type
         wanted = train.stack == "always" or (train.stack == "auto" and device == "cuda")
-        key = _kind(member) if wanted and recipe.stackable else f"alone {member.name}"
+        key = _kind(sae) if wanted and recipe.stackable else f"alone {sae.name}"
         entries = train.batch_size // train.accumulation_steps * recipe.config.d_sae
         same = groups.setdefault(key, [[]])
         if (len(same[-1]) + 1) * entries > LARGEST and same[-1]:
             same.append([])
-        same[-1].append(member)
+        same[-1].append(sae)
     return [group for same in groups.values() for group in same]
 
 
-def _kind(member: Member) -> str:
-    """What members of a stack have in common."""
-    config = member.recipe.config
-    return fingerprint([member.hook, str(member.recipe.W_dec.device), config.model_dump(exclude=MAPPED | OWN)])
+def _kind(sae: TrainingSAE) -> str:
+    """What SAEs of a stack have in common."""
+    config = sae.recipe.config
+    return fingerprint([sae.hook, str(sae.recipe.W_dec.device), config.model_dump(exclude=MAPPED | OWN)])
 
 
 class Stack:
     """Members of one kind. From construction on, their tensors are slices of the stack's."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = list(members)
-        self.hook = self.members[0].hook
-        self.recipes = [member.recipe for member in members]
+    def __init__(self, saes: Sequence[TrainingSAE]) -> None:
+        self.saes = list(saes)
+        self.hook = self.saes[0].hook
+        self.recipes = [sae.recipe for sae in saes]
         self.first = self.recipes[0]
         # built with the largest k, whose place in a token's order the others' are cut from
         example: Recipe = max(self.recipes, key=lambda recipe: getattr(recipe.config, "k", 0))
@@ -95,12 +95,12 @@ class Stack:
         }
         names = self.first.state_dict().keys() - self.parameters.keys()
         self.buffers = {name: self._shared([recipe.get_buffer(name) for recipe in self.recipes]) for name in sorted(names)}
-        self.loss_sum = self._shared([member.loss_sum for member in members])
-        self.bad_step = self._shared([member.bad_step for member in members])
-        for member in members:  # of a run that goes on
-            for parameter in member.recipe.parameters():
-                if parameter in member.optimiser.state:
-                    self.optimiser.state[parameter] = member.optimiser.state[parameter]
+        self.loss_sum = self._shared([sae.loss_sum for sae in saes])
+        self.bad_step = self._shared([sae.bad_step for sae in saes])
+        for sae in saes:  # of a run that goes on
+            for parameter in sae.recipe.parameters():
+                if parameter in sae.optimiser.state:
+                    self.optimiser.state[parameter] = sae.optimiser.state[parameter]
 
     @staticmethod
     def _shared(tensors: Sequence[Tensor]) -> Tensor:
@@ -111,7 +111,7 @@ class Stack:
         return whole
 
     def step(self, batch: StreamBatch) -> list[StepOutput]:
-        """What `member.train_step` does, for all members; outputs in their order."""
+        """What `training_sae.train_step` does, for all SAEs; outputs in their order."""
         gradients, outputs = self._gradients(batch)
         if self.first.unit_rows:
             project_rows(gradients["W_dec"], self.parameters["W_dec"])
@@ -120,18 +120,18 @@ class Stack:
         self._adam(gradients, batch.progress)
         if self.first.unit_rows:
             unit_rows(self.parameters["W_dec"])
-        for member, output in zip(self.members, outputs, strict=True):
-            member.recipe.after_step(member.optimiser, batch.acts, output, batch.progress)
-            member.step += 1
-            member.tokens += len(batch.acts)
-        note_losses(torch.stack([output.loss for output in outputs]), self.loss_sum, self.bad_step, self.members[0].step)
+        for sae, output in zip(self.saes, outputs, strict=True):
+            sae.recipe.after_step(sae.optimiser, batch.acts, output, batch.progress)
+            sae.step += 1
+            sae.tokens += len(batch.acts)
+        note_losses(torch.stack([output.loss for output in outputs]), self.loss_sum, self.bad_step, self.saes[0].step)
         return outputs
 
     @torch.no_grad()
     def _gradients(self, batch: StreamBatch) -> tuple[dict[str, Tensor], list[StepOutput]]:
         parts = batch.acts.chunk(self.first.train_config.accumulation_steps)
         total: dict[str, Tensor] = {}
-        outputs: list[list[StepOutput]] = [[] for _ in self.members]
+        outputs: list[list[StepOutput]] = [[] for _ in self.saes]
         for part_BD in parts:
             for recipe in self.recipes:
                 recipe.prepare(batch.progress)
@@ -140,13 +140,13 @@ class Stack:
                 gradient = gradient if len(parts) == 1 else gradient / len(parts)
                 total[name] = total[name].add_(gradient) if name in total else gradient
             for recipe, output, own in zip(self.recipes, found, outputs, strict=True):
-                recipe.follow(output, batch.progress)
+                recipe.track(output, batch.progress)
                 own.append(output)
         return total, [merged(own) for own in outputs]
 
     def _part(self, x_BD: Tensor, progress: float) -> tuple[dict[str, Tensor], list[StepOutput]]:
-        self.template.host = self.first.host
-        draws = [recipe.draw(len(x_BD)) for recipe in self.recipes]
+        self.template.plain_state = self.first.plain_state
+        draws = [recipe.draw_noise(len(x_BD)) for recipe in self.recipes]
         noise = None if draws[0] is None else torch.stack(draws)  # type: ignore[arg-type]
         in_dims = (0, 0, 0, 0, None if noise is None else 0, None, None)
         gradients, found = vmap(grad(self._one, has_aux=True), in_dims=in_dims)(
@@ -177,10 +177,10 @@ class Stack:
         for group, alike in zip(self.optimiser.param_groups, self.alike, strict=True):
             group["lr"] = alike[0].learning_rate(progress)
         self.optimiser.step()
-        for member in self.members:
-            for parameter in member.recipe.parameters():
+        for sae in self.saes:
+            for parameter in sae.recipe.parameters():
                 parameter.grad = None
-                member.optimiser.state[parameter] = self.optimiser.state[parameter]
+                sae.optimiser.state[parameter] = self.optimiser.state[parameter]
 
 
 def _differing(configs: Sequence[SAERecipe], like: Tensor) -> dict[str, Tensor]:

@@ -1,15 +1,14 @@
-"""What a run consists of, fresh or from its checkpoint: a stream, the SAEs in training, and how to keep them.
+"""The `train` stage: all SAEs of `params.train.saes` in one pass of the model, into `trained_saes/`.
 
-What a run will need at its end, looked at before its first step: hours of training must not end in a refusal.
-
-The `train` stage: all SAEs of `params.train.saes` in one pass of the model, into `trained_saes/`.
+`train` comes first. Below it: what a run looks at before its first step, because hours of training must not end in a
+refusal; how it starts, afresh or from a checkpoint; and how its SAEs leave it.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +30,9 @@ from sae_research.runtime.files import (
     write_json,
     write_text,
 )
-from sae_research.runtime.formatting import ABSENT, gigabytes, number, text_table, tsv_text
+from sae_research.runtime.formatting import gigabytes, tsv_text
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
-from sae_research.stats import ReconstructionStats
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.tokens import StoredContexts, TextRunsOut, contexts_sha256, long_contexts, token_contexts
 from sae_research.training.checkpoints import (
@@ -48,94 +46,160 @@ from sae_research.training.checkpoints import (
     save_checkpoint,
     saved_checkpoints,
 )
-from sae_research.training.evaluation import (
-    EVAL_FILE,
-    HELD_OUT_SPLIT,
-    Results,
-    after_training,
-    finding_lines,
-    held_out_stats,
-    kept,
-    read_held_out,
-)
+from sae_research.training.evaluation import EVAL_FILE, HELD_OUT_SPLIT, evaluate, finding_lines, held_out_table
 from sae_research.training.loop import Snapshots, Stop, StopSignals, Trainer
-from sae_research.training.member import CurveRow, Member, make_member, start
 from sae_research.training.products import has_bfloat16, pass_dtype
-from sae_research.training.stream import ActivationStream, pca_variance_explained
+from sae_research.training.stream import ActivationStream
 from sae_research.training.tracking import Tracker, tracked
+from sae_research.training.training_sae import CurveRow, TrainingSAE, new_training_sae, start
+
+OUTPUT = Path("trained_saes")
+REPORT_FILE = "training_report.json"
+CURVE_FILE = "training_curve.tsv"
+TRAIN_SPLIT = "sae_train"
+
+Report = dict[str, Any]
 
 
-@dataclass
-class Session:
-    """One run of `params`."""
+def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Report:
+    """Run the stage; `output` is replaced whole when everything is done, and left alone if anything fails.
 
-    stream: ActivationStream
-    members: list[Member]
-    folder: Path
-    identity: dict[str, Any]
-    resumed_at: int | None
-    """Step of the checkpoint this process started from."""
-
-    def save(self) -> None:
-        """Write a checkpoint. Raises `OSError` on a full disk; the last good one then stays."""
-        values, tensors = self.stream.state()
-        state: dict[str, Any] = {"stream": values, "members": {}}
-        everything = {f"stream/{key}": tensor for key, tensor in tensors.items()}
-        for member in self.members:
-            state["members"][member.name], own = member.state()
-            everything |= {f"{member.name}/{key}": tensor for key, tensor in own.items()}
-        step = max(member.step for member in self.members)
-        save_checkpoint(self.folder, Checkpoint(step, self.identity, state, everything))
-
-
-def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params) -> Session:
-    """Start a run, or go on from its last good checkpoint, bit for bit where the device computes so.
-
-    tokens: contexts [n, context_size]. A checkpoint that was made with other weights, text or code is not used, and a
-    line says so.
+    What the end needs is looked at before the first step: the held-out text, room on the disk, names and rights; with
+    `compared` also whether the setup stage can make its controls and variants of the baseline trained here. The run can be
+    followed in `progress.progress_path(params)`. A run that was interrupted goes on from its last checkpoint and ends with
+    the same bytes on a CPU; one whose measurement failed is measured only. Raises `UserError` when the text runs out, a loss
+    diverges, model and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C, after saving a
+    checkpoint.
     """
-    device = lm.device if params.train.device is None else pick_device(params.train.device)
-    if params.train.precision == "bfloat16" and not has_bfloat16(device):
-        print(f"train.precision: bfloat16 is no faster on this {device.type} device; products stay float32", flush=True)
-        train = params.train.model_copy(update={"precision": "float32"})
-    else:
-        train = params.train
-    stream = ActivationStream(lm, tokens, params, device)
-    members = [
-        make_member(name, train, stream.buffers[params.train.hook_of(name)].d_in, device) for name in params.train.saes
-    ]
-    folder, identity = run_folder(params), _identity(lm, tokens, device, train.precision)
-    checkpoint = load_checkpoint(folder, identity)
-    if checkpoint is None:
-        rows = stream.calibrate()
-        for member in members:
-            start(member, rows[member.hook], training_seed(params.train.saes[member.name], params))
-        return Session(stream, members, folder, identity, None)
-    stream.restore(checkpoint.state["stream"], _below("stream", checkpoint.tensors))
-    for member in members:
-        member.restore(checkpoint.state["members"][member.name], _below(member.name, checkpoint.tensors))
-    print(f"going on from the checkpoint of step {checkpoint.step}", flush=True)
-    return Session(stream, members, folder, identity, checkpoint.step)
+    if not (params.train.enabled and params.train.saes):
+        report = _report(params, tokens=0)
+        with replaced_folder(output) as folder:
+            write_json(folder / REPORT_FILE, report)
+        print("nothing to train: train.enabled is false or train.saes is empty")
+        return report
+    check_output(params, output)
+    progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
+    with (
+        in_use(run_folder(params), params.activation_caching.max_gb),
+        tracked(params) as tracker,
+        StopSignals() as signals,
+        _reported(progress),
+    ):
+        report = _train(params, output, compared, progress, signals, tracker)
+    print(held_out_table(report))
+    return report
 
 
-def training_seed(config: SAERecipe, params: Params) -> int:
-    return params.random_seed if config.seed is None else config.seed
+def _train(
+    params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals, tracker: Tracker
+) -> Report:
+    dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
+    lm = load_language_model(params.model.name, params.model.device, dtype)
+    if compared:
+        check_comparison(params, lm)
+    check_room(params, lm, output)
+    held_out = held_out_tokens(params, lm)
+    text = text_fingerprint(params.text, TRAIN_SPLIT)
+    contexts = long_contexts(
+        lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
+    )
+    session = open_session(lm, contexts, params)
+    stream, saes = session.stream, session.saes
+    progress.values |= {"checkpoint_step": session.resumed_at, "device": str(saes[0].loss_sum.device)}
+
+    def export(sae: TrainingSAE) -> SparseAutoencoder:
+        return _exported(sae, lm, params, stream, text)
+
+    snapshots = Snapshots(
+        session.folder / "saved",
+        params.train.saved_checkpoints,
+        saes,
+        export,
+        None if session.resumed_at is None else stream.fraction,
+    )
+
+    def at_step(fraction: float) -> None:
+        snapshots.at_step(fraction)
+        tracker.update(saes)
+
+    Trainer(stream, saes, params.train, progress, signals, session.save, at_step).run()
+    trained = {sae.name: export(sae) for sae in saes}
+    report = _report(params, max(sae.tokens for sae in saes))
+    results = evaluate(report, saes, trained, stream, held_out, lm, params)
+    signals.carry_through()
+    with replaced_folder(output) as folder:
+        for sae in saes:
+            save_sae(trained[sae.name], folder / sae.name)
+            write_text(folder / sae.name / CURVE_FILE, curve_tsv(sae.curve))
+            write_json(folder / sae.name / EVAL_FILE, results[sae.name])
+        snapshots.move_into(folder)
+        write_json(folder / REPORT_FILE, round_significant(report))
+    remove_checkpoints(session.folder)
+    shutil.rmtree(snapshots.folder, ignore_errors=True)
+    tracker.finish(results, finding_lines(report))
+    return report
 
 
-def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
+@contextmanager
+def _reported(progress: ProgressFile) -> Iterator[None]:
+    """Leave in the progress file how the run ended, and turn what ends it from outside into one line."""
+    try:
+        yield
+    except Stop as stop:
+        message = _kept(progress)
+        progress.end("interrupted", message)
+        raise Interrupted(message, stop.number) from None
+    except torch.AcceleratorError as error:
+        message = (
+            f"the device failed ({str(error).strip().partition(chr(10))[0]}); the last checkpoint is kept, start "
+            "the same run again to go on from there"
+        )
+        progress.end("failed", message)
+        raise UserError(message) from None
+    except torch.OutOfMemoryError as error:
+        mend = (
+            f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}"
+            if progress.trained
+            else "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size"
+        )
+        message = f"out of device memory ({str(error).strip().partition('. ')[0]}); {mend}"
+        progress.end("failed", message)
+        raise UserError(message) from None
+    except BaseException as error:
+        if progress.trained:
+            print(_kept(progress), file=sys.stderr, flush=True)
+        progress.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+    progress.end("finished")
 
 
-def _identity(lm: LanguageModel, tokens: Tensor | StoredContexts, device: torch.device, precision: str) -> dict[str, str]:
-    """What a run depends on besides its settings, under the words a user would use."""
+def _kept(progress: ProgressFile) -> str:
+    """What is left of a run that ends here, in words."""
+    kept = saved_checkpoints(progress.path.parent)
+    if not kept:
+        return (
+            "nothing is kept: no checkpoint could be written"
+            if progress.trained or progress.values["step"]
+            else "before the first step: nothing to keep"
+        )
+    if progress.trained and kept[0][0] == progress.values["step"]:
+        return f"the SAEs are trained and kept, all {kept[0][0]} steps; start the same run again to measure and write them"
+    return f"the checkpoint of step {kept[0][0]} is kept; start the same run again to go on from there"
+
+
+def _report(params: Params, tokens: int) -> Report:
     return {
-        "language model": lm.fingerprint,
-        "text": contexts_sha256(tokens),
-        "training code": sources_fingerprint("sae_research.training.stage"),
-        "version of torch": torch.__version__,
-        "kind of device": f"{lm.device.type}, {device.type}, {lm.dtype}, {precision}",
+        "tokens": tokens,
+        "hook_name": params.train.hook_name,
+        "model_name": params.model.name,
+        "text": params.text.dataset,
+        "seed": params.random_seed,
+        "saes": {},
+        "hooks": {},
     }
 
+
+# --- before the first step -------------------------------------------------------------------
 
 FLOAT_BYTES = 4
 STATE_COPIES = 3
@@ -192,252 +256,114 @@ def held_out_tokens(params: Params, lm: LanguageModel) -> Tensor:
     return tokens
 
 
-OUTPUT = Path("trained_saes")
-REPORT_FILE = "training_report.json"
-CURVE_FILE = "training_curve.tsv"
-TRAIN_SPLIT = "sae_train"
-PCA_COMPONENTS = (16, 32, 64, 128)
-
-Report = dict[str, Any]
+# --- start -----------------------------------------------------------------------------------
 
 
-def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Report:
-    """Run the stage; `output` is replaced whole when everything is done, and left alone if anything fails.
+@dataclass
+class Session:
+    """One run of `params`."""
 
-    What the end needs is looked at before the first step: the held-out text, room on the disk, names and rights; with
-    `compared` also whether the setup stage can make its controls and variants of the baseline trained here. The run can be
-    followed in `progress.progress_path(params)`. A run that was interrupted goes on from its last checkpoint and ends with
-    the same bytes on a CPU; one whose measurement failed is measured only. Raises `UserError` when the text runs out, a loss
-    diverges, model and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C, after saving a
-    checkpoint.
+    stream: ActivationStream
+    saes: list[TrainingSAE]
+    folder: Path
+    identity: dict[str, Any]
+    resumed_at: int | None
+    """Step of the checkpoint this process started from."""
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises `OSError` on a full disk; the last good one then stays."""
+        values, tensors = self.stream.state()
+        state: dict[str, Any] = {"stream": values, "saes": {}}
+        everything = {f"stream/{key}": tensor for key, tensor in tensors.items()}
+        for sae in self.saes:
+            state["saes"][sae.name], own = sae.state()
+            everything |= {f"{sae.name}/{key}": tensor for key, tensor in own.items()}
+        step = max(sae.step for sae in self.saes)
+        save_checkpoint(self.folder, Checkpoint(step, self.identity, state, everything))
+
+
+def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params) -> Session:
+    """Start a run, or go on from its last good checkpoint, bit for bit where the device computes so.
+
+    tokens: contexts [n, context_size]. A checkpoint that was made with other weights, text or code is not used, and a
+    line says so.
     """
-    if not (params.train.enabled and params.train.saes):
-        report = _report(params, tokens=0)
-        with replaced_folder(output) as folder:
-            write_json(folder / REPORT_FILE, report)
-        print("nothing to train: train.enabled is false or train.saes is empty")
-        return report
-    check_output(params, output)
-    progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
-    with (
-        in_use(run_folder(params), params.activation_caching.max_gb),
-        tracked(params) as tracker,
-        StopSignals() as signals,
-        _reported(progress),
-    ):
-        report = _train(params, output, compared, progress, signals, tracker)
-    print(held_out_table(report))
-    return report
+    device = lm.device if params.train.device is None else pick_device(params.train.device)
+    if params.train.precision == "bfloat16" and not has_bfloat16(device):
+        print(f"train.precision: bfloat16 is no faster on this {device.type} device; products stay float32", flush=True)
+        train = params.train.model_copy(update={"precision": "float32"})
+    else:
+        train = params.train
+    stream = ActivationStream(lm, tokens, params, device)
+    saes = [
+        new_training_sae(name, train, stream.buffers[params.train.hook_of(name)].d_in, device) for name in params.train.saes
+    ]
+    folder, identity = run_folder(params), _identity(lm, tokens, device, train.precision)
+    checkpoint = load_checkpoint(folder, identity)
+    if checkpoint is None:
+        rows = stream.calibrate()
+        for sae in saes:
+            start(sae, rows[sae.hook], training_seed(params.train.saes[sae.name], params))
+        return Session(stream, saes, folder, identity, None)
+    stream.restore(checkpoint.state["stream"], _below("stream", checkpoint.tensors))
+    for sae in saes:
+        sae.restore(checkpoint.state["saes"][sae.name], _below(sae.name, checkpoint.tensors))
+    print(f"going on from the checkpoint of step {checkpoint.step}", flush=True)
+    return Session(stream, saes, folder, identity, checkpoint.step)
 
 
-def _train(
-    params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals, tracker: Tracker
-) -> Report:
-    dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_language_model(params.model.name, params.model.device, dtype)
-    if compared:
-        check_comparison(params, lm)
-    check_room(params, lm, output)
-    held_out = held_out_tokens(params, lm)
-    text = text_fingerprint(params.text, TRAIN_SPLIT)
-    contexts = long_contexts(
-        lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
-    )
-    session = open_session(lm, contexts, params)
-    stream, members = session.stream, session.members
-    progress.values |= {"checkpoint_step": session.resumed_at, "device": str(members[0].loss_sum.device)}
-
-    def export(member: Member) -> SparseAutoencoder:
-        return _exported(member, lm, params, stream, text)
-
-    snapshots = Snapshots(
-        session.folder / "saved",
-        params.train.saved_checkpoints,
-        members,
-        export,
-        None if session.resumed_at is None else stream.fraction,
-    )
-
-    def at_step(fraction: float) -> None:
-        snapshots.at_step(fraction)
-        tracker.update(members)
-
-    Trainer(stream, members, params.train, progress, signals, session.save, at_step).run()
-    saes = {member.name: export(member) for member in members}
-    report = _report(params, max(member.tokens for member in members))
-    results = _evaluate(report, members, saes, stream, held_out, lm, params)
-    signals.carry_through()
-    with replaced_folder(output) as folder:
-        for member in members:
-            save_sae(saes[member.name], folder / member.name)
-            write_text(folder / member.name / CURVE_FILE, curve_tsv(member.curve))
-            write_json(folder / member.name / EVAL_FILE, results[member.name])
-        snapshots.move_into(folder)
-        write_json(folder / REPORT_FILE, round_significant(report))
-    remove_checkpoints(session.folder)
-    shutil.rmtree(snapshots.folder, ignore_errors=True)
-    tracker.finish(results, finding_lines(report))
-    return report
+def training_seed(config: SAERecipe, params: Params) -> int:
+    return params.random_seed if config.seed is None else config.seed
 
 
-@contextmanager
-def _reported(progress: ProgressFile) -> Generator[None]:
-    """Leave in the progress file how the run ended, and turn what ends it from outside into one line."""
-    try:
-        yield
-    except Stop as stop:
-        message = _kept(progress)
-        progress.end("interrupted", message)
-        raise Interrupted(message, stop.number) from None
-    except torch.AcceleratorError as error:
-        message = (
-            f"the device failed ({str(error).strip().partition(chr(10))[0]}); the last checkpoint is kept, start "
-            "the same run again to go on from there"
-        )
-        progress.end("failed", message)
-        raise UserError(message) from None
-    except torch.OutOfMemoryError as error:
-        mend = (
-            f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}"
-            if progress.trained
-            else "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size"
-        )
-        message = f"out of device memory ({str(error).strip().partition('. ')[0]}); {mend}"
-        progress.end("failed", message)
-        raise UserError(message) from None
-    except BaseException as error:
-        if progress.trained:
-            print(_kept(progress), file=sys.stderr, flush=True)
-        progress.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
-        raise
-    progress.end("finished")
+def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
 
 
-def _kept(progress: ProgressFile) -> str:
-    """What is left of a run that ends here, in words."""
-    kept = saved_checkpoints(progress.path.parent)
-    if not kept:
-        return (
-            "nothing is kept: no checkpoint could be written"
-            if progress.trained or progress.values["step"]
-            else "before the first step: nothing to keep"
-        )
-    if progress.trained and kept[0][0] == progress.values["step"]:
-        return f"the SAEs are trained and kept, all {kept[0][0]} steps; start the same run again to measure and write them"
-    return f"the checkpoint of step {kept[0][0]} is kept; start the same run again to go on from there"
-
-
-def hyper_parameters(config: SAERecipe, params: Params) -> dict[str, Any]:
-    """What shaped one SAE's training: its own section, and what the run's section says for all."""
-    shared = (
-        "batch_size",
-        "accumulation_steps",
-        "buffer_tokens",
-        "precision",
-        "llm_dtype",
-        "warmup_fraction",
-        "sparsity_warmup_fraction",
-        "decay_fraction",
-        "dead_fraction",
-    )
+def _identity(lm: LanguageModel, tokens: Tensor | StoredContexts, device: torch.device, precision: str) -> dict[str, str]:
+    """What a run depends on besides its settings, under the words a user would use."""
     return {
-        **config.model_dump(exclude={"recipe", "seed", "hook_name"}, exclude_none=True),
-        **params.train.model_dump(include=set(shared)),
+        "language model": lm.fingerprint,
+        "text": contexts_sha256(tokens),
+        "training code": sources_fingerprint("sae_research.training.stage"),
+        "version of torch": torch.__version__,
+        "kind of device": f"{lm.device.type}, {device.type}, {lm.dtype}, {precision}",
     }
 
 
-def curve_tsv(curve: list[CurveRow]) -> str:
-    """A training curve as a table, 4 significant digits."""
-    return tsv_text(CurveRow._fields, ([round_significant(value) for value in row] for row in curve))
+# --- export ----------------------------------------------------------------------------------
 
 
-def held_out_table(report: Report) -> str:
-    """The held-out figures as a plain table, by hook, PCA below each."""
-    parts = [f"\nheld-out text, {report['model_name']}, {report['tokens']:,} training tokens"]
-    keys = ("l0", "variance_explained", "fraction_alive")
-    for hook, at_hook in report["hooks"].items():
-        saes = {name: entry["held_out"] for name, entry in report["saes"].items() if entry["hook_name"] == hook}
-        rows = [[name, *(number(figures[key]) for key in keys)] for name, figures in saes.items()]
-        pca = at_hook["pca_reference"].items()
-        rows += [[f"PCA, {n} components", n, number(value), ABSENT] for n, value in pca]
-        parts.append(text_table([(hook, "L0", "variance explained", "alive"), *rows]))
-    return "\n".join(parts)
-
-
-def _exported(member: Member, lm: LanguageModel, params: Params, stream: ActivationStream, text: str) -> SparseAutoencoder:
+def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: ActivationStream, text: str) -> SparseAutoencoder:
     """The SAE as it stands, in the model's own units; `text` identifies the training text."""
-    config, buffer = params.train.saes[member.name], stream.buffers[member.hook]
+    config, buffer = params.train.saes[sae.name], stream.buffers[sae.hook]
     recipe = {
         "recipe": config.recipe,
-        "tokens": member.tokens,
+        "tokens": sae.tokens,
         "text": params.text.dataset,
         "text_fingerprint": text,
         "model_fingerprint": lm.fingerprint,
-        "hyper_parameters": hyper_parameters(config, params),
+        "hyper_parameters": params.train.hyper_parameters(sae.name),
     }
     cfg = SAEConfig(
-        form=member.recipe.form,
+        form=sae.recipe.form,
         d_in=buffer.d_in,
         d_sae=config.d_sae,
         model_name=params.model.name,
-        hook_name=member.hook,
+        hook_name=sae.hook,
         context_size=params.text.context_size,
-        options=member.recipe.options(),
+        options=sae.recipe.options(),
         provenance={
             "seed": training_seed(config, params),
-            "recipe_id": fingerprint([recipe, member.hook, params.token_mask.model_dump()])[:16],
+            "recipe_id": fingerprint([recipe, sae.hook, params.token_mask.model_dump()])[:16],
             **recipe,
             # what the preflight compares another model's or text's activations with
             "activation_norm": round_significant(buffer.calibration.mean_norm),
         },
     )
-    return member.recipe.export(buffer.calibration.scale, cfg)
+    return sae.recipe.export(buffer.calibration.scale, cfg)
 
 
-def _report(params: Params, tokens: int) -> Report:
-    return {
-        "tokens": tokens,
-        "hook_name": params.train.hook_name,
-        "model_name": params.model.name,
-        "text": params.text.dataset,
-        "seed": params.random_seed,
-        "saes": {},
-        "hooks": {},
-    }
-
-
-def _evaluate(
-    report: Report,
-    members: list[Member],
-    saes: dict[str, SparseAutoencoder],
-    stream: ActivationStream,
-    held_out_contexts: Tensor,
-    lm: LanguageModel,
-    params: Params,
-) -> Results:
-    """Add every SAE's held-out figures to the report, PCA's at every hook, and what they show; returns what
-    `eval_results.json` of each SAE holds."""
-    held_out = read_held_out(
-        lm, params, held_out_contexts, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()}
-    )
-    stats: dict[str, ReconstructionStats] = {}
-    for hook, buffer in stream.buffers.items():
-        rows_ND = held_out.rows(hook).to(buffer.device)
-        here = [member for member in members if member.hook == hook]
-        stats |= held_out_stats({member.name: saes[member.name].to(buffer.device) for member in here}, rows_ND)
-        for member in here:
-            config = params.train.saes[member.name]
-            report["saes"][member.name] = {
-                "recipe": config.recipe,
-                "hook_name": hook,
-                "tokens": member.tokens,
-                "hyper_parameters": hyper_parameters(config, params),
-                "fraction_silent_at_end": member.fraction_silent,
-                "held_out": kept(stats[member.name]),
-            }
-        explained = pca_variance_explained(buffer.pca, rows_ND * buffer.calibration.scale, PCA_COMPONENTS)
-        report["hooks"][hook] = {
-            "fraction_tokens_kept": buffer.fraction_kept,
-            "pca_reference": {str(n): value for n, value in explained.items()},
-        }
-    return after_training(report, stats, saes, members, held_out, lm, params)
+def curve_tsv(curve: list[CurveRow]) -> str:
+    """A training curve as a table, 4 significant digits."""
+    return tsv_text(CurveRow._fields, ([round_significant(value) for value in row] for row in curve))

@@ -15,7 +15,7 @@ from sae_research.config.training import SAERecipe
 from sae_research.runtime.endpoints import keeps_secrets, one_line, secret
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
-from sae_research.training.member import Member
+from sae_research.training.training_sae import TrainingSAE
 
 KEY = "WANDB_API_KEY"
 LOGGED = ("loss", "l0", "variance_explained")
@@ -30,15 +30,15 @@ class Tracker:
         self.params, self.runs = params, dict(runs)
         self.logged = dict.fromkeys(self.runs, 0)
 
-    def update(self, members: Sequence[Member]) -> None:
+    def update(self, saes: Sequence[TrainingSAE]) -> None:
         """Log the rows of every curve that are new since the last call; nearly free where there are none."""
-        for member in members:
-            if member.name in self.runs and len(member.curve) > self.logged[member.name]:
-                new = member.curve[self.logged[member.name] :]
-                self.logged[member.name] = len(member.curve)
+        for sae in saes:
+            if sae.name in self.runs and len(sae.curve) > self.logged[sae.name]:
+                new = sae.curve[self.logged[sae.name] :]
+                self.logged[sae.name] = len(sae.curve)
                 self._try(
                     "logging",
-                    member.name,
+                    sae.name,
                     lambda run, rows=new: [
                         run.log(
                             {**{f"train/{key}": getattr(row, key) for key in LOGGED}, "tokens": row.tokens}, step=row.step

@@ -1,5 +1,8 @@
-"""What either model loses with an SAE's reconstruction in place of its activations, and what a latent writes into the logits
-of either model. A second pass, on fewer tokens."""
+"""What either model predicts through an SAE: losses with its reconstruction in place, and its latents' logit vectors.
+
+Losses take a second pass of both models, on fewer tokens. Logit vectors, what a latent's decoder row writes into the logits,
+come from weights alone.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from sae_research.lm.generate import Unembedding, unembedding
 from sae_research.saes import SparseAutoencoder
 from sae_research.stats import CleanPredictions
 from sae_research.stats.intervals import Ratio, interval
+from sae_research.stats.predictions import RECOVERED, loss_ratios, prediction_sums
 from sae_research.stats.reconstruction import sums_dtype
 from sae_research.transfer.loading import MODELS, Masks, Pair, masks
 from sae_research.transfer.sweep import FirstPass
@@ -30,6 +34,8 @@ FILTERS = ("kept", "all")
 
 Sums = dict[str, np.ndarray]
 """By quantity, one number a block."""
+Run = tuple[Tensor, Tensor | None]
+"""(cross-entropy [rows, seq - 1], KL [rows, seq]) of every position."""
 
 
 class _Totals:
@@ -86,7 +92,9 @@ def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | 
             read += batch.n_tokens
             bar.update(batch.n_tokens)
     figures = {model: _figures(totals[model].sums, pair.saes, pair.params.random_seed) for model in MODELS}
-    clean_kl = _interval_of(shared.sums, "kl", "tokens", pair.params.random_seed) if shared.sums else None
+    clean_kl = None
+    if shared.sums:
+        clean_kl = _with_interval(Ratio(shared.sums["kl"], shared.sums["tokens"]), pair.params.random_seed)
     return _present({"models": figures, "ablate_every": config.ablate_every, "clean_kl": clean_kl})
 
 
@@ -127,28 +135,25 @@ class _Runs(NamedTuple):
 
 @torch.no_grad()
 def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
-    predicts = real[:, 1:]
-    results: dict[str, Any] = {"clean": {name: (runs.clean.ce, None) for name in FILTERS}}
+    results: dict[str, dict[str, Run]] = {"clean": {name: (runs.clean.ce, None) for name in FILTERS}}
     for role, sae in pair.saes.items():
         results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))
     rows = torch.arange(0, len(runs.tokens), pair.params.transfer.ablate_every, device=runs.tokens.device)
     part = runs.part(rows)
     ablated = {"zero": part.both(torch.zeros_like(part.acts)), "mean": part.both(mean.expand_as(part.acts))}
     for name, mask in (("kept", runs.kept), ("all", runs.counted)):
-        chosen = mask[:, :-1] & predicts
-        totals.add(f"{name}/tokens", mask.sum(1))
-        totals.add(f"{name}/predictions", chosen.sum(1))
-        totals.add(f"{name}/scale_predictions", chosen[rows].sum(1), rows)
-        for run, by_filter in results.items():
-            ce, kl = by_filter[name]
-            totals.add(f"{name}/ce_{run}", _summed(ce, chosen))
-            totals.add(f"{name}/scale_{run}", _summed(ce[rows], chosen[rows]), rows)
-            if kl is not None:
-                totals.add(f"{name}/kl_{run}", _summed(kl, mask))
-            if text_bytes is not None:
-                totals.add(f"{name}/nats_{run}", _summed(ce, predicts & (text_bytes > 0).to(ce.device)[:, None]))
-        for run, by_filter in ablated.items():
-            totals.add(f"{name}/scale_{run}", _summed(by_filter[name][0], chosen[rows]), rows)
+        predicted = mask[:, :-1] & real[:, 1:]
+        whole = {run: by_filter[name] for run, by_filter in results.items()}
+        scale = {run: (ce[rows], None if kl is None else kl[rows]) for run, (ce, kl) in whole.items()}
+        scale |= {run: by_filter[name] for run, by_filter in ablated.items()}
+        for key, by_row in prediction_sums(mask, whole, _summed, predicted).items():
+            totals.add(f"{name}/{key}", by_row)
+        for key, by_row in prediction_sums(mask[rows], scale, _summed, predicted[rows]).items():
+            totals.add(f"{name}/scale/{key}", by_row, rows)
+        if text_bytes is not None:
+            with_bytes = real[:, 1:] & (text_bytes > 0).to(real.device)[:, None]
+            for run, (ce, _) in whole.items():
+                totals.add(f"{name}/nats_{run}", _summed(ce, with_bytes))
     if text_bytes is not None:
         totals.add("bytes", text_bytes)
 
@@ -185,35 +190,29 @@ def _figures(sums: Sums, saes: dict[str, SparseAutoencoder], seed: int) -> dict[
 
 
 def _shared_figures(sums: Sums, name: str, seed: int) -> dict[str, Any]:
-    found = {"ce_clean": _interval_of(sums, f"{name}/ce_clean", f"{name}/predictions", seed)}
-    found |= {
-        f"ce_{run}": _interval_of(sums, f"{name}/scale_{run}", f"{name}/scale_predictions", seed) for run in ("zero", "mean")
-    }
+    own, scale = _below(sums, name), _below(sums, f"{name}/scale")
+    found = {"ce_clean": _with_interval(Ratio(own["ce_clean"], own["ce_tokens"]), seed)}
+    found |= {f"ce_{run}": _with_interval(Ratio(scale[f"ce_{run}"], scale["ce_tokens"]), seed) for run in ("zero", "mean")}
     if "bytes" in sums:
         found["bits_per_byte_clean"] = _bits(sums, f"{name}/nats_clean", seed)
-    return {"predictions": float(sums[f"{name}/predictions"].sum()), **_present(found)}
+    return {"predictions": float(own["ce_tokens"].sum()), **_present(found)}
 
 
 def _sae_figures(sums: Sums, name: str, role: str, seed: int) -> dict[str, Any]:
-    patched, clean = sums[f"{name}/ce_patched_{role}"], sums[f"{name}/ce_clean"]
-    counts = sums[f"{name}/predictions"]
-    found = {
-        "ce_patched": _interval_of(sums, f"{name}/ce_patched_{role}", f"{name}/predictions", seed),
-        "ce_delta": _with_interval(Ratio(patched - clean, counts), seed),
-        "kl": _interval_of(sums, f"{name}/kl_patched_{role}", f"{name}/tokens", seed),
-    }
-    patched, clean = sums[f"{name}/scale_patched_{role}"], sums[f"{name}/scale_clean"]
+    own, scale = (loss_ratios(_below(sums, part), f"patched_{role}") for part in (name, f"{name}/scale"))
+    found = {key: _with_interval(Ratio(*own[key]), seed) for key in ("ce_patched", "ce_delta", "kl")}
     for run, key in (("zero", "loss_recovered"), ("mean", "loss_recovered_mean")):
-        ablated = sums[f"{name}/scale_{run}"]
-        if (ablated - clean).sum() > 0:  # where ablation costs nothing there is nothing to recover
-            found[key] = _with_interval(Ratio(ablated - patched, ablated - clean), seed)
+        ratio = Ratio(*scale[RECOVERED[run]])
+        if ratio.denominator.sum() > 0:  # where ablation costs nothing there is nothing to recover
+            found[key] = _with_interval(ratio, seed)
     if "bytes" in sums:
         found["bits_per_byte_patched"] = _bits(sums, f"{name}/nats_patched_{role}", seed)
     return _present(found)
 
 
-def _interval_of(sums: Sums, above: str, below: str, seed: int) -> dict[str, float] | None:
-    return _with_interval(Ratio(sums[above], sums[below]), seed)
+def _below(sums: Sums, name: str) -> Sums:
+    """The sums under `name/`, by the last part of their keys."""
+    return {key.removeprefix(f"{name}/"): value for key, value in sums.items() if key.rpartition("/")[0] == name}
 
 
 def _bits(sums: Sums, nats: str, seed: int) -> dict[str, float] | None:

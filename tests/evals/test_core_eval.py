@@ -13,7 +13,7 @@ from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.pursuit.encoders import MPSAE
-from sae_research.text.tokens import spread, token_contexts
+from sae_research.text.tokens import reorder_evenly, token_contexts
 
 
 def run(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
@@ -36,7 +36,7 @@ def test_identity_and_mean(lm: LanguageModel, make_params: Any) -> None:
     assert bench["model_behavior_preservation"]["kl_div_with_sae"] == pytest.approx(0, abs=1e-6)
     assert bench["reconstruction_quality"]["explained_variance"] == 1
 
-    tokens = spread(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 15 * 24), 6).tokens[:15]
+    tokens = reorder_evenly(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 15 * 24), 6).tokens[:15]
     counted = lm.activations(tokens[6:], HOOK)[:, 1:].reshape(-1, D)
     unmasked = make_params(token_mask={"outlier_norm_multiple": None})
     keep = ~torch.isin(tokens[6:, 1:].reshape(-1), lm.special_ids)

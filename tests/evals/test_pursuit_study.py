@@ -101,7 +101,7 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
     """The study's figures on its contexts equal the core evaluation's on the same ones."""
     from sae_research.evals.core import evaluation
     from sae_research.lm.activations import HookActivations
-    from sae_research.text.tokens import spread, token_contexts
+    from sae_research.text.tokens import reorder_evenly, token_contexts
 
     params = make_params(
         core_eval={"batch_size_prompts": 4, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 4}
@@ -114,7 +114,7 @@ def test_loss_recovered_is_that_of_the_core_evaluation(folder: Path, lm: Any, ma
         name: result["eval_result_unstructured"]["lab_v1"]["metrics"]
         for name, result in evaluation.evaluate(saes, lm, params)
     }
-    tokens = spread(
+    tokens = reorder_evenly(
         token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 20 * params.text.context_size), 4
     ).tokens
     members = {pursuit_study.Member("trained", name, 1): sae for name, sae in saes.items()}

@@ -73,7 +73,7 @@ def test_only_the_contexts_asked_for_belong_and_other_tokens_are_another_key() -
 
 def test_contexts_for_predictions_come_from_all_over_the_text() -> None:
     text = contexts([[-1, doc, doc] for doc in range(4) for _ in range(3)], ["x"] * 4)
-    found = stream.spread(text, 4)
+    found = stream.reorder_evenly(text, 4)
     assert found.doc_ids[:4, 1].tolist() == [0, 1, 2, 3]
     assert (
         reconstruction.clusters_of(found, 0, 4).about["documents"]

@@ -109,7 +109,7 @@ def test_the_published_block_anneals_beta_to_half(sae_type: str) -> None:
     assert sae.beta_annealing and sae.last_beta == 0.25
     assert any(note.startswith("saes.final_beta: not given: 0.25") for note in result.notes)
     recipe = RECIPES[sae_type](8, sae.model_copy(update={"d_sae": 4}), Train(warmup_fraction=0.0))
-    recipe.anneal(1.0)
+    recipe.prepare(1.0)
     assert float(recipe.beta) == pytest.approx(0.25)
 
 

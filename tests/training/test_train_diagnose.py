@@ -15,7 +15,7 @@ from sae_research.training import stage
 from sae_research.training.diagnose import (
     LIMITS,
     CurvePoint,
-    Seen,
+    TrainingSummary,
     curve_shape,
     diagnose,
     diagnose_text,
@@ -39,9 +39,9 @@ def made_curve(late_fall: float = 0.02, decay_drop: float = 0.05) -> list[CurveP
     return points
 
 
-def seen(recipe: dict[str, Any] = STANDARD, curve: list[CurvePoint] | None = None, **figures: Any) -> Seen:
+def seen(recipe: dict[str, Any] = STANDARD, curve: list[CurvePoint] | None = None, **figures: Any) -> TrainingSummary:
     """A healthy SAE but for what is given."""
-    return Seen(
+    return TrainingSummary(
         **{
             "config": TypeAdapter(TrainedSAE).validate_python({**recipe, "d_sae": 256}),
             "curve": made_curve() if curve is None else curve,

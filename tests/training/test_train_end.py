@@ -14,7 +14,7 @@ from training_helpers import STANDARD, TOP_K
 from sae_research.config.params import Params
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.saes import load_sae
-from sae_research.training import loop, stage
+from sae_research.training import evaluation, loop, stage
 from sae_research.training.checkpoints import ProgressFile, progress_path, run_folder, run_key, saved_checkpoints
 
 FEW = {"topk": TOP_K}
@@ -143,7 +143,7 @@ def broken(*_: object, **__: object) -> None:
 
 def test_a_failed_measurement_is_made_up_for_without_a_step(short, undisturbed, make_params, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be measured"):
-        patch.setattr(stage, "read_held_out", broken)
+        patch.setattr(evaluation, "read_held_out", broken)
         stage.train(short, tmp_path / "out")
     [(step, _)] = saved_checkpoints(run_folder(short))
     assert f"the SAEs are trained and kept, all {step} steps; start the same run again" in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_a_failed_measurement_is_made_up_for_without_a_step(short, undisturbed, 
     assert not saved_checkpoints(run_folder(short))
 
 
-@pytest.mark.parametrize("where", ["_evaluate", "the final checkpoint"])
+@pytest.mark.parametrize("where", ["evaluate", "the final checkpoint"])
 def test_a_signal_after_the_last_step_keeps_what_is_trained(short, undisturbed, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the SAEs are trained and kept, all") as stop:
         if where == "the final checkpoint":
@@ -196,7 +196,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_promised(short, tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("sae_research.training.stage.save_checkpoint", full)
-    monkeypatch.setattr(stage, "_evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(stage, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="nothing is kept: no checkpoint could be written"):
         stage.train(short, tmp_path / "out")
 
@@ -273,7 +273,7 @@ def test_what_comes_to_the_same_is_one_run(make_params):
 
 def test_another_way_to_write_trained_saes_takes_no_step(make_params, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr(stage, "_evaluate", broken)
+        patch.setattr(stage, "evaluate", broken)
         stage.train(make_params(saes=FEW, tokens=1024), tmp_path / "out")
     asked = make_params(saes={"topk": {**TOP_K, "inference": "top_k"}}, tokens=1024)
     with monkeypatch.context() as patch:

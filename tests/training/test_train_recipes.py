@@ -47,7 +47,7 @@ def test_sparse_path_has_the_gradients_of_dense_autograd(name, planted_rows, mon
     recipe = recipe_of(RECIPES[name], 16, planted_rows, **config).double()
     recipe.W_enc.data += 1e-6 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))  # no two latents alike
     if hasattr(recipe, "dead"):  # the auxiliary loss takes part where there is one
-        recipe.dead.index_N, recipe.host["refreshed"] = torch.arange(5), 1.0
+        recipe.dead.index_N, recipe.plain_state["refreshed"] = torch.arange(5), 1.0
     chosen = []
     monkeypatch.setattr(base, "decode_at", lambda *args: chosen.append(True) or products.decode_at(*args))
     monkeypatch.setattr(base, "MAX_DENSITY", 1.0)
@@ -229,7 +229,7 @@ def test_hard_concrete_gates(planted_rows):
     x = planted_rows[:64]
     with torch.no_grad():
         log_alpha = recipe.log_alpha(x)
-        samples = torch.stack([recipe.sample(log_alpha, recipe.draw(len(x))) > 0 for _ in range(400)]).float().mean(0)
+        samples = torch.stack([recipe.sample(log_alpha, recipe.draw_noise(len(x))) > 0 for _ in range(400)]).float().mean(0)
         assert float(recipe.expected_l0(log_alpha)) == pytest.approx(float(samples.sum(1).mean()), rel=0.03)
         sae = recipe.export(1.0, SAEConfig(form="hard_concrete", d_in=16, d_sae=64))
         gate_open = sae.encode(x[None])[0] > 0
@@ -263,7 +263,7 @@ def test_beta_is_annealed_geometrically_after_the_warm_up(planted_rows):
     recipe = recipe_of(RECIPES["gated_hard_concrete"], 16, planted_rows, **config)
     start = recipe.train_config.warmup_fraction
     for progress, beta in ((0.0, 1.0), (start, 1.0), ((1 + start) / 2, 0.5), (1.0, 0.25)):
-        recipe.anneal(progress)
+        recipe.prepare(progress)
         assert float(recipe.beta) == pytest.approx(beta, rel=1e-5)
 
 
@@ -274,9 +274,9 @@ def test_p_falls_and_the_penalty_stays_where_it_was(planted_rows):
     code = recipe.reconstruct(x)
     for progress in (0.4, 0.45):
         recipe.compute(x, progress)
-    assert recipe.host["updates"] == 0 and float(recipe.scale) == 1
+    assert recipe.plain_state["updates"] == 0 and float(recipe.scale) == 1
     recipe.compute(x, 0.51)
-    assert recipe.host["updates"] == 1 and recipe.p_after(1) == pytest.approx(0.9)
+    assert recipe.plain_state["updates"] == 1 and recipe.p_after(1) == pytest.approx(0.9)
     z = code.activations.detach()
     z = z[z > 0]
     assert float(recipe.scale) == pytest.approx(float(z.sum() / z.pow(0.9).sum()), rel=1e-4)

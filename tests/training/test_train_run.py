@@ -16,7 +16,7 @@ from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 from sae_research.text.tokens import token_contexts
-from sae_research.training import member, stage
+from sae_research.training import stage, training_sae
 from sae_research.training.recipes.l1 import Standard
 from sae_research.training.stream import ActivationStream, StreamBatch, StreamingPCA, pca_variance_explained
 
@@ -141,7 +141,7 @@ def test_a_step_in_parts_is_the_same_step(make_params, planted_rows, tmp_path):
         config = TypeAdapter(TrainedSAE).validate_python(STANDARD)
         recipe = Standard(16, config, Train(batch_size=96, accumulation_steps=parts, precision="float32"))
         recipe.initialise(planted_rows, torch.Generator().manual_seed(0))
-        output = member._gradients(recipe, batch)
+        output = training_sae._gradients(recipe, batch)
         gradients.append([output.loss, output.residual, output.l0, *(p.grad for p in recipe.parameters())])
     for whole, part in zip(*gradients, strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)
@@ -266,12 +266,12 @@ def test_sae_lens_reads_the_folders(make_params, tmp_path):
 
 
 def test_seeds_differ_by_name_and_run():
-    assert len({member.sae_seed(name, seed) for name in ("a", "b") for seed in (0, 1)}) == 4
+    assert len({training_sae.sae_seed(name, seed) for name in ("a", "b") for seed in (0, 1)}) == 4
 
 
 def test_standard_config_is_listed(make_params):
     params = make_params()
-    listed = stage.hyper_parameters(params.train.saes["standard"], params)
+    listed = params.train.hyper_parameters("standard")
     assert listed["l1_coefficient"] == STANDARD["l1_coefficient"] and "k" not in listed and listed["batch_size"] == 64
 
 

@@ -1,4 +1,4 @@
-"""Several SAEs in one step: stacks equal their members alone, and so do SAEs side by side on a CPU."""
+"""Several SAEs in one step: stacks equal their in_training alone, and so do SAEs side by side on a CPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from training_helpers import CONFIGS, STANDARD, TOP_K
 
 from sae_research.config.params import Train
 from sae_research.training import stack, stage
-from sae_research.training.loop import Team
-from sae_research.training.member import Member, make_member, start, train_step
+from sae_research.training.loop import ThreadPoolStepper
 from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, grouped
 from sae_research.training.stream import StreamBatch
+from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
 
 SPARSITIES = {
     "l1_coefficient": [0.05, 0.1, 0.02],
@@ -38,17 +38,17 @@ def trio(name: str, **train: Any) -> Train:
     return Train(saes=saes, batch_size=128, stack="always", dead_fraction=0.05, **{"precision": "float32", **train})
 
 
-def members_of(train: Train, rows: torch.Tensor) -> list[Member]:
+def in_training_of(train: Train, rows: torch.Tensor) -> list[TrainingSAE]:
     """In double precision: what differs is then arithmetic, not the order of sums."""
-    members = [make_member(name, train, rows.shape[1]) for name in train.saes]
-    for i, member in enumerate(members):
-        member.recipe.double()
-        start(member, rows, i)
+    in_training = [new_training_sae(name, train, rows.shape[1]) for name in train.saes]
+    for i, sae in enumerate(in_training):
+        sae.recipe.double()
+        start(sae, rows, i)
         with torch.no_grad():  # no pre-activation right at a limit that was read off these rows, no two latents alike
-            for parameter in member.recipe.parameters():
+            for parameter in sae.recipe.parameters():
                 parameter += 1e-4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-            member.recipe.normalise_rows()
-    return members
+            sae.recipe.normalise_rows()
+    return in_training
 
 
 def batches(rows: torch.Tensor, first: int, last: int) -> list[StreamBatch]:
@@ -59,41 +59,41 @@ def batches(rows: torch.Tensor, first: int, last: int) -> list[StreamBatch]:
     ]
 
 
-def tensors(members: list[Member]) -> list[torch.Tensor]:
-    return [tensor.clone() for member in members for tensor in member.state()[1].values()]
+def tensors(in_training: list[TrainingSAE]) -> list[torch.Tensor]:
+    return [tensor.clone() for sae in in_training for tensor in sae.state()[1].values()]
 
 
 @pytest.mark.parametrize(("name", "parts"), [*((name, 1) for name in STACKABLE), ("top_k", 2), ("hard_concrete", 2)])
-def test_a_stack_takes_the_steps_its_members_would(name, parts, planted_rows):
+def test_a_stack_takes_the_steps_its_saes_would(name, parts, planted_rows):
     rows = planted_rows.double()
     train = trio(name, accumulation_steps=parts)
-    alone, together = members_of(train, rows), members_of(train, rows)
+    alone, together = in_training_of(train, rows), in_training_of(train, rows)
     (group,) = grouped(together, train)
     stacked = Stack(group)
     for batch in batches(rows, 0, STEPS):
-        outputs = [train_step(member, batch) for member in alone]
+        outputs = [train_step(sae, batch) for sae in alone]
         for ours, theirs in zip(stacked.step(batch), outputs, strict=True):
             torch.testing.assert_close(ours.loss, theirs.loss.detach(), rtol=1e-7, atol=0)
             torch.testing.assert_close(ours.l0, theirs.l0)
-    for member, other in zip(together, alone, strict=True):
-        assert member.state()[0] == other.state()[0]  # steps, dead latents, counters
-        assert member.recipe.generator.get_state().equal(other.recipe.generator.get_state())
-        for (key, ours), theirs in zip(member.recipe.state_dict().items(), other.recipe.state_dict().values(), strict=True):
+    for sae, other in zip(together, alone, strict=True):
+        assert sae.state()[0] == other.state()[0]  # steps, dead latents, counters
+        assert sae.recipe.generator.get_state().equal(other.recipe.generator.get_state())
+        for (key, ours), theirs in zip(sae.recipe.state_dict().items(), other.recipe.state_dict().values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=key, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["standard", "top_k", "gated_hard_concrete"])
 def test_a_stack_goes_on_from_a_checkpoint_bit_for_bit(name, planted_rows):
     train, rows = trio(name), planted_rows.double()
-    whole, first, rest = (members_of(train, rows) for _ in range(3))
+    whole, first, rest = (in_training_of(train, rows) for _ in range(3))
     stacked, beginning = Stack(whole), Stack(first)
     for batch in batches(rows, 0, STEPS):
         stacked.step(batch)
     for batch in batches(rows, 0, 6):
         beginning.step(batch)
-    for member, before in zip(rest, first, strict=True):
+    for sae, before in zip(rest, first, strict=True):
         values, saved = before.state()
-        member.restore(values, {key: tensor.clone() for key, tensor in saved.items()})
+        sae.restore(values, {key: tensor.clone() for key, tensor in saved.items()})
     ending = Stack(rest)
     for batch in batches(rows, 6, STEPS):
         ending.step(batch)
@@ -117,7 +117,7 @@ def test_only_what_has_one_shape_and_one_loss_is_stacked(planted_rows, monkeypat
     def names(how: str) -> list[list[str]]:
         train = Train(saes=saes, batch_size=128, stack=how)
         return [
-            [member.name for member in group] for group in grouped([make_member(name, train, 16) for name in saes], train)
+            [sae.name for sae in group] for group in grouped([new_training_sae(name, train, 16) for name in saes], train)
         ]
 
     together = [["a", "b", "f"], ["wide"], ["c"], ["elsewhere"], ["d", "e"], ["m"], ["n"]]
@@ -147,13 +147,13 @@ def test_saes_side_by_side_are_those_of_one_at_a_time(planted_rows):
     torch.set_num_threads(2)  # put back by the fixture
     train = trio("top_k")
     weights = []
-    for team in (Team(1, torch.device("cpu")), Team(3, torch.device("cpu"))):
-        assert (team.pool is None) == (not weights)
-        members = members_of(train, planted_rows.double())
-        with team:
+    for stepper in (ThreadPoolStepper(1, torch.device("cpu")), ThreadPoolStepper(3, torch.device("cpu"))):
+        assert (stepper.pool is None) == (not weights)
+        in_training = in_training_of(train, planted_rows.double())
+        with stepper:
             for batch in batches(planted_rows.double(), 0, STEPS):
-                team.map(lambda member, batch=batch: train_step(member, batch), members)
-        weights.append(tensors(members))
+                stepper.map(lambda sae, batch=batch: train_step(sae, batch), in_training)
+        weights.append(tensors(in_training))
         assert torch.get_num_threads() == 2
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
@@ -169,23 +169,23 @@ def test_an_error_in_one_item_waits_for_the_others_and_is_raised():
         done.append(item)
         return item
 
-    with Team(4, torch.device("cpu")) as team, pytest.raises(ValueError, match="zero"):
-        team.map(work, range(4))
+    with ThreadPoolStepper(4, torch.device("cpu")) as stepper, pytest.raises(ValueError, match="zero"):
+        stepper.map(work, range(4))
     assert sorted(done) == [1, 2, 3] and torch.get_num_threads() == 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STACKABLE)
-def test_a_stack_on_a_gpu_takes_the_steps_its_members_would(name, planted_rows):
+def test_a_stack_on_a_gpu_takes_the_steps_its_saes_would(name, planted_rows):
     train, rows = trio(name), planted_rows.cuda()
     sides = []
     for _ in range(2):
-        members = [make_member(key, train, 16, "cuda") for key in train.saes]
-        for i, member in enumerate(members):
-            start(member, rows, i)
-        sides.append(members)
+        in_training = [new_training_sae(key, train, 16, "cuda") for key in train.saes]
+        for i, sae in enumerate(in_training):
+            start(sae, rows, i)
+        sides.append(in_training)
     stacked = Stack(sides[1])
     for batch in batches(rows, 0, 5):
-        outputs = [train_step(member, batch) for member in sides[0]]
+        outputs = [train_step(sae, batch) for sae in sides[0]]
         for ours, theirs in zip(stacked.step(batch), outputs, strict=True):
             torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-3, atol=1e-5)

@@ -27,9 +27,8 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.config.evaluation_params import Absorption
-from sae_research.config.params import Params
-from sae_research.lm import ActivationPool, Batch, LanguageModel, Openings, collect, token_mask
+from sae_research.config.params import Absorption, Params
+from sae_research.lm import ActivationPool, Batch, LanguageModel, SharedPrefixes, collect, token_mask
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
@@ -50,7 +49,7 @@ class Words(NamedTuple):
     """Number of each word's first letter [words]."""
     test: np.ndarray
     """bool [words]"""
-    openings: Openings
+    openings: SharedPrefixes
     tails: list[Tensor]
     positions: np.ndarray
     """Where in its tail a word's last token stands [words]."""
@@ -201,7 +200,7 @@ def _tokenise(
         [word for word, _, _ in kept],
         np.array([LETTERS.index(_stem(word)[0]) for word, _, _ in kept], dtype=np.int64),
         np.array([test for _, _, test in kept], dtype=bool),
-        Openings([torch.tensor([lm.separator_id, *head]) for head in opening_ids], [o for _, o, _ in kept]),
+        SharedPrefixes([torch.tensor([lm.separator_id, *head]) for head in opening_ids], [o for _, o, _ in kept]),
         tails,
         np.array([len(tail) - len(after_ids) - 1 for tail in tails], dtype=np.int64),
         examples,

@@ -22,7 +22,13 @@ from tqdm import tqdm
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.core.metrics import about_mean, evidence, lab_predictions, minus_one_for_nan, sae_bench_predictions
+from sae_research.evals.core.metrics import (
+    about_mean,
+    evidence,
+    minus_one_for_nan,
+    sae_bench_predictions,
+    sums_of,
+)
 from sae_research.evals.harness import Group, Scores, by_hook
 from sae_research.lm import Batch, LanguageModel
 from sae_research.lm.activations import HookActivations
@@ -37,9 +43,10 @@ from sae_research.stats import (
     density_histogram,
     latent_weights,
 )
+from sae_research.stats.predictions import losses, prediction_sums, total
 from sae_research.stats.reconstruction import Clusters, ReconstructionSums, clusters_by_context, clusters_of
 from sae_research.stats.sae_bench import SaeBenchStats, feature_details, misc_metrics
-from sae_research.text.tokens import spread, token_contexts
+from sae_research.text.tokens import reorder_evenly, token_contexts
 
 Sums = dict[str, float | list[float]]
 """By quantity; lists hold one number per cluster."""
@@ -128,7 +135,7 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     if tokens is not None:
         tokens = tokens[:last]
         return _Text(tokens, clusters_by_context(tokens, 0, first), clusters_by_context(tokens, first, len(tokens)))
-    contexts = spread(
+    contexts = reorder_evenly(
         token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", last * params.text.context_size), first
     )
     return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
@@ -311,51 +318,43 @@ def _predict_batch(
 
     kept = lab_mask[..., None]
     zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
-    shared = _sums("sae_bench", bench_mask, ablated=zeroed, clean=(clean.ce, None))
+    shared = _sums(group, batch, {"sae_bench": bench_mask}, ablated=zeroed, clean=(clean.ce, None))
+    lab_masks = {"lab": lab_mask, "cluster": lab_mask}
     if group.lab:
-        runs = {
-            "zero": run(torch.where(kept, 0.0, x)),
-            "clean": (clean.ce, None),
-            "mean": run(torch.where(kept, ablation.mean_D, x)),
-        }
-        shared |= _sums("lab", lab_mask, **runs) | _cluster_sums(group, batch, lab_mask, **runs)
+        shared |= _sums(
+            group,
+            batch,
+            lab_masks,
+            zero=run(torch.where(kept, 0.0, x)),
+            clean=(clean.ce, None),
+            mean=run(torch.where(kept, ablation.mean_D, x)),
+        )
 
     def score(family: Family) -> Iterator[tuple[str, Sums]]:
         for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
             sae = family[name]
             x_hat = sae.decode(z_all)
-            sums = shared | _sums("sae_bench", bench_mask, patched=run(x_hat))
+            sums = shared | _sums(group, batch, {"sae_bench": bench_mask}, patched=run(x_hat))
             if z_lab is not None:
                 patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
-                sums |= _sums("lab", lab_mask, patched=patched) | _cluster_sums(group, batch, lab_mask, patched=patched)
+                sums |= _sums(group, batch, lab_masks, patched=patched)
             check_finite(sums)
             yield name, sums
 
     yield from guard.each(saes, score)
 
 
-def _sums(definition: str, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
-    """Sums over counted positions, and their number. A prediction counts where its position does."""
-    sums = {f"{definition}/ce_tokens": float(mask[:, :-1].sum()), f"{definition}/kl_tokens": float(mask.sum())}
-    for name, (ce, kl) in runs.items():
-        sums[f"{definition}/ce_{name}"] = float(ce[mask[:, :-1]].double().sum())
-        if kl is not None:
-            sums[f"{definition}/kl_{name}"] = float(kl[mask].double().sum())
-    return sums
+def _sums(group: _Group, batch: Batch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:
+    """`prediction_sums` under each definition's mask, and by cluster of contexts under `cluster`."""
 
+    def by_cluster(values: Tensor, mask: Tensor) -> list[float]:
+        return group.text.predictions.sums(batch.index, mask, values).tolist()
 
-def _cluster_sums(group: _Group, batch: Batch, mask: Tensor, **runs: tuple[Tensor, Tensor | None]) -> Sums:
-    """The same by cluster, in our definition."""
-
-    def add(values: Tensor) -> list[float]:
-        return group.text.predictions.sums(batch.index, mask[:, : values.shape[1]], values).tolist()
-
-    sums: Sums = {"cluster/ce_tokens": add(mask[:, :-1]), "cluster/kl_tokens": add(mask)}
-    for name, (ce, kl) in runs.items():
-        sums[f"cluster/ce_{name}"] = add(ce)
-        if kl is not None:
-            sums[f"cluster/kl_{name}"] = add(kl)
-    return sums
+    return {
+        f"{name}/{key}": value
+        for name, mask in masks.items()
+        for key, value in prediction_sums(mask, runs, by_cluster if name == "cluster" else total).items()
+    }
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -372,7 +371,7 @@ def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], s
             "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches,
         },
     }
-    figures = {**sparsity["lab"], **lab_predictions(sums)} if group.lab else {}
+    figures = {**sparsity["lab"], **losses(sums_of(sums, "lab"))} if group.lab else {}
     lab = {key: value for key, value in figures.items() if math.isfinite(value)}
     unstructured = {
         harness.LAB: {

@@ -8,34 +8,33 @@ from typing import Any
 import numpy as np
 
 from sae_research.stats.intervals import Ratio, interval, ratio, stored
+from sae_research.stats.predictions import loss_ratios, losses
 
 Sums = dict[str, Any]
 """By quantity: numbers under `sae_bench/` and `lab/`, under `cluster/` lists of one number per cluster."""
 
 
-def _mean(sums: Sums, definition: str, quantity: str, run: str) -> float:
-    count = sums[f"{definition}/{quantity}_tokens"]
-    return sums[f"{definition}/{quantity}_{run}"] / count if count else math.nan
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else math.nan
+def sums_of(sums: Sums, definition: str) -> Sums:
+    """The sums of one definition, under plain names."""
+    return {key.partition("/")[2]: value for key, value in sums.items() if key.startswith(f"{definition}/")}
 
 
 def sae_bench_predictions(sums: Sums) -> dict[str, dict[str, float]]:
-    ce = {run: _mean(sums, "sae_bench", "ce", run) for run in ("clean", "ablated", "patched")}
-    kl = {run: _mean(sums, "sae_bench", "kl", run) for run in ("ablated", "patched")}
+    """SAE Bench's two categories. Its ablation, which puts zeros in place of every token, is the zero run."""
+    own = sums_of(sums, "sae_bench")
+    loss = losses({**own, "ce_zero": own["ce_ablated"]})
+    kl_ablated = losses({**own, "kl_patched": own["kl_ablated"]})["kl"]
     return {
         "model_behavior_preservation": {
-            "kl_div_score": _ratio(kl["ablated"] - kl["patched"], kl["ablated"]),
-            "kl_div_with_ablation": kl["ablated"],
-            "kl_div_with_sae": kl["patched"],
+            "kl_div_score": (kl_ablated - loss["kl"]) / kl_ablated if kl_ablated else math.nan,
+            "kl_div_with_ablation": kl_ablated,
+            "kl_div_with_sae": loss["kl"],
         },
         "model_performance_preservation": {
-            "ce_loss_score": _ratio(ce["ablated"] - ce["patched"], ce["ablated"] - ce["clean"]),
-            "ce_loss_with_ablation": ce["ablated"],
-            "ce_loss_with_sae": ce["patched"],
-            "ce_loss_without_sae": ce["clean"],
+            "ce_loss_score": loss["loss_recovered"],
+            "ce_loss_with_ablation": loss["ce_zero_ablated"],
+            "ce_loss_with_sae": loss["ce_patched"],
+            "ce_loss_without_sae": loss["ce_clean"],
         },
     }
 
@@ -45,21 +44,6 @@ def minus_one_for_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[st
     return {
         category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
         for category, values in metrics.items()
-    }
-
-
-def lab_predictions(sums: Sums) -> dict[str, float]:
-    """ΔCE and KL in nats per predicted token; loss recovered as SAE Bench's score, over zero- and mean-ablation."""
-    ce = {run: _mean(sums, "lab", "ce", run) for run in ("clean", "zero", "mean", "patched")}
-    return {
-        "kl": _mean(sums, "lab", "kl", "patched"),
-        "ce_clean": ce["clean"],
-        "ce_patched": ce["patched"],
-        "ce_delta": ce["patched"] - ce["clean"],
-        "ce_zero_ablated": ce["zero"],
-        "ce_mean_ablated": ce["mean"],
-        "loss_recovered": _ratio(ce["zero"] - ce["patched"], ce["zero"] - ce["clean"]),
-        "loss_recovered_mean_ablation": _ratio(ce["mean"] - ce["patched"], ce["mean"] - ce["clean"]),
     }
 
 
@@ -106,11 +90,6 @@ def about_mean(sums: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _prediction_ratios(sums: Sums) -> dict[str, Ratio]:
-    """The figures of `lab_predictions` as ratios of sums by cluster."""
-    ce = {run: np.asarray(sums[f"cluster/ce_{run}"]) for run in ("clean", "zero", "mean", "patched")}
-    return {
-        "kl": ratio(sums["cluster/kl_patched"], sums["cluster/kl_tokens"]),
-        "ce_delta": ratio(ce["patched"] - ce["clean"], sums["cluster/ce_tokens"]),
-        "loss_recovered": ratio(ce["zero"] - ce["patched"], ce["zero"] - ce["clean"]),
-        "loss_recovered_mean_ablation": ratio(ce["mean"] - ce["patched"], ce["mean"] - ce["clean"]),
-    }
+    """Metrics of predictions as ratios of sums by cluster."""
+    ratios = loss_ratios({key: np.asarray(value) for key, value in sums_of(sums, "cluster").items()})
+    return {key: ratio(*ratios[key]) for key in ("kl", "ce_delta", "loss_recovered", "loss_recovered_mean_ablation")}

@@ -34,8 +34,8 @@ from sae_research.saes.sources import matching_folders, open_sae, python_name
 from sae_research.setup.stage import VARIANTS
 from sae_research.training.checkpoints import PROGRESS_FILE, ProgressFile
 from sae_research.training.loop import StopSignals, Trainer
-from sae_research.training.member import make_member, start
 from sae_research.training.stream import StreamBatch
+from sae_research.training.training_sae import new_training_sae, start
 
 CHUNK = 8192
 """Samples of a world drawn at a time."""
@@ -153,7 +153,7 @@ def _train(
     here = {hook_of(number): world for number, world in worlds.items() if hook_of(number) in train.hooks}
     stream = SyntheticStream(here, settings.samples, settings.batch_size)
     rows = stream.calibrate()
-    members = [make_member(name, train, rows[train.hook_of(name)].shape[1], stream.device) for name in saes]
+    members = [new_training_sae(name, train, rows[train.hook_of(name)].shape[1], stream.device) for name in saes]
     for member in members:
         start(member, rows[member.hook], seed)
     progress = ProgressFile(folder / PROGRESS_FILE, str(stream.device))

@@ -1,9 +1,13 @@
-"""Schedules as functions of progress, the fraction of the run that is done (0 at its start, 1 at its end).
+"""What every recipe shares: parameters, initialisation, encoding and decoding, unit decoder rows, schedules, export.
 
-Literature gives warm-ups and decays in absolute steps for runs of 10^5 steps; a short run would never leave
-them.
+A recipe is one file beside this one that reads from top to bottom: its loss (in the docstring), its parameters, their
+initialisation, the loss as code, what happens between steps, and the SAE that comes out. What it needs besides (kernels with
+gradients of their own, the auxiliary loss of dead latents) stands below it in the same file, and here. Its settings are a
+class of `sae_research.config.training`, which its annotation `config` names: `params.yaml` is read by commands that must not
+import torch.
 
-What every recipe shares: parameters, initialisation, the constraint on decoder rows, dead latents, export.
+Schedules are functions of progress, the fraction of the run that is done: literature gives warm-ups and decays in steps for
+runs of 10^5 steps, which a short run would never leave.
 """
 
 from __future__ import annotations
@@ -21,16 +25,6 @@ from sae_research.training import products
 from sae_research.training.products import MAX_DENSITY, Support, decode_at, encode_at, products_at
 
 
-def warmup(progress: float, fraction: float) -> float:
-    """Linear from 0 to 1 over the first `fraction` of the run, then 1."""
-    return 1.0 if fraction <= 0 else min(1.0, progress / fraction)
-
-
-def warmup_then_decay(progress: float, warmup_fraction: float, decay_fraction: float) -> float:
-    """Linear from 0 to 1, flat, then linear to 0 over the last `decay_fraction` of the run."""
-    return min(warmup(progress, warmup_fraction), warmup(1.0 - progress, decay_fraction))
-
-
 class StepOutput(NamedTuple):
     """One recipe on one batch."""
 
@@ -42,8 +36,8 @@ class StepOutput(NamedTuple):
     """Active latents a token, mean over the batch."""
     fired: Tensor
     """Latents active on any token: indices, with repeats, or a mask [F]."""
-    noted: Tensor | None = None
-    """What the recipe follows from batch to batch, see `Recipe.follow`."""
+    tracked: Tensor | None = None
+    """What the recipe keeps track of from batch to batch, see `Recipe.track`."""
 
 
 class Reconstruction(NamedTuple):
@@ -68,8 +62,8 @@ class Recipe(nn.Module):
     `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A
     subclass sets `form` (what it is at inference), and defines `select` and `forward`.
 
-    `forward` is a function of the parameters, the batch and `draw`'s numbers alone: what a recipe remembers changes in
-    `prepare` and `follow`. So one call can serve a whole stack of SAEs (`training.stack`).
+    `forward` is a function of the parameters, the batch and `draw_noise`'s numbers alone: what a recipe remembers changes in
+    `prepare` and `track`. So one call can serve a whole stack of SAEs (`training.stack`).
     """
 
     form: ClassVar[str]
@@ -89,8 +83,8 @@ class Recipe(nn.Module):
         self.config, self.train_config = config, train
         self.in_stack = False
         """This is a stack's template: `forward` sees many SAEs at once."""
-        self.host: dict[str, Any] = {}
-        """Plain values a resumed run needs beside parameters, buffers and `generator`: counters, the last look."""
+        self.plain_state: dict[str, Any] = {}
+        """Plain values a resumed run needs beside parameters, buffers and `generator`, such as counters."""
         F, D = config.d_sae, d_in
         self.W_enc = nn.Parameter(torch.zeros(F, D))
         self.b_enc = nn.Parameter(torch.zeros(F))
@@ -106,25 +100,25 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
-        """Loss and figures of one batch at `progress` through the run; `noise` is what `draw` gave."""
+        """Loss and metrics of one batch at `progress` through the run; `noise` is what `draw_noise` gave."""
         raise NotImplementedError
 
     def prepare(self, progress: float) -> None:
-        """What moves with the run's progress, before a batch; nothing by default."""
+        """What changes with the run's progress, before a batch; nothing by default."""
 
-    def draw(self, n_rows: int) -> Tensor | None:
+    def draw_noise(self, n_rows: int) -> Tensor | None:
         """The random numbers a batch of so many tokens needs; none by default."""
         return None
 
-    def follow(self, output: StepOutput, progress: float) -> None:
-        """Remember what a batch showed."""
+    def track(self, output: StepOutput, progress: float) -> None:
+        """Remember what later batches need of this one; by default which latents fired."""
         self.last_fired_F[output.fired] = progress
 
     def compute(self, x_BD: Tensor, progress: float) -> StepOutput:
-        """One batch, with all that is remembered of it."""
+        """One batch: `prepare`, `forward`, `track`."""
         self.prepare(progress)
-        output = self.forward(x_BD, progress, self.draw(len(x_BD)))
-        self.follow(output, progress)
+        output = self.forward(x_BD, progress, self.draw_noise(len(x_BD)))
+        self.track(output, progress)
         return output
 
     def options(self) -> dict[str, Any]:
@@ -154,8 +148,7 @@ class Recipe(nn.Module):
         self.b_dec.copy_(rows_ND.mean(0))
         F, D = self.W_dec.shape
         if self.config.init == "data_rows":
-            # With replacement only where there are fewer rows than latents; copies are then told apart by
-            # noise.
+            # with replacement only where there are fewer rows than latents; noise then keeps copies from being equal
             index = torch.randperm(len(rows_ND), generator=generator).repeat(-(-F // len(rows_ND)))[:F]
             W_FD = rows_ND[index.to(rows_ND.device)] - self.b_dec
             if F > len(rows_ND):
@@ -284,11 +277,11 @@ class Recipe(nn.Module):
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs beside parameters, buffers and `generator`, as plain values."""
-        return dict(self.host)
+        return dict(self.plain_state)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
-        self.host = {key: state[key] for key in self.host}
+        self.plain_state = {key: state[key] for key in self.plain_state}
 
     # --- end ---
 
@@ -321,3 +314,13 @@ def project_rows(gradient: Tensor, rows: Tensor, scratch: Tensor | None = None) 
 def unit_rows(rows: Tensor) -> None:
     """Rows [..., F, D] to unit norm, in place."""
     rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
+def warmup(progress: float, fraction: float) -> float:
+    """Linear from 0 to 1 over the first `fraction` of the run, then 1."""
+    return 1.0 if fraction <= 0 else min(1.0, progress / fraction)
+
+
+def warmup_then_decay(progress: float, warmup_fraction: float, decay_fraction: float) -> float:
+    """Linear from 0 to 1, flat, then linear to 0 over the last `decay_fraction` of the run."""
+    return min(warmup(progress, warmup_fraction), warmup(1.0 - progress, decay_fraction))

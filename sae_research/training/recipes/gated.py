@@ -1,6 +1,6 @@
-"""Recipe `gated_rajamanoharan`: gates and magnitudes apart (Rajamanoharan et al. 2024, arXiv 2404.16014).
+"""Recipes `gated_rajamanoharan` (Rajamanoharan et al. 2024, arXiv 2404.16014) and `gated` (SAE-Interpretability).
 
-Recipe `gated`: the gated SAE of SAE-Interpretability.
+Gates decide which latents are active, magnitudes how much.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class GatedRajamanoharan(L1Family):
 
 
 class Gated(GatedRajamanoharan):
-    """The loss of `gated_rajamanoharan` under that framework's optimiser: Adam with momentum, gradients clipped to a
+    """The loss of `gated_rajamanoharan` under SAE-Interpretability's optimiser: Adam with momentum, gradients clipped to a
     norm of 1.
 
-    Two things there are mended. It leaves decoder rows free and charges `ReLU(gate)` unweighted, so that growing a
+    Two things of it are mended. It leaves decoder rows free and charges `ReLU(gate)` unweighted, so that growing a
     row and shrinking its gate lowers the penalty for nothing; rows have unit norm here. And it takes the mean over
     dimensions of the errors but not of the penalty, so that coefficients do not compare with its other recipes; here
     all are sums over dimensions, and `l1_coefficient` means what it does in `standard`.

@@ -1,6 +1,6 @@
-"""Recipe `hard_concrete`: stochastic gates with an expected L0 that has a gradient (Louizos et al. 2018).
+"""Recipes `hard_concrete` and `gated_hard_concrete`: gates drawn at random whose expected L0 has a gradient.
 
-Recipe `gated_hard_concrete`: hard-concrete gates on the gated SAE's shared pre-activation.
+Louizos et al. 2018, arXiv 1712.01312; the second puts them on the gated SAE's shared pre-activation.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class HardConcrete(Recipe):
         return self.beta * math.log(-low / high)
 
     def prepare(self, progress: float) -> None:
-        self.anneal(progress)
-
-    def anneal(self, progress: float) -> None:
+        """Anneal beta."""
         config, start = self.config, self.train_config.warmup_fraction
         if config.beta_annealing:
             done = min(1.0, max(0.0, (progress - start) / max(1 - start, 1e-9)))
@@ -117,7 +115,7 @@ class HardConcrete(Recipe):
         """Latents that inference would find active on some token [F]."""
         return ((log_alpha.detach() > self.half_open()) & (magnitude_BF.detach() > 0)).any(0)
 
-    def draw(self, n_rows: int) -> Tensor:
+    def draw_noise(self, n_rows: int) -> Tensor:
         """Logistic noise [B, F], from this SAE's own generator; on a GPU from one there that it seeds, for speed."""
         device, generator = self.b_enc.device, self.generator
         if device.type != "cpu":

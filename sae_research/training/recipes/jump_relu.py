@@ -13,47 +13,6 @@ from sae_research.config.training import JumpReLURecipe
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 
 
-class _Kernel(Function):
-    """What the two estimates below share."""
-
-    generate_vmap_rule = True  # `training.stack` maps recipes over SAEs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pre_BF, threshold_F, ctx.bandwidth = inputs
-        ctx.save_for_backward(pre_BF, threshold_F)
-
-
-class _JumpReLU(_Kernel):
-    """`z = pre * 1[pre > threshold]`; the threshold's gradient is a kernel estimate over a window around it
-    (arXiv 2407.14435, equation 11)."""
-
-    @staticmethod
-    def forward(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        return pre_BF * (pre_BF > threshold_F)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        pre_BF, threshold_F = ctx.saved_tensors
-        window_BF = (pre_BF - threshold_F).abs() < ctx.bandwidth / 2
-        grad_threshold_F = -(threshold_F / ctx.bandwidth) * (grad_BF * window_BF).sum(0)
-        return grad_BF * (pre_BF > threshold_F), grad_threshold_F, None
-
-
-class _Step(_Kernel):
-    """`1[pre > threshold]`, whose gradient goes to the threshold alone (equation 12)."""
-
-    @staticmethod
-    def forward(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        return (pre_BF > threshold_F).to(pre_BF.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        pre_BF, threshold_F = ctx.saved_tensors
-        window_BF = (pre_BF - threshold_F).abs() < ctx.bandwidth / 2
-        return None, -(grad_BF * window_BF).sum(0) / ctx.bandwidth, None
-
-
 class JumpReLU(Recipe):
     """Minimises `mean over tokens of |x - x_hat|^2 + sparsity_coefficient * (L0 / target_l0 - 1)^2`, unit rows.
 
@@ -105,3 +64,47 @@ class JumpReLU(Recipe):
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         return {**super().own_tensors(scale), "threshold": self.threshold / scale}
+
+
+# --- gradients of the threshold ----------------------------------------------------------------
+
+
+class _Kernel(Function):
+    """What the two estimates below share."""
+
+    generate_vmap_rule = True  # `training.stack` maps recipes over SAEs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pre_BF, threshold_F, ctx.bandwidth = inputs
+        ctx.save_for_backward(pre_BF, threshold_F)
+
+
+class _JumpReLU(_Kernel):
+    """`z = pre * 1[pre > threshold]`; the threshold's gradient is a kernel estimate over a window around it
+    (arXiv 2407.14435, equation 11)."""
+
+    @staticmethod
+    def forward(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+        return pre_BF * (pre_BF > threshold_F)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        pre_BF, threshold_F = ctx.saved_tensors
+        window_BF = (pre_BF - threshold_F).abs() < ctx.bandwidth / 2
+        grad_threshold_F = -(threshold_F / ctx.bandwidth) * (grad_BF * window_BF).sum(0)
+        return grad_BF * (pre_BF > threshold_F), grad_threshold_F, None
+
+
+class _Step(_Kernel):
+    """`1[pre > threshold]`, whose gradient goes to the threshold alone (equation 12)."""
+
+    @staticmethod
+    def forward(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+        return (pre_BF > threshold_F).to(pre_BF.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        pre_BF, threshold_F = ctx.saved_tensors
+        window_BF = (pre_BF - threshold_F).abs() < ctx.bandwidth / 2
+        return None, -(grad_BF * window_BF).sum(0) / ctx.bandwidth, None

@@ -1,12 +1,9 @@
-"""What the recipes with a penalty on activations share: the support of a ReLU, a sparse start, resampling.
+"""Recipes of ReLU SAEs with a penalty on activations.
 
-Recipe `standard`: ReLU with an L1 penalty (Bricken et al. 2023, Towards Monosemanticity).
-
-Recipe `standard_new`: L1 weighted by decoder norms, which are free (Anthropic, April 2024 update).
-
-Recipe `relu`: ReLU SAE without centring, decoder rows normalised in the forward pass (SAE-Interpretability).
-
-Recipe `p_anneal`: an Lp^p penalty whose p falls from 1 towards 0 (Karvonen et al. 2024, arXiv 2408.00113).
+`standard`: L1, unit decoder rows (Bricken et al. 2023). `standard_new`: L1 weighted by free decoder norms (Anthropic, April
+2024 update). `relu`: uncentred, rows normalised in the forward pass (SAE-Interpretability). `p_anneal`: Lp with p falling
+(Karvonen et al. 2024, arXiv 2408.00113). `L1Family` holds what they share: the sparse start and the resampling of dead
+latents.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ class L1Family(Recipe):
 
     def __init__(self, d_in: int, config: L1Config, train: Train) -> None:
         super().__init__(d_in, config, train)
-        self.host |= {"looked": 0.0}  # progress when resampling was last considered
+        self.plain_state |= {"looked": 0.0}  # progress when resampling was last considered
 
     def select(self, pre_BF: Tensor) -> Support | None:
         support = support_of(pre_BF > 0)
@@ -60,9 +57,9 @@ class L1Family(Recipe):
     # --- resampling ---
 
     def after_step(self, optimiser: torch.optim.Adam, x_BD: Tensor, output: StepOutput, progress: float) -> None:
-        if self.resampling_due(self.host["looked"], progress):
+        if self.resampling_due(self.plain_state["looked"], progress):
             self.resample(optimiser, x_BD, output.residual, progress)
-        self.host["looked"] = progress
+        self.plain_state["looked"] = progress
 
     def resampling_due(self, before: float, now: float) -> bool:
         """Whether a multiple of `resample_every` lies in (before, now]."""
@@ -141,8 +138,8 @@ class StandardNew(L1Family):
 class Relu(L1Family):
     """Minimises `mean over tokens of (|x - x_hat|^2 + l1 * sum_i z_i) / d_in`, `z = ReLU(x W_enc^T + b_enc)`.
 
-    The division by d_in is that framework's mean over dimensions; it scales both terms alike, so `l1_coefficient`
-    means the same as in `standard`. Rows are normalised on the way, so that only directions are learned.
+    The division by d_in is SAE-Interpretability's mean over dimensions; it scales both terms alike, so `l1_coefficient`
+    means the same as in `standard`. Rows are normalised in the forward pass, so that only directions are learned.
     """
 
     form = "standard"
@@ -178,7 +175,7 @@ class PAnneal(L1Family):
         super().__init__(d_in, config, train)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("queue_Q2", torch.full((config.queue_length, 2), torch.nan))
-        self.host |= {"updates": 0, "seen": 0}
+        self.plain_state |= {"updates": 0, "seen": 0}
 
     def p_after(self, updates: int) -> float:
         """p once so many updates are done: 1 before the first, `p_end` after the last."""
@@ -187,16 +184,16 @@ class PAnneal(L1Family):
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
         residual_BD = x_BD - code.x_hat
-        updates = self.host["updates"]
+        updates = self.plain_state["updates"]
         penalty = power_sum(code, self.p_after(updates)) / len(x_BD)
         following = power_sum(code, self.p_after(updates + 1)) / len(x_BD)
         loss = residual_BD.square().sum() / len(x_BD) + self.penalty(progress) * self.scale * penalty
         return StepOutput(loss, residual_BD.detach(), code.l0, code.fired, torch.stack([penalty, following]).detach())
 
-    def follow(self, output: StepOutput, progress: float) -> None:
-        super().follow(output, progress)
-        self.queue_Q2[self.host["seen"] % len(self.queue_Q2)] = output.noted
-        self.host["seen"] += 1
+    def track(self, output: StepOutput, progress: float) -> None:
+        super().track(output, progress)
+        self.queue_Q2[self.plain_state["seen"] % len(self.queue_Q2)] = output.tracked
+        self.plain_state["seen"] += 1
 
     def prepare(self, progress: float) -> None:
         """Lower p when a step of the schedule is reached."""
@@ -207,12 +204,12 @@ class PAnneal(L1Family):
             if (progress >= config.anneal_start)
             else 0
         )
-        if min(due, config.sparsity_updates) > self.host["updates"] and self.host["seen"]:
+        if min(due, config.sparsity_updates) > self.plain_state["updates"] and self.plain_state["seen"]:
             now, following = self.queue_Q2.nanmean(0)
             self.scale.mul_(now / following.clamp_min(1e-12))
-            self.host["updates"] += 1
+            self.plain_state["updates"] += 1
             self.queue_Q2.fill_(torch.nan)
-            self.host["seen"] = 0
+            self.plain_state["seen"] = 0
 
 
 def power_sum(code: Reconstruction, p: float) -> Tensor:

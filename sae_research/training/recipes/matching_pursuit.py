@@ -15,37 +15,6 @@ from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.training.recipes.base import Recipe, StepOutput
 
 
-class _Pursue(Function):
-    """The residual after taking given atoms in turn: `r <- r - (r . w) w`, unrolled.
-
-    With g the gradient after a step and c = r . w the coefficient: dw = -c g - (g . w) r, and before the step the
-    gradient is g - (g . w) w. Residuals are not kept but rebuilt backwards: r = r' + c w.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, W_FD: Tensor, atoms_BS: Tensor) -> Tensor:
-        residual_BD, coefficients = x_BD.clone(), []
-        for atoms_B in atoms_BS.T:
-            w_BD = W_FD[atoms_B]
-            c_B1 = (residual_BD * w_BD).sum(1, keepdim=True)
-            residual_BD.addcmul_(c_B1, w_BD, value=-1)
-            coefficients.append(c_B1)
-        ctx.save_for_backward(residual_BD, W_FD, atoms_BS, torch.stack(coefficients))
-        return residual_BD.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        residual_BD, W_FD, atoms_BS, coefficients_SB1 = ctx.saved_tensors
-        residual_BD, grad_BD, grad_W_FD = residual_BD.clone(), grad_BD.clone(), torch.zeros_like(W_FD)
-        for atoms_B, c_B1 in zip(reversed(atoms_BS.T.unbind()), reversed(coefficients_SB1.unbind()), strict=True):
-            w_BD = W_FD[atoms_B]
-            residual_BD.addcmul_(c_B1, w_BD)
-            along_B1 = (grad_BD * w_BD).sum(1, keepdim=True)
-            grad_W_FD.index_add_(0, atoms_B, torch.addcmul(c_B1 * grad_BD, along_B1, residual_BD), alpha=-1)
-            grad_BD.addcmul_(along_B1, w_BD, value=-1)
-        return grad_BD, grad_W_FD, None
-
-
 class MatchingPursuit(Recipe):
     """Minimises `mean over tokens of |x - x_hat|^2`, x_hat by s steps of matching pursuit (arXiv 2506.03093).
 
@@ -85,3 +54,37 @@ class MatchingPursuit(Recipe):
     def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
         cfg = cfg.replace(form=self.form, options={"s": self.config.s})
         return MPSAE(self.W_dec.detach().cpu().clone(), self.b_dec.detach().cpu() / scale, self.config.s, cfg)
+
+
+# --- gradients through the pursuit -------------------------------------------------------------
+
+
+class _Pursue(Function):
+    """The residual after taking given atoms in turn: `r <- r - (r . w) w`, unrolled.
+
+    With g the gradient after a step and c = r . w the coefficient: dw = -c g - (g . w) r, and before the step the
+    gradient is g - (g . w) w. Residuals are not kept but rebuilt backwards: r = r' + c w.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor, W_FD: Tensor, atoms_BS: Tensor) -> Tensor:
+        residual_BD, coefficients = x_BD.clone(), []
+        for atoms_B in atoms_BS.T:
+            w_BD = W_FD[atoms_B]
+            c_B1 = (residual_BD * w_BD).sum(1, keepdim=True)
+            residual_BD.addcmul_(c_B1, w_BD, value=-1)
+            coefficients.append(c_B1)
+        ctx.save_for_backward(residual_BD, W_FD, atoms_BS, torch.stack(coefficients))
+        return residual_BD.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        residual_BD, W_FD, atoms_BS, coefficients_SB1 = ctx.saved_tensors
+        residual_BD, grad_BD, grad_W_FD = residual_BD.clone(), grad_BD.clone(), torch.zeros_like(W_FD)
+        for atoms_B, c_B1 in zip(reversed(atoms_BS.T.unbind()), reversed(coefficients_SB1.unbind()), strict=True):
+            w_BD = W_FD[atoms_B]
+            residual_BD.addcmul_(c_B1, w_BD)
+            along_B1 = (grad_BD * w_BD).sum(1, keepdim=True)
+            grad_W_FD.index_add_(0, atoms_B, torch.addcmul(c_B1 * grad_BD, along_B1, residual_BD), alpha=-1)
+            grad_BD.addcmul_(along_B1, w_BD, value=-1)
+        return grad_BD, grad_W_FD, None

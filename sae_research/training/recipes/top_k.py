@@ -1,10 +1,8 @@
-"""Dead latents of the TopK family: which they are, and the auxiliary loss that revives them (Gao et al. 2024).
+"""Recipes of the TopK family: a token's k largest latents, and a loss that revives dead ones.
 
-Recipe `top_k`: a token's k largest latents, and a loss that revives dead ones (Gao et al. 2024).
-
-Recipe `batch_top_k`: the k * B largest activations of a batch (Bussmann et al. 2024, arXiv 2412.06410).
-
-Recipe `matryoshka_batch_top_k`: nested dictionaries, each to reconstruct alone (Bussmann et al. 2025).
+`top_k` (Gao et al. 2024), `batch_top_k`: the k * B largest activations of a batch (Bussmann et al. 2024), and
+`matryoshka_batch_top_k`: nested dictionaries, each to reconstruct alone (Bussmann et al. 2025). `DeadLatents`, at the end,
+is the auxiliary loss of all three.
 """
 
 from __future__ import annotations
@@ -23,47 +21,8 @@ from sae_research.saes.pursuit.kernels_numba import largest
 from sae_research.training.products import Support, decode_at, fixed_support, support_of
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
 
-REFRESHES = 10
-"""How often the list of dead latents is made afresh per `dead_fraction`: reading it stops a GPU, so not each step."""
-
-
-class DeadLatents:
-    """The list of latents silent for `dead_fraction` of the run, and their auxiliary loss."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.window = recipe.train_config.dead_fraction
-        self.k_aux = max(1, recipe.W_dec.shape[1] // 2)
-        self.index_N = torch.empty(0, dtype=torch.long)
-        self.valid_N: Tensor | None = None
-        """Where lists of several SAEs are filled up to one length: which entries count."""
-        recipe.host["refreshed"] = 0.0
-
-    def refresh(self, progress: float) -> None:
-        if progress - self.recipe.host["refreshed"] < self.window / REFRESHES:
-            return
-        self.recipe.host["refreshed"] = progress
-        self.index_N = (progress - self.recipe.last_fired_F >= self.window).nonzero().flatten()
-
-    def auxiliary_loss(self, centred_BD: Tensor, residual_BD: Tensor) -> Tensor:
-        """Fraction of the residual's variance that the k_aux = d_in / 2 most active dead latents leave unexplained.
-
-        Neither argument has a graph. Only the dead rows are touched; `b_dec` gets no gradient from here, it belongs
-        to the living.
-        """
-        recipe = self.recipe
-        W_enc_ND, W_dec_ND = recipe.W_enc[self.index_N], recipe.W_dec[self.index_N]
-        z_BN = torch.relu(torch.addmm(recipe.b_enc[self.index_N], centred_BD, W_enc_ND.T))
-        if self.valid_N is not None:
-            z_BN = z_BN * self.valid_N
-        if len(self.index_N) > self.k_aux:
-            values_BK, index_BK = z_BN.topk(self.k_aux, dim=1, sorted=False)
-            z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, values_BK)
-        variance = (residual_BD - residual_BD.mean(0)).square().sum().clamp_min(1e-12)
-        unexplained = (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
-        return unexplained if self.valid_N is None else unexplained * self.valid_N.any()
-
-
+ARCHITECTURES = {"top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk"}
+"""SAELens' names of the architectures these recipes train."""
 THRESHOLD_WINDOW = 0.02
 """Fraction of the run over which the threshold is averaged: long enough to be steady, short enough to belong to the
 final weights."""
@@ -91,7 +50,7 @@ class TopK(Recipe):
         super().__init__(d_in, config, train)
         self.largest_k = config.k
         """In a stack the largest of its SAEs' k; each keeps its own of so many."""
-        self.host["steps"] = 0
+        self.plain_state["steps"] = 0
         self.dead = DeadLatents(self)
         self.register_buffer("threshold", torch.full((), -1.0))
         self.register_buffer("observed", torch.zeros(()))  # progress at the last look
@@ -100,12 +59,18 @@ class TopK(Recipe):
     def k(self) -> int:
         return self.config.k
 
-    @property
-    def form(self) -> str:  # type: ignore[override]
-        return "jumprelu" if self.config.inference == "threshold" else "topk"
+    # --- loss ---
 
-    def options(self) -> dict[str, Any]:
-        return {"k": self.k} if self.form == "topk" else {}
+    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
+        code = self.reconstruct(x_BD)
+        loss = self.reconstruction_loss(x_BD, code)
+        residual_BD = (x_BD - code.x_hat).detach()
+        if len(self.dead.index_N) and self.config.aux_k_coefficient > 0:
+            loss = loss + self.config.aux_k_coefficient * self.dead.auxiliary_loss(code.centred, residual_BD)
+        return StepOutput(loss, residual_BD, code.l0, code.fired, self.limit)
+
+    def reconstruction_loss(self, x_BD: Tensor, code: Reconstruction) -> Tensor:
+        return (x_BD - code.x_hat).square().sum() / len(x_BD)
 
     def select(self, pre_BF: Tensor) -> Support | None:
         if not self.use_sparse(self.k / pre_BF.shape[1]):
@@ -124,7 +89,7 @@ class TopK(Recipe):
 
     def look(self, pre_BF: Tensor) -> None:
         """Note the batch's limit, now and then."""
-        self.limit = self.batch_limit(pre_BF) if self.host["steps"] % THRESHOLD_EVERY == 0 else None
+        self.limit = self.batch_limit(pre_BF) if self.plain_state["steps"] % THRESHOLD_EVERY == 0 else None
 
     def batch_limit(self, pre_BF: Tensor) -> Tensor:
         """The smallest of the k * B largest pre-activations of a batch, zero where they are not all positive."""
@@ -134,29 +99,20 @@ class TopK(Recipe):
         last = (self.k * len(pre_BF)).clamp_max(n) - 1
         return pre_BF.flatten().topk(n, sorted=True).values.gather(0, last[None])[0].clamp_min(0)
 
-    def reconstruction_loss(self, x_BD: Tensor, code: Reconstruction) -> Tensor:
-        return (x_BD - code.x_hat).square().sum() / len(x_BD)
+    # --- between steps ---
 
     def prepare(self, progress: float) -> None:
         self.dead.refresh(progress)
 
-    def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
-        code = self.reconstruct(x_BD)
-        loss = self.reconstruction_loss(x_BD, code)
-        residual_BD = (x_BD - code.x_hat).detach()
-        if len(self.dead.index_N) and self.config.aux_k_coefficient > 0:
-            loss = loss + self.config.aux_k_coefficient * self.dead.auxiliary_loss(code.centred, residual_BD)
-        return StepOutput(loss, residual_BD, code.l0, code.fired, self.limit)
-
     @torch.no_grad()
-    def follow(self, output: StepOutput, progress: float) -> None:
-        """Exponential average of the limits that were noted, over a window of the run."""
-        super().follow(output, progress)
-        if output.noted is not None:
+    def track(self, output: StepOutput, progress: float) -> None:
+        """Exponential average of the batches' limits, over a window of the run."""
+        super().track(output, progress)
+        if output.tracked is not None:
             share = torch.where(self.threshold < 0, 1.0, 1 - torch.exp((self.observed - progress) / THRESHOLD_WINDOW))
-            self.threshold.add_(share * (output.noted - self.threshold))
+            self.threshold.add_(share * (output.tracked - self.threshold))
             self.observed.fill_(progress)
-        self.host["steps"] += 1
+        self.plain_state["steps"] += 1
 
     def extra_state(self) -> dict[str, Any]:
         return {**super().extra_state(), "dead": self.dead.index_N.tolist()}
@@ -182,6 +138,15 @@ class TopK(Recipe):
         self.dead.index_N = inputs.get("dead_index", self.dead.index_N[:0])
         self.dead.valid_N = inputs.get("dead_valid")
 
+    # --- export ---
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        return "jumprelu" if self.config.inference == "threshold" else "topk"
+
+    def options(self) -> dict[str, Any]:
+        return {"k": self.k} if self.form == "topk" else {}
+
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         tensors = super().own_tensors(scale)
         if self.form == "topk":
@@ -189,12 +154,8 @@ class TopK(Recipe):
         return {**tensors, "threshold": torch.full_like(self.b_enc, float(self.threshold.clamp_min(0))) / scale}
 
     def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
-        # told apart in tables by how it was trained, not by the form it is written in
+        # tables name it by how it was trained, not by the form it is written in
         return super().export(scale, cfg.replace(architecture=ARCHITECTURES[self.config.recipe]))
-
-
-ARCHITECTURES = {"top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk"}
-"""SAELens' names of the architectures these recipes train."""
 
 
 class BatchTopK(TopK):
@@ -252,3 +213,46 @@ class MatryoshkaBatchTopK(BatchTopK):
         inside_N = (col >= start) & (col < end)
         counts = torch.cat([inside_N.new_zeros(1, dtype=torch.long), inside_N.long().cumsum(0)])
         return decode_at(Support(counts[crow], col[inside_N], width), code.activations[inside_N], self.W_dec)
+
+
+# --- dead latents ------------------------------------------------------------------------------
+
+REFRESHES = 10
+"""How often the list of dead latents is made afresh per `dead_fraction`: reading it stops a GPU, so not each step."""
+
+
+class DeadLatents:
+    """The list of latents silent for `dead_fraction` of the run, and their auxiliary loss."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.window = recipe.train_config.dead_fraction
+        self.k_aux = max(1, recipe.W_dec.shape[1] // 2)
+        self.index_N = torch.empty(0, dtype=torch.long)
+        self.valid_N: Tensor | None = None
+        """Where lists of several SAEs are filled up to one length: which entries count."""
+        recipe.plain_state["refreshed"] = 0.0
+
+    def refresh(self, progress: float) -> None:
+        if progress - self.recipe.plain_state["refreshed"] < self.window / REFRESHES:
+            return
+        self.recipe.plain_state["refreshed"] = progress
+        self.index_N = (progress - self.recipe.last_fired_F >= self.window).nonzero().flatten()
+
+    def auxiliary_loss(self, centred_BD: Tensor, residual_BD: Tensor) -> Tensor:
+        """Fraction of the residual's variance that the k_aux = d_in / 2 most active dead latents leave unexplained.
+
+        Neither argument has a graph. Only the dead rows are touched; `b_dec` gets no gradient from here, it belongs
+        to the living.
+        """
+        recipe = self.recipe
+        W_enc_ND, W_dec_ND = recipe.W_enc[self.index_N], recipe.W_dec[self.index_N]
+        z_BN = torch.relu(torch.addmm(recipe.b_enc[self.index_N], centred_BD, W_enc_ND.T))
+        if self.valid_N is not None:
+            z_BN = z_BN * self.valid_N
+        if len(self.index_N) > self.k_aux:
+            values_BK, index_BK = z_BN.topk(self.k_aux, dim=1, sorted=False)
+            z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, values_BK)
+        variance = (residual_BD - residual_BD.mean(0)).square().sum().clamp_min(1e-12)
+        unexplained = (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
+        return unexplained if self.valid_N is None else unexplained * self.valid_N.any()

@@ -27,8 +27,8 @@ class CurveRow(NamedTuple):
 
 
 @dataclass
-class Member:
-    """One SAE in training: its recipe, its optimiser, and what is noted on the way."""
+class TrainingSAE:
+    """One SAE in training: its recipe, its optimiser and its curve so far."""
 
     name: str
     recipe: Recipe
@@ -81,14 +81,14 @@ class Member:
                     self.optimiser.state[parameter][name.removeprefix(prefix)] = tensor.to(parameter.device, copy=True)
 
 
-def make_member(name: str, train: Train, d_in: int, device: torch.device | str = "cpu") -> Member:
-    """An SAE and its optimiser; call `start` or `Member.restore` next."""
+def new_training_sae(name: str, train: Train, d_in: int, device: torch.device | str = "cpu") -> TrainingSAE:
+    """An SAE and its optimiser; call `start` or `TrainingSAE.restore` next."""
     config = train.saes[name]
     recipe = RECIPES[config.recipe](d_in, config, train).to(device)
     recipe.generator = torch.Generator()
     optimiser = adam([{"params": list(recipe.parameters()), "lr": config.learning_rate}], recipe)
     zero = torch.zeros((), device=device)
-    return Member(name, recipe, optimiser, zero.clone(), zero.clone().long(), train.hook_of(name))
+    return TrainingSAE(name, recipe, optimiser, zero.clone(), zero.clone().long(), train.hook_of(name))
 
 
 def adam(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Adam:
@@ -97,21 +97,21 @@ def adam(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Adam:
     return torch.optim.Adam(groups, betas=recipe.betas, fused=recipe.W_dec.device.type != "mps")
 
 
-def start(member: Member, rows_ND: Tensor, random_seed: int) -> None:
+def start(sae: TrainingSAE, rows_ND: Tensor, random_seed: int) -> None:
     """Initialise from normalised activations `rows_ND`.
 
     Its randomness comes from `random_seed` and its own name, so that other SAEs in the run change nothing.
     """
-    member.recipe.initialise(rows_ND, torch.Generator().manual_seed(sae_seed(member.name, random_seed)))
+    sae.recipe.initialise(rows_ND, torch.Generator().manual_seed(sae_seed(sae.name, random_seed)))
 
 
 def sae_seed(name: str, random_seed: int) -> int:
     return int(fingerprint([random_seed, "sae", name])[:12], 16)
 
 
-def train_step(member: Member, batch: StreamBatch) -> StepOutput:
+def train_step(sae: TrainingSAE, batch: StreamBatch) -> StepOutput:
     """Loss, gradient, and an Adam step that keeps the decoder's rows at unit norm where the recipe asks for it."""
-    recipe, optimiser = member.recipe, member.optimiser
+    recipe, optimiser = sae.recipe, sae.optimiser
     optimiser.param_groups[0]["lr"] = recipe.learning_rate(batch.progress)
     optimiser.zero_grad(set_to_none=True)
     output = _gradients(recipe, batch)
@@ -123,9 +123,9 @@ def train_step(member: Member, batch: StreamBatch) -> StepOutput:
     if recipe.unit_rows:
         recipe.normalise_rows()
     recipe.after_step(optimiser, batch.acts, output, batch.progress)
-    member.step += 1
-    member.tokens += len(batch.acts)
-    note_losses(output.loss, member.loss_sum, member.bad_step, member.step)
+    sae.step += 1
+    sae.tokens += len(batch.acts)
+    note_losses(output.loss, sae.loss_sum, sae.bad_step, sae.step)
     return output
 
 
