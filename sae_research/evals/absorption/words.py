@@ -27,7 +27,8 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_research.config.params import Absorption, Params
+from sae_research.config.evaluation_params import Absorption
+from sae_research.config.params import Params
 from sae_research.lm import ActivationPool, Batch, LanguageModel, SharedPrefixes, collect, token_mask
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.errors import UserError
