@@ -15,6 +15,7 @@ from dvc_project import ENV, ROOT, copy_files, set_params
 from evals_saes import standard
 from ruamel.yaml import YAML
 
+from sae_research.config.evaluations import EVALUATIONS
 from sae_research.runtime.files import write_json
 from sae_research.saes import save_sae
 
@@ -65,6 +66,15 @@ def commands(project: Path) -> list[str]:
 def python(project: Path, *arguments: str) -> None:
     done = subprocess.run([sys.executable, *arguments], cwd=project, env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_record_has_its_stages_and_its_row_in_the_readme() -> None:
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert {f"{name}_{kind}" for name in EVALUATIONS for kind in ("eval", "metrics")} <= set(stages)
+    toggles = YAML(typ="safe").load((ROOT / "params.yaml").read_text())["eval_types"]
+    assert list(toggles) == [*EVALUATIONS, "dashboards"]
+    named = {name for line in (ROOT / "README.md").read_text().splitlines() for name in re.findall(r"`(\w+)`", line[:60])}
+    assert set(EVALUATIONS) <= named
 
 
 @pytest.mark.slow
