@@ -17,7 +17,7 @@ import torch
 
 from sae_research.analysis.context import Lab
 from sae_research.config.params import Params
-from sae_research.evals.run import evaluation_function
+from sae_research.evals.run import check_known, evaluation_function
 from sae_research.lm import LanguageModel
 from sae_research.reporting.results import EXTRACTORS
 from sae_research.runtime.errors import UserError
@@ -52,7 +52,7 @@ def evaluate(
     """
     params = params or Params()
     for name in evaluations:
-        evaluation_function(name)
+        check_known(name)
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")

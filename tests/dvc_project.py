@@ -101,8 +101,8 @@ def read(project: Path, path: str) -> Any:
     return json.loads((project / path).read_text())
 
 
-def make_project(folder: Path, tiny_inputs: Path) -> Path:
-    """A repository with this code and no results, whose parameters name the tiny model and its text."""
+def copy_files(folder: Path) -> None:
+    """This project's files without results, as Git would track them."""
     files = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -114,6 +114,11 @@ def make_project(folder: Path, tiny_inputs: Path) -> Path:
         if (ROOT / name).is_file() and not name.startswith(("metrics/", "images/", "METRICS.md", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+
+
+def make_project(folder: Path, tiny_inputs: Path) -> Path:
+    """A repository with this code and no results, whose parameters name the tiny model and its text."""
+    copy_files(folder)
     set_params(
         folder,
         TINY

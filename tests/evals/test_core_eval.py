@@ -8,6 +8,7 @@ import pytest
 import torch
 from evals_saes import HOOK, D, config, dictionary, everything, identity, mean_predictor, standard
 
+from sae_research.evals import harness
 from sae_research.evals.core import evaluation
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
@@ -60,12 +61,12 @@ def test_one_sae_equals_many_and_cold_equals_warm(lm: LanguageModel, make_params
 def test_bars_move_inside_one_sae(lm: LanguageModel, make_params: Any, monkeypatch: Any) -> None:
     moved: dict[str, int] = {}
 
-    class Bar(evaluation.tqdm):
+    class Bar(harness.tqdm):
         def update(self, n: float | None = 1) -> bool | None:
-            moved[self.desc] = moved.get(self.desc, 0) + 1
+            moved[self.desc] = moved.get(self.desc, 0) + int(n or 0)
             return super().update(n)
 
-    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    monkeypatch.setattr(harness, "tqdm", Bar)
     run({"standard": standard()}, lm, make_params())
     assert moved["sparsity and variance"] == 3
 
@@ -88,7 +89,7 @@ def test_added_sae_pays_only_for_itself(lm: LanguageModel, make_params: Any, mon
 def test_interruption_keeps_what_was_finished(lm: LanguageModel, make_params: Any, monkeypatch: Any) -> None:
     params = make_params()
     want = run(everything(), lm, make_params(activation_caching={"enabled": False}))
-    for path in evaluation.ResultCache("core_predictions").folder.iterdir():
+    for path in harness.ResultCache("core_predictions").folder.iterdir():
         path.unlink()
     real, calls = evaluation._predict_batch, []
 

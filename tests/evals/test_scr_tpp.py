@@ -16,6 +16,7 @@ from damage import DAMAGES
 from evals_saes import HOOK, D, config, dictionary, everything, standard
 from torch import Tensor
 
+from sae_research.evals import harness
 from sae_research.evals.probing import Draw, ProbeTask, TextActivations, tokenise
 from sae_research.evals.scr_tpp import ablation, evaluate_scr, evaluate_tpp, measures
 from sae_research.evals.scr_tpp import evaluation as stage
@@ -289,7 +290,7 @@ def test_batch_size_and_padding_change_nothing_of_ours(
 
 def test_tpp_encodes_nothing_after_sparse_probing(lm: LanguageModel, params: Any, tmp_path: Path, monkeypatch: Any) -> None:
     want, _ = run("tpp", everything(), lm, params, tmp_path / "a")
-    for path in stage.ResultCache("tpp").folder.iterdir():
+    for path in harness.ResultCache("tpp").folder.iterdir():
         path.unlink()
     for path in (TextActivations(lm, HOOK, tokenise(lm, ["a"], 9), params, 9)._kept.folder).glob("means_*"):
         shutil.rmtree(path)

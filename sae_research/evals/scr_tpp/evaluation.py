@@ -290,7 +290,7 @@ def evaluate(
 
         def score(family: Family, probing: _Probing = probing) -> Iterator[tuple[str, dict[str, Any]]]:
             matrices = _linear(family, guard)
-            for name, means in probing.group.latent_means(guard.left(family), probing.rows):
+            for name, means in probing.texts.latent_means(guard.left(family), probing.rows):
                 with guard.on(name):
                     yield name, study.score(_views(study, probing.trained, means, matrices[name]), thresholds)
 
@@ -306,12 +306,17 @@ class _Probing:
     """Texts and probes at one hook, made when the first SAE needs them."""
 
     def __init__(self, study: Study, hook: str, lm: LanguageModel, params: Params) -> None:
-        self._study, self._seed, self.rows = study, params.random_seed, torch.arange(len(study.tokens))
-        self.group = TextsByTask(lm, hook, study.tokens, study.sizes, params, study.settings.context_length)
+        self._study, self._hook, self._lm, self._params = study, hook, lm, params
+        self.rows = torch.arange(len(study.tokens))
+
+    @cached_property
+    def texts(self) -> TextsByTask:
+        study = self._study
+        return TextsByTask(self._lm, self._hook, study.tokens, study.sizes, self._params, study.settings.context_length)
 
     @cached_property
     def trained(self) -> _Trained:
-        return _train(self._study, self.group.raw_means(self.rows), self._seed)
+        return _train(self._study, self.texts.raw_means(self.rows), self._params.random_seed)
 
 
 def _inputs(study: Study, params: Params) -> list[Any]:

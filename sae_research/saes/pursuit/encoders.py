@@ -102,7 +102,12 @@ class PursuitSAE(SparseAutoencoder):
         before, self._fingerprint = self._fingerprint, None
         if before is not None and before[1] != self.dictionary_fingerprint():
             self._dictionary = None
-        return super().weights_fingerprint()
+        # what is prepared for encoding is no part of the SAE, whose own class's attributes count
+        prepared, self._dictionary, self._fingerprint = (self._dictionary, self._fingerprint), None, None
+        try:
+            return super().weights_fingerprint()
+        finally:
+            self._dictionary, self._fingerprint = prepared
 
     def dictionary(self) -> Dictionary:
         """The usable atoms with their Gram rows, shared by all encoders over them in this process."""
