@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -204,7 +203,6 @@ def choose_tokenization(check: TokenizerCheck, config: Transfer) -> str:
     return "own"
 
 
-SAE_FOLDER = Path("downloaded_saes")
 DIGITS = 6
 """Significant digits of what is written."""
 
