@@ -17,9 +17,10 @@ from torch import Tensor
 from sae_research.config.params import Params, Text, load_params
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import run_main
-from sae_research.saes import SparseAutoencoder, load_sae
+from sae_research.saes import SparseAutoencoder
+from sae_research.saes.sources import open_sae
 from sae_research.transfer.finetune import perturbed_model
-from sae_research.transfer.loading import SAE_FOLDER, Pair, hooks
+from sae_research.transfer.loading import Pair, hooks
 from sae_research.transfer.sweep import sweep
 from sae_research.transfer.table import latent_table
 from sae_research.transfer.text import SPLIT, PairBatch, TextSource, batches
@@ -110,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     params = load_params()
     lm = load_language_model(params.model.name, "cpu")
-    saes = {"standard": load_sae(SAE_FOLDER / params.transfer.sae.name)}
+    saes = {"standard": open_sae(f"prepared:{params.transfer.sae.name}")}
     for row, (ours, theirs) in compare(saes, lm, None, params, options.tokens).items():
         print(
             f"{row}: ours {ours:.1f} s, one sweep per metric {theirs:.1f} s, {theirs / ours:.1f}x, "

@@ -11,9 +11,10 @@ from sae_research.runtime.errors import run_main
 def main() -> None:
     from sae_research.config.params import load_params
     from sae_research.runtime.stages import writing
-    from sae_research.setup.stage import OUTPUT, run_setup
+    from sae_research.saes.sources import PREPARED
+    from sae_research.setup.stage import run_setup
 
-    with writing(OUTPUT):
+    with writing(PREPARED):
         run_setup(load_params())
 
 

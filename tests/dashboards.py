@@ -10,7 +10,7 @@ from sae_research.config.reporting import Dashboards
 
 
 def small(**settings: Any) -> Dashboards:
-    return Dashboards(**{"window": 5, "logits": 3, "neighbours": 4, "latents_per_file": 16, **settings})
+    return Dashboards(**{"window": 5, "logits": 3, "neighbours": 4, **settings})
 
 
 def content(path: Path) -> Any:

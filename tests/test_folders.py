@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from sae_research.runtime import files
+from sae_research.runtime.cache import new_entry
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import first_folder, remove_leftovers, replaced_folder
+from sae_research.runtime.files import remove_leftovers, replaced_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,22 +127,14 @@ def test_a_link_stays_a_link_and_a_file_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "file", "x")
 
 
-def test_the_first_of_equal_folders_stays(tmp_path: Path) -> None:
-    with first_folder(tmp_path / "key") as slow:
-        (slow / "a").write_text("second")
-        with first_folder(tmp_path / "key") as quick:
-            (quick / "a").write_text("first")
-    assert (tmp_path / "key" / "a").read_text() == "first" and names(tmp_path) == ["key"]
-
-
 def test_a_cache_is_cleared_of_every_leftover(tmp_path: Path) -> None:
     def work() -> None:
-        with first_folder(tmp_path / "key"):
+        with new_entry(tmp_path / "key"):
             die()
 
     killed(work)
     assert len(names(tmp_path)) == 1
-    with first_folder(tmp_path / "other"):
+    with new_entry(tmp_path / "other"):
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == ["other"]
 

@@ -73,11 +73,14 @@ def test_a_section_is_missed_and_a_key_is_noted(tmp_path: Path, capsys: pytest.C
         load_params(path)
     assert load_params(path, partial=True).text.dataset == "y"
     values = YAML(typ="safe").load(TEXT)
-    del values["train"]["stack"], values["sae_variants"]["ihtp"]["iterations"]
+    del values["train"]["precision"], values["sae_variants"]["ihtp"]["iterations"]
     with path.open("w") as stream:
         YAML().dump(values, stream)
     assert load_params(path) == Params()
-    assert "leaves out train.stack ('auto'), sae_variants.ihtp.iterations (0): defaults are taken" in capsys.readouterr().err
+    assert (
+        "leaves out train.precision ('bfloat16'), sae_variants.ihtp.iterations (0): defaults are taken"
+        in capsys.readouterr().err
+    )
     del values["visualization"]["architectures"]
     with path.open("w") as stream:
         YAML().dump(values, stream)

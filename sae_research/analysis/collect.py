@@ -54,6 +54,8 @@ MEDIAN_CONTEXTS = 16
 """Contexts that give the median norm which the mask compares with."""
 ENCODE_ELEMENTS = 32_000_000
 """Dense activations held at a time."""
+SAMPLE_LEVELS, SAMPLES_PER_LEVEL = 5, 5
+"""Equal parts of a latent's firings by activation, and contexts drawn from each."""
 OVERSAMPLE = 3
 """Firings drawn at random for each that is kept: levels are cut only once quantiles are known."""
 PROGRESS, _LOCK = "progress.json", ".lock"
@@ -197,7 +199,7 @@ class _Store:
     def __init__(self, folder: Path, name: str, sae: SparseAutoencoder, params: Params) -> None:
         self.folder, self.name, self.size = folder, name, params.text.context_size
         chosen = params.analysis
-        kept = chosen.sample_levels * chosen.samples_per_level
+        kept = SAMPLE_LEVELS * SAMPLES_PER_LEVEL
         self.gathered = Accumulator(
             sae.cfg.d_sae, self.size, sae.signed, chosen.top_contexts, OVERSAMPLE * kept, params.random_seed
         )
@@ -264,7 +266,7 @@ class _Store:
         if self._texts:
             self._end_shard()
         chosen, n = params.analysis, self.contexts
-        for name, array in self.gathered.finished(chosen.sample_levels, chosen.samples_per_level).items():
+        for name, array in self.gathered.finished(SAMPLE_LEVELS, SAMPLES_PER_LEVEL).items():
             _save(self.folder / f"{name}.npy", array)
         for name, kind in TEXT_ARRAYS.items():
             whole = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, (n, self.size))

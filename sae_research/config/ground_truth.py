@@ -83,9 +83,10 @@ Pursuit = Literal["ihtp", "mpsae", "omp", "topk_refit", "nn_mpsae", "nn_omp"]
 
 
 class SyntheticData(Section):
-    """Sums of sparse true features, made by SAELens (`sae_lens.synthetic`). Null: the named setting's value."""
+    """Sums of sparse true features, made by SAELens; null: the named setting's value."""
 
     setting: Literal["small", "synth_sae_bench_16k"] = "small"
+    """small (1,024 features, 128 dimensions) or synth_sae_bench_16k (arXiv 2602.14687)."""
     num_features: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
     hidden_dim: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
     """Fewer than the features: they overlap (superposition)."""
@@ -116,7 +117,7 @@ class SyntheticData(Section):
     noise: NonNegative | None = None
     """Standard deviation, in every dimension, of Gaussian noise beside the features."""
     world_seed: Seed | None = None
-    """Of the true features, one set for all seeds; null: every seed draws its own, so that intervals hold that too."""
+    """One set of true features for all seeds; null: each seed draws its own. Intervals then hold that too."""
 
     def whole(self) -> dict[str, Any]:
         """Every value, the setting's where none is given here; without `d_sae`."""
@@ -145,7 +146,7 @@ class PursuitRows(Section):
     trained: Name | None = None
     """The recipe whose decoder is `trained`, at its first sparsity; null: the first recipe."""
     sizes: list[Positive] = [8]
-    """Atoms a token (k or s)."""
+    """Atoms a token; one size inside the recipes' range of L0 compares with them."""
     ihtp_sizes: list[Positive] = [1]
     """Atoms that each token of a sequence names for the sequence's support."""
 
@@ -168,7 +169,7 @@ _RECIPE: TypeAdapter[Any] = TypeAdapter(TrainedSAE)
 
 
 class GroundTruth(Section):
-    """An evaluation with known answers: no language model, no text."""
+    """SAEs on synthetic activations whose true features are known: no language model, no text."""
 
     data: SyntheticData = SyntheticData()
     recipes: dict[str, dict[str, Any]] | None = {
@@ -176,10 +177,10 @@ class GroundTruth(Section):
         "batch_top_k": {"recipe": "batch_top_k", "k": [6, 10]},
         "matching_pursuit": {"recipe": "matching_pursuit", "s": [6, 10]},
     }
-    """As `train.saes`; a list in place of a number is a grid. null: those of `train.saes`, at the width below."""
+    """As train.saes; a list in place of a number is a grid; null: those of train.saes."""
     d_sae: Width | None = None
-    """Width of SAEs that give none; null: the setting's, a quarter of the true features in both: no SAE of a language model
-    is as wide as what it stands for, and latents for the rarest features would need far longer training."""
+    """Of SAEs that give none; null: the setting's, a quarter of the true features. No SAE of a language model is as wide as
+    what it stands for, and latents for the rarest features would need far longer training."""
     learning_rate: Above0 = 0.01
     """Of SAEs that give none."""
     samples: Annotated[Whole, Field(ge=1024, le=MOST_TOKENS)] = 32_768
@@ -195,7 +196,7 @@ class GroundTruth(Section):
     python: list[ClassName] = []
     """Classes of your own, built from the decoder that pursuit calls `trained` (`from_baseline`)."""
     folders: list[LocalName] = []
-    """SAE folders of width `hidden_dim`, trained on a world that `scripts.run_ground_truth --save-worlds` wrote."""
+    """SAE folders of width hidden_dim (scripts.run_ground_truth --save-worlds)."""
 
     def grid(self, saes: Mapping[str, SAERecipe]) -> list[GridPoint]:
         """Every SAE to train for each seed. saes: `train.saes`, for `recipes: null`."""

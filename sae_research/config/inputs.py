@@ -24,100 +24,127 @@ from sae_research.config.section import (
 
 
 class Model(Section):
+    """The language model that SAEs are trained on and evaluated in."""
+
     name: LocalName = "smollm2-135m-instruct"
-    """Packaged name, hub name (`pythia-70m-deduped`, `google/gemma-2-2b`, `pythia-70m-deduped@step3000` for a revision) or
-    a local folder."""
+    """Packaged name, hub name or local folder. On the hub e.g. `pythia-70m-deduped`, `google/gemma-2-2b`, or
+    `pythia-70m-deduped@step3000` for a revision."""
     same_as: list[Name] | None = None
     """Further names that SAEs may give this model, e.g. a hub name where `name` is a folder."""
     llm_batch_size: Positive = 16
     """Sequences per forward pass of the language model."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of weights and activations."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
 
 
 class Text(Section):
+    """What SAEs are trained on and core evaluation reads (disjoint splits)."""
+
     dataset: LocalName = "packaged"
     """`packaged`, a local folder of .txt/.jsonl/.csv/.parquet files, or a hub data set's name."""
     column_name: Name = "text"
+    """Column of a table or hub data set that holds the text."""
     context_size: Annotated[Positive, Field(ge=8)] = 128
     """Tokens per context, the leading separator included."""
     held_out_characters: Positive = 20_000_000
-    """Where the core_eval split ends, after 5 million tokens or so. It is read and indexed before training starts, since
-    training text near it is left out: ten times as much is then streamed of a hub's data, once."""
+    """Most that core evaluation can read; training text near it is left out. 20 million are some 5 million tokens. They are
+    read and indexed before training starts; ten times as much is then streamed of a hub's data, once."""
 
 
 class TokenMask(Section):
     """Which tokens count: special and padding tokens never do."""
 
     drop_first_position: bool = True
+    """Position 0 is an attention sink."""
     outlier_norm_multiple: Above1 | None = 3.0
     """Tokens whose activation norm exceeds this many times the median are sinks; null keeps them."""
 
 
 class ActivationCaching(Section):
+    """Activations kept in .cache."""
+
     enabled: bool = True
     max_gb: Above0 = 10.0
-    """Size limit of .cache/activations, of .cache/tokens (long texts) and of .cache/train (checkpoints of interrupted runs),
-    each; the least recently used go first."""
+    """Of .cache/activations, tokens and train each; the least recently used go first. train holds checkpoints of interrupted
+    runs."""
 
 
 class BaselineSAE(FromOneSource):
+    """The SAE whose dictionary the pursuit variants read; keys of sources not chosen are null."""
+
     NEEDS: ClassVar = {"trained": (), "hub": ("repo_id", "filename"), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
     may_be_left_out: ClassVar = frozenset({"source", "name", "repo_id", "filename", "release", "sae_id", "path"})
 
     source: Literal["trained", "hub", "sae_lens", "folder"] = "trained"
+    """trained, hub (repo_id, filename), sae_lens (release, sae_id) or folder (path)."""
     name: Slug = "standard"
-    """The baseline's name in every table; with `source: trained`, also its folder in trained_saes/."""
+    """Its name in every table; with `source: trained`, also its folder in trained_saes/."""
     repo_id: Name | None = None
     filename: Name | None = None
     release: Name | None = None
     sae_id: Name | None = None
     path: LocalName | None = None
     hook_layer: Count = 8
+    """The layer whose residual stream an SAE that names no hook reads."""
 
 
 class IHTP(Section):
+    """Iterative hard thresholding, one support for all tokens of a sequence."""
+
     enabled: bool = True
     k_values: list[Positive] = [1, 2, 5, 10]
+    """Atoms each token names; the support is their union over the sequence."""
     iterations: Count = 0
     """Rounds of choosing again by what the fit leaves, at most; 0 keeps the first choice."""
 
 
 class MPSAE(Section):
+    """Matching pursuit."""
+
     enabled: bool = True
     s_values: list[Positive] = [10, 32, 50, 100]
+    """Greedy steps per token; 32 is comparable with TopK-32 and the controls."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A token stops once its residual norm is at most this share of its own; 0 never does."""
-    gram_dtype: Literal["float32", "bfloat16"] = "float32"
-    refresh: Count = 0
-    """Steps after which correlations are computed afresh, for bfloat16; 0 never."""
 
 
 class OMP(Section):
+    """Greedy steps with a least-squares refit after each."""
+
     enabled: bool = True
     s_values: list[Positive] = [10]
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class TopKRefit(Section):
+    """Each token's k largest correlations, refitted."""
+
     enabled: bool = False
     k_values: list[Positive] = [10, 50]
     iterations: Count = 0
 
 
 class NonNegativeMPSAE(MPSAE):
+    """Matching pursuit with activations that are never negative."""
+
     enabled: bool = False
     s_values: list[Positive] = [10, 50]
 
 
 class NonNegativeOMP(OMP):
+    """The same with a non-negative refit after each step."""
+
     enabled: bool = False
     s_values: list[Positive] = [10, 50]
 
 
 class Variants(Section):
+    """Pursuit encoders over the baseline's dictionary (docs/pursuit.md)."""
+
     normalise: Literal["note", "refuse"] = "note"
-    """What to do with atoms that are not of unit norm: scale them and say so, or stop."""
+    """Atoms not of unit norm: note (scale them and say so) or refuse."""
     ihtp: IHTP = IHTP()
     mpsae: MPSAE = MPSAE()
     omp: OMP = OMP()
@@ -127,15 +154,18 @@ class Variants(Section):
 
 
 class Comparison(Section):
+    """Further SAEs, from elsewhere or trained here."""
+
     trained: list[Name] = ["topk"]
-    """Names in trained_saes/."""
+    """Names in trained_saes/; `all` takes every one."""
     folders: list[LocalName] = []
     """Local SAE folders or globs."""
     python: list[ClassName] = []
-    """Classes of one's own, `custom_saes.my_module:MySAE`."""
+    """Classes of your own, e.g. custom_saes.example:AbsTopK."""
     sae_regex_pattern: Name | None = None
-    """Pattern for SAELens releases; goes with `sae_block_pattern`."""
+    """SAELens releases to fetch, e.g. sae_bench_pythia70m_sweep_topk_ctx128_0730."""
     sae_block_pattern: Name | None = None
+    """Their SAEs, e.g. blocks.4.hook_resid_post__trainer_(2|6|10)."""
 
     @model_validator(mode="after")
     def _pair(self) -> Comparison:
@@ -150,15 +180,21 @@ class Comparison(Section):
 
 
 class Controls(Section):
+    """Untrained rows of every table."""
+
     names: list[Literal["random", "data_rows", "pca"]] = ["random", "data_rows", "pca"]
     s: Sizes = [32, 64]
-    """Matching-pursuit steps over the untrained dictionaries, one control each: between two of them SAEs of any L0 are
+    """Matching-pursuit steps over the untrained dictionaries, one control each. Between two of them SAEs of any L0 are
     compared with untrained rows at their own."""
     pca_components: Sizes = [32, 64]
+    """Principal components, one control each."""
 
 
 class Preflight(Section):
+    """Checks of the baseline before anything is evaluated."""
+
     tokens: Tokens = 1024
+    """Tokens that the checks read."""
     max_norm_ratio: Above1 = 3.0
     """Stop when activations are this many times larger or smaller than the SAE's card says."""
     min_variance_explained: Annotated[float, Field(ge=-1_000, le=1)] | None = None

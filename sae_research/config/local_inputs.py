@@ -20,7 +20,7 @@ from sae_research.config.params import Params
 from sae_research.config.section import MayBeLocal, PythonClass, Section
 from sae_research.runtime.cache import cache_dir, caches_readable
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import file_sha256, fingerprint, project_root, write_json
+from sae_research.runtime.files import file_sha256, find_local, fingerprint, project_root, write_json
 from sae_research.runtime.sources import sources
 
 FOLDER = Path("inputs")
@@ -118,7 +118,7 @@ def _content(pointer: Pointer, memory: _Memory) -> dict[str, Any] | None:
     """Number of files, bytes and fingerprint of what a parameter points at; None where nothing is there."""
     if pointer.mark is PythonClass:
         return _code(pointer.value, memory)
-    matches = local_matches(pointer.value)
+    matches = _matches(pointer.value)
     if not matches:
         return None
     found: dict[str, str] = {}
@@ -131,26 +131,15 @@ def _content(pointer: Pointer, memory: _Memory) -> dict[str, Any] | None:
     return {"files": len(found), "bytes": size, "sha256": fingerprint(found)}
 
 
-def local_matches(value: str) -> list[tuple[str, Path]]:
-    """(name without the way to it, path) of the file or folder that `value` names, or of all that it names as a glob.
-
-    A relative path counts from the working directory, then from the project's folder: in a queued experiment these differ,
-    and data that Git ignores lies only in the latter.
-    """
-    if not value.strip() or "\0" in value:
-        return []
-    for root in dict.fromkeys((Path.cwd(), project_root())):
-        path = root / Path(value).expanduser()
-        try:
-            if path.exists():
-                return [(path.name, path)]
-            if glob.has_magic(value):
-                found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-                if found:
-                    fixed = Path(os.path.commonpath([match.parent for match in found]))
-                    return [(match.relative_to(fixed).as_posix(), match) for match in found]
-        except OSError:  # too long for a file's name: a name of something else
-            continue
+def _matches(value: str) -> list[tuple[str, Path]]:
+    """(name without the way to it, path) of the file or folder that `value` names, or of all that it names as a glob."""
+    if found := find_local(value):
+        return [(found.absolute().name, found.absolute())]
+    for root in (Path.cwd(), project_root()) if glob.has_magic(value) else ():
+        matches = sorted(Path(match) for match in glob.glob(str(root / Path(value).expanduser()), recursive=True))
+        if matches:
+            fixed = Path(os.path.commonpath([match.parent for match in matches]))
+            return [(match.relative_to(fixed).as_posix(), match) for match in matches]
     return []
 
 

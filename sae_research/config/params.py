@@ -31,6 +31,7 @@ from sae_research.runtime.yaml_files import read_mapping
 
 class _General(Section):
     random_seed: Seed = 42
+    """Of every draw: shuffling, initial weights, controls, bootstrap."""
     model: Model = Model()
     text: Text = Text()
     token_mask: TokenMask = TokenMask()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from sae_research.config.section import Above0, LocalName, Name, Positive, Section, Tokens, Whole
+from sae_research.config.section import Above0, LocalName, Name, Section, Tokens, Whole
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.yaml_files import read_mapping
 
@@ -15,11 +15,15 @@ Inches = Annotated[float, Field(gt=1, le=60)]
 
 
 class Style(Section):
+    """Your own markers and colours, e.g. my_sae: {marker: P, color: teal}."""
+
     marker: Name
     color: Name
 
 
 class Visualization(Section):
+    """Of all figures."""
+
     dpi: Annotated[Whole, Field(ge=30, le=600)] = 110
     width_inches: Inches = 7.0
     height_inches: Inches = 4.6
@@ -43,15 +47,14 @@ def load_visualization(path: str | Path = "params.yaml") -> Visualization:
 
 
 class Analysis(Section):
+    """`python -m sae_research analyze ...` (docs/analysis.md)."""
+
     tokens: Tokens = 65_536
     """Tokens that `analyze stats` reads."""
     split: Literal["sae_train", "core_eval", "probe_train", "probe_test"] = "core_eval"
     """Which part of the text; `core_eval` holds no document that SAEs are trained on."""
     top_contexts: Annotated[Whole, Field(ge=1, le=1000)] = 20
     """Top contexts kept of each latent, no two from one document."""
-    sample_levels: Annotated[Whole, Field(ge=1, le=20)] = 5
-    """Levels of activation that contexts are sampled from, each an equal part of a latent's firings."""
-    samples_per_level: Annotated[Whole, Field(ge=1, le=100)] = 5
     max_gb: Above0 = 10.0
     """Size limit of .cache/latents; the least recently used stores go first."""
 
@@ -60,12 +63,14 @@ Pair = Annotated[list[Name], Field(min_length=2, max_length=2)]
 
 
 class Dashboards(Section):
+    """From the statistics that `analysis` says how to collect (docs/dashboards.md)."""
+
     saes: list[Name] | None = None
     """Names in downloaded_saes/; null takes the baseline."""
     compare: list[Pair] = []
-    """Pairs of these names, shown side by side."""
+    """Pairs of them to show side by side, e.g. [[standard, topk]]."""
     other_model: LocalName | None = None
-    """A second model, e.g. a finetuned one: every SAE is shown on it too, beside itself on the first."""
+    """Every SAE on this model too, e.g. a finetuned one, beside itself on the first."""
     window: Annotated[Whole, Field(ge=1, le=2048)] = 24
     """Tokens of text on either side of the one that fires."""
     logits: Annotated[Whole, Field(ge=1, le=100)] = 10
@@ -74,7 +79,5 @@ class Dashboards(Section):
     """Nearest latents listed, by decoder cosine."""
     explain: bool = True
     """Describe and score latents without labels; off saves some milliseconds a latent."""
-    latents_per_file: Positive = 16
-    """A page loads one file of this many latents."""
     neuronpedia: bool = False
     """Write Neuronpedia's JSON beside the site too."""

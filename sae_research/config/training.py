@@ -30,16 +30,17 @@ from sae_research.config.section import (
 
 
 class Tracking(Section):
-    """Changes nothing about the SAEs: the train stage does not run again for it."""
+    """Training curves to Weights & Biases too. It changes nothing about the SAEs: the train stage does not run again for
+    it."""
 
     project: Name | None = None
-    """Of Weights & Biases; null tracks nothing there. The key comes from WANDB_API_KEY, in the environment or `.env`."""
+    """null tracks nothing there. The key comes from WANDB_API_KEY, in the environment or `.env`."""
     entity: Name | None = None
     """User or team; null takes WANDB_ENTITY, else the key's own."""
     tags: list[Name] = []
     name: Name = "{sae}"
-    """Of a run, one for each SAE: {sae}, {recipe}, {model}, {hook}, {seed}, {tokens}, or any parameter of the SAE's entry
-    such as {learning_rate}, {d_sae} or {k} (empty where its recipe has none)."""
+    """Of a run: {sae}, {recipe}, {model}, {hook}, {seed}, {tokens}, or any parameter of the SAE. Such as {learning_rate},
+    {d_sae} or {k}; empty where its recipe has none. One run for each SAE."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to wandb/ only; `wandb sync` sends it later. WANDB_MODE has the last word."""
 
@@ -57,7 +58,8 @@ class SAERecipe(Section):
     hook_name: Name | None = None
     """Where in the model; null takes `train.hook_name`. All hooks of a run are read in one pass."""
     learning_rate: Above0 = 3.0e-3
-    """Adam's at its height: some ten times the literature's, because a run of minutes has some hundred steps."""
+    """Adam's at its height, in place of `train.learning_rate`. Some ten times the literature's: a run of minutes has some
+    hundred steps."""
     init: Literal["data_rows", "random"] = "data_rows"
     """Decoder rows at the start: activations less their mean, or random directions."""
     seed: Seed | None = None
@@ -178,8 +180,7 @@ class KRecipe(SAERecipe):
     aux_k_coefficient: NonNegative = 1 / 32
     """Weight of the loss that revives dead latents."""
     inference: Literal["threshold", "top_k"] = "threshold"
-    """How the trained SAE encodes: pre-activations above the recorded threshold (any subset of latents, each for
-    itself), or the k largest."""
+    """threshold: each latent for itself, k a token on average; or top_k, the k largest."""
 
     @model_validator(mode="after")
     def _fits(self) -> KRecipe:
@@ -272,8 +273,8 @@ class Train(Section):
     batch_size: Positive = 512
     """Activations per optimiser step."""
     accumulation_steps: Positive = 1
-    """A step's batch goes through in this many equal parts whose gradients add up: the same step in less memory. What
-    a recipe takes over a batch (BatchTopK's limit, JumpReLU's L0, the auxiliary loss's variance) it takes over a part."""
+    """Parts that a step's batch goes through in, to save memory. Their gradients add up. What a recipe takes over a batch
+    (BatchTopK's limit, JumpReLU's L0, the auxiliary loss's variance) it takes over a part."""
     buffer_tokens: Positive = 65_536
     """Activations held and shuffled at a time, for each hook."""
     llm_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -281,7 +282,7 @@ class Train(Section):
     held_out_tokens: Positive = 8_192
     """Tokens of other documents on which the SAEs are measured."""
     evaluate_tokens: Count = 1_024
-    """Held-out tokens on which predictions are compared with the reconstruction in place; 0 leaves that out."""
+    """Held-out tokens that loss recovered is measured on; 0 leaves it out."""
     learning_rate: Above0 | None = 3.0e-3
     """Of every SAE that gives none of its own; null: its recipe's default."""
     warmup_fraction: Fraction = 0.05
@@ -291,25 +292,23 @@ class Train(Section):
     decay_fraction: Fraction = 0.3
     """... and falls linearly to 0 over this last fraction."""
     dead_fraction: Fraction = 0.05
-    """A latent silent for this fraction of the run counts as dead (auxiliary loss of the TopK family)."""
+    """A latent silent for this fraction of the run is dead (auxiliary loss of the TopK family)."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] | None = None
-    """Where SAEs and the shuffled activations live; null: where the language model is (`model.device`)."""
+    """Of SAEs and shuffled activations; null: the model's."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of matrix products; parameters, moments and losses stay float32."""
-    stack: Literal["auto", "always", "never"] = "auto"
-    """SAEs of one hook, recipe and width step together, in batched products; auto: on CUDA, where single ones leave the
-    device waiting."""
+    """Of dense products, where the processor has it; parameters and losses stay float32."""
     checkpoint_seconds: Above0 | None = 60.0
-    """Time between checkpoints under .cache/train/, from which an interrupted run goes on; null: none by time."""
+    """Time between checkpoints in .cache/train, from which an interrupted run goes on. null: none by time."""
     checkpoint_steps: Positive | None = None
     """The same in optimiser steps."""
     saved_checkpoints: Annotated[Whole, Field(ge=0, le=20)] = 0
-    """SAEs of this many moments are kept beside the finished one, in checkpoints/step_N/: the first step's start, then
-    fractions of the run half a decade apart that end at 10^-0.5 (7: 0, 0.1 %, 0.3 %, 1 %, 3 %, 10 % and 32 %)."""
+    """SAEs kept of log-spaced moments, in trained_saes/<name>/checkpoints/step_N. The first step's start, then fractions of
+    the run half a decade apart that end at 10^-0.5 (7: 0, 0.1 %, 0.3 %, 1 %, 3 %, 10 % and 32 %)."""
     saes: dict[Slug, TrainedSAE] = {
         "standard": StandardRecipe(recipe="standard", d_sae=2304, learning_rate=4.0e-3, l1_coefficient=0.06),
         "topk": TopKRecipe(recipe="top_k", d_sae=2304, k=32, inference="top_k"),
     }
+    """By name; a copy of an entry with `seed: 1` is another training seed of its recipe."""
 
     @model_validator(mode="before")
     @classmethod

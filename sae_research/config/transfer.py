@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from sae_research.config.section import (
     Above0,
     Above1,
     Count,
-    Fraction,
     FromOneSource,
-    Interval,
     LocalName,
     Name,
     Positive,
-    Real,
     Section,
     Tokens,
 )
@@ -25,7 +22,7 @@ Control = Literal["self", "perturbed"]
 
 
 class TransferSAE(FromOneSource):
-    """An SAE by where it comes from."""
+    """An SAE by where it comes from; keys of sources not chosen are null."""
 
     NEEDS: ClassVar = {"prepared": (), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
     may_be_left_out: ClassVar = frozenset({"source", "name", "release", "sae_id", "path"})
@@ -47,8 +44,6 @@ class OwnFinetune(Section):
     batch_size: Positive = 4
     """Contexts per optimiser step."""
     learning_rate: Above0 = 3.0e-4
-    train_layers: Positive | None = None
-    """Layers from the first on that are trained; null trains those up to the SAE's hook."""
     moved_tokens: Positive = 1024
     """Tokens on which it is measured how far outputs moved."""
 
@@ -58,8 +53,9 @@ class Outliers(Section):
     models, as in the published comparison."""
 
     rule: Literal["median", "relative", "absolute", "none"] = "median"
+    """median, relative (to the mean), absolute (a norm) or none."""
     median_multiple: Above1 = 3.0
-    """Times the base model's median norm: the mean of `relative` is raised by the very outliers it should find."""
+    """Times the base model's median norm. The mean of `relative` is raised by the very outliers it should find."""
     relative_multiple: Above1 = 2.0
     """Times the base model's mean norm, where `config_file` holds none of the model's own."""
     absolute_threshold: Above0 | None = None
@@ -71,20 +67,12 @@ class Outliers(Section):
 
 
 class Sampling(Section):
-    """The published comparison's samples of latents, by intervals of density."""
+    """Sizes of the published comparison's samples of latents."""
 
     dense: Positive = 1000
+    """Of latents with a density of 1e-5 to 0.1 in both models."""
     dead: Positive = 100
-    dense_interval: Interval = (-5.0, -1.0)
-    """log10 of the density in both models."""
-    dead_below: Real = -8.0
-    """log10 of the density."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Sampling:
-        if not self.dense_interval[0] < self.dense_interval[1]:
-            raise ValueError(f"dense_interval: {list(self.dense_interval)} holds no density; write the lower bound first")
-        return self
+    """Of latents dead in one model alone."""
 
 
 class Repair(Section):
@@ -92,22 +80,26 @@ class Repair(Section):
 
     enabled: bool = True
     tokens: Tokens = 16_384
-    """Read by the finetuned model, from text that SAEs are trained on; the same number by the base model, as a control."""
+    """Read by the finetuned model, and as many by the base model, as a control. From text that SAEs are trained on."""
     held_out_tokens: Positive = 4096
     batch_size: Positive = 256
     learning_rate: Above0 = 3.0e-4
 
 
 class Controls(Section):
+    """Pairs whose difference is known."""
+
     names: list[Control] = ["self", "perturbed"]
-    """`self`: the base model against itself; `perturbed`: against itself with noise on every weight up to the hook."""
+    """self, or perturbed with noise on every weight up to the hook. Each is the base model against itself."""
     tokens: Tokens = 4096
     patched_tokens: Positive = 512
     noise: Above0 = 0.5
-    """Standard deviation of the noise over that of the tensor's own weights."""
+    """Of `perturbed`: standard deviation over that of the tensor's own weights."""
 
 
 class Transfer(Section):
+    """A base model's SAE on a finetuned model (docs/transfer.md)."""
+
     base_model: LocalName | None = None
     """null takes `model.name`."""
     finetuned_model: LocalName | None = None
@@ -115,20 +107,17 @@ class Transfer(Section):
     tokenizer: LocalName | None = None
     """The base model's, by hub name or folder; null takes the one beside its weights."""
     tokenize: Literal["auto", "base", "own"] = "auto"
-    """`base`: the base tokenizer's ids for both models; `own`: each model its own tokenizer, tokens matched by their
-    place in the text; `auto`: `base` where the tokenizers agree."""
-    min_usable_fraction: Fraction = 0.9
-    """Of tokens that mean the same in both vocabularies; with fewer, one tokenizer for both makes no sense."""
-    min_aligned_fraction: Fraction = 0.05
-    """With `own`: stop when fewer tokens than this stand in the same place in both."""
+    """base: its ids for both; own: each model its own; auto: base where they agree. With `own`, tokens are matched by their
+    place in the text."""
     sae: TransferSAE = TransferSAE()
     finetuned_sae: TransferSAE | None = None
-    """The finetuned model's own, for the reverse direction."""
+    """The finetuned model's own, as `sae`, for the reverse direction."""
     hooks: list[Name] = ["blocks.2.hook_resid_post", "blocks.5.hook_resid_post"]
     """Where activations are compared besides the SAE's own hook; deeper ones cost a longer pass."""
     dataset: LocalName | None = None
-    """As `text.dataset`; null takes the text the SAE was trained on where it is known, else `text.dataset`."""
+    """As text.dataset; null takes the text the SAE was trained on where it is known. Else `text.dataset`."""
     column_name: Name = "text"
+    """Column that holds the text."""
     context_size: Annotated[Positive, Field(ge=8)] | None = None
     """null takes the SAE's own."""
     tokens: Tokens = 131_072
@@ -136,7 +125,7 @@ class Transfer(Section):
     patched_tokens: Positive = 16_384
     """For losses with the reconstruction in place."""
     ablate_every: Positive = 4
-    """Zero- and mean-ablation, which loss recovered is scaled by, run on one context out of this many."""
+    """One context out of this many for zero- and mean-ablation. They are what loss recovered is scaled by."""
     batch_size: Positive = 16
     """Contexts per pass."""
     patched_batch_size: Positive = 8

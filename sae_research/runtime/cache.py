@@ -21,8 +21,6 @@ from typing import Any
 
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import (
-    _CHECKSUM,
-    _VALUE,
     file_sha256,
     project_root,
     remove_leftovers,
@@ -31,6 +29,7 @@ from sae_research.runtime.files import (
     write_json,
 )
 
+_CHECKSUM, _VALUE = b'{"sha256": "', b'", "value": '
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 """What a file system answers that may be read but not written."""
 

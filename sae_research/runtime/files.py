@@ -182,7 +182,7 @@ def round_significant(value: Any, digits: int = 4) -> Any:
     return value
 
 
-# --- caches ----------------------------------------------------------------------------------
+# --- the project -----------------------------------------------------------------------------
 
 
 def project_root() -> Path:
@@ -197,8 +197,21 @@ def project_root() -> Path:
     return here
 
 
-_CHECKSUM, _VALUE = b'{"sha256": "', b'", "value": '
+def find_local(name: str) -> Path | None:
+    """The file or folder that `name` means, or None if there is none.
 
+    A relative path counts from the working directory, then from the project's folder: in a queued experiment
+    these differ, and data that Git ignores lies only in the latter.
+    """
+    path = Path(name).expanduser()
+    for candidate in (path, project_root() / path):
+        with suppress(OSError):  # too long for a file's name: a name of something else
+            if candidate.exists():
+                return candidate
+    return None
+
+
+# --- folders ---------------------------------------------------------------------------------
 
 TEMPORARY, REPLACED = ".tmp", ".old.tmp"
 RESERVE = "_" * len("._eval_results.json.xxxxxxxx.tmp")
@@ -217,17 +230,6 @@ def replaced_folder(target: str | Path) -> Generator[Path]:
     with _new_folder(target) as temporary:
         yield temporary
         _replace(target, temporary)
-
-
-@contextmanager
-def first_folder(target: Path) -> Generator[Path]:
-    """A new folder that becomes `target` once the block is done, for caches whose names say what is inside: where another
-    process was faster, its equal folder stays. It goes if the block fails; raises `OSError`, naming `target`."""
-    with _new_folder(target) as temporary:
-        remove_leftovers(target.parent)
-        yield temporary
-        with suppress(FileExistsError), _existing_is_one_error():
-            temporary.rename(target)
 
 
 def check_writable(target: str | Path, names: Iterable[str], where: str) -> None:

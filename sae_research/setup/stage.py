@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_research.config.params import Params, check_sizes
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import check_writable, replaced_folder, slugify, write_json
+from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
 from sae_research.saes.formats.sae_lens import matching_saes
@@ -29,11 +29,11 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
-from sae_research.saes.sources import check_fits, check_tokenizer, fill_in
+from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
 from sae_research.setup import controls
 from sae_research.setup.checks import disk_lines, preflight, preflight_tokens, time_lines
 from sae_research.text.crossed_tasks import CROSSED_TASKS, HUB_TASKS, LOCAL_COLUMNS, unknown_crossed_task
-from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, find_local, local_files, looks_local, read_rows
+from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, local_files, looks_local, read_rows
 from sae_research.text.packaged import PACKAGED_TASKS, packaged_folder, packaged_version
 from sae_research.text.questions import COLUMNS
 from sae_research.text.tasks import SAE_BENCH_TASKS, unknown_task
@@ -113,7 +113,6 @@ VARIANTS: dict[str, type[PursuitSAE]] = {
     "nn_omp": NonNegativeOMPSAE,
 }
 """Sections of `sae_variants` and the encoders they make over the baseline's dictionary."""
-OUTPUT = Path("downloaded_saes")
 MANIFEST = "manifest.json"
 PREFLIGHT = "preflight.json"
 
@@ -260,7 +259,7 @@ class Setup:
         check_fits(name, sae, self.lm, self.params.model.same_as)
 
 
-def run_setup(params: Params, output: Path = OUTPUT) -> dict[str, Any]:
+def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     """Write every SAE of the comparison, `manifest.json` and `preflight.json` into `output`; returns the
     manifest.
 

@@ -17,13 +17,12 @@ import numpy as np
 from sae_research.config.params import Text
 from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import fingerprint
+from sae_research.runtime.files import find_local, fingerprint
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.text.hub import hub_revision, stream_rows
 from sae_research.text.local import (
     as_text,
     check_columns,
-    find_local,
     local_files,
     local_fingerprint,
     looks_local,

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_research.runtime.errors import UserError, did_you_mean
-from sae_research.runtime.files import fingerprint
+from sae_research.runtime.files import find_local, fingerprint
 from sae_research.text.hub import hub_errors
 from sae_research.text.local import (
     TABLE_SUFFIXES,
     as_label,
     as_text,
-    find_local,
     listed,
     local_files,
     looks_local,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import file_sha256, project_root
+from sae_research.runtime.files import file_sha256
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet", ".tsv")
 SUFFIXES = (".txt", *TABLE_SUFFIXES)
@@ -29,19 +29,6 @@ _LARGEST_FIELD = 2**31 - 1
 """Characters of a cell: the csv module's own limit of 131,072 is less than a book."""
 
 Row = tuple[Any, ...]
-
-
-def find_local(name: str) -> Path | None:
-    """The file or folder that `name` means, or None if there is none.
-
-    A relative path counts from the working directory, then from the project's folder: in a queued experiment
-    these differ, and data that Git ignores lies only in the latter.
-    """
-    path = Path(name).expanduser()
-    for candidate in (path, project_root() / path):
-        if candidate.exists():
-            return candidate
-    return None
 
 
 def looks_local(name: str) -> bool:

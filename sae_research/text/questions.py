@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import find_local
 from sae_research.text.corpus import DOC_ID_DIGITS, PACKAGED_SOURCES, Document, source_texts
 from sae_research.text.hub import hub_errors, named_rows, parse_hub_name
 from sae_research.text.local import (
     TABLE_SUFFIXES,
     as_text,
     check_columns,
-    find_local,
     listed,
     local_files,
     looks_local,

@@ -43,14 +43,17 @@ LARGEST = 2**27
 larger fills a GPU by itself."""
 
 
+STACKED_ON = ("cuda",)
+"""Devices on which SAEs of one kind step together; on a CPU they are no faster so."""
+
+
 def grouped(saes: Iterable[TrainingSAE], train: Train) -> list[list[TrainingSAE]]:
-    """The SAEs that step together, in order: stacks where `train.stack` asks for them, single ones otherwise."""
+    """The SAEs that step together, in order: stacks of one kind on CUDA, single ones otherwise."""
     groups: dict[str, list[list[TrainingSAE]]] = {}
     for sae in saes:
         recipe = sae.recipe
-        device = recipe.W_dec.device.type
-        wanted = train.stack == "always" or (train.stack == "auto" and device == "cuda")
-        key = _kind(sae) if wanted and recipe.stackable else f"alone {sae.name}"
+        wanted = recipe.stackable and recipe.W_dec.device.type in STACKED_ON
+        key = _kind(sae) if wanted else f"alone {sae.name}"
         entries = train.batch_size // train.accumulation_steps * recipe.config.d_sae
         same = groups.setdefault(key, [[]])
         if (len(same[-1]) + 1) * entries > LARGEST and same[-1]:

@@ -61,7 +61,7 @@ def finetuned_model(
 
 def _make(base: LanguageModel, config: OwnFinetune, text: Text, hook: str, seed: int, folder: Path) -> None:
     model = copy.deepcopy(base.model)
-    train(model, _rows(base, config, text), config, _trained_layers(base, hook, config), seed)
+    train(model, _rows(base, config, text), config, _trained_layers(hook), seed)
     with new_entry(folder) as temporary:
         model.save_pretrained(temporary)
         base.tokenizer.save_pretrained(temporary)
@@ -75,9 +75,8 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _trained_layers(base: LanguageModel, hook: str, config: OwnFinetune) -> int:
-    if config.train_layers is not None:
-        return min(config.train_layers, base.n_layers)
+def _trained_layers(hook: str) -> int:
+    """Those up to the hook: what lies above does not reach the SAE."""
     layer, kind = parse_hook(hook)
     return max(1, layer + (kind != "hook_resid_pre"))
 
@@ -131,7 +130,7 @@ def perturbed_model(base: LanguageModel, noise: float, hook: str, seed: int) -> 
     standard deviation: a model that an SAE of the base model should not serve."""
     model = copy.deepcopy(base.model)
     generator = torch.Generator().manual_seed(seed)
-    for layer in find_layers(model, base.n_layers)[: _trained_layers(base, hook, OwnFinetune())]:
+    for layer in find_layers(model, base.n_layers)[: _trained_layers(hook)]:
         for parameter in layer.parameters():
             if parameter.dim() == 2:
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -185,17 +184,21 @@ def _special_differences(base: Any, finetuned: Any) -> dict[str, list[Any]]:
     }
 
 
+MIN_USABLE = 0.9
+"""Of tokens that mean the same in both vocabularies; with fewer, one tokenizer for both makes no sense."""
+
+
 def choose_tokenization(check: TokenizerCheck, config: Transfer) -> str:
     """`base` or `own`, as `transfer.tokenize` says. Raises `UserError` where the choice would compute nonsense."""
     same_cuts = all(check.agrees[part] is not False for part in ("merges", "normalizer", "pre_tokenizer"))
     if config.tokenize == "auto":
-        if check.usable >= config.min_usable_fraction and same_cuts:
+        if check.usable >= MIN_USABLE and same_cuts:
             return "base"
     elif config.tokenize == "base":
-        if check.usable < config.min_usable_fraction:
+        if check.usable < MIN_USABLE:
             raise UserError(
                 f"transfer.tokenize: base: only {100 * check.usable:.4g} % of tokens have the same id in both tokenizers "
-                f"(transfer.min_usable_fraction: {config.min_usable_fraction:g}), so the base tokenizer's ids mean other "
+                f"(at least {MIN_USABLE:.0%} are needed), so the base tokenizer's ids mean other "
                 "text to the finetuned model; use tokenize: own or auto"
             )
         return "base"
@@ -204,7 +207,6 @@ def choose_tokenization(check: TokenizerCheck, config: Transfer) -> str:
     return "own"
 
 
-SAE_FOLDER = Path("downloaded_saes")
 DIGITS = 6
 """Significant digits of what is written."""
 

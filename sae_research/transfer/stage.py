@@ -102,7 +102,7 @@ def latents(pair: Pair, stats: SaeStats, role: str) -> tuple[dict[str, Any], pd.
     tokens = {model: stats.kept[model].tokens for model in MODELS}
     found = {
         "by_interval": by_interval(frame),
-        "by_sample": by_sample(frame, sampling),
+        "by_sample": by_sample(frame),
         "density_shift": density_shift(frame, tokens, stats.moments_kept.halves),
         "pairs": stats.moments_kept.models.n,
         "logits": None if logits is None else logits.report(),
@@ -295,7 +295,6 @@ def _key(pair: Pair, name: str) -> str:
             "outliers": [config.outliers.model_dump(), known_values(config.outliers, pair.base.name)],
             "sampling": config.sampling.model_dump(),
             "batch_size": config.batch_size,
-            "aligned": config.min_aligned_fraction,
             "mask": params.token_mask.model_dump(),
             "seed": params.random_seed,
             "dtype": str(pair.base.dtype),

@@ -36,6 +36,8 @@ from sae_research.transfer.text import PairBatch, batches
 HEAT_MAP_PROMPTS = 40
 PROMPT_EDGES = [x / 200 for x in range(-200, 201)]
 MAX_REMOVED = 0.5
+MIN_ALIGNED = 0.05
+"""Of tokens, with a tokenizer each: fewer in the same place of the text are nothing to compare models by."""
 
 
 class HookStats:
@@ -247,10 +249,10 @@ def _check(pair: Pair, statistics: Statistics) -> None:
     if tokens["counted_base"] == 0:
         raise UserError("transfer: no token counts; give more text or longer contexts")
     aligned = tokens["aligned"] / tokens["counted_base"]
-    if pair.source.own and aligned < config.min_aligned_fraction:
+    if pair.source.own and aligned < MIN_ALIGNED:
         raise UserError(
             f"transfer: only {100 * aligned:.3g} % of tokens stand in the same place for both tokenizers "
-            f"(transfer.min_aligned_fraction: {config.min_aligned_fraction:g}); these models cannot be compared "
+            f"(at least {MIN_ALIGNED:.0%} are needed); these models cannot be compared "
             "token by token"
         )
     for hook, stats in statistics.hooks.items():

@@ -27,7 +27,7 @@ def params(tiny_inputs: Path) -> Params:
     return Params(
         text={"dataset": str(tiny_inputs / "texts"), "context_size": SIZE},
         model={"llm_batch_size": 8, "name": str(tiny_inputs / "tiny"), "device": "cpu"},
-        analysis={"tokens": 4_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3, "samples_per_level": 2},
+        analysis={"tokens": 4_000, "split": "sae_train", "top_contexts": 4},
     )
 
 

@@ -36,7 +36,7 @@ def site(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = Params(
         text={"dataset": str(tiny_inputs / "texts"), "context_size": 32},
         model={"llm_batch_size": 8},
-        analysis={"tokens": 2_000, "split": "sae_train", "top_contexts": 4, "sample_levels": 3, "samples_per_level": 2},
+        analysis={"tokens": 2_000, "split": "sae_train", "top_contexts": 4},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(folder))

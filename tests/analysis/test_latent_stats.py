@@ -13,7 +13,7 @@ from tiny_saes import D_SAE, tiny_sae
 
 from sae_research.analysis import collect as stats_module
 from sae_research.analysis.accumulate import Accumulator, firings, joined
-from sae_research.analysis.collect import LatentStats, collect_stats, load_stats, store_folder
+from sae_research.analysis.collect import SAMPLE_LEVELS, LatentStats, collect_stats, load_stats, store_folder
 from sae_research.analysis.store import N_BINS, histogram_quantile
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, token_mask
@@ -95,10 +95,10 @@ def test_top_and_sampled_contexts(lm: LanguageModel, params: Params, in_project:
             np.testing.assert_allclose(c.activations, z[c.context, :, latent], rtol=1e-4, atol=1e-5)
             assert c.activations[c.position] == pytest.approx(c.value)
             assert c.tokens == [lm.tokenizer.decode([i]) for i in c.token_ids]
-        low, high = stats.quantile(1 / 3)[latent], stats.quantile(2 / 3)[latent]
+        limits = [stats.quantile(part / SAMPLE_LEVELS)[latent] for part in range(1, SAMPLE_LEVELS)]
         for c in stats.samples(latent):
-            assert int(c.value > low) + int(c.value > high) == c.level
-        assert {c.level for c in stats.samples(latent)} == {0, 1, 2}
+            assert sum(c.value > limit for limit in limits) == c.level
+        assert {c.level for c in stats.samples(latent)} == set(range(SAMPLE_LEVELS))
         assert [c.level for c in stats.samples(latent, 1)] == [1] * len(stats.samples(latent, 1))
     positions, latents, values = stats.of_context(3)
     there = np.nonzero(z[3])

@@ -226,7 +226,6 @@ OTHER = {
     "decay_fraction": 0.2,
     "dead_fraction": 0.2,
     "precision": "bfloat16",
-    "stack": "always",
     "hook_name": "blocks.0.hook_resid_post",
     "saved_checkpoints": 2,
     "learning_rate": 0.1,

@@ -35,7 +35,7 @@ def trio(name: str, **train: Any) -> Train:
         f"s{i}": {**config, **extra, key: value, "seed": i, "learning_rate": (3e-3, 3e-3, 1e-3)[i]}
         for i, value in enumerate(SPARSITIES[key])
     }
-    return Train(saes=saes, batch_size=128, stack="always", dead_fraction=0.05, **{"precision": "float32", **train})
+    return Train(saes=saes, batch_size=128, dead_fraction=0.05, **{"precision": "float32", **train})
 
 
 def in_training_of(train: Train, rows: torch.Tensor) -> list[TrainingSAE]:
@@ -64,10 +64,11 @@ def tensors(in_training: list[TrainingSAE]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "parts"), [*((name, 1) for name in STACKABLE), ("top_k", 2), ("hard_concrete", 2)])
-def test_a_stack_takes_the_steps_its_saes_would(name, parts, planted_rows):
+def test_a_stack_takes_the_steps_its_saes_would(name, parts, planted_rows, monkeypatch):
     rows = planted_rows.double()
     train = trio(name, accumulation_steps=parts)
     alone, together = in_training_of(train, rows), in_training_of(train, rows)
+    monkeypatch.setattr(stack, "STACKED_ON", ("cpu",))
     (group,) = grouped(together, train)
     stacked = Stack(group)
     for batch in batches(rows, 0, STEPS):
@@ -114,30 +115,32 @@ def test_only_what_has_one_shape_and_one_loss_is_stacked(planted_rows, monkeypat
         "f": TOP_K,
     }
 
-    def names(how: str) -> list[list[str]]:
-        train = Train(saes=saes, batch_size=128, stack=how)
+    def names(device: str) -> list[list[str]]:
+        monkeypatch.setattr(stack, "STACKED_ON", (device,))
+        train = Train(saes=saes, batch_size=128)
         return [
             [sae.name for sae in group] for group in grouped([new_training_sae(name, train, 16) for name in saes], train)
         ]
 
     together = [["a", "b", "f"], ["wide"], ["c"], ["elsewhere"], ["d", "e"], ["m"], ["n"]]
-    assert names("always") == together
-    assert names("auto") == names("never") == [[name] for name in saes]
+    assert names("cpu") == together
+    assert names("cuda") == [[name] for name in saes]
     monkeypatch.setattr(stack, "LARGEST", 2 * 128 * 64)
-    assert names("always") == [["a", "b"], ["f"], *together[1:]]
+    assert names("cpu") == [["a", "b"], ["f"], *together[1:]]
 
 
-def test_stacks_in_a_run_learn_what_single_saes_learn(make_params, tmp_path):
+def test_stacks_in_a_run_learn_what_single_saes_learn(make_params, tmp_path, monkeypatch):
     saes = {"k4": TOP_K, "k2": {**TOP_K, "k": 2}, "k3": {**TOP_K, "k": 3}, "one": STANDARD}
-    for how in ("always", "never"):
-        stage.train(make_params(saes=saes, stack=how, tokens=4096), tmp_path / how)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(stack, "STACKED_ON", (device,))
+        stage.train(make_params(saes=saes, tokens=4096), tmp_path / device)
     for name in saes:
         rows = [
             [
                 [float(value) for value in line.split("\t")]
-                for line in (tmp_path / how / name / "training_curve.tsv").read_text().splitlines()[1:]
+                for line in (tmp_path / device / name / "training_curve.tsv").read_text().splitlines()[1:]
             ]
-            for how in ("always", "never")
+            for device in ("cpu", "cuda")
         ]
         assert rows[0][:3] == [pytest.approx(row, rel=1e-3) for row in rows[1][:3]]
         assert rows[0][-1] == pytest.approx(rows[1][-1], rel=0.05)

@@ -113,9 +113,10 @@ def test_resized_vocabulary_loads_as_it_is(make_pair: Any, base: Any) -> None:
     assert losses["clean_kl"]["value"] >= 0 and losses["models"]["finetuned"]["kept"]["ce_clean"]["value"] > 0
 
 
-def test_tokenizers_that_hardly_meet(make_pair: Any) -> None:
+def test_tokenizers_that_hardly_meet(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_research.transfer.sweep.MIN_ALIGNED", 0.999)
     with pytest.raises(UserError, match="stand in the same place"):
-        sweep(make_pair("other_tokenizer", own=True, min_aligned_fraction=0.999), 400)
+        sweep(make_pair("other_tokenizer", own=True), 400)
 
 
 def test_text_that_runs_out(make_pair: Any) -> None:

@@ -21,6 +21,9 @@ from sae_research.lm.generate import unembedding
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 
+LATENTS_PER_FILE = 16
+"""A latent's page loads one file of so many."""
+
 
 class Windows(NamedTuple):
     """Contexts of some latents: top ones first, then the sampled ones, highest level first. L latents, M contexts each."""
@@ -219,7 +222,7 @@ class Shown:
 
     @property
     def n_files(self) -> int:
-        return -(-self.stats.d_sae // self.settings.latents_per_file)
+        return -(-self.stats.d_sae // LATENTS_PER_FILE)
 
     @cached_property
     def logits(self) -> LogitEffects | None:
@@ -303,7 +306,7 @@ def visible(token: str) -> str:
 
 def latent_files(shown: Shown) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, content) of every file; content: `strings` that token numbers in it point to, and `latents` in order."""
-    size = shown.settings.latents_per_file
+    size = LATENTS_PER_FILE
     for number in range(shown.n_files):
         latents = range(number * size, min((number + 1) * size, shown.stats.d_sae))
         found = latent_records(shown, latents)

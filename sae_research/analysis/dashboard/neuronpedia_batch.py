@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from sae_research.analysis.collect import SAMPLE_LEVELS
 from sae_research.analysis.dashboard.latents import Shown, activation_bars, latent_records
 from sae_research.runtime.files import write_bytes
 
@@ -135,7 +136,7 @@ def _feature(shown: Shown, record: dict[str, Any], sides: list[dict[str, Any]]) 
 
 
 def _activations(shown: Shown, record: dict[str, Any]) -> list[Activation]:
-    levels = shown.stats.about["settings"]["sample_levels"]
+    levels = SAMPLE_LEVELS
     bounds = [float(shown.stats.quantile(i / levels, [record["id"]])[0]) for i in range(levels + 1)]
     rows = []
     for context in record["contexts"]:

@@ -15,7 +15,15 @@ import jinja2
 import numpy as np
 import orjson
 
-from sae_research.analysis.dashboard.latents import QUANTILES, Shown, density_bars, latent_files, significant
+from sae_research.analysis.collect import SAMPLE_LEVELS
+from sae_research.analysis.dashboard.latents import (
+    LATENTS_PER_FILE,
+    QUANTILES,
+    Shown,
+    density_bars,
+    latent_files,
+    significant,
+)
 from sae_research.analysis.dashboard.neighbours import (
     Matches,
     activation_correlation,
@@ -147,9 +155,9 @@ def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.
         {
             "name": shown.name,
             "n": shown.stats.d_sae,
-            "per_file": shown.settings.latents_per_file,
+            "per_file": LATENTS_PER_FILE,
             "quantiles": QUANTILES,
-            "levels": shown.stats.about["settings"]["sample_levels"],
+            "levels": SAMPLE_LEVELS,
             "tokens": shown.stats.tokens,
             "neuronpedia": known["neuronpedia"],
             "embed": EMBED,

@@ -19,6 +19,7 @@ from sae_research.runtime.files import read_json, slugify
 from sae_research.runtime.stages import read_manifest, stage_folder
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.base import Guard
+from sae_research.saes.sources import PREPARED
 
 
 def write_dashboard(
@@ -89,7 +90,6 @@ def _moved(sae: SparseAutoencoder, lm: LanguageModel) -> SparseAutoencoder:
 
 
 FOLDER = Path("dashboards")
-SAES = Path("downloaded_saes")
 FIGURES = Path("metrics/core.json")
 
 
@@ -101,7 +101,7 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
         from sae_research.analysis.context import Lab
 
         names = chosen(params)
-        lab = Lab.open([str(SAES / name) for name in names], params)
+        lab = Lab.open([str(PREPARED / name) for name in names], params)
         page = write_dashboard(lab, folder, figures=core_figures(), skip=stage.skip)
         stage.notes |= {
             "saes": names,
@@ -114,13 +114,13 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
 
 def chosen(params: Params) -> list[str]:
     """Names of the SAEs to show: those asked for, else the baseline. Raises `UserError` for one that is not there."""
-    manifest = read_manifest(SAES / "manifest.json")
+    manifest = read_manifest(PREPARED / "manifest.json")
     if params.dashboards.saes is None:
         return [name for name in manifest["order"] if manifest["saes"][name]["role"] == "baseline"] or manifest["order"][:1]
     missing = [name for name in params.dashboards.saes if name not in manifest["saes"]]
     if missing or not params.dashboards.saes:
         raise UserError(
-            f"dashboards.saes: {', '.join(missing) or 'names no SAE'}; {SAES}/ holds {', '.join(manifest['order'])}"
+            f"dashboards.saes: {', '.join(missing) or 'names no SAE'}; {PREPARED}/ holds {', '.join(manifest['order'])}"
         )
     return params.dashboards.saes
 

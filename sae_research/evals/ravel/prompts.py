@@ -33,10 +33,10 @@ from sae_research.evals.harness import model_key
 from sae_research.lm import LanguageModel
 from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import NotApplicable, UserError
-from sae_research.runtime.files import read_json
+from sae_research.runtime.files import find_local, read_json
 from sae_research.runtime.stages import StageFolder
 from sae_research.text.hub import hub_errors
-from sae_research.text.local import find_local, looks_local
+from sae_research.text.local import looks_local
 
 _ALIASES = {
     "united states": ("usa", "us", "u.s", "america"),
