@@ -191,7 +191,7 @@ def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
 
 
 def quality(run: TransferRun, style: Visualization) -> Figure:
-    """Four figures on the base and the finetuned model, for the pair and its controls."""
+    """Four metrics on the base and the finetuned model, for the pair and its controls."""
     kinds = (
         ("Variance explained", ("quality", "base", None, "kept", "variance_explained"), False),
         ("L0 (latents per token)", ("quality", "base", None, "kept", "l0"), False),

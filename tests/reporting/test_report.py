@@ -42,7 +42,7 @@ def test_a_control_with_the_more_favourable_value_is_named_with_both_numbers():
     )
     rows[1] = row("b", role="control", variance_explained=0.5)
     assert better_controls(Run(rows, {}, {}, [])) == []
-    assert "No control has a better value than an SAE" in controls(Run(rows, {}, {}, []))
+    assert "No control has a more favourable value than an SAE" in controls(Run(rows, {}, {}, []))
     rows[1] = row("b", role="control", variance_explained=0.84, l0=80.0)
     assert better_controls(Run(rows, {}, {}, [])) == [], "a denser control that explains more is no surprise"
 
