@@ -179,7 +179,7 @@ def _legend(figure: Figure, markers: dict[str, MarkerStyle], labels: Sequence[st
     if len(labels) > 1:
         grey = MarkerStyle("o", MUTED)
         handles += [Line2D([], [], label=label, **_style(grey, number)) for number, label in enumerate(labels)]
-    handles.append(Line2D([], [], color="#C8C8C8", linewidth=4, label="frontier: beaten\nin both by none"))
+    handles.append(Line2D([], [], color="#C8C8C8", linewidth=4, label="frontier: no SAE is\nbetter in both"))
     figure.legend(
         handles=handles,
         loc="outside right center",

@@ -142,8 +142,8 @@ def pair_figures(result: dict[str, Any]) -> Figures:
 CAPTIONS = {
     "quality": (
         "SAE quality on both models",
-        "Outliers left out. Marks: 95 % intervals over stretches of text; controls read too few for any, and fewer "
-        "tokens altogether: compare each with its own base bar. Loss recovered rests on ablated contexts alone.",
+        "Outliers left out. Marks: 95 % intervals over stretches of text. Controls read fewer tokens, too few for "
+        "intervals: compare each with its own base bar. Loss recovered rests on ablated contexts alone.",
     ),
     "similarity_by_position": (
         "Similarity by position",
@@ -160,7 +160,8 @@ CAPTIONS = {
     "outlier_norms": ("Norms of activations", "Both models at the SAE's hook, with every rule's limit; one was applied."),
     "densities": (
         "Densities of latents",
-        "One point a latent. Tokens of one text are not independent: densities are less sure than their number suggests.",
+        "One point a latent. Tokens of one text are not independent: densities are less certain than the number of tokens "
+        "suggests.",
     ),
     "latent_transfer": (
         "Transfer of latents",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from sae_research.config.reporting import Visualization
 from sae_research.plotting.axes import INK, MUTED, SMALL, legend_below, panel, panels, say, write_images
@@ -27,6 +28,12 @@ def stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **opti
     counts = np.asarray(histogram["counts"], float)
     if counts.sum():
         axes.stairs(counts / counts.sum(), edges, label=label, color=color, linewidth=1.3, **options)
+
+
+def log_y(axes: Axes) -> None:
+    """A logarithmic axis with powers of ten alone: labels in between would cover the axis' name."""
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def trim(axes: Axes, histograms: Sequence[dict[str, Any]]) -> None:
@@ -115,7 +122,7 @@ def similarity_histograms(run: TransferRun, style: Visualization) -> Figure:
         panel(axes, title, label, f"Share of {counted} (log scale)")
         for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
             stairs(axes, pick(values), short(hook), color)
-        axes.set_yscale("log")
+        log_y(axes)
         trim(axes, [pick(values) for values in found.values()])
     legend_below(figure, grid[0], len(found))
     return figure
@@ -342,7 +349,7 @@ def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
     panel(correlations, "Correlation on the same tokens", "Pearson", "Share of latents (log scale)")
     for histogram, label, color, line in drawn:
         stairs(correlations, histogram, label, color, linestyle=line)
-    correlations.set_yscale("log")
+    log_y(correlations)
     trim(correlations, [histogram for histogram, *_ in drawn])
     panel(overlaps, "Overlap of firing", "Jaccard", "Share of latents (log scale)")
     edges = np.linspace(0, 1, 41)
@@ -350,7 +357,7 @@ def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
         values = _column(run, column)
         counts = np.histogram(values[np.isfinite(values)], edges)[0]
         stairs(overlaps, {"edges": edges, "counts": counts}, "", color)
-    overlaps.set_yscale("log")
+    log_y(overlaps)
     _rarity(run, rarity)
     _logits(run, logits)
     legend_below(figure, correlations, len(drawn))
