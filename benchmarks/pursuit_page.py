@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sae_research.plotting.axes import INK, SMALL, TEXT, log_axis, pixels_of, plain, save
+from sae_research.plotting.axes import INK, SMALL, TEXT, log_axis, plain, save
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_text
 
@@ -57,16 +56,14 @@ def draw(folder: Path) -> list[Path]:
     written = []
     for metric in METRICS:
         written.append(folder / f"{metric}.png")
-        save(pixels_of(_by_size(rows, metric)), written[-1], DPI)
+        save(_by_size(rows, metric), written[-1])
     written.append(folder / "at_equal_l0.png")
-    save(pixels_of(_by_l0(rows)), written[-1], DPI)
+    save(_by_l0(rows), written[-1])
     return written
 
 
 def _figure(height_inches: float) -> Figure:
-    figure = Figure(figsize=(10.5, height_inches), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(10.5, height_inches), dpi=DPI, layout="constrained")
 
 
 # --- against k and s -------------------------------------------------------------------------

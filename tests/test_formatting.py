@@ -7,7 +7,7 @@ import doctest
 
 from sae_research.runtime import formatting
 from sae_research.runtime.errors import did_you_mean
-from sae_research.runtime.formatting import count, counted, csv_text, duration, markdown_table, number, text_table, tsv_text
+from sae_research.runtime.formatting import amount, counted, csv_text, duration, markdown_table, number, text_table, tsv_text
 
 
 def test_the_examples_hold() -> None:
@@ -19,7 +19,7 @@ def test_numbers_read_well() -> None:
     shown = [number(value) for value in (0.7071, 12.34, 331.2, 0.00041, -0.02, 0.0, None)]
     assert shown == ["0.707", "12.3", "331", "0.00041", "-0.020", "0", "–"]
     amounts = (0, 8128, 99_949, 99_999, 300_000, 999_499, 999_999, 5e7, 2e9)
-    assert [count(value) for value in amounts] == ["0", "8,128", "99,949", "100k", "300k", "999k", "1M", "50M", "2B"]
+    assert [amount(value) for value in amounts] == ["0", "8,128", "99,949", "100k", "300k", "999k", "1M", "50M", "2B"]
     assert [counted(amount, "row") for amount in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
     assert [duration(seconds) for seconds in (0, 59.9, 60, 3661)] == ["0 s", "59 s", "1 min 0 s", "1 h 1 min"]
 

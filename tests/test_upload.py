@@ -128,4 +128,4 @@ def test_the_card_lists_what_is_there(trained: Path) -> None:
     text = card(
         {f"saes/{path.relative_to(trained).as_posix()}": path for path in trained.rglob("*") if path.is_file()}, "org/saes"
     )
-    assert "| `saes/topk` | 5 | – | 0.9 | – |" in text and 'SAE.from_pretrained("org/saes", "saes/standard")' in text
+    assert "| `saes/topk` | 5.000 | – | 0.900 | – |" in text and 'SAE.from_pretrained("org/saes", "saes/standard")' in text

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sae_research.analysis.attribute import Attribution
 from sae_research.analysis.steer import Steering
 from sae_research.analysis.store import DENSE, RARE, LatentStats
 from sae_research.analysis.subspace import OTHER, Subspace
-from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, pixels_of, plain, save
+from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, plain, save
 
 DPI = 110
 # Okabe and Ito's palette: told apart under every common colour blindness
@@ -35,8 +34,7 @@ def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[
 
 
 def _written(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure)  # draws without a window
-    save(pixels_of(figure), path, DPI)
+    save(figure, path)
     return path
 
 

@@ -1,25 +1,18 @@
-"""Several training seeds of one recipe: which rows they are, their mean and their spread.
+"""SAEs compared at equal L0: seeds of a recipe as one, values between the points of a sparsity grid, and which differences
+exceed noise (paired on the same text, clustered, corrected for all comparisons at once).
 
-Architectures at equal L0: figures between the measured points of a sparsity grid, and areas under Pareto curves.
-
-Between two measured points a figure is linear in log L0. Outside a grid's points nothing is said.
-
-Which differences at equal L0 exceed noise: paired on the same text, clustered, corrected for all comparisons at once.
-
-The only reporting module that needs numpy; the report imports it when it gets there.
+Between two measured points a value is linear in log L0. Outside a grid's points nothing is said.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import re
 import statistics
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +22,7 @@ from typing import NamedTuple
 from sae_research.reporting.metrics import EVAL_NOTES, OPTIONAL, Metric, headline, metric_named, residual_key, sort_keys
 from sae_research.reporting.results import Row, Run
 from sae_research.runtime.files import write_text
+from sae_research.runtime.formatting import csv_text
 from sae_research.stats.intervals import Difference, Ratio, accuracy, averaged, difference, holm, mixed, ratio
 
 SEEDS_FOR_A_CLAIM = 3
@@ -36,8 +30,8 @@ SEEDS_FOR_A_CLAIM = 3
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One recipe with all its training runs, or one SAE that stands alone."""
+class SeedGroup:
+    """SAEs that differ in their training seed alone; one SAE where there is no other."""
 
     name: str
     rows: tuple[Row, ...]
@@ -60,12 +54,12 @@ class Contender:
         return f"`{self.name}`" + (f" ({self.seeds} seeds)" if self.seeds > 1 else "")
 
     def values(self, metric: Metric) -> list[float]:
-        """The figure of every run that has it."""
+        """The value of every run that has one."""
         found = (row.value(metric.key, metric.eval) for row in self.rows)
         return [value for value in found if value is not None]
 
     def mean(self, metric: Metric) -> float | None:
-        """Mean over its runs; None unless every run has the figure."""
+        """Mean over its runs; None unless every run has a value."""
         values = self.values(metric)
         return statistics.fmean(values) if len(values) == self.seeds else None
 
@@ -75,8 +69,8 @@ class Contender:
         return statistics.stdev(values) if len(values) == self.seeds > 1 else None
 
 
-def contenders(rows: Iterable[Row]) -> list[Contender]:
-    """Rows with one `recipe_id` as one contender, every other row by itself, in table order.
+def seed_groups(rows: Iterable[Row]) -> list[SeedGroup]:
+    """Rows with one `recipe_id` as one group, every other row by itself, in table order.
 
     The same weights under two names are one run, not two seeds.
     """
@@ -84,12 +78,7 @@ def contenders(rows: Iterable[Row]) -> list[Contender]:
     for row in rows:
         weights = row.cfg.get("weights_fingerprint") or row.name
         groups.setdefault(row.recipe or f"the row {row.name}", {}).setdefault(weights, row)
-    return [Contender(_name(tuple(runs.values())), tuple(runs.values())) for runs in groups.values()]
-
-
-def recipes(rows: Iterable[Row]) -> list[Contender]:
-    """The contenders that several seeds stand behind."""
-    return [contender for contender in contenders(rows) if contender.seeds > 1]
+    return [SeedGroup(_name(tuple(runs.values())), tuple(runs.values())) for runs in groups.values()]
 
 
 def _name(rows: Sequence[Row]) -> str:
@@ -100,27 +89,13 @@ def _name(rows: Sequence[Row]) -> str:
     return re.sub(r"_*(seed|s)?_*\d*_*$", "", shared) or rows[0].name
 
 
-def seed_lines(rows: Iterable[Row], metrics: Sequence[Metric], shown: Callable[[float | None], str]) -> list[list[str]]:
-    """One line a recipe: its name, its SAEs, then mean ± standard deviation of every metric."""
-    lines = []
-    for recipe in recipes(rows):
-        cells = [
-            f"{shown(recipe.mean(metric))} ± {shown(recipe.spread(metric))}"
-            if recipe.mean(metric) is not None
-            else shown(None)
-            for metric in metrics
-        ]
-        lines.append([f"`{recipe.name}`", ", ".join(f"`{row.name}`" for row in recipe.rows), *cells])
-    return lines
-
-
 SAME = 1.02
 """Two L0 are equal where the larger is at most this many times the smaller."""
 STEPS = 256
 """Steps of the area's trapezoids over log L0, besides the measured points."""
 
 Points = list[tuple[float, float]]
-"""(L0, figure), ascending in L0."""
+"""(L0, value), ascending in L0."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +104,7 @@ class Grid:
 
     label: str
     group: str
-    members: tuple[Contender, ...]
+    members: tuple[SeedGroup, ...]
 
     def curve(self, metric: Metric) -> Points:
         """Measured points; several at one L0 count as their mean."""
@@ -144,12 +119,12 @@ class Grid:
 def grids(run: Run, controls: bool = False) -> list[Grid]:
     """All architectures, interpolating rows left out, several seeds of a recipe as one point; controls where wanted, one
     grid for each kind."""
-    groups: dict[tuple[object, ...], list[Contender]] = {}
-    for contender in contenders(row for row in run.rows if not row.interpolating and (controls or not row.is_control)):
-        row = contender.rows[0]
+    groups: dict[tuple[object, ...], list[SeedGroup]] = {}
+    for group in seed_groups(row for row in run.rows if not row.interpolating and (controls or not row.is_control)):
+        row = group.rows[0]
         width = None if row.is_control else row.cfg.get("d_sae")  # as many as it has components, where it is linear
         place = row.kind, row.cfg.get("base"), width, row.cfg.get("hook_name")
-        groups.setdefault(place, []).append(contender)
+        groups.setdefault(place, []).append(group)
     times = Counter(place[0] for place in groups)
     return [
         Grid(str(place[0]) if times[place[0]] == 1 else _distinct(place), members[0].rows[0].group, tuple(members))
@@ -168,14 +143,14 @@ class Point:
 
     grid: Grid
     l0: float
-    lower: Contender
-    upper: Contender | None = None
+    lower: SeedGroup
+    upper: SeedGroup | None = None
     """None at a measured point."""
     weight: float = 0.0
     """Share of `upper`, linear in log L0."""
 
     @property
-    def members(self) -> tuple[Contender, ...]:
+    def members(self) -> tuple[SeedGroup, ...]:
         return (self.lower,) if self.upper is None else (self.lower, self.upper)
 
     @property
@@ -235,7 +210,7 @@ def meetings(one: Grid, other: Grid) -> list[tuple[Point, Point]]:
 
 
 def at(curve: Points, l0: float) -> float | None:
-    """The figure at an L0, linear in log L0 between the points beside it; None outside the measured range.
+    """The value at an L0, linear in log L0 between the points beside it; None outside the measured range.
 
     >>> at([(10.0, 0.0), (1000.0, 1.0)], 100.0), at([(10.0, 0.0), (1000.0, 1.0)], 9.9)
     (0.5, None)
@@ -270,7 +245,7 @@ def common_range(curves: Sequence[Points]) -> tuple[float, float] | None:
 
 
 def pareto(curve: Points, better: str) -> Points:
-    """The best figure at no higher an L0, along the curve: what spending up to that much L0 buys."""
+    """The best value at no higher an L0, along the curve: what spending up to that much L0 buys."""
     best = max if better == "higher" else min
     front: Points = []
     for x, y in curve:
@@ -312,7 +287,7 @@ CSV_COLUMNS = (
 
 
 class Evidence(NamedTuple):
-    """A figure as a ratio of sums over clusters. Equal keys mean equal clusters, which makes a comparison paired."""
+    """A value as a ratio of sums over clusters. Equal keys mean equal clusters, which makes a comparison paired."""
 
     key: str
     figure: Ratio
@@ -320,7 +295,7 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two contenders in one metric, at one L0."""
+    """Two SAEs or recipes in one metric, at one L0."""
 
     one: Point
     other: Point | None
@@ -349,7 +324,7 @@ class Comparison:
 
 
 def evidence(row: Row, metric: Metric) -> Evidence | None:
-    """What stands behind one figure of one SAE; None where an evaluation stored nothing of the kind."""
+    """What stands behind one value of one SAE; None where an evaluation stored nothing of the kind."""
     record = row.evals.get(metric.eval, {})
     sums = record.get("cluster_sums", {}).get(metric.key)
     if sums is not None:
@@ -366,7 +341,7 @@ def evidence(row: Row, metric: Metric) -> Evidence | None:
 
 
 def tested_metrics(run: Run) -> list[Metric]:
-    """Headline figures that have a direction, and those of other evaluations that stored evidence; none of an evaluation
+    """Headline metrics that have a direction, and those of other evaluations that stored evidence; none of an evaluation
     that should not be relied on."""
     chosen = [headline(key) for key in run.headline]
     for name in OPTIONAL:
@@ -447,21 +422,10 @@ def _compare(
 
 def write_differences_csv(found: Sequence[Comparison], root: Path = Path(".")) -> None:
     """Write `metrics/differences.csv`: every comparison, whether or not it exceeds noise."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    rows = []
     for item in found:
+        other, seeds = (item.other.name, item.other.seeds) if item.other else (RESIDUAL, None)
         numbers = (item.found.value, item.found.low, item.found.high, item.found.p, item.adjusted)
-        writer.writerow(
-            [
-                item.one.name,
-                item.other.name if item.other else RESIDUAL,
-                f"{item.l0:.4g}",
-                item.metric.eval,
-                item.metric.key,
-                *(f"{value:.4g}" for value in numbers),
-                item.one.seeds,
-                item.other.seeds if item.other else "",
-            ]
-        )
-    write_text(root / DIFFERENCES_CSV, buffer.getvalue())
+        values = [item.metric.eval, item.metric.key, *(f"{value:.4g}" for value in numbers)]
+        rows.append([item.one.name, other, f"{item.l0:.4g}", *values, item.one.seeds, seeds])
+    write_text(root / DIFFERENCES_CSV, csv_text(CSV_COLUMNS, rows))

@@ -14,7 +14,7 @@ from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain,
 from sae_research.reporting.comparisons import Grid, Points, at, common_l0, common_range, grids
 from sae_research.reporting.metrics import Metric, headline
 from sae_research.reporting.results import Run
-from sae_research.reporting.style import Look, marker_size
+from sae_research.reporting.style import MarkerStyle, marker_size
 
 LOG_Y = {"kl", "ce_delta"}
 STEPS = 12
@@ -23,19 +23,18 @@ LINES = ("-", (0, (4, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 """For grids of one architecture that differ in dictionary or base."""
 
 
-def equal_l0(figure: Figure, run: Run, look: Mapping[str, Look]) -> Figure:
+def equal_l0(figure: Figure, run: Run, markers: Mapping[str, MarkerStyle]) -> Figure:
     """Six panels: core figures and probing accuracies against L0, one line per grid, one marker per single point."""
     found = grids(run)
-    keys = ("variance_explained", "loss_recovered", "ce_delta", "kl", *run.probing_keys)
-    for index, key in enumerate(keys):
-        down, across = divmod(index, 3)
-        axes = figure.add_axes((0.065 + 0.325 * across, 0.615 - 0.46 * down, 0.255, 0.345))
-        _panel(axes, found, headline(key), run, look)
-    _legend(figure, found, look)
+    keys = ["variance_explained", "loss_recovered", "ce_delta", "kl", *run.probing_keys, "."]
+    margins = {"left": 0.065, "right": 0.97, "bottom": 0.155, "top": 0.96, "wspace": 0.275, "hspace": 0.333}
+    for key, axes in figure.subplot_mosaic([keys[:3], keys[3:6]], gridspec_kw=margins).items():
+        _panel(axes, found, headline(key), run, markers)
+    _legend(figure, found, markers)
     return figure
 
 
-def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Mapping[str, Look]) -> None:
+def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, markers: Mapping[str, MarkerStyle]) -> None:
     curves = [grid.curve(metric) for grid in found]
     log = metric.key in LOG_Y and all(y > 0 for curve in curves for _, y in curve)
     plain(axes, "L0 (log scale)", metric.label + (" (nats, log)" if log else "") + metric.arrow)
@@ -58,7 +57,7 @@ def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Ma
         axes.axvspan(*shared, color="#F1F1F1", zorder=0, linewidth=0)
     places = common_l0(curves)
     for grid, curve, line in zip(found, curves, _line_styles(found), strict=True):
-        style = look[grid.group]
+        style = markers[grid.group]
         if curve:
             axes.plot(*zip(*_drawn(curve), strict=True), color=style.color, linestyle=line, linewidth=1.4, zorder=2.8)
             axes.plot(
@@ -77,7 +76,7 @@ def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, look: Ma
 
 
 def _drawn(curve: Points) -> Points:
-    """The curve with places between its points: linear in the figure, it is bent where the axis is logarithmic."""
+    """The curve with places between its points: linear in log L0, it is bent where the axis is logarithmic."""
     between = [(x0 * (x1 / x0) ** (step / STEPS)) for (x0, _), (x1, _) in pairwise(curve) for step in range(STEPS)]
     return [*((x, y) for x in between if (y := at(curve, x)) is not None), curve[-1]]
 
@@ -91,10 +90,10 @@ def _line_styles(found: Sequence[Grid]) -> list[object]:
     return styles
 
 
-def _legend(figure: Figure, found: Sequence[Grid], look: Mapping[str, Look]) -> None:
+def _legend(figure: Figure, found: Sequence[Grid], markers: Mapping[str, MarkerStyle]) -> None:
     handles: list[Line2D | Patch] = []
     for grid, line in zip(found, _line_styles(found), strict=True):
-        style, alone = look[grid.group], len(grid.curve(headline("l0"))) < 2
+        style, alone = markers[grid.group], len(grid.curve(headline("l0"))) < 2
         handles.append(
             Line2D(
                 [],

@@ -1,46 +1,28 @@
-"""Draw `images/*.png` on matplotlib's Agg canvas, without pyplot: no display, no state, less to import."""
+"""Draw `images/*.png` without pyplot: no display, no state, less to import."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import matplotlib.markers
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import is_color_like
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.markers import MarkerStyle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
 from sae_research.config.reporting import Style, Visualization
-from sae_research.plotting.axes import (
-    GRID,
-    INK,
-    MUTED,
-    SMALL,
-    TEXT,
-    Box,
-    below,
-    beside,
-    count,
-    log_axis,
-    pixels_of,
-    place_labels,
-    plain,
-    save,
-    say,
-    sheet,
-    span,
-)
+from sae_research.plotting.axes import GRID, INK, MUTED, SMALL, TEXT, log_axis, plain, say, span, write_images
+from sae_research.plotting.labels import Box, place_labels
 from sae_research.reporting.equal_l0_figure import equal_l0
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.results import Row, Run
-from sae_research.reporting.style import Look, looks, marker_size, short_names
+from sae_research.reporting.style import MarkerStyle, marker_size, marker_styles, short_names
 from sae_research.reporting.tables import Point, points, residual_baseline
 from sae_research.runtime.errors import UserError
 
@@ -50,79 +32,57 @@ FLOOR = {"variance_explained": -0.25, "loss_recovered": -0.25}
 """Values below are drawn at the floor, the number beside them: one bad control must not flatten the rest."""
 
 MARKER = 7.0
-LEGEND_SHARE = 0.24
-"""Part of a single image's width that holds the legend."""
 
 
 def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: int = 1) -> list[Path]:
     """Write every image under `images/` and delete images that no longer exist. Returns what was written."""
-    images = {
-        name: root / IMAGES / f"{name}.png"
-        for name in ("overview", "equal_l0", "latent_density", "training_curves", *(f"l0_vs_{key}" for key in run.plotted))
+    figures = RunFigures(run, style)
+    draw = {f"l0_vs_{key}": partial(figures.against_l0, key) for key in run.plotted}
+    draw |= {
+        "overview": figures.overview,
+        "equal_l0": figures.equal_l0,
+        "latent_density": figures.latent_density,
+        "training_curves": figures.training_curves,
     }
-    for path in (root / IMAGES).glob("*.png"):
-        if path not in images.values():
-            path.unlink()
-    pixels = _draw_parts(Artist(run, style), workers)
-    # a panel is drawn once: it stands alone beside the legend, and again on the overview sheet
-    pixels |= {f"l0_vs_{key}": beside(pixels[key], pixels["legend_column"]) for key in run.plotted}
-    shown = ("variance_explained", "loss_recovered", "kl", run.probing_keys[0])
-    pixels["overview"] = below(sheet([pixels[key] for key in shown]), pixels["legend_line"])
-    for name, path in images.items():
-        save(pixels[name], path, style.dpi)
-    return sorted(images.values())
+    return write_images(root / IMAGES, draw, workers)
 
 
-def _draw_parts(artist: Artist, workers: int) -> dict[str, np.ndarray]:
-    """Draw all parts, on as many processes as `workers` says: half of the stage's time is drawing."""
-    parts = ("equal_l0", "training_curves", "latent_density", "legend_line", "legend_column", *artist.run.plotted)
-    if workers == 1:
-        return {part: artist.draw(part) for part in parts}
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        return dict(zip(parts, pool.imap(artist.draw, parts), strict=True))
-
-
-class Artist:
-    """Draws the figures of one run in one style."""
+class RunFigures:
+    """The figures of one run in one style. Panels are placed by hand, since names of points need their final places."""
 
     def __init__(self, run: Run, style: Visualization) -> None:
-        chosen = {name: _checked(name, look) for name, look in style.architectures.items()}
+        chosen = {name: _checked(name, one) for name, one in style.architectures.items()}
         self.run, self.style = run, style
-        self.look = looks((row.group for row in run.rows), chosen)
+        self.markers = marker_styles((row.group for row in run.rows), chosen)
         self.names = short_names(run.rows)
 
-    def draw(self, part: str) -> np.ndarray:
-        """One part as pixels: a panel by its metric's key, else one of the methods below by its name."""
-        return pixels_of(self.panel(part) if part in self.run.plotted else getattr(self, part)())
-
-    def panel(self, key: str) -> Figure:
-        """One figure against L0."""
-        figure = self._figure((1 - LEGEND_SHARE) * self.style.width_inches, self.style.height_inches)
-        self._panel(figure.add_axes((0.135, 0.125, 0.845, 0.835)), key)
+    def against_l0(self, key: str) -> Figure:
+        """One metric against L0, the legend beside it."""
+        figure = self._figure()
+        self._panel(figure.subplots(gridspec_kw={"left": 0.103, "right": 0.745, "bottom": 0.125, "top": 0.96}), key)
+        self._legend(figure, loc="upper left", bbox_to_anchor=(0.76, 0.96))
         return figure
 
-    def legend_column(self) -> Figure:
-        """The legend that stands at the right of a single panel."""
-        figure = self._figure(LEGEND_SHARE * self.style.width_inches, self.style.height_inches)
-        self._legend(figure, loc="upper left", bbox_to_anchor=(0.0, 0.96))
-        return figure
-
-    def legend_line(self) -> Figure:
-        """The legend that stands below the overview."""
-        figure = self._figure(2 * (1 - LEGEND_SHARE) * self.style.width_inches, 0.4)
-        self._legend(figure, loc="center", ncols=8)
+    def overview(self) -> Figure:
+        """Four metrics against L0, the legend below them."""
+        figure = self._figure(1.52, 2.09)
+        places = [["variance_explained", "loss_recovered"], ["kl", self.run.probing_keys[0]]]
+        margins = {"left": 0.0675, "right": 0.99, "bottom": 0.102, "top": 0.981, "wspace": 0.183, "hspace": 0.198}
+        for key, axes in figure.subplot_mosaic(places, gridspec_kw=margins).items():
+            self._panel(axes, key)
+        self._legend(figure, loc="lower center", bbox_to_anchor=(0.5, 0.015), ncols=8)
         return figure
 
     def equal_l0(self) -> Figure:
         """Every architecture's sparsity grid, and where grids can be compared."""
-        figure = self._figure(1.45 * self.style.width_inches, 1.2 * self.style.height_inches)
-        return equal_l0(figure, self.run, self.look)
+        return equal_l0(self._figure(1.45, 1.2), self.run, self.markers)
 
     def latent_density(self) -> Figure:
         """How often latents fire: one small histogram over log10 density per SAE, all on one axis."""
         shown = [row for row in self.run.rows if row.evals["core"].get("density_histogram")]
-        width, height = self.style.width_inches, 1.1 + 0.42 * max(len(shown), 5)
-        figure = self._figure(width, height)
+        figure = self._figure()
+        figure.set_figheight(1.1 + 0.42 * max(len(shown), 5))
+        width, height = figure.get_size_inches()
         left = 0.3 + 0.082 * max((len(row.name) for row in shown), default=0)  # inches for the longest name
         axes = figure.add_axes((left / width, 0.62 / height, 1 - (left + 0.75) / width, 1 - 1.0 / height))
         if not shown:
@@ -139,10 +99,11 @@ class Artist:
 
     def training_curves(self) -> Figure:
         """Loss, L0 and variance explained against training tokens."""
-        figure = self._figure(1.45 * self.style.width_inches, 0.7 * self.style.height_inches)
-        panels = (("loss", "Training loss"), ("l0", "L0"), ("variance_explained", "Variance explained"))
-        for index, (column, label) in enumerate(panels):
-            self._curves(figure.add_axes((0.06 + 0.325 * index, 0.165, 0.265, 0.68)), column, label)
+        figure = self._figure(1.45, 0.7)
+        columns = {"loss": "Training loss", "l0": "L0", "variance_explained": "Variance explained"}
+        margins = {"left": 0.06, "right": 0.975, "bottom": 0.165, "top": 0.845, "wspace": 0.226}
+        for column, axes in figure.subplot_mosaic([list(columns)], gridspec_kw=margins).items():
+            self._curves(axes, column, columns[column])
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
             figure.legend(
@@ -159,10 +120,10 @@ class Artist:
 
     # --- parts ---------------------------------------------------------------------------------
 
-    def _figure(self, width: float, height: float) -> Figure:
-        figure = Figure(figsize=(width, height), dpi=self.style.dpi, facecolor="white")
-        FigureCanvasAgg(figure)
-        return figure
+    def _figure(self, width: float = 1.0, height: float = 1.0) -> Figure:
+        """width and height: over those of a single image."""
+        size = (width * self.style.width_inches, height * self.style.height_inches)
+        return Figure(figsize=size, dpi=self.style.dpi, facecolor="white")
 
     def _panel(self, axes: Axes, key: str) -> None:
         metric = headline(key)
@@ -196,14 +157,14 @@ class Artist:
             group = point.row.group, point.row.interpolating, point.row.is_control
             groups.setdefault(group, []).append((point.x, y))
         for (name, hollow, control), places in groups.items():
-            look = self.look[name]
-            face, edge, width = ("white", look.color, 1.3) if hollow else (look.color, "white", 0.6)
+            marker = self.markers[name]
+            face, edge, width = ("white", marker.color, 1.3) if hollow else (marker.color, "white", 0.6)
             axes.plot(
                 *zip(*places, strict=True),
                 linestyle="none",
-                marker=look.marker,
-                markersize=marker_size(look, MARKER),
-                color=look.color,
+                marker=marker.marker,
+                markersize=marker_size(marker, MARKER),
+                color=marker.color,
                 markerfacecolor=face,
                 markeredgecolor=edge,
                 markeredgewidth=width,
@@ -214,7 +175,7 @@ class Artist:
         """Intervals as thin upright lines behind the markers; returns their places."""
         places = []
         for point, low, high in bars:
-            color = self.look[point.row.group].color
+            color = self.markers[point.row.group].color
             axes.plot(
                 [point.x, point.x], [low, high], color=color, linewidth=1.1, alpha=0.55, zorder=2.2, solid_capstyle="butt"
             )
@@ -235,7 +196,7 @@ class Artist:
             axes.plot(
                 [point.x for point in members],
                 heights,
-                color=self.look[name].color,
+                color=self.markers[name].color,
                 linewidth=0.9,
                 alpha=0.45,
                 zorder=2,
@@ -287,13 +248,13 @@ class Artist:
         rows = [row for row in self.run.rows if row.value("l0") is not None]
         if not rows:
             return
-        dot = {"linestyle": "none", "markersize": MARKER}
+        dot: dict[str, Any] = {"linestyle": "none", "markersize": MARKER}
         edge = {"markeredgecolor": "white", "markeredgewidth": 0.6}
         handles = []
         for name in dict.fromkeys(row.group for row in rows):
-            look = self.look[name]
-            style = {**dot, **edge, "marker": look.marker, "color": look.color, "markersize": marker_size(look, MARKER)}
-            handles.append(Line2D([], [], label=name, **style))
+            known = self.markers[name]
+            style = {"marker": known.marker, "color": known.color, "markersize": marker_size(known, MARKER)}
+            handles.append(Line2D([], [], label=name, **{**dot, **edge, **style}))
         if any(row.interpolating for row in rows):
             label = "hollow: interpolates," + (" " if "ncols" in where else "\n") + "not comparable"
             handles.append(Line2D([], [], marker="o", markerfacecolor="white", color=MUTED, label=label, **dot))
@@ -308,7 +269,7 @@ class Artist:
         edges, counts = histogram["log10_edges"], histogram["counts"]
         total = sum(counts) + histogram["dead"]
         tallest = max(counts, default=0) or 1
-        color = self.look[row.group].color
+        color = self.markers[row.group].color
         tops = [base + 0.86 * count / tallest for count in counts]
         axes.stairs(tops, edges, baseline=base, fill=True, color=color, alpha=0.55, linewidth=0)
         axes.axhline(base, color=color, linewidth=0.7)
@@ -324,16 +285,16 @@ class Artist:
             say(axes, "no SAE was trained in this run", keep_labels=True)
             return
         by_name = {row.name: row.group for row in self.run.rows}
-        spare = looks((curve.name for curve in curves if by_name.get(curve.name) not in self.look), self.look)
+        spare = marker_styles((curve.name for curve in curves if by_name.get(curve.name) not in self.markers), self.markers)
         for curve in curves:
-            look = spare.get(curve.name) or self.look[by_name[curve.name]]
+            marker = spare.get(curve.name) or self.markers[by_name[curve.name]]
             x, y = curve.columns["tokens"], curve.columns[column]
-            axes.plot(x, y, color=look.color, linewidth=1.4, label=curve.name)
+            axes.plot(x, y, color=marker.color, linewidth=1.4, label=curve.name)
         values = [value for curve in curves for value in curve.columns[column] if math.isfinite(value)]
         if column != "variance_explained" and values and min(values) > 0 and max(values) > 5 * min(values):
             log_axis(axes.yaxis, *span(values, log=True))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     def _pixels(self, typographic_points: float) -> float:
         return typographic_points * self.style.dpi / 72
@@ -361,11 +322,11 @@ def _facing_edge(box: Box, x: float) -> tuple[float, str]:
     return box.middle[0], "center"
 
 
-def _checked(architecture: str, chosen: Style) -> Look:
-    """The user's choice of a look. Raises `UserError` where matplotlib does not know the marker or colour."""
+def _checked(architecture: str, chosen: Style) -> MarkerStyle:
+    """The user's choice of a marker. Raises `UserError` where matplotlib does not know the marker or colour."""
     key = f"visualization.architectures.{architecture}"
-    if chosen.marker not in MarkerStyle.markers:
+    if chosen.marker not in matplotlib.markers.MarkerStyle.markers:
         raise UserError(f"{key}: unknown marker {chosen.marker!r}; matplotlib's letters, such as o s ^ v D P X *")
     if not is_color_like(chosen.color):
         raise UserError(f"{key}: unknown color {chosen.color!r}; a name such as red, or #RRGGBB")
-    return Look(chosen.marker, chosen.color)
+    return MarkerStyle(chosen.marker, chosen.color)

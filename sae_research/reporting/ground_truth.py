@@ -1,29 +1,21 @@
-"""What the ground-truth evaluation left behind: means and intervals over seeds, and `metrics/ground_truth.json`.
-
-Draw `images/ground_truth/*.png`: what was found of known features against L0, and which metric follows it.
-
-The report's section on ground truth: what was found of known features, and which metric follows it.
+"""The ground-truth evaluation's results: means and intervals over seeds, `metrics/ground_truth.json`, and the report's
+section on how far known features were found and which metric follows that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from sae_research.config.reporting import Visualization
-from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, pixels_of, save, say, span
 from sae_research.reporting.results import STATUS_KEY, is_figure
 from sae_research.reporting.shapes import FIGURE, evaluation_status, shaped
-from sae_research.reporting.tables import ABSENT, markdown, number, with_interval
-from sae_research.reporting.transfer_figures import legend_below, new_figure, panel
+from sae_research.reporting.tables import render
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, round_significant, slugify, write_json
+from sae_research.runtime.formatting import ABSENT, markdown_table, number, text_table, with_interval
 
 FOLDER = Path("eval_results/ground_truth")
 RESULTS_FILE = "results.json"
@@ -144,126 +136,6 @@ def extract_ground_truth(folder: Path, output: Path) -> None:
     )
 
 
-IMAGES = Path("images/ground_truth")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#7A5195", "#8C8C8C", "#444444")
-DICTIONARY_COLORS = {"truth": "#009E73", "trained": "#0072B2", "untrained": "#8C8C8C"}
-MARKERS = {"ihtp": "X", "mpsae": "s", "omp": "D", "topk_refit": "v", "nn_mpsae": "P", "nn_omp": "^"}
-Picture = Callable[[GroundTruthRun, Visualization], Figure]
-
-
-def draw_ground_truth(style: Visualization, root: Path = Path(".")) -> list[Path]:
-    """Write every picture of a finished run and delete those of an earlier one. Returns what was written."""
-    run, folder = read_ground_truth(root), root / IMAGES
-    wanted = {} if run is None else {folder / f"{name}.png": draw for name, draw in PICTURES.items()}
-    for path in folder.glob("*.png") if folder.is_dir() else ():
-        if path not in wanted:
-            path.unlink()
-    for path, draw in wanted.items():
-        save(pixels_of(draw(run, style)), path, style.dpi)
-    return sorted(wanted)
-
-
-def recipes(run: GroundTruthRun, style: Visualization) -> Figure:
-    """Trained SAEs: variance explained, MCC and F1 against L0, means and intervals over seeds."""
-    found = [line for line in run.lines if line.encoder == OWN]
-    figure = new_figure(style, 3, legend=0.4)
-    panels = figure.subplots(1, 3)
-    for axes, key in zip(panels, ("variance_explained", "mcc", "latent_f1"), strict=True):
-        panel(axes, LABELS[key], "L0 (log scale)", LABELS[key])
-        for name, color in zip(dict.fromkeys(line.method for line in found), COLORS * len(found), strict=False):
-            _curve(axes, [line for line in found if line.method == name], key, name, color, "o")
-        _log_l0(axes, found)
-    legend_below(figure, panels[0], 4)
-    return figure
-
-
-def pursuit(run: GroundTruthRun, style: Visualization) -> Figure:
-    """Pursuit encoders over known dictionaries: variance explained, F1 and top-1 probing against L0."""
-    found = [line for line in run.lines if " over " in line.method]
-    figure = new_figure(style, 3, legend=1.2)
-    panels = figure.subplots(1, 3)
-    if not found:
-        say(panels[1], "no pursuit encoder was asked for (ground_truth.pursuit)")
-        return figure
-    for axes, key in zip(panels, ("variance_explained", "latent_f1", "top_1_probing"), strict=True):
-        panel(axes, LABELS[key], "L0 (log scale)", LABELS[key])
-        for name in dict.fromkeys(line.method for line in found):
-            same = [line for line in found if line.method == name]
-            encoder, dictionary = same[0].encoder, same[0].dictionary
-            _curve(axes, same, key, name.replace("_", " "), DICTIONARY_COLORS[dictionary], MARKERS[encoder])
-        _log_l0(axes, found)
-    legend_below(figure, panels[0], 4)
-    return figure
-
-
-def _curve(axes: Axes, found: list[Line], key: str, label: str, color: str, marker: str) -> None:
-    found = sorted((line for line in found if line.mean(key) is not None), key=lambda line: line.mean("l0") or 0)
-    x, y = [line.mean("l0") for line in found], [line.mean(key) for line in found]
-    bounds = [line.interval(key) for line in found]
-    if all(bounds) and found:
-        axes.errorbar(
-            x,
-            y,
-            [
-                [value - low for value, (low, _) in zip(y, bounds, strict=True)],
-                [high - value for value, (_, high) in zip(y, bounds, strict=True)],
-            ],
-            color=color,
-            fmt="none",
-            elinewidth=0.8,
-            alpha=0.6,
-            capsize=2,
-        )
-    axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.0, label=label)
-
-
-def _log_l0(axes: Axes, found: list[Line]) -> None:
-    l0 = [value for line in found if (value := line.mean("l0"))]
-    if l0:
-        log_axis(axes.xaxis, *span(l0, log=True))
-
-
-def follow(run: GroundTruthRun, style: Visualization) -> Figure:
-    """Rank correlation of every metric with the truth, and its interval, for each set of methods."""
-    scopes = [scope for scope in SCOPES if run.follow(scope)["correlations"]]
-    figure = new_figure(style, max(1, len(scopes)), legend=0.3)
-    panels = figure.subplots(1, max(1, len(scopes)), squeeze=False)[0]
-    if not scopes:
-        say(panels[0], run.follow("all")["note"])
-        return figure
-    for axes, scope in zip(panels, scopes, strict=True):
-        found = run.follow(scope)["correlations"]
-        panel(
-            axes,
-            f"{scope.replace('_', ' ')}, {len(run.follow(scope)['methods'])} methods at one L0",
-            "Spearman's rank correlation",
-            "",
-        )
-        for place, (truth, label) in enumerate(TRUTHS.items()):
-            for row, metric in enumerate(found):
-                _whisker(axes, found[metric].get(truth, {}), -row - 0.2 * place, COLORS[place], label if row == 0 else None)
-        axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_xlim(-1.05, 1.05)
-        axes.set_yticks(
-            [-row - 0.1 for row in range(len(found))], [LABELS[metric] for metric in found], fontsize=SMALL, color=INK
-        )
-    legend_below(figure, panels[0], 2)
-    return figure
-
-
-def _whisker(axes: Axes, values: dict[str, object], height: float, color: str, label: str | None) -> None:
-    if "spearman" not in values:
-        axes.plot([], [], color=color, marker="o", linestyle="none", label=label)
-        axes.text(0.03, height, "constant", fontsize=SMALL, color=MUTED, va="center")
-        return
-    axes.plot([values["spearman"]], [height], color=color, marker="o", markersize=TEXT / 2, linestyle="none", label=label)
-    if "interval" in values:
-        axes.plot(values["interval"], [height, height], color=color, linewidth=1.4)
-
-
-PICTURES: dict[str, Picture] = {"recipes": recipes, "pursuit": pursuit, "follow": follow}
-
-
 LABELS = {
     "l0": "L0",
     "variance_explained": "Variance explained",
@@ -306,7 +178,7 @@ SCOPES = {
 TRUTHS = {"mcc": "MCC", "latent_f1": "F1"}
 OWN = "own encoder"
 AMONG = {"all": "(untrained dictionaries among them)", "trained_dictionaries": "of trained dictionaries alone"}
-WORDS = {"truth": "true features", "trained": "trained dictionary", "untrained": "untrained rows"}
+DICTIONARIES = {"truth": "true features", "trained": "trained dictionary", "untrained": "untrained rows"}
 
 
 def ground_truth(root: Path = Path(".")) -> str:
@@ -314,107 +186,51 @@ def ground_truth(root: Path = Path(".")) -> str:
     run = read_ground_truth(root)
     if run is None:
         return ""
-    setting, generator = run.result["setting"], run.result["generator"]
-    found = run.lines
-    head = (
-        f"{setting['num_features']:,} known features in {setting['hidden_dim']} dimensions, on average "
-        f"{number(_mean(generator, 'l0'))} active (setting `{setting['name']}` of SAELens' synthetic module, arXiv "
-        f"2602.14687), {setting['samples']:,} training and {setting['test_samples']:,} test samples, "
-        f"{setting['n_seeds']} seeds. Means over seeds and their 95 % intervals (Student's t)"
-        + (": none with one seed." if setting["n_seeds"] < 2 else ".")
+    generator = run.result["generator"]
+    pursuit = [line for line in run.lines if " over " in line.method]
+    return render(
+        "ground_truth",
+        setting=run.result["setting"],
+        mean_active=sum(each["l0"] for each in generator) / len(generator),
+        trained=_table([line for line in run.lines if line not in pursuit], TRAINED),
+        notes=run.result["notes"],
+        flags=_flags(run.lines),
+        scopes=[_scope(run.follow(scope), title) for scope, title in SCOPES.items()],
+        pursuit=_table(pursuit, PURSUIT),
+        best=_best_pursuit(pursuit),
+        own=next((line for line in run.lines if line.encoder == OWN and line.dictionary == "trained"), None),
     )
-    return "\n".join(
-        [
-            "## Ground truth",
-            "",
-            head,
-            "",
-            "*MCC*: mean absolute cosine of true directions and decoder rows, matched one to one. *F1*: of a "
-            "latent's firing "
-            "against that of its nearest true feature, mean over latents. *Absorption*: how much more often a "
-            "parent's latent "
-            "is silent where the latent of a child fires. Definitions: docs/ground_truth.md.",
-            "",
-            _table(
-                [
-                    line
-                    for line in found
-                    if line.encoder == OWN
-                    or line.dictionary not in ("truth", "trained", "untrained")
-                    or "over" not in line.method
-                ],
-                TRAINED,
-            ),
-            "",
-            *_notes(run),
-            "### Which metric follows the truth",
-            "",
-            *follows(run),
-            "",
-            "### Pursuit over known dictionaries",
-            "",
-            _table([line for line in found if " over " in line.method], PURSUIT),
-            "",
-            *pursuit_findings(found),
-        ]
-    ).rstrip()
 
 
-def _notes(run: GroundTruthRun) -> list[str]:
-    notes = [f"- {note}." for note in run.result["notes"]]
-    flagged = {
-        flag.partition(":")[0]: [
-            line.name for line in run.lines if any(f.startswith(flag.partition(":")[0]) for f in line.flags)
-        ]
-        for line in run.lines
-        for flag in line.flags
-        if not flag.startswith("narrow")
-    }
-    notes += [f"- *{flag}*: {', '.join(f'`{name}`' for name in names)}." for flag, names in flagged.items()]
-    return [*notes, ""] if notes else []
+def _flags(found: Sequence[Line]) -> dict[str, list[str]]:
+    """The methods that carry a flag, by its first words."""
+    names: dict[str, list[str]] = {}
+    for line in found:
+        for flag in dict.fromkeys(flag.partition(":")[0] for flag in line.flags if not flag.startswith("narrow")):
+            names.setdefault(flag, []).append(line.name)
+    return names
 
 
-def _table(found: list[Line], keys: tuple[str, ...]) -> str:
+def _table(found: Sequence[Line], keys: Sequence[str]) -> str:
     shown = [key for key in keys if any(line.mean(key) is not None for line in found)]
     body = [[f"`{line.name}`", *(with_interval(line.mean(key), line.interval(key)) for key in shown)] for line in found]
-    return markdown(["SAE", *(LABELS[key] for key in shown)], body)
+    return markdown_table(["SAE", *(LABELS[key] for key in shown)], body)
 
 
-def _mean(values: list[dict[str, Any]], key: str) -> float:
-    return sum(each[key] for each in values) / len(values)
+def _scope(found: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """The table of rank correlations of one set of methods; where there is none, its note says why."""
+    body = [
+        [LABELS[metric], *(_correlation(truths.get(truth, {})) for truth in TRUTHS)]
+        for metric, truths in found["correlations"].items()
+    ]
+    table = markdown_table(["Metric", *TRUTHS.values()], body) if body else ""
+    return {**found, "title": title, "table": table, "methods": len(found["methods"])}
 
 
-def follows(run: GroundTruthRun) -> list[str]:
-    """The table of rank correlations, for each set of methods."""
-    parts: list[str] = []
-    for scope, title in SCOPES.items():
-        found = run.follow(scope)
-        if not found["correlations"]:
-            parts += [f"{title}: {found['note']}.", ""]
-            continue
-        body = [
-            [LABELS[metric], *(_cell(truths.get(truth, {})) for truth in TRUTHS)]
-            for metric, truths in found["correlations"].items()
-        ]
-        parts += [
-            f"{title}: Spearman's rank correlation over {len(found['methods'])} methods, each read at L0 "
-            f"{number(found['l0'])} (linear in log L0), mean over {found['seeds']} "
-            f"seed{'s' * (found['seeds'] > 1)}; the interval draws methods and seeds anew."
-            + (f" {found['note'].capitalize()}." if found["note"] else ""),
-            "",
-            markdown(["Metric", *TRUTHS.values()], body),
-            "",
-        ]
-        if found["left_out"]:
-            parts += [f"No L0 in common, so left out: {', '.join(f'`{name}`' for name in found['left_out'])}.", ""]
-    return parts[:-1]
-
-
-def _cell(values: Mapping[str, Any]) -> str:
+def _correlation(values: Mapping[str, Any]) -> str:
     if "spearman" not in values:
         return values.get("note", ABSENT)
-    bounds = values.get("interval")
-    return with_interval(values["spearman"], tuple(bounds) if bounds else None)
+    return with_interval(values["spearman"], values.get("interval"))
 
 
 def beside(metric: str, root: Path = Path(".")) -> str:
@@ -423,69 +239,39 @@ def beside(metric: str, root: Path = Path(".")) -> str:
     metric: `variance_explained` or `top_1_probing`.
     """
     run = read_ground_truth(root)
-    said = (
-        []
-        if run is None
-        else [
-            f"{_followed(run.follow(scope), metric)} {words}"
-            for scope, words in AMONG.items()
-            if _followed(run.follow(scope), metric)
-        ]
-    )
-    if not said:
+    scopes = {} if run is None else {words: _followed(run.follow(scope), metric) for scope, words in AMONG.items()}
+    found = [f"{followed} {words}" for words, followed in scopes.items() if followed]
+    if not found:
         return ""
     return (
         f"*{LABELS[metric]} and the truth*: on synthetic activations with known features, its rank correlation at equal "
-        f"L0 is {'; '.join(said)}. See [ground truth](#ground-truth)."
+        f"L0 is {'; '.join(found)}. See [ground truth](#ground-truth)."
     )
 
 
 def _followed(found: Mapping[str, Any], metric: str) -> str:
     """`0.69 [0.14, 0.92] with MCC and 0.44 [-0.19, 0.61] with F1 over 13 methods`; empty where that is not known."""
     truths = found["correlations"].get(metric, {})
-    parts = [
-        f"{_cell(truths[truth])} with {label}" for truth, label in TRUTHS.items() if "spearman" in truths.get(truth, {})
-    ]
-    return f"{' and '.join(parts)} over {len(found['methods'])} methods" if parts else ""
+    shown = {label: truths[key] for key, label in TRUTHS.items() if "spearman" in truths.get(key, {})}
+    known = [f"{_correlation(values)} with {label}" for label, values in shown.items()]
+    return f"{' and '.join(known)} over {len(found['methods'])} methods" if known else ""
 
 
-def pursuit_findings(found: list[Line]) -> list[str]:
-    """What pursuit encoders give over a dictionary, beside that dictionary's own encoder where it has one."""
-    own = next((line for line in found if line.encoder == OWN and line.dictionary == "trained"), None)
-    text = []
-    for dictionary in ("truth", "trained", "untrained"):
-        rows = [
-            line
-            for line in found
-            if line.dictionary == dictionary
-            and line.method.endswith(f"over {dictionary}")
-            and line.mean("latent_f1") is not None
-        ]
-        if not rows:
-            continue
-        best = max(rows, key=lambda line: line.mean("latent_f1") or 0)
-        parts = [
-            f"`{line.name}` {number(line.mean('latent_f1'))} at L0 {number(line.mean('l0'))}"
-            for line in rows
-            if line.encoder in ("ihtp", "mpsae")
-        ]
-        text.append(
-            f"- Over the {WORDS[dictionary]} the best F1 is {number(best.mean('latent_f1'))} (`{best.name}`, L0 "
-            f"{number(best.mean('l0'))})" + (f"; {', '.join(parts)}." if parts else ".")
-        )
-    if own is not None:
-        text.append(
-            f"- The trained dictionary's own encoder (`{own.name}`): F1 {number(own.mean('latent_f1'))} at L0 "
-            f"{number(own.mean('l0'))}."
-        )
-    return text
+def _best_pursuit(found: Sequence[Line]) -> list[dict[str, Any]]:
+    """The pursuit encoder of highest F1 over every dictionary, and what IHTP and matching pursuit reach there."""
+    best = []
+    for dictionary, title in DICTIONARIES.items():
+        rows = [line for line in found if line.method.endswith(f"over {dictionary}") and line.mean("latent_f1") is not None]
+        if rows:
+            others = [line for line in rows if line.encoder in ("ihtp", "mpsae")]
+            highest = max(rows, key=lambda line: line.mean("latent_f1") or 0)
+            best.append({"dictionary": title, "best": highest, "others": others})
+    return best
 
 
 def plain_table(result: dict[str, Any]) -> str:
     """All rows as text, for the command line."""
     keys = ("l0", "variance_explained", "top_1_probing", "mcc", "latent_f1", "uniqueness", "fraction_dead", "absorption")
-    found = lines(result["rows"])
-    width = max(len(line.name) for line in found)
-    head = " " * width + "".join(f"{LABELS[key]:>20s}" for key in keys)
-    body = [f"{line.name:{width}s}" + "".join(f"{number(line.mean(key)):>20s}" for key in keys) for line in found]
-    return "\n".join([head, *body, *(f"note: {note}" for note in result["notes"])])
+    rows = [[line.name, *(number(line.mean(key)) for key in keys)] for line in lines(result["rows"])]
+    table = text_table([["", *(LABELS[key] for key in keys)], *rows])
+    return "\n".join([table, *(f"note: {note}" for note in result["notes"])])

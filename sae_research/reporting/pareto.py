@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, pixels_of, plain, save, span
-from sae_research.reporting.style import Look, looks
+from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain, save, span
+from sae_research.reporting.style import MarkerStyle, marker_styles
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 
@@ -67,7 +67,7 @@ def draw_pareto(folders: Sequence[str], path: Path, metric: str = "loss_recovere
     if path.suffix != ".png":
         raise UserError(f"--out {path}: must end with .png")
     found = read_points(folders, metric)
-    save(pixels_of(_figure(found, metric)), path, DPI)
+    save(_figure(found, metric), path)
     return found
 
 
@@ -123,23 +123,23 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 def _figure(points: Sequence[Point], metric: str) -> Figure:
     hooks = sorted({point.hook for point in points}, key=_hook_order)
     labels = list(dict.fromkeys(point.label for point in points))
-    look = _recipe_looks(point.recipe for point in points)
+    markers = _recipe_markers(point.recipe for point in points)
     columns = min(3, len(hooks))
     rows = -(-len(hooks) // columns)
-    width, height = columns * PANEL_WIDTH + LEGEND_WIDTH, rows * PANEL_HEIGHT
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    for index, hook in enumerate(hooks):
-        row, column = divmod(index, columns)
-        left, bottom = column * PANEL_WIDTH + 0.75, height - (row + 1) * PANEL_HEIGHT + 0.6
-        axes = figure.add_axes((left / width, bottom / height, (PANEL_WIDTH - 1.0) / width, (PANEL_HEIGHT - 1.0) / height))
-        _panel(axes, [point for point in points if point.hook == hook], labels, look, metric)
+    size = (columns * PANEL_WIDTH + LEGEND_WIDTH, rows * PANEL_HEIGHT)
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    for hook, axes in zip_longest(hooks, figure.subplots(rows, columns, squeeze=False).flat):
+        if hook is None:
+            axes.set_axis_off()
+            continue
+        _panel(axes, [point for point in points if point.hook == hook], labels, markers, metric)
         axes.set_title(hook, fontsize=TEXT, color=MUTED, loc="left")
-    _legend(figure, look, labels, 1 - LEGEND_WIDTH / width)
+    _legend(figure, markers, labels)
     return figure
 
 
-def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], look: dict[str, Look], metric: str) -> None:
+def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], markers: dict[str, MarkerStyle], metric: str) -> None:
     plain(axes, "L0 (latents per token, log scale)", METRICS[metric] + " ↑")
     log_axis(axes.xaxis, *span([point.l0 for point in points], log=True))
     axes.set_ylim(*span([point.value for point in points], log=False))
@@ -152,38 +152,37 @@ def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], look: dic
         solid_capstyle="round",
         zorder=1,
     )
-    for recipe, shown in look.items():
+    for recipe, shown in markers.items():
         for number, label in enumerate(labels):
             line = sorted((p for p in points if (p.recipe, p.label) == (recipe, label)), key=lambda p: p.l0)
             if line:
                 axes.plot([p.l0 for p in line], [p.value for p in line], **_style(shown, number), zorder=3)
 
 
-def _style(look: Look, number: int) -> dict[str, Any]:
+def _style(marker: MarkerStyle, number: int) -> dict[str, Any]:
     """How a recipe of the folder with this number is drawn."""
-    face = look.color if number == 0 else "white"
+    face = marker.color if number == 0 else "white"
     return {
-        "color": look.color,
-        "marker": look.marker,
+        "color": marker.color,
+        "marker": marker.marker,
         "markersize": MARKER,
         "linewidth": 1.2,
         "linestyle": LINES[number % len(LINES)],
         "markerfacecolor": face,
-        "markeredgecolor": "white" if number == 0 else look.color,
+        "markeredgecolor": "white" if number == 0 else marker.color,
         "markeredgewidth": 0.6 if number == 0 else 1.3,
     }
 
 
-def _legend(figure: Figure, look: dict[str, Look], labels: Sequence[str], left: float) -> None:
-    handles = [Line2D([], [], label=recipe, **_style(shown, 0)) for recipe, shown in look.items()]
+def _legend(figure: Figure, markers: dict[str, MarkerStyle], labels: Sequence[str]) -> None:
+    handles = [Line2D([], [], label=recipe, **_style(shown, 0)) for recipe, shown in markers.items()]
     if len(labels) > 1:
-        grey = Look("o", MUTED)
+        grey = MarkerStyle("o", MUTED)
         handles += [Line2D([], [], label=label, **_style(grey, number)) for number, label in enumerate(labels)]
-    handles.append(Line2D([], [], color="#C8C8C8", linewidth=4, label="frontier: beaten\nin both by none"))
+    handles.append(Line2D([], [], color="#C8C8C8", linewidth=4, label="frontier: no SAE is\nbetter in both"))
     figure.legend(
         handles=handles,
-        loc="center left",
-        bbox_to_anchor=(left, 0.5),
+        loc="outside right center",
         frameon=False,
         fontsize=SMALL + 1,
         labelcolor=INK,
@@ -192,14 +191,14 @@ def _legend(figure: Figure, look: dict[str, Look], labels: Sequence[str], left: 
     )
 
 
-def _recipe_looks(recipes: Iterable[str]) -> dict[str, Look]:
-    """A look for every recipe, by name; two that would borrow the same one get spare ones."""
+def _recipe_markers(recipes: Iterable[str]) -> dict[str, MarkerStyle]:
+    """A marker for every recipe, by name; two that would borrow the same one get spare ones."""
     names = sorted(set(recipes))
     borrowed: dict[str, str] = {}
     for name in names:
         like = LOOKS_LIKE.get(name, name)
         borrowed[name] = like if like not in borrowed.values() else name
-    found = looks(borrowed.values())
+    found = marker_styles(borrowed.values())
     return {name: found[borrowed[name]] for name in names}
 
 

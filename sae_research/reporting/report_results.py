@@ -1,8 +1,8 @@
-"""The report's tables of figures: all SAEs, controls, both definitions, tasks, the optional evaluations."""
+"""The report's tables of results: all SAEs, controls, both definitions, tasks, the optional evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from sae_research.reporting.metrics import (
     sort_keys,
 )
 from sae_research.reporting.results import ROLES, Row, Run
-from sae_research.reporting.tables import ABSENT, headline_columns, markdown, number, with_interval
+from sae_research.reporting.tables import cells, headings, render, sae_table
+from sae_research.runtime.formatting import markdown_table, number, with_interval
 
 GROUPS = {
     "baseline": "Baseline",
@@ -28,8 +29,13 @@ GROUPS = {
     "comparison": "Comparison",
     "control": "Controls",
 }
+CONTROLS = {
+    "control_random": "a random dictionary",
+    "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
+    "control_pca": "the leading principal components",
+}
 SIDE_BY_SIDE = ("l0", "variance_explained", "variance_explained_legacy", "loss_recovered", "kl", "fraction_alive")
-"""Core figures shown in both definitions; probing accuracies follow."""
+"""Core metrics shown in both definitions; probing accuracies follow."""
 STRICTER = (
     "variance_explained",
     "variance_explained_per_dim",
@@ -38,130 +44,72 @@ STRICTER = (
     "cosine_about_mean",
     "bias_about_mean",
 )
-"""Figures of the first table, each followed by what says the same more strictly, and what they leave out."""
-FOLLOWED = ("variance_explained", "top_1_probing")
-"""Figures of the first table that the ground-truth evaluation compares with the truth."""
+"""Metrics of the first table, each followed by a stricter version, and what they leave out."""
+AGAINST_TRUTH = ("variance_explained", "top_1_probing")
+"""Metrics of the first table that the ground-truth evaluation compares with the truth."""
 
 
 def results(run: Run, root: Path = Path(".")) -> str:
-    """One row per SAE, grouped by role, and how far two figures followed a known truth. root: the project's folder."""
-    if not run.rows:
-        return "## Results\n\nNo SAE has a result; see [how each evaluation ended](#how-each-evaluation-ended)."
-    header, columns = headline_columns(run.rows, run.headline)
-    lines = dict(zip((row.name for row in run.rows), zip(*columns, strict=True), strict=True))
+    """One row per SAE, grouped by role, and how far two metrics followed a known truth. root: the project's folder."""
+    metrics = [headline(key) for key in run.headline]
     body = []
-    for title, rows in _groups(run.rows):
-        body.append([f"*{title}*", *[""] * (len(header) + 2)])
-        body += [[f"`{row.name}`", row.architecture, *lines[row.name], ", ".join(row.flags)] for row in rows]
-    table = markdown(["SAE", "Architecture", *header, "Flags"], body, left=2)
-    return "\n".join(
-        [
-            "## Results",
-            "",
-            table,
-            "",
-            "↑ a higher value is wanted, ↓ a lower one; L0 is a price, not a virtue, and has neither. "
-            "Nothing is marked as best: these SAEs differ in L0, which drives the first columns; "
-            "[differences at equal L0](#which-differences-exceed-noise) are tested. "
-            "*interpolating*: the encoder has as many free coefficients as "
-            "equations, so its reconstruction says nothing. *not causal*: a token's code depends on later "
-            "tokens. *signed*: activations may be negative. "
-            f"{ABSENT}: not measured.",
-            *(part for metric in FOLLOWED if (line := beside(metric, root)) for part in ("", line)),
-        ]
+    for role in dict.fromkeys([*ROLES, *sorted(row.role for row in run.rows)]):
+        rows = [row for row in run.rows if row.role == role]
+        if rows:
+            body.append([f"*{GROUPS.get(role, role)}*", *[""] * (len(metrics) + 2)])
+        body += [[f"`{row.name}`", row.architecture, *cells(row, metrics), ", ".join(row.flags)] for row in rows]
+    return render(
+        "results",
+        table=markdown_table(["SAE", "Architecture", *headings(metrics), "Flags"], body, left=2) if body else "",
+        known_truth=[line for metric in AGAINST_TRUTH if (line := beside(metric, root))],
     )
 
 
 def stricter(run: Run) -> str:
-    """The reconstruction figures of the first table beside the same by references that are harder to please."""
+    """The reconstruction metrics of the first table beside the same by stricter references."""
     keys = [key for key in STRICTER if run_value(run, key) is not None]
     if not {"variance_explained_per_dim", "loss_recovered_mean_ablation"} & set(keys):
         return ""
-    header = ["SAE", *(headline(key).label + headline(key).arrow for key in keys)]
-    body = [[f"`{row.name}`", *(number(row.value(key)) for key in keys)] for row in run.rows]
-    return "\n".join(
-        [
-            "## By stricter references",
-            "",
-            "A few dimensions of large variance can carry *variance explained*, and zero in place of activations is a poor "
-            "guess, which flatters *loss recovered*. The mean over dimensions and mean-ablation are harder to "
-            "please. Cosine "
-            "and bias are taken about the mean activation, which every SAE can add for nothing. A bias below 1 "
-            "is shrinkage: "
-            "activations too small for their directions.",
-            "",
-            markdown(header, body),
-        ]
-    )
+    return render("stricter", table=sae_table(run.rows, [headline(key) for key in keys]))
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    roles = [*ROLES, *sorted({row.role for row in rows} - set(ROLES))]
-    grouped = [(GROUPS.get(role, role), [row for row in rows if row.role == role]) for role in roles]
-    return [(title, members) for title, members in grouped if members]
+def run_value(run: Run, key: str | None) -> float | None:
+    """A value that belongs to the run rather than to one SAE: the first row that has it."""
+    return next((value for row in run.rows if key and (value := row.value(key)) is not None), None)
+
+
+# --- controls ------------------------------------------------------------------------------------
 
 
 def controls(run: Run) -> str:
-    """What the controls are, and where one of them has a more favourable value than an SAE."""
-    names = [row.name for row in run.rows if row.is_control]
-    if not names and not any(run_value(run, residual_key(key)) is not None for key in run.probing_keys):
+    """What the controls are, and where one of them has the better value than an SAE."""
+    kinds: dict[str, list[str]] = {}
+    for row in run.rows:
+        if row.is_control:
+            kinds.setdefault(row.kind, []).append(row.name)
+    if not kinds and not any(run_value(run, residual_key(key)) is not None for key in run.probing_keys):
         return ""
-    known = {
-        "control_random": "a random dictionary",
-        "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
-        "control_pca": "the leading principal components",
-    }
-    kinds = {
-        kind: [row.name for row in run.rows if row.is_control and row.kind == kind]
-        for kind in dict.fromkeys(row.kind for row in run.rows if row.is_control)
-    }
-    lines = [
-        f"- {', '.join(f'`{name}`' for name in members)}" + (f": {known[kind]}" if kind in known else "")
-        for kind, members in kinds.items()
-    ]
-    lines.append("- raw residual stream: the probe on the model's own dimensions (probing only)")
-    findings = control_findings(run) + residual_findings(run)
-    return "\n".join(
-        [
-            "## Controls",
-            "",
-            "A figure that a control reaches as well is no evidence that training found anything.",
-            "",
-            *lines,
-            "",
-            *findings,
-        ]
+    return render(
+        "controls",
+        kinds=[(names, CONTROLS.get(kind)) for kind, names in kinds.items()],
+        better_controls=better_controls(run),
+        residual=_at_or_below_residual(run),
     )
 
 
-def control_findings(run: Run) -> list[str]:
-    """One line per column and control where the control has the more favourable value at no higher an L0."""
-    lines, rows = [], run.rows
+def better_controls(run: Run) -> list[dict[str, Any]]:
+    """Every column and control where the control has the better value at no higher an L0 than the rows named."""
+    found = []
     for metric in (metric for key in run.headline if (metric := headline(key)).better and key != "fraction_alive"):
-        for control in (row for row in rows if row.is_control):
-            passed = [
-                row for row in rows if row.may_be_marked and _exceeds(control, row, metric) and _no_denser(control, row)
+        for control in (row for row in run.rows if row.is_control):
+            rows = [
+                row for row in run.rows if row.may_be_marked and _better(control, row, metric) and _no_denser(control, row)
             ]
-            if passed:
-                listed = ", ".join(f"`{row.name}` ({_at_l0(row, metric)})" for row in passed)
-                lines.append(
-                    f"- {metric.label}: `{control.name}` ({_at_l0(control, metric)}) has a "
-                    f"{metric.better} value than {listed}."
-                )
-    if not lines and any(row.is_control for row in rows):
-        return ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
-    return (
-        [
-            "Where a control of the same or a lower L0 has the more favourable value (interpolating rows left out):",
-            "",
-            *lines,
-        ]
-        if lines
-        else []
-    )
+            found += [{"metric": metric, "control": control, "rows": rows}] if rows else []
+    return found
 
 
-def _exceeds(one: Row, other: Row, metric: Metric) -> bool:
+def _better(one: Row, other: Row, metric: Metric) -> bool:
     mine, theirs = one.value(metric.key), other.value(metric.key)
     if mine is None or theirs is None:
         return False
@@ -169,165 +117,113 @@ def _exceeds(one: Row, other: Row, metric: Metric) -> bool:
 
 
 def _no_denser(control: Row, row: Row) -> bool:
-    """Whether the control uses no more latents: with more, a more favourable value would be no surprise."""
+    """Whether the control uses no more latents: with more, a better value would be no surprise."""
     control_l0, l0 = control.value("l0"), row.value("l0")
     return control_l0 is None or l0 is None or control_l0 <= l0 * 1.05
 
 
-def _at_l0(row: Row, metric: Metric) -> str:
-    l0 = row.value("l0")
-    return number(row.value(metric.key)) + (f" at L0 {number(l0)}" if l0 is not None else "")
-
-
-def residual_findings(run: Run) -> list[str]:
-    """How many SAEs stay at or below the raw residual stream in probing."""
-    lines = []
+def _at_or_below_residual(run: Run) -> list[dict[str, Any]]:
+    """Which SAEs stay at or below the raw residual stream, for every probing column."""
+    found = []
     for key in run.probing_keys:
         reference = run_value(run, residual_key(key))
-        measured = [row for row in run.rows if not row.is_control and row.value(key) is not None]
-        if reference is None or not measured:
-            continue
-        below = [row for row in measured if row.value(key) <= reference]
-        lines.append(
-            f"- {headline(key).label}: the raw residual stream reaches {number(reference)}; {len(below)} of "
-            f"{len(measured)} SAEs stay at or below it"
-            + (f" ({', '.join(f'`{row.name}`' for row in below)})." if below else ".")
-        )
-    return ["", *lines] if lines else []
+        measured = [(row, value) for row in run.rows if not row.is_control and (value := row.value(key)) is not None]
+        if reference is not None and measured:
+            below = [row for row, value in measured if value <= reference]
+            found.append({"metric": headline(key), "reference": reference, "below": below, "measured": len(measured)})
+    return found
 
 
-def run_value(run: Run, key: str) -> float | None:
-    """A figure that belongs to the run rather than to one SAE: the first row that has it."""
-    return next((value for row in run.rows if (value := row.value(key)) is not None), None)
+# --- both definitions, tasks ---------------------------------------------------------------------
 
 
 def side_by_side(run: Run) -> str:
-    """Our figures beside SAE Bench's, for every pair that was measured."""
-    header, columns = ["SAE"], [[f"`{row.name}`" for row in run.rows]]
-    for key in (*SIDE_BY_SIDE, *run.probing_keys):
-        for full, owner in ((key, "lab"), (key + STOCK_SUFFIX, "SAE Bench")):
-            if run_value(run, full) is not None:
-                header.append(f"{headline(full).label}<br>{owner}")
-                columns.append([number(row.value(full)) for row in run.rows])
-    if not any("SAE Bench" in title for title in header):
+    """Our metrics beside SAE Bench's, for every pair that was measured."""
+    both = [(key + suffix, owner) for key in (*SIDE_BY_SIDE, *run.probing_keys) for suffix, owner in _OWNERS.items()]
+    shown = {key: f"{headline(key).label}<br>{owner}" for key, owner in both if run_value(run, key) is not None}
+    if not any(key.endswith(STOCK_SUFFIX) for key in shown):
         return ""
-    return "\n".join(
-        [
-            "## Beside SAE Bench's own definitions",
-            "",
-            "*lab* is the definition of this report (`lab_v1`), *SAE Bench* that of its version 0.6.0.",
-            "",
-            markdown(header, list(zip(*columns, strict=True))),
-        ]
-    )
+    body = [[f"`{row.name}`", *(number(row.value(key)) for key in shown)] for row in run.rows]
+    return render("side_by_side", table=markdown_table(["SAE", *shown.values()], body))
+
+
+_OWNERS = {"": "lab", STOCK_SUFFIX: "SAE Bench"}
 
 
 def probing_tasks(run: Run) -> str:
     """Accuracy per task for each k, with the raw residual stream as last rows."""
-    tasks = {row.name: row.evals.get("sparse_probing", {}).get("tasks") or {} for row in run.rows}
-    names = list(dict.fromkeys(task for by_task in tasks.values() for task in by_task))
-    if not names:
-        return ""
-    shown = [
-        key
+    records = {row.name: row.evals.get("sparse_probing", {}) for row in run.rows}
+    records = {name: record for name, record in records.items() if record.get("tasks")}
+    tables = [
+        (headline(key), _task_table(records, key))
         for key in (f"sae_top_{k}_accuracy" for k in run.ks)
-        if any(key in figures for by_task in tasks.values() for figures in by_task.values())
+        if any(key in values for record in records.values() for values in record["tasks"].values())
     ]
-    parts = ["## Sparse probing by task", ""]
-    for key in shown:
-        body = [
-            [
-                f"`{row.name}`",
-                *(with_interval(tasks[row.name].get(task, {}).get(key), _task_interval(row, task, key)) for task in names),
-            ]
-            for row in run.rows
-            if tasks[row.name]
-        ]
-        body += [
-            [
-                f"*{metric_named(source, 'sparse_probing').label.lower()}*",
-                *(number(_first(tasks.values(), task, source)) for task in names),
-            ]
-            for source in (residual_key(key), "llm_full_accuracy")
-        ]
-        parts += [f"{headline(key).label} accuracy:", "", markdown(["SAE", *names], body), ""]
-    return "\n".join(parts).rstrip()
+    return render("probing_tasks", tables=tables) if tables else ""
 
 
-def _task_interval(row: Row, task: str, key: str) -> tuple[float, float] | None:
-    bounds = (row.evals.get("sparse_probing", {}).get("task_intervals") or {}).get(task, {}).get(key)
-    return None if bounds is None else (bounds[0], bounds[1])
+def _task_table(records: dict[str, dict[str, Any]], key: str) -> str:
+    """records: by SAE, its accuracies in `tasks` and their intervals in `task_intervals`, by task and metric."""
+    tasks = list(dict.fromkeys(task for record in records.values() for task in record["tasks"]))
+    body = []
+    for name, record in records.items():
+        values, bounds = record["tasks"], record.get("task_intervals") or {}
+        cells = [with_interval(values.get(task, {}).get(key), bounds.get(task, {}).get(key)) for task in tasks]
+        body.append([f"`{name}`", *cells])
+    for source in (residual_key(key) or key, "llm_full_accuracy"):
+        found = {task: record["tasks"][task] for record in records.values() for task in record["tasks"]}
+        label = metric_named(source, "sparse_probing").label.lower()
+        body.append([f"*{label}*", *(number(found[task].get(source)) for task in tasks)])
+    return markdown_table(["SAE", *tasks], body)
 
 
-def _first(by_sae: Iterable[dict[str, Any]], task: str, key: str) -> float | None:
-    return next((by_task[task][key] for by_task in by_sae if key in by_task.get(task, {})), None)
-
-
-# --- the optional evaluations ------------------------------------------------------------------
+# --- the optional evaluations --------------------------------------------------------------------
 
 
 def optional(run: Run) -> str:
-    """A section for every optional evaluation that has figures, with what should be known of it."""
+    """A section for every optional evaluation that has results, with what should be known of it."""
     sections = []
     for name in OPTIONAL:
         rows = [row for row in run.rows if row.evals.get(name, {}).get("metrics")]
         if rows:
-            note = [EVAL_NOTES[name], ""] if name in EVAL_NOTES else []
+            keys = sort_keys({key for row in rows for key in row.evals[name]["metrics"]}, name)
             sections.append(
-                "\n".join(
-                    [f"## {EVAL_TITLES[name]}", "", *note, *_evaluation_tables(rows, name), *idle_findings(rows, name)]
-                ).rstrip()
+                render(
+                    "evaluation",
+                    title=EVAL_TITLES[name],
+                    note=EVAL_NOTES.get(name),
+                    tables=_evaluation_tables(rows, keys, name),
+                    trivial=_above_trivial(rows, keys, name),
+                )
             )
     return "\n\n".join(sections)
 
 
-def idle_findings(rows: Sequence[Row], name: str) -> list[str]:
-    """For every figure of an evaluation that has a value for nothing: which SAEs lie above it, or that none does."""
-    lines = []
-    for metric in (metric_named(key, name) for key in _keys(rows, name)):
-        measured = [row for row in rows if not row.is_control and row.value(metric.key, name) is not None]
-        if metric.idle is None or not measured:
-            continue
-        value, by = metric.idle
-        above = [row for row in measured if row.value(metric.key, name) > value]
-        sure = [row for row in above if (bounds := row.interval(metric.key, name)) and bounds[0] > value]
-        if above:
-            lines.append(
-                f"- {metric.label}: {by} has {number(value)}; {len(above)} of {len(measured)} SAEs lie above it, "
-                f"{len(sure)} with their whole interval" + (f" ({_listed(sure)})." if sure else ".")
+def _above_trivial(rows: Sequence[Row], keys: Sequence[str], name: str) -> list[dict[str, Any]]:
+    """For every metric that is reached without any SAE: which SAEs lie above that value."""
+    found = []
+    for metric in (metric_named(key, name) for key in keys):
+        measured = [(row, reached) for row in rows if (reached := row.value(metric.key, name)) is not None]
+        measured = [(row, reached) for row, reached in measured if not row.is_control]
+        if metric.idle is not None and measured:
+            value, by = metric.idle
+            above = [row for row, reached in measured if reached > value]
+            sure = [row for row in above if (bounds := row.interval(metric.key, name)) and bounds[0] > value]
+            found.append(
+                {"metric": metric, "value": value, "by": by, "above": above, "sure": sure, "measured": len(measured)}
             )
-        else:
-            lines.append(
-                f"- {metric.label}: **no SAE lies above {number(value)}**, which {by} has. Their order says "
-                "nothing in favour of any."
-            )
-    return [*lines, ""] if lines else []
+    return found
 
 
-def _listed(rows: Sequence[Row]) -> str:
-    return ", ".join(f"`{row.name}`" for row in rows)
+def _evaluation_tables(rows: Sequence[Row], keys: Sequence[str], name: str) -> list[str]:
+    """One table of all plain metrics, then one for every metric that comes for several k, a column each."""
+    families: dict[str, list[str]] = {"": []}
+    for key in keys:
+        families.setdefault(family_of(key, name) or "", []).append(key)
+    tables = (family for family in families.values() if family)
+    return [_evaluation_table(rows, [metric_named(key, name) for key in family]) for family in tables]
 
 
-def _keys(rows: Sequence[Row], name: str) -> list[str]:
-    """Every figure of an evaluation, in the order of every table."""
-    return sort_keys({key for row in rows for key in row.evals[name]["metrics"]}, name)
-
-
-def _evaluation_tables(rows: Sequence[Row], name: str) -> list[str]:
-    """One table of all plain figures, then one for every figure that comes for several k, a column each."""
-    keys = _keys(rows, name)
-    families = {key: family_of(key, name) for key in keys}
-    plain = [key for key in keys if families[key] is None]
-    lines = _evaluation_table(rows, name, plain) if plain else []
-    for family in dict.fromkeys(family for family in families.values() if family is not None):
-        lines += _evaluation_table(rows, name, [key for key in keys if families[key] == family])
-    return lines
-
-
-def _evaluation_table(rows: Sequence[Row], name: str, keys: Sequence[str]) -> list[str]:
-    metrics = [metric_named(key, name) for key in keys]
+def _evaluation_table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
     titles = [metric.label + metric.arrow + ("<br>SAE Bench" if metric.source else "") for metric in metrics]
-    body = [
-        [f"`{row.name}`", *(with_interval(row.value(key, name), row.interval(key, name)) for key in keys)] for row in rows
-    ]
-    return [markdown(["SAE", *titles], body), ""]
+    return markdown_table(["SAE", *titles], [[f"`{row.name}`", *cells(row, metrics, intervals=True)] for row in rows])

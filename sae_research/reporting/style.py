@@ -1,4 +1,4 @@
-"""How SAEs look and what they are called in figures: one marker and colour per architecture, short names."""
+"""Markers, colours and short names of SAEs in figures."""
 
 from __future__ import annotations
 
@@ -10,64 +10,66 @@ from typing import NamedTuple
 from sae_research.reporting.results import Row
 
 
-class Look(NamedTuple):
+class MarkerStyle(NamedTuple):
     """A marker (matplotlib's letters) and a colour."""
 
     marker: str
     color: str
 
 
-# Okabe and Ito's palette: told apart under every common colour blindness
-KNOWN: dict[str, Look] = {
-    "standard": Look("o", "#0072B2"),
-    "topk": Look("s", "#D55E00"),
-    "ihtp": Look("^", "#009E73"),
-    "mpsae": Look("v", "#CC79A7"),
-    "omp": Look("*", "#000000"),
-    "gated": Look("P", "#E69F00"),
-    "jumprelu": Look("X", "#56B4E9"),
-    "batchtopk": Look("p", "#A6761D"),
-    "matryoshka_batchtopk": Look("h", "#7A5195"),
-    "hard_concrete": Look("<", "#B2182B"),
-    "gated_hard_concrete": Look(">", "#1B7837"),
-    "control": Look("D", "#8C8C8C"),
+# Okabe and Ito's palette: distinct under every common colour blindness
+KNOWN: dict[str, MarkerStyle] = {
+    "standard": MarkerStyle("o", "#0072B2"),
+    "topk": MarkerStyle("s", "#D55E00"),
+    "ihtp": MarkerStyle("^", "#009E73"),
+    "mpsae": MarkerStyle("v", "#CC79A7"),
+    "omp": MarkerStyle("*", "#000000"),
+    "gated": MarkerStyle("P", "#E69F00"),
+    "jumprelu": MarkerStyle("X", "#56B4E9"),
+    "batchtopk": MarkerStyle("p", "#A6761D"),
+    "matryoshka_batchtopk": MarkerStyle("h", "#7A5195"),
+    "hard_concrete": MarkerStyle("<", "#B2182B"),
+    "gated_hard_concrete": MarkerStyle(">", "#1B7837"),
+    "control": MarkerStyle("D", "#8C8C8C"),
 }
 _SPARE_COLORS = ("#4B6FA5", "#B8860B", "#8B3A62", "#2F4F4F", "#66A61E", "#A0522D", "#5D3FD3", "#C71585")
 _SPARE_MARKERS = ("8", "d", "H")
-"""No known look has any of these."""
+"""No known style has any of these."""
 
 _SIZES = {"D": 0.85, "s": 0.92, "*": 1.5}
 """Markers that look larger or smaller than a circle of the same size."""
 
 
-def marker_size(look: Look, circle: float) -> float:
-    """Points at which a look's marker appears as large as a circle of `circle` points."""
-    return circle * _SIZES.get(look.marker, 1.0)
+def marker_size(style: MarkerStyle, circle: float) -> float:
+    """Points at which its marker appears as large as a circle of `circle` points."""
+    return circle * _SIZES.get(style.marker, 1.0)
 
 
-def looks(architectures: Iterable[str], chosen: Mapping[str, Look] | None = None) -> dict[str, Look]:
-    """A look for every architecture: the user's choice, else the known one, else a spare one.
+def marker_styles(architectures: Iterable[str], chosen: Mapping[str, MarkerStyle] | None = None) -> dict[str, MarkerStyle]:
+    """A style for every architecture: the user's choice, else the known one, else a spare one.
 
-    A spare look is none of the known or chosen ones, and no two are equal as long as there are any left.
+    A spare style is none of the known or chosen ones, and no two are equal as long as there are any left.
     """
     chosen, names = chosen or {}, list(dict.fromkeys(architectures))
     unknown = sorted(name for name in names if name not in chosen and name not in KNOWN)
-    spare = dict(zip(unknown, cycle(_spare_looks({*KNOWN.values(), *chosen.values()})), strict=False))
+    spare = dict(zip(unknown, cycle(_spare_styles({*KNOWN.values(), *chosen.values()})), strict=False))
     return {name: chosen.get(name) or KNOWN.get(name) or spare[name] for name in names}
 
 
-def _spare_looks(taken: Collection[Look]) -> list[Look]:
-    """Every spare look: first those whose marker and colour are both new, and all colours before one comes again."""
+def _spare_styles(taken: Collection[MarkerStyle]) -> list[MarkerStyle]:
+    """Every spare style: first those whose marker and colour are both new, and all colours before one comes again."""
     turns = range(len(_SPARE_MARKERS))
     every = [
-        Look(_SPARE_MARKERS[(turn + index) % len(_SPARE_MARKERS)], color)
+        MarkerStyle(_SPARE_MARKERS[(turn + index) % len(_SPARE_MARKERS)], color)
         for turn in turns
         for index, color in enumerate(_SPARE_COLORS)
     ]
     every += [
-        Look(marker, color) for marker in dict.fromkeys(look.marker for look in KNOWN.values()) for color in _SPARE_COLORS
+        MarkerStyle(marker, color)
+        for marker in dict.fromkeys(style.marker for style in KNOWN.values())
+        for color in _SPARE_COLORS
     ]
-    return [look for look in every if look not in taken]
+    return [style for style in every if style not in taken]
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:

@@ -1,99 +1,126 @@
-"""Tables as Markdown and CSV: numbers as text, the extreme value of a column, one tidy row per figure.
-
-The figures' numbers: points of the scatter plots, and the same as rows that `dvc plots` draws.
-"""
+"""What every part of the report is made of: templates, tables of SAEs and metrics, results.csv, and the rows of plots."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_research.reporting.metrics import EVALS, METRICS, WANTED_K, Metric, headline, metric_named, residual_key, sort_keys
+import jinja2
+
+from sae_research.reporting.metrics import EVALS, METRICS, WANTED_K, Metric, metric_named, residual_key, sort_keys
 from sae_research.reporting.results import Curve, Row, Run
 from sae_research.reporting.style import short_names
+from sae_research.runtime import formatting
 from sae_research.runtime.files import round_significant, write_json, write_text
+from sae_research.runtime.formatting import ABSENT, csv_text, markdown_table, with_interval
+
+if TYPE_CHECKING:
+    from sae_research.reporting.comparisons import Comparison
+
+TEMPLATES = Path(__file__).parent / "templates"
+_STARTS_A_LINE = ("#", "|", "- ", "![")
+
+# --- templates -----------------------------------------------------------------------------------
+
+
+def render(template: str, **values: Any) -> str:
+    """A section of the report from `templates/<template>.md.j2`. A value that the template needs and does not get is an
+    error."""
+    return _one_line_a_paragraph(_environment().get_template(f"{template}.md.j2").render(values))
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    filters = (formatting.number, formatting.amount, formatting.counted, formatting.percent, code, at_l0, difference)
+    environment.filters |= {each.__name__: each for each in filters}
+    environment.globals["ABSENT"] = ABSENT
+    return environment
+
+
+def _one_line_a_paragraph(text: str) -> str:
+    """Templates are wrapped for those who read them; in Markdown a paragraph or list item is one line, a table a block."""
+    blocks = []
+    for block in re.split(r"\n\s*\n|(?<=\n)(?<!\|\n)(?=\|)", text):
+        lines: list[str] = []
+        for line in (line if line.startswith("|") else " ".join(line.split()) for line in block.splitlines()):
+            if lines and not line.startswith(_STARTS_A_LINE):
+                lines[-1] += f" {line}"
+            else:
+                lines.append(line)
+        blocks.append("\n".join(lines).strip())
+    return "\n\n".join(filter(None, blocks))
+
+
+def code(names: Iterable[str | Row]) -> str:
+    """`a`, `b`: names of SAEs or settings."""
+    return ", ".join(f"`{name.name if isinstance(name, Row) else name}`" for name in names)
+
+
+def at_l0(row: Row, metric: Metric) -> str:
+    """0.739 at L0 30.4."""
+    l0 = row.value("l0")
+    return formatting.number(row.value(metric.key)) + ("" if l0 is None else f" at L0 {formatting.number(l0)}")
+
+
+def difference(item: Comparison) -> str:
+    """+0.093 [+0.088, +0.100], within noise."""
+    value, low, high = (formatting.signed(each) for each in (item.found.value, item.found.low, item.found.high))
+    return f"{value} [{low}, {high}]" + ("" if item.exceeds_noise else ", within noise")
+
+
+def one_line(value: object) -> str:
+    """A message as a cell of a table: no line break, no bar that would end the cell."""
+    text = formatting.number(value) if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def headings(metrics: Iterable[Metric]) -> list[str]:
+    """Labels with the direction that is better."""
+    return [metric.label + metric.arrow for metric in metrics]
+
+
+def cells(row: Row, metrics: Iterable[Metric], intervals: bool = False) -> list[str]:
+    """An SAE's values, with their intervals where wanted and known."""
+    return [
+        with_interval(row.value(metric.key, metric.eval), row.interval(metric.key, metric.eval) if intervals else None)
+        for metric in metrics
+    ]
+
+
+def sae_table(rows: Iterable[Row], metrics: Sequence[Metric], intervals: bool = False) -> str:
+    """A line an SAE, a column a metric."""
+    body = [[f"`{row.name}`", *cells(row, metrics, intervals)] for row in rows]
+    return markdown_table(["SAE", *headings(metrics)], body)
+
 
 RESULTS_CSV = Path("metrics/results.csv")
 CSV_COLUMNS = ("sae", "architecture", "role", "eval", "metric", "value", "low", "high", "definition_version", "better")
-ABSENT = "–"
 
 
 def write_results_csv(run: Run, root: Path = Path(".")) -> None:
-    """Write `metrics/results.csv`: every figure of the run, one a row, a column telling whose definition."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    """Write `metrics/results.csv`: every value of the run, one a row, a column telling whose definition."""
+    lines = []
     for row in run.rows:
         for name in EVALS:
-            figures = row.evals.get(name, {}).get("metrics", {})
-            for key in sort_keys(figures, name):
-                metric = metric_named(key, name)
-                writer.writerow(
-                    [
-                        row.name,
-                        row.architecture,
-                        row.role,
-                        name,
-                        metric.base_key,
-                        figures[key],
-                        *(row.interval(key, name) or ("", "")),
-                        metric.version,
-                        metric.better or "",
-                    ]
-                )
-    write_text(root / RESULTS_CSV, buffer.getvalue())
+            values = row.evals.get(name, {}).get("metrics", {})
+            for key in sort_keys(values, name):
+                metric, bounds = metric_named(key, name), row.interval(key, name) or (None, None)
+                where = (row.name, row.architecture, row.role, name, metric.base_key)
+                lines.append([*where, values[key], *bounds, metric.version, metric.better])
+    write_text(root / RESULTS_CSV, csv_text(CSV_COLUMNS, lines))
 
 
-def number(value: float | None) -> str:
-    """At most three decimals for ordinary sizes, two significant digits for small ones.
-
-    >>> number(0.70712), number(12.345), number(331.0), number(0.00041), number(-0.02), number(None)
-    ('0.707', '12.3', '331', '0.00041', '-0.020', '–')
-    """
-    if value is None:
-        return ABSENT
-    size = abs(value)
-    if size >= 100 or value == 0:
-        return f"{value:.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    if size >= 0.01:
-        return f"{value:.3f}"
-    return f"{value:.2g}"
-
-
-def with_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
-    """0.763 [0.751, 0.774]; the value alone where there is no interval."""
-    return number(value) if bounds is None else f"{number(value)} [{number(bounds[0])}, {number(bounds[1])}]"
-
-
-def count(value: float) -> str:
-    """300000 -> 0.3M, 8128 -> 8,128."""
-    if value >= 1e9:
-        return f"{value / 1e9:.3g}B"
-    return f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.0f}"
-
-
-def cells(rows: Sequence[Row], metric: Metric) -> list[str]:
-    """One column of a table."""
-    return [number(row.value(metric.key, metric.eval)) for row in rows]
-
-
-def headline_columns(rows: Sequence[Row], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Headings with arrows, and the columns under them."""
-    metrics = [headline(key) for key in keys]
-    return [metric.label + metric.arrow for metric in metrics], [cells(rows, metric) for metric in metrics]
-
-
-def markdown(header: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are words, the others numbers."""
-    ruler = [":--" if index < left else "--:" for index in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ruler, *body))
-
+# --- rows of plots -------------------------------------------------------------------------------
 
 PLOTS = Path("metrics/plots")
 CURVE_POINTS = 100
@@ -109,13 +136,13 @@ class Point(NamedTuple):
 
 
 def points(run: Run, key: str) -> list[Point]:
-    """Every SAE that has both an L0 and the figure. An L0 of 0 has no place on a logarithmic axis."""
+    """Every SAE that has both an L0 and the value. An L0 of 0 has no place on a logarithmic axis."""
     pairs = ((row, row.value("l0"), row.value(key)) for row in run.rows)
     return [Point(row, x, y) for row, x, y in pairs if x is not None and x > 0 and y is not None]
 
 
 def residual_baseline(run: Run, key: str) -> float | None:
-    """What the raw residual stream reaches on a probing figure; it is the same for every SAE of a run."""
+    """What the raw residual stream reaches in a probing metric; it is the same for every SAE of a run."""
     source = residual_key(key)
     values = (row.value(source) for row in run.rows) if source else iter(())
     return next((value for value in values if value is not None), None)
@@ -141,7 +168,7 @@ def plot_rows(run: Run, key: str) -> list[dict[str, Any]]:
     baseline, labels = residual_baseline(run, key), short_names(run.rows)
     shared = {} if baseline is None else {"residual_stream": baseline}
     return [
-        {**_figures(run, point.row), **_bounds(point, key), "label": labels[point.row.name], **shared}
+        {**_values(run, point.row), **_bounds(point, key), "label": labels[point.row.name], **shared}
         for point in points(run, key)
     ]
 
@@ -151,14 +178,14 @@ def _bounds(point: Point, key: str) -> dict[str, float]:
     return {} if bounds is None else {"low": bounds[0], "high": bounds[1]}
 
 
-def _figures(run: Run, row: Row) -> dict[str, Any]:
-    figures = {key: row.value(key) for key in ("l0", *run.plotted)}
+def _values(run: Run, row: Row) -> dict[str, Any]:
+    values = {key: row.value(key) for key in ("l0", *run.plotted)}
     return {
         "sae": row.name,
         "architecture": row.architecture,
         "role": row.role,
         "interpolating": row.interpolating,
-        **{key: value for key, value in figures.items() if value is not None},
+        **{key: value for key, value in values.items() if value is not None},
     }
 
 

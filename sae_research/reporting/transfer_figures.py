@@ -1,52 +1,25 @@
-"""What the pictures of transfer are built from: panels that fit a page, legends, histograms as shares.
-
-Draw `images/transfer/*.png`: two models' activations, what an SAE makes of them, and its latents on both.
-"""
+"""Draw `images/transfer/*.png`: two models' activations, what an SAE makes of them, and its latents on both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from sae_research.config.reporting import Visualization
-from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, pixels_of, plain, save, say
+from sae_research.plotting.axes import INK, MUTED, SMALL, legend_below, panel, panels, say, write_images
 from sae_research.reporting.transfer import MAIN, MODELS, NAMES, TransferRun, at, read_transfer
-
-
-def new_figure(style: Visualization, columns: int, rows: int = 1, height: float = 0.75, legend: float = 0.0) -> Figure:
-    """Panels of equal size, small enough that text stays legible where the picture fills a page's width. height: of a panel,
-    over its width; legend: inches below the panels."""
-    width = style.width_inches * {1: 0.7, 2: 0.58, 3: 0.5}.get(columns, 0.45)
-    figure = Figure(
-        figsize=(width * columns, height * width * rows + legend), dpi=style.dpi, facecolor="white", layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def panel(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """A panel's title and labels."""
-    plain(axes, x_label, y_label)
-    axes.yaxis.set_label_coords(-0.16, 0.5)
-    axes.set_title(title, fontsize=TEXT + 1, color=INK)
 
 
 def legend(axes: Axes, **options: Any) -> None:
     """A legend inside the panel."""
     axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, **options)
-
-
-def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """One panel's legend under all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False, labelcolor=INK)
 
 
 def stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **options: Any) -> None:
@@ -55,6 +28,12 @@ def stairs(axes: Axes, histogram: dict[str, Any], label: str, color: str, **opti
     counts = np.asarray(histogram["counts"], float)
     if counts.sum():
         axes.stairs(counts / counts.sum(), edges, label=label, color=color, linewidth=1.3, **options)
+
+
+def log_y(axes: Axes) -> None:
+    """A logarithmic axis with powers of ten alone: labels in between would cover the axis' name."""
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def trim(axes: Axes, histograms: Sequence[dict[str, Any]]) -> None:
@@ -88,14 +67,9 @@ EQUAL = 1e-5
 
 def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
     """Write every picture of a finished run and delete those of an earlier one. Returns what was written."""
-    run, folder = read_transfer(root), root / IMAGES
-    wanted = {} if run is None else {folder / f"{name}.png": draw for name, draw in PICTURES.items()}
-    for path in folder.glob("*.png") if folder.is_dir() else ():
-        if path not in wanted:
-            path.unlink()
-    for path, draw in wanted.items():
-        save(pixels_of(draw(run, style)), path, style.dpi)
-    return sorted(wanted)
+    run = read_transfer(root)
+    draw = {} if run is None else {name: partial(drawn, run, style) for name, drawn in FIGURES.items()}
+    return write_images(root / IMAGES, draw)
 
 
 # --- activations -----------------------------------------------------------------------------
@@ -104,24 +78,24 @@ def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
 def similarity_heat_maps(run: TransferRun, style: Visualization) -> Figure:
     """Cosine of every token of the first prompts, one panel a hook."""
     hooks = run.main["similarity"]
-    figure = new_figure(style, len(hooks))
+    figure, grid = panels(style, len(hooks))
     maps = {
         hook: np.array([[np.nan if cell is None else cell for cell in row] for row in values["heat_map"]], float)
         for hook, values in hooks.items()
     }
-    widest = max(grid.shape[1] for grid in maps.values())
-    low = min(float(np.nanpercentile(grid, 1)) for grid in maps.values())
-    for axes, (hook, grid) in zip(figure.subplots(1, len(hooks), squeeze=False)[0], maps.items(), strict=True):
+    widest = max(cells.shape[1] for cells in maps.values())
+    low = min(float(np.nanpercentile(cells, 1)) for cells in maps.values())
+    for axes, (hook, cells) in zip(grid, maps.items(), strict=True):
         panel(axes, short(hook), "Position", "Prompt")
         axes.grid(visible=False)
         shown = axes.imshow(
-            grid,
+            cells,
             aspect="auto",
             vmin=low,
             vmax=1.0,
             cmap="viridis",
             interpolation="nearest",
-            extent=(-0.5, widest - 0.5, len(grid) - 0.5, -0.5),
+            extent=(-0.5, widest - 0.5, len(cells) - 0.5, -0.5),
         )
         axes.set_facecolor("#A8A8A8")
     bar = figure.colorbar(shown, ax=figure.axes, fraction=0.03, extend="min")
@@ -132,8 +106,7 @@ def similarity_heat_maps(run: TransferRun, style: Visualization) -> Figure:
 
 def similarity_histograms(run: TransferRun, style: Visualization) -> Figure:
     """Cosine of tokens, distance of tokens, mean cosine of prompts: a line for every hook."""
-    figure = new_figure(style, 3)
-    panels = figure.subplots(1, 3)
+    figure, grid = panels(style, 3)
     found = run.main["similarity"]
     kinds = (
         ("Cosine", "Cosine of a token", "tokens", lambda values: values["profile"]["cosine_histogram"]),
@@ -145,13 +118,13 @@ def similarity_histograms(run: TransferRun, style: Visualization) -> Figure:
         ),
         ("Cosine by prompt", "Mean cosine of a prompt", "prompts", lambda values: values["prompt_means"]),
     )
-    for axes, (title, label, counted, pick) in zip(panels, kinds, strict=True):
+    for axes, (title, label, counted, pick) in zip(grid, kinds, strict=True):
         panel(axes, title, label, f"Share of {counted} (log scale)")
         for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
             stairs(axes, pick(values), short(hook), color)
-        axes.set_yscale("log")
+        log_y(axes)
         trim(axes, [pick(values) for values in found.values()])
-    legend_below(figure, panels[0], len(found))
+    legend_below(figure, grid[0], len(found))
     return figure
 
 
@@ -162,19 +135,18 @@ def _hook_colors(n: int) -> list[str]:
 
 def similarity_by_position(run: TransferRun, style: Visualization) -> Figure:
     """Means by position in the context, at every hook."""
-    figure = new_figure(style, 3)
-    panels = figure.subplots(1, 3)
+    figure, grid = panels(style, 3)
     kinds = (("cosine", "Cosine"), ("euclidean", "Euclidean distance"), ("relative_error", "Relative error"))
     found = run.main["similarity"]
-    for axes, (key, label) in zip(panels, kinds, strict=True):
+    for axes, (key, label) in zip(grid, kinds, strict=True):
         panel(axes, label, "Position in the context", label if key != "euclidean" else "Distance (model's units)")
         for (hook, values), color in zip(found.items(), _hook_colors(len(found)), strict=True):
             _line(axes, values["profile"]["by_position"][key], color, "-", short(hook))
             if key == "cosine":
                 _line(axes, values["profile"]["by_position"]["cosine_shuffled"], color, ":", None)
         axes.set_ylim(bottom=0)
-    panels[0].plot([], [], ":", color=MUTED, label="null: with another token's")
-    legend_below(figure, panels[0], len(found) + 1)
+    grid[0].plot([], [], ":", color=MUTED, label="null: with another token's")
+    legend_below(figure, grid[0], len(found) + 1)
     return figure
 
 
@@ -191,8 +163,8 @@ def _line(axes: Axes, values: list[float | None], color: str, line: str, label: 
 
 def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
     """Norms of both models' activations at the SAE's hook, and every rule's limit."""
-    figure = new_figure(style, 1, legend=0.3)
-    axes, found = figure.subplots(), run.main["outliers"]
+    figure, (axes,) = panels(style, 1, legend=0.3)
+    found = run.main["outliers"]
     panel(axes, f"Norms of activations at {short(run.hook)}", "log10 of a token's norm", "Tokens (log scale)")
     histogram = found["norm_histogram"]
     for model in MODELS:
@@ -226,16 +198,15 @@ def outlier_norms(run: TransferRun, style: Visualization) -> Figure:
 
 
 def quality(run: TransferRun, style: Visualization) -> Figure:
-    """Four figures on the base and the finetuned model, for the pair and its controls."""
+    """Four metrics on the base and the finetuned model, for the pair and its controls."""
     kinds = (
         ("Variance explained", ("quality", "base", None, "kept", "variance_explained"), False),
         ("L0 (latents per token)", ("quality", "base", None, "kept", "l0"), False),
         ("Loss recovered", ("losses", "models", None, "kept", "saes", "base", "loss_recovered"), True),
         ("KL (nats)", ("losses", "models", None, "kept", "saes", "base", "kl"), True),
     )
-    figure = new_figure(style, 2, 2, height=0.62, legend=0.2)
-    panels = figure.subplots(2, 2)
-    for axes, (label, path, bounded) in zip(panels.flat, kinds, strict=True):
+    figure, grid = panels(style, 2, 2, height=0.62, legend=0.2)
+    for axes, (label, path, bounded) in zip(grid, kinds, strict=True):
         panel(axes, label, "", "")
         axes.grid(visible=False, axis="x")
         for place, result in enumerate(run.results.values()):
@@ -249,13 +220,13 @@ def quality(run: TransferRun, style: Visualization) -> Figure:
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.margins(y=0.12)
     for model in MODELS:
-        panels.flat[0].bar(
+        grid[0].bar(
             [np.nan],
             [np.nan],
             color=COLORS[model],
             label="on the base model" if model == "base" else "on the pair's other model",
         )
-    legend_below(figure, panels.flat[0])
+    legend_below(figure, grid[0])
     return figure
 
 
@@ -293,8 +264,8 @@ def _bar(axes: Axes, x: float, found: Any, model: str, bounded: bool) -> None:
 
 def activations(run: TransferRun, style: Visualization) -> Figure:
     """Sizes of the non-zero activations of all latents."""
-    figure = new_figure(style, 1)
-    axes, found = figure.subplots(), run.main["quality"]["base"]
+    figure, (axes,) = panels(style, 1)
+    found = run.main["quality"]["base"]
     panel(axes, "Non-zero activations of all latents", "log10 of an activation's size", "Share of activations")
     for model in MODELS:
         stairs(axes, found[model]["activation_histogram"], model, COLORS[model], linestyle="-" if model == "base" else "--")
@@ -307,13 +278,12 @@ def activations(run: TransferRun, style: Visualization) -> Figure:
 
 
 def _column(run: TransferRun, name: str) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in run.table.get(name, [])], float)
+    return run.latents[name].to_numpy(float) if name in run.latents else np.empty(0)
 
 
 def densities(run: TransferRun, style: Visualization) -> Figure:
     """Each latent's density in both models with the regression, and both histograms; silent latents stand at the edge."""
-    figure = new_figure(style, 2, height=0.8)
-    scatter, histogram = figure.subplots(1, 2)
+    figure, (scatter, histogram) = panels(style, 2, height=0.8)
     base, other = (_column(run, f"{model}_density") for model in MODELS)
     if not len(base) or not (base > 0).any():
         return say(scatter, "no latent fired")
@@ -366,8 +336,7 @@ def densities(run: TransferRun, style: Visualization) -> Figure:
 def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
     """Correlation and overlap of latents against the nulls and the perturbed model, correlation against density, and how
     alike their logits are."""
-    figure = new_figure(style, 2, 2, height=0.72)
-    correlations, overlaps, rarity, logits = figure.subplots(2, 2).flat
+    figure, (correlations, overlaps, rarity, logits) = panels(style, 2, 2, height=0.72)
     found = {name: at(result, "latents", "base", "pearson_histograms") for name, result in run.results.items()}
     own = found.pop(MAIN)
     drawn = [
@@ -380,7 +349,7 @@ def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
     panel(correlations, "Correlation on the same tokens", "Pearson", "Share of latents (log scale)")
     for histogram, label, color, line in drawn:
         stairs(correlations, histogram, label, color, linestyle=line)
-    correlations.set_yscale("log")
+    log_y(correlations)
     trim(correlations, [histogram for histogram, *_ in drawn])
     panel(overlaps, "Overlap of firing", "Jaccard", "Share of latents (log scale)")
     edges = np.linspace(0, 1, 41)
@@ -388,7 +357,7 @@ def latent_transfer(run: TransferRun, style: Visualization) -> Figure:
         values = _column(run, column)
         counts = np.histogram(values[np.isfinite(values)], edges)[0]
         stairs(overlaps, {"edges": edges, "counts": counts}, "", color)
-    overlaps.set_yscale("log")
+    log_y(overlaps)
     _rarity(run, rarity)
     _logits(run, logits)
     legend_below(figure, correlations, len(drawn))
@@ -417,19 +386,18 @@ def _logits(run: TransferRun, axes: Axes) -> None:
 
 def repair(run: TransferRun, style: Visualization) -> Figure:
     """Variance explained against tokens of further training, and L0."""
-    figure = new_figure(style, 2, height=0.72, legend=0.3)
-    panels = figure.subplots(1, 2)
+    figure, grid = panels(style, 2, height=0.72, legend=0.3)
     found = run.main.get("repair") or {}
     if found.get("status") != "ok":
-        panels[1].set_axis_off()
-        return say(panels[0], f"repair: {found.get('message', 'not run')}")
+        grid[1].set_axis_off()
+        return say(grid[0], f"repair: {found.get('message', 'not run')}")
     kinds = (
         ("finetuned", "finetuned", FINETUNED, "-", "trained on and read on the finetuned model"),
         ("finetuned", "base", FINETUNED, ":", "the same SAE on the base model"),
         ("base", "base", BASE, "--", "control: trained as long on the base model"),
     )
     for axes, key, label in zip(
-        panels,
+        grid,
         ("variance_explained", "l0"),
         (("At equal L0", "Variance explained"), ("At its own biases", "L0 (latents per token)")),
         strict=True,
@@ -449,16 +417,16 @@ def repair(run: TransferRun, style: Visualization) -> Figure:
             )
     half = found.get("tokens_to_half")
     if half is not None:
-        panels[0].axvline(
+        grid[0].axvline(
             half / 1000, color=MUTED, linewidth=1.0, linestyle="-.", label=f"half of the gap closed: {half:,.0f} tokens"
         )
-    legend_below(figure, panels[0])
+    legend_below(figure, grid[0])
     return figure
 
 
-PICTURES: dict[str, Callable[[TransferRun, Visualization], Figure]] = {
-    picture.__name__: picture
-    for picture in (
+FIGURES: dict[str, Callable[[TransferRun, Visualization], Figure]] = {
+    drawn.__name__: drawn
+    for drawn in (
         quality,
         similarity_by_position,
         similarity_histograms,

@@ -46,10 +46,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def count(value: float) -> str:
+def amount(value: float) -> str:
     """A whole number, from 100,000 on to three significant digits.
 
-    >>> count(8128), count(300_000), count(999_999), count(2e9)
+    >>> amount(8128), amount(300_000), amount(999_999), amount(2e9)
     ('8,128', '300k', '1M', '2B')
     """
     rounded = float(f"{value:.3g}")

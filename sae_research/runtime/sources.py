@@ -250,7 +250,7 @@ def _data_in(folder: Path) -> tuple[Path, ...]:
             continue
         if entry.is_dir():
             found += _data_in(entry) if not any(entry.rglob("*.py")) else ()
-        elif entry.suffix not in (".py", ".pyc"):
+        elif entry.suffix not in (".py", ".pyc", ".typed"):
             found.append(entry)
     return tuple(found)
 

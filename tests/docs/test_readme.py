@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from sae_research.reporting.tables import number
+from sae_research.runtime.formatting import number
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = (

@@ -37,7 +37,8 @@ from sae_research.evals.ground_truth.evaluation import (
 )
 from sae_research.evals.ground_truth.measures import Truth, correlations, flags, measure
 from sae_research.reporting import ground_truth
-from sae_research.reporting.ground_truth import FOLDER, draw_ground_truth, extract_ground_truth
+from sae_research.reporting.ground_truth import FOLDER, extract_ground_truth
+from sae_research.reporting.ground_truth_figures import draw_ground_truth
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, save_sae

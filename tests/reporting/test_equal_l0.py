@@ -7,7 +7,7 @@ import math
 import pytest
 
 from sae_research.reporting.comparisons import area, at, common_l0, common_range, grids, pareto
-from sae_research.reporting.figures import Artist
+from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
 from sae_research.reporting.results import Row, Run, merge, read_run
@@ -103,7 +103,7 @@ def test_without_a_grid_the_report_says_so(lab: Lab) -> None:
 
 def test_the_picture_draws_lines_between_points_and_points_alone(lab: Lab) -> None:
     merge(lab.root)
-    figure = Artist(read_run(lab.root), STYLE).equal_l0()
+    figure = RunFigures(read_run(lab.root), STYLE).equal_l0()
     assert len(figure.axes) == 6
     drawn = [line for line in figure.axes[0].lines if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
     assert sorted((min(line.get_xdata()), max(line.get_xdata())) for line in drawn) == [(10.0, 100.0), (88.0, 331.0)]
@@ -114,5 +114,5 @@ def test_the_picture_of_a_run_without_results_says_why(lab: Lab) -> None:
     for name in ("core", "sparse_probing"):
         lab.disable(name)
     merge(lab.root)
-    texts = [text.get_text() for axes in Artist(read_run(lab.root), STYLE).equal_l0().axes for text in axes.texts]
+    texts = [text.get_text() for axes in RunFigures(read_run(lab.root), STYLE).equal_l0().axes for text in axes.texts]
     assert len(texts) == 6 and all("disabled" in text.replace("\n", " ") for text in texts)

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from sae_research.config.reporting import Style, Visualization
-from sae_research.plotting.axes import Box, place_labels
-from sae_research.reporting.figures import Artist, draw_all
+from sae_research.plotting.labels import Box, place_labels
+from sae_research.reporting.figures import RunFigures, draw_all
 from sae_research.reporting.results import Row, Run, merge, read_run
-from sae_research.reporting.style import KNOWN, Look, looks, short_names
+from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles, short_names
 from sae_research.reporting.tables import CURVE_POINTS, points, write_plot_data
 from sae_research.runtime.errors import UserError
 from tests.reporting.conftest import SAES, Lab, core_result
@@ -57,7 +57,7 @@ def test_disabled_evaluations_leave_a_panel_that_says_so(lab: Lab, off: tuple[st
     run = build(lab)
     assert all(path.is_file() for path in draw_all(run, STYLE, lab.root))
     key = "kl" if "core" in off else "sae_top_1_accuracy"
-    texts = [text.get_text() for text in Artist(run, STYLE).panel(key).axes[0].texts]
+    texts = [text.get_text() for text in RunFigures(run, STYLE).against_l0(key).axes[0].texts]
     assert any("evaluation: disabled" in text.replace("\n", " ") for text in texts)
 
 
@@ -78,7 +78,7 @@ def test_without_training_and_with_odd_values(lab: Lab):
 
 
 def test_interpolating_points_are_hollow_and_only_they(lab: Lab):
-    axes = Artist(build(lab), STYLE).panel("variance_explained").axes[0]
+    axes = RunFigures(build(lab), STYLE).against_l0("variance_explained").axes[0]
     markers = [line for line in axes.lines if line.get_linestyle() == "None"]
     hollow = [line for line in markers if line.get_markerfacecolor() == "white"]
     assert [float(x) for line in hollow for x in line.get_xdata()] == [576.0]
@@ -86,39 +86,39 @@ def test_interpolating_points_are_hollow_and_only_they(lab: Lab):
 
 
 def test_residual_stream_is_drawn_in_probing_panels_only(lab: Lab):
-    artist = Artist(build(lab), STYLE)
-    named = {key: [text.get_text() for text in artist.panel(key).axes[0].texts] for key in artist.run.plotted}
+    figures = RunFigures(build(lab), STYLE)
+    named = {key: [text.get_text() for text in figures.against_l0(key).axes[0].texts] for key in figures.run.plotted}
     assert "raw residual stream, top-5" in named["sae_top_5_accuracy"]
     assert not any("residual" in text for text in named["kl"])
 
 
 def test_architectures_have_distinct_looks_and_the_user_may_choose():
-    found = looks(["standard", "brand_new", "other_new", "control"], {"standard": Look("x", "#123456")})
-    assert found["standard"] == Look("x", "#123456") and found["control"] == KNOWN["control"]
+    found = marker_styles(["standard", "brand_new", "other_new", "control"], {"standard": MarkerStyle("x", "#123456")})
+    assert found["standard"] == MarkerStyle("x", "#123456") and found["control"] == KNOWN["control"]
     assert len(set(found.values())) == 4
     assert len(set(KNOWN.values())) == len(KNOWN)
     style = Visualization(architectures={"topk": Style(marker="*", color="red")})
-    assert Artist(Run([], {}, {}, []), style).look == {}
+    assert RunFigures(Run([], {}, {}, []), style).markers == {}
 
 
 def test_an_architecture_of_ones_own_never_looks_like_a_known_one():
     own = [f"own_{number}" for number in range(100)]
-    found = looks([*own, *KNOWN])
+    found = marker_styles([*own, *KNOWN])
     assert len(set(found.values())) == len(found), "pairs of marker and colour"
     known = {part for look in KNOWN.values() for part in look}
-    assert not known & {part for name in looks(own[:24]).values() for part in name}
-    first = [looks(own[:8])[name] for name in own[:8]]
+    assert not known & {part for name in marker_styles(own[:24]).values() for part in name}
+    first = [marker_styles(own[:8])[name] for name in own[:8]]
     assert len({look.color for look in first}) == 8, "lines of training curves have no marker"
-    taken = Look(*first[0])
-    assert looks(["own_0", "mine"], {"mine": taken})["own_0"] != taken, "nor like one that the user chose"
-    assert set(looks(f"own_{number}" for number in range(200))) == {f"own_{number}" for number in range(200)}
+    taken = MarkerStyle(*first[0])
+    assert marker_styles(["own_0", "mine"], {"mine": taken})["own_0"] != taken, "nor like one that the user chose"
+    assert set(marker_styles(f"own_{number}" for number in range(200))) == {f"own_{number}" for number in range(200)}
 
 
 @pytest.mark.parametrize(("marker", "color"), [("circle", "red"), ("o", "reddish")])
 def test_a_look_that_matplotlib_does_not_know_is_a_user_error(marker: str, color: str):
     style = Visualization(architectures={"topk": Style(marker=marker, color=color)})
     with pytest.raises(UserError, match="visualization.architectures.topk: unknown"):
-        Artist(Run([], {}, {}, []), style)
+        RunFigures(Run([], {}, {}, []), style)
 
 
 def test_short_names_drop_what_the_legend_says_and_stay_distinct(lab: Lab):

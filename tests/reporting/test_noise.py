@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sae_research.reporting.comparisons import comparisons, contenders, recipes, write_differences_csv
-from sae_research.reporting.figures import Artist
+from sae_research.reporting.comparisons import comparisons, seed_groups, write_differences_csv
+from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline, leading_ks
 from sae_research.reporting.report import report
 from sae_research.reporting.results import Row, Run, merge, read_run
@@ -108,7 +108,7 @@ def test_sums_keep_their_digits_when_merged(lab: Lab) -> None:
 
 def test_bars_are_drawn_behind_the_points(lab: Lab) -> None:
     run = build(lab)
-    axes = Artist(run, STYLE).panel("sae_top_1_accuracy").axes[0]
+    axes = RunFigures(run, STYLE).against_l0("sae_top_1_accuracy").axes[0]
     bars = [line for line in axes.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1]
     assert sorted(tuple(line.get_ydata()) for line in bars) == sorted(row.interval("sae_top_1_accuracy") for row in run.rows)
     write_plot_data(run, lab.root)
@@ -136,7 +136,7 @@ def test_seeds_of_one_recipe_are_recognised_and_a_copy_is_no_seed() -> None:
         row("std", "s", "w1"),
         row("std_again", "s", "w1"),
     ]
-    found = contenders(rows)
+    found = seed_groups(rows)
     assert [(item.name, item.seeds) for item in found] == [
         ("topk", 2),
         ("alone", 1),
@@ -144,11 +144,11 @@ def test_seeds_of_one_recipe_are_recognised_and_a_copy_is_no_seed() -> None:
         ("variant_2", 1),
         ("std", 1),
     ]
-    assert [item.title for item in recipes(rows)] == ["`topk` (2 seeds)"]
-    both = recipes([row("a_1", "r", l0=10.0), row("a_2", "r", l0=14.0)])[0]
+    assert found[0].title == "`topk` (2 seeds)"
+    both = seed_groups([row("a_1", "r", l0=10.0), row("a_2", "r", l0=14.0)])[0]
     assert both.mean(headline("l0")) == 12
     assert both.spread(headline("l0")) == pytest.approx(8**0.5)
-    partly = recipes([row("a_1", "r", l0=10.0), row("a_2", "r")])[0]
+    partly = seed_groups([row("a_1", "r", l0=10.0), row("a_2", "r")])[0]
     assert partly.mean(headline("l0")) is None, "a mean over fewer runs than the table says would mislead"
 
 
@@ -174,7 +174,7 @@ def seeds_against_seeds(lab: Lab, count: int) -> str:
 def test_better_is_said_with_three_seeds_on_both_sides(lab: Lab) -> None:
     text = seeds_against_seeds(lab, 3)
     assert "- Variance explained: `new` (3 seeds) is better than `old` (3 seeds), by 0.100." in text
-    assert "At least 3 seeds stand behind `new` (3 seeds), `old` (3 seeds)" in text
+    assert "At least 3 seeds: `new` (3 seeds), `old` (3 seeds)" in text
     assert text.count("is better than") == 1, "the other figures are the same but for noise"
 
 
@@ -190,7 +190,7 @@ def test_better_is_not_said_with_fewer(lab: Lab) -> None:
 def test_differences_that_exceed_noise_are_listed_with_their_terms(lab: Lab) -> None:
     run = build(lab)
     found, text = comparisons(run), section(report(run), "Which differences exceed noise")
-    assert f"{len(found)} tests" in text and "Holm" in text and "One training seed" in text
+    assert f"{len(found)} tests" in text and "Holm" in text and "was trained with one seed" in text
     exceeding = [item for item in found if item.exceeds_noise]
     assert 0 < len(exceeding) < len(found)
     assert len(re.findall(r"\[[+−]?[\d.]+, [+−]?[\d.]+\]", text)) == len(exceeding)
@@ -223,7 +223,7 @@ def test_the_report_says_when_nothing_exceeds_noise(lab: Lab) -> None:
     text = section(report(build(lab)), "Which differences exceed noise")
     assert "4 tests: 1 pairs" not in text and "4 tests: 1 pair," in text
     assert "**No difference exceeds noise.**" in text
-    assert "| SAE | less |" not in text
+    assert "| SAE | minus |" not in text
 
 
 def test_an_sae_under_two_names_differs_by_exactly_nothing(lab: Lab) -> None:

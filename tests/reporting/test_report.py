@@ -6,12 +6,13 @@ import csv
 import re
 
 import pytest
+from jinja2 import UndefinedError
 
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
-from sae_research.reporting.report_results import control_findings, stricter
+from sae_research.reporting.report_results import better_controls, controls, stricter
 from sae_research.reporting.results import Row, Run, merge, read_run
-from sae_research.reporting.tables import cells, count, number, write_results_csv
+from sae_research.reporting.tables import cells, render, write_results_csv
 from tests.reporting.conftest import SAES, Lab
 
 
@@ -27,8 +28,8 @@ def row(name: str, role: str = "comparison", interpolating: bool = False, **figu
 
 def test_nothing_is_marked_as_best_over_saes_of_different_l0():
     rows = [row("a", kl=0.2, l0=10.0), row("b", kl=0.1, l0=20.0), row("c", l0=5.0)]
-    assert cells(rows, headline("kl")) == ["0.200", "0.100", "–"]
-    assert cells(rows, headline("l0")) == ["10.0", "20.0", "5.000"]
+    shown = [cells(each, [headline("kl"), headline("l0")]) for each in rows]
+    assert shown == [["0.200", "10.0"], ["0.100", "20.0"], ["–", "5.000"]]
 
 
 def test_a_control_with_the_more_favourable_value_is_named_with_both_numbers():
@@ -36,15 +37,14 @@ def test_a_control_with_the_more_favourable_value_is_named_with_both_numbers():
         row("a", variance_explained=0.7, l0=40.0),
         row("b", role="control", variance_explained=0.84, l0=32.0),
     ]
-    assert (
-        "- Variance explained: `b` (0.840 at L0 32.0) has a higher value than `a` (0.700 at L0 40.0)."
-        in control_findings(Run(rows, {}, {}, []))
+    assert "- Variance explained: `b` (0.840 at L0 32.0) has a higher value than `a` (0.700 at L0 40.0)." in controls(
+        Run(rows, {}, {}, [])
     )
     rows[1] = row("b", role="control", variance_explained=0.5)
-    none = ["No control has a more favourable value than an SAE of the same or a higher L0 in any column above."]
-    assert control_findings(Run(rows, {}, {}, [])) == none
+    assert better_controls(Run(rows, {}, {}, [])) == []
+    assert "No control has a more favourable value than an SAE" in controls(Run(rows, {}, {}, []))
     rows[1] = row("b", role="control", variance_explained=0.84, l0=80.0)
-    assert control_findings(Run(rows, {}, {}, [])) == none, "a denser control that explains more is no surprise"
+    assert better_controls(Run(rows, {}, {}, [])) == [], "a denser control that explains more is no surprise"
 
 
 def test_stricter_references_stand_beside_what_they_correct():
@@ -65,11 +65,11 @@ def test_a_transfer_stage_has_its_row(lab: Lab):
     assert "| Transfer to a finetuned model | disabled | – | switched off |" in report(run, root=lab.root)
 
 
-def test_report_opens_with_what_ran_and_calls_a_short_run_a_smoke_run(lab: Lab):
+def test_report_opens_with_its_findings_and_calls_a_short_run_a_smoke_run(lab: Lab):
     text = report(build(lab))
-    start = text.index("## What ran")
-    assert start < text.index("smoke run") < text.index("## Results")
-    assert "0.3M training tokens" in text
+    places = [text.index(part) for part in ("smoke run", "## In short", "## Results", "## What ran", "## Intervals")]
+    assert places == sorted(places), "findings and the headline table come first"
+    assert "300k training tokens" in text
     assert "`smollm2-135m-instruct`" in text and "`blocks.8.hook_resid_post`" in text
     assert "contexts of 128 tokens" in text
 
@@ -156,14 +156,8 @@ def test_csv_is_tidy_and_tells_definitions_apart(lab: Lab):
     assert {r["better"] for r in rows} == {"higher", "lower", ""}
 
 
-def test_numbers_read_well():
-    assert [number(value) for value in (0.7071, 12.34, 331.2, 0.00041, -0.02, 0.0, None)] == [
-        "0.707",
-        "12.3",
-        "331",
-        "0.00041",
-        "-0.020",
-        "0",
-        "–",
-    ]
-    assert [count(value) for value in (8128, 300_000, 5e7, 2e9)] == ["8,128", "0.3M", "50M", "2B"]
+def test_a_template_gets_all_its_values_and_its_paragraphs_are_one_line_each():
+    with pytest.raises(UndefinedError, match="table"):
+        render("stricter")
+    title, text, header, row = (line for line in render("stricter", table="| a |\n| b |").splitlines() if line)
+    assert title.startswith("## ") and len(text) > 300 and (header, row) == ("| a |", "| b |")

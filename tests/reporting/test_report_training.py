@@ -27,8 +27,8 @@ def test_findings_and_healthy_saes_are_listed(lab: Lab) -> None:
         "| `standard` | 9.0% of latents did not fire any more at the end | fraction of latents silent 0.090 | 0.050 | "
         "`train.saes.standard.resample_every`: 0.1 |"
     ) in text
-    assert "Nothing stands out for `topk`." in text
+    assert "No finding for `topk`." in text
     trained["diagnose"] = {"saes": {"standard": [], "topk": []}, "text": []}
     lab.write("trained_saes/training_report.json", trained)
     section = report(read_run(lab.root)).partition("## What the training shows")[2].partition("\n## ")[0]
-    assert "|" not in section and "Nothing stands out for `standard`, `topk`." in section
+    assert "|" not in section and "No finding for `standard`, `topk`." in section

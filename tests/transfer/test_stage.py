@@ -100,7 +100,7 @@ def check_report_and_pictures(root: Path) -> None:
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"")
     written = transfer_figures.draw_transfer(Params().visualization.model_copy(update={"dpi": 30}), root)
-    assert {path.stem for path in written} == set(transfer_figures.PICTURES) and not stale.exists()
+    assert {path.stem for path in written} == set(transfer_figures.FIGURES) and not stale.exists()
     for path in written:
         assert np.asarray(Image.open(path)).std() > 5, f"{path.name} is blank"
 

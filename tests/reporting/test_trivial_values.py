@@ -1,4 +1,4 @@
-"""Where no SAE beats what is had for nothing, the report says so."""
+"""Where no SAE beats a value that is reached without any SAE, the report says so."""
 
 from __future__ import annotations
 
