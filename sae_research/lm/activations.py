@@ -1,8 +1,7 @@
 """Activations of many sequences at one hook: computed once, kept in a memory-mapped cache, shared by every SAE.
 
-Activations of many sequences that open alike: every prefix runs through the model once.
-
-Activations of token sequences at one hook, and which tokens count: what every evaluation on text starts from.
+Where sequences share prefixes, each prefix runs through the model once (`SharedPrefixes`). `HookActivations` adds which
+tokens count: what every evaluation on text starts from.
 """
 
 from __future__ import annotations

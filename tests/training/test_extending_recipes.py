@@ -24,7 +24,8 @@ def apply(page: str, root: Path) -> list[str]:
         if place:
             lines = path.read_text().splitlines(keepends=True)
             at = lines.index(f"{anchor[1:]}\n") + (place == "after")
-            path.write_text("".join([*lines[:at], text, *lines[at:]]))
+            inserted = text if place == "after" else f"{text}\n\n"
+            path.write_text("".join([*lines[:at], inserted, *lines[at:]]))
         else:
             assert not path.exists()
             path.write_text(text)
