@@ -145,7 +145,7 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
     try:
         yield
     except Stop as stop:
-        message = _kept(progress)
+        message = _what_is_kept(progress)
         progress.end("interrupted", message)
         raise Interrupted(message, stop.number) from None
     except torch.AcceleratorError as error:
@@ -157,7 +157,7 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
         raise UserError(message) from None
     except torch.OutOfMemoryError as error:
         mend = (
-            f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}"
+            f"lower model.llm_batch_size or train.held_out_tokens; {_what_is_kept(progress)}"
             if progress.trained
             else "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size"
         )
@@ -166,13 +166,13 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
         raise UserError(message) from None
     except BaseException as error:
         if progress.trained:
-            print(_kept(progress), file=sys.stderr, flush=True)
+            print(_what_is_kept(progress), file=sys.stderr, flush=True)
         progress.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
     progress.end("finished")
 
 
-def _kept(progress: ProgressFile) -> str:
+def _what_is_kept(progress: ProgressFile) -> str:
     """What is left of a run that ends here, in words."""
     kept = saved_checkpoints(progress.path.parent)
     if not kept:
