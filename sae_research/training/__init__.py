@@ -11,7 +11,7 @@ __all__ = ["RECIPES", "Recipe"]
 
 
 def __getattr__(name: str) -> Any:
-    """Recipes when first asked for: whoever only watches a run (`training.progress`) needs no torch."""
+    """Recipes when first asked for: importing the package alone needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sae_research.training import recipes

@@ -3,9 +3,8 @@
 A checkpoint appears whole or not at all, and the one before it goes only then. Those of runs that nobody goes on with
 are kept up to a size.
 
-What a training run says of itself while it runs: `.cache/train/<run key>/progress.json`, for whoever watches it.
-
-No torch here: a monitor must start in a fraction of a second.
+Beside them `progress.json` says how far a run is. Nothing here imports torch at the top: a monitor that reads it must start
+in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.runtime.cache import cache_dir, held, prune
@@ -38,6 +35,9 @@ from sae_research.runtime.files import (
     round_significant,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
 _NAME = re.compile(r"^checkpoint_(\d+)$")
@@ -92,13 +92,15 @@ def load_checkpoint(folder: Path, identity: dict[str, Any]) -> Checkpoint | None
 
     What a killed run left half written is deleted.
     """
+    from safetensors.torch import load_file
+
     remove_leftovers(folder)
     for step, path in saved_checkpoints(folder):
         try:
             written = read_json(path / STATE_FILE)
             if file_sha256(path / TENSORS_FILE) != written["sha256"]:
                 raise UserError(f"{TENSORS_FILE} is not what was written")
-            tensors = safetensors.torch.load_file(path / TENSORS_FILE)
+            tensors = load_file(path / TENSORS_FILE)
         except (UserError, SafetensorError, KeyError, TypeError) as error:
             print(f"the checkpoint of step {step} is damaged and not used ({error}): {path}", flush=True)
             continue
@@ -118,8 +120,10 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises `OSError` where safetensors wraps one."""
+    from safetensors.torch import save_file
+
     try:
-        safetensors.torch.save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:
         full = [number for number in (errno.ENOSPC, errno.EDQUOT) if f"os error {number}" in str(error)]
         if full:

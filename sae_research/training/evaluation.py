@@ -29,7 +29,7 @@ from sae_research.training.stream import ActivationStream, pca_variance_explaine
 from sae_research.training.training_sae import TrainingSAE
 
 HELD_OUT_SPLIT = "core_eval"
-KEPT = (
+REPORTED = (
     "tokens",
     "l0",
     "variance_explained",
@@ -82,11 +82,6 @@ def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[
     return stats
 
 
-def kept(stats: ReconstructionStats) -> dict[str, float]:
-    """The figures that the training report shows."""
-    return {key: value for key, value in stats.metrics().items() if key in KEPT}
-
-
 EVAL_FILE = "eval_results.json"
 LOGITS = 2**28
 """Logits held at a time, clean ones and as many patched: a gigabyte of float32 each."""
@@ -121,7 +116,7 @@ def evaluate(
                 "tokens": sae.tokens,
                 "hyper_parameters": params.train.hyper_parameters(sae.name),
                 "fraction_silent_at_end": sae.fraction_silent,
-                "held_out": kept(stats[sae.name]),
+                "held_out": {key: value for key, value in stats[sae.name].metrics().items() if key in REPORTED},
             }
         explained = pca_variance_explained(buffer.pca, rows_ND * buffer.calibration.scale, PCA_COMPONENTS)
         report["hooks"][hook] = {

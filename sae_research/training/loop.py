@@ -27,7 +27,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.training.checkpoints import ProgressFile
 from sae_research.training.recipes import StepOutput
-from sae_research.training.stack import Stack, grouped
+from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.stream import Stream, StreamBatch
 from sae_research.training.training_sae import CurveRow, TrainingSAE, train_step
 
@@ -55,7 +55,7 @@ class Trainer:
         """All steps that are left, and a checkpoint of the end. Raises `UserError` naming SAE and step when a loss is no
         longer finite, and `Stop`, with a checkpoint written, when a signal came."""
         self.saved_at, self.saved_step = time.monotonic(), self.step
-        groups = grouped(self.saes, self.train)
+        groups = in_stacks(self.saes, self.train)
         self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
         self.stepper = ThreadPoolStepper(len(self.units), self.stream.device)
         with (

@@ -21,7 +21,7 @@ from sae_research.runtime.files import fingerprint
 from sae_research.training.recipes import Recipe, StepOutput
 from sae_research.training.recipes.base import project_rows, unit_rows
 from sae_research.training.stream import StreamBatch
-from sae_research.training.training_sae import TrainingSAE, adam, merged, note_losses
+from sae_research.training.training_sae import TrainingSAE, adam, mean_over_parts, note_losses
 
 MAPPED = {"l1_coefficient", "l0_coefficient", "k", "target_l0", "sparsity_coefficient", "aux_coefficient"}
 """Settings that `forward` reads and that may differ inside a stack: it is given one number an SAE."""
@@ -47,7 +47,7 @@ STACKED_ON = ("cuda",)
 """Devices on which SAEs of one kind step together; on a CPU they are no faster so."""
 
 
-def grouped(saes: Iterable[TrainingSAE], train: Train) -> list[list[TrainingSAE]]:
+def in_stacks(saes: Iterable[TrainingSAE], train: Train) -> list[list[TrainingSAE]]:
     """The SAEs that step together, in order: stacks of one kind on CUDA, single ones otherwise."""
     groups: dict[str, list[list[TrainingSAE]]] = {}
     for sae in saes:
@@ -145,7 +145,7 @@ class Stack:
             for recipe, output, own in zip(self.recipes, found, outputs, strict=True):
                 recipe.track(output, batch.progress)
                 own.append(output)
-        return total, [merged(own) for own in outputs]
+        return total, [mean_over_parts(own) for own in outputs]
 
     def _part(self, x_BD: Tensor, progress: float) -> tuple[dict[str, Tensor], list[StepOutput]]:
         self.template.plain_state = self.first.plain_state

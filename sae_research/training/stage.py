@@ -64,12 +64,12 @@ Report = dict[str, Any]
 def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Report:
     """Run the stage; `output` is replaced whole when everything is done, and left alone if anything fails.
 
-    What the end needs is looked at before the first step: the held-out text, room on the disk, names and rights; with
-    `compared` also whether the setup stage can make its controls and variants of the baseline trained here. The run can be
-    followed in `progress.progress_path(params)`. A run that was interrupted goes on from its last checkpoint and ends with
-    the same bytes on a CPU; one whose measurement failed is measured only. Raises `UserError` when the text runs out, a loss
-    diverges, model and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C, after saving a
-    checkpoint.
+    What the end needs is checked before the first step: the held-out text, room on the disk, names and rights; with
+    `compared` also whether the setup stage can make its controls and variants of the baseline trained here.
+    `checkpoints.progress_path(params)` says how far the run is. A run that was interrupted goes on from its last checkpoint
+    and ends with the same bytes on a CPU; one whose measurement failed is measured only. Raises `UserError` when the text
+    runs out, a loss diverges, model and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C,
+    after saving a checkpoint.
     """
     if not (params.train.enabled and params.train.saes):
         report = _report(params, tokens=0)
@@ -146,7 +146,7 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
     try:
         yield
     except Stop as stop:
-        message = _kept(progress)
+        message = _what_is_kept(progress)
         progress.end("interrupted", message)
         raise Interrupted(message, stop.number) from None
     except torch.AcceleratorError as error:
@@ -158,7 +158,7 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
         raise UserError(message) from None
     except torch.OutOfMemoryError as error:
         mend = (
-            f"lower model.llm_batch_size or train.held_out_tokens; {_kept(progress)}"
+            f"lower model.llm_batch_size or train.held_out_tokens; {_what_is_kept(progress)}"
             if progress.trained
             else "raise train.accumulation_steps, or lower train.batch_size, train.buffer_tokens or model.llm_batch_size"
         )
@@ -167,13 +167,13 @@ def _reported(progress: ProgressFile) -> Iterator[None]:
         raise UserError(message) from None
     except BaseException as error:
         if progress.trained:
-            print(_kept(progress), file=sys.stderr, flush=True)
+            print(_what_is_kept(progress), file=sys.stderr, flush=True)
         progress.end("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
     progress.end("finished")
 
 
-def _kept(progress: ProgressFile) -> str:
+def _what_is_kept(progress: ProgressFile) -> str:
     """What is left of a run that ends here, in words."""
     kept = saved_checkpoints(progress.path.parent)
     if not kept:
@@ -221,7 +221,7 @@ def check_comparison(params: Params, lm: LanguageModel) -> None:
 
 def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
     """Raises `UserError` where the disk does not hold the SAEs; says so where it does not hold a checkpoint, without which
-    a run can be had too."""
+    a run is possible too."""
     train = params.train
     weights = sum(2 * lm.d_in(train.hook_of(name)) * config.d_sae * FLOAT_BYTES for name, config in train.saes.items())
     buffers = sum(lm.d_in(hook) for hook in train.hooks) * max(train.buffer_tokens, 2 * train.batch_size) * lm.dtype.itemsize

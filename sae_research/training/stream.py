@@ -1,7 +1,8 @@
-"""PCA of the training activations: what a linear code of n components explains, to hold an SAE against.
-
-The activation stream: contexts through the language model in chunks, at one or more hooks, each hook's activations
+"""The activation stream: contexts through the language model in chunks, at one or more hooks, each hook's activations
 shuffled in a bounded buffer.
+
+Every buffer also follows the principal components of its activations: what a linear code of n components explains is the
+reference for an SAE.
 """
 
 from __future__ import annotations

@@ -144,11 +144,11 @@ def _gradients(recipe: Recipe, batch: StreamBatch) -> StepOutput:
         output = recipe.compute(part_BD, batch.progress)
         (output.loss if n_parts == 1 else output.loss / n_parts).backward()
         outputs.append(output._replace(loss=output.loss.detach()))
-    return merged(outputs)
+    return mean_over_parts(outputs)
 
 
-def merged(outputs: list[StepOutput]) -> StepOutput:
-    """What the parts of a batch say of the whole."""
+def mean_over_parts(outputs: list[StepOutput]) -> StepOutput:
+    """The output of a batch from those of its parts: mean loss and L0, all residuals, the latents that fired in the last."""
     if len(outputs) == 1:
         return outputs[0]
     return StepOutput(

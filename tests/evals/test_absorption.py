@@ -17,7 +17,7 @@ from sae_research.config.params import Params
 from sae_research.evals.absorption import absorbed as main_latents
 from sae_research.evals.absorption import evaluate, evaluation, words
 from sae_research.evals.absorption.absorbed import lab_absorbed, sae_bench_absorbed, usual_activation
-from sae_research.evals.absorption.letter_probes import Probes, Training, f1, fit_balanced, train
+from sae_research.evals.absorption.letter_probes import Probes, Training, f1, train
 from sae_research.evals.absorption.words import WordActivations
 from sae_research.lm import LanguageModel, activations
 from sae_research.runtime.errors import NotApplicable, UserError
@@ -25,6 +25,7 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
+from sae_research.stats.logistic import balanced, newton
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_batched_logistic_regression_is_scikit_learns() -> None:
     y = (x[:, :, 1] / 20 + x[:, :, 0] + rng.standard_normal((4, 200)) > 1.3).astype(float)
     y[3] = x[3, :, 1] > 10  # separable
     x[2, :, 2] = 0  # a dead latent
-    got = fit_balanced(x, y)
+    got = newton(x, y, balanced(y))
     for problem in range(4):
         want = LogisticRegression(class_weight="balanced", max_iter=10_000, tol=1e-10).fit(x[problem], y[problem])
         assert got[problem, :3] == pytest.approx(want.coef_[0], rel=1e-3, abs=1e-5)

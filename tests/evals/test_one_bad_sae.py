@@ -18,8 +18,9 @@ from torch import Tensor
 from sae_research.config.params import Params
 from sae_research.evals import autointerp, meta_sae, sae_probes, scr_tpp
 from sae_research.evals.core import evaluation
-from sae_research.evals.probing import Draw, ProbeTask, full_accuracy
+from sae_research.evals.probing import Draw
 from sae_research.evals.sparse_probing import evaluation as sparse_probing
+from sae_research.evals.sparse_probing.redrawn import TrainDraws, redrawn_correct
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import NotApplicable, UserError
 from sae_research.runtime.stages import StageFolder
@@ -145,9 +146,9 @@ def test_sparse_probing(lm: LanguageModel, make_params: Any, tasks: str, tmp_pat
 
 def test_latents_silent_on_one_task_know_nothing() -> None:
     """Not an error: the probe on all latents answers as the one on the best of them does."""
-    rows, labels = torch.arange(8), torch.tensor([1.0, 0.0] * 4)
-    task = ProbeTask(Draw(rows, labels), Draw(rows, labels))
-    assert full_accuracy(torch.zeros(8, 5), task) == 0.5
+    task = Draw(torch.arange(8), torch.tensor([1.0, 0.0] * 4))
+    correct = redrawn_correct(torch.zeros(8, 5), TrainDraws({"a": [task]}, 1.0, False), {"a": task}, [1])
+    assert [correct[k]["a"].mean() for k in (1, None)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("kind", ["scr", "tpp"])

@@ -8,8 +8,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from sae_research.evals.probing import draw, top_dimensions
-from sae_research.evals.sparse_probing.redrawn import fit, pool_size, redrawn_correct, train_draws
+from sae_research.evals.sparse_probing.redrawn import pool_size, redrawn_correct, train_draws
 from sae_research.stats.intervals import Retrained, accuracy, difference, interval, packed
+from sae_research.stats.logistic import newton
 
 SIZE, POOL, TEST = 20, 60, 16
 
@@ -63,7 +64,7 @@ def test_draws_are_disjoint_in_no_text_twice_and_stay_the_same() -> None:
 def test_a_solver_started_far_from_the_optimum_arrives() -> None:
     x = np.random.default_rng(0).normal(size=(3, 40, 4)) * np.array([1e3, 1, 1e-3, 0])
     y = (x[..., 0] + x[..., 1] > 0).astype(float)
-    theta = fit(x, y)
+    theta = newton(x, y)
     x1 = np.concatenate([x, np.ones((3, 40, 1))], 2)
     p = 1 / (1 + np.exp(-np.einsum("rnd,rd->rn", x1, theta).clip(-700, 700)))
     gradient = np.einsum("rnd,rn->rd", x1, p - y) + theta * np.array([1, 1, 1, 1, 0])

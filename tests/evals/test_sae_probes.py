@@ -22,8 +22,6 @@ from sae_research.evals.sae_probes.probes import (
     Scores,
     _text_draws,
     auc,
-    l1_path,
-    l2_path,
     mean_interval,
     resampled_metrics,
     top_k_scores,
@@ -45,6 +43,7 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 from sae_research.stats.intervals import accuracy
+from sae_research.stats.logistic import l1_path, l2_path
 from sae_research.text.split import split_of, text_hash
 from sae_research.text.tasks import TaskUnavailable
 

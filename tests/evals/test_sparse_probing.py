@@ -17,6 +17,7 @@ from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes.pursuit.encoders import MPSAE
+from sae_research.stats import logistic
 from sae_research.text.split import split_of
 
 
@@ -174,7 +175,7 @@ def test_full_probe_steps_as_adamw_does() -> None:
         gradient = rng.standard_normal(6).astype(np.float32)
         parameter.grad = torch.tensor(gradient)
         optimiser.step()
-        probing.adamw_step(theta, gradient, first, second, step, 1e-2)
+        logistic.adamw_step(theta, gradient, first, second, step, 1e-2)
         assert theta == pytest.approx(parameter.detach().numpy(), abs=1e-6)
 
 
@@ -182,19 +183,6 @@ def test_full_probe_separates_what_is_separable() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 8)).astype(np.float32)
     y = (x[:, 3] > 0).astype(np.float32)
-    probe, accuracy = probing.fit_full_probe(x[:40], y[:40], x[40:], y[40:], 0, batch_size=4)
+    probe, accuracy = logistic.fit_by_adamw(x[:40], y[:40], x[40:], y[40:], 0, batch_size=4)
     assert accuracy >= 0.9
     assert np.abs(probe.weight).argmax() == 3
-
-
-def test_our_full_probe_is_logistic_regression_on_all_dimensions() -> None:
-    """The fit in the space of texts predicts what scikit-learn predicts from all dimensions."""
-    from sklearn.linear_model import LogisticRegression
-
-    features = torch.randn(120, 300, generator=torch.Generator().manual_seed(0))
-    labels = (features[:, :40].sum(1) > 0).float()
-    task = probing.ProbeTask(probing.Draw(torch.arange(60), labels[:60]), probing.Draw(torch.arange(60, 120), labels[60:]))
-    plain = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(features[:60].numpy(), labels[:60].numpy())
-    want = (plain.predict(features[60:].numpy()) == labels[60:].numpy()).mean()
-    assert abs(probing.full_accuracy(features, task) - want) <= 1 / 60
-    assert want > 0.6

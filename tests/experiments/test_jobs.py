@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,8 @@ def test_a_sweep_for_the_cloud_lists_every_value(tmp_path: Path, params_yaml: di
     assert sweep["command"][-4:] == ["base.yaml", "--tokens", "5", "${args_no_hyphens}"]
     with pytest.raises(UserError, match="needs --base_config"):
         write_wandb_sweep(path, grid.points, grid.total, None, [], None)
+
+
+def test_watching_runs_needs_no_torch() -> None:
+    code = "import sys, sae_research.experiments.sweep, sae_research.experiments.single; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from sae_research.stats import CleanPredictions, ReconstructionStats
+from sae_research.stats.predictions import loss_ratios, losses, prediction_sums
 from sae_research.stats.weights import max_cosine
 
 
@@ -145,3 +148,35 @@ def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.Mo
     first, second = latent_weights(sae()), latent_weights(sae())
     assert len(calls) == 2 and torch.equal(first.max_decoder_cosine, second.max_decoder_cosine)
     torch.testing.assert_close(first.max_decoder_cosine, max_cosine(sae().W_dec))
+
+
+def test_loss_recovered_is_a_share_of_what_ablation_costs() -> None:
+    """By plain loops over counted positions; the last of a sequence predicts nothing."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 5, generator=generator) > 0.4
+    runs = {
+        name: (torch.rand(3, 4, generator=generator) + level, torch.rand(3, 5, generator=generator))
+        for name, level in {"clean": 1.0, "patched": 2.0, "zero": 6.0, "mean": 4.0}.items()
+    }
+    sums = prediction_sums(mask, {**runs, "clean": (runs["clean"][0], None)})
+    places = [(b, s) for b in range(3) for s in range(5) if mask[b, s]]
+    ce = {
+        name: sum(float(values[b, s]) for b, s in places if s < 4) / sum(s < 4 for _, s in places)
+        for name, (values, _) in runs.items()
+    }
+    want = {
+        "kl": sum(float(runs["patched"][1][b, s]) for b, s in places) / len(places),
+        "ce_clean": ce["clean"],
+        "ce_patched": ce["patched"],
+        "ce_delta": ce["patched"] - ce["clean"],
+        "ce_zero_ablated": ce["zero"],
+        "ce_mean_ablated": ce["mean"],
+        "loss_recovered": (ce["zero"] - ce["patched"]) / (ce["zero"] - ce["clean"]),
+        "loss_recovered_mean_ablation": (ce["mean"] - ce["patched"]) / (ce["mean"] - ce["clean"]),
+    }
+    assert losses(sums) == pytest.approx(want, rel=1e-12)
+    by_row = prediction_sums(mask, runs, lambda values, where: torch.where(where, values, 0.0).double().sum(1))
+    for key, (above, below) in loss_ratios(by_row).items():
+        assert float(above.sum() / below.sum()) == pytest.approx(want[key], rel=1e-6)
+    assert math.isnan(losses({**sums, "ce_zero": sums["ce_clean"]})["loss_recovered"])
+    assert all(map(math.isnan, losses(prediction_sums(torch.zeros_like(mask), runs)).values()))

@@ -12,7 +12,7 @@ from sae_research.config.params import Train
 from sae_research.training import stack, stage
 from sae_research.training.loop import ThreadPoolStepper
 from sae_research.training.recipes import RECIPES
-from sae_research.training.stack import Stack, grouped
+from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
 
@@ -69,7 +69,7 @@ def test_a_stack_takes_the_steps_its_saes_would(name, parts, planted_rows, monke
     train = trio(name, accumulation_steps=parts)
     alone, together = in_training_of(train, rows), in_training_of(train, rows)
     monkeypatch.setattr(stack, "STACKED_ON", ("cpu",))
-    (group,) = grouped(together, train)
+    (group,) = in_stacks(together, train)
     stacked = Stack(group)
     for batch in batches(rows, 0, STEPS):
         outputs = [train_step(sae, batch) for sae in alone]
@@ -119,7 +119,7 @@ def test_only_what_has_one_shape_and_one_loss_is_stacked(planted_rows, monkeypat
         monkeypatch.setattr(stack, "STACKED_ON", (device,))
         train = Train(saes=saes, batch_size=128)
         return [
-            [sae.name for sae in group] for group in grouped([new_training_sae(name, train, 16) for name in saes], train)
+            [sae.name for sae in group] for group in in_stacks([new_training_sae(name, train, 16) for name in saes], train)
         ]
 
     together = [["a", "b", "f"], ["wide"], ["c"], ["elsewhere"], ["d", "e"], ["m"], ["n"]]

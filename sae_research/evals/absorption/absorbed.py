@@ -39,12 +39,12 @@ from sae_research.evals.absorption.letter_probes import (
     Probes,
     Training,
     f1,
-    fit_balanced,
     one_vs_rest,
     random_start,
     train,
     zero_start,
 )
+from sae_research.stats.logistic import balanced, newton
 
 _DENSE_ABOVE = 0.08
 """Share of non-zero latents from which dense products are faster than sparse ones."""
@@ -137,10 +137,10 @@ def _f1_by_k(data: WordLatents, ranked: list[np.ndarray]) -> list[tuple[list[flo
     x_train, x_test = (_columns(x, ranked, most) for x in (data.train, data.test))
     y_train, y_test = (one_vs_rest(labels, data.letters).T for labels in (data.train_labels, data.test_labels))
     scores: list[tuple[list[float], list[float]]] = [([], []) for _ in ranked]
-    theta = np.zeros((n_letters, 1))
+    theta, weight = np.zeros((n_letters, 1)), balanced(y_train)
     for k in range(1, most + 1):
         theta = np.insert(theta, k - 1, 0.0, axis=1)
-        theta = fit_balanced(x_train[:, :, :k], y_train, theta)
+        theta = newton(x_train[:, :, :k], y_train, weight, theta)
         for values, x, y in ((0, x_train, y_train), (1, x_test, y_test)):
             found = f1((x[:, :, :k] @ theta[:, :k, None])[..., 0].T + theta[:, k], y.T)
             for letter, row in enumerate(ranked):

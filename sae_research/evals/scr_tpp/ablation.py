@@ -21,9 +21,10 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from sae_research.evals.probing import Draw, ProbeTask, adamw_step
+from sae_research.evals.probing import Draw, ProbeTask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
+from sae_research.stats.logistic import adamw_step
 
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3

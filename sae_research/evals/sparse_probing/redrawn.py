@@ -14,16 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import expit
 from torch import Tensor
 
 from sae_research.evals.probing import Draw, draw
 from sae_research.runtime.files import fingerprint
-
-NEWTON_STEPS = 100
-TOLERANCE = 1e-8
-"""Largest entry of the gradient at the optimum, for each training text."""
-HALVINGS = 30
+from sae_research.stats.logistic import newton
 
 
 class TrainDraws(NamedTuple):
@@ -100,7 +95,7 @@ def _top_k(
     found = {}
     for k in ks:
         chosen_RK = best_RK[:, :k]
-        theta_RK = fit(x[train_RN[:, :, None], chosen_RK[:, None]], y_RN)
+        theta_RK = newton(x[train_RN[:, :, None], chosen_RK[:, None]], y_RN)
         found[k] = np.einsum("rmk,rk->rm", x[test_M[:, None], chosen_RK[:, None]], theta_RK[:, :-1]) + theta_RK[:, -1:]
     return found
 
@@ -113,51 +108,10 @@ def _full(gram: np.ndarray, train_RN: np.ndarray, y_RN: np.ndarray, test_M: np.n
     values_RN, vectors = np.linalg.eigh(gram[train_RN[:, :, None], train_RN[:, None]])
     kept_RN = values_RN > values_RN[:, -1:].clip(0) * 1e-12
     scale_RN = np.sqrt(np.where(kept_RN, values_RN, 1.0))
-    theta_RN = fit(vectors * np.where(kept_RN, scale_RN, 0.0)[:, None], y_RN)
+    theta_RN = newton(vectors * np.where(kept_RN, scale_RN, 0.0)[:, None], y_RN)
     # a test text's coordinates are its products with the training texts, in the axes that those span
     weight_RN = np.einsum("rnp,rp->rn", vectors, np.where(kept_RN, theta_RN[:, :-1] / scale_RN, 0.0))
     return np.einsum("rmn,rn->rm", gram[test_M[:, None], train_RN[:, None]], weight_RN) + theta_RN[:, -1:]
-
-
-def fit(x: np.ndarray, y_RN: np.ndarray) -> np.ndarray:
-    """Weights and, last, intercept [problems, d + 1] that minimise |w|^2 / 2 + sum of log losses. x: [problems, n, d].
-
-    Newton steps, halved until the objective falls; each problem stops by itself.
-    """
-    problems, n, d = x.shape
-    x1 = np.concatenate([x, np.ones((problems, n, 1))], axis=2)
-    ridge_D = np.append(np.ones(d), 0.0)
-    theta_RD, active = np.zeros((problems, d + 1)), np.arange(problems)
-    for _ in range(NEWTON_STEPS):
-        xa, ya, ta = x1[active], y_RN[active], theta_RD[active]
-        p = expit(np.einsum("rnd,rd->rn", xa, ta))
-        gradient = np.einsum("rnd,rn->rd", xa, p - ya) + ridge_D * ta
-        moving = np.abs(gradient).max(1) > TOLERANCE * n * (1 + np.abs(xa).max((1, 2)))
-        if not moving.any():
-            break
-        active, xa, ya, ta, p, gradient = active[moving], xa[moving], ya[moving], ta[moving], p[moving], gradient[moving]
-        curvature = np.swapaxes(xa * (p * (1 - p))[..., None], 1, 2) @ xa + np.diag(ridge_D + 1e-10)
-        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        theta_RD[active] = _lowered(xa, ya, ta, step, gradient, ridge_D)
-    return theta_RD
-
-
-def _lowered(
-    x1: np.ndarray, y: np.ndarray, theta: np.ndarray, step: np.ndarray, gradient: np.ndarray, ridge: np.ndarray
-) -> np.ndarray:
-    """theta less as much of the step as lowers the objective (Armijo), by halving."""
-
-    def objective(at: np.ndarray) -> np.ndarray:
-        z = np.einsum("rnd,rd->rn", x1, at)
-        return np.logaddexp(0, np.where(y > 0, -z, z)).sum(1) + (ridge * at**2).sum(1) / 2
-
-    start, promised, length = objective(theta), (step * gradient).sum(1), np.ones(len(theta))
-    for _ in range(HALVINGS):
-        high = objective(theta - length[:, None] * step) > start - 1e-4 * length * promised + 1e-12 * np.abs(start)
-        if not high.any():
-            break
-        length[high] /= 2
-    return theta - length[:, None] * step
 
 
 def pool_size(available: Mapping[str, Mapping[str, int]], size: int, times: float) -> int:
