@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import make_tiny_model, make_tiny_text
+
+from tests.helpers.tiny_model import make_tiny_model, make_tiny_text
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

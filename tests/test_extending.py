@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from dvc_project import ENV, ROOT, copy_files, set_params
-from evals_saes import standard
 from ruamel.yaml import YAML
 
 from sae_research.config.evaluations import EVALUATIONS
 from sae_research.runtime.files import write_json
 from sae_research.saes import save_sae
+from tests.helpers.dvc_project import ENV, ROOT, copy_files, set_params
+from tests.helpers.evals_saes import standard
 
 BLOCK = re.compile(r"<!-- (?P<file>[\w./]+), (?P<how>.*?) -->\n```\w+\n(?P<text>.*?)```\n", re.DOTALL)
 RUN = """

@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_saes import D_SAE, tiny_sae
 
 from sae_research.analysis.context import Lab
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model
-from sae_research.saes import SparseAutoencoder
-
-SIZE = 32
-EARLY, LATE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+from tests.helpers.analysis import EARLY, SIZE, biased
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +24,6 @@ def params(tiny_inputs: Path) -> Params:
         model={"llm_batch_size": 8, "name": str(tiny_inputs / "tiny"), "device": "cpu"},
         analysis={"tokens": 4_000, "split": "sae_train", "top_contexts": 4},
     )
-
-
-def biased(form: str, shift: float = 10.0, hook: str = LATE, seed: int = 0) -> SparseAutoencoder:
-    """A random SAE whose first latents hardly ever fire; its reconstruction is nowhere near the activations."""
-    sae = tiny_sae(form, seed=seed, hook_name=hook)
-    if "b_enc" in sae.tensor_names:
-        sae.b_enc.copy_(torch.linspace(-shift, 0.3, D_SAE))
-    sae.b_dec.copy_(torch.linspace(-0.2, 0.2, sae.cfg.d_in))
-    return sae
 
 
 @pytest.fixture

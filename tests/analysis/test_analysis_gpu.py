@@ -13,8 +13,7 @@ from sae_research.analysis.context import Lab
 from sae_research.analysis.steer import steer
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
-
-from .conftest import biased
+from tests.helpers.analysis import biased
 
 PROMPT = "the time that people use water"
 

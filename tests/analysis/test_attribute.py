@@ -18,8 +18,7 @@ from sae_research.analysis.context import Lab
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
-
-from .conftest import EARLY, LATE, biased
+from tests.helpers.analysis import EARLY, LATE, biased
 
 PROMPT = "the time that people use water before your long little day"
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dashboards import content, small
-from tiny_saes import tiny_sae
 
 from sae_research.analysis.context import Lab
 from sae_research.analysis.dashboard.site import write_index, write_script
@@ -19,6 +17,8 @@ from sae_research.analysis.dashboard.stage import write_dashboard
 from sae_research.analysis.store import load_stats
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
+from tests.helpers.dashboards import content, small
+from tests.helpers.tiny_saes import tiny_sae
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dashboards import content, small
-from tiny_model import make_tiny_model
-from tiny_saes import tiny_sae
 
 from sae_research.analysis.context import Lab
 from sae_research.analysis.dashboard.latents import Shown, significant
@@ -27,6 +24,9 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import write_json
 from sae_research.runtime.stages import read_status
 from sae_research.saes import save_sae
+from tests.helpers.dashboards import content, small
+from tests.helpers.tiny_model import make_tiny_model
+from tests.helpers.tiny_saes import tiny_sae
 
 
 def dense(stats: LatentStats) -> np.ndarray:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import config, dictionary, standard
 from torch import Tensor
 
 from sae_research.config.params import Params
@@ -24,6 +23,7 @@ from sae_research.saes.foreign import ForeignSAE, adapt
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.identity import Unidentified, identity
 from sae_research.saes.pursuit.encoders import IHTPSAE
+from tests.helpers.evals_saes import config, dictionary, standard
 
 HOOK, D = "blocks.1.hook_resid_post", 32
 SCALE = 1.0
@@ -309,7 +309,7 @@ class FromFile(Plain):
 
 class FromOwnModule(Plain):
     def encode(self, x: Tensor) -> Tensor:
-        from evals_saes import D as width
+        from tests.helpers.evals_saes import D as width
 
         return super().encode(x) * (1 if width else 0)
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import flip
-from tiny_saes import D_SAE, tiny_sae
 
 from sae_research.analysis import collect as stats_module
 from sae_research.analysis.accumulate import Accumulator, firings, joined
@@ -21,8 +19,9 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.pursuit.encoders import IHTPSAE
 from sae_research.text.tokens import context_chunks, token_contexts
-
-from .conftest import LATE, SIZE, biased
+from tests.helpers.analysis import LATE, SIZE, biased
+from tests.helpers.damage import flip
+from tests.helpers.tiny_saes import D_SAE, tiny_sae
 
 N_TOKENS = 4_000
 

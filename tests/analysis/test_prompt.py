@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from random_saes import make_sae
 
 from sae_research.analysis.attribute import ablate
 from sae_research.analysis.context import Lab
@@ -14,8 +13,8 @@ from sae_research.analysis.patching import run_with_saes, zeroed
 from sae_research.analysis.prompt import promoted_tokens, run_prompt, search_by_promoted, search_by_prompt, top_latents
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
-
-from .conftest import EARLY, LATE, biased
+from tests.helpers.analysis import EARLY, LATE, biased
+from tests.helpers.random_saes import make_sae
 
 PROMPT = "the time that people use water before your long little day"
 

@@ -12,8 +12,7 @@ from sae_research.analysis.patching import run_with_saes
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.saes.foreign import ForeignSAE
-
-from .conftest import LATE
+from tests.helpers.analysis import LATE
 
 PROMPT = "the time that people use water"
 

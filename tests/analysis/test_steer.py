@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from tiny_saes import D_SAE, tiny_sae
 from torch import Tensor
 
 from sae_research.analysis.context import Lab
@@ -23,8 +22,8 @@ from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE
 from sae_research.stats import CleanPredictions
 from sae_research.text.tokens import token_contexts
-
-from .conftest import LATE, biased
+from tests.helpers.analysis import LATE, biased
+from tests.helpers.tiny_saes import D_SAE, tiny_sae
 
 PROMPT = "the time that people use water"
 LATENT = 60

@@ -14,8 +14,7 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
-
-from .conftest import LATE, biased
+from tests.helpers.analysis import LATE, biased
 
 ON_TOKEN, AFTER_TOKEN, LATE_HALF, ANYWHERE = 0, 1, 2, 3
 

@@ -19,8 +19,7 @@ from sae_research.cli.main import main
 from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
 from sae_research.saes import save_sae
-
-from .conftest import EARLY, SIZE, biased
+from tests.helpers.analysis import EARLY, SIZE, biased
 
 PROMPT = "the time that people use water"
 VERBS = ("saes", "stats", "run", "steer", "ablate", "attribute", "subspace", "explain", "dashboard")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autointerp_lab import BUFFER, TOP, WEIGHTED
 
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model
+from tests.helpers.autointerp_lab import BUFFER, TOP, WEIGHTED
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import HOOK, D, config, dictionary, everything, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
@@ -26,6 +25,7 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 from sae_research.stats.logistic import balanced, newton
+from tests.helpers.evals_saes import HOOK, D, config, dictionary, everything, standard
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures import make_absorption as fixture
 
 from sae_research.evals.absorption import evaluation
 from sae_research.evals.absorption.evaluation import Letters
 from sae_research.evals.absorption.letter_probes import Probes
 from sae_research.evals.absorption.words import LETTERS, WordActivations
 from sae_research.lm import load_language_model
+from tests.fixtures import make_absorption as fixture
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 FORMS = ("standard", "topk", "mpsae")

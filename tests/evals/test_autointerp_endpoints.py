@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autointerp_lab import lab
-from evals_saes import standard
-from llm_server import DROP, HANG, Http, is_scoring, sensible, serve_llm
 
 from sae_research.config.params import Params
 from sae_research.evals.autointerp import judge
@@ -19,6 +16,9 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_json
 from sae_research.runtime.stages import read_status
 from sae_research.saes import save_sae
+from tests.helpers.autointerp_lab import lab
+from tests.helpers.evals_saes import standard
+from tests.helpers.llm_server import DROP, HANG, Http, is_scoring, sensible, serve_llm
 
 KEY = "sk-very-secret-0123456789"
 

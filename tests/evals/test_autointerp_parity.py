@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import make_autointerp as fixture
-from llm_server import is_scoring, serve_llm
 
 from sae_research.config.params import Params
 from sae_research.evals import autointerp
@@ -23,6 +21,8 @@ from sae_research.lm import LanguageModel
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import encode_each
+from tests.fixtures import make_autointerp as fixture
+from tests.helpers.llm_server import is_scoring, serve_llm
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 

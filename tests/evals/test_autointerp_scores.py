@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from autointerp_lab import TOP, WEIGHTED, lab, run, sparse, windows_of
-from evals_saes import everything, identity, standard
-from llm_server import is_scoring, serve_llm
 
 from sae_research.lm import LanguageModel
+from tests.helpers.autointerp_lab import TOP, WEIGHTED, lab, run, sparse, windows_of
+from tests.helpers.evals_saes import everything, identity, standard
+from tests.helpers.llm_server import is_scoring, serve_llm
 
 
 def test_a_good_judge(lm: LanguageModel, settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from autointerp_lab import BUFFER, TOP, WEIGHTED, activations, sparse, windows_of
-from evals_saes import D, config, dictionary, everything, standard
-from fixtures import make_autointerp as fixture
 
 from sae_research.evals import autointerp
 from sae_research.evals.autointerp import windows
@@ -19,6 +16,9 @@ from sae_research.lm.activations import HookActivations
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import MPSAE
+from tests.fixtures import make_autointerp as fixture
+from tests.helpers.autointerp_lab import BUFFER, TOP, WEIGHTED, activations, sparse, windows_of
+from tests.helpers.evals_saes import D, config, dictionary, everything, standard
 
 
 def dense_codes(sae: SparseAutoencoder, acts: HookActivations) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from evals_saes import HOOK, D, config, dictionary, everything, identity, mean_predictor, standard
 
 from sae_research.evals import harness
 from sae_research.evals.core import evaluation
@@ -15,6 +14,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.text.tokens import reorder_evenly, token_contexts
+from tests.helpers.evals_saes import HOOK, D, config, dictionary, everything, identity, mean_predictor, standard
 
 
 def run(saes: dict[str, SparseAutoencoder], lm: LanguageModel, params: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:

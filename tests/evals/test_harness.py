@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evals_saes import config, standard
 
 from sae_research.config.params import Params
 from sae_research.evals import absorption, autointerp, core, harness, meta_sae, sae_probes, scr_tpp, sparse_probing
@@ -21,6 +20,7 @@ from sae_research.runtime.files import write_json
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import save_sae, save_variant
 from sae_research.saes.base import Family, Guard
+from tests.helpers.evals_saes import config, standard
 
 FAMILY = ["ihtp_k1", "ihtp_k4"]
 """Two encoders over one dictionary, which encode together."""

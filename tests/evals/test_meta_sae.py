@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import D, config, dictionary, standard
-from fixtures import make_meta_sae as fixture
 
 from sae_research.config.evaluation_params import MetaSAE
 from sae_research.evals import meta_sae
@@ -22,6 +20,8 @@ from sae_research.lm import LanguageModel
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes.forms import LinearSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
+from tests.fixtures import make_meta_sae as fixture
+from tests.helpers.evals_saes import D, config, dictionary, standard
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 

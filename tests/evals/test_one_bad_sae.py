@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import D, config, dictionary, standard
-from fixtures import make_autointerp as fixture
 from torch import Tensor
 
 from sae_research.config.params import Params
@@ -28,6 +26,8 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.saes.base import Guard
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE
+from tests.fixtures import make_autointerp as fixture
+from tests.helpers.evals_saes import D, config, dictionary, standard
 
 
 def made(

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import make_ravel as fixture
 
 from sae_research.evals.ravel import patches
 from sae_research.evals.ravel.evaluation import sae_bench_scores
 from sae_research.evals.ravel.patches import Plan, Problem, PromptActivations, Swap, learn, sae_bench_plan, temperatures
 from sae_research.evals.ravel.prompts import Known
 from sae_research.lm import LanguageModel, load_language_model
+from tests.fixtures import make_ravel as fixture
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fixtures import make_sae_bench as fixture
 from torch import Tensor
 
 from sae_research.evals.core import evaluation
@@ -20,6 +19,7 @@ from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, families
+from tests.fixtures import make_sae_bench as fixture
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 FORMS = ("standard", "topk", "mpsae", "ihtp")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from evals_saes import HOOK, D, dictionary, standard
 
 from benchmarks import pursuit_page, pursuit_study
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, save_sae
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
+from tests.helpers.evals_saes import HOOK, D, dictionary, standard
 
 MARKED = "".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in ("study", "basis", "speed"))
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ravel_world as world
 import torch
-from hub_server import hub_env, serve_hub
 
+import tests.helpers.ravel_world as world
 from sae_research.config.params import Params
 from sae_research.evals import ravel
 from sae_research.evals.ravel import evaluation, patches, prompts
@@ -26,6 +25,7 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.forms import LinearSAE, StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
+from tests.helpers.hub_server import hub_env, serve_hub
 
 D = world.D
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import HOOK, D, config, dictionary, everything, identity, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
@@ -46,6 +45,7 @@ from sae_research.stats.intervals import accuracy
 from sae_research.stats.logistic import l1_path, l2_path
 from sae_research.text.split import split_of, text_hash
 from sae_research.text.tasks import TaskUnavailable
+from tests.helpers.evals_saes import HOOK, D, config, dictionary, everything, identity, standard
 
 TASKS = ["117_us_state_FL", "154_athlete_sport_football"]
 

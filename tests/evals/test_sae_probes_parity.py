@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures import make_sae_probes as fixture
 
 from sae_research.evals import sae_probes
 from sae_research.evals.sae_probes.tasks import TaskRows, read_rows, stock_split
 from sae_research.lm import load_language_model
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
+from tests.fixtures import make_sae_probes as fixture
 
 STOCK = json.loads(fixture.FIXTURE.read_text())
 ONE_TEXT = 1 / 99

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from damage import DAMAGES
-from evals_saes import HOOK, D, config, dictionary, everything, standard
 from torch import Tensor
 
 from sae_research.evals import harness
@@ -30,6 +28,8 @@ from sae_research.saes import SparseAutoencoder
 from sae_research.saes.forms import LinearSAE, StandardSAE
 from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.text.split import split_of
+from tests.helpers.damage import DAMAGES
+from tests.helpers.evals_saes import HOOK, D, config, dictionary, everything, standard
 
 KINDS = ["animals", "weather", "trades"]
 WORDS = {

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from fixtures import make_scr_tpp
 
 from sae_research.evals.probing import Draw, ProbeTask, TextActivations, text_numbers, tokenise
 from sae_research.evals.scr_tpp import ablation, measures
@@ -21,6 +20,7 @@ from sae_research.evals.scr_tpp.ablation import View, ablated_logits, decoder_ma
 from sae_research.evals.scr_tpp.evaluation import Settings
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import SparseAutoencoder
+from tests.fixtures import make_scr_tpp
 
 STOCK = json.loads(make_scr_tpp.FIXTURE.read_text())
 FORMS = ("standard", "topk", "mpsae", "ihtp")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import D, config, dictionary, everything, identity, standard
 
 from sae_research.evals import probing
 from sae_research.evals.sparse_probing import evaluation
@@ -19,6 +18,7 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.stats import logistic
 from sae_research.text.split import split_of
+from tests.helpers.evals_saes import D, config, dictionary, everything, identity, standard
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_saes import identity, standard
 
 from sae_research.evals.core import evaluation
 from sae_research.evals.sparse_probing import evaluation as sparse_probing
@@ -20,6 +19,7 @@ from sae_research.stats.intervals import accuracy, difference, ratio
 from sae_research.text import tokens as stream
 from sae_research.text.split import split_of
 from sae_research.text.tokens import Contexts
+from tests.helpers.evals_saes import identity, standard
 
 RATIOS = {
     "l0",

@@ -24,7 +24,7 @@ from sae_research.runtime.stages import StageFolder, read_status, stage_folder
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import MPSAE
-from tests import knowing_model
+from tests.helpers import knowing_model
 
 SAEs = dict[str, SparseAutoencoder]
 FORGET, RETAIN = knowing_model.SUBJECTS

@@ -156,7 +156,7 @@ def test_fixture_is_what_stock_says_today(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_knowing_model_can_be_trained_anew(tmp_path: Path) -> None:
     from sae_research.lm import load_language_model
-    from tests import knowing_model
+    from tests.helpers import knowing_model
 
     torch.set_num_threads(1)
     knowing_model.train(tmp_path / "model")

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from experiments_helpers import ROOT, run, tiny_params
 from ruamel.yaml import YAML
+
+from tests.helpers.experiments import ROOT, run, tiny_params
 
 
 @pytest.fixture

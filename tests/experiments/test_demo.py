@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_helpers import HOOK
 
 from sae_research.config.training import recipe_model
 from sae_research.experiments.demo import LADDERS, demo_saes, main
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
+from tests.helpers.training import HOOK
 
 
 def test_every_ladder_is_six_settings_its_recipe_takes() -> None:

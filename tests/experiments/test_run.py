@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from experiments_helpers import README_CONFIG, tiny_params
 from ruamel.yaml import YAML
 
 from sae_research.cli import experiments
@@ -14,6 +13,7 @@ from sae_research.cli.main import main
 from sae_research.config.params import load_params
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
+from tests.helpers.experiments import README_CONFIG, tiny_params
 
 SMALL = [
     "data.context_length=24",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from experiments_helpers import ENV, run, verb
 from ruamel.yaml import YAML
+
+from tests.helpers.experiments import ENV, run, verb
 
 pytestmark = pytest.mark.slow
 

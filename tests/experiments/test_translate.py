@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from experiments_helpers import README_CONFIG, README_SWEEP
 from ruamel.yaml import YAML
 
 from sae_research.config.params import Train, check_params, load_params
@@ -17,6 +16,7 @@ from sae_research.experiments.grid import expand
 from sae_research.experiments.sae_interpretability import Changes, Scale, translate
 from sae_research.runtime.errors import UserError
 from sae_research.training.recipes import RECIPES
+from tests.helpers.experiments import README_CONFIG, README_SWEEP
 
 ROOT = Path(__file__).parents[2]
 SCALE = Scale(64, 10.0)

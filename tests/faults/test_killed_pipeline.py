@@ -19,7 +19,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dvc_project import ENV, make_project, run
+
+from tests.helpers.dvc_project import ENV, make_project, run
 
 KILLS = 10
 REPRO = (sys.executable, "-m", "sae_research", "repro")

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evals_saes import everything
-from mutations import changed_bytes
 
 from sae_research.config.params import Params
 from sae_research.evals.core import evaluation
@@ -18,6 +16,8 @@ from sae_research.evals.sparse_probing import evaluation as sparse_probing
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime import cache as cached_files
 from sae_research.runtime.stages import StageFolder
+from tests.helpers.evals_saes import everything
+from tests.helpers.mutations import changed_bytes
 
 
 @pytest.fixture(scope="module")

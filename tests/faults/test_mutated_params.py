@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations import changed_bytes, changed_mapping, mappings_of
 from ruamel.yaml import YAML
 
 from sae_research.config.params import Params, check_params, load_params
 from sae_research.runtime.errors import UserError
+from tests.helpers.mutations import changed_bytes, changed_mapping, mappings_of
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "params.yaml").read_text()

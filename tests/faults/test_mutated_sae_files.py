@@ -18,13 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from mutations import changed_mapping
-from random_saes import D_IN, D_SAE, make_sae, random_activations
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 from sae_research.saes.sources import open_folder
+from tests.helpers.mutations import changed_mapping
+from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 KEYS = [
     "threshold",

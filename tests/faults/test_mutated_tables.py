@@ -16,13 +16,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from mutations import VALUES, changed_bytes
 
 from sae_research.runtime.errors import UserError
 from sae_research.text.crossed_tasks import load_crossed_tasks
 from sae_research.text.local import read_rows
 from sae_research.text.questions import load_question_set
 from sae_research.text.tasks import TaskUnavailable, load_task
+from tests.helpers.mutations import VALUES, changed_bytes
 
 COLUMNS = ["text", "label", "second_label"]
 ROWS = [(f"text number {i} of {a}, which is {b}", a, b) for a in ("cat", "dog") for b in ("old", "new") for i in range(60)]

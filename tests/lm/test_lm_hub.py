@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub_server import hub_env, serve_hub
+from tests.helpers.hub_server import hub_env, serve_hub
 
 PROGRAM = """
 from sae_research.runtime.errors import UserError

@@ -179,7 +179,7 @@ def test_bad_models_are_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_fingerprint_follows_the_weights(tiny_inputs: Path, tmp_path: Path) -> None:
-    from tiny_model import make_tiny_model
+    from tests.helpers.tiny_model import make_tiny_model
 
     same = load_language_model(str(tiny_inputs / "tiny"), "cpu")
     other = load_language_model(str(make_tiny_model(tmp_path / "other", seed=1)), "cpu")

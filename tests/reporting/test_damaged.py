@@ -12,7 +12,7 @@ import pytest
 from sae_research.reporting.results import aggregate, extract, merge, read_run
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name
-from tests.reporting.conftest import SAES, Lab
+from tests.helpers.results import SAES, Lab
 
 RESULT = "eval_results/core/topk_eval_results.json"
 OTHER_SHAPES = [

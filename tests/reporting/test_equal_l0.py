@@ -11,9 +11,7 @@ from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
 from sae_research.reporting.results import Row, Run, merge, read_run
-from tests.reporting.conftest import Lab
-from tests.reporting.test_figures import STYLE
-from tests.reporting.test_noise import section
+from tests.helpers.results import STYLE, Lab, section
 
 LINE = [(10.0, 0.2), (100.0, 0.6), (1000.0, 0.8)]
 

@@ -10,7 +10,7 @@ import pytest
 from sae_research.reporting.metrics import METRICS, metric_named
 from sae_research.reporting.results import aggregate, extract, extract_core_metrics, extract_table_metrics
 from sae_research.runtime.errors import UserError
-from tests.reporting.conftest import SAES, Lab, core_result, probing_result
+from tests.helpers.results import SAES, Lab, core_result, probing_result
 
 
 def run(lab: Lab, name: str) -> dict:

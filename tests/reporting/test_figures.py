@@ -12,19 +12,13 @@ from PIL import Image
 from sae_research.config.reporting import Style, Visualization
 from sae_research.plotting.labels import Box, place_labels
 from sae_research.reporting.figures import RunFigures, draw_all
-from sae_research.reporting.results import Row, Run, merge, read_run
+from sae_research.reporting.results import Row, Run
 from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles, short_names
 from sae_research.reporting.tables import CURVE_POINTS, points, write_plot_data
 from sae_research.runtime.errors import UserError
-from tests.reporting.conftest import SAES, Lab, core_result
+from tests.helpers.results import SAES, STYLE, Lab, build, core_result
 
-STYLE = Visualization(dpi=60)
 TEMPLATES = Path(__file__).parents[2] / ".dvc" / "plots"
-
-
-def build(lab: Lab) -> Run:
-    merge(lab.root)
-    return read_run(lab.root)
 
 
 def ink(path: Path) -> float:

@@ -6,7 +6,7 @@ import pytest
 
 from sae_research.reporting.results import merge, read_run
 from sae_research.runtime.errors import UserError
-from tests.reporting.conftest import SAES, TASKS, Lab, config, core_result
+from tests.helpers.results import SAES, TASKS, Lab, config, core_result
 
 
 def test_one_file_per_sae_without_per_latent_details(lab: Lab):

@@ -12,20 +12,10 @@ from sae_research.reporting.comparisons import comparisons, seed_groups, write_d
 from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline, leading_ks
 from sae_research.reporting.report import report
-from sae_research.reporting.results import Row, Run, merge, read_run
+from sae_research.reporting.results import Row, merge
 from sae_research.reporting.shapes import failures
 from sae_research.reporting.tables import write_plot_data, write_results_csv
-from tests.reporting.conftest import Lab, config, core_evidence, core_result, probing_result
-from tests.reporting.test_figures import STYLE
-
-
-def build(lab: Lab) -> Run:
-    merge(lab.root)
-    return read_run(lab.root)
-
-
-def section(text: str, title: str) -> str:
-    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+from tests.helpers.results import STYLE, Lab, build, config, core_evidence, core_result, probing_result, section
 
 
 def only(lab: Lab, cores: dict[str, dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from sae_research.reporting.report import report
 from sae_research.reporting.report_results import better_controls, controls, stricter
 from sae_research.reporting.results import Row, Run, merge, read_run
 from sae_research.reporting.tables import cells, render, write_results_csv
-from tests.reporting.conftest import SAES, Lab
+from tests.helpers.results import SAES, Lab
 
 
 def build(lab: Lab) -> Run:

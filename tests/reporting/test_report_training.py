@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sae_research.reporting.report import report
 from sae_research.reporting.results import merge, read_run
-from tests.reporting.conftest import Lab
+from tests.helpers.results import Lab
 
 FINDING = {
     "what": "dead_latents",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reporting.conftest import SAES, Lab
+from tests.helpers.results import SAES, Lab
 
 PROJECT = Path(__file__).parents[2]
 CORE = ["extract_metrics", "core", "eval_results/core", "metrics/core.json"]

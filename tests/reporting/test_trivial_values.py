@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sae_research.reporting.report import report
-from tests.reporting.conftest import Lab, core_result
-from tests.reporting.test_noise import build, section
+from tests.helpers.results import Lab, build, core_result, section
 
 
 def ravel(lab: Lab, scores: dict[str, tuple[float, list[float]]]) -> str:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pursuit_loops as loops
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tests.helpers.pursuit_loops as loops
 from sae_research.saes.pursuit import kernels_numba, matching, orthogonal, thresholding
 from sae_research.saes.pursuit.dictionary import Dictionary, GramRows, shared_dictionary
 

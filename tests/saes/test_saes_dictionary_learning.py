@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from random_saes import D_IN, D_SAE, make_sae, random_activations
 from torch import Tensor
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning, load_dictionary_learning
+from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 G = torch.Generator()
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from random_saes import D_IN, D_SAE, make_sae, random_activations
 from torch import Tensor
 
 from sae_research.cli.main import main
@@ -19,6 +18,7 @@ from sae_research.saes.formats.dictionary_learning import load_dictionary_learni
 from sae_research.saes.formats.exchange import export_saes, import_saes
 from sae_research.saes.formats.sae_interpretability import load_run
 from sae_research.saes.sources import open_folder
+from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.4.hook_resid_pre")
 LOW, HIGH = -0.1, 1.1

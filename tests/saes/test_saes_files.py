@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_saes import OWN_FORMS, make_sae, random_activations
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae, save_sae, save_variant
+from tests.helpers.random_saes import OWN_FORMS, make_sae, random_activations
 
 
 @pytest.mark.parametrize("form", OWN_FORMS)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pursuit_loops import loop_ihtp, loop_matching
 from torch import Tensor
 
 from sae_research.runtime.errors import UserError
@@ -21,6 +20,7 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
+from tests.helpers.pursuit_loops import loop_ihtp, loop_matching
 
 D_IN, D_SAE = 24, 100
 

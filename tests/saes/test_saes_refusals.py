@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from random_saes import D_IN, D_SAE, make_sae, random_activations
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae, save_variant
@@ -21,6 +20,7 @@ from sae_research.saes.formats.sae_lens import from_sae_lens
 from sae_research.saes.formats.sae_lens_settings import OF_ALL, OF_ARCHITECTURE, TRAINING_ONLY, settings
 from sae_research.saes.reading import hook_of, load_state
 from sae_research.saes.sources import open_folder
+from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 
 def lens_folder(folder: Path, **changes: Any) -> Path:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from random_saes import D_IN, D_SAE, make_sae, random_activations
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import sae_lens_lacks
 from sae_research.saes.formats.sae_lens import centres_input, convert, from_sae_lens, matching_saes, released_saes
+from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 sae_lens = pytest.importorskip("sae_lens")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_saes import tiny_sae
 
 from sae_research.config.params import Params
 from sae_research.saes import save_sae
+from tests.helpers.tiny_saes import tiny_sae
 
 
 @pytest.fixture

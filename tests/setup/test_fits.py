@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_model import make_tiny_model
 
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
@@ -15,6 +14,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes.base import SAEConfig
 from sae_research.saes.formats.sae_lens import centres_input, model_name
 from sae_research.saes.sources import check_fits, same_model
+from tests.helpers.tiny_model import make_tiny_model
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hub_server import hub_env, serve_hub
-from tiny_saes import tiny_sae
-
 from sae_research.saes import save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
+from tests.helpers.hub_server import hub_env, serve_hub
+from tests.helpers.tiny_saes import tiny_sae
 
 CLIENT = """
 import json, sys, time

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tiny_saes import tiny_sae
 
 from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import NAME_LIMIT
 from sae_research.saes import save_sae
 from sae_research.saes.sources import folder_names, open_sae
+from tests.helpers.tiny_saes import tiny_sae
 
 
 def named(*patterns: str) -> dict[str, str]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_saes import D_IN, tiny_sae
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.setup import run_setup
+from tests.helpers.tiny_saes import D_IN, tiny_sae
 
 VARIANTS = {
     "ihtp": {"k_values": [2], "iterations": 3},

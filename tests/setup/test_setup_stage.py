@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
@@ -18,6 +17,7 @@ from sae_research.saes import load_sae, save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 from sae_research.setup import run_setup
 from sae_research.setup.checks import preflight, preflight_tokens
+from tests.helpers.tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
 ORDER = [
     "standard",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
 from sae_research.config.evaluation_params import SparseProbing, SparseProbingSaeProbes
@@ -24,6 +23,7 @@ from sae_research.text.packaged import PACKAGED_TASKS
 from sae_research.text.split import SPLITS, NearIndex, groups, out_of_place, shingle_sets, shingles, split_of
 from sae_research.text.tasks import TaskUnavailable, Texts, load_task
 from sae_research.text.tokens import token_contexts
+from tests.helpers.damage import DAMAGES
 
 WORDS = [f"word{number}" for number in range(2_000)]
 

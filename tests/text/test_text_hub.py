@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import hub_env, serve_hub
+
+from tests.helpers.hub_server import hub_env, serve_hub
 
 CLIENT = """
 import json, sys, time

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hub_server import hub_env, serve_hub
 
 from sae_research.runtime.errors import UserError
 from sae_research.text.questions import (
@@ -25,6 +24,7 @@ from sae_research.text.questions import (
     topic_of,
 )
 from sae_research.text.split import split_of
+from tests.helpers.hub_server import hub_env, serve_hub
 
 ROWS = [
     {"question": "what carries oxygen?", "choices": ["bone", "blood", "hair", "nail"], "answer": 1},

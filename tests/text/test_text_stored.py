@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import DAMAGES
 from transformers import PreTrainedTokenizerFast
 
 from sae_research.config.params import Text
@@ -18,6 +17,7 @@ from sae_research.runtime.cache import CHECKSUMS, damage, held, prune, remove_un
 from sae_research.runtime.errors import UserError
 from sae_research.text import corpus, tokens
 from sae_research.text.tokens import StoredContexts, contexts_sha256, long_contexts, token_contexts
+from tests.helpers.damage import DAMAGES
 
 SEPARATOR, SPLIT = 256, "sae_train"
 

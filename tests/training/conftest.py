@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import make_tiny_model, make_tiny_text
-from training_helpers import HOOK, STANDARD, TOP_K
 
 from sae_research.config.params import Params
+from tests.helpers.tiny_model import make_tiny_model, make_tiny_text
+from tests.helpers.training import HOOK, STANDARD, TOP_K
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package and of the recipes' tests, which is what `import` finds."""
     shutil.copytree(ROOT / "sae_research", tmp_path / "sae_research", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests/training_helpers.py", tmp_path / "tests")
+    shutil.copy(ROOT / "tests/helpers/training.py", tmp_path / "tests")
 
     def ours() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] in ("sae_research", "training_helpers")]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import CONFIGS, STANDARD, TOP_K
 
 from sae_research.lm import load_language_model
 from sae_research.lm.mask import token_mask
@@ -18,6 +17,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 from sae_research.text.tokens import token_contexts
 from sae_research.training import stage, tracking
+from tests.helpers.training import CONFIGS, STANDARD, TOP_K
 
 UPPER = "blocks.2.hook_resid_post"
 

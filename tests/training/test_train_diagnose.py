@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
-from training_helpers import CONFIGS, STANDARD, TOP_K
 
 from sae_research.config.training import TrainedSAE
 from sae_research.training import stage
@@ -22,6 +21,7 @@ from sae_research.training.diagnose import (
     lines,
     needs_comparison,
 )
+from tests.helpers.training import CONFIGS, STANDARD, TOP_K
 
 D_IN = 64
 

@@ -9,13 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from training_helpers import STANDARD, TOP_K
 
 from sae_research.config.params import Params
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.saes import load_sae
 from sae_research.training import evaluation, loop, stage
 from sae_research.training.checkpoints import ProgressFile, progress_path, run_folder, run_key, saved_checkpoints
+from tests.helpers.training import STANDARD, TOP_K
 
 FEW = {"topk": TOP_K}
 

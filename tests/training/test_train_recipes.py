@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from training_helpers import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
 from sae_research.config.params import Train
 from sae_research.saes import SAEConfig
@@ -13,6 +12,7 @@ from sae_research.saes.pursuit.kernels_numba import largest
 from sae_research.training import products
 from sae_research.training.recipes import RECIPES, Recipe, base
 from sae_research.training.recipes.base import warmup, warmup_then_decay
+from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
 SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "batch_top_k", "matryoshka_batch_top_k")
 """Recipes that work on active latents only where those are few."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import make_recipes as fixture
-from training_helpers import recipe_of
 
 from sae_research.training.recipes import RECIPES, Recipe, StepOutput
+from tests.fixtures import make_recipes as fixture
+from tests.helpers.training import recipe_of
 
 REFERENCE = json.loads(fixture.FIXTURE.read_text())
 L1 = {"l1_coefficient": fixture.L1}

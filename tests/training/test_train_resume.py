@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from training_helpers import CONFIGS, HOOK, STANDARD, TOP_K
 
 from sae_research.runtime.cache import held
 from sae_research.runtime.errors import Interrupted, UserError, run_main
@@ -24,6 +23,7 @@ from sae_research.text import tokens
 from sae_research.training import checkpoints, loop, stage
 from sae_research.training.checkpoints import PROGRESS_FILE, progress_path, run_folder
 from sae_research.training.recipes.l1 import Standard
+from tests.helpers.training import CONFIGS, HOOK, STANDARD, TOP_K
 
 MANY = {
     **{name: dict(config) for name, config in CONFIGS.items()},

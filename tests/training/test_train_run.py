@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from pydantic import TypeAdapter
-from training_helpers import HOOK, STANDARD, TOP_K
 
 from sae_research.config.params import Train
 from sae_research.config.training import TrainedSAE
@@ -19,6 +18,7 @@ from sae_research.text.tokens import token_contexts
 from sae_research.training import stage, training_sae
 from sae_research.training.recipes.l1 import Standard
 from sae_research.training.stream import ActivationStream, StreamBatch, StreamingPCA, pca_variance_explained
+from tests.helpers.training import HOOK, STANDARD, TOP_K
 
 
 def files(folder):

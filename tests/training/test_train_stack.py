@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import CONFIGS, STANDARD, TOP_K
 
 from sae_research.config.params import Train
 from sae_research.training import stack, stage
@@ -15,6 +14,7 @@ from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
+from tests.helpers.training import CONFIGS, STANDARD, TOP_K
 
 SPARSITIES = {
     "l1_coefficient": [0.05, 0.1, 0.02],

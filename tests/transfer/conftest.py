@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import SEPARATOR, WORDS
-from tiny_saes import tiny_sae
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,6 +17,8 @@ from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import save_sae
 from sae_research.transfer.loading import Pair
 from sae_research.transfer.text import TextSource
+from tests.helpers.tiny_model import SEPARATOR, WORDS
+from tests.helpers.tiny_saes import tiny_sae
 
 HOOK, DEEPER = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from damage import flip
 
 from sae_research.config.params import Text
 from sae_research.config.transfer import OwnFinetune
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.transfer.finetune import finetuned_model, outputs_moved, perturbed_model, weights_moved
+from tests.helpers.damage import flip
 
 
 def text_of(params: Any) -> Text:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_model import make_tiny_model
-from tiny_saes import tiny_sae
 
 from sae_research.config.params import Params
 from sae_research.reporting import transfer_figures
@@ -21,6 +19,8 @@ from sae_research.runtime.files import write_json
 from sae_research.saes import save_sae
 from sae_research.transfer import stage
 from sae_research.transfer.stage import RESULTS, run_stage
+from tests.helpers.tiny_model import make_tiny_model
+from tests.helpers.tiny_saes import tiny_sae
 
 
 def read(path: Path) -> Any:

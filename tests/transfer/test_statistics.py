@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_saes import HOOK
 
 from sae_research.saes import encode_each
 from sae_research.stats.reconstruction import together
@@ -17,6 +16,7 @@ from sae_research.transfer.stage import flattened_r2
 from sae_research.transfer.sweep import sweep
 from sae_research.transfer.table import latent_table, wilson
 from sae_research.transfer.text import batches
+from tests.helpers.tiny_saes import HOOK
 
 N_TOKENS = 1500
 RULE = {"outliers": {"rule": "median", "median_multiple": 1.12, "listed": 5}}

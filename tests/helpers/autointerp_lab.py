@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evals_saes import HOOK, standard
-from fixtures import make_autointerp as fixture
-
 from sae_research.config.params import Params
 from sae_research.evals import autointerp
 from sae_research.evals.autointerp.windows import Windows, collect_windows
@@ -16,6 +13,8 @@ from sae_research.lm.activations import HookActivations
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.forms import StandardSAE
+from tests.fixtures import make_autointerp as fixture
+from tests.helpers.evals_saes import HOOK, standard
 
 BUFFER, TOP, WEIGHTED = 4, 6, 4
 """Of the fixture `settings`."""

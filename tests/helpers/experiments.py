@@ -10,7 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = {
     "hook_name": "blocks.1.hook_resid_post",
     "tokens": 3000,

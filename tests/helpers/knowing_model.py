@@ -22,7 +22,7 @@ from sae_research.saes.forms import StandardSAE, TopKSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE, MPSAE
 from sae_research.text.questions import Question
 
-FOLDER = Path(__file__).parent / "fixtures" / "knowing_model"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "knowing_model"
 HOOK = "blocks.0.hook_resid_post"
 SPECIAL = ("<|endoftext|>", "<eos>", "<pad>", "<unk>")
 CHAT_TEMPLATE = "<|endoftext|>user {{ messages[0]['content'] }} model "

@@ -57,7 +57,7 @@ def test_the_simulated_test_is_the_one_that_the_report_runs() -> None:
 
 
 def test_the_page_holds_the_record() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     text, found = (root / PAGE).read_text(), json.loads((root / RECORD).read_text())
     assert page(text, found) == text
     of_text = [row for row in found["rates"] if not row["clusters"].endswith("equal")]
@@ -210,5 +210,5 @@ def test_stored_sums_read_back() -> None:
 
 def test_reporting_reads_this_without_torch_or_scipy() -> None:
     code = "import sys, sae_research.stats.intervals; print(sorted({'torch', 'scipy', 'pandas'} & set(sys.modules)))"
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True)
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[2], text=True)
     assert said.strip() == "[]"

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import Uploads, hub_env, serve_hub
-from random_saes import make_sae, random_activations
 
 from sae_research.runtime.endpoints import redacted, secret
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.hub import card, upload
+from tests.helpers.hub_server import Uploads, hub_env, serve_hub
+from tests.helpers.random_saes import make_sae, random_activations
 
 TOKEN = "hf_" + "loopback" * 4
 

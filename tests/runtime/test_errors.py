@@ -13,7 +13,7 @@ import pytest
 
 from sae_research.runtime.errors import environment_line
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py"))
 NO_PACKAGES = """
 import runpy, sys

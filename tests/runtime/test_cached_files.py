@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from damage import DAMAGES, flip, read_only
-from evals_saes import HOOK, standard
 
 from sae_research.config.params import ActivationCaching, Params
 from sae_research.evals.core import evaluation
@@ -22,6 +20,8 @@ from sae_research.runtime import numba_cache
 from sae_research.runtime.cache import CHECKSUMS, cache_dir, damage, intact, new_entry, usable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import write_json
+from tests.helpers.damage import DAMAGES, flip, read_only
+from tests.helpers.evals_saes import HOOK, standard
 
 
 @pytest.fixture(scope="session")

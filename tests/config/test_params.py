@@ -12,7 +12,7 @@ from sae_research.config.params import Params, load_params
 from sae_research.config.reporting import load_visualization
 from sae_research.runtime.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_committed_file_names_every_section_and_key() -> None:

@@ -23,7 +23,7 @@ from sae_research.experiments.config_files import flatten, parse_overrides, with
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.yaml_files import read_mapping
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "params.yaml").read_text()
 
 

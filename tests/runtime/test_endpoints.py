@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from hub_server import hub_env
 
 from sae_research.analysis.neuronpedia import Neuronpedia
 from sae_research.config.evaluation_params import ChatEndpoint
@@ -22,9 +21,10 @@ from sae_research.config.params import check_params
 from sae_research.evals.autointerp.client import ChatClient, NoAnswer
 from sae_research.runtime.endpoints import checked_url, is_loopback, keeps_secrets, one_line, secret
 from sae_research.runtime.errors import UserError
+from tests.helpers.hub_server import hub_env
 
 KEY = "sk-very-secret-0123456789"
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 HERE = ("http://localhost:8000/v1", "http://LOCALHOST", "http://127.0.0.1:1", "http://127.9.8.7", "http://[::1]:8000/v1")
 ELSEWHERE = (
     "http://127.evil.com",

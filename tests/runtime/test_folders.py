@@ -19,7 +19,7 @@ from sae_research.runtime.cache import new_entry
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import remove_leftovers, replaced_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def write(target: Path, text: str) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_server import DROP, HANG, Http, serve_llm
 
 from sae_research.config.evaluation_params import ChatEndpoint
 from sae_research.evals.autointerp.client import Budget, ChatClient, NoAnswer, check_budget, estimate_tokens
 from sae_research.runtime.errors import UserError
+from tests.helpers.llm_server import DROP, HANG, Http, serve_llm
 
 KEY = "sk-very-secret-0123456789"
 
