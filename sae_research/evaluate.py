@@ -15,7 +15,7 @@ import torch
 
 from sae_research.analysis.context import Lab, open_sae
 from sae_research.config.params import Params
-from sae_research.evals.run import check_known, evaluation_function
+from sae_research.evals.run import evaluation_function
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.reporting.results import EXTRACTORS
 from sae_research.runtime.errors import UserError
@@ -50,7 +50,7 @@ def evaluate(
     """
     params = params or Params()
     for name in evaluations:
-        check_known(name)
+        evaluation_function(name)
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")

@@ -1,6 +1,6 @@
 """What `params.yaml` may say. Unknown keys, wrong types and impossible values are refused in one line.
 
-Sections stand in the modules beside this file; which evaluations have one, `evaluations` says.
+Sections stand in the `*_params.py` beside this file.
 
 Which numbers of the comparison's sections fit an SAE's sizes: known before anything is trained or computed.
 
