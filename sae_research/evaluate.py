@@ -52,7 +52,7 @@ def evaluate(
     """
     params = params or Params()
     for name in evaluations:
-        check_known(name)
+        evaluation_function(name)
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")

@@ -22,21 +22,18 @@ if TYPE_CHECKING:
 RESULTS = Path("eval_results")
 
 
-def check_known(name: str) -> None:
-    """Raises `UserError` for a name that is no evaluation of SAEs."""
+def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str, Any]]]]:
+    """What computes an evaluation of `OF_SAES`. Raises `UserError` for another name."""
     if name not in OF_SAES:
         raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
-
-
-def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str, Any]]]]:
-    """What computes an evaluation of `OF_SAES`."""
     module, _, function = str(OF_SAES[name].evaluate).partition(":")
     return getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
 
 
 def run_evaluation(name: str, params: Params) -> None:
     """One stage: writes `eval_results/<name>/`. Raises `UserError` when nothing could be evaluated."""
-    check_known(name)
+    if name not in OF_SAES:
+        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
     with stage_folder(RESULTS / name, getattr(params.eval_types, name)) as stage:
         if stage is None:
             return
