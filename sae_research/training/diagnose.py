@@ -201,80 +201,37 @@ def _sparsity(place: str, summary: TrainingSummary, limits: Limits) -> list[Find
 
 
 def _learning_rate(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding]:
-    rate = f"{place}.learning_rate"
-    now = f"(now {summary.config.learning_rate:g})"
-    found = []
-    below = _below_pca(summary)
+    rate, now = f"{place}.learning_rate", f"(now {summary.config.learning_rate:g})"
     shape = curve_shape(summary.curve, summary.decay_fraction, summary.sparsity_warmup_fraction)
+    below = _below_pca(summary)
+
+    def too_high(says: str, figure: str, value: float, limit: float) -> list[Finding]:
+        return [Finding("learning_rate_too_high", says, figure, value, limit, f"{rate}: lower {now}")]
+
+    def too_low(says: str, figure: str, value: float, limit: float) -> list[Finding]:
+        return [Finding("learning_rate_too_low", says, figure, value, limit, f"{rate}: raise {now}, or train.tokens")]
+
     if shape is not None and shape.collapse > limits.collapse:
-        found.append(
-            Finding(
-                "learning_rate_too_high",
-                f"variance explained fell by {shape.collapse:.2g} on the way",
-                "fall of variance explained",
-                shape.collapse,
-                limits.collapse,
-                f"{rate}: lower {now}",
-            )
-        )
-    elif shape is not None and shape.spike > limits.spike:
-        found.append(
-            Finding(
-                "learning_rate_too_high",
-                "the loss jumps",
-                "highest row against its neighbours",
-                shape.spike,
-                limits.spike,
-                f"{rate}: lower {now}",
-            )
-        )
-    elif shape is not None and shape.rise > limits.rising:
-        found.append(
-            Finding(
-                "learning_rate_too_high",
-                "the loss rises again",
-                "rise above its lowest stretch",
-                shape.rise,
-                limits.rising,
-                f"{rate}: lower {now}",
-            )
-        )
-    elif shape is not None and shape.drop > limits.decay_drop and shape.drop > limits.decay_ratio * max(shape.fall, 0.0):
-        found.append(
-            Finding(
-                "learning_rate_too_high",
-                f"the loss fell by {shape.fall:.1%} in the run's middle and by {shape.drop:.1%} once the rate decayed",
-                "fall during the decay",
-                shape.drop,
-                limits.decay_drop,
-                f"{rate}: lower {now}",
-            )
-        )
-    elif shape is not None and shape.fall > limits.still_falling:
-        found.append(
-            Finding(
-                "learning_rate_too_low",
-                f"the loss was still falling, by {shape.fall:.1%} from 40 % of the run to the decay",
-                "fall before the decay",
-                shape.fall,
-                limits.still_falling,
-                f"{rate}: raise {now}, or train.tokens",
-            )
-        )
-    elif below is not None:
+        says = f"variance explained fell by {shape.collapse:.2g} on the way"
+        return too_high(says, "fall of variance explained", shape.collapse, limits.collapse)
+    if shape is not None and shape.spike > limits.spike:
+        return too_high("the loss jumps", "highest row against its neighbours", shape.spike, limits.spike)
+    if shape is not None and shape.rise > limits.rising:
+        return too_high("the loss rises again", "rise above its lowest stretch", shape.rise, limits.rising)
+    if shape is not None and shape.drop > limits.decay_drop and shape.drop > limits.decay_ratio * max(shape.fall, 0.0):
+        says = f"the loss fell by {shape.fall:.1%} in the run's middle and by {shape.drop:.1%} once the rate decayed"
+        return too_high(says, "fall during the decay", shape.drop, limits.decay_drop)
+    if shape is not None and shape.fall > limits.still_falling:
+        says = f"the loss was still falling, by {shape.fall:.1%} from 40 % of the run to the decay"
+        return too_low(says, "fall before the decay", shape.fall, limits.still_falling)
+    if below is not None:
         n, pca = below
-        found.append(
-            Finding(
-                "learning_rate_too_low",
-                f"it explains less variance than {n} principal components with "
-                f"{summary.l0:.4g} latents a token: it has not learnt yet",
-                "variance explained",
-                summary.variance_explained,
-                pca,
-                f"{rate}: raise {now}, or train.tokens",
-            )
+        says = (
+            f"it explains less variance than {n} principal components with {summary.l0:.4g} latents a token: "
+            "it has not learnt yet"
         )
-    return found
+        return too_low(says, "variance explained", summary.variance_explained, pca)
+    return []
 
 
 def _latents(place: str, summary: TrainingSummary, limits: Limits) -> list[Finding]:
