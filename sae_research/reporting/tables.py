@@ -40,7 +40,7 @@ def _environment() -> jinja2.Environment:
     )
     filters = (formatting.number, formatting.amount, formatting.counted, formatting.percent, code, at_l0, difference)
     environment.filters |= {each.__name__: each for each in filters}
-    environment.globals["ABSENT"] = ABSENT
+    environment.globals.update(ABSENT=ABSENT)
     return environment
 
 
