@@ -29,7 +29,7 @@ def equal_l0(figure: Figure, run: Run, markers: Mapping[str, MarkerStyle]) -> Fi
     found = grids(run)
     keys = ["variance_explained", "loss_recovered", "ce_delta", "kl", *run.probing_keys, "."]
     margins: dict[str, Any] = {"left": 0.065, "right": 0.97, "bottom": 0.155, "top": 0.96, "wspace": 0.275, "hspace": 0.333}
-    for key, axes in figure.subplot_mosaic([keys[:3], keys[3:6]], gridspec_kw=margins).items():
+    for key, axes in figure.subplot_mosaic([[*keys[:3]], [*keys[3:6]]], gridspec_kw=margins).items():
         _panel(axes, found, headline(key), run, markers)
     _legend(figure, found, markers)
     return figure

@@ -110,7 +110,7 @@ class RunFigures:
         figure = self._figure(1.45, 0.7)
         columns = {"loss": "Training loss", "l0": "L0", "variance_explained": "Variance explained"}
         margins: dict[str, Any] = {"left": 0.06, "right": 0.975, "bottom": 0.165, "top": 0.845, "wspace": 0.226}
-        for column, axes in figure.subplot_mosaic([list(columns)], gridspec_kw=margins).items():
+        for column, axes in figure.subplot_mosaic([[*columns]], gridspec_kw=margins).items():
             self._curves(axes, column, columns[column])
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
