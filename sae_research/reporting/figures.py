@@ -66,7 +66,7 @@ class RunFigures:
     def overview(self) -> Figure:
         """Four metrics against L0, the legend below them."""
         figure = self._figure(1.52, 2.09)
-        places = [["variance_explained", "loss_recovered"], ["kl", self.run.probing_keys[0]]]
+        probing = self.run.probing_keys[0]
         margins: dict[str, Any] = {
             "left": 0.0675,
             "right": 0.99,
@@ -75,7 +75,8 @@ class RunFigures:
             "wspace": 0.183,
             "hspace": 0.198,
         }
-        for key, axes in figure.subplot_mosaic(places, gridspec_kw=margins).items():
+        panels = figure.subplot_mosaic([["variance_explained", "loss_recovered"], ["kl", probing]], gridspec_kw=margins)
+        for key, axes in panels.items():
             self._panel(axes, key)
         self._legend(figure, loc="lower center", bbox_to_anchor=(0.5, 0.015), ncols=8)
         return figure
