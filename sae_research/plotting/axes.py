@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sae_research.config.reporting import Visualization
@@ -62,8 +63,8 @@ def panels(
     panel, over its width; legend: inches below the panels."""
     width = style.width_inches * {1: 0.7, 2: 0.58, 3: 0.5}.get(columns, 0.45)
     size = (width * columns, height * width * rows + legend)
-    figure = Figure(figsize=size, dpi=style.dpi, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=size, dpi=style.dpi, facecolor="white", layout=layout)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -96,15 +97,13 @@ def plain(axes: Axes, x_label: str, y_label: str) -> None:
         spine.set_color("#B0B0B0")
 
 
-def say(axes: Axes, message: str, keep_labels: bool = False) -> Figure:
+def say(axes: Axes, message: str, keep_labels: bool = False) -> None:
     """An empty panel that says why it is empty."""
     axes.set_xticks([])
     axes.set_yticks([])
     if not keep_labels:
         axes.set_axis_off()
-    centred = {"ha": "center", "va": "center", "transform": axes.transAxes}
-    axes.text(0.5, 0.5, _wrapped(message), fontsize=TEXT, color=MUTED, **centred)
-    return axes.figure
+    axes.text(0.5, 0.5, _wrapped(message), fontsize=TEXT, color=MUTED, ha="center", va="center", transform=axes.transAxes)
 
 
 def _wrapped(message: str, width: int = 46) -> str:
@@ -126,7 +125,7 @@ def span(values: Sequence[float], log: bool) -> tuple[float, float]:
 def log_axis(axis: Axis, low: float, high: float) -> None:
     """A logarithmic axis with plain numbers at 1, 2, 5 (at powers of ten where it spans three decades)."""
     set_scale, set_limits = (
-        (axis.axes.set_xscale, axis.axes.set_xlim) if axis.axis_name == "x" else (axis.axes.set_yscale, axis.axes.set_ylim)
+        (axis.axes.set_xscale, axis.axes.set_xlim) if isinstance(axis, XAxis) else (axis.axes.set_yscale, axis.axes.set_ylim)
     )
     set_scale("log")
     steps = (1,) if high / low > 2000 else (1, 2, 5)

@@ -45,15 +45,11 @@ def place_labels(
     markers = [Box(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in points]
     placed: list[Box] = []
     for (x, y), (width, height) in zip(points, sizes, strict=True):
-        best: tuple[float, Box] | None = None
-        for box in _candidates(x, y, width, height, radius):
-            outside = width * height - box.overlap(frame)
-            cost = 2 * outside + sum(box.overlap(other) for other in (*markers, *placed, *taken))
-            if best is None or cost < best[0] - 1e-9:
-                best = cost, box
-            if cost == 0:
-                break
-        placed.append(best[1])
+        costs = {
+            box: 2 * (width * height - box.overlap(frame)) + sum(box.overlap(other) for other in (*markers, *placed, *taken))
+            for box in _candidates(x, y, width, height, radius)
+        }
+        placed.append(min(costs, key=lambda box: round(costs[box], 6)))
     return placed
 
 

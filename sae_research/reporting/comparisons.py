@@ -262,7 +262,7 @@ def area(curve: Points, better: str, low: float, high: float) -> float:
     inside = {math.log(x) for x, _ in curve if low < x < high}
     before = [point for point in curve if point[0] < low]
     places = [low, *(math.exp(log) for log in sorted({*logs[1:-1], *inside})), high]
-    front = pareto([*before, *((x, at(curve, x)) for x in places)], better)[len(before) :]
+    front = pareto([*before, *((x, y) for x in places if (y := at(curve, x)) is not None)], better)[len(before) :]
     total = sum((y0 + y1) / 2 * math.log(x1 / x0) for (x0, y0), (x1, y1) in zip(front, front[1:], strict=False))
     return total / math.log(high / low)
 
@@ -398,8 +398,9 @@ def _uncorrected(run: Run) -> Iterator[Comparison]:
 
 def _all_evidence(point: Point, metric: Metric) -> list[Evidence]:
     """Of every run, between the two neighbours where nothing was measured; empty unless all have it on the same clusters."""
-    sides = [[evidence(row, metric) for row in member.rows] for member in point.members]
-    if any(item is None for side in sides for item in side) or len({item.key for side in sides for item in side}) != 1:
+    sides = [[found for row in member.rows if (found := evidence(row, metric))] for member in point.members]
+    complete = all(len(side) == member.seeds for side, member in zip(sides, point.members, strict=True))
+    if not complete or len({item.key for side in sides for item in side}) != 1:
         return []
     if point.upper is None:
         return sides[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,8 +28,8 @@ def equal_l0(figure: Figure, run: Run, markers: Mapping[str, MarkerStyle]) -> Fi
     """Six panels: core figures and probing accuracies against L0, one line per grid, one marker per single point."""
     found = grids(run)
     keys = ["variance_explained", "loss_recovered", "ce_delta", "kl", *run.probing_keys, "."]
-    margins = {"left": 0.065, "right": 0.97, "bottom": 0.155, "top": 0.96, "wspace": 0.275, "hspace": 0.333}
-    for key, axes in figure.subplot_mosaic([keys[:3], keys[3:6]], gridspec_kw=margins).items():
+    margins: dict[str, Any] = {"left": 0.065, "right": 0.97, "bottom": 0.155, "top": 0.96, "wspace": 0.275, "hspace": 0.333}
+    for key, axes in figure.subplot_mosaic([[*keys[:3]], [*keys[3:6]]], gridspec_kw=margins).items():
         _panel(axes, found, headline(key), run, markers)
     _legend(figure, found, markers)
     return figure
@@ -81,7 +82,7 @@ def _drawn(curve: Points) -> Points:
     return [*((x, y) for x in between if (y := at(curve, x)) is not None), curve[-1]]
 
 
-def _line_styles(found: Sequence[Grid]) -> list[object]:
+def _line_styles(found: Sequence[Grid]) -> list[Any]:
     seen: dict[str, int] = {}
     styles = []
     for grid in found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ MARKER = 7.0
 def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: int = 1) -> list[Path]:
     """Write every image under `images/` and delete images that no longer exist. Returns what was written."""
     figures = RunFigures(run, style)
-    draw = {f"l0_vs_{key}": partial(figures.against_l0, key) for key in run.plotted}
+    draw: dict[str, Callable[[], Figure]] = {f"l0_vs_{key}": partial(figures.against_l0, key) for key in run.plotted}
     draw |= {
         "overview": figures.overview,
         "equal_l0": figures.equal_l0,
@@ -66,9 +66,17 @@ class RunFigures:
     def overview(self) -> Figure:
         """Four metrics against L0, the legend below them."""
         figure = self._figure(1.52, 2.09)
-        places = [["variance_explained", "loss_recovered"], ["kl", self.run.probing_keys[0]]]
-        margins = {"left": 0.0675, "right": 0.99, "bottom": 0.102, "top": 0.981, "wspace": 0.183, "hspace": 0.198}
-        for key, axes in figure.subplot_mosaic(places, gridspec_kw=margins).items():
+        probing = self.run.probing_keys[0]
+        margins: dict[str, Any] = {
+            "left": 0.0675,
+            "right": 0.99,
+            "bottom": 0.102,
+            "top": 0.981,
+            "wspace": 0.183,
+            "hspace": 0.198,
+        }
+        panels = figure.subplot_mosaic([["variance_explained", "loss_recovered"], ["kl", probing]], gridspec_kw=margins)
+        for key, axes in panels.items():
             self._panel(axes, key)
         self._legend(figure, loc="lower center", bbox_to_anchor=(0.5, 0.015), ncols=8)
         return figure
@@ -86,7 +94,8 @@ class RunFigures:
         left = 0.3 + 0.082 * max((len(row.name) for row in shown), default=0)  # inches for the longest name
         axes = figure.add_axes((left / width, 0.62 / height, 1 - (left + 0.75) / width, 1 - 1.0 / height))
         if not shown:
-            return say(axes, self.run.unavailable("core") or "core evaluation: no density histograms")
+            say(axes, self.run.unavailable("core") or "core evaluation: no density histograms")
+            return figure
         for index, row in enumerate(shown):
             self._density(axes, row, base=len(shown) - 1 - index)
         plain(axes, "log10 of the fraction of tokens on which a latent is non-zero", "")
@@ -101,8 +110,8 @@ class RunFigures:
         """Loss, L0 and variance explained against training tokens."""
         figure = self._figure(1.45, 0.7)
         columns = {"loss": "Training loss", "l0": "L0", "variance_explained": "Variance explained"}
-        margins = {"left": 0.06, "right": 0.975, "bottom": 0.165, "top": 0.845, "wspace": 0.226}
-        for column, axes in figure.subplot_mosaic([list(columns)], gridspec_kw=margins).items():
+        margins: dict[str, Any] = {"left": 0.06, "right": 0.975, "bottom": 0.165, "top": 0.845, "wspace": 0.226}
+        for column, axes in figure.subplot_mosaic([[*columns]], gridspec_kw=margins).items():
             self._curves(axes, column, columns[column])
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
@@ -244,16 +253,16 @@ class RunFigures:
                 zorder=4,
             )
 
-    def _legend(self, figure: Figure, **where: object) -> None:
+    def _legend(self, figure: Figure, **where: Any) -> None:
         rows = [row for row in self.run.rows if row.value("l0") is not None]
         if not rows:
             return
         dot: dict[str, Any] = {"linestyle": "none", "markersize": MARKER}
-        edge = {"markeredgecolor": "white", "markeredgewidth": 0.6}
+        edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6}
         handles = []
         for name in dict.fromkeys(row.group for row in rows):
             known = self.markers[name]
-            style = {"marker": known.marker, "color": known.color, "markersize": marker_size(known, MARKER)}
+            style: dict[str, Any] = {"marker": known.marker, "color": known.color, "markersize": marker_size(known, MARKER)}
             handles.append(Line2D([], [], label=name, **{**dot, **edge, **style}))
         if any(row.interpolating for row in rows):
             label = "hollow: interpolates," + (" " if "ncols" in where else "\n") + "not comparable"
@@ -261,7 +270,7 @@ class RunFigures:
         if any(row.interval(key) for row in rows for key in self.run.plotted):
             label = "bar: 95 % interval," + (" " if "ncols" in where else "\n") + "other text"
             handles.append(Line2D([], [], marker="|", color=MUTED, label=label, **dot))
-        spacing = {"handletextpad": 0.3, "borderaxespad": 0.0, "columnspacing": 1.4}
+        spacing: dict[str, Any] = {"handletextpad": 0.3, "borderaxespad": 0.0, "columnspacing": 1.4}
         figure.legend(handles=handles, frameon=False, fontsize=TEXT, labelcolor=INK, **spacing, **where)
 
     def _density(self, axes: Axes, row: Row, base: int) -> None:

@@ -19,7 +19,6 @@ from sae_research.runtime.formatting import ABSENT, markdown_table, number, text
 
 FOLDER = Path("eval_results/ground_truth")
 RESULTS_FILE = "results.json"
-METRICS_FILE = Path("metrics/ground_truth.json")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t by degrees of freedom, from 1."""
 

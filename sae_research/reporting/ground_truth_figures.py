@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -70,23 +71,13 @@ def pursuit(run: GroundTruthRun, style: Visualization) -> Figure:
 
 
 def _curve(axes: Axes, found: list[Line], key: str, label: str, color: str, marker: str) -> None:
-    found = sorted((line for line in found if line.mean(key) is not None), key=lambda line: line.mean("l0") or 0)
-    x, y = [line.mean("l0") for line in found], [line.mean(key) for line in found]
-    bounds = [line.interval(key) for line in found]
-    if all(bounds) and found:
-        axes.errorbar(
-            x,
-            y,
-            [
-                [value - low for value, (low, _) in zip(y, bounds, strict=True)],
-                [high - value for value, (_, high) in zip(y, bounds, strict=True)],
-            ],
-            color=color,
-            fmt="none",
-            elinewidth=0.8,
-            alpha=0.6,
-            capsize=2,
-        )
+    points = [(line.mean("l0"), line.mean(key), line.interval(key)) for line in found]
+    known = sorted((x, y, bounds) for x, y, bounds in points if x is not None and y is not None)
+    bars = [(x, y, y - bounds[0], bounds[1] - y) for x, y, bounds in known if bounds]
+    if bars:
+        x, y, below, above = zip(*bars, strict=True)
+        axes.errorbar(x, y, [below, above], color=color, fmt="none", elinewidth=0.8, alpha=0.6, capsize=2)
+    x, y = [point[0] for point in known], [point[1] for point in known]
     axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.0, label=label)
 
 
@@ -123,7 +114,7 @@ def follow(run: GroundTruthRun, style: Visualization) -> Figure:
     return figure
 
 
-def _whisker(axes: Axes, values: dict[str, object], height: float, color: str, label: str | None) -> None:
+def _whisker(axes: Axes, values: dict[str, Any], height: float, color: str, label: str | None) -> None:
     if "spearman" not in values:
         axes.plot([], [], color=color, marker="o", linestyle="none", label=label)
         axes.text(0.03, height, "constant", fontsize=SMALL, color=MUTED, va="center")

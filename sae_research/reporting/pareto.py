@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain, save, span
+from sae_research.reporting.results import is_figure
 from sae_research.reporting.style import MarkerStyle, marker_styles
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
@@ -94,8 +96,8 @@ def read_points(folders: Sequence[str], metric: str) -> list[Point]:
 
 def _point(file: Path, label: str, metric: str) -> Point | None:
     values: dict[str, Any] = read_json(file)
-    l0, value = values.get("l0"), values.get(metric)
-    if not (_number(l0) and l0 > 0 and _number(value)):
+    l0, value = values.get("l0", math.nan), values.get(metric, math.nan)
+    if not (is_figure(l0) and l0 > 0 and is_figure(value)):
         return None
     return Point(
         file.parent.name,
@@ -105,10 +107,6 @@ def _point(file: Path, label: str, metric: str) -> Point | None:
         float(l0),
         float(value),
     )
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -127,8 +125,7 @@ def _figure(points: Sequence[Point], metric: str) -> Figure:
     columns = min(3, len(hooks))
     rows = -(-len(hooks) // columns)
     size = (columns * PANEL_WIDTH + LEGEND_WIDTH, rows * PANEL_HEIGHT)
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     for hook, axes in zip_longest(hooks, figure.subplots(rows, columns, squeeze=False).flat):
         if hook is None:
             axes.set_axis_off()

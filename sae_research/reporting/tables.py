@@ -30,7 +30,7 @@ _STARTS_A_LINE = ("#", "|", "- ", "![")
 def render(template: str, **values: Any) -> str:
     """A section of the report from `templates/<template>.md.j2`. A value that the template needs and does not get is an
     error."""
-    return _one_line_a_paragraph(_environment().get_template(f"{template}.md.j2").render(values))
+    return _one_line_a_paragraph(_environment().get_template(f"{template}.md.j2").render(values, ABSENT=ABSENT))
 
 
 @cache
@@ -40,7 +40,6 @@ def _environment() -> jinja2.Environment:
     )
     filters = (formatting.number, formatting.amount, formatting.counted, formatting.percent, code, at_l0, difference)
     environment.filters |= {each.__name__: each for each in filters}
-    environment.globals["ABSENT"] = ABSENT
     return environment
 
 

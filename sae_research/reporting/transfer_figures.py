@@ -286,7 +286,9 @@ def densities(run: TransferRun, style: Visualization) -> Figure:
     figure, (scatter, histogram) = panels(style, 2, height=0.8)
     base, other = (_column(run, f"{model}_density") for model in MODELS)
     if not len(base) or not (base > 0).any():
-        return say(scatter, "no latent fired")
+        say(scatter, "no latent fired")
+        histogram.set_axis_off()
+        return figure
     floor = min(float(values[values > 0].min()) for values in (base, other) if (values > 0).any()) / 3
     logs = [np.log10(np.where(values > 0, values, floor)) for values in (base, other)]
     panel(scatter, "Density of every latent", "log10 density, base", "log10 density, finetuned")
@@ -317,7 +319,7 @@ def densities(run: TransferRun, style: Visualization) -> Figure:
     bar.set_label("Pearson on the same tokens", fontsize=SMALL, color=INK)
     bar.ax.tick_params(labelsize=SMALL, colors=MUTED)
     panel(histogram, "Densities", "log10 density", "Latents")
-    edges = np.linspace(*span, 41)
+    edges = np.linspace(span[0], span[1], 41)
     for model, values, line_style in zip(MODELS, (base, other), ("-", "--"), strict=True):
         alive = values > 0
         histogram.stairs(
@@ -381,7 +383,7 @@ def _logits(run: TransferRun, axes: Axes) -> None:
     elif values.min() > 1 - EQUAL:
         say(axes, "1 for every latent: both models have the same unembedding", keep_labels=True)
     else:
-        axes.hist(values, bins=np.linspace(min(0.9, float(values.min())), 1, 41), color=BASE)
+        axes.hist(values, bins=np.linspace(min(0.9, float(values.min())), 1, 41).tolist(), color=BASE)
 
 
 def repair(run: TransferRun, style: Visualization) -> Figure:
@@ -390,7 +392,8 @@ def repair(run: TransferRun, style: Visualization) -> Figure:
     found = run.main.get("repair") or {}
     if found.get("status") != "ok":
         grid[1].set_axis_off()
-        return say(grid[0], f"repair: {found.get('message', 'not run')}")
+        say(grid[0], f"repair: {found.get('message', 'not run')}")
+        return figure
     kinds = (
         ("finetuned", "finetuned", FINETUNED, "-", "trained on and read on the finetuned model"),
         ("finetuned", "base", FINETUNED, ":", "the same SAE on the base model"),
