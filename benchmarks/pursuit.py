@@ -124,7 +124,6 @@ def speeds(shape: Shape | None = None, device: str = "cpu") -> dict[str, float]:
         "topk_refit, k = 50": TopKRefitSAE(W, b, 50),
         "mpsae, s = 10": MPSAE(W, b, 10),
         "mpsae, s = 100": MPSAE(W, b, 100),
-        "mpsae, s = 100, bfloat16 Gram": MPSAE(W, b, 100, gram_dtype="bfloat16"),
         "nn_mpsae, s = 100": NonNegativeMPSAE(W, b, 100),
         "omp, s = 10": OMPSAE(W, b, 10),
         "omp, s = 50": OMPSAE(W, b, 50),
@@ -144,20 +143,18 @@ def memory_traffic(shape: Shape | None = None, device: str = "cpu") -> dict[str,
     shape = Shape() if shape is None else shape
     W, b, x = _inputs(shape, device)
     x = (x[: max(1, shape.sequences // 8)] - b).reshape(-1, shape.d_in)
-    found = {"bandwidth, GB/s": measured_bandwidth(device)}
-    for name, gram_dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        dictionary = MPSAE(W, b, STEPS).dictionary()
-        bytes_per_step = len(dictionary.atoms) * (torch.float32 if gram_dtype is None else gram_dtype).itemsize
-        product = _seconds(lambda d=dictionary: d.correlations(x), device)
-        whole = _seconds(lambda d=dictionary, g=gram_dtype: matching.pursue(x, d, STEPS, gram_dtype=g), device)
-        rate = len(x) * STEPS / (whole - product)
-        found |= {
-            f"{name}: bytes a step": bytes_per_step,
-            f"{name}: million steps/s": rate / 1e6,
-            f"{name}: GB/s": rate * bytes_per_step / 1e9,
-            f"{name}: fraction of bandwidth": rate * bytes_per_step / 1e9 / found["bandwidth, GB/s"],
-        }
-    return found
+    bandwidth = measured_bandwidth(device)
+    dictionary = MPSAE(W, b, STEPS).dictionary()
+    bytes_per_step = len(dictionary.atoms) * dictionary.atoms.itemsize
+    product = _seconds(lambda: dictionary.correlations(x), device)
+    rate = len(x) * STEPS / (_seconds(lambda: matching.pursue(x, dictionary, STEPS), device) - product)
+    return {
+        "bandwidth, GB/s": bandwidth,
+        "bytes a step": bytes_per_step,
+        "million steps/s": rate / 1e6,
+        "GB/s": rate * bytes_per_step / 1e9,
+        "fraction of bandwidth": rate * bytes_per_step / 1e9 / bandwidth,
+    }
 
 
 def measured_bandwidth(device: str) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from sae_research.analysis.context import Lab
 from sae_research.config.params import Params
-from sae_research.evals.run import check_known, evaluation_function
+from sae_research.evals.run import evaluation_function
 from sae_research.lm import LanguageModel
 from sae_research.reporting.results import EXTRACTORS
 from sae_research.runtime.errors import UserError

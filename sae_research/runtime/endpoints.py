@@ -97,11 +97,17 @@ def keeps_secrets(url: str) -> bool:
 
 def http_client(url: str, timeout: float, **settings: Any) -> httpx2.Client:
     """For requests to one server. It follows no redirect, which would hand a key to another address, and asks this machine
-    without a proxy. timeout: seconds, of connecting and of every wait for more of an answer."""
+    without a proxy. timeout: seconds, of connecting and of every wait for more of an answer.
+
+    Raises `UserError` for a proxy in the environment that cannot be used.
+    """
     import httpx2  # not for those who only look up a key
 
-    limits = httpx2.Limits(max_connections=None)
-    return httpx2.Client(follow_redirects=False, trust_env=not is_loopback(url), timeout=timeout, limits=limits, **settings)
+    limits, env = httpx2.Limits(max_connections=None), not is_loopback(url)
+    try:
+        return httpx2.Client(follow_redirects=False, trust_env=env, timeout=timeout, limits=limits, **settings)
+    except (ValueError, ImportError, httpx2.InvalidURL):  # a message could repeat a proxy's password
+        raise UserError("the proxy that https_proxy, http_proxy or all_proxy names cannot be used; correct it") from None
 
 
 # --- words ---------------------------------------------------------------------------------------

@@ -30,7 +30,5 @@ if "NUMBA_CACHE_DIR" not in os.environ:
     os.environ["NUMBA_CACHE_DIR"] = str(_folder())
 
 import numba  # noqa: E402  (reads the setting above when it is imported)
-from numba.core import types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
 
-__all__ = ["intrinsic", "numba", "types"]
+__all__ = ["numba"]

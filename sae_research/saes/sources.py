@@ -1,6 +1,6 @@
-"""Does an SAE belong to this model? Cheap checks, made as soon as an SAE is read.
+"""SAEs by where they are: folders, the train and setup stages, a hub, SAELens' releases, classes of the user's own, memory.
 
-Where SAEs come from: the train stage, a hub, SAELens' releases, folders, and classes of the user's own.
+First come checks that an SAE belongs to a model, cheap enough to be made as soon as one is read.
 """
 
 from __future__ import annotations

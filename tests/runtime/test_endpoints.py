@@ -133,6 +133,15 @@ def test_an_address_that_is_no_text_is_not_repeated() -> None:
     assert KEY not in str(refused.value)
 
 
+@pytest.mark.parametrize("proxy", ["socks5://me:hunter2@host:1", "ftp://me:hunter2@host", "http://me:hunter2@host:x"])
+def test_a_proxy_of_no_use_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(UserError, match="the proxy that https_proxy") as refused:
+        chat("https://host.example/v1")
+    assert "hunter2" not in str(refused.value)
+    chat(HERE[0])
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_key_follows_a_redirect(status: int) -> None:
     with serve((200, {}, b"{}")) as (other, stolen), serve((status, {"Location": f"{other}/x"}, b"")) as (url, seen):

@@ -22,5 +22,5 @@ def test_rows(monkeypatch) -> None:
     assert list(rows) == ["matching pursuit, s = 100", "IHTP, k = 5", "IHTP, four k", "IHTP, k = 5, the fits alone"]
     assert all(ours > 0 and loop > 0 for ours, loop in rows.values())
     traffic = pursuit.memory_traffic(SHAPE)
-    assert traffic["float32: bytes a step"] == 192 * 4 and traffic["bfloat16: bytes a step"] == 192 * 2
+    assert traffic["bytes a step"] == 192 * 4
     assert all(value > 0 for value in pursuit.speeds(SHAPE).values())

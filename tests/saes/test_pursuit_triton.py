@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch
-from sae_research.pursuit import kernels_triton, matching
+from sae_research.saes.pursuit import kernels_triton, matching
 from sae_research.saes.pursuit.dictionary import Dictionary
 
 g = torch.Generator().manual_seed(0)
@@ -24,7 +24,7 @@ x[2] = 2 * W[9]
 kernels_triton.BLOCK = 128
 for in_registers in (16384, 64):
     kernels_triton.IN_REGISTERS = in_registers
-    for options in ({}, {"nonnegative": True}, {"tolerance": 0.3}, {"gram_dtype": torch.bfloat16, "refresh": 4}):
+    for options in ({}, {"nonnegative": True}, {"tolerance": 0.3}):
         found = []
         for steps in (matching._steps_torch, matching._steps_triton):
             matching._backend = lambda run, gram, steps=steps: steps

@@ -254,8 +254,6 @@ def test_the_largest_sizes_work(make) -> None:
     [
         (MPSAE, {"tolerance": 1.0}, "tolerance = 1.0 must be at least 0 and less than 1"),
         (OMPSAE, {"tolerance": -0.1}, "tolerance = -0.1 must be"),
-        (MPSAE, {"gram_dtype": "int8"}, "gram_dtype must be float32 or bfloat16"),
-        (MPSAE, {"refresh": -1}, "refresh = -1 must not be negative"),
         (IHTPSAE, {"iterations": -1}, "iterations = -1 must not be negative"),
         (TopKRefitSAE, {"iterations": -2}, "iterations = -2 must not be negative"),
     ],

@@ -14,7 +14,7 @@ from tests.helpers.tiny_saes import D_IN, tiny_sae
 
 VARIANTS = {
     "ihtp": {"k_values": [2], "iterations": 3},
-    "mpsae": {"s_values": [3], "tolerance": 0.25, "gram_dtype": "bfloat16", "refresh": 2},
+    "mpsae": {"s_values": [3], "tolerance": 0.25},
     "omp": {"enabled": True, "s_values": [2, 4]},
     "topk_refit": {"enabled": True, "k_values": [3], "iterations": 2},
     "nn_mpsae": {"enabled": True, "s_values": [3]},
@@ -37,7 +37,7 @@ def test_every_section_becomes_saes_with_its_options(project: Path, make_params:
     found = {name: load_sae(project / "downloaded_saes" / name) for name in manifest["order"]}
     assert {name: (sae.cfg.form, sae.options()) for name, sae in found.items() if name != "standard"} == {
         "standard_ihtp_k2": ("ihtp", {"k": 2, "iterations": 3}),
-        "standard_mpsae_s3": ("matching_pursuit", {"s": 3, "tolerance": 0.25, "gram_dtype": "bfloat16", "refresh": 2}),
+        "standard_mpsae_s3": ("matching_pursuit", {"s": 3, "tolerance": 0.25}),
         "standard_omp_s2": ("omp", {"s": 2}),
         "standard_omp_s4": ("omp", {"s": 4}),
         "standard_topk_refit_k3": ("topk_refit", {"k": 3, "iterations": 2}),

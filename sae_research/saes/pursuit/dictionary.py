@@ -100,13 +100,13 @@ class GramRows:
     is emptied before rows that are missing go in.
     """
 
-    def __init__(self, atoms_FD: Tensor, dtype: torch.dtype, max_bytes: int, max_chunk_bytes: int) -> None:
-        self.atoms, self.dtype = atoms_FD, dtype
+    def __init__(self, atoms_FD: Tensor, max_bytes: int, max_chunk_bytes: int) -> None:
+        self.atoms = atoms_FD
         width = len(atoms_FD)
-        self.capacity = max(1, min(width, max_bytes // (width * dtype.itemsize)))
+        self.capacity = max(1, min(width, max_bytes // (width * atoms_FD.dtype.itemsize)))
         self.complete = self.capacity == width
         self._block = max(1, max_chunk_bytes // (width * atoms_FD.dtype.itemsize))
-        self.table = torch.empty(self.capacity, width, dtype=dtype, device=atoms_FD.device)
+        self.table = atoms_FD.new_empty(self.capacity, width)
         self.slot = torch.full((width,), -1, dtype=torch.int32, device=atoms_FD.device)
         self._used = 0
         if self.complete:
@@ -122,7 +122,7 @@ class GramRows:
             self._used, missing = 0, wanted
         for part in missing.split(self._block):
             end = self._used + len(part)
-            self.table[self._used : end] = (self.atoms[part] @ self.atoms.T).to(self.dtype)
+            self.table[self._used : end] = self.atoms[part] @ self.atoms.T
             self.slot[part] = torch.arange(self._used, end, dtype=torch.int32, device=part.device)
             self._used = end
 
@@ -140,14 +140,13 @@ class Dictionary:
         self.atoms = torch.nn.functional.pad(atoms_FD, (0, 0, 0, pad)) if pad else atoms_FD
         self.max_chunk_bytes = MAX_CHUNK_BYTES if max_chunk_bytes is None else max_chunk_bytes
         self.max_gram_bytes = _gram_limit(atoms_FD.device) if max_gram_bytes is None else max_gram_bytes
-        self._rows: dict[torch.dtype, GramRows] = {}
+        self._rows: GramRows | None = None
 
-    def gram(self, dtype: torch.dtype | None = None) -> GramRows:
-        """Gram rows in `dtype` (the atoms' own by default), made when first asked for."""
-        dtype = self.atoms.dtype if dtype is None else dtype
-        if dtype not in self._rows:
-            self._rows[dtype] = GramRows(self.atoms, dtype, self.max_gram_bytes, self.max_chunk_bytes)
-        return self._rows[dtype]
+    def gram(self) -> GramRows:
+        """Gram rows, made when first asked for."""
+        if self._rows is None:
+            self._rows = GramRows(self.atoms, self.max_gram_bytes, self.max_chunk_bytes)
+        return self._rows
 
     @property
     def gram_fits(self) -> bool:

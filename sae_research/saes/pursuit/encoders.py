@@ -18,8 +18,6 @@ from sae_research.saes.base import SAEConfig, SparseAutoencoder, all_finite
 from sae_research.saes.pursuit import matching, orthogonal, thresholding
 from sae_research.saes.pursuit.dictionary import Dictionary, Normalise, check_atoms, shared_dictionary
 
-GRAM_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-
 
 class PursuitSAE(SparseAutoencoder):
     """What the pursuit encoders share: a checked dictionary of unit atoms, its size option, families.
@@ -228,15 +226,13 @@ class MPSAE(PursuitSAE):
 
     Each step takes the atom of largest absolute correlation with the residual, adds that correlation to its
     activation and subtracts its part from the residual. The same atom may be taken again, so L0 is at most s.
-    `tolerance`: a token stops once its residual norm is at most this share of its own (0: never). `gram_dtype`
-    bfloat16 halves the memory that a step reads, at a cost in accuracy that `refresh` bounds: correlations are computed
-    afresh from the residual after so many steps (0: never).
+    `tolerance`: a token stops once its residual norm is at most this share of its own (0: never).
     """
 
     form = "matching_pursuit"
     option_names = ("s",)
     size_name = "s"
-    defaults = {"tolerance": 0.0, "gram_dtype": "float32", "refresh": 0}
+    defaults = {"tolerance": 0.0}
     nonnegative: ClassVar[bool] = False
 
     def __init__(
@@ -247,16 +243,10 @@ class MPSAE(PursuitSAE):
         cfg: SAEConfig | None = None,
         *,
         tolerance: float = 0.0,
-        gram_dtype: str = "float32",
-        refresh: int = 0,
         normalise: Normalise = "note",
     ) -> None:
         super().__init__(W_dec, b_dec, s, cfg, normalise)
         self.tolerance = _share(self.form, tolerance)
-        if gram_dtype not in GRAM_DTYPES:
-            raise UserError(f"{self.form}: gram_dtype must be {' or '.join(GRAM_DTYPES)} (got {gram_dtype!r})")
-        self.gram_dtype = gram_dtype
-        self.refresh = _not_negative(self.form, "refresh", refresh)
 
     def chosen(self, x_ND: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """A smaller s is a prefix of the largest one's steps."""
@@ -266,8 +256,6 @@ class MPSAE(PursuitSAE):
             max(sizes),
             nonnegative=self.nonnegative,
             tolerance=self.tolerance,
-            gram_dtype=GRAM_DTYPES[self.gram_dtype],
-            refresh=self.refresh,
         )
         for size in sizes:
             yield atoms_NS[:, :size], coefficients_NS[:, :size]

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from torch import Tensor
 
-from sae_research.runtime.numba_cache import intrinsic, numba, types
+from sae_research.runtime.numba_cache import numba
 
 # One running maximum per lane lets the compiler update and compare whole vector registers; a single running maximum
 # was seen to be four times slower.
@@ -38,21 +37,6 @@ def in_threads(kernel: Callable[..., Any], n_tokens: int, *arguments: Any) -> li
         return [kernel(start, n_tokens, *arguments) for start in starts]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda start: kernel(start, min(start + size, n_tokens), *arguments), starts))
-
-
-@intrinsic
-def _widen(typing_context, value):
-    """A Gram entry as float32. bfloat16, which numpy lacks, comes as uint16: the upper half of a float32."""
-    if value == types.float32:
-        return types.float32(value), lambda context, builder, signature, args: args[0]
-    if value != types.uint16:
-        return None
-
-    def code(context, builder, signature, args):
-        word = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(word, ir.FloatType())
-
-    return types.float32(value), code
 
 
 @numba.njit(nogil=True, fastmath=True)
@@ -96,19 +80,18 @@ def pursue(
     flip,
     energy_N,
     stop_N,
-    first,
-    last,
+    steps,
     atoms_NS,
     coefficients_NS,
     done_N,
     wanted_N,
 ):
-    """Matching-pursuit steps `first` to `last` of tokens `begin` to `end`, as far as the Gram rows at hand reach.
+    """`steps` matching-pursuit steps of tokens `begin` to `end`, as far as the Gram rows at hand reach.
 
-    correlations_NF: float32, overwritten. table_RF: Gram rows, float32 or bfloat16 as uint16; slot_F: int32, where in
+    correlations_NF: float32, overwritten. table_RF: Gram rows, float32; slot_F: int32, where in
     the table an atom's row stands, -1 for one that is not there. flip: -1 for signed, 0 for non-negative pursuit.
     energy_N: squared norm of the residual, updated; stop_N: a token rests once its energy is at most this.
-    atoms_NS, coefficients_NS: filled in the order taken. done_N: steps made so far, `last` once a token rests.
+    atoms_NS, coefficients_NS: filled in the order taken. done_N: steps made so far, `steps` once a token rests.
     wanted_N: the atom whose row is missing, -1 for a token that needs none. Returns how many wait for a row.
     """
     n_blocks = correlations_NF.shape[1] // LANES
@@ -116,18 +99,18 @@ def pursue(
     waiting = 0
     for n in range(begin, end):
         wanted_N[n] = -1
-        if done_N[n] >= last:
+        if done_N[n] >= steps:
             continue
         row = correlations_NF[n]
         _highest(row, flip, high, n_blocks)
-        step = max(done_N[n], first)
-        while step < last:
+        step = done_N[n]
+        while step < steps:
             if energy_N[n] <= stop_N[n]:
-                step = last
+                step = steps
                 break
             atom = _find(row, flip, high, n_blocks)
             if atom < 0:
-                step = last
+                step = steps
                 break
             place = slot_F[atom]
             if place < 0:
@@ -144,7 +127,7 @@ def pursue(
                 high[lane] = np.float32(0.0)
             for block in range(n_blocks):
                 for lane in range(LANES):
-                    changed = row[block * LANES + lane] - value * _widen(other[block * LANES + lane])  # ty: ignore[missing-argument]
+                    changed = row[block * LANES + lane] - value * other[block * LANES + lane]
                     row[block * LANES + lane] = changed
                     high[lane] = max(high[lane], max(changed, flip * changed))
         done_N[n] = step

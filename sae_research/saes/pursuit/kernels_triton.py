@@ -24,19 +24,18 @@ def pursue(
     nonnegative: bool,
     energy_N: Tensor,
     stop_N: Tensor,
-    first: int,
-    last: int,
+    steps: int,
     atoms_NS: Tensor,
     coefficients_NS: Tensor,
 ) -> None:
-    """Steps `first` to `last` of every token; the whole Gram matrix must be at hand.
+    """`steps` steps of every token; the whole Gram matrix must be at hand.
 
-    correlations_NF: float32, contiguous, overwritten. table_FF: Gram matrix, float32 or bfloat16. energy_N: squared
+    correlations_NF: float32, contiguous, overwritten. table_FF: Gram matrix, float32. energy_N: squared
     norm of the residual, float64, updated; stop_N: energy at which a token rests. atoms_NS (int64) and coefficients_NS
     (float32) are filled in the order taken.
     """
     n_tokens, width = correlations_NF.shape
-    if n_tokens == 0 or first >= last:
+    if n_tokens == 0 or steps == 0:
         return
     fits = width <= IN_REGISTERS
     block = triton.next_power_of_2(width) if fits else BLOCK
@@ -50,8 +49,7 @@ def pursue(
         width,
         atoms_NS.stride(0),
         coefficients_NS.stride(0),
-        first,
-        last,
+        steps,
     )
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     with _device(correlations_NF):
@@ -76,8 +74,7 @@ def _steps_in_registers(
     width,
     atoms_stride,
     coefficients_stride,
-    first,
-    last,
+    steps,
     NONNEGATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -87,13 +84,13 @@ def _steps_in_registers(
     row = tl.load(correlations + token * width + place, mask=inside, other=0.0)
     energy = tl.load(energies + token)
     stop = tl.load(stops + token)
-    for step in range(first, last):
+    for step in range(0, steps):
         key = row if NONNEGATIVE else tl.abs(row)
         best, atom = tl.max(key, axis=0, return_indices=True, return_indices_tie_break_left=True)
         going = (best > 0.0) & (energy > stop)
         value = tl.where(going, tl.sum(tl.where(place == atom, row, 0.0), axis=0), 0.0)
         chosen = tl.where(going, atom, 0).to(tl.int64)
-        other = tl.load(table + chosen * width + place, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(table + chosen * width + place, mask=inside, other=0.0)
         row -= value * other
         energy -= value.to(tl.float64) * value.to(tl.float64)
         tl.store(atoms + token * atoms_stride + step, chosen)
@@ -112,8 +109,7 @@ def _steps_in_memory(
     width,
     atoms_stride,
     coefficients_stride,
-    first,
-    last,
+    steps,
     NONNEGATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -124,7 +120,7 @@ def _steps_in_memory(
     value = 0.0
     chosen = tl.zeros((), dtype=tl.int64)
     # pass number `step` subtracts what step - 1 took (nothing at first) and finds what step takes
-    for step in range(first, last):
+    for step in range(0, steps):
         high = tl.zeros((BLOCK,), dtype=tl.float32)
         where = tl.zeros((BLOCK,), dtype=tl.int32)
         held = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -132,8 +128,8 @@ def _steps_in_memory(
             place = start + lane
             inside = place < width
             row = tl.load(correlations + token * width + place, mask=inside, other=0.0)
-            if step > first:
-                row -= value * tl.load(table + chosen * width + place, mask=inside, other=0.0).to(tl.float32)
+            if step > 0:
+                row -= value * tl.load(table + chosen * width + place, mask=inside, other=0.0)
                 tl.store(correlations + token * width + place, row, mask=inside)
             key = row if NONNEGATIVE else tl.abs(row)
             better = key > high

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from sae_research.saes.pursuit.dictionary import Dictionary, GramRows
 
@@ -21,27 +20,21 @@ def pursue(
     *,
     nonnegative: bool = False,
     tolerance: float = 0.0,
-    gram_dtype: torch.dtype | None = None,
-    refresh: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Atoms [tokens, steps] (int64) and coefficients [tokens, steps] in the order they were taken.
 
     x_ND: finite. nonnegative: take the largest positive correlation and stop where there is none. tolerance: a token
     rests once its residual norm is at most this share of its own; 0 never does. Steps not made hold atom 0 with
-    coefficient 0. gram_dtype: precision of the Gram rows. refresh: compute correlations afresh from the residual after
-    so many steps, 0 never; with a bfloat16 Gram that bounds how far rounding carries.
+    coefficient 0.
     """
-    gram = dictionary.gram(gram_dtype)
+    gram = dictionary.gram()
     atoms_NS = torch.zeros(len(x_ND), steps, dtype=torch.long, device=x_ND.device)
     coefficients_NS = torch.zeros(len(x_ND), steps, dtype=x_ND.dtype, device=x_ND.device)
     size = min(dictionary.tokens_at_a_time(), gram.capacity)
     for start in range(0, len(x_ND), size):
         end = min(start + size, len(x_ND))
         run = _Run(x_ND[start:end], dictionary, atoms_NS[start:end], coefficients_NS[start:end], nonnegative, tolerance)
-        for first in range(0, steps, refresh or steps):
-            last = min(first + (refresh or steps), steps)
-            run.correlations = dictionary.correlations(run.residual(first))
-            _backend(run, gram)(run, gram, first, last)
+        _backend(run, gram)(run, gram, steps)
     return atoms_NS, coefficients_NS
 
 
@@ -57,7 +50,7 @@ class _Run:
         nonnegative: bool,
         tolerance: float,
     ) -> None:
-        self.x, self.dictionary = x_ND, dictionary
+        self.x = x_ND
         self.atoms, self.coefficients = atoms_NS, coefficients_NS
         self.nonnegative = nonnegative
         # each step takes c^2 off the energy: in float32 the small rest of a large sum would be rounding
@@ -66,17 +59,7 @@ class _Run:
         # without a tolerance nobody rests, however far rounding takes the energy below zero
         # (a finite bound: compiled steps assume that no number is infinite)
         self.stop = tolerance**2 * self.energy if tolerance else torch.full_like(self.energy, -torch.finfo(wide).max)
-        self.correlations = x_ND  # replaced before the first step
-
-    def residual(self, steps: int) -> Tensor:
-        """What the first `steps` atoms leave of each token, computed afresh."""
-        if steps == 0:
-            return self.x
-        residual = self.x - embedding_bag(
-            self.atoms[:, :steps], self.dictionary.atoms, mode="sum", per_sample_weights=self.coefficients[:, :steps]
-        )
-        self.energy = residual.to(self.energy.dtype).square().sum(1)
-        return residual
+        self.correlations = dictionary.correlations(x_ND)
 
 
 def _backend(run: _Run, gram: GramRows):
@@ -96,10 +79,10 @@ def triton_there() -> bool:
     return True
 
 
-def _steps_torch(run: _Run, gram: GramRows, first: int, last: int) -> None:
+def _steps_torch(run: _Run, gram: GramRows, steps: int) -> None:
     """The reference, and the path for other precisions and devices, and for CUDA without Triton."""
     correlations_NF = run.correlations
-    for step in range(first, last):
+    for step in range(steps):
         key = correlations_NF if run.nonnegative else correlations_NF.abs()
         best, atom = key.max(dim=1)
         going = (best > 0) & (run.energy > run.stop)
@@ -115,24 +98,22 @@ def _steps_torch(run: _Run, gram: GramRows, first: int, last: int) -> None:
         run.atoms[:, step], run.coefficients[:, step] = atom, value
 
 
-def _steps_numba(run: _Run, gram: GramRows, first: int, last: int) -> None:
+def _steps_numba(run: _Run, gram: GramRows, steps: int) -> None:
     """The same steps, compiled: a token's correlations stay in the processor's near caches."""
     import numpy as np
 
     from sae_research.saes.pursuit import kernels_numba
 
-    table = gram.table.view(torch.uint16).numpy() if gram.dtype == torch.bfloat16 else gram.table.numpy()
-    done = np.full(len(run.x), first, np.int64)
+    done = np.zeros(len(run.x), np.int64)
     wanted = np.full(len(run.x), -1, np.int32)
     arguments = (
         run.correlations.numpy(),
-        table,
+        gram.table.numpy(),
         gram.slot.numpy(),
         np.float32(0 if run.nonnegative else -1),
         run.energy.numpy(),
         run.stop.numpy(),
-        first,
-        last,
+        steps,
         run.atoms.numpy(),
         run.coefficients.numpy(),
         done,
@@ -142,10 +123,10 @@ def _steps_numba(run: _Run, gram: GramRows, first: int, last: int) -> None:
         gram.fetch(torch.from_numpy(wanted[wanted >= 0]).long().unique())
 
 
-def _steps_triton(run: _Run, gram: GramRows, first: int, last: int) -> None:
+def _steps_triton(run: _Run, gram: GramRows, steps: int) -> None:
     """The same steps in one CUDA kernel launch."""
     from sae_research.saes.pursuit import kernels_triton
 
     kernels_triton.pursue(
-        run.correlations, gram.table, run.nonnegative, run.energy, run.stop, first, last, run.atoms, run.coefficients
+        run.correlations, gram.table, run.nonnegative, run.energy, run.stop, steps, run.atoms, run.coefficients
     )
