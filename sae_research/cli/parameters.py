@@ -37,7 +37,7 @@ def described(section: type[Section], key: str) -> str:
     own = next((text for cls in section.__mro__ if (text := _descriptions(cls).get(key))), None)
     field, inner = section.model_fields.get(key), section_of(section, key)
     whole = own or (field and field.description) or (inner and inner.__dict__.get("__doc__")) or ""
-    return re.split(r"(?<=[^.][^.])\.(?:\s|$)", " ".join(whole.split()), maxsplit=1)[0]
+    return re.split(r"(?<=[^.][^.])\.(?:\s|$)", " ".join(whole.split()), maxsplit=1)[0]  # ty: ignore[missing-union-attribute]
 
 
 def section_of(section: type[Section], key: str) -> type[Section] | None:
@@ -60,7 +60,7 @@ def _descriptions(cls: type) -> dict[str, str]:
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)
         and isinstance(text.value, ast.Constant)
-    }
+    }  # ty: ignore[invalid-explicit-return]
 
 
 def written(text: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -171,7 +171,7 @@ class Scores:
             self.found[name][part] = value
 
     @contextmanager
-    def progress(self, desc: str, unit: str = "SAE", steps: int = 1) -> Iterator[tqdm]:
+    def progress(self, desc: str, unit: str = "SAE", steps: int = 1) -> Generator[tqdm]:
         """A bar over what is missing, shown where something is. steps: of each part of each SAE."""
         missing = sum(value is None for parts in self.found.values() for value in parts.values()) * steps
         with tqdm(total=missing, desc=desc, unit=unit, dynamic_ncols=True, disable=not missing, file=sys.stderr) as bar:

@@ -54,7 +54,7 @@ def with_values(values: Values, overrides: Values) -> Values:
             OmegaConf.update(config, key, value, merge=False, force_add=True)
     except OmegaConfBaseException as error:  # a `${` without its end
         raise UserError(f"{' '.join(str(error).split())[:200]}") from None
-    return {**copy.deepcopy(values), **OmegaConf.to_container(config)}
+    return {**copy.deepcopy(values), **OmegaConf.to_container(config)}  # ty: ignore[invalid-argument-type]
 
 
 def over(params_yaml: Values, overrides: Values) -> Values:

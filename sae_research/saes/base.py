@@ -14,7 +14,7 @@ import hashlib
 import math
 import traceback
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -282,7 +282,7 @@ def _identity(value: Any) -> str:
         return uuid.uuid4().hex
 
 
-def families(saes: dict[str, SparseAutoencoder]) -> list[list[str]]:
+def families(saes: Mapping[str, SparseAutoencoder]) -> list[list[str]]:
     """Names grouped so that each group's members share the work of encoding."""
     groups: dict[object, list[str]] = {}
     for name, sae in saes.items():
@@ -297,7 +297,7 @@ def all_finite(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def encode_each(saes: dict[str, SparseAutoencoder], x: Tensor, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def encode_each(saes: Mapping[str, SparseAutoencoder], x: Tensor, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """(name, activations [batch, seq, d_sae]) of every SAE on one batch, families together.
 
     Raises `UserError` when an encoder returns NaN or another shape than its configuration says.

@@ -18,7 +18,7 @@ numpy only: evaluations write these sums, reporting reads them, and reporting st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -141,7 +141,9 @@ def mixed(one: Ratio, other: Ratio, weight: float) -> Ratio | None:
 
 
 def ratio(
-    numerator: Sequence[float], denominator: Sequence[float] | float = 1.0, strata: Sequence[int] | None = None
+    numerator: Sequence[float] | np.ndarray,
+    denominator: Sequence[float] | np.ndarray | float = 1.0,
+    strata: Sequence[int] | np.ndarray | None = None,
 ) -> Ratio:
     """A `Ratio` from any sequences; a denominator of 1 makes the figure a mean over clusters. Clusters in which nothing
     was counted are left out."""
@@ -302,8 +304,8 @@ def unpacked(text: str, count: int) -> np.ndarray:
 
 
 def accuracy(
-    asked: dict[str, dict[str, list[str]]],
-    correct: dict[str, dict[str, str | list[str]]],
+    asked: Mapping[str, Mapping[str, list[str]]],
+    correct: Mapping[str, Mapping[str, str | list[str]]],
     share: float = 0.0,
     replaced: bool = False,
 ) -> Ratio:

@@ -31,7 +31,8 @@ from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.stream import Stream, StreamBatch
 from sae_research.training.training_sae import CurveRow, TrainingSAE, train_step
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 CURVE_ROWS = 60
 """Rows of a training curve, spread evenly over the run; only at these does the loop wait for the device."""

@@ -74,7 +74,7 @@ class _Encode(Function):
         ctx.bfloat16, ctx.has_bias, ctx.reads_b_dec = bfloat16, bias_F is not None, b_dec_D is not None
 
     @staticmethod
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         read_BD, W_FD = ctx.saved_tensors
         sum_F = grad_BF.sum(0) if ctx.has_bias or ctx.reads_b_dec else None
         return (
@@ -134,7 +134,7 @@ class Support:
         return tuple(
             torch.from_numpy(part.astype(np.int64)).to(self.col.device)  # type: ignore[return-value]
             for part in (columns.indptr, columns.indices, columns.data)
-        )
+        )  # ty: ignore[invalid-explicit-return]
 
     def transposed(self, values_N: Tensor) -> Tensor:
         """Its transpose [F, B]."""
@@ -189,7 +189,7 @@ class _SparseEncode(Function):
         return values_N.view_as(values_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         centred_BD, W_enc_FD = ctx.saved_tensors
         grad_N = grad_N.contiguous()
         grad_W_FD = ctx.support.transposed(grad_N) @ centred_BD
@@ -209,7 +209,7 @@ class _Decode(Function):
         return support.matrix(values_N) @ W_dec_FD
 
     @staticmethod
-    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         values_N, W_dec_FD = ctx.saved_tensors
         grad_BD = grad_BD.contiguous()
         grad_W_FD = ctx.support.transposed(values_N) @ grad_BD

@@ -150,7 +150,7 @@ class Stack:
     def _part(self, x_BD: Tensor, progress: float) -> tuple[dict[str, Tensor], list[StepOutput]]:
         self.template.plain_state = self.first.plain_state
         draws = [recipe.draw_noise(len(x_BD)) for recipe in self.recipes]
-        noise = None if draws[0] is None else torch.stack(draws)  # type: ignore[arg-type]
+        noise = None if draws[0] is None else torch.stack(draws)  # type: ignore[arg-type]  # ty: ignore[invalid-argument-type]
         in_dims = (0, 0, 0, 0, None if noise is None else 0, None, None)
         gradients, found = vmap(grad(self._one, has_aux=True), in_dims=in_dims)(
             self.parameters, self.buffers, self.settings, self.first.shared_inputs(self.recipes), noise, x_BD, progress

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ def _train(
 
 
 @contextmanager
-def _reported(progress: ProgressFile) -> Iterator[None]:
+def _reported(progress: ProgressFile) -> Generator[None]:
     """Leave in the progress file how the run ended, and turn what ends it from outside into one line."""
     try:
         yield

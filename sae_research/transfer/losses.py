@@ -137,7 +137,7 @@ class _Runs(NamedTuple):
 def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
     results: dict[str, dict[str, Run]] = {"clean": {name: (runs.clean.ce, None) for name in FILTERS}}
     for role, sae in pair.saes.items():
-        results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))
+        results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))  # ty: ignore[invalid-assignment]
     rows = torch.arange(0, len(runs.tokens), pair.params.transfer.ablate_every, device=runs.tokens.device)
     part = runs.part(rows)
     ablated = {"zero": part.both(torch.zeros_like(part.acts)), "mean": part.both(mean.expand_as(part.acts))}

@@ -213,7 +213,7 @@ def _recipe(sae: SparseAutoencoder, scale: float, learning_rate: float, target_l
     recipe.b_enc.copy_(sae.b_enc * norms[:, 0] * scale)
     recipe.W_dec.copy_(sae.W_dec / norms)
     recipe.b_dec.copy_(sae.b_dec * scale)
-    recipe.reads_b_dec = sae.cfg.apply_b_dec_to_input
+    recipe.reads_b_dec = sae.cfg.apply_b_dec_to_input  # ty: ignore[invalid-assignment]
     return recipe
 
 

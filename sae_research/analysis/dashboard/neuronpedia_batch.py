@@ -131,7 +131,7 @@ def _feature(shown: Shown, record: dict[str, Any], sides: list[dict[str, Any]]) 
         n_tokens_in_prompt=shown.stats.context_size,
         dataset=str(shown.stats.about["text"]["dataset"]),
         activations=_activations(shown, record),
-        **words,
+        **words,  # ty: ignore[invalid-argument-type]
     )
 
 

@@ -236,7 +236,7 @@ def _letters(acts: WordActivations) -> Letters:
         for i in np.flatnonzero(~enough)
     }
     if not len(numbers):
-        return Letters(numbers, [], Probes(np.zeros((0, 0), np.float32), np.zeros(0, np.float32)), why_not)
+        return Letters(numbers, [], Probes(np.zeros((0, 0), np.float32), np.zeros(0, np.float32)), why_not)  # ty: ignore[invalid-argument-type]
     key = model_key(lm, ["letters", _inputs(acts)], __name__)
     kept = made_once(
         "absorption", key, lambda: _ground_truth(acts.vectors.numpy(), labels, test, numbers, params.random_seed)

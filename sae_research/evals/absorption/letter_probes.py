@@ -88,7 +88,7 @@ def train(x: Features, y: np.ndarray, start: Probes, how: Training, seed: tuple[
             rows = None if order is None else order[begin : begin + how.batch_size]
             xb, yb = (x, y) if rows is None else (x[rows], y[rows])
             step += 1
-            gradient = _gradient(xb, whole if rows is None else xb.T, yb, theta, extra, how)
+            gradient = _gradient(xb, whole if rows is None else xb.T, yb, theta, extra, how)  # ty: ignore[invalid-argument-type]
             _adam(theta, gradient, first, second, step, rate)
         rate *= fall
     return Probes(theta[:-1].copy(), theta[-1].copy())

@@ -86,7 +86,8 @@ _HEADERS = {"host", "content-type", "content-length", "accept", "accept-encoding
 _MARKS = {"x-stainless-raw-response", "x-stainless-retry-count"}
 """By which `openai` finds its way back from a response."""
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Answer(NamedTuple):

@@ -59,7 +59,7 @@ class Windows(NamedTuple):
                 **plain,
                 "positions": positions,
                 "values": torch.from_numpy(values).view(torch.bfloat16).reshape(n, each, width),
-            }
+            }  # ty: ignore[invalid-argument-type]
         )
 
 

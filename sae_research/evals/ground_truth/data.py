@@ -159,7 +159,7 @@ def statistics(world: World, samples: Samples) -> dict[str, Any]:
     }
 
 
-def _orphans(world: World, fired: sparse.spmatrix) -> int:
+def _orphans(world: World, fired: sparse.csr_matrix) -> int:
     """Firings of a child on a sample where its parent is silent."""
     if not len(world.edges):
         return 0
@@ -167,7 +167,7 @@ def _orphans(world: World, fired: sparse.spmatrix) -> int:
     return int(child.sum() - child.multiply(parent).sum())
 
 
-def _correlation(fired: sparse.spmatrix, alone: np.ndarray) -> dict[str, float]:
+def _correlation(fired: sparse.csr_matrix, alone: np.ndarray) -> dict[str, float]:
     if len(alone) < 2:
         return {}
     part = fired.tocsc()[:, alone]

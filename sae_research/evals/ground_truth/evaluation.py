@@ -149,7 +149,7 @@ def _train(
     planned: Sequence[Planned], worlds: Mapping[int, World], settings: GroundTruth, seed: int, folder: Path
 ) -> dict[Planned, SparseAutoencoder]:
     saes = {item.name: item.point.settings.model_copy(update={"hook_name": item.hook}) for item in planned}
-    train = Train(tokens=settings.samples, batch_size=settings.batch_size, checkpoint_seconds=None, saes=saes)
+    train = Train(tokens=settings.samples, batch_size=settings.batch_size, checkpoint_seconds=None, saes=saes)  # ty: ignore[invalid-argument-type]
     here = {hook_of(number): world for number, world in worlds.items() if hook_of(number) in train.hooks}
     stream = SyntheticStream(here, settings.samples, settings.batch_size)
     rows = stream.calibrate()
@@ -316,7 +316,7 @@ def _measured(entries: list[Entry], truth: Truth, cache: ResultCache) -> Iterato
         found[keys[int(name)]] = {"metrics": figures, "flags": measures.flags(sae, figures, truth)}
         cache.put(keys[int(name)], found[keys[int(name)]])
     for entry, key in zip(entries, keys, strict=True):
-        yield {**{name: getattr(entry, name) for name in Entry._fields if name != "sae"}, **found[key]}
+        yield {**{name: getattr(entry, name) for name in Entry._fields if name != "sae"}, **found[key]}  # ty: ignore[invalid-argument-type]
 
 
 def _key(sae: SparseAutoencoder, truth: Truth) -> str:

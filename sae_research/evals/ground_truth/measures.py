@@ -156,7 +156,7 @@ def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Figures:
     fires = (codes != 0).astype(np.float32)
     return {
         "mcc": known.matching.mean,
-        "mcc_activations": match(correlations(truth.samples.codes, codes)).mean,
+        "mcc_activations": match(correlations(truth.samples.codes, codes)).mean,  # ty: ignore[invalid-argument-type]
         **_support(truth, known, fires),
         **_latent_support(truth, known, fires),
         "uniqueness": len(np.unique(known.best)) / len(known.best),
@@ -168,7 +168,7 @@ def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Figures:
     }
 
 
-def correlations(codes: sparse.spmatrix, z: sparse.spmatrix) -> np.ndarray:
+def correlations(codes: sparse.csr_matrix, z: sparse.csr_matrix) -> np.ndarray:
     """Pearson correlation of every true code with every latent [N, F]; 0 where one of them is constant."""
     n = codes.shape[0]
     mean_N, mean_F = np.asarray(codes.mean(0)).ravel(), np.asarray(z.mean(0)).ravel()
@@ -186,12 +186,12 @@ def _scores(both: np.ndarray, fires: np.ndarray, true: np.ndarray) -> tuple[np.n
     return precision, recall, np.divide(2 * precision * recall, total, out=np.zeros_like(both), where=total > 0)
 
 
-def _together(one: sparse.spmatrix, other: sparse.spmatrix) -> np.ndarray:
+def _together(one: sparse.csr_matrix, other: sparse.csr_matrix) -> np.ndarray:
     """Samples on which the columns of both fire [columns]"""
     return np.asarray(one.multiply(other).sum(0), np.float64).ravel()
 
 
-def _support(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures:
+def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
     features, latents = known.matching.features, known.matching.latents
     both = np.zeros(len(truth.count))
     fired = np.zeros(len(truth.count))
@@ -202,14 +202,14 @@ def _support(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures
     return dict(zip(("precision", "recall", "f1"), (float(values.mean()) for values in found), strict=True))
 
 
-def _latent_support(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures:
+def _latent_support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
     both = _together(truth.fired[:, known.best], fires)
     found = _scores(both, np.asarray(fires.sum(0), np.float64).ravel(), truth.count[known.best].astype(np.float64))
     names = ("latent_precision", "latent_recall", "latent_f1")
     return dict(zip(names, (float(values.mean()) for values in found), strict=True))
 
 
-def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.spmatrix) -> Figures:
+def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
     edges = truth.world.edges
     if not len(edges):
         return {}
@@ -380,9 +380,10 @@ def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[st
     for metric in ALLOWED:
         if not all(metric in curve.figures for method in methods for curve in found[method].values()):
             continue
-        values = _values(found, methods, seeds, metric, l0)
+        values = _values(found, methods, seeds, metric, l0)  # ty: ignore[invalid-argument-type]
         answer["correlations"][metric] = {
-            truth: _correlation(values, _values(found, methods, seeds, truth, l0), random) for truth in TRUTHS
+            truth: _correlation(values, _values(found, methods, seeds, truth, l0), random)
+            for truth in TRUTHS  # ty: ignore[invalid-argument-type]
         }
     return answer
 

@@ -257,7 +257,7 @@ class _HookScores:
         with self.scores.progress("encode and probe", "task") as bar:
             for group in self.texts.groups(lacking):
                 self._group({task.name: task for task in group}, raw, bar)
-        return raw, self.scores.left()
+        return raw, self.scores.left()  # ty: ignore[invalid-explicit-return]
 
     def _group(self, group: dict[str, ProbeTask], raw: dict[str, Any], bar: Any) -> None:
         numbers = torch.cat([self.texts.rows[task] for task in group]).unique()

@@ -268,7 +268,7 @@ class Study(NamedTuple):
     tokens: list[Tensor]
     sizes: Sequence[int]
     """How many of them each task brought in."""
-    tasks: dict[str, Sequence[ProbeTask]]
+    tasks: Mapping[str, Sequence[ProbeTask]]
     """Task -> its probes, in the order of the columns of a `View`."""
     identity: Any
     """What tells these tasks from others, JSON-able."""

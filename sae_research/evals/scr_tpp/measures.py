@@ -293,7 +293,7 @@ def _kinds(target: int, drops: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """Total, intended and unintended loss of accuracy, from every probe's loss when `target` is ablated."""
     intended = drops[target]
     unintended = sum(drop for probe, drop in enumerate(drops) if probe != target) / (len(drops) - 1)
-    return intended - unintended, intended, unintended
+    return intended - unintended, intended, unintended  # ty: ignore[invalid-explicit-return]
 
 
 def _named(kinds: Sequence[np.ndarray], thresholds: Sequence[int]) -> Metrics:
@@ -334,7 +334,7 @@ def _places(task: TppTask) -> list[np.ndarray]:
 def _weights(task: TppTask) -> np.ndarray:
     """How much each test text counts in the mean over probes of their accuracy [texts]; they add up to 1."""
     texts = sum(len(rows) for rows in task.test_rows.values())
-    return sum(np.bincount(place, minlength=texts) / (len(place) * len(task.probes)) for place in _places(task))
+    return sum(np.bincount(place, minlength=texts) / (len(place) * len(task.probes)) for place in _places(task))  # ty: ignore[invalid-explicit-return]
 
 
 def _lost(task: TppTask, found: Outcomes, kind: str, count: int) -> np.ndarray:

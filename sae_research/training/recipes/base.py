@@ -13,7 +13,7 @@ runs of 10^5 steps, which a short run would never leave.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class Recipe(nn.Module):
     `forward` is a function of the parameters, the batch and `draw_noise`'s numbers alone: what a recipe remembers changes in
     `prepare` and `track`. So one call can serve a whole stack of SAEs (`training.stack`).
     """
+
+    if TYPE_CHECKING:  # of parameters and buffers torch only says "Tensor or Module"
+
+        def __getattr__(self, name: str) -> Any: ...
 
     form: ClassVar[str]
     unit_rows: ClassVar[bool] = True
@@ -183,7 +187,7 @@ class Recipe(nn.Module):
         return x_BD - self.b_dec if self.reads_b_dec else x_BD
 
     @property
-    def bfloat16(self) -> bool:
+    def bfloat16(self) -> bool:  # ty: ignore[incompatible-property-override]
         return self.train_config.precision == "bfloat16"
 
     def encode(self, x_BD: Tensor, known_BF: Tensor | None = None) -> Tensor:
@@ -251,7 +255,7 @@ class Recipe(nn.Module):
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Remove from each decoder row's gradient its part along the row, which renormalising would undo."""
-        project_rows(self.W_dec.grad, self.W_dec, self._scratch_FD)
+        project_rows(self.W_dec.grad, self.W_dec, self._scratch_FD)  # ty: ignore[invalid-argument-type]
 
     @torch.no_grad()
     def normalise_rows(self) -> None:

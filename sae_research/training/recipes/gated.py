@@ -25,7 +25,7 @@ class GatedRajamanoharan(L1Family):
 
     form = "gated"
     betas = (0.0, 0.999)
-    config: GatedRecipe
+    config: GatedRecipe  # ty: ignore[incompatible-mutable-override]
 
     def __init__(self, d_in: int, config: GatedRecipe, train: Train) -> None:
         super().__init__(d_in, config, train)

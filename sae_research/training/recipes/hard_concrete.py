@@ -130,7 +130,7 @@ class HardConcrete(Recipe):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         magnitude_BF, log_alpha = self.magnitudes(x_BD), self.log_alpha(x_BD)
-        z_BF = magnitude_BF * self.sample(log_alpha, noise)
+        z_BF = magnitude_BF * self.sample(log_alpha, noise)  # ty: ignore[invalid-argument-type]
         residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         penalty = self.config.l0_coefficient * self.sparsity_warmup(progress)
         loss = residual_BD.square().sum() / len(x_BD) + penalty * self.expected_l0(log_alpha)
@@ -192,7 +192,7 @@ class GatedHardConcrete(HardConcrete):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         log_alpha_BF, magnitude_BF = self._gate_and_magnitude(x_BD)
-        z_BF = magnitude_BF * self.sample(log_alpha_BF, noise)
+        z_BF = magnitude_BF * self.sample(log_alpha_BF, noise)  # ty: ignore[invalid-argument-type]
         residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         gate_BF = torch.relu(log_alpha_BF) * torch.exp(-self.log_sharpness)
         gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())

@@ -89,7 +89,7 @@ class _JumpReLU(_Kernel):
         return pre_BF * (pre_BF > threshold_F)
 
     @staticmethod
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         pre_BF, threshold_F = ctx.saved_tensors
         window_BF = (pre_BF - threshold_F).abs() < ctx.bandwidth / 2
         grad_threshold_F = -(threshold_F / ctx.bandwidth) * (grad_BF * window_BF).sum(0)
@@ -104,7 +104,7 @@ class _Step(_Kernel):
         return (pre_BF > threshold_F).to(pre_BF.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         pre_BF, threshold_F = ctx.saved_tensors
         window_BF = (pre_BF - threshold_F).abs() < ctx.bandwidth / 2
         return None, -(grad_BF * window_BF).sum(0) / ctx.bandwidth, None

@@ -169,7 +169,7 @@ class PAnneal(L1Family):
     """
 
     form = "standard"
-    config: PAnnealRecipe
+    config: PAnnealRecipe  # ty: ignore[incompatible-mutable-override]
 
     def __init__(self, d_in: int, config: PAnnealRecipe, train: Train) -> None:
         super().__init__(d_in, config, train)

@@ -78,7 +78,7 @@ class _Pursue(Function):
         return residual_BD.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         residual_BD, W_FD, atoms_BS, coefficients_SB1 = ctx.saved_tensors
         residual_BD, grad_BD, grad_W_FD = residual_BD.clone(), grad_BD.clone(), torch.zeros_like(W_FD)
         for atoms_B, c_B1 in zip(reversed(atoms_BS.T.unbind()), reversed(coefficients_SB1.unbind()), strict=True):

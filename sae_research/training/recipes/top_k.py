@@ -124,7 +124,7 @@ class TopK(Recipe):
     # --- stacks ---
 
     @classmethod
-    def shared_inputs(cls, recipes: Sequence[TopK]) -> dict[str, Tensor]:  # type: ignore[override]
+    def shared_inputs(cls, recipes: Sequence[TopK]) -> dict[str, Tensor]:  # type: ignore[override]  # ty: ignore[incompatible-method-override]
         """The lists of dead latents, filled up to the longest [M, N]; nothing where no SAE has any."""
         lists = [recipe.dead.index_N for recipe in recipes]
         lengths = [len(index_N) for index_N in lists]
@@ -141,7 +141,7 @@ class TopK(Recipe):
     # --- export ---
 
     @property
-    def form(self) -> str:  # type: ignore[override]
+    def form(self) -> str:  # type: ignore[override]  # ty: ignore[incompatible-property-override]
         return "jumprelu" if self.config.inference == "threshold" else "topk"
 
     def options(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class MatryoshkaBatchTopK(BatchTopK):
     loss is n times smaller beside the auxiliary one; here the mean is taken once.
     """
 
-    config: MatryoshkaRecipe
+    config: MatryoshkaRecipe  # ty: ignore[incompatible-mutable-override]
 
     def __init__(self, d_in: int, config: MatryoshkaRecipe, train: Train) -> None:
         super().__init__(d_in, config, train)
