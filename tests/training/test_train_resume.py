@@ -188,7 +188,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(make_params, tmp_path, monke
         written.append(path)
         original(tensors, path)
 
-    monkeypatch.setattr(checkpoints.safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     stop_at(50, signal.SIGTERM, monkeypatch)
     with pytest.raises(Interrupted, match="step 20 is kept"):
         stage.train(params, tmp_path / "out")
