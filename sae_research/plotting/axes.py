@@ -8,11 +8,14 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from PIL import Image
 
 from sae_research.config.reporting import Visualization
 from sae_research.runtime.files import write_bytes
@@ -26,8 +29,10 @@ TEXT, SMALL = 9.0, 7.5
 
 def save(figure: Figure, path: Path) -> None:
     """Draw a figure as PNG. The same figure gives the same bytes: no software version or date goes in."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None}, pil_kwargs={"compress_level": 2})
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()  # once, where `savefig` draws a figure with a layout twice
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    Image.fromarray(pixels).save(buffer, format="png", compress_level=2, dpi=(figure.dpi, figure.dpi))
     write_bytes(path, buffer.getvalue())
 
 
