@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_research.stats import LatentWeights
+from sae_research.stats.weights import LatentWeights
 from sae_research.stats.weights import measured_rows
 
 

@@ -90,7 +90,7 @@ def _moved(sae: SparseAutoencoder, lm: LanguageModel) -> SparseAutoencoder:
 
 
 FOLDER = Path("dashboards")
-FIGURES = Path("metrics/core.json")
+CORE_METRICS = Path("metrics/core.json")
 
 
 def run_stage(params: Params, folder: Path = FOLDER) -> None:
@@ -125,7 +125,7 @@ def chosen(params: Params) -> list[str]:
     return params.dashboards.saes
 
 
-def core_figures(path: Path = FIGURES) -> dict[str, dict[str, float]]:
+def core_figures(path: Path = CORE_METRICS) -> dict[str, dict[str, float]]:
     """Figures of the core evaluation, by SAE; empty where it has not run."""
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     return {name: values for name, values in found.items() if not name.startswith("_")}

@@ -368,7 +368,7 @@ def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[st
         "note": "",
         "left_out": sorted(set(found) - set(methods)),
     }
-    if len(methods) < MIN_METHODS:
+    if l0 is None or len(methods) < MIN_METHODS:
         return {
             **answer,
             "note": f"{len(methods)} methods reach one L0 in every seed, {MIN_METHODS} are needed to rank "
@@ -380,10 +380,9 @@ def follow(rows: Sequence[Mapping[str, Any]], near: float, seed: int) -> dict[st
     for metric in ALLOWED:
         if not all(metric in curve.figures for method in methods for curve in found[method].values()):
             continue
-        values = _values(found, methods, seeds, metric, l0)  # ty: ignore[invalid-argument-type]
+        values = _values(found, methods, seeds, metric, l0)
         answer["correlations"][metric] = {
-            truth: _correlation(values, _values(found, methods, seeds, truth, l0), random)
-            for truth in TRUTHS  # ty: ignore[invalid-argument-type]
+            truth: _correlation(values, _values(found, methods, seeds, truth, l0), random) for truth in TRUTHS
         }
     return answer
 
