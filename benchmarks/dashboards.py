@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.context import Lab
-from sae_research.analysis.dashboard.stage import write_dashboard
+from sae_research.analysis.dashboard.site import write_dashboard
 from sae_research.config.params import Params
 from sae_research.config.reporting import Dashboards
 from sae_research.lm import LanguageModel

@@ -30,7 +30,7 @@ from sae_bench.evals.absorption import (  # isort: skip
 from transformer_lens import HookedTransformer
 
 from sae_research.config.evaluation_params import Absorption
-from sae_research.evals.absorption.letter_probes import epoch_order, random_start
+from sae_research.evals.absorption.letters import epoch_order, random_start
 from sae_research.evals.absorption.words import LETTERS, Words, whole_prompts
 from sae_research.saes import SparseAutoencoder
 

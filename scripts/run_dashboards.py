@@ -4,7 +4,7 @@ from sae_research.runtime.errors import run_main
 
 
 def main() -> None:
-    from sae_research.analysis.dashboard.stage import run_stage
+    from sae_research.analysis.dashboard.site import run_stage
     from sae_research.config.params import load_params
 
     run_stage(load_params())

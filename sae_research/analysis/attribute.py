@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.context import Lab
-from sae_research.analysis.patching import check_lab_latents, check_positions, run_with_saes, zeroed
+from sae_research.analysis.prompt import check_lab_latents, check_positions, run_with_saes, zeroed
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.context import Lab
-from sae_research.analysis.patching import check_lab_latents
-from sae_research.analysis.prompt import promoted_tokens
+from sae_research.analysis.prompt import check_lab_latents, promoted_tokens
 from sae_research.lm.generate import sample
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder

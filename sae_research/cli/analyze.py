@@ -192,9 +192,9 @@ def _verb(
 
 def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        from sae_research.cli import analyze_verbs as actions  # torch takes seconds to import
+        from sae_research.cli import analyze_edits, analyze_verbs  # torch takes seconds to import
 
-        getattr(actions, name)(options)
+        getattr(analyze_edits if hasattr(analyze_edits, name) else analyze_verbs, name)(options)
         return 0
 
     return run

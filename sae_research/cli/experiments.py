@@ -129,13 +129,13 @@ def _show_devices() -> None:
 
 
 def _monitor(options: argparse.Namespace) -> int:
-    from sae_research.experiments import monitor
+    from sae_research.experiments import dvc_queue
 
     if options.kill is not None:
-        return monitor.kill(options.kill)
+        return dvc_queue.kill(options.kill)
     if options.attach is not None:
-        return monitor.attach(options.attach)
-    return monitor.show(options.watch)
+        return dvc_queue.attach(options.attach)
+    return dvc_queue.show(options.watch)
 
 
 def _apply(options: argparse.Namespace) -> int:

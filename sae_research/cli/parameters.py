@@ -20,8 +20,8 @@ from sae_research.config.params import Params
 from sae_research.config.section import Section
 from sae_research.config.training import recipe_model
 from sae_research.runtime.errors import UserError, run_main
+from sae_research.runtime.files import parse
 from sae_research.runtime.sources import PROJECT
-from sae_research.runtime.yaml_files import parse
 
 HEAD = """\
 # The one configuration. Every key is checked: a misspelt one is an error with the nearest known name.

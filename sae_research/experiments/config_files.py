@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.yaml_files import parse
+from sae_research.runtime.files import parse
 
 Values = dict[str, Any]
 PARAMS = Path("params.yaml")

@@ -19,7 +19,7 @@ from sae_research.runtime.endpoints import secret
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 from sae_research.runtime.formatting import number, text_table
-from sae_research.saes.hub import TOKEN_NAMES, upload
+from sae_research.saes.exchange import TOKEN_NAMES, upload
 
 PICTURE = "pareto.png"
 TOKENS = 60_000

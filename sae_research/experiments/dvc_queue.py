@@ -1,7 +1,7 @@
-"""DVC's experiment queue: what is in it, what goes in, and the worker processes that empty it.
+"""DVC's experiment queue: what is in it, what goes in, the worker processes that empty it, and how far they are.
 
-Queue and experiments are DVC's own (`dvc queue status`, `dvc exp show`). Its workers are started one by one here, so
-that each has the environment of its device.
+Queue and experiments are DVC's own (`dvc queue status`, `dvc exp show`). Its workers are started one by one here, so that
+each has the environment of its device.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
+from sae_research.experiments import processes
 from sae_research.experiments.grid import Job
 from sae_research.experiments.processes import tail
 from sae_research.runtime.errors import UserError, did_you_mean
+from sae_research.runtime.files import project_root, read_json
+from sae_research.runtime.formatting import duration, number
 
 
 class Entry(NamedTuple):
@@ -180,3 +186,151 @@ def _reasons(error: BaseException | None) -> str:
         lines.append(" ".join(str(error).split()))
         error = error.__cause__
     return ": ".join(dict.fromkeys(line for line in lines if line))
+
+
+SECONDS = 3.0
+MAX_LINE = 200
+
+
+class Row(NamedTuple):
+    """One job or run."""
+
+    name: str
+    state: str
+    """`queued`, `running`, `done`, `failed`, or `ended`: a run whose process is gone without a word."""
+    device: str
+    progress: dict[str, Any]
+    """As in `training.progress`; empty before training starts."""
+    log: Path | None
+    said: str
+    """What it said last; of a failed job, why."""
+    processes: list[psutil.Process]
+    """Ours, the outermost first: what is stopped to end it."""
+
+    @property
+    def text(self) -> list[str]:
+        """Figures on the first line, the log's last line on the second."""
+        now = self.progress
+        step = ""
+        if now:
+            total, left = now.get("total_steps"), now.get("seconds_left")
+            step = f"step {now['step']:,}" + (f" of {total:,.0f}" if total else "")
+            step += f", {duration(left)} left" if left is not None and self.state == "running" else ""
+        lines = [f"{self.state:8s} {self.name}  {self.device}  {step}".rstrip()]
+        saes = [
+            f"{name} loss {number(sae.get('loss'))} L0 {number(sae.get('l0'))}" for name, sae in now.get("saes", {}).items()
+        ]
+        if saes:
+            lines.append("         " + "; ".join(saes[:4]) + (f"; and {len(saes) - 4} more" if len(saes) > 4 else ""))
+        return [*lines, *([f"         {self.said[:MAX_LINE]}"] if self.said else [])]
+
+
+def rows(root: Path) -> list[Row]:
+    """Runs and the jobs of sweeps, in the order of their names; those of the past as long as they are on record."""
+    found = [_run_row(record) for record in processes.records("run")]
+    sweeps = processes.records("sweep")
+    jobs = {name: job for sweep in sweeps for name, job in sweep.jobs.items()}
+    entries = DVCQueue(root).entries() if jobs else {}
+    workers = [(worker, process) for worker in processes.records("worker") if (process := worker.process)]
+    return found + [_job_row(name, job, entries[name], workers) for name, job in sorted(jobs.items()) if name in entries]
+
+
+def _run_row(record: processes.Record) -> Row:
+    process, progress = record.process, _progress(record.progress)
+    of_this_run = progress.get("updated", 0) >= int(record.started)  # else an earlier run of the same settings left it
+    ended = {"finished": "done", "failed": "failed", "interrupted": "failed"}.get(progress.get("state", ""))
+    state = (ended if of_this_run else None) or ("running" if process else "ended")
+    device = progress.get("device") or record.device
+    return Row(record.name, state, device, progress, None, progress.get("message", ""), [process] if process else [])
+
+
+def _job_row(name: str, job: dict[str, Any], entry: Entry, workers: list[tuple[processes.Record, psutil.Process]]) -> Row:
+    device, ours = "", []
+    if entry.state == "running":
+        for worker, process in workers:
+            below = processes.descendants(process)
+            if entry.pid in [child.pid for child in below]:
+                device, ours = worker.device, below
+    progress = _progress(job["progress"]) if entry.state != "queued" else {}
+    said = {"running": processes.last_line(entry.log), "failed": entry.reason}.get(entry.state, "")
+    return Row(name, entry.state, device, progress, entry.log, said, ours)
+
+
+def _progress(path: str) -> dict[str, Any]:
+    try:
+        return read_json(Path(path))
+    except UserError:  # not there yet
+        return {}
+
+
+def show(watch: bool) -> int:
+    """Print every row; with `watch` again and again, until Ctrl-C."""
+    root = project_root()
+    while True:
+        lines = [line for row in rows(root) for line in row.text]
+        sweeps = [sweep for sweep in processes.records("sweep") if sweep.process]
+        head = [f"sweep {sweep.name}, {len(sweep.jobs)} jobs (process {sweep.pid})" for sweep in sweeps]
+        text = "\n".join([*head, *lines]) or "nothing on record: no run or sweep was started in this project"
+        print(f"\033[2J\033[H{time.strftime('%H:%M:%S')}\n{text}" if watch else text, flush=True)
+        if not watch:
+            return 0
+        try:
+            time.sleep(SECONDS)
+        except KeyboardInterrupt:
+            return 0
+
+
+def attach(name: str) -> int:
+    """Follow a job's log until it ends; Ctrl-C leaves it running. Raises `UserError` when there is no such job."""
+    root = project_root()
+    running = [row for row in rows(root) if row.log and row.state in ("running", *(["done", "failed"] if name else []))]
+    row = _chosen(running, name, "has a log")
+    if row.log is None:
+        raise UserError(f"{row.name} has no log")
+
+    def alive() -> bool:
+        return any(process.is_running() for process in row.processes)
+
+    try:
+        for text in processes.follow(row.log, alive):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(f"\n{row.name} goes on")
+    return 0
+
+
+def kill(name: str) -> int:
+    """End one job or run; `all`: sweeps with their workers, and runs. Only processes that are on record, or below one
+    that is, each told by number and start time."""
+    root = project_root()
+    if name == "all":
+        sweeps = [process for sweep in processes.records("sweep") if (process := sweep.process)]
+        workers = [process for worker in processes.records("worker") if (process := worker.process)]
+        runs = [process for run in processes.records("run") if (process := run.process)]
+        if not sweeps + workers + runs:
+            print("nothing of ours is running")
+            return 0
+        processes.stop(sweeps)  # stops its own workers, keeps what was finished
+        processes.stop(runs)
+        processes.stop_workers([process for process in workers if process.is_running()])
+        print(f"ended {len(sweeps)} sweeps and {len(runs)} runs; checkpoints and finished experiments are kept")
+        return 0
+    row = _chosen([row for row in rows(root) if row.processes], name, "is running")
+    # the deepest are the stages themselves: they keep a checkpoint, and what called them then ends by itself
+    processes.stop([process for process in row.processes if not processes.descendants(process)])
+    print(f"ended {row.name}; the same call goes on from its checkpoint")
+    return 0
+
+
+def _chosen(candidates: list[Row], name: str, what: str) -> Row:
+    if not name and len(candidates) == 1:
+        return candidates[0]
+    found = [row for row in candidates if row.name == name]
+    if not found:
+        names = [row.name for row in candidates]
+        if not names:
+            raise UserError(f"nothing of this project {what}")
+        if not name:
+            raise UserError(f"name one of {', '.join(names)}")
+        raise UserError(f"no job {name!r} of this project {what}{did_you_mean(name, names)}")
+    return found[0]

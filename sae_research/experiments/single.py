@@ -23,9 +23,8 @@ from sae_research.experiments.config_files import (
 from sae_research.experiments.processes import Lease, Slot
 from sae_research.experiments.sae_interpretability import Changes, Measure, Scale, measure, translate
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import fingerprint
+from sae_research.runtime.files import fingerprint, read_mapping
 from sae_research.runtime.stages import writing
-from sae_research.runtime.yaml_files import read_mapping
 from sae_research.training.checkpoints import progress_path
 
 SAES = "trained_saes"

@@ -27,10 +27,9 @@ from sae_research.experiments.sae_interpretability import Changes
 from sae_research.experiments.single import scales_over
 from sae_research.runtime.cache import cache_dir, writable_cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
-from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.files import parse as parse_yaml
+from sae_research.runtime.files import project_root, read_mapping, write_json, write_text
 from sae_research.runtime.formatting import csv_text, text_table
-from sae_research.runtime.yaml_files import parse as parse_yaml
-from sae_research.runtime.yaml_files import read_mapping
 from sae_research.training.checkpoints import progress_path
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_research.lm.hooks import HookPoint, find_layers, locate
-from sae_research.lm.parts import Parts, find_parts
+from sae_research.lm.hooks import HookPoint, Parts, find_layers, find_parts, locate
 from sae_research.runtime.errors import UserError
 
 MIN_ROWS = 64

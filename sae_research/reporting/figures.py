@@ -17,8 +17,20 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
 from sae_research.config.reporting import Style, Visualization
-from sae_research.plotting.axes import GRID, INK, MUTED, SMALL, TEXT, log_axis, plain, say, span, write_images
-from sae_research.plotting.labels import Box, place_labels
+from sae_research.plotting.axes import (
+    GRID,
+    INK,
+    MUTED,
+    SMALL,
+    TEXT,
+    Box,
+    log_axis,
+    place_labels,
+    plain,
+    say,
+    span,
+    write_images,
+)
 from sae_research.reporting.equal_l0_figure import equal_l0
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.results import Row, Run

@@ -20,9 +20,20 @@ from sae_research.reporting.comparisons import (
 )
 from sae_research.reporting.ground_truth import ground_truth
 from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, STOCK_SUFFIX, Metric, headline
-from sae_research.reporting.report_noise import differences, equal_l0, intervals, probing_outcomes, seeds
-from sae_research.reporting.report_results import controls, optional, probing_tasks, results, side_by_side, stricter
 from sae_research.reporting.results import RESULTS, Run
+from sae_research.reporting.sections import (
+    controls,
+    differences,
+    equal_l0,
+    intervals,
+    optional,
+    probing_outcomes,
+    probing_tasks,
+    results,
+    seeds,
+    side_by_side,
+    stricter,
+)
 from sae_research.reporting.tables import one_line, render
 from sae_research.reporting.transfer import transfer
 from sae_research.runtime.files import write_text

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from sae_research.analysis.context import Lab
-from sae_research.analysis.dashboard.site import write_index, write_script
-from sae_research.analysis.dashboard.stage import write_dashboard
+from sae_research.analysis.dashboard.site import write_dashboard, write_index, write_script
 from sae_research.analysis.store import load_stats
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model

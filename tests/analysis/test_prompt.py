@@ -9,8 +9,15 @@ import torch
 
 from sae_research.analysis.attribute import ablate
 from sae_research.analysis.context import Lab
-from sae_research.analysis.patching import run_with_saes, zeroed
-from sae_research.analysis.prompt import promoted_tokens, run_prompt, search_by_promoted, search_by_prompt, top_latents
+from sae_research.analysis.prompt import (
+    promoted_tokens,
+    run_prompt,
+    run_with_saes,
+    search_by_promoted,
+    search_by_prompt,
+    top_latents,
+    zeroed,
+)
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from tests.helpers.analysis import EARLY, LATE, biased

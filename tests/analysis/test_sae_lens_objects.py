@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_research.analysis.context import Lab
-from sae_research.analysis.patching import run_with_saes
+from sae_research.analysis.prompt import run_with_saes
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.saes.foreign import ForeignSAE

@@ -21,7 +21,7 @@ from sae_research.config.training import AnyRecipe
 from sae_research.experiments import sae_interpretability
 from sae_research.experiments.config_files import flatten, parse_overrides, with_values
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.yaml_files import read_mapping
+from sae_research.runtime.files import read_mapping
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "params.yaml").read_text()

@@ -13,10 +13,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from sae_research.config.params import Params
-from sae_research.evals.absorption import absorbed as main_latents
 from sae_research.evals.absorption import evaluate, evaluation, words
-from sae_research.evals.absorption.absorbed import lab_absorbed, sae_bench_absorbed, usual_activation
-from sae_research.evals.absorption.letter_probes import Probes, Training, f1, train
+from sae_research.evals.absorption import letters as main_latents
+from sae_research.evals.absorption.letters import (
+    Probes,
+    Training,
+    f1,
+    lab_absorbed,
+    sae_bench_absorbed,
+    train,
+    usual_activation,
+)
 from sae_research.evals.absorption.words import WordActivations
 from sae_research.lm import LanguageModel, activations
 from sae_research.runtime.errors import NotApplicable, UserError

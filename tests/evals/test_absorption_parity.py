@@ -14,7 +14,7 @@ import pytest
 
 from sae_research.evals.absorption import evaluation
 from sae_research.evals.absorption.evaluation import Letters
-from sae_research.evals.absorption.letter_probes import Probes
+from sae_research.evals.absorption.letters import Probes
 from sae_research.evals.absorption.words import LETTERS, WordActivations
 from sae_research.lm import load_language_model
 from tests.fixtures import make_absorption as fixture

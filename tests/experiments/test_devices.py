@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sae_research.experiments import monitor, processes
+from sae_research.experiments import dvc_queue, processes
 from sae_research.experiments.dvc_queue import Entry
 from sae_research.experiments.processes import DEVICE_VARIABLE, Found, Lease, Slot, holder, parse_devices
 from sae_research.experiments.sweep import Runner
@@ -81,18 +81,18 @@ def test_only_what_is_on_record_is_ended(in_project: Path, capsys: pytest.Captur
         made = processes.record("run", name, process.pid, device="cpu", progress="none", saes=[], log=None)
         made.values["started"] += later  # as though the number had belonged to a process of ours before
         write_json(made.path, made.values)
-    assert monitor.show(watch=False) == 0
+    assert dvc_queue.show(watch=False) == 0
     shown = capsys.readouterr().out
     assert "running  ours  cpu" in shown and "ended    recycled" in shown
     with pytest.raises(UserError, match="no job 'recycled' of this project is running"):
-        monitor.kill("recycled")
-    assert monitor.kill("all") == 0
+        dvc_queue.kill("recycled")
+    assert dvc_queue.kill("all") == 0
     ours.wait(timeout=10)
     assert others.poll() is None
     others.kill()
     others.wait()
     with pytest.raises(UserError, match="nothing of this project is running"):
-        monitor.kill("ours")
+        dvc_queue.kill("ours")
 
 
 def test_a_job_whose_worker_was_killed_is_told_from_others(in_project: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sae_research.config.reporting import Style, Visualization
-from sae_research.plotting.labels import Box, place_labels
+from sae_research.plotting.axes import Box, place_labels
 from sae_research.reporting.figures import RunFigures, draw_all
 from sae_research.reporting.results import Row, Run
 from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles, short_names

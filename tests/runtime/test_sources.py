@@ -28,7 +28,7 @@ ROOTS = {
     "activations": [POOL],
     "train": [TRAIN],
     "probing": [PROBING, "sae_research.saes.forms"],
-    "dashboard": ["sae_research.analysis.dashboard.stage"],
+    "dashboard": ["sae_research.analysis.dashboard.site"],
 }
 LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
 REACHED_BY: dict[str, set[str]] = {

@@ -13,7 +13,7 @@ import pytest
 from sae_research.runtime.endpoints import redacted, secret
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
-from sae_research.saes.hub import card, upload
+from sae_research.saes.exchange import card, upload
 from tests.helpers.hub_server import Uploads, hub_env, serve_hub
 from tests.helpers.random_saes import make_sae, random_activations
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from sae_research.cli.main import main
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
+from sae_research.saes.exchange import export_saes, import_saes
 from sae_research.saes.formats.dictionary_learning import load_dictionary_learning
-from sae_research.saes.formats.exchange import export_saes, import_saes
 from sae_research.saes.formats.sae_interpretability import load_run
 from sae_research.saes.sources import open_folder
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations

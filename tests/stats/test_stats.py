@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from sae_research.stats import CleanPredictions, ReconstructionStats
+from sae_research.stats import CleanPredictions, ReconstructionStats, sae_bench
 from sae_research.stats.predictions import loss_ratios, losses, prediction_sums
-from sae_research.stats.weights import max_cosine
+from sae_research.stats.sae_bench import max_cosine
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_shared_logits_stand_for_every_sequence(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_max_cosine_ignores_the_row_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_research.stats import weights
+    from sae_research.stats import sae_bench
 
-    monkeypatch.setattr(weights, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(sae_bench, "CHUNK_ROWS", 7)
     rows = torch.randn(20, 5)
     unit = torch.nn.functional.normalize(rows, dim=1)
     cosines = unit @ unit.T
@@ -110,27 +110,27 @@ def test_max_cosine_ignores_the_row_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_research.stats import LatentWeights, weights
+    from sae_research.stats import LatentWeights
     from sae_research.stats.sae_bench import misc_metrics
 
     rows = torch.randn(320, 5, generator=torch.Generator().manual_seed(0))
     exact = max_cosine(rows)
-    monkeypatch.setattr(weights, "EXACT_WIDTH", 80)
-    monkeypatch.setattr(weights, "CHUNK_ROWS", 7)
-    looked_at = weights.measured_rows(320)
+    monkeypatch.setattr(sae_bench, "EXACT_WIDTH", 80)
+    monkeypatch.setattr(sae_bench, "CHUNK_ROWS", 7)
+    looked_at = sae_bench.measured_rows(320)
     assert len(looked_at) * 320 == 80**2 and looked_at.unique().numel() == 20 and int(looked_at.max()) < 320
     got = max_cosine(rows)
     torch.testing.assert_close(got[looked_at], exact[looked_at])
     assert int(got.isnan().sum()) == 300
     means = misc_metrics(torch.ones(320), LatentWeights(*[got] * 5))
     assert means["average_max_decoder_cosine_sim"] == pytest.approx(float(exact[looked_at].mean()))
-    assert len(weights.measured_rows(80)) == 80 and len(weights.measured_rows(10**9)) == 1
+    assert len(sae_bench.measured_rows(80)) == 80 and len(sae_bench.measured_rows(10**9)) == 1
 
 
 def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sae_research.saes import SAEConfig
     from sae_research.saes.forms import LinearSAE
-    from sae_research.stats import latent_weights, weights
+    from sae_research.stats import latent_weights
 
     def sae() -> LinearSAE:
         rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
@@ -143,8 +143,8 @@ def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.Mo
         )
 
     calls: list[int] = []
-    monkeypatch.setattr(weights, "_looked_for", {})
-    monkeypatch.setattr(weights, "max_cosine", lambda rows: calls.append(len(rows)) or max_cosine(rows))
+    monkeypatch.setattr(sae_bench, "_looked_for", {})
+    monkeypatch.setattr(sae_bench, "max_cosine", lambda rows: calls.append(len(rows)) or max_cosine(rows))
     first, second = latent_weights(sae()), latent_weights(sae())
     assert len(calls) == 2 and torch.equal(first.max_decoder_cosine, second.max_decoder_cosine)
     torch.testing.assert_close(first.max_decoder_cosine, max_cosine(sae().W_dec))

@@ -17,18 +17,21 @@ from threadpoolctl import threadpool_limits
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.absorption import letter_probes
-from sae_research.evals.absorption.absorbed import (
+from sae_research.evals.absorption import letters as letter_probes
+from sae_research.evals.absorption.letters import (
     Absorbed,
     MainLatents,
+    Probes,
     WordLatents,
+    f1,
     lab_absorbed,
     lab_main_latents,
+    one_vs_rest,
+    random_start,
     sae_bench_absorbed,
     sae_bench_main_latents,
     usual_activation,
 )
-from sae_research.evals.absorption.letter_probes import Probes, f1, one_vs_rest, random_start
 from sae_research.evals.absorption.words import LETTERS, WordActivations, Words, load_words
 from sae_research.evals.harness import Group, Scores, by_hook, made_once, model_key
 from sae_research.lm import LanguageModel

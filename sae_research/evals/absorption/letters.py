@@ -1,50 +1,148 @@
-"""Which latents stand for a letter: k-sparse probing, and how many latents the letter is split over.
+"""Which latents stand for a first letter, and which letters other latents have absorbed.
 
-Source: SAE Bench 0.6.0, sae_bench/evals/absorption/k_sparse_probing.py. Linear probes under L1 rank the latents; a
-logistic regression is fitted on the first 1, 2, ... of them; a letter is split over k latents when every one up to the
-k-th added more than `f1_jump_threshold` to F1.
-
-SAE Bench ranks by signed weight, starts its L1 probes at random, stops after 50 passes however few steps those are, and
-picks k by F1 on the test words. Ours (`lab_v1`) starts at zero, makes as many steps as SAE Bench makes on a whole
-vocabulary, ranks by the weight in the direction in which the latent moves on the letter's words (so that a latent and
-its negative count the same), and picks k by F1 on the training words.
-
-How far a letter's direction is carried by other latents than its main ones, word by word.
-
-Source: SAE Bench 0.6.0, sae_bench/evals/absorption/feature_absorption_calculator.py, after arXiv 2409.14507. The probe's
-weights give the letter's direction p, a unit vector; a latent's projection is what it contributes along p.
-
-Absorption fraction of a word: the share of the (at most three) strongest absorbing latents in what they and the main
-latents contribute, where the absorbers contribute at least 40 % of the word's own projection; an absorber lies along p
-by a cosine of at least 0.1. Full absorption: no main latent fires, and the strongest latent contributes at least 40 %.
-Lower is better for both.
-
-SAE Bench counts a negative main activation as not firing, looks for absorbers among positive directions only, takes
-decoder rows for unit vectors, and measures against the projection of the whole activation, decoder bias included. Ours
-(`lab_v1`) lets a main latent fire in its own direction, where an activation below 1 % of its usual one counts as none
-(least-squares codes are never exactly zero); takes a latent with a negative direction and a negative activation for what
-it is; uses decoder rows as they are; and measures against what latents can supply, the activation less the decoder's bias.
+A letter's direction is a logistic regression on activations of words. Latents are ranked by a probe with an L1 penalty;
+then a logistic regression is fitted on the first 1, 2, ... of them; a letter is split over k latents when every one up to
+the k-th raises F1. A word counts as absorbed where none of them fires and another latent writes the letter's direction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
+from scipy.special import expit
 
 from sae_research.config.evaluation_params import Absorption
-from sae_research.evals.absorption.letter_probes import (
-    Features,
-    Probes,
-    Training,
-    f1,
-    one_vs_rest,
-    random_start,
-    train,
-    zero_start,
-)
 from sae_research.stats.logistic import balanced, newton
+
+Features = np.ndarray | sparse.csr_matrix
+"""float32 [rows, d], dense or sparse."""
+
+N_LETTERS = 26
+"""SAE Bench averages its loss over 26 outputs; the scale decides how strong L1 and weight decay are beside it."""
+
+
+class Training(NamedTuple):
+    """How probes are trained. The learning rate falls by one factor per epoch."""
+
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    l1: float = 0.0
+    """Times the mean over 26 outputs of the sum of absolute weights."""
+    learning_rate: float = 0.01
+    end_learning_rate: float = 1e-5
+
+
+GROUND_TRUTH = Training(epochs=50, batch_size=64, weight_decay=1e-4)
+"""SAE Bench's probe on the model's activations."""
+
+
+class Probes(NamedTuple):
+    """One logit per output: `x @ weights + biases`, float32."""
+
+    weights: np.ndarray
+    """[d, outputs]"""
+    biases: np.ndarray
+    """[outputs]"""
+
+    def scores(self, x: Features) -> np.ndarray:
+        """[rows, outputs]"""
+        return np.asarray(x @ self.weights + self.biases)
+
+
+def random_start(d: int, seed: Iterable[int]) -> Probes:
+    """What torch draws for a linear layer of 26 outputs: uniform within 1 / sqrt(d)."""
+    theta = np.random.default_rng(list(seed)).uniform(-(d**-0.5), d**-0.5, (d + 1, N_LETTERS)).astype(np.float32)
+    return Probes(theta[:-1], theta[-1])
+
+
+def zero_start(d: int) -> Probes:
+    return Probes(np.zeros((d, N_LETTERS), np.float32), np.zeros(N_LETTERS, np.float32))
+
+
+def epoch_order(rows: int, seed: Iterable[int]) -> np.ndarray:
+    """The order in which an epoch meets its rows."""
+    return np.random.default_rng(list(seed)).permutation(rows)
+
+
+def one_vs_rest(labels: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """1 where a row has the output's label, float32 [rows, outputs]."""
+    return (labels[:, None] == outputs[None]).astype(np.float32)
+
+
+def train(x: Features, y: np.ndarray, start: Probes, how: Training, seed: tuple[int, ...]) -> Probes:
+    """Probes for y [rows, outputs] of 0 and 1, each column with both; start has the same outputs.
+
+    Batches follow `epoch_order(rows, (*seed, epoch))`.
+    """
+    theta = np.concatenate([start.weights, start.biases[None]])
+    first, second = np.zeros_like(theta), np.zeros_like(theta)
+    positive = y.sum(0, dtype=np.float64)
+    extra = ((len(y) - positive) / positive - 1).astype(np.float32)
+    rate, fall = how.learning_rate, (how.end_learning_rate / how.learning_rate) ** (1 / how.epochs)
+    whole = _transposed(x) if len(y) <= how.batch_size else None
+    step = 0
+    for epoch in range(how.epochs):
+        order = None if whole is not None else epoch_order(len(y), (*seed, epoch))
+        for begin in range(0, len(y), how.batch_size):
+            rows = None if order is None else order[begin : begin + how.batch_size]
+            xb, yb = (x, y) if rows is None else (x[rows], y[rows])
+            step += 1
+            gradient = _gradient(xb, whole if rows is None else xb.T, yb, theta, extra, how)  # ty: ignore[invalid-argument-type]
+            _adam(theta, gradient, first, second, step, rate)
+        rate *= fall
+    return Probes(theta[:-1].copy(), theta[-1].copy())
+
+
+def _transposed(x: Features) -> Features:
+    return x.T if isinstance(x, np.ndarray) else x.T.tocsr()
+
+
+def _gradient(x: Features, x_T: Features, y: np.ndarray, theta: np.ndarray, extra: np.ndarray, how: Training) -> np.ndarray:
+    """Of mean weighted cross-entropy, L1 and weight decay, float32 [d + 1, outputs]. extra: weight of positives - 1."""
+    error = expit(x @ theta[:-1] + theta[-1])
+    error -= y
+    error *= 1 + extra * y
+    error *= np.float32(1 / (len(y) * N_LETTERS))
+    gradient = np.empty_like(theta)
+    gradient[:-1] = x_T @ error
+    gradient[-1] = error.sum(0)
+    if how.l1:
+        gradient[:-1] += np.float32(how.l1 / N_LETTERS) * np.sign(theta[:-1])
+    gradient += np.float32(how.weight_decay) * theta
+    return gradient
+
+
+def _adam(theta: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, rate: float) -> None:
+    """One Adam update in place, with torch's defaults. step counts from 1."""
+    gradient_squared = np.square(gradient)
+    gradient_squared -= second
+    gradient_squared *= np.float32(0.001)
+    second += gradient_squared
+    gradient -= first
+    gradient *= np.float32(0.1)
+    first += gradient
+    scale = np.sqrt(second, out=gradient_squared)
+    scale *= np.float32((1 - 0.999**step) ** -0.5)
+    scale += np.float32(1e-8)
+    change = np.divide(first, scale, out=scale)
+    change *= np.float32(rate / (1 - 0.9**step))
+    theta -= change
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def f1(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """F1 of `scores > 0` along the first axis; 0 where nothing is found. y: 0 and 1, broadcast to scores [rows, ...]."""
+    said = scores > 0
+    hits = (said & (y > 0)).sum(0)
+    total = said.sum(0) + np.broadcast_to(y > 0, scores.shape).sum(0)
+    return np.divide(2 * hits, total, out=np.zeros(hits.shape), where=total > 0)
+
 
 _DENSE_ABOVE = 0.08
 """Share of non-zero latents from which dense products are faster than sparse ones."""

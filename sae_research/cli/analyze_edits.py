@@ -1,0 +1,211 @@
+"""The verbs of `analyze` that edit activations: steering, ablation, attribution."""
+
+from __future__ import annotations
+
+import argparse
+
+import sae_research.analysis.attribute as ablation
+import sae_research.analysis.attribute as attribution
+import sae_research.analysis.steer as steering
+from sae_research.analysis import neuronpedia, plots
+from sae_research.analysis.neuronpedia import HOME, Neuronpedia
+from sae_research.analysis.store import check_latents
+from sae_research.cli.analyze_verbs import open_lab, say_written, table, write_csv
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.files import round_significant, write_json
+
+
+def steer(options: argparse.Namespace) -> None:
+    """Steer here, or at Neuronpedia."""
+    if options.engine == "neuronpedia":
+        _steer_there(options)
+        return
+    if options.sae is None:
+        raise UserError("--engine local needs --sae")
+    steering.check_method(options.method)
+    lab = open_lab(options)
+    name, sae = lab.only
+    steering.check_steerable(name, sae)
+    check_latents([options.latent], sae.cfg.d_sae)
+    if options.maximum is None:
+        lab.stats(name, progress=True)
+    found = steering.steer(
+        lab,
+        options.prompt,
+        options.latent,
+        options.strengths,
+        options.method,
+        range(options.seeds),
+        options.length,
+        options.targets,
+        options.temperature,
+        options.top_p,
+        options.neutral_tokens,
+        options.maximum,
+    )
+    print(f"latent {found.latent} by {found.method} ({steering.METHODS[found.method]}); max = {found.maximum:.4g}")
+    print(f"targets: {' '.join(map(repr, found.targets))}; cost on {found.neutral_tokens:,} neutral tokens\n")
+    print(
+        table(
+            [
+                {**row, "strength": "unsteered" if row["strength"] is None else row["strength"]}
+                for row in steering.as_rows(found)
+            ]
+        )
+    )
+    for row in found.strengths:
+        print(f"\n--- {'unsteered' if row.strength is None else f'strength {row.strength:g}'}")
+        for one in row.samples:
+            print(f"seed {one.seed}: {one.text!r}")
+    out = options.out
+    write_json(
+        out / "steering.json",
+        round_significant(
+            {
+                **found._asdict(),
+                "prompt": options.prompt,
+                "strengths": [
+                    {**row._asdict(), "samples": [one._asdict() for one in row.samples]} for row in found.strengths
+                ],
+            }
+        ),
+    )
+    say_written(out / "steering.json", plots.steering_sweep(found, out / "steering.png"))
+
+
+def _steer_there(options: argparse.Namespace) -> None:
+    if options.source is None:
+        raise UserError("--engine neuronpedia needs --source MODEL/SOURCE, e.g. gpt2-small/7-res-jb")
+    if options.method != "add":
+        raise UserError("Neuronpedia's interface is used for --method add only; the others run with --engine local")
+    there = Neuronpedia(options.source, options.base_url or HOME)
+    feature = there.feature(options.latent)
+    maximum = feature.maximum if options.maximum is None else options.maximum
+    explained = "; ".join(feature.explanations) or "no explanation"
+    print(
+        f"{options.source}/{options.latent}: {explained}; max = {maximum:.4g}; raises {' '.join(map(repr, feature.raised))}"
+    )
+    print(neuronpedia.neuronpedia_page(options.source, options.latent))
+    found = [
+        there.steer(options.prompt, options.latent, strength, maximum, seed, options.length, options.temperature)
+        for strength in options.strengths
+        for seed in range(options.seeds)
+    ]
+    for one in found:
+        print(f"\nstrength {one.strength:g}, seed {one.seed}\n  default: {one.default!r}\n  steered: {one.steered!r}")
+    write_json(
+        options.out / "neuronpedia.json",
+        round_significant(
+            {
+                "source": options.source,
+                "latent": options.latent,
+                "prompt": options.prompt,
+                "feature": feature._asdict(),
+                "maximum": maximum,
+                "texts": [one._asdict() for one in found],
+            }
+        ),
+    )
+    say_written(options.out / "neuronpedia.json")
+
+
+def ablate(options: argparse.Namespace) -> None:
+    """Ablate latents on a prompt."""
+    lab = open_lab(options)
+    rows = ablation.ablate(lab, options.prompt, options.latents, options.answer, options.positions)
+    shown = [{key: value for key, value in row._asdict().items() if key not in ("error_term", "latents")} for row in rows]
+    print(table(shown))
+    write_json(
+        options.out / "ablation.json",
+        round_significant(
+            {"prompt": options.prompt, "positions": options.positions, "rows": [row._asdict() for row in rows]}
+        ),
+    )
+    say_written(options.out / "ablation.json")
+
+
+def attribute(options: argparse.Namespace) -> None:
+    """Attribute a metric, check it, tabulate it."""
+    if options.steps < 0 or options.check < 0:
+        raise UserError("--steps and --check cannot be negative")
+    lab = open_lab(options)
+    tokens = lab.tokens(options.prompt)
+    metric = attribution.prompt_metric(lab, options.answer, options.against, tokens)
+    found = attribution.attribute(lab, options.prompt, metric, options.hooks, options.steps)
+    print(f"metric {found.metric:.4g}; shares by {'integrated gradients' if found.steps else 'gradient'}")
+    print(
+        table(
+            {
+                "SAE": name,
+                "latents": float(s.reconstruction.sum()),
+                "error": float(s.error.sum()),
+                "bias and masked": float(s.bias.sum()),
+                "sum": float((s.reconstruction + s.error + s.bias).sum()),
+                "whole": s.total,
+            }
+            for name, s in found.saes.items()
+        )
+    )
+    for hook, values in found.hooks.items():
+        print(f"{hook}: {float(values.sum()):.4g} over all tokens")
+    checks = {}
+    for name, shares in found.saes.items():
+        summed = shares.latents.sum(0)
+        best = summed.abs().topk(min(options.top, len(summed))).indices.tolist()
+        print(
+            f"\n{name}: latents of largest share, over all positions\n"
+            + table(
+                {
+                    "latent": i,
+                    "share": float(summed[i]),
+                    "strongest at": found.tokens[int(shares.latents[:, i].abs().argmax())],
+                }
+                for i in best
+                if summed[i]
+            )
+        )
+        if options.check:
+            checks[name] = check = attribution.check_by_ablation(
+                lab, name, options.prompt, found, metric, options.check, lab.params.random_seed
+            )
+            said = "undefined" if check.correlation is None else f"{check.correlation:.3f}"
+            print(
+                f"{len(check.latents)} latents really ablated: correlation {said}, signs agree for "
+                f"{check.sign_agreement:.0%}"
+            )
+    out = options.out
+    write_csv(out / "attribution.csv", attribution.long_table(found))
+    write_json(
+        out / "attribution.json",
+        round_significant(
+            {
+                "prompt": options.prompt,
+                "answer": options.answer,
+                "against": options.against,
+                "metric": found.metric,
+                "steps": found.steps,
+                "tokens": found.tokens,
+                "hooks": {hook: v.tolist() for hook, v in found.hooks.items()},
+                "saes": {
+                    name: {
+                        "latents": s.reconstruction.tolist(),
+                        "error": s.error.tolist(),
+                        "bias": s.bias.tolist(),
+                        "whole": s.total,
+                    }
+                    for name, s in found.saes.items()
+                },
+                "checks": {
+                    name: {
+                        "latents": c.latents.tolist(),
+                        "attributed": c.attributed.tolist(),
+                        "measured": c.measured.tolist(),
+                        "correlation": c.correlation,
+                        "sign_agreement": c.sign_agreement,
+                    }
+                    for name, c in checks.items()
+                },
+            }
+        ),
+    )
+    say_written(out / "attribution.csv", out / "attribution.json", plots.attribution_bars(found, out / "attribution.png"))
