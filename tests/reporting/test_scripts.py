@@ -64,12 +64,12 @@ def test_reporting_imports_no_torch_and_no_benchmark():
         "pandas",
         "matplotlib.pyplot",
     }
-    assert imported(heavy, "figures", "report", "merge", "tables") == set()
+    assert imported(heavy, "figures", "report", "results", "tables") == set()
 
 
 def test_only_drawing_imports_matplotlib():
-    # store and errors need neither; params, and with it pydantic, is read by the drawing stage alone
-    assert imported({"matplotlib", "numpy", "pydantic"}, "report", "merge", "tables", "plot_data") == set()
+    # the records of evaluations name sections of params.yaml, and with them pydantic
+    assert imported({"matplotlib", "numpy"}, "report", "results", "tables") == set()
 
 
 def imported(watched: set[str], *modules: str) -> set[str]:
