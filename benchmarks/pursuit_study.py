@@ -37,7 +37,8 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
-from sae_research.stats import CleanPredictions, ReconstructionStats
+from sae_research.stats.predictions import CleanPredictions
+from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.text.tokens import reorder_evenly, token_contexts
 
 PAGE = Path("docs/pursuit.md")

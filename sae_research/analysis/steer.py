@@ -15,7 +15,7 @@ from sae_research.analysis.prompt import promoted_tokens
 from sae_research.lm.generate import sample
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
-from sae_research.stats import CleanPredictions
+from sae_research.stats.predictions import CleanPredictions
 from sae_research.text.tokens import token_contexts
 
 Method = Literal["add", "clamp", "project"]

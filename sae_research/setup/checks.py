@@ -23,7 +23,7 @@ from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import Family, Guard, check_finite
 from sae_research.setup.controls import sample_size
 from sae_research.setup.evaluated import Evaluated
-from sae_research.stats import ReconstructionStats
+from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.text.tokens import TextRunsOut, token_contexts
 
 TIMED_CONTEXTS = 2

@@ -15,8 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_research.stats.weights import LatentWeights
-from sae_research.stats.weights import measured_rows
+from sae_research.stats.weights import LatentWeights, measured_rows
 
 
 class SaeBenchStats:

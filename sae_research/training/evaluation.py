@@ -20,8 +20,8 @@ from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import ABSENT, number, text_table
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.files import sae_lens_lacks
-from sae_research.stats import CleanPredictions, ReconstructionStats, density_histogram
-from sae_research.stats.predictions import losses, prediction_sums
+from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums
+from sae_research.stats.reconstruction import ReconstructionStats, density_histogram
 from sae_research.text.tokens import token_contexts
 from sae_research.training import diagnose
 from sae_research.training.diagnose import CurvePoint, Finding, TrainingSummary

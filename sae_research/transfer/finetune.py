@@ -20,7 +20,7 @@ from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import file_sha256, fingerprint, write_json
 from sae_research.runtime.sources import sources_fingerprint
-from sae_research.stats import CleanPredictions
+from sae_research.stats.predictions import CleanPredictions
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer.text import TextSource, contexts, documents_of
 

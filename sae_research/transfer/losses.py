@@ -19,9 +19,8 @@ from tqdm import tqdm
 from sae_research.lm import LanguageModel
 from sae_research.lm.generate import Unembedding, unembedding
 from sae_research.saes import SparseAutoencoder
-from sae_research.stats import CleanPredictions
 from sae_research.stats.intervals import Ratio, interval
-from sae_research.stats.predictions import RECOVERED, loss_ratios, prediction_sums
+from sae_research.stats.predictions import RECOVERED, CleanPredictions, loss_ratios, prediction_sums
 from sae_research.stats.reconstruction import sums_dtype
 from sae_research.transfer.loading import MODELS, Masks, Pair, masks
 from sae_research.transfer.sweep import FirstPass

@@ -20,7 +20,7 @@ from sae_research.config.params import Train
 from sae_research.config.training import StandardRecipe, TopKRecipe
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.stats import ReconstructionStats
+from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.training.recipes.base import Recipe
 from sae_research.training.recipes.l1 import Standard
 from sae_research.training.recipes.top_k import TopK

@@ -22,8 +22,7 @@ from sae_research.runtime.formatting import tsv_text
 from sae_research.runtime.stages import StageFolder, stage_folder
 from sae_research.saes.base import Guard
 from sae_research.saes.registry import code_fingerprint
-from sae_research.stats import ReconstructionStats
-from sae_research.stats.reconstruction import together
+from sae_research.stats.reconstruction import ReconstructionStats, together
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer.finetune import outputs_moved, perturbed_model, weights_moved
 from sae_research.transfer.loading import DIGITS, MODELS, Models, Pair, hooks, load

@@ -19,8 +19,7 @@ from sae_research.config.params import TokenMask
 from sae_research.lm import token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.stats import ReconstructionStats
-from sae_research.stats.reconstruction import counted, sums_dtype
+from sae_research.stats.reconstruction import ReconstructionStats, counted, sums_dtype
 from sae_research.transfer.loading import MODELS, Masks, Pair, masks
 from sae_research.transfer.statistics import (
     ActivationHistogram,

@@ -20,7 +20,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE
-from sae_research.stats import CleanPredictions
+from sae_research.stats.predictions import CleanPredictions
 from sae_research.text.tokens import token_contexts
 from tests.helpers.analysis import LATE, biased
 from tests.helpers.tiny_saes import D_SAE, tiny_sae

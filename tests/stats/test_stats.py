@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from sae_research.stats import CleanPredictions, ReconstructionStats
-from sae_research.stats.predictions import loss_ratios, losses, prediction_sums
+from sae_research.stats.predictions import CleanPredictions, loss_ratios, losses, prediction_sums
+from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.stats.weights import max_cosine
 
 
@@ -110,8 +110,9 @@ def test_max_cosine_ignores_the_row_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_research.stats import LatentWeights, weights
+    from sae_research.stats import weights
     from sae_research.stats.sae_bench import misc_metrics
+    from sae_research.stats.weights import LatentWeights
 
     rows = torch.randn(320, 5, generator=torch.Generator().manual_seed(0))
     exact = max_cosine(rows)
@@ -130,7 +131,8 @@ def test_the_work_of_max_cosine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 def test_neighbours_in_one_dictionary_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sae_research.saes import SAEConfig
     from sae_research.saes.forms import LinearSAE
-    from sae_research.stats import latent_weights, weights
+    from sae_research.stats import weights
+    from sae_research.stats.weights import latent_weights
 
     def sae() -> LinearSAE:
         rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))

@@ -37,15 +37,17 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import Family, Guard, SAEInfo, check_finite
 from sae_research.setup.evaluated import Evaluated
-from sae_research.stats import (
-    CleanPredictions,
+from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums, total
+from sae_research.stats.reconstruction import (
+    Clusters,
     ReconstructionStats,
+    ReconstructionSums,
+    clusters_by_context,
+    clusters_of,
     density_histogram,
-    latent_weights,
 )
-from sae_research.stats.predictions import losses, prediction_sums, total
-from sae_research.stats.reconstruction import Clusters, ReconstructionSums, clusters_by_context, clusters_of
 from sae_research.stats.sae_bench import SaeBenchStats, feature_details, misc_metrics
+from sae_research.stats.weights import latent_weights
 from sae_research.text.tokens import reorder_evenly, token_contexts
 
 Sums = dict[str, float | list[float]]

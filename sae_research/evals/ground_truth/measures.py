@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sae_research.evals.ground_truth.data import MIN_FIRINGS, Samples, World
 from sae_research.saes import SparseAutoencoder
-from sae_research.stats import ReconstructionStats
+from sae_research.stats.reconstruction import ReconstructionStats
 
 DUPLICATE = 0.9
 """Latents of a larger absolute cosine than this are duplicates."""
