@@ -36,8 +36,8 @@ class Metric:
     """One sentence; may hold `{k}`."""
     source: str | None = None
     """`category.name` in SAE Bench's structured block; None for ours, which stands under `key` in lab_v1."""
-    idle: tuple[float, str] | None = None
-    """The value that is had for nothing, and by what; None where there is no such value."""
+    trivial: tuple[float, str] | None = None
+    """The value that is reached without any SAE, and by what; None where there is no such value."""
     table: bool = False
     """Whether it is a column of the report's first table, for a `{k}` at the values of k that lead."""
     plot: int = 0
@@ -213,7 +213,7 @@ METRICS: tuple[Metric, ...] = (
            "1 − the least share of known questions of one field still answered rightly after clamping a few latents, over "
            "the settings that keep at least 99 % of the other fields' known answers; 0 where none does. With the packaged "
            "questions (the default) a stand-in for WMDP and MMLU, not comparable with published scores.",
-           idle=(0.0, "clamping nothing")),
+           trivial=(0.0, "clamping nothing")),
     Metric("unlearning_score_held_out", "Unlearning, held out", "unlearning", "higher",
            "The same with the setting chosen on one half of the questions and measured on the other: the mean over 20 "
            "halvings, both ways. The score itself is the best of many settings on its own questions."),
@@ -271,7 +271,7 @@ METRICS: tuple[Metric, ...] = (
            "it easy: see the balanced score."),
     Metric("autointerp_balanced_score", "Autointerp, balanced", "autointerp", "higher",
            "Mean over latents of the mean of the hit rates on active and on inactive windows: chance is 0.5 whatever the "
-           "density; latents active in every window are left out.", idle=(0.5, "guessing")),
+           "density; latents active in every window are left out.", trivial=(0.5, "guessing")),
     Metric("autointerp_std", "Autointerp deviation", "autointerp", None,
            "Standard deviation over latents of the autointerp score."),
     Metric("latents_scored", "Latents scored", "autointerp", None,
@@ -288,7 +288,7 @@ METRICS: tuple[Metric, ...] = (
     # --- ravel ---------------------------------------------------------------------------------------
     Metric("disentanglement", "RAVEL disentanglement", "ravel", "higher",
            "Mean of cause and isolation over attributes; a mask that changes nothing has 0.5. Learnt on some entities, "
-           "scored on others, with the SAE's error kept.", idle=(0.5, "a mask that changes nothing")),
+           "scored on others, with the SAE's error kept.", trivial=(0.5, "a mask that changes nothing")),
     Metric("cause", "RAVEL cause", "ravel", "higher",
            "Fraction of pairs of prompts in which giving the chosen latents the source entity's values makes the model "
            "answer with the source's attribute."),

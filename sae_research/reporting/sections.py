@@ -218,8 +218,8 @@ def _above_trivial(rows: Sequence[Row], keys: Sequence[str], name: str) -> list[
     for metric in (metric_named(key, name) for key in keys):
         measured = [(row, reached) for row in rows if (reached := row.value(metric.key, name)) is not None]
         measured = [(row, reached) for row, reached in measured if not row.is_control]
-        if metric.idle is not None and measured:
-            value, by = metric.idle
+        if metric.trivial is not None and measured:
+            value, by = metric.trivial
             above = [row for row, reached in measured if reached > value]
             sure = [row for row in above if (bounds := row.interval(metric.key, name)) and bounds[0] > value]
             found.append(

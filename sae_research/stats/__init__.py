@@ -1,1 +1,1 @@
-"""Sums over tokens, intervals and tests, solvers: what training, setup and the evaluations share. `intervals` needs no torch."""
+"""Streaming statistics shared by training, set-up and the evaluations. Of the modules `intervals` alone needs no torch."""

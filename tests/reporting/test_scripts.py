@@ -15,7 +15,7 @@ from tests.helpers.results import SAES, Lab
 PROJECT = Path(__file__).parents[2]
 CORE = ["extract_metrics", "core", "eval_results/core", "metrics/core.json"]
 COMMANDS = (CORE, ["process_results"], ["visualize_results"], ["generate_report"])
-SECONDS, DRAWING_SECONDS = 6.0, 4.0
+SECONDS = 8.0
 """Processor time a command may take with compiled bytecode: an import of torch alone costs 2 to 3 s."""
 
 
@@ -64,12 +64,12 @@ def test_reporting_imports_no_torch_and_no_benchmark():
         "pandas",
         "matplotlib.pyplot",
     }
-    assert imported(heavy, "figures", "report", "results", "tables") == set()
+    assert imported(heavy, "figures", "transfer_figures", "ground_truth_figures", "report", "results", "tables") == set()
 
 
 def test_only_drawing_imports_matplotlib():
-    # the records of evaluations name sections of params.yaml, and with them pydantic
-    assert imported({"matplotlib", "numpy"}, "report", "results", "tables") == set()
+    assert imported({"matplotlib"}, "report", "results", "tables") == set()
+    assert imported({"numpy"}, "results", "tables") == set(), "only comparisons compute"
 
 
 def imported(watched: set[str], *modules: str) -> set[str]:
@@ -82,12 +82,11 @@ def imported(watched: set[str], *modules: str) -> set[str]:
 def test_commands_run_as_scripts_and_are_quick(lab: Lab, environment: dict[str, str]):
     """Processor seconds, the least of up to three: a wall clock would measure whoever shares the machine."""
     for command in COMMANDS:
-        limit = DRAWING_SECONDS if command[0] == "visualize_results" else SECONDS
         spent: list[float] = []
-        while len(spent) < 3 and (not spent or spent[-1] >= limit):
+        while len(spent) < 3 and (not spent or spent[-1] >= SECONDS):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             done = start(lab, command, environment)
             assert done.returncode == 0, done.stderr
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert min(spent) < limit, (command[0], spent)
+        assert min(spent) < SECONDS, (command[0], spent)

@@ -38,7 +38,7 @@ REACHED_BY: dict[str, set[str]] = {
     "runtime/files.py": LM,
     "config/inputs.py": LM,
     "saes/base.py": LM - {"activations"},
-    "stats/predictions.py": {"core", "core_ihtp", "probing", "train"},
+    "stats/predictions.py": {"core", "core_ihtp", "train"},
     "stats/intervals.py": {"core", "core_ihtp", "probing"},
     "evals/core/metrics.py": {"core", "core_ihtp"},
     "saes/pursuit/kernels_triton.py": {"core", "core_ihtp", "probing", "train"},
