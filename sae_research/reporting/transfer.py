@@ -51,7 +51,7 @@ class TransferRun:
         import pandas as pd  # a second to import, for figures alone
 
         path = self.folder / "latents.tsv"
-        return pd.read_csv(path, sep="\t", float_precision="round_trip") if path.is_file() else pd.DataFrame()
+        return pd.read_csv(path, sep="\t", float_precision="round_trip") if path.is_file() else pd.DataFrame()  # ty: ignore[no-matching-overload]
 
 
 def read_transfer(root: Path = Path(".")) -> TransferRun | None:

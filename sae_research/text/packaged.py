@@ -38,7 +38,7 @@ def read_packaged(name: str) -> pd.DataFrame:
     path = packaged_folder() / f"{name}.csv.zst"
     if not path.is_file():
         raise UserError(f"{path}: no such file; `sae-probes` {packaged_version()} does not carry it")
-    frame = pd.read_csv(path, compression="zstd", usecols=["prompt", "target"], dtype={"prompt": str})
+    frame = pd.read_csv(path, compression="zstd", usecols=["prompt", "target"], dtype={"prompt": str})  # ty: ignore[no-matching-overload]
     frame = frame.dropna()
     return frame.assign(prompt=frame["prompt"].str.strip())
 

@@ -70,7 +70,7 @@ def task_names() -> tuple[str, ...]:
         packaged_folder().parent / "probing_datasets_MASTER.csv.zst",
         compression="zstd",
         usecols=["Data type", "Dataset save name"],
-    )
+    )  # ty: ignore[no-matching-overload]
     files = master.loc[master["Data type"] == "Binary Classification", "Dataset save name"]
     return tuple(file.rpartition("/")[2].partition(".")[0] for file in files)
 
@@ -99,7 +99,7 @@ def read_rows(name: str) -> pd.DataFrame:
     """Columns `prompt` and `target` of a packaged task, texts exactly as they stand there: the last token is what counts."""
     return pd.read_csv(
         packaged_folder() / f"{name}.csv.zst", compression="zstd", usecols=["prompt", "target"], dtype={"prompt": str}
-    ).dropna()
+    ).dropna()  # ty: ignore[no-matching-overload]
 
 
 def make_task(

@@ -100,7 +100,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
-            raise yaml.YAMLError(f"a key stands twice, line {node.start_mark.line + 1}")
+            raise yaml.YAMLError(f"a key stands twice, line {node.start_mark.line + 1}")  # ty: ignore[missing-union-attribute]
         return values
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
