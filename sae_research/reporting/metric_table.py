@@ -310,4 +310,3 @@ METRICS: tuple[Metric, ...] = (
     Metric("isolation_sae_bench", "RAVEL isolation", "ravel", "higher", "The same, other attributes.",
            "ravel.isolation_score"),
 )
-# fmt: on
