@@ -145,9 +145,8 @@ def _start(params: Params, names: Mapping[str, str]) -> dict[str, Any]:
             disable_git=True,
             disable_code=True,
             x_disable_stats=True,
+            api_key=key,
         )
-        if key:
-            settings.api_key = key
         for sae, config in params.train.saes.items():
             runs[sae] = wandb.init(
                 project=tracking.project,

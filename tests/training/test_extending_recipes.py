@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -37,14 +38,13 @@ def apply(page: str, root: Path) -> list[str]:
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package and of the recipes' tests, which is what `import` finds."""
     shutil.copytree(ROOT / "sae_research", tmp_path / "sae_research", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests/helpers/training.py", tmp_path / "tests")
+    (tmp_path / "tests/helpers").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/helpers/training.py", tmp_path / "tests/helpers")
 
     def ours() -> list[str]:
-        return [name for name in sys.modules if name.partition(".")[0] in ("sae_research", "training_helpers")]
+        return [name for name in sys.modules if name.partition(".")[0] == "sae_research"]
 
     before = {name: sys.modules.pop(name) for name in ours()}
-    monkeypatch.syspath_prepend(tmp_path / "tests")
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     for name in ours():
@@ -55,15 +55,14 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_recipe_of_the_page_trains(tiny: tuple[Path, Path], copied: Path) -> None:
     assert len(apply((ROOT / "docs/extending_recipes.md").read_text(), copied)) == 6
     importlib.invalidate_caches()
-    helpers, training, params, stage = (
+    training, params, stage = (
         importlib.import_module(name)
-        for name in (
-            "training_helpers",
-            "sae_research.training",
-            "sae_research.config.params",
-            "sae_research.training.stage",
-        )
+        for name in ("sae_research.training", "sae_research.config.params", "sae_research.training.stage")
     )
+    spec = importlib.util.spec_from_file_location("copied_helpers", copied / "tests/helpers/training.py")
+    assert spec is not None and spec.loader is not None
+    helpers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(helpers)
     assert stage.__file__ == str(copied / "sae_research/training/stage.py")
     assert "tanh" in training.RECIPES and set(helpers.CONFIGS) == set(training.RECIPES)
     sae = {"recipe": "tanh", "d_sae": 64, "l1_coefficient": 0.2, "tanh_scale": 2.0, "learning_rate": 0.003}
