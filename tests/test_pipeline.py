@@ -198,6 +198,7 @@ def test_switching_evaluations_off_leaves_nothing_stale(project: Path) -> None:
     assert run(project, "git", "status", "--porcelain").stdout == "", "back to the same bytes"
 
 
+@pytest.mark.slow
 def test_optional_evaluations_reach_the_report_and_one_that_fails_stops_none(project: Path) -> None:
     small = {"dataset_names": ["news_section"], "train_set_size": 24, "test_set_size": 16, "n_values": [2, 5]}
     set_params(
