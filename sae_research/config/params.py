@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError, create_model
 
+from sae_research.config.cluster import Cluster
 from sae_research.config.evaluations import EVALUATIONS, EvalTypes
 from sae_research.config.inputs import (
     ActivationCaching,
@@ -64,6 +65,7 @@ class Params(_WithEvaluations):
     tracking: Tracking = Tracking()
     activation_caching: ActivationCaching = ActivationCaching()
     visualization: Visualization = Visualization()
+    cluster: Cluster = Cluster()
 
 
 def load_params(path: str | Path = "params.yaml", partial: bool = False) -> Params:

@@ -9,11 +9,12 @@ import sys
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder, read_manifest
-from sae_research.saes import SparseAutoencoder, families, load_sae
+from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.saes.base import Family, Guard, SAEInfo
 from sae_research.saes.registry import code_fingerprint
 from sae_research.text.local import listed
@@ -43,12 +44,13 @@ class PreparedSAEs(Mapping[str, SparseAutoencoder]):
     """The SAEs that setup wrote, in the manifest's order, on the model's device. Each look-up opens one anew, and nothing
     here holds it. Raises `UserError` when setup has not run, a file is damaged, or an SAE does not fit the model."""
 
-    def __init__(self, folder: Path, lm: LanguageModel) -> None:
+    def __init__(self, folder: Path, lm: LanguageModel, names: Iterable[str] | None = None) -> None:
+        """names: of some of them."""
         manifest = folder / "manifest.json"
         if not manifest.is_file():
             raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
         self._folder, self._device, self.infos = folder, str(lm.device), {}
-        for name in read_manifest(manifest)["order"]:
+        for name in read_manifest(manifest)["order"] if names is None else names:
             info = self.infos[name] = self[name].info()
             width = lm.d_in(info.cfg.hook_name)
             if info.cfg.d_in != width:
@@ -79,14 +81,18 @@ class Group:
     def __init__(self, hook: str, infos: dict[str, SAEInfo], saes: Mapping[str, SparseAutoencoder]) -> None:
         self.hook, self.infos, self._saes = hook, infos, saes
 
-    def open(self, names: Iterable[str]) -> Iterator[Family]:
-        """These SAEs, as many at a time as `OPEN_BYTES` allows, families together; closed when the next are asked for."""
+    def families(self, names: Iterable[str]) -> list[list[str]]:
+        """These SAEs, those together that share the work of encoding."""
         together: dict[object, list[str]] = {}
         for name in names:
             family = self.infos[name].family
             together.setdefault(name if family is None else family, []).append(name)
+        return list(together.values())
+
+    def open(self, names: Iterable[str]) -> Iterator[Family]:
+        """These SAEs, as many at a time as `OPEN_BYTES` allows, families together; closed when the next are asked for."""
         chosen: list[str] = []
-        for family in [*together.values(), []]:
+        for family in [*self.families(names), []]:
             if chosen and (not family or sum(self.infos[name].nbytes for name in (*chosen, *family)) > OPEN_BYTES):
                 opened = {name: self._saes[name] for name in chosen}
                 yield opened
@@ -133,6 +139,35 @@ def _key(lm: LanguageModel, inputs: Any, code: str, **more: str) -> str:
     return fingerprint({"inputs": inputs, "code": code, **model, **more})[:40]
 
 
+class Delegate(Protocol):
+    """What scores in place of this process (`evals.units`)."""
+
+    def seen(self, scores: Scores) -> None:
+        """Told of all `Scores`, as they are made."""
+        ...
+
+    def made(self, kind: str, key: str, value: Any) -> None:
+        """Told of all that is `made_once`."""
+        ...
+
+    def fill(self, scores: Scores, score: Callable[..., Any], bar: tqdm, parts: Sequence[Any], step: int) -> None:
+        """In place of `Scores.score_here`."""
+        ...
+
+
+_delegate: ContextVar[Delegate | None] = ContextVar("delegate", default=None)
+
+
+@contextmanager
+def delegated(delegate: Delegate | None) -> Generator[None]:
+    """During the block `delegate` does what `Scores.fill` is asked for."""
+    token = _delegate.set(delegate)
+    try:
+        yield
+    finally:
+        _delegate.reset(token)
+
+
 class Scores:
     """What an evaluation finds of each SAE of a group, part by part (task, batch of text; one part where it has none): read
     from the result cache, and what is missing there scored and kept. An interrupted run or one more SAE pays for what is
@@ -140,12 +175,23 @@ class Scores:
 
     def __init__(self, kind: str, group: Group, keys: Mapping[str, str | Mapping[Any, str]], guard: Guard) -> None:
         """keys: of the result cache `kind`, by SAE, or by SAE and part."""
-        self.group, self.guard, self._cache = group, guard, ResultCache(kind)
+        self.kind, self.group, self.guard, self._cache = kind, group, guard, ResultCache(kind)
         self.keys = {name: {"": key} if isinstance(key, str) else dict(key) for name, key in keys.items()}
         self.found = {
             name: {part: self._cache.get(key) for part, key in parts.items()}
             for name, parts in self.keys.items()
             if name not in guard.failed
+        }
+        if (delegate := _delegate.get()) is not None:
+            delegate.seen(self)
+
+    def known(self, names: Iterable[str]) -> dict[str, Any]:
+        """What has been found of these SAEs, by `kind/key` of the result cache."""
+        return {
+            f"{self.kind}/{self.keys[name][part]}": value
+            for name in names
+            for part, value in self.found.get(name, {}).items()
+            if value is not None
         }
 
     def lacking(self, parts: Iterable[Any] | None = None) -> list[str]:
@@ -184,17 +230,20 @@ class Scores:
         parts: Sequence[Any] = ("",),
         step: int = 1,
     ) -> None:
-        """Score what is missing of these parts, family by family. score: called with SAEs of one family, and before them the
-        part where there are several; yields (name, value)."""
+        """Score what is missing of these parts. score: called with SAEs of one family, and before them the part where there
+        are several; yields (name, value)."""
+        delegate = _delegate.get()
+        (self.score_here if delegate is None else partial(delegate.fill, self))(score, bar, parts, step)
+
+    def score_here(
+        self, score: Callable[..., Iterator[tuple[str, Any]]], bar: tqdm, parts: Sequence[Any], step: int
+    ) -> None:
+        """`fill` in this process: of the SAEs that are open together part by part, family by family."""
         for saes in self.opened(parts):
-            for names in families(saes):
-                for part in parts:
-                    for name, value in self.guard.each(
-                        self.without({name: saes[name] for name in names}, part),
-                        partial(score, part) if part != "" else score,
-                    ):
-                        self.keep(name, part, value)
-                        bar.update(step)
+            for part in parts:
+                for name, value in self.guard.each(self.without(saes, part), partial(score, part) if part != "" else score):
+                    self.keep(name, part, value)
+                    bar.update(step)
 
     def left(self) -> dict[str, Any]:
         """Of every SAE that was scored its value, or its values by part."""
@@ -208,6 +257,8 @@ def made_once(kind: str, key: str, make: Callable[[], Any]) -> Any:
     found = kept.get(key)
     if found is None:
         kept.put(key, found := make())
+    if (delegate := _delegate.get()) is not None:
+        delegate.made(kind, key, found)
     return found
 
 

@@ -6,7 +6,8 @@ What computes is imported only once an evaluation is known to be on: ten stages 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from sae_research.runtime.stages import StageFolder, stage_folder
 if TYPE_CHECKING:
     from sae_research.evals.harness import PreparedSAEs
     from sae_research.lm import LanguageModel
+    from sae_research.runtime.workers import Workers
 
 RESULTS = Path("eval_results")
 
@@ -38,8 +40,38 @@ def run_evaluation(name: str, params: Params) -> None:
         if stage is None:
             return
         evaluate = evaluation_function(name)
-        lm, saes = _start(params, stage)
-        _write(stage, evaluate(saes, lm, params, stage))
+        with _started_workers(name, params) as workers:  # while this process loads the model
+            lm, saes = _start(params, stage)
+            with _scoring_on(workers, lm):
+                _write(stage, evaluate(saes, lm, params, stage))
+
+
+@contextmanager
+def _started_workers(name: str, params: Params) -> Generator[Workers | None]:
+    """Workers where `cluster.address` says; None where this process scores."""
+    if params.cluster.address is None:
+        yield None
+        return
+    from sae_research.evals.units import evaluation_job
+    from sae_research.runtime.workers import start_workers
+
+    workers = start_workers(params.cluster, evaluation_job(name, params))
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+@contextmanager
+def _scoring_on(workers: Workers | None, lm: LanguageModel) -> Generator[None]:
+    if workers is None:
+        yield
+        return
+    from sae_research.evals.harness import delegated
+    from sae_research.evals.units import Distribution
+
+    with delegated(Distribution(workers, lm.device.type)):
+        yield
 
 
 def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedSAEs]:

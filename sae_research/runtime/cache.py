@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,13 @@ def writable_cache_dir(kind: str) -> Path:
     return folder
 
 
+NO_CACHE = "SAE_RESEARCH_NO_CACHE"
+
+
 def caches_readable() -> bool:
     """False with `SAE_RESEARCH_NO_CACHE=1` in the environment: every value is computed afresh, none is read from `.cache`.
     What is computed is kept nevertheless, in place of what was there."""
-    return os.environ.get("SAE_RESEARCH_NO_CACHE", "") in ("", "0")
+    return os.environ.get(NO_CACHE, "") in ("", "0")
 
 
 @contextmanager
@@ -96,14 +100,29 @@ def _with_checksum(text: bytes, path: Path) -> bytes:
     return _CHECKSUM + hashlib.sha256(path.name.encode() + b"\n" + text).hexdigest().encode() + _VALUE + text + b"}\n"
 
 
+_lent: ContextVar[Mapping[str, Any] | None] = ContextVar("lent", default=None)
+
+
+@contextmanager
+def lent_results(values: Mapping[str, Any]) -> Generator[None]:
+    """During the block result caches also hold these values, by `kind/key`."""
+    token = _lent.set(values)
+    try:
+        yield
+    finally:
+        _lent.reset(token)
+
+
 class ResultCache:
     """Finished results by key, as JSON files with their checksum: what an interrupted or extended run need not compute
     again. `SAE_RESEARCH_NO_CACHE=1` makes every lookup miss."""
 
     def __init__(self, kind: str) -> None:
-        self.folder = cache_dir("results") / kind
+        self.kind, self.folder = kind, cache_dir("results") / kind
 
     def get(self, key: str) -> Any | None:
+        if (lent := (_lent.get() or {}).get(f"{self.kind}/{key}")) is not None:
+            return lent
         return read_checked_json(self.folder / f"{key}.json") if caches_readable() else None
 
     def put(self, key: str, value: Any) -> None:

@@ -11,7 +11,7 @@ predictions, so that an interrupted run or an added SAE pays only for what is mi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -267,18 +267,13 @@ def _predictions(group: _Group, members: Group, keys: dict[str, str], guard: Gua
     """Sums of cross-entropy and KL over all batches of predictions, for every SAE."""
     batches = group.numbers(0, group.params.core_eval.n_eval_reconstruction_batches)
     by_batch = {name: {number: f"{key}-{number}" for number in range(len(batches))} for name, key in keys.items()}
-    scores, ablation = Scores("core_predictions", members, by_batch, guard), None
+    scores, shared = Scores("core_predictions", members, by_batch, guard), _SharedPredictions(group, batches)
+
+    def score(number: int, family: Family) -> Iterator[tuple[str, Sums]]:
+        return _patched(shared.of(number), family)
+
     with scores.progress("patched predictions", "SAE·batch") as bar:
-        for saes in scores.opened():
-            for number, index in enumerate(batches):
-                if not scores.without(saes, number):
-                    continue
-                batch = group.pool.batch(index)
-                if ablation is None:
-                    ablation = _Ablation(_zero_logits(group, batch), group.mean_activation)
-                for name, sums in _predict_batch(group, scores.without(saes, number), batch, ablation, guard):
-                    scores.keep(name, number, sums)
-                    bar.update()
+        scores.fill(score, bar, range(len(batches)))
     return {name: _total(by_number.values()) for name, by_number in scores.left().items()}
 
 
@@ -290,59 +285,82 @@ def _total(parts: Iterable[Sums]) -> Sums:
     return total
 
 
-class _Ablation(NamedTuple):
-    """What stands in for the activations when they are ablated."""
+class _Predictions(NamedTuple):
+    """Of one batch, what all SAEs share."""
 
-    zero_logits: Tensor | None
-    mean_D: Tensor
+    group: _Group
+    batch: Batch
+    clean: CleanPredictions
+    sums: Sums
+    """Clean, zero-ablated and mean-ablated, in both definitions."""
+
+    def run(self, acts: Tensor) -> tuple[Tensor, Tensor]:
+        return self.clean.compare(self.group.lm.resume(self.group.hook, acts, self.batch.tokens))
 
 
-def _zero_logits(group: _Group, batch: Batch) -> Tensor | None:
-    """Logits with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
-    one sequence [1, seq, vocab] stands for all; None where each batch needs its own."""
-    if not (group.lm.can_resume and "hook_resid" in group.hook):
-        return None
-    return group.lm.resume(group.hook, torch.zeros_like(batch.acts[:1]), batch.tokens[:1])
+class _SharedPredictions:
+    """Those of the batch that was asked for last."""
+
+    def __init__(self, group: _Group, batches: Sequence[list[int]]) -> None:
+        self._group, self._batches = group, batches
+        self._zero_logits: Tensor | None = None
+        self._last: tuple[int, _Predictions] | None = None
+
+    def of(self, number: int) -> _Predictions:
+        if self._last is None or self._last[0] != number:
+            self._last = None  # its logits go before those of the next batch come
+            self._last = number, self._made(self._group.pool.batch(self._batches[number]))
+        return self._last[1]
+
+    @torch.no_grad()
+    def _made(self, batch: Batch) -> _Predictions:
+        group, x = self._group, batch.acts
+        clean = CleanPredictions(group.lm.resume(group.hook, x, batch.tokens), batch.tokens)
+        made = _Predictions(group, batch, clean, {})
+        zeroed = self._zeroed(batch, made)
+        made.sums.update(
+            _sums(group, batch, {"sae_bench": group.sae_bench_mask(batch)}, ablated=zeroed, clean=(clean.ce, None))
+        )
+        if group.lab:
+            lab_mask = group.lab_mask(batch)
+            kept = lab_mask[..., None]
+            made.sums.update(
+                _sums(
+                    group,
+                    batch,
+                    {"lab": lab_mask, "cluster": lab_mask},
+                    zero=made.run(torch.where(kept, 0.0, x)),
+                    clean=(clean.ce, None),
+                    mean=made.run(torch.where(kept, group.mean_activation, x)),
+                )
+            )
+        return made
+
+    def _zeroed(self, batch: Batch, made: _Predictions) -> tuple[Tensor, Tensor]:
+        """Predictions with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
+        one sequence [1, seq, vocab] stands for all of all batches; elsewhere each batch needs its own."""
+        group = self._group
+        if not (group.lm.can_resume and "hook_resid" in group.hook):
+            return made.run(torch.zeros_like(batch.acts))
+        if self._zero_logits is None:
+            self._zero_logits = group.lm.resume(group.hook, torch.zeros_like(batch.acts[:1]), batch.tokens[:1])
+        return made.clean.compare(self._zero_logits)
 
 
 @torch.no_grad()
-def _predict_batch(
-    group: _Group, saes: Family, batch: Batch, ablation: _Ablation, guard: Guard
-) -> Iterator[tuple[str, Sums]]:
-    """(name, sums) over one batch: predictions clean, zero-ablated, mean-ablated and patched, in both definitions."""
-    lm, x, tokens = group.lm, batch.acts, batch.tokens
-    lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
-    clean = CleanPredictions(lm.resume(group.hook, x, tokens), tokens)
-
-    def run(acts: Tensor) -> tuple[Tensor, Tensor]:
-        return clean.compare(lm.resume(group.hook, acts, tokens))
-
-    kept = lab_mask[..., None]
-    zeroed = run(torch.zeros_like(x)) if ablation.zero_logits is None else clean.compare(ablation.zero_logits)
-    shared = _sums(group, batch, {"sae_bench": bench_mask}, ablated=zeroed, clean=(clean.ce, None))
-    lab_masks = {"lab": lab_mask, "cluster": lab_mask}
-    if group.lab:
-        shared |= _sums(
-            group,
-            batch,
-            lab_masks,
-            zero=run(torch.where(kept, 0.0, x)),
-            clean=(clean.ce, None),
-            mean=run(torch.where(kept, ablation.mean_D, x)),
-        )
-
-    def score(family: Family) -> Iterator[tuple[str, Sums]]:
-        for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
-            sae = family[name]
-            x_hat = sae.decode(z_all)
-            sums = shared | _sums(group, batch, {"sae_bench": bench_mask}, patched=run(x_hat))
-            if z_lab is not None:
-                patched = run(torch.where(kept, _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
-                sums |= _sums(group, batch, lab_masks, patched=patched)
-            check_finite(sums)
-            yield name, sums
-
-    yield from guard.each(saes, score)
+def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]:
+    """(name, sums) over one batch with each SAE's reconstruction in place of the activations, in both definitions."""
+    group, batch, x = shared.group, shared.batch, shared.batch.acts
+    lab_mask = group.lab_mask(batch)
+    for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
+        sae = family[name]
+        x_hat = sae.decode(z_all)
+        sums = shared.sums | _sums(group, batch, {"sae_bench": group.sae_bench_mask(batch)}, patched=shared.run(x_hat))
+        if z_lab is not None:
+            patched = shared.run(torch.where(lab_mask[..., None], _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
+            sums |= _sums(group, batch, {"lab": lab_mask, "cluster": lab_mask}, patched=patched)
+        check_finite(sums)
+        yield name, sums
 
 
 def _sums(group: _Group, batch: Batch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:

@@ -29,9 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.config.params import Params
-from sae_research.evals.harness import model_key
+from sae_research.evals.harness import made_once, model_key
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
 from sae_research.runtime.errors import NotApplicable, UserError
 from sae_research.runtime.files import find_local, read_json
 from sae_research.runtime.stages import StageFolder
@@ -275,19 +274,20 @@ def by_length(lengths: Sequence[int], params: Params) -> Iterator[list[int]]:
 
 def _answers(lm: LanguageModel, prompts: list[Prompt], params: Params) -> list[list[int]]:
     """Greedy answers [n_generated_tokens] to all prompts, kept in the result cache."""
-    n_tokens, cache = params.ravel.n_generated_tokens, ResultCache("ravel")
-    key = model_key(lm, ["answers", n_tokens, [prompt.ids for prompt in prompts]], __name__)
-    found: Any = cache.get(key)
-    if found is None:
-        found = [[]] * len(prompts)
+    n_tokens = params.ravel.n_generated_tokens
+
+    def generate() -> list[list[int]]:
+        found: list[list[int]] = [[]] * len(prompts)
         with tqdm(total=len(prompts), desc="what the model knows", unit="prompt", dynamic_ncols=True) as bar:
             for rows in by_length([len(prompt.ids) for prompt in prompts], params):
                 tokens: Tensor = torch.stack([prompts[row].tokens for row in rows])
                 for row, ids in zip(rows, lm.generate(tokens, n_tokens).tolist(), strict=True):
                     found[row] = ids
                 bar.update(len(rows))
-        cache.put(key, found)
-    return found
+        return found
+
+    key = model_key(lm, ["answers", n_tokens, [prompt.ids for prompt in prompts]], __name__)
+    return made_once("ravel", key, generate)
 
 
 def _downsampled(prompts: list[Prompt], size: int | None, seed: int) -> list[Prompt]:

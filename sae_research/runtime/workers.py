@@ -1,0 +1,146 @@
+"""Workers: who computes the units that a stage is cut into. In this process, or actors on a Ray cluster (`ray_workers`).
+
+The driver, which is the stage's process, cuts its work into `Unit`s and hands them to `Workers.run`; that gives each
+unit's value back as bytes, in the order in which they end. A worker is made once from a `Job` (it loads the language model
+there) and then computes one unit after another. Units are idempotent: one that is lost with its worker is computed again by
+another. Only the driver writes outputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import NamedTuple, Protocol
+
+import psutil
+
+from sae_research.runtime.errors import UserError
+from sae_research.runtime.sources import sources_fingerprint
+
+
+class Cluster(Protocol):
+    """Section `cluster` of `params.yaml`, which says what each value means."""
+
+    @property
+    def address(self) -> str | None: ...
+    @property
+    def gpus_per_worker(self) -> float | None: ...
+    @property
+    def cpus_per_worker(self) -> int: ...
+    @property
+    def max_retries(self) -> int: ...
+
+
+class Unit(NamedTuple):
+    """One piece of work."""
+
+    name: str
+    """Shown where it fails."""
+    payload: bytes
+    """What the worker is asked for."""
+    cost: float = 1.0
+    """Relative to the other units: the longest start first."""
+
+
+class Job(NamedTuple):
+    """How a worker is made: `target`, as `module:Class`, called with `argument`. The object is called with each unit's
+    payload and what all units of a run share, and gives the unit's value."""
+
+    target: str
+    argument: bytes
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+
+class Outcome(NamedTuple):
+    """How a unit ended."""
+
+    unit: Unit
+    value: bytes | None
+    failure: str = ""
+    """Why there is no value, with the end of the worker's log."""
+
+
+class Workers(Protocol):
+    """What runs units."""
+
+    size: int
+    """Units that run at the same time."""
+    memory: int
+    """Bytes that each worker has, of its device or of its share of main memory."""
+
+    def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
+        """Every unit's outcome, in the order in which they end. A unit that raised, or whose worker died, is tried again as
+        often as `cluster.max_retries` says; a `UserError` is not tried again. Raises `UserError` when no worker is left."""
+        ...
+
+    def close(self) -> None:
+        """Let the workers go; what they compute is lost."""
+        ...
+
+
+def worker(job: Job) -> Callable[[bytes, bytes], bytes]:
+    """The object that computes a job's units."""
+    module, _, name = job.target.partition(":")
+    return getattr(importlib.import_module(module), name)(job.argument)
+
+
+def versions(job: Job) -> dict[str, str]:
+    """What the driver and a worker must have alike for equal numbers."""
+    return {
+        "Python": platform.python_version(),
+        "torch": version("torch"),
+        "the project's code or libraries": sources_fingerprint(job.module)[:12],
+    }
+
+
+def device_memory() -> int:
+    """Bytes of the GPU that this process sees, else of main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+def by_cost(units: Sequence[Unit]) -> list[Unit]:
+    """The longest first; what costs alike in the order given."""
+    return sorted(units, key=lambda unit: -unit.cost)
+
+
+class InProcess:
+    """Units computed one after another, here."""
+
+    size = 1
+
+    def __init__(self, job: Job) -> None:
+        self.memory = device_memory()
+        self._compute = worker(job)
+
+    def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
+        for unit in by_cost(units):
+            try:
+                value = self._compute(unit.payload, shared)
+            except UserError as error:
+                yield Outcome(unit, None, str(error))
+            except Exception as error:  # noqa: BLE001 (a unit that fails takes no other with it)
+                yield Outcome(unit, None, "".join(traceback.format_exception_only(error)).strip())
+            else:
+                yield Outcome(unit, value)
+
+    def close(self) -> None:
+        pass
+
+
+def start_workers(cluster: Cluster, job: Job) -> Workers:
+    """Workers where `cluster.address` says. Raises `UserError` where there are none, or they run other versions."""
+    if cluster.address is None:
+        return InProcess(job)
+    from sae_research.runtime.ray_workers import RayWorkers
+
+    return RayWorkers(cluster, job)
