@@ -55,7 +55,7 @@ class Distribution:
     """Stands in for the scoring of `Scores.fill` while it is the harness' `delegate`."""
 
     def __init__(self, workers: Workers, device: str) -> None:
-        """workers: of an `evaluation_job`; not this object's to close. device: kind of device that this process computes on."""
+        """workers: of an `evaluation_job`; not this object's to close. device: the kind that this process computes on."""
         self._workers, self._device = workers, device
         self._seen: list[Scores] = []
         self._made: dict[str, Any] = {}
@@ -186,8 +186,8 @@ class _Assigned:
         for name, key in self._unit["keys"].items():
             if scores.keys[name][part] != key:
                 raise UserError(
-                    f"{socket.gethostname()}: SAE {name}, the model, the text or the code are not the driver's; give every node "
-                    "the same files (docs/cluster.md)"
+                    f"{socket.gethostname()}: SAE {name}, the model, the text or the code are not the driver's; give "
+                    "every node the same files (docs/cluster.md)"
                 )
         scores.score_here(score, bar, [part], step)
         raise _Scored({name: found[part] for name, found in scores.found.items() if found[part] is not None})
@@ -210,8 +210,8 @@ class EvaluationWorker:
         asked = json.loads(payload)
         if self._lm.device.type != asked["device"]:
             raise UserError(
-                f"{socket.gethostname()} computes on {self._lm.device.type}, the driver on {asked['device']}: run the driver "
-                "where the workers are, or set cluster.gpus_per_worker"
+                f"{socket.gethostname()} computes on {self._lm.device.type}, the driver on {asked['device']}: run the "
+                "driver where the workers are, or set cluster.gpus_per_worker"
             )
         stage, values = StageFolder(Path(os.devnull)), {}
         with lent_results({**json.loads(shared), **asked["known"]}), harness.delegated(_Assigned(asked)):
