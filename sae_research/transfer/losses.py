@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.lm import LanguageModel
 from sae_research.lm.generate import Unembedding, unembedding
@@ -24,7 +23,7 @@ from sae_research.stats.predictions import RECOVERED, CleanPredictions, loss_rat
 from sae_research.stats.reconstruction import sums_dtype
 from sae_research.transfer.loading import MODELS, Masks, Pair, masks
 from sae_research.transfer.sweep import FirstPass
-from sae_research.transfer.text import batches
+from sae_research.transfer.text import batches, token_bar
 
 BLOCKS = 24
 """The text is cut into this many stretches, which intervals draw from: few numbers, however long the text."""
@@ -63,15 +62,7 @@ def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | 
     totals = {model: _Totals() for model in MODELS}
     shared = _Totals()
     config, read = pair.params.transfer, 0
-    with tqdm(
-        total=n_tokens,
-        desc=progress,
-        unit="tok",
-        unit_scale=True,
-        disable=progress is None,
-        mininterval=2,
-        dynamic_ncols=True,
-    ) as bar:
+    with token_bar(n_tokens, progress) as bar:
         for batch in batches(pair.base, pair.finetuned, pair.source, n_tokens, config.patched_batch_size):
             sides = batch.sides
             acts = {model: lm.activations(sides[model].tokens, pair.hook).float() for model, lm in pair.models.items()}
