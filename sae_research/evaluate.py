@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.config.params import Params
 from sae_research.evals.run import evaluation_function
 from sae_research.lm import LanguageModel
@@ -56,12 +56,12 @@ def evaluate(
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
-    lab = Lab.of(saes, lm, params, hook)
+    analysis = AnalysisContext.of(saes, lm, params, hook)
     found: Figures = {name: {} for name in saes}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for evaluation in evaluations:
-            for name, result in _results(evaluation, lab, Path(folder or temporary) / evaluation, skipped):
+            for name, result in _results(evaluation, analysis, Path(folder or temporary) / evaluation, skipped):
                 found[name][evaluation] = EXTRACTORS[evaluation](result)
     if not any(found.values()) and set(skipped) & set(found):
         reasons = "; ".join(f"{name}: {skipped[name]}" for name in found if name in skipped)
@@ -69,15 +69,17 @@ def evaluate(
     return found
 
 
-def _results(evaluation: str, lab: Lab, folder: Path, skipped: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+def _results(
+    evaluation: str, analysis: AnalysisContext, folder: Path, skipped: dict[str, str]
+) -> list[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE that could be scored, also written to `folder`; `skipped` gets why others could not."""
     score = evaluation_function(evaluation)
     done: list[tuple[str, dict[str, Any]]] = []
     with stage_folder(folder, emptied=False) as stage:
         assert stage is not None  # it is where a stage may be disabled
         guard = Guard(stage.skip)
-        torch.manual_seed(lab.params.random_seed)
-        for name, result in score(lab.saes, lab.lm, lab.params, stage):
+        torch.manual_seed(analysis.params.random_seed)
+        for name, result in score(analysis.saes, analysis.lm, analysis.params, stage):
             with guard.on(name):
                 stage.write_result(name, result)
                 done.append((name, result))
