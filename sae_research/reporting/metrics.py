@@ -15,7 +15,7 @@ from functools import cache
 from sae_research.config.evaluations import OF_SAES
 
 # The records themselves stand in metric_table.py: add yours there.
-from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, STOCK_SUFFIX, Metric
+from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, SAE_BENCH_SUFFIX, Metric
 
 __all__ = [
     "EVALS",
@@ -25,7 +25,7 @@ __all__ = [
     "METRICS",
     "OPTIONAL",
     "SAE_BENCH",
-    "STOCK_SUFFIX",
+    "SAE_BENCH_SUFFIX",
     "WANTED_K",
     "Metric",
     "family_of",

@@ -27,6 +27,7 @@ from sae_research.reporting.metrics import (
     METRICS,
     Metric,
     family_of,
+    headline,
     home,
     leading_ks,
     sort_keys,
@@ -362,6 +363,11 @@ class Run:
     def headline(self) -> tuple[str, ...]:
         """Columns of the report's first table."""
         return self._keys(metric for metric in METRICS if metric.table)
+
+    @property
+    def ranking(self) -> list[Metric]:
+        """The metrics of the first table that rank SAEs."""
+        return [metric for metric in map(headline, self.headline) if metric.better and metric.ranks]
 
     @property
     def plotted(self) -> tuple[str, ...]:
