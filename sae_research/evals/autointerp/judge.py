@@ -1,6 +1,6 @@
-"""What the judge is asked and how its answers are read: SAE Bench 0.6.0's wording (MIT licence) and rules, to the byte.
+"""One latent before the judge: the windows it is shown, the two questions, how the answers are read, and the scores.
 
-One latent before the judge: the windows it is shown, the two questions, and what its answers are worth.
+Wording and rules are SAE Bench 0.6.0's (MIT licence), to the byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From sums over tokens to the figures of a core result, in both definitions, and how sure ours are."""
+"""From sums over tokens to the metrics of a core result, in both definitions, with the intervals of ours."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""What an SAE found of known features. Every figure is defined here, once.
+"""What an SAE found of known features, and which metric that can be had on real models follows it.
 
 N true features, F latents, n test samples; c the true codes [n, N], z the SAE's activations [n, F]. A feature counts where
 it fires on at least `data.MIN_FIRINGS` test samples. A latent *stands for* the feature that the matching gives it.
 
-Which metric follows the truth: at equal L0, the rank correlation of what real models allow with what is known here.
-
-A *method* is a recipe with its own encoder, or a pursuit encoder over one dictionary; its sparsities make a curve. Within
-a seed every curve is read at one L0, linear in log L0 and never beyond its ends; Spearman's correlation is taken over
-methods and averaged over seeds. The interval draws methods and seeds anew (bootstrap, percentiles).
+A metric follows the truth as far as it ranks methods alike: Spearman's correlation of the two at equal L0. A *method* is a
+recipe with its own encoder, or a pursuit encoder over one dictionary; its sparsities make a curve. Within a seed every curve
+is read at one L0, linear in log L0 and never beyond its ends; the correlation is taken over methods and averaged over seeds.
+Its interval draws methods and seeds anew (bootstrap, percentiles).
 """
 
 from __future__ import annotations

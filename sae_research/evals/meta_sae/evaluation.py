@@ -1,15 +1,13 @@
-"""A small BatchTopK SAE trained on the rows of a decoder.
+"""Meta-SAE: how far the latents of an SAE decompose into fewer, shared ones (arXiv 2502.04878).
+
+A BatchTopK SAE of a quarter of the width is trained on the decoder's rows. The metric is the fraction of their variance
+about their mean that it explains: high values say that latents are combinations of common parts. It is measured on the rows
+that it was trained on, so a random dictionary, a row of every table, shows what memorising alone is worth.
 
 Source: SAE Bench 0.6.0, sae_bench/evals/meta_structure/main.py, and what SAELens 6 does there: Adam at a constant rate,
 gradients clipped to norm 1, no auxiliary loss within 2000 steps. Of a batch of n rows the k n largest activations stay,
 each measured by its pre-activation times the norm of its decoder row; that norm cancels in the reconstruction, so that it
-only decides what is active. Stock trains under bfloat16 autocast; here everything is float32.
-
-Meta-SAE: how far the latents of an SAE decompose into fewer, shared ones (arXiv 2502.04878).
-
-A BatchTopK SAE of a quarter of the width is trained on the decoder's rows; what counts is the fraction of their variance
-about their mean that it explains. High values say that latents are combinations of common parts. It is measured on the
-rows that it was trained on, so that a random dictionary, a row of every table, shows what memorising alone is worth.
+only decides what is active. SAE Bench trains under bfloat16 autocast; here everything is float32.
 
 Only the decoder is read: SAEs over one dictionary share one run, and the language model is not used.
 """

@@ -1,8 +1,4 @@
-"""One SAE's findings as SAE Bench's `RAVELEvalOutput`, with our own definition beside it.
-
-What the answers to patched prompts add up to: cause, isolation, disentanglement, and how sure they are.
-
-RAVEL: do single latents carry single attributes of an entity?
+"""RAVEL (arXiv 2402.17700): do single latents carry single attributes of an entity?
 
 Two prompts ask about two entities that differ in an attribute ("The city of Paris is located in the country of"). A
 mask over latents is learnt such that giving the base's last entity token the source's values of those latents makes
@@ -11,11 +7,12 @@ the mean of both, over attributes and entity classes. A mask that changes nothin
 
 SAE Bench 0.6.0's definition puts the reconstruction alone in place of the token and splits pairs at random. Ours
 (`lab_v1`) keeps what the SAE leaves unexplained, learns on some entities and scores on others, compares whole words,
-and reports beside it what patching the whole activation does: what this token carries of the entity at this hook.
+gives intervals, and reports beside it what patching the whole activation does: what this token carries of the entity at this
+hook. Results are SAE Bench's `RAVELEvalOutput`.
 
-Where SAE Bench's code is no guide: it runs only with Gemma 2 and GPT-NeoX under transformers 4, always at a layer's output
-whatever the SAE's hook, patches the token after the entity where the tokenizer adds no BOS, and shows encoders the one
-token alone. Here the SAE's own hook, the entity's own last token, and whole prompts are read.
+Some of SAE Bench's code is not followed: it runs only with Gemma 2 and GPT-NeoX under transformers 4, always at a layer's
+output whatever the SAE's hook, patches the token after the entity where the tokenizer adds no BOS, and shows encoders the
+one token alone. Here the SAE's own hook, the entity's own last token, and whole prompts are read.
 """
 
 from __future__ import annotations

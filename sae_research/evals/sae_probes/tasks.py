@@ -1,14 +1,13 @@
-"""The 113 binary tasks of the package `sae_probes`: their texts, stock's split, and the split without leaks.
+"""The 113 binary tasks of the package `sae_probes`: their texts, both splits, and one vector per text.
 
-Stock's split draws rows at random, so that copies of a text land on either side (28 % of all rows have a copy). Ours
+SAE Bench's split draws rows at random, so that copies of a text land on either side (28 % of all rows have a copy). Ours
 puts every distinct text where the project's one split puts it, drops texts whose copies disagree on the label and near
 copies that would stand on either side (`text.near_copies`), and takes as many of either class.
 
-One vector per text: the activations, and every SAE's latents, at the text's last token.
-
-SAE Bench's definition reads the very last token; ours the last one inside `token_mask`. Stock cuts that token's
-activation out and encodes it alone, which only a per-token encoder survives. Here the whole text is encoded, so that
-encoders over sequences work as well; for those, masked tokens are hidden in both definitions, as stock has none.
+The vector is the activation, and every SAE's latents, at the text's last token: the very last one in SAE Bench's definition,
+the last one inside `token_mask` in ours. SAE Bench cuts that token's activation out and encodes it alone, which only a
+per-token encoder survives. Here the whole text is encoded, so that encoders over sequences work as well; for those, masked
+tokens are hidden in both definitions, since SAE Bench has none.
 
 For per-token encoders nothing but the last tokens' activations is kept. Whole texts are kept (in the memory-mapped cache)
 only where an SAE reads sequences.

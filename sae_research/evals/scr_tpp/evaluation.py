@@ -1,16 +1,15 @@
-"""Results as SAE Bench's own output types.
+"""Spurious correlation removal (SCR) and targeted probe perturbation (TPP), in SAE Bench 0.6.0's definition and in ours.
 
-SAE Bench has fields for n in 2, 5, 10, 20, 50, 100, 500 only and drops others without a word; ours keeps every n in
-the unstructured block.
-
-The two evaluations: tasks read, scored in both definitions, written as SAE Bench's types.
+Texts are read once and probes trained once per hook; every SAE is then scored from its mean latents (`ablation`,
+`measures`).
 
 SAE Bench 0.6.0's definition picks each probe's epoch on its test texts, lets the latents of padding and special
 positions into ablation, and redraws TPP's negatives at every measurement; the draws here are made once. Ours
 (`lab_v1`) trains a fixed number of epochs, counts tokens inside `token_mask` only, is blind to the sign of a
-dictionary row, defines the cases SAE Bench leaves open (see `scr.py`), and gives intervals.
+dictionary row, defines the cases SAE Bench leaves open (see `measures`), and gives intervals.
 
-What SCR and TPP share: texts once, probes once per hook point, then every SAE scored from its mean latents.
+Results are SAE Bench's own output types. These have fields for n in 2, 5, 10, 20, 50, 100, 500 only and drop others without
+a word; our block keeps every n.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""Spurious correlation removal: does ablating an attribute's latents make a biased probe read the other attribute?
+"""Scores of SCR and TPP from what probes read before and after ablation.
 
-A probe is trained on texts where two attributes always agree. Ablating the latents that matter to a probe of one
-attribute should leave it reading the other: the score is the share of the lost accuracy that comes back. Direction 1
-ablates the second attribute and reads the first, direction 2 the other way round.
-Source: arXiv 2411.18895 and SAE Bench 0.6.0, sae_bench/evals/scr_and_tpp/main.py.
+Spurious correlation removal: a probe is trained on texts where two attributes always agree. Ablating the latents that matter
+to a probe of one attribute should leave it reading the other: the score is the share of the lost accuracy that comes back.
+Direction 1 ablates the second attribute and reads the first, direction 2 the other way round.
 
-Targeted probe perturbation: do the latents of one class matter to that class's probe alone?
+Targeted probe perturbation: every class has a probe against the others. Ablating the latents of one class should cost its
+probe accuracy (the intended effect) and the other probes none (the unintended effect); the score is the difference.
 
-Every class has a probe against the others. Ablating the latents of one class should cost its probe accuracy (the
-intended effect) and the other probes none (the unintended effect); the score is the difference.
-Source: arXiv 2411.18895 and SAE Bench 0.6.0, sae_bench/evals/scr_and_tpp/main.py.
+Source of both: arXiv 2411.18895 and SAE Bench 0.6.0, sae_bench/evals/scr_and_tpp/main.py.
 """
 
 from __future__ import annotations
