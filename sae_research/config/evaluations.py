@@ -86,7 +86,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sparse_probing",
             "Sparse probing",
             SparseProbing,
-            "classes told apart by one, two or five latents",
+            "classes separated by one, two or five latents",
             "sparse_probing:evaluate",
             on=True,
             headline=True,

@@ -61,8 +61,8 @@ NOT_A_NUMBER = -1.0
 
 def extract_core_metrics(result: Result) -> Figures:
     """Reconstruction, sparsity, and what the model loses when patched: ours, then SAE Bench's."""
-    stock = {key: value for key, value in _structured(result, "core").items() if value != NOT_A_NUMBER}
-    return _in_order({**stock, **_lab(result)}, "core")
+    bench = {key: value for key, value in _structured(result, "core").items() if value != NOT_A_NUMBER}
+    return _in_order({**bench, **_lab(result)}, "core")
 
 
 def extract_table_metrics(eval_name: str, result: Result) -> Figures:
@@ -121,7 +121,7 @@ def is_figure(value: Any) -> bool:
 
 
 def lab_block(result: Result) -> dict[str, Any]:
-    """Our own part of a result file; empty in a file that stock SAE Bench wrote."""
+    """Our own part of a result file; empty in a file that SAE Bench itself wrote."""
     unstructured = result.get("eval_result_unstructured")
     return unstructured.get(LAB, {}) if isinstance(unstructured, dict) else {}
 

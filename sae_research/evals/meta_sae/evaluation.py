@@ -118,7 +118,7 @@ def train_meta_sae(rows_ND: Tensor, config: MetaSAE, seed: int) -> BatchTopKSAE:
     return sae
 
 
-_STOCK_EVAL_ROWS = 4096
+_SAE_BENCH_ROWS = 4096
 _CLUSTERS = 256
 """Rows are pooled at random into so many groups for the interval."""
 
@@ -195,7 +195,7 @@ def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
     all at once, so that no figure depends on that number. Up to 4096 rows the two are one.
     """
     centred = (rows_ND - rows_ND.mean(0)).square().sum(1)
-    stock = torch.cat([(sae(chunk).x_hat - chunk).square().sum(1) for chunk in rows_ND.split(_STOCK_EVAL_ROWS)])
+    squared_errors = torch.cat([(sae(chunk).x_hat - chunk).square().sum(1) for chunk in rows_ND.split(_SAE_BENCH_ROWS)])
     code = sae(rows_ND)
     residual = (code.x_hat - rows_ND).square().sum(1)
     width = len(sae.b_enc)
@@ -203,8 +203,8 @@ def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
     count = min(_CLUSTERS, len(rows_ND))
     return {
         "sae_bench": {
-            "decoder_fraction_variance_explained": 1 - float(stock.sum() / centred.sum()),
-            "final_reconstruction_mse": float(stock.sum()) / rows_ND.numel(),
+            "decoder_fraction_variance_explained": 1 - float(squared_errors.sum() / centred.sum()),
+            "final_reconstruction_mse": float(squared_errors.sum()) / rows_ND.numel(),
         },
         "explained": _by_group(centred - residual, groups, count),
         "variance": _by_group(centred, groups, count),
@@ -241,7 +241,7 @@ def _sae_bench_config(config: MetaSAE, seed: int) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "weight_decay": 0.0,
         "autocast": False,
-        "eval_batch_size": _STOCK_EVAL_ROWS,
+        "eval_batch_size": _SAE_BENCH_ROWS,
         "dead_feature_window": 2000,
         "feature_sampling_window": 200,
         "dtype": "float32",

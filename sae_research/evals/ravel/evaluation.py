@@ -60,13 +60,13 @@ def ravel_result(
 ) -> dict[str, Any]:
     """A validated `RAVELEvalOutput` as plain data. findings: task -> definition -> latents and answers; whole: task ->
     answers when the whole activation is patched."""
-    stock = {
+    bench = {
         task.name: sae_bench_scores(known, task.sae_bench.test, findings[task.name]["sae_bench"]["answers"])
         for task in tasks
     }
     by_class = {
         f"{kind}_results": {
-            task.name: _stock_names(stock[task.name], "disentangle_score") for task in tasks if task.entity_class == kind
+            task.name: _sae_bench_names(bench[task.name], "disentangle_score") for task in tasks if task.entity_class == kind
         }
         for kind in dict.fromkeys(task.entity_class for task in tasks)
     }
@@ -75,7 +75,7 @@ def ravel_result(
         name,
         info,
         config=_config(lm, params),
-        metrics={"ravel": _stock_names(mean_scores(stock, tasks), "disentanglement_score")},
+        metrics={"ravel": _sae_bench_names(mean_scores(bench, tasks), "disentanglement_score")},
         unstructured={**by_class, harness.LAB: _lab(known, tasks, findings, whole, params.random_seed)},
         sae_bench="ravel:RAVELEvalOutput",
     )
@@ -130,7 +130,7 @@ def _names(scores: Scores) -> dict[str, float]:
     return {"disentanglement": scores.disentanglement, "cause": scores.cause, "isolation": scores.isolation}
 
 
-def _stock_names(scores: Scores, mean: str) -> dict[str, float]:
+def _sae_bench_names(scores: Scores, mean: str) -> dict[str, float]:
     return {"cause_score": scores.cause, "isolation_score": scores.isolation, mean: scores.disentanglement}
 
 
