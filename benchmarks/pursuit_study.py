@@ -72,7 +72,7 @@ class Member(NamedTuple):
 
 
 def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
-    """Figures of every member, dictionary and size, and of the trained SAEs with their own encoders.
+    """Metrics of every member, dictionary and size, and of the trained SAEs with their own encoders.
 
     folder: what the setup stage wrote. Raises `UserError` where it holds no baseline or not both untrained
     dictionaries.

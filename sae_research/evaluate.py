@@ -25,7 +25,7 @@ from sae_research.runtime.files import NAME_LIMIT, SLUG
 from sae_research.runtime.stages import stage_folder
 from sae_research.saes.base import Guard
 
-Figures = dict[str, dict[str, dict[str, float]]]
+Metrics = dict[str, dict[str, dict[str, float]]]
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
     hook: str | None = None,
     evaluations: Sequence[str] = ("core",),
     folder: str | Path | None = None,
-) -> Figures:
+) -> Metrics:
     """`{sae: {evaluation: {metric: value}}}`, as in `metrics/all_metrics.json`: every evaluation of the pipeline, under the
     same parameters, on the same texts, with the same result cache.
 
@@ -57,7 +57,7 @@ def evaluate(
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
     analysis = AnalysisContext.of(saes, lm, params, hook)
-    found: Figures = {name: {} for name in saes}
+    found: Metrics = {name: {} for name in saes}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for evaluation in evaluations:
@@ -91,7 +91,7 @@ class _CallableModule(types.ModuleType):
     """`from sae_research import evaluate` gives the function, or this module once something has imported it; either is
     called alike."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Figures:
+    def __call__(self, *args: Any, **kwargs: Any) -> Metrics:
         return evaluate(*args, **kwargs)
 
 

@@ -118,7 +118,7 @@ def _say(total: int, chosen: int, jobs: list[Job], left: list[Job], devices: lis
 
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
-"""What an experiment's figures depend on beside its parameters."""
+"""What an experiment's metrics depend on beside its parameters."""
 METRICS = "metrics/core.json"
 COLUMNS = ("l0", "variance_explained", "loss_recovered", "fraction_alive")
 SECONDS = 2.0
@@ -390,7 +390,7 @@ def _alive(entry: Entry) -> bool:
 
 
 def results_table(jobs: list[Job], finished: dict[str, Finished]) -> str:
-    """The figures of every SAE of the sweep, run by run, as text."""
+    """The metrics of every SAE of the sweep, run by run, as text."""
     rows = [("SAE", "experiment", "job", *COLUMNS)]
     for job in jobs:
         for name, key in sae_keys(job.params).items():

@@ -4,7 +4,7 @@ The table of metrics: one record each, by evaluation, ours first and SAE Bench's
 follow from it: every metric stands in `metrics/<eval>.json` and `metrics/results.csv`, in the report's section of an
 optional evaluation, and where `table` and `plot` say so in the first table and among the pictures.
 
-`Metric(key, label, eval, better, definition)` is a figure of ours, found under `key` in `lab_v1.metrics`; a last
+`Metric(key, label, eval, better, definition)` is a metric of ours, found under `key` in `lab_v1.metrics`; a last
 argument `"category.name"` makes it SAE Bench's, found there in its structured block. A key may hold `{k}`.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal
 LAB = "lab_v1"
 SAE_BENCH = "sae_bench_0.6.0"
 SAE_BENCH_SUFFIX = "_sae_bench"
-"""Marks a figure of SAE Bench's own definition where ours stands beside it."""
+"""Marks a metric of SAE Bench's own definition where ours stands beside it."""
 
 Definition = Literal["lab_v1", "sae_bench_0.6.0"]
 

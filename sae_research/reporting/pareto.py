@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 
 from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain, save, span
 from sae_research.reporting.metric_table import METRICS
-from sae_research.reporting.results import is_figure
+from sae_research.reporting.results import is_number
 from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
@@ -85,7 +85,7 @@ def read_points(folders: Sequence[str], metric: str) -> list[Point]:
 def _point(file: Path, label: str, metric: str) -> Point | None:
     values: dict[str, Any] = read_json(file)
     l0, value = values.get("l0", math.nan), values.get(metric, math.nan)
-    if not (is_figure(l0) and l0 > 0 and is_figure(value)):
+    if not (is_number(l0) and l0 > 0 and is_number(value)):
         return None
     return Point(
         file.parent.name,

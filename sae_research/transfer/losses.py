@@ -51,7 +51,7 @@ class _Totals:
 
 
 def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | None = None) -> dict[str, Any]:
-    """Figures by model, for every SAE and both filters; `clean_kl` compares the two models' own predictions.
+    """Metrics by model, for every SAE and both filters; `clean_kl` compares the two models' own predictions.
 
     For a prediction made at a position that counts, with x replaced where tokens count: `ce_clean`, `ce_patched`, `ce_zero`
     (zeros in place), `ce_mean` (the mean activation of tokens that count in place), in nats;
@@ -159,7 +159,7 @@ def _summed(values: Tensor, mask: Tensor) -> Tensor:
 
 def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals: _Totals) -> None:
     """KL(base || finetuned) of the two models' own predictions, over the base model's ids. logits: the finetuned model's;
-    where it has fewer ids there is no such figure."""
+    where it has fewer ids there is no such metric."""
     shared_ids = base.log_p_NV.shape[-1]
     if logits.shape[-1] < shared_ids:
         return
@@ -172,7 +172,7 @@ def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals
 
 
 def _figures(sums: Sums, saes: dict[str, SparseAutoencoder], seed: int) -> dict[str, Any]:
-    """By filter: figures shared by all SAEs, and each SAE's by role."""
+    """By filter: metrics shared by all SAEs, and each SAE's by role."""
     return {
         name: {**_shared_figures(sums, name, seed), "saes": {role: _sae_figures(sums, name, role, seed) for role in saes}}
         for name in FILTERS
@@ -210,7 +210,7 @@ def _bits(sums: Sums, nats: str, seed: int) -> dict[str, float] | None:
 
 
 def _with_interval(figure: Ratio, seed: int) -> dict[str, float] | None:
-    """{value, low, high}; bounds only where there are blocks enough, None where the figure is not defined."""
+    """{value, low, high}; bounds only where there are blocks enough, None where the metric is not defined."""
     kept = figure.denominator != 0
     figure = Ratio(figure.numerator[kept], figure.denominator[kept])
     if not math.isfinite(figure.value):

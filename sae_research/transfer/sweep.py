@@ -1,7 +1,7 @@
 """One pass of either model over the text, and from it every statistic. Nothing grows with the number of tokens.
 
-Two sets of tokens are kept apart: outliers of either model, and the other tokens that count. Figures without outliers come
-from the second set, figures with them from both together.
+Two sets of tokens are kept apart: outliers of either model, and the other tokens that count. Metrics without outliers come
+from the second set, metrics with them from both together.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ FIGURES = {
     "ce_delta": "Cross-entropy added",
     "kl": "KL divergence",
 }
-"""Figures of the core evaluation that the start page shows, where they are known."""
+"""Metrics of the core evaluation that the start page shows, where they are known."""
 
 
 def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Comparison] = ()) -> Path:
@@ -420,6 +420,6 @@ def chosen(params: Params) -> list[str]:
 
 
 def core_figures(path: Path = CORE_METRICS) -> dict[str, dict[str, float]]:
-    """Figures of the core evaluation, by SAE; empty where it has not run."""
+    """Metrics of the core evaluation, by SAE; empty where it has not run."""
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     return {name: values for name, values in found.items() if not name.startswith("_")}

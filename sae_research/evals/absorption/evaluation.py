@@ -103,7 +103,7 @@ def _means(details: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def lab_block(acts: WordActivations, letters: Letters, scores: dict[str, Any]) -> dict[str, Any]:
-    """Our figures: means over letters, each letter one cluster for the intervals."""
+    """Our metrics: means over letters, each letter one cluster for the intervals."""
     by_letter = {letter: {"words": found["words"], **found["lab"]} for letter, found in scores.items()}
     columns = {
         key: [found[key] for found in by_letter.values()]

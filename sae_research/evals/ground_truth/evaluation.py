@@ -258,7 +258,7 @@ def make_worlds(settings: GroundTruth, seed: int, device: torch.device | str = "
 
 
 def notes(settings: GroundTruth, points: list[GridPoint], generator: list[dict[str, Any]]) -> list[str]:
-    """What a reader must know before any figure, a line each."""
+    """What a reader must know before any metric, a line each."""
     found = []
     if settings.n_seeds == 1:
         found.append("one seed: no figure has an interval, and no difference can be told from noise")

@@ -36,7 +36,7 @@ PROBED = 128
 MIN_POSITIVES = 10
 """Firings that a probed feature needs in each half of the samples."""
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 class Matching(NamedTuple):
@@ -58,7 +58,7 @@ def match(similarity_NF: np.ndarray) -> Matching:
 
 @dataclass
 class Truth:
-    """A world's test samples, with what every SAE's figures need of them."""
+    """A world's test samples, with what every SAE's metrics need of them."""
 
     world: World
     samples: Samples
@@ -122,8 +122,8 @@ class Dictionary:
 
 
 @torch.no_grad()
-def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Figures:
-    """Every figure of one SAE. z: its activations on the test samples [n / sequence, sequence, F].
+def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Metrics:
+    """Every metric of one SAE. z: its activations on the test samples [n / sequence, sequence, F].
 
     - `mcc`: mean absolute cosine of matched pairs of true directions and decoder rows, min(N, F) of them.
     - `mcc_activations`: the same of absolute correlations of codes and activations, matched by them.
@@ -190,7 +190,7 @@ def _together(one: sparse.csr_matrix, other: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(one.multiply(other).sum(0), np.float64).ravel()
 
 
-def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
+def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Metrics:
     features, latents = known.matching.features, known.matching.latents
     both = np.zeros(len(truth.count))
     fired = np.zeros(len(truth.count))
@@ -201,14 +201,14 @@ def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figur
     return dict(zip(("precision", "recall", "f1"), (float(values.mean()) for values in found), strict=True))
 
 
-def _latent_support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
+def _latent_support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Metrics:
     both = _together(truth.fired[:, known.best], fires)
     found = _scores(both, np.asarray(fires.sum(0), np.float64).ravel(), truth.count[known.best].astype(np.float64))
     names = ("latent_precision", "latent_recall", "latent_f1")
     return dict(zip(names, (float(values.mean()) for values in found), strict=True))
 
 
-def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
+def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Metrics:
     edges = truth.world.edges
     if not len(edges):
         return {}
@@ -231,7 +231,7 @@ def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Fig
     return found
 
 
-def _probing(truth: Truth, z: sparse.csc_matrix) -> Figures:
+def _probing(truth: Truth, z: sparse.csc_matrix) -> Metrics:
     """One latent and a threshold for each probed feature, chosen on every other sample."""
     train, test = np.arange(0, truth.n, 2), np.arange(1, truth.n, 2)
     labels = truth.fired.tocsr()
@@ -272,7 +272,7 @@ def _thresholds(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.take_along_axis(ranked, below[None], 0)[0]
 
 
-def flags(sae: SparseAutoencoder, figures: Figures, truth: Truth) -> list[str]:
+def flags(sae: SparseAutoencoder, figures: Metrics, truth: Truth) -> list[str]:
     """What keeps a row from being read as the others are."""
     found = []
     if sae.cfg.d_sae < len(truth.counted):

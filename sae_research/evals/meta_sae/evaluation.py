@@ -128,7 +128,7 @@ def evaluate(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `MetaStructureEvalOutput` in plain data.
 
-    An SAE whose decoder rows do not vary, or whose meta-SAE has no figures, is skipped. `lm` only says the device.
+    An SAE whose decoder rows do not vary, or whose meta-SAE has no metrics, is skipped. `lm` only says the device.
     """
     guard, infos = Guard(stage.skip), infos_of(saes)
     dictionaries = shared_dictionaries(saes)
@@ -165,7 +165,7 @@ def shared_dictionaries(saes: Mapping[str, SparseAutoencoder]) -> dict[str, str]
 
 
 def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device) -> dict[str, Any]:
-    """Figures of every seed, kept in the result cache. Raises `UserError` where the rows do not vary."""
+    """Metrics of every seed, kept in the result cache. Raises `UserError` where the rows do not vary."""
     rows_ND = W_dec.detach().float().to(device)
     if not bool((rows_ND != rows_ND[0]).any()):
         raise UserError("the rows of its decoder do not vary")
@@ -189,10 +189,10 @@ def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device) -> dict[
 
 @torch.no_grad()
 def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
-    """JSON-able figures of one trained meta-SAE on the rows [d_sae, d_in].
+    """JSON-able metrics of one trained meta-SAE on the rows [d_sae, d_in].
 
     SAE Bench encodes 4096 rows at a time, and the k n largest activations are those of the rows together; ours encodes
-    all at once, so that no figure depends on that number. Up to 4096 rows the two are one.
+    all at once, so that no metric depends on that number. Up to 4096 rows the two are one.
     """
     centred = (rows_ND - rows_ND.mean(0)).square().sum(1)
     squared_errors = torch.cat([(sae(chunk).x_hat - chunk).square().sum(1) for chunk in rows_ND.split(_SAE_BENCH_ROWS)])

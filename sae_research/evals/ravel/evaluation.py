@@ -213,7 +213,7 @@ class Outcomes:
         }
 
     def evidence(self, seed: int) -> dict[str, Any]:
-        """What `lab_v1` holds on how sure its figures are: intervals, and the sums by entity behind them."""
+        """What `lab_v1` holds on how sure its metrics are: intervals, and the sums by entity behind them."""
         figures = self.figures()
         return {
             "intervals": bounds(figures, seed),
@@ -225,7 +225,7 @@ class Outcomes:
 
 
 def bounds(figures: Mapping[str, Ratio], seed: int) -> dict[str, list[float]]:
-    """Intervals of those figures that rest on enough entities."""
+    """Intervals of those metrics that rest on enough entities."""
     # entities without a pair of some kind say nothing of it, and are not drawn
     found = {key: interval(ratio(one.numerator, one.denominator, one.strata), seed) for key, one in figures.items()}
     return {key: list(limits) for key, limits in found.items() if limits is not None}

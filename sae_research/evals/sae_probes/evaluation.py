@@ -107,7 +107,7 @@ def result(
 
 
 def _flat(probes: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    """SAE Bench's fields, None where there is no figure; it has fields for seven values of k only."""
+    """SAE Bench's fields, None where there is no metric; it has fields for seven values of k only."""
     fields = {"llm": "llm", **{f"top_{k}": f"sae_top_{k}" for k in _SAE_BENCH_K}}
     values = {
         f"{field}_test_{metric}": probes.get(probe, {}).get(metric) for probe, field in fields.items() for metric in METRICS

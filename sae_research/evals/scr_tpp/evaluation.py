@@ -49,7 +49,7 @@ def _result(
     pairs: dict[str, tuple[str, str]] | None = None,
     classes: dict[str, dict[str, Metrics]] | None = None,
 ) -> dict[str, Any]:
-    """tasks: SAE Bench's figures by task; pairs (SCR): the first attribute's values by task; classes (TPP): the figures
+    """tasks: SAE Bench's metrics by task; pairs (SCR): the first attribute's values by task; classes (TPP): the metrics
     by task and class; lab: our block."""
     suffix = "_tpp_results" if study.kind == "tpp" else "_results"
     return harness.output(
@@ -65,7 +65,7 @@ def _result(
 
 
 def _average(tasks: Sequence[Metrics]) -> Metrics:
-    """Mean over the tasks that have a figure (SAE Bench's `scr_metric` can be missing)."""
+    """Mean over the tasks that have a metric (SAE Bench's `scr_metric` can be missing)."""
     keys = {key: None for values in tasks for key in values}
     having = {key: [values[key] for values in tasks if key in values] for key in keys}
     return {key: sum(values) / len(values) for key, values in having.items()}
