@@ -52,9 +52,10 @@ def main() -> None:
 
     from benchmarks import stock
     from sae_research.config.params import load_params
-    from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs
+    from sae_research.evals.harness import PreparedSAEs
     from sae_research.lm import load_language_model
     from sae_research.lm.load import packaged_folder
+    from sae_research.saes.sources import PREPARED
 
     os.environ["SAE_RESEARCH_NO_CACHE"] = "1"
     params = load_params()
@@ -62,7 +63,7 @@ def main() -> None:
         update={"activation_caching": params.activation_caching.model_copy(update={"enabled": False})}
     )
     lm = load_language_model(params.model.name, "cpu")
-    saes = _some(dict(PreparedSAEs(SAE_FOLDER, lm)), options.saes)
+    saes = _some(dict(PreparedSAEs(PREPARED, lm)), options.saes)
     model = stock.hooked_model(packaged_folder(params.model.name))
     print(f"{len(saes)} SAEs, {torch.get_num_threads()} threads: {', '.join(saes)}\n", flush=True)
     rows: dict[str, tuple[float, float]] = {}

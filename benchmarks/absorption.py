@@ -1,4 +1,4 @@
-"""Seconds for first-letter absorption of several SAEs: ours against stock SAE Bench 0.6.0.
+"""Seconds for first-letter absorption of several SAEs: ours against SAE Bench 0.6.0.
 
 Run `python -m benchmarks absorption`.
 """
@@ -25,9 +25,9 @@ from sae_research.saes import SparseAutoencoder
 def compare(
     saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params, words_per_letter: int = 20
 ) -> dict[str, tuple[float, float]]:
-    """(our seconds, stock's) for all `saes` together, from words to results, nothing cached beforehand.
+    """(our seconds, SAE Bench's) for all `saes` together, from words to results, nothing cached beforehand.
 
-    Both sides get the same reduced vocabulary (SAE Bench's probes need every letter) and the same prompts; stock runs
+    Both sides get the same reduced vocabulary (SAE Bench's probes need every letter) and the same prompts; SAE Bench runs
     with its latents computed once and batches of 64. Ours scores every letter that its probe finds at all, however few its
     words, in both definitions. Sequence-level SAEs are left out: SAE Bench cannot encode them. Loading the model counts
     on neither side.

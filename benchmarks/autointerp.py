@@ -1,4 +1,4 @@
-"""Autointerp's local work, everything before the judge is asked: ours against stock SAE Bench 0.6.0."""
+"""Autointerp's local work, everything before the judge is asked: ours against SAE Bench 0.6.0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROW = "autointerp, windows"
 def compare(
     saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params, n_tokens: int = 4096
 ) -> dict[str, tuple[float, float]]:
-    """Row -> (our seconds, stock's) on the same contexts. model: the same one as `stock.hooked_model`.
+    """Row -> (our seconds, SAE Bench's) on the same contexts. model: the same one as `stock.hooked_model`.
 
     Counted are the model's pass, encoding, the choice of latents and the cutting of windows for every SAE, on either side
     from nothing; not counted are reading the text, loading the model, and the judge, who costs both sides the same.

@@ -1,4 +1,4 @@
-"""Core evaluation and sparse probing against stock SAE Bench 0.6.0."""
+"""Core evaluation and sparse probing against SAE Bench 0.6.0."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SAEs = dict[str, SparseAutoencoder]
 def compare(
     saes: SAEs, lm: LanguageModel, model: Any, params: Params, batches: int = 4, tasks: int = 2
 ) -> dict[str, tuple[float, float]]:
-    """Row -> (our seconds, stock's), with the largest difference of figures printed for every SAE.
+    """Row -> (our seconds, SAE Bench's), with the largest difference of figures printed for every SAE.
 
     batches: of contexts for sparsity and variance; tasks: how many of the configured probing tasks. Both sides compute
     everything afresh and encode with the same encoders, ours. Core is timed twice on our side: SAE Bench's definition
-    alone (equal work), and with ours beside it, as the pipeline runs it. Stock's probing is timed with the model's
+    alone (equal work), and with ours beside it, as the pipeline runs it. SAE Bench's probing is timed with the model's
     activations kept for later SAEs (its best setting); without that, as its own run-all script has it, its model pass
     is repeated for every SAE: reckoned from one timed pass.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.site import write_dashboard
 from sae_research.config.params import Params
 from sae_research.config.reporting import Dashboards
@@ -46,11 +46,11 @@ def compare(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with _own_cache(folder):
-            lab = Lab.of({name: sae}, lm, params)
+            analysis = AnalysisContext.of({name: sae}, lm, params)
             start = time.perf_counter()
-            lab.stats(name)
+            analysis.stats(name)
             collected = time.perf_counter()
-            write_dashboard(lab, folder / "site", Dashboards(explain=False))
+            write_dashboard(analysis, folder / "site", Dashboards(explain=False))
             written = time.perf_counter()
         strings = token_strings(lm.tokenizer, lm.vocab_size)
         loop_start = time.perf_counter()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import pursuit_page
 from sae_research.config.params import Params, load_params
-from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs
+from sae_research.evals.harness import PreparedSAEs
 from sae_research.lm import Batch, LanguageModel, load_language_model
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.errors import UserError, run_main
@@ -37,6 +37,7 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
+from sae_research.saes.sources import PREPARED
 from sae_research.stats.predictions import CleanPredictions
 from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.text.tokens import reorder_evenly, token_contexts
@@ -71,7 +72,7 @@ class Member(NamedTuple):
 
 
 def study(folder: Path, lm: LanguageModel, params: Params) -> dict[str, Any]:
-    """Figures of every member, dictionary and size, and of the trained SAEs with their own encoders.
+    """Metrics of every member, dictionary and size, and of the trained SAEs with their own encoders.
 
     folder: what the setup stage wrote. Raises `UserError` where it holds no baseline or not both untrained
     dictionaries.
@@ -198,7 +199,7 @@ def main() -> None:
     if not parser.parse_args().draw_only:
         params = load_params()
         lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-        write_json(FOLDER / "study.json", study(SAE_FOLDER, lm, params))
+        write_json(FOLDER / "study.json", study(PREPARED, lm, params))
     for path in pursuit_page.draw(FOLDER):
         print(path)
     pursuit_page.write_tables(PAGE, FOLDER)

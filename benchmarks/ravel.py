@@ -1,4 +1,4 @@
-"""RAVEL: ours against stock SAE Bench 0.6.0 on the same SAEs, known prompts and numbers of pairs."""
+"""RAVEL: ours against SAE Bench 0.6.0 on the same SAEs, known prompts and numbers of pairs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ AT_MOST = 1
 def compare(
     saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: object, params: Params
 ) -> dict[str, tuple[float, float]]:
-    """Row -> (our seconds, stock's), with both sides' scores printed, of the first SAE: either side's time grows
-    with their number alike. model: unused, stock's RAVEL runs on the Hugging Face model.
+    """Row -> (our seconds, SAE Bench's), with both sides' scores printed, of the first SAE: either side's time grows
+    with their number alike. model: unused, SAE Bench's RAVEL runs on the Hugging Face model.
 
     Counted are the prompts' activations, encoding, learning the masks and asking the patched model; not counted are
-    loading and finding out what the model knows, which either side does once per model. Stock is helped twice: the
+    loading and finding out what the model knows, which either side does once per model. SAE Bench is helped twice: the
     weights are frozen, so it computes no gradients of them, and its layer look-up is mended
     (`benchmarks/stock_ravel.py`). It drops each attribute's incomplete last batches; ours uses them. Only per-token SAEs
     of one entity class at `hook_resid_post` take part: stock knows no other hook. `activation_caching.enabled` must be

@@ -1,4 +1,4 @@
-"""k-sparse probing on sae-probes: ours against stock SAE Bench 0.6.0 on the same SAEs, rows and context length.
+"""k-sparse probing on sae-probes: ours against SAE Bench 0.6.0 on the same SAEs, rows and context length.
 
 Where the time goes depends on the texts. On names stock spends it on probes; on sentences both sides spend it on the
 model's pass, in which stock also reads padding (batches in the file's order), copies of a text, and texts that several
@@ -31,12 +31,12 @@ BLOCKS = {
 
 
 def stock_rows(config: SparseProbingSaeProbes, seed: int) -> dict[str, pd.DataFrame]:
-    """The rows that SAE Bench's split draws from, by task: all that stock is given."""
+    """The rows that SAE Bench's split draws from, by task: all that SAE Bench is given."""
     found = {}
     for name in chosen_names(config):
         frame = read_rows(name)
         labels = frame["target"].astype("category").cat.codes.to_numpy()
-        found[name] = frame.iloc[TaskRows(frame["prompt"].tolist(), labels, seed).of_stock(config.max_texts)]
+        found[name] = frame.iloc[TaskRows(frame["prompt"].tolist(), labels, seed).of_sae_bench(config.max_texts)]
     return found
 
 
@@ -47,11 +47,11 @@ def compare(
     params: Params,
     blocks: tuple[str, ...] = tuple(BLOCKS),
 ) -> dict[str, tuple[float, float]]:
-    """Row -> (our seconds, stock's), with agreement printed for every SAE. model: the same one as `stock.hooked_model`.
+    """Row -> (our seconds, SAE Bench's), with agreement printed for every SAE. model: the same one as `stock.hooked_model`.
 
     Counted are tokenising, the model's pass, encoding, all probes and writing results, on either side from nothing; not
-    counted are imports and loading the model. Rows are those of `max_texts`, the context length is stock's own. Ours
-    scores its own definition beside SAE Bench's, with the texts that needs beyond stock's. Stock keeps the model's
+    counted are imports and loading the model. Rows are those of `max_texts`, the context length is SAE Bench's own. Ours
+    scores its own definition beside SAE Bench's, with the texts that needs beyond SAE Bench's. SAE Bench keeps the model's
     activations for later SAEs and the baseline (its best setting). Only per-token SAEs take part: stock cannot encode
     sequences. `SAE_RESEARCH_NO_CACHE=1` must be set, and activation caching off.
     """

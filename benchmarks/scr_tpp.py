@@ -1,14 +1,14 @@
-"""SCR and TPP against stock SAE Bench 0.6.0, in one run on the same model, texts, tasks and SAEs.
+"""SCR and TPP against SAE Bench 0.6.0, in one run on the same model, texts, tasks and SAEs.
 
     make repro && python -m benchmarks scr_tpp
 
 Counted on either side: the model's pass over the texts, training the probes, encoding and scoring every SAE at every
-threshold; ours in both definitions and with intervals. Not counted: loading models, reading the tasks, imports. Stock has
-its best setting: activations and probes of the first SAE are kept for the others. Both encode with our encoders. Length
-and thresholds are those of params.yaml; texts are few, because stock encodes each of them anew for every threshold.
+threshold; ours in both definitions and with intervals. Not counted: loading models, reading the tasks, imports. SAE Bench
+has its best setting: activations and probes of the first SAE are kept for the others. Both encode with our encoders. Length
+and thresholds are those of params.yaml; texts are few, because SAE Bench encodes each of them anew for every threshold.
 
 TPP is timed twice on our side: from nothing, and after sparse probing, as the pipeline runs it, whose activations and
-mean latents of the same texts it finds in the cache. Stock keeps nothing of the kind from one evaluation to another.
+mean latents of the same texts it finds in the cache. SAE Bench keeps nothing of the kind from one evaluation to another.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIZES = {"train_set_size": 32, "test_set_size": 16}
 def compare(
     saes: dict[str, SparseAutoencoder], lm: LanguageModel, model: Any, params: Params
 ) -> dict[str, tuple[float, float]]:
-    """Row -> (our seconds, stock's). model: the same one as `stock.hooked_model`."""
+    """Row -> (our seconds, SAE Bench's). model: the same one as `stock.hooked_model`."""
     params = params.model_copy(
         update={
             "activation_caching": params.activation_caching.model_copy(update={"enabled": True}),

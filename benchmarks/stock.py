@@ -1,4 +1,4 @@
-"""Stock SAE Bench 0.6.0 on our SAEs, tokens and tasks: for parity fixtures and for side-by-side timings.
+"""SAE Bench 0.6.0 on our SAEs, tokens and tasks: for parity fixtures and for side-by-side timings.
 
 Nothing here is used by the pipeline. SAE Bench runs its own unmodified code on a `HookedTransformer`; only its data
 loading is replaced, because its data sets live on a hub.

@@ -1,4 +1,4 @@
-"""Stock SAE Bench 0.6.0's absorption evaluation on our words and prompts: for parity fixtures and for timings.
+"""SAE Bench 0.6.0's absorption evaluation on our words and prompts: for parity fixtures and for timings.
 
 SAE Bench's own unmodified functions run, in its order: k-sparse probing, then the absorption calculator. Replaced are
 its unseeded draws of words, split and prompts, and the folders it writes to (its own lie inside site-packages). For

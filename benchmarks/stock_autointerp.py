@@ -1,4 +1,4 @@
-"""Stock SAE Bench 0.6.0's autointerp on our SAEs and tokens: for parity fixtures and for side-by-side timings.
+"""SAE Bench 0.6.0's autointerp on our SAEs and tokens: for parity fixtures and for side-by-side timings.
 
 SAE Bench runs its own unmodified code. Its judge's name is fixed, but its client reads OPENAI_BASE_URL: a loopback server
 stands in.

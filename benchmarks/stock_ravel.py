@@ -1,8 +1,8 @@
-"""Stock SAE Bench 0.6.0's RAVEL on our model, prompts and SAEs: for the parity fixture and for side-by-side timings.
+"""SAE Bench 0.6.0's RAVEL on our model, prompts and SAEs: for the parity fixture and for side-by-side timings.
 
 Its code reads a decoder layer as `outputs[0]` of a tuple and knows two architectures; under transformers 5 layers return
 a bare tensor, so it stops with "Unexpected output shape". The one function that finds the layer (`get_module`) is replaced
-by one that finds any layer and shows stock's hooks the tuple they expect; everything else is its own code.
+by one that finds any layer and shows SAE Bench's hooks the tuple they expect; everything else is its own code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sae_research.saes import SparseAutoencoder
 
 
 def dataset(known: Sequence[Known]) -> RAVELFilteredDataset:
-    """Our known prompts as stock's; places of entities count from the end, as stock counts them."""
+    """Our known prompts as SAE Bench's; places of entities count from the end, as SAE Bench counts them."""
     return RAVELFilteredDataset(
         [
             Prompt(
@@ -79,7 +79,7 @@ def one_attribute(
     seed: str,
     model_folder: str,
 ) -> dict[str, Any]:
-    """Stock's `run_eval_single_cause_attribute`, its generator seeded with `seed`.
+    """SAE Bench's `run_eval_single_cause_attribute`, its generator seeded with `seed`.
 
     Returns its scores, and what it did on the way: `pairs` (base text, source text, label) as formatted for its loaders,
     `losses` of every training step, `numbers` of the mask [d_sae], `answers` to the scored pairs.
@@ -118,7 +118,7 @@ def _any_decoder(lm: LanguageModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded(seen: dict[str, Any]) -> Iterator[None]:
-    """Note what stock computes: its losses, its pairs, its mask, its generations."""
+    """Note what SAE Bench computes: its losses, its pairs, its mask, its generations."""
     loss, loader, train, judge = (
         mdbm.compute_loss,
         ravel_main.create_dataloader_from_pairs,

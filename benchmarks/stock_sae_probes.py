@@ -1,4 +1,4 @@
-"""Stock sae-probes as SAE Bench 0.6.0 wraps it, on our SAEs, tasks and sizes: for parity fixtures and timings.
+"""The package sae-probes as SAE Bench 0.6.0 wraps it, on our SAEs, tasks and sizes: for parity fixtures and timings.
 
 Its own unmodified code runs. Replaced are only the model's name by a model in memory, its folder of CSV files by one of
 the rows we take, and the context length of 1024 by ours.
@@ -36,7 +36,7 @@ sae_evals = importlib.import_module("sae_probes.run_sae_evals")  # the package h
 
 
 class LastTokenSAE(StockSAE):
-    """Stock gives `encode` last tokens without their texts [texts, d]: each becomes a sequence of its own."""
+    """SAE Bench gives `encode` last tokens without their texts [texts, d]: each becomes a sequence of its own."""
 
     def encode(self, x: Tensor) -> Tensor:
         return super().encode(x[:, None])[:, 0] if x.dim() == 2 else super().encode(x)
@@ -52,7 +52,7 @@ def sae_probes(
 ) -> dict[str, dict[str, Any]]:
     """SAE name -> SAE Bench's result in plain data. rows: task -> its rows (prompt, target) in the file's order.
 
-    `folder` keeps the model's activations from SAE to SAE: stock's best setting, which its command line does not set.
+    `folder` keeps the model's activations from SAE to SAE: SAE Bench's best setting, which its command line does not set.
     """
     bench = SparseProbingSaeProbesEvalConfig(
         model_name=MODEL,

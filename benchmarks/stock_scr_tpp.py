@@ -1,4 +1,4 @@
-"""Stock SAE Bench 0.6.0's SCR and TPP on our SAEs and tasks, for parity fixtures and for side-by-side timings.
+"""SAE Bench 0.6.0's SCR and TPP on our SAEs and tasks, for parity fixtures and for side-by-side timings.
 
 SAE Bench runs its own unmodified code; only its data loading is replaced, because its data sets live on a hub.
 """

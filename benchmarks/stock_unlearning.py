@@ -1,4 +1,4 @@
-"""Stock SAE Bench 0.6.0's unlearning on our SAEs, text and questions: for parity fixtures and for timings.
+"""SAE Bench 0.6.0's unlearning on our SAEs, text and questions: for parity fixtures and for timings.
 
 SAE Bench runs its own unmodified code on a `HookedTransformer`. What is replaced is data: its corpora and question sets,
 which live on a hub, and two constants that tie it to Gemma, the model's name and the chat format around a prompt.

@@ -1,4 +1,4 @@
-"""Seconds for unlearning of several SAEs: ours against stock SAE Bench 0.6.0.
+"""Seconds for unlearning of several SAEs: ours against SAE Bench 0.6.0.
 
 Run `python -m benchmarks unlearning`.
 """
@@ -37,7 +37,7 @@ def compare(
     questions: int = 4,
     contexts: int = 16,
 ) -> dict[str, tuple[float, float]]:
-    """(our seconds, stock's) for all `saes` together, from densities to every configuration's answers, nothing cached
+    """(our seconds, SAE Bench's) for all `saes` together, from densities to every configuration's answers, nothing cached
     beforehand.
 
     Counted: densities on both corpora (`contexts` each), the choice of latents, and `questions` four-choice questions of

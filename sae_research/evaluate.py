@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.config.params import Params
 from sae_research.evals.run import evaluation_function
 from sae_research.lm import LanguageModel
@@ -25,7 +25,7 @@ from sae_research.runtime.files import NAME_LIMIT, SLUG
 from sae_research.runtime.stages import stage_folder
 from sae_research.saes.base import Guard
 
-Figures = dict[str, dict[str, dict[str, float]]]
+Metrics = dict[str, dict[str, dict[str, float]]]
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
     hook: str | None = None,
     evaluations: Sequence[str] = ("core",),
     folder: str | Path | None = None,
-) -> Figures:
+) -> Metrics:
     """`{sae: {evaluation: {metric: value}}}`, as in `metrics/all_metrics.json`: every evaluation of the pipeline, under the
     same parameters, on the same texts, with the same result cache.
 
@@ -56,12 +56,12 @@ def evaluate(
     for name in saes:
         if not SLUG.fullmatch(name):
             raise UserError(f"the SAE name {name[:80]!r} may hold only a to z, 0 to 9 and _, at most {NAME_LIMIT} of them")
-    lab = Lab.of(saes, lm, params, hook)
-    found: Figures = {name: {} for name in saes}
+    analysis = AnalysisContext.of(saes, lm, params, hook)
+    found: Metrics = {name: {} for name in saes}
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for evaluation in evaluations:
-            for name, result in _results(evaluation, lab, Path(folder or temporary) / evaluation, skipped):
+            for name, result in _results(evaluation, analysis, Path(folder or temporary) / evaluation, skipped):
                 found[name][evaluation] = EXTRACTORS[evaluation](result)
     if not any(found.values()) and set(skipped) & set(found):
         reasons = "; ".join(f"{name}: {skipped[name]}" for name in found if name in skipped)
@@ -69,15 +69,17 @@ def evaluate(
     return found
 
 
-def _results(evaluation: str, lab: Lab, folder: Path, skipped: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+def _results(
+    evaluation: str, analysis: AnalysisContext, folder: Path, skipped: dict[str, str]
+) -> list[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE that could be scored, also written to `folder`; `skipped` gets why others could not."""
     score = evaluation_function(evaluation)
     done: list[tuple[str, dict[str, Any]]] = []
     with stage_folder(folder, emptied=False) as stage:
         assert stage is not None  # it is where a stage may be disabled
         guard = Guard(stage.skip)
-        torch.manual_seed(lab.params.random_seed)
-        for name, result in score(lab.saes, lab.lm, lab.params, stage):
+        torch.manual_seed(analysis.params.random_seed)
+        for name, result in score(analysis.saes, analysis.lm, analysis.params, stage):
             with guard.on(name):
                 stage.write_result(name, result)
                 done.append((name, result))
@@ -89,7 +91,7 @@ class _CallableModule(types.ModuleType):
     """`from sae_research import evaluate` gives the function, or this module once something has imported it; either is
     called alike."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Figures:
+    def __call__(self, *args: Any, **kwargs: Any) -> Metrics:
         return evaluate(*args, **kwargs)
 
 

@@ -13,8 +13,8 @@ from sae_research.cli.parameters import described, written
 from sae_research.config.inputs import NonNegativeMPSAE
 from sae_research.config.params import Params
 from sae_research.config.section import Section
+from sae_research.config.yaml_files import parse
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import parse
 
 FILE = Path(__file__).parents[1] / "params.yaml"
 TEXT = FILE.read_text()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.prompt import check_lab_latents, check_positions, run_with_saes, zeroed
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
@@ -44,7 +44,7 @@ class AblationRow(NamedTuple):
 
 
 def ablate(
-    lab: Lab,
+    analysis: AnalysisContext,
     prompt: str,
     latents: Sequence[int],
     answer: str | None = None,
@@ -56,22 +56,22 @@ def ablate(
     answer: one token; by default the plain run's likeliest. Raises `UserError` for a latent or position that is not
     there, and an answer of several tokens.
     """
-    name, sae = lab.only
+    name, sae = analysis.only
     check_lab_latents(sae, latents)
-    tokens = lab.tokens(prompt)
+    tokens = analysis.tokens(prompt)
     positions = check_positions(positions, tokens)
-    plain = lab.lm.logits(tokens)[0, -1].float()
-    wanted = int(plain.argmax()) if answer is None else lab.token(answer)
+    plain = analysis.lm.logits(tokens)[0, -1].float()
+    wanted = int(plain.argmax()) if answer is None else analysis.token(answer)
     groups = [[latent] for latent in latents] if each else []
     if len(latents) > 1 or not each:
         groups.append(list(latents))
-    rows = [_row(lab, "plain", None, [], plain, plain, wanted)]
+    rows = [_row(analysis, "plain", None, [], plain, plain, wanted)]
     for error_term, label in ((True, "with error term"), (False, "reconstruction alone")):
-        whole = run_with_saes(lab, tokens, error_term).logits[0, -1].float()
-        rows.append(_row(lab, label, error_term, [], whole, plain, wanted))
+        whole = run_with_saes(analysis, tokens, error_term).logits[0, -1].float()
+        rows.append(_row(analysis, label, error_term, [], whole, plain, wanted))
         for group in groups:
-            logits = run_with_saes(lab, tokens, error_term, {name: zeroed(group, positions)}).logits[0, -1].float()
-            rows.append(_row(lab, f"{label} - {_named(group)}", error_term, group, logits, whole, wanted))
+            logits = run_with_saes(analysis, tokens, error_term, {name: zeroed(group, positions)}).logits[0, -1].float()
+            rows.append(_row(analysis, f"{label} - {_named(group)}", error_term, group, logits, whole, wanted))
     return rows
 
 
@@ -80,10 +80,16 @@ def _named(latents: Sequence[int]) -> str:
 
 
 def _row(
-    lab: Lab, run: str, error_term: bool | None, latents: list[int], logits: Tensor, reference: Tensor, wanted: int
+    analysis: AnalysisContext,
+    run: str,
+    error_term: bool | None,
+    latents: list[int],
+    logits: Tensor,
+    reference: Tensor,
+    wanted: int,
 ) -> AblationRow:
     log_p, log_r = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
-    top = lab.lm.tokenizer.decode([int(logits.argmax())])
+    top = analysis.lm.tokenizer.decode([int(logits.argmax())])
     return AblationRow(
         run,
         error_term,
@@ -146,47 +152,49 @@ def log_probability(answer: int, position: int = -1) -> Metric:
     return lambda logits: logits[:, position].float().log_softmax(-1)[:, answer]
 
 
-def prompt_metric(lab: Lab, answer: str | None, against: str | None, tokens: Tensor) -> Metric:
+def prompt_metric(analysis: AnalysisContext, answer: str | None, against: str | None, tokens: Tensor) -> Metric:
     """The metric that two texts of one token each ask for; by default the log-probability of the likeliest next token."""
     if answer is None:
         if against is not None:
             raise UserError("--against needs --answer")
-        return log_probability(int(lab.lm.logits(tokens)[0, -1].argmax()))
-    wanted = lab.token(answer)
-    return log_probability(wanted) if against is None else logit_difference(wanted, lab.token(against))
+        return log_probability(int(analysis.lm.logits(tokens)[0, -1].argmax()))
+    wanted = analysis.token(answer)
+    return log_probability(wanted) if against is None else logit_difference(wanted, analysis.token(against))
 
 
 # --- attribution -------------------------------------------------------------------------------
 
 
-def attribute(lab: Lab, prompt: str, metric: Metric | None = None, hooks: Sequence[str] = (), steps: int = 0) -> Attribution:
+def attribute(
+    analysis: AnalysisContext, prompt: str, metric: Metric | None = None, hooks: Sequence[str] = (), steps: int = 0
+) -> Attribution:
     """Shares of every latent of every SAE, of errors, biases and plain hook points in a metric of the logits.
 
     metric: default the log-probability of the likeliest next token. steps: of integrated gradients; 0 takes the gradient
     at the prompt itself. Raises `UserError` for an empty prompt, a metric that is not one number per sequence or
     does not depend on the hooks.
     """
-    tokens = lab.tokens(prompt)
-    metric = metric or prompt_metric(lab, None, None, tokens)
-    by_hook = list(dict.fromkeys([sae.cfg.hook_name for sae in lab.saes.values()] + list(hooks)))
-    value, acts, gradients = _gradients(lab, tokens, metric, by_hook)
+    tokens = analysis.tokens(prompt)
+    metric = metric or prompt_metric(analysis, None, None, tokens)
+    by_hook = list(dict.fromkeys([sae.cfg.hook_name for sae in analysis.saes.values()] + list(hooks)))
+    value, acts, gradients = _gradients(analysis, tokens, metric, by_hook)
     shares = {}
-    for name, sae in lab.saes.items():
+    for name, sae in analysis.saes.items():
         x = acts[sae.cfg.hook_name]
-        mask = lab.mask(tokens, x)
+        mask = analysis.mask(tokens, x)
         with torch.no_grad():
             z = sae.encode(x, mask)
         if steps:
-            shares[name] = _integrated(lab, sae, tokens, x, z, mask, metric, steps)
+            shares[name] = _integrated(analysis, sae, tokens, x, z, mask, metric, steps)
         else:
             g = gradients[sae.cfg.hook_name]
             shares[name] = _shares(sae, x, z, mask, g, float((x * g).sum()))
     plain = {hook: (acts[hook] * gradients[hook]).sum(-1)[0].cpu() for hook in hooks}
-    return Attribution(value, [lab.lm.tokenizer.decode([i]) for i in tokens[0].tolist()], shares, plain, steps)
+    return Attribution(value, [analysis.lm.tokenizer.decode([i]) for i in tokens[0].tolist()], shares, plain, steps)
 
 
 def _gradients(
-    lab: Lab, tokens: Tensor, metric: Metric, hooks: Sequence[str]
+    analysis: AnalysisContext, tokens: Tensor, metric: Metric, hooks: Sequence[str]
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """(metric, activations, gradients) at hooks [1, seq, d_in] of the unedited model, from one pass."""
     taken: dict[str, Tensor] = {}
@@ -199,7 +207,7 @@ def _gradients(
         return edit
 
     with torch.enable_grad():
-        value = _measured(metric, lab.lm.edited_logits(tokens, {hook: take(hook) for hook in hooks}))
+        value = _measured(metric, analysis.lm.edited_logits(tokens, {hook: take(hook) for hook in hooks}))
         found = torch.autograd.grad(value.sum(), [taken[hook] for hook in hooks], allow_unused=True)
     for hook, g in zip(hooks, found, strict=True):
         if g is None:
@@ -232,7 +240,14 @@ def _shares(sae: SparseAutoencoder, x: Tensor, z: Tensor, mask: Tensor, g: Tenso
 
 
 def _integrated(
-    lab: Lab, sae: SparseAutoencoder, tokens: Tensor, x: Tensor, z: Tensor, mask: Tensor, metric: Metric, steps: int
+    analysis: AnalysisContext,
+    sae: SparseAutoencoder,
+    tokens: Tensor,
+    x: Tensor,
+    z: Tensor,
+    mask: Tensor,
+    metric: Metric,
+    steps: int,
 ) -> SAEShares:
     """The same with the mean gradient along the path from b_dec to x; the bias has no share, for the path starts there."""
     hook, kept = sae.cfg.hook_name, mask[..., None]
@@ -241,9 +256,9 @@ def _integrated(
     for share, weight in _path(steps):
         at = (start + share * (x - start)).requires_grad_()
         with torch.enable_grad():
-            value = _measured(metric, lab.lm.resume(hook, at, tokens))
+            value = _measured(metric, analysis.lm.resume(hook, at, tokens))
             g += weight * torch.autograd.grad(value.sum(), at)[0]
-    ends = [float(_measured(metric, lab.lm.resume(hook, end, tokens))) for end in (start, x)]
+    ends = [float(_measured(metric, analysis.lm.resume(hook, end, tokens))) for end in (start, x)]
     found = _shares(sae, x, z, mask, g, ends[1] - ends[0])
     return found._replace(bias=torch.zeros_like(found.bias))
 
@@ -274,7 +289,7 @@ class AblationCheck(NamedTuple):
 
 @torch.no_grad()
 def check_by_ablation(
-    lab: Lab,
+    analysis: AnalysisContext,
     name: str,
     prompt: str,
     attribution: Attribution,
@@ -284,8 +299,8 @@ def check_by_ablation(
 ) -> AblationCheck:
     """Ablate the latents of largest shares (half of `n_latents`) and random others that fire, each alone, at all positions
     and with the error term kept; compare. Raises `UserError` when fewer than three latents fire."""
-    sae, tokens = lab.saes[name], lab.tokens(prompt)
-    metric = metric or prompt_metric(lab, None, None, tokens)
+    sae, tokens = analysis.saes[name], analysis.tokens(prompt)
+    metric = metric or prompt_metric(analysis, None, None, tokens)
     shares = attribution.saes[name]
     summed = shares.latents.sum(0).numpy()
     firing = np.flatnonzero((shares.activations != 0).any(0).numpy())
@@ -296,14 +311,16 @@ def check_by_ablation(
     drawn = np.random.default_rng(seed).permutation(rest)[: n_latents - len(best)]
     chosen = np.concatenate([best, np.sort(drawn)])
     hook = sae.cfg.hook_name
-    x = lab.lm.activations(tokens, hook).float()
-    base = float(_measured(metric, lab.lm.logits(tokens)))
+    x = analysis.lm.activations(tokens, hook).float()
+    base = float(_measured(metric, analysis.lm.logits(tokens)))
     z = shares.activations.to(x.device)
     measured = []
     for part in np.array_split(chosen, -(-len(chosen) // ABLATION_BATCH)):
         rows = torch.from_numpy(part).to(x.device)
         without = x - z.T[rows][:, :, None] * sae.W_dec[rows][:, None, :]
-        measured.append(base - _measured(metric, lab.lm.resume(hook, without, tokens.expand(len(rows), -1))).cpu().numpy())
+        measured.append(
+            base - _measured(metric, analysis.lm.resume(hook, without, tokens.expand(len(rows), -1))).cpu().numpy()
+        )
     effect, estimate = np.concatenate(measured), summed[chosen]
     varied = min(np.ptp(effect), np.ptp(estimate)) > 0
     return AblationCheck(

@@ -20,11 +20,11 @@ from sae_research.saes.sources import check_fits, fill_in, open_sae, sae_name
 
 
 @dataclass
-class Lab:
+class AnalysisContext:
     """A language model with SAEs in it: what every function of `sae_research.analysis` takes.
 
-    lab = Lab.open(["downloaded_saes/standard"])
-    lab = Lab.of({"mine": my_sae}, lm, params)      # any objects with encode and decode
+    analysis = AnalysisContext.open(["downloaded_saes/standard"])
+    analysis = AnalysisContext.of({"mine": my_sae}, lm, params)      # any objects with encode and decode
     """
 
     lm: LanguageModel
@@ -33,7 +33,9 @@ class Lab:
     _stats: dict[str, LatentStats] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, references: str | Sequence[str], params: Params | None = None, lm: LanguageModel | None = None) -> Lab:
+    def open(
+        cls, references: str | Sequence[str], params: Params | None = None, lm: LanguageModel | None = None
+    ) -> AnalysisContext:
         """SAEs as `open_sae` takes them, called after their folders or releases; two of one name are numbered."""
         saes: dict[str, str] = {}
         for one in [references] if isinstance(references, str) else references:
@@ -48,9 +50,9 @@ class Lab:
         lm: LanguageModel | None = None,
         params: Params | None = None,
         hook: str | None = None,
-    ) -> Lab:
+    ) -> AnalysisContext:
         """SAEs by name, each as `open_sae` takes it; objects in memory are taken as they are now: after a change to one,
-        make a new lab. lm: by default the model that `params` names. hook: where an SAE that does not say so itself belongs.
+        make a new one. lm: by default the model that `params` names. hook: where an SAE that does not say so itself belongs.
 
         Raises `UserError` for an SAE that is not there or does not fit the model."""
         params = params or Params()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.prompt import CHUNK_LATENTS, direct_logits
 from sae_research.analysis.store import LatentStats, check_latents
 from sae_research.runtime.errors import UserError
@@ -235,17 +235,19 @@ def found_most(found: Explanation) -> str:
     return max((*found.by_mean, *found.by_pmi), key=lambda share: share.firings).token
 
 
-def explain_latents(lab: Lab, name: str, latents: Sequence[int] | None = None, progress: bool = False) -> list[Explanation]:
+def explain_latents(
+    analysis: AnalysisContext, name: str, latents: Sequence[int] | None = None, progress: bool = False
+) -> list[Explanation]:
     """Explanations of latents (default all) of one SAE, with their logit tails where they have direct logits."""
-    sae, store = lab.saes[name], lab.stats(name, progress)
+    sae, store = analysis.saes[name], analysis.stats(name, progress)
     chosen = list(range(sae.cfg.d_sae)) if latents is None else list(latents)
     explainer = Explainer(store)
-    direct = sae.cfg.d_in == lab.lm.d_model and not sae.cfg.hook_name.endswith("hook_z")
+    direct = sae.cfg.d_in == analysis.lm.d_model and not sae.cfg.hook_name.endswith("hook_z")
     found = []
     for start in range(0, len(chosen), CHUNK_LATENTS):
         part = chosen[start : start + CHUNK_LATENTS]
         check_latents(part, sae.cfg.d_sae)
-        logits = direct_logits(lab, sae, part).numpy() if direct else [None] * len(part)
+        logits = direct_logits(analysis, sae, part).numpy() if direct else [None] * len(part)
         for latent, row in zip(part, logits, strict=True):
             if store.count[latent] < MIN_TRAIN_FIRINGS:
                 continue

@@ -54,7 +54,7 @@ def list_releases(pattern: str = "") -> list[dict[str, Any]]:
 
 
 def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
-    """One row an SAE of a release: id, path, Neuronpedia id, and the figures its card gives. Raises `UserError` for an
+    """One row an SAE of a release: id, path, Neuronpedia id, and the metrics its card gives. Raises `UserError` for an
     unknown release, with those that look alike."""
     known = release_directory()
     if release not in known:

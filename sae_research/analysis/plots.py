@@ -17,7 +17,7 @@ from sae_research.analysis.subspace import OTHER, Subspace
 from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, plain, save
 
 DPI = 110
-# Okabe and Ito's palette: told apart under every common colour blindness
+# Okabe and Ito's palette: distinct under every common colour blindness
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#7A5195")
 KINDS = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.store import check_latents
 from sae_research.lm.generate import unembedding
 from sae_research.runtime.errors import UserError
@@ -48,28 +48,30 @@ class Run(NamedTuple):
 
 
 @torch.no_grad()
-def run_with_saes(lab: Lab, tokens: Tensor, error_term: bool = True, edits: Mapping[str, LatentEdit] | None = None) -> Run:
-    """Run the model with every SAE of the lab in place.
+def run_with_saes(
+    analysis: AnalysisContext, tokens: Tensor, error_term: bool = True, edits: Mapping[str, LatentEdit] | None = None
+) -> Run:
+    """Run the model with every SAE of the analysis in place.
 
     error_term: add what each SAE leaves unexplained, so that an unedited run equals the plain one. edits: by SAE name.
     Tokens that do not count (`token_mask`) keep the model's own activations. An SAE later in the model reads what the
     earlier ones left. Raises `UserError` when two SAEs share a hook, or a hook did not fire exactly once.
     """
     edits = edits or {}
-    unknown = set(edits) - set(lab.saes)
+    unknown = set(edits) - set(analysis.saes)
     if unknown:
-        raise UserError(f"no SAE {', '.join(sorted(unknown))}; there are {', '.join(lab.saes)}")
+        raise UserError(f"no SAE {', '.join(sorted(unknown))}; there are {', '.join(analysis.saes)}")
     seen: dict[str, Internals] = {}
     hooked = {
-        hook: _replacement(lab, tokens, name, sae, error_term, edits.get(name), seen)
-        for (hook, sae), name in zip(lab.one_hook_each().items(), lab.saes, strict=True)
+        hook: _replacement(analysis, tokens, name, sae, error_term, edits.get(name), seen)
+        for (hook, sae), name in zip(analysis.one_hook_each().items(), analysis.saes, strict=True)
     }
-    logits = lab.lm.edited_logits(tokens, hooked)
-    return Run(logits, {name: seen[name] for name in lab.saes})
+    logits = analysis.lm.edited_logits(tokens, hooked)
+    return Run(logits, {name: seen[name] for name in analysis.saes})
 
 
 def _replacement(
-    lab: Lab,
+    analysis: AnalysisContext,
     tokens: Tensor,
     name: str,
     sae: SparseAutoencoder,
@@ -79,7 +81,7 @@ def _replacement(
 ) -> Callable[[Tensor], Tensor]:
     def replace(x: Tensor) -> Tensor:
         x = x.float()
-        mask = lab.mask(tokens, x)
+        mask = analysis.mask(tokens, x)
         found = inspect_sae(sae, x, mask)
         x_hat = found.reconstruction
         if edit is not None:
@@ -179,17 +181,17 @@ class PromptRuns(NamedTuple):
     """Inside each SAE, in the run without error terms."""
 
 
-def run_prompt(lab: Lab, prompt: str, answer: str | None = None, n_tokens: int = 10) -> PromptRuns:
+def run_prompt(analysis: AnalysisContext, prompt: str, answer: str | None = None, n_tokens: int = 10) -> PromptRuns:
     """Run a prompt plain, with all SAEs and their error terms, and with their reconstructions alone.
 
     Raises `UserError` for an empty prompt, an answer that is not one token, two SAEs at one hook.
     """
-    tokens = lab.tokens(prompt)
-    wanted = None if answer is None else lab.token(answer)
-    patched = run_with_saes(lab, tokens, error_term=False)
+    tokens = analysis.tokens(prompt)
+    wanted = None if answer is None else analysis.token(answer)
+    patched = run_with_saes(analysis, tokens, error_term=False)
     logits = {
-        "plain": lab.lm.logits(tokens),
-        "error_term": run_with_saes(lab, tokens).logits,
+        "plain": analysis.lm.logits(tokens),
+        "error_term": run_with_saes(analysis, tokens).logits,
         "reconstruction": patched.logits,
     }
     log_p = {name: value[0].float().log_softmax(-1) for name, value in logits.items()}
@@ -198,7 +200,7 @@ def run_prompt(lab: Lab, prompt: str, answer: str | None = None, n_tokens: int =
 
     def row(token: int) -> NextToken:
         return NextToken(
-            lab.lm.tokenizer.decode([token]),
+            analysis.lm.tokenizer.decode([token]),
             {name: float(value[token].exp()) for name, value in last.items()},
             {name: int(value[token]) for name, value in order.items()},
         )
@@ -207,7 +209,7 @@ def run_prompt(lab: Lab, prompt: str, answer: str | None = None, n_tokens: int =
     ranked = sorted(shown, key=lambda token: -float(last["plain"][token]))
     plain = last["plain"]
     return PromptRuns(
-        [lab.lm.tokenizer.decode([i]) for i in tokens[0].tolist()],
+        [analysis.lm.tokenizer.decode([i]) for i in tokens[0].tolist()],
         [row(token) for token in ranked],
         None if wanted is None else row(wanted),
         {name: max(0.0, float((plain.exp() * (plain - value)).sum())) for name, value in last.items()},
@@ -216,9 +218,11 @@ def run_prompt(lab: Lab, prompt: str, answer: str | None = None, n_tokens: int =
     )
 
 
-def top_latents(lab: Lab, name: str, internals: Internals, tokens: Sequence[str], k: int = 5) -> list[ActiveLatent]:
+def top_latents(
+    analysis: AnalysisContext, name: str, internals: Internals, tokens: Sequence[str], k: int = 5
+) -> list[ActiveLatent]:
     """The k latents of largest absolute activation on every token, strongest first."""
-    stats = lab.stats_at_hand(name)
+    stats = analysis.stats_at_hand(name)
     found = []
     z = internals.post[0]
     for position, token in enumerate(tokens):
@@ -241,31 +245,31 @@ class FoundLatent(NamedTuple):
     """What it fires on in the prompt, or the tokens it promotes most."""
 
 
-def search_by_prompt(lab: Lab, prompt: str, k: int = 10) -> list[FoundLatent]:
+def search_by_prompt(analysis: AnalysisContext, prompt: str, k: int = 10) -> list[FoundLatent]:
     """Latents that a prompt activates most, by their largest activation relative to their largest in the statistics, so
     that latents strong everywhere do not crowd out those that mean this text."""
-    name, sae = lab.only
-    stats = lab.stats(name)
-    tokens = lab.tokens(prompt)
-    acts = lab.lm.activations(tokens, sae.cfg.hook_name).float()
-    z = sae.encode(acts, lab.mask(tokens, acts))[0].abs().cpu()
+    name, sae = analysis.only
+    stats = analysis.stats(name)
+    tokens = analysis.tokens(prompt)
+    acts = analysis.lm.activations(tokens, sae.cfg.hook_name).float()
+    z = sae.encode(acts, analysis.mask(tokens, acts))[0].abs().cpu()
     largest, position = z.max(0)
     scale = np.maximum(np.abs(stats.max), np.abs(stats.min))
     score = np.where(scale > 0, largest.numpy() / np.maximum(scale, 1e-12), 0)
     best = [int(i) for i in np.argsort(-score, kind="stable")[:k] if score[i] > 0]
-    return [FoundLatent(i, float(score[i]), [lab.lm.tokenizer.decode([int(tokens[0, position[i]])])]) for i in best]
+    return [FoundLatent(i, float(score[i]), [analysis.lm.tokenizer.decode([int(tokens[0, position[i]])])]) for i in best]
 
 
-def search_by_promoted(lab: Lab, texts: Sequence[str], k: int = 10) -> list[FoundLatent]:
+def search_by_promoted(analysis: AnalysisContext, texts: Sequence[str], k: int = 10) -> list[FoundLatent]:
     """Latents whose directions raise some tokens' logits most: the mean over them of the logit less that of all tokens, in
     standard deviations over the vocabulary."""
     if not texts:
         raise UserError("name at least one token, with its leading space: ' Paris'")
-    _, sae = lab.only
-    wanted = torch.tensor([lab.token(text) for text in texts])
-    score = torch.cat([_standardised(part)[:, wanted].mean(1) for part in _logit_parts(lab, sae, range(sae.cfg.d_sae))])
+    _, sae = analysis.only
+    wanted = torch.tensor([analysis.token(text) for text in texts])
+    score = torch.cat([_standardised(part)[:, wanted].mean(1) for part in _logit_parts(analysis, sae, range(sae.cfg.d_sae))])
     best = score.topk(min(k, len(score))).indices.tolist()
-    promoted = promoted_tokens(lab, sae, best, 5)
+    promoted = promoted_tokens(analysis, sae, best, 5)
     return [
         FoundLatent(i, float(score[i]), [token for token, _ in row.raised]) for i, row in zip(best, promoted, strict=True)
     ]
@@ -281,11 +285,13 @@ class Promoted(NamedTuple):
     raised_ids: list[int]
 
 
-def promoted_tokens(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int], k: int = 10) -> list[Promoted]:
+def promoted_tokens(
+    analysis: AnalysisContext, sae: SparseAutoencoder, latents: Sequence[int], k: int = 10
+) -> list[Promoted]:
     """Tokens that latents raise and lower: `W_dec W_U` with the final norm's gain folded in, as a logit lens does."""
-    names = lab.lm.tokenizer
+    names = analysis.lm.tokenizer
     rows: list[Promoted] = []
-    for part in _logit_parts(lab, sae, latents):
+    for part in _logit_parts(analysis, sae, latents):
         sides = [(part - part.mean(1, keepdim=True)).topk(k, largest=largest) for largest in (True, False)]
         for values_up, tokens_up, values_down, tokens_down in zip(
             sides[0].values, sides[0].indices, sides[1].values, sides[1].indices, strict=True
@@ -300,17 +306,17 @@ def promoted_tokens(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int], k:
     return rows
 
 
-def direct_logits(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int]) -> Tensor:
+def direct_logits(analysis: AnalysisContext, sae: SparseAutoencoder, latents: Sequence[int]) -> Tensor:
     """Logits that a unit of each latent adds directly [len(latents), vocab], on the CPU."""
-    return torch.cat(list(_logit_parts(lab, sae, latents)))
+    return torch.cat(list(_logit_parts(analysis, sae, latents)))
 
 
 @torch.no_grad()
-def _logit_parts(lab: Lab, sae: SparseAutoencoder, latents: Sequence[int]) -> Iterator[Tensor]:
+def _logit_parts(analysis: AnalysisContext, sae: SparseAutoencoder, latents: Sequence[int]) -> Iterator[Tensor]:
     """Logits of latents, some at a time [n, vocab], on the CPU."""
-    if sae.cfg.d_in != lab.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
+    if sae.cfg.d_in != analysis.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
         raise UserError(f"{sae.cfg.hook_name} is not in the residual stream: its latents promote no tokens directly")
-    out = unembedding(lab.lm)
+    out = unembedding(analysis.lm)
     for part in torch.as_tensor(list(latents), device=sae.W_dec.device).split(CHUNK_LATENTS):
         yield out.logits(sae.W_dec[part]).cpu()
 

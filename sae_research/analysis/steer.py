@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.prompt import check_lab_latents, promoted_tokens
 from sae_research.lm.generate import sample
 from sae_research.runtime.errors import UserError
@@ -129,7 +129,7 @@ def check_method(method: str) -> None:
 
 
 def steer(
-    lab: Lab,
+    analysis: AnalysisContext,
     prompt: str,
     latent: int,
     strengths: Sequence[float] = (0.5, 1.0, 2.0),
@@ -148,21 +148,21 @@ def steer(
     one token each whose rate is followed; by default the ten tokens the latent promotes most. Raises `UserError` for an
     encoder that is not causal, a latent that is not there or never fired, and edits that did not fire at every token.
     """
-    name, sae = lab.only
+    name, sae = analysis.only
     check_steerable(name, sae)
     check_lab_latents(sae, [latent])
     check_method(method)
     if n_tokens < 1 or not seeds or not strengths:
         raise UserError("steering needs at least one strength, one seed and one token to generate")
-    tokens = lab.tokens(prompt)
-    maximum = measured_maximum(lab, name, latent) if maximum is None else maximum
-    wanted = _targets(lab, sae, latent, targets)
-    neutral = _Neutral(lab, sae, neutral_tokens)
+    tokens = analysis.tokens(prompt)
+    maximum = measured_maximum(analysis, name, latent) if maximum is None else maximum
+    wanted = _targets(analysis, sae, latent, targets)
+    neutral = _Neutral(analysis, sae, neutral_tokens)
     rows: list[Strength] = []
     for strength in (None, *strengths):
         amount = 0.0 if strength is None else strength * maximum
         samples, edits = _samples(
-            lab,
+            analysis,
             sae,
             tokens,
             None if strength is None else (latent, method, amount),
@@ -190,16 +190,16 @@ def steer(
                 edits,
             )
         )
-    return Steering(method, latent, maximum, [lab.lm.tokenizer.decode([t]) for t in wanted], neutral.tokens, rows)
+    return Steering(method, latent, maximum, [analysis.lm.tokenizer.decode([t]) for t in wanted], neutral.tokens, rows)
 
 
 def _share(of: list[bool]) -> float | None:
     return sum(of) / len(of) if of else None
 
 
-def measured_maximum(lab: Lab, name: str, latent: int) -> float:
+def measured_maximum(analysis: AnalysisContext, name: str, latent: int) -> float:
     """A latent's activation of largest magnitude in the statistics. Raises `UserError` for one that never fired."""
-    stats = lab.stats(name)
+    stats = analysis.stats(name)
     high, low = float(stats.max[latent]), float(stats.min[latent])
     if stats.count[latent] == 0:
         raise UserError(
@@ -209,20 +209,20 @@ def measured_maximum(lab: Lab, name: str, latent: int) -> float:
     return high if abs(high) >= abs(low) else low
 
 
-def _targets(lab: Lab, sae: SparseAutoencoder, latent: int, texts: Sequence[str] | None) -> list[int]:
+def _targets(analysis: AnalysisContext, sae: SparseAutoencoder, latent: int, texts: Sequence[str] | None) -> list[int]:
     if texts:
-        return [lab.token(text) for text in texts]
-    if sae.cfg.d_in != lab.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
+        return [analysis.token(text) for text in texts]
+    if sae.cfg.d_in != analysis.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
         raise UserError(
             f"{sae.cfg.hook_name} is not in the residual stream, so the latent promotes no tokens directly: "
             "name target tokens"
         )
-    promoted = promoted_tokens(lab, sae, [latent], N_TARGETS)[0].raised_ids
+    promoted = promoted_tokens(analysis, sae, [latent], N_TARGETS)[0].raised_ids
     return list(promoted)
 
 
 def _samples(
-    lab: Lab,
+    analysis: AnalysisContext,
     sae: SparseAutoencoder,
     tokens: Tensor,
     how: tuple[int, Method, float] | None,
@@ -237,32 +237,32 @@ def _samples(
     hook = sae.cfg.hook_name
     edit, hooks = None, {}
     if how is not None:
-        mask = lab.mask(tokens, lab.lm.activations(tokens, hook))
+        mask = analysis.mask(tokens, analysis.lm.activations(tokens, hook))
         edit = Edit(sae, *how, mask)
         hooks = {hook: edit}
-    ids = sample(lab.lm, tokens, n_tokens, seeds, temperature, top_p, hooks)
+    ids = sample(analysis.lm, tokens, n_tokens, seeds, temperature, top_p, hooks)
     if edit is not None and edit.mask is not None:
         expected = len(seeds) * (int(edit.mask.sum()) + n_tokens - 1)
         if edit.edited != expected:
             raise UserError(f"steering at {hook} edited {edit.edited} positions where {expected} were due")
     found = []
     for seed, row in zip(seeds, ids, strict=True):
-        kept = _until_end(lab, row)
+        kept = _until_end(analysis, row)
         found.append(
             Sample(
                 seed,
-                lab.lm.tokenizer.decode(kept),
+                analysis.lm.tokenizer.decode(kept),
                 sum(int(t) in wanted for t in kept),
                 len(kept),
-                _read_back(lab, sae, tokens, kept, latent),
+                _read_back(analysis, sae, tokens, kept, latent),
             )
         )
     return found, 0 if edit is None else edit.edited
 
 
-def _until_end(lab: Lab, ids: Tensor) -> list[int]:
+def _until_end(analysis: AnalysisContext, ids: Tensor) -> list[int]:
     """Generated ids up to the first that ends the text."""
-    ends = {lab.lm.separator_id, lab.lm.tokenizer.eos_token_id}
+    ends = {analysis.lm.separator_id, analysis.lm.tokenizer.eos_token_id}
     kept = []
     for token in ids.tolist():
         if token in ends:
@@ -272,24 +272,26 @@ def _until_end(lab: Lab, ids: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _read_back(lab: Lab, sae: SparseAutoencoder, prompt: Tensor, ids: list[int], latent: int) -> float:
+def _read_back(analysis: AnalysisContext, sae: SparseAutoencoder, prompt: Tensor, ids: list[int], latent: int) -> float:
     if not ids:
         return 0.0
-    whole = torch.cat([prompt[0].cpu(), torch.tensor(ids)])[None].to(lab.lm.device)
-    acts = lab.lm.activations(whole, sae.cfg.hook_name).float()
-    return float(sae.encode(acts, lab.mask(whole, acts))[0, prompt.shape[1] :, latent].mean())
+    whole = torch.cat([prompt[0].cpu(), torch.tensor(ids)])[None].to(analysis.lm.device)
+    acts = analysis.lm.activations(whole, sae.cfg.hook_name).float()
+    return float(sae.encode(acts, analysis.mask(whole, acts))[0, prompt.shape[1] :, latent].mean())
 
 
 class _Neutral:
     """Text that has nothing to do with the target: what an edit costs there."""
 
-    def __init__(self, lab: Lab, sae: SparseAutoencoder, n_tokens: int) -> None:
-        self.lab, self.sae = lab, sae
-        text = token_contexts(lab.lm.tokenizer, lab.lm.separator_id, lab.params.text, "core_eval", n_tokens).tokens
+    def __init__(self, analysis: AnalysisContext, sae: SparseAutoencoder, n_tokens: int) -> None:
+        self.analysis, self.sae = analysis, sae
+        text = token_contexts(
+            analysis.lm.tokenizer, analysis.lm.separator_id, analysis.params.text, "core_eval", n_tokens
+        ).tokens
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for tokens in text.to(lab.lm.device).split(NEUTRAL_BATCH):
-            acts = lab.lm.activations(tokens, sae.cfg.hook_name)
-            self.parts.append((tokens, acts, lab.mask(tokens, acts)))
+        for tokens in text.to(analysis.lm.device).split(NEUTRAL_BATCH):
+            acts = analysis.lm.activations(tokens, sae.cfg.hook_name)
+            self.parts.append((tokens, acts, analysis.mask(tokens, acts)))
         self.tokens = sum(int(mask.sum()) for *_, mask in self.parts)
         self._clean: list[CleanPredictions] | None = None
 
@@ -297,12 +299,12 @@ class _Neutral:
     def cost(self, latent: int, method: Method, amount: float) -> tuple[float, float]:
         """(KL, change of cross-entropy) per counted token, nats."""
         if self._clean is None:
-            self._clean = [CleanPredictions(self.lab.lm.logits(tokens), tokens) for tokens, *_ in self.parts]
+            self._clean = [CleanPredictions(self.analysis.lm.logits(tokens), tokens) for tokens, *_ in self.parts]
         kl = ce = 0.0
         predicted = 0
         for (tokens, acts, mask), clean in zip(self.parts, self._clean, strict=True):
             edited = Edit(self.sae, latent, method, amount, mask)(acts)
-            ce_BT, kl_BT = clean.compare(self.lab.lm.resume(self.sae.cfg.hook_name, edited, tokens))
+            ce_BT, kl_BT = clean.compare(self.analysis.lm.resume(self.sae.cfg.hook_name, edited, tokens))
             kl += float(kl_BT[mask].sum())
             ce += float((ce_BT - clean.ce)[mask[:, :-1]].sum())
             predicted += int(mask[:, :-1].sum())

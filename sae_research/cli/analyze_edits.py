@@ -10,7 +10,7 @@ import sae_research.analysis.steer as steering
 from sae_research.analysis import neuronpedia, plots
 from sae_research.analysis.neuronpedia import HOME, Neuronpedia
 from sae_research.analysis.store import check_latents
-from sae_research.cli.analyze_verbs import open_lab, say_written, table, write_csv
+from sae_research.cli.analyze_verbs import open_analysis, say_written, table, write_csv
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json
 
@@ -23,14 +23,14 @@ def steer(options: argparse.Namespace) -> None:
     if options.sae is None:
         raise UserError("--engine local needs --sae")
     steering.check_method(options.method)
-    lab = open_lab(options)
-    name, sae = lab.only
+    analysis = open_analysis(options)
+    name, sae = analysis.only
     steering.check_steerable(name, sae)
     check_latents([options.latent], sae.cfg.d_sae)
     if options.maximum is None:
-        lab.stats(name, progress=True)
+        analysis.stats(name, progress=True)
     found = steering.steer(
-        lab,
+        analysis,
         options.prompt,
         options.latent,
         options.strengths,
@@ -111,8 +111,8 @@ def _steer_there(options: argparse.Namespace) -> None:
 
 def ablate(options: argparse.Namespace) -> None:
     """Ablate latents on a prompt."""
-    lab = open_lab(options)
-    rows = ablation.ablate(lab, options.prompt, options.latents, options.answer, options.positions)
+    analysis = open_analysis(options)
+    rows = ablation.ablate(analysis, options.prompt, options.latents, options.answer, options.positions)
     shown = [{key: value for key, value in row._asdict().items() if key not in ("error_term", "latents")} for row in rows]
     print(table(shown))
     write_json(
@@ -128,10 +128,10 @@ def attribute(options: argparse.Namespace) -> None:
     """Attribute a metric, check it, tabulate it."""
     if options.steps < 0 or options.check < 0:
         raise UserError("--steps and --check cannot be negative")
-    lab = open_lab(options)
-    tokens = lab.tokens(options.prompt)
-    metric = attribution.prompt_metric(lab, options.answer, options.against, tokens)
-    found = attribution.attribute(lab, options.prompt, metric, options.hooks, options.steps)
+    analysis = open_analysis(options)
+    tokens = analysis.tokens(options.prompt)
+    metric = attribution.prompt_metric(analysis, options.answer, options.against, tokens)
+    found = attribution.attribute(analysis, options.prompt, metric, options.hooks, options.steps)
     print(f"metric {found.metric:.4g}; shares by {'integrated gradients' if found.steps else 'gradient'}")
     print(
         table(
@@ -166,7 +166,7 @@ def attribute(options: argparse.Namespace) -> None:
         )
         if options.check:
             checks[name] = check = attribution.check_by_ablation(
-                lab, name, options.prompt, found, metric, options.check, lab.params.random_seed
+                analysis, name, options.prompt, found, metric, options.check, analysis.params.random_seed
             )
             said = "undefined" if check.correlation is None else f"{check.correlation:.3f}"
             print(

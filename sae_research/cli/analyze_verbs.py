@@ -12,7 +12,7 @@ import numpy as np
 import sae_research.analysis.explain as explaining
 import sae_research.analysis.subspace as subspaces
 from sae_research.analysis import neuronpedia, plots, prompt
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.site import core_figures, write_dashboard
 from sae_research.analysis.store import LatentStats, check_latents
 from sae_research.config.params import Params, load_params
@@ -59,7 +59,7 @@ SUMMARY_QUANTILES = (0.5, 0.99)
 # --- what all verbs share ----------------------------------------------------------------------
 
 
-def open_lab(options: argparse.Namespace) -> Lab:
+def open_analysis(options: argparse.Namespace) -> AnalysisContext:
     """The SAEs and model that the options name."""
     params = load_params() if Path("params.yaml").is_file() else Params()
     if options.model:
@@ -68,7 +68,7 @@ def open_lab(options: argparse.Namespace) -> Lab:
         if options.tokens < 1:
             raise UserError("--tokens must be at least 1")
         params = params.model_copy(update={"analysis": params.analysis.model_copy(update={"tokens": options.tokens})})
-    return Lab.open([options.sae] if isinstance(options.sae, str) else options.sae, params)
+    return AnalysisContext.open([options.sae] if isinstance(options.sae, str) else options.sae, params)
 
 
 # --- verbs -------------------------------------------------------------------------------------
@@ -101,11 +101,11 @@ def _describe(what: str) -> None:
 
 def stats(options: argparse.Namespace) -> None:
     """Collect, summarise, draw."""
-    lab = open_lab(options)
-    for sae in lab.saes.values():
+    analysis = open_analysis(options)
+    for sae in analysis.saes.values():
         check_latents(options.latent, sae.cfg.d_sae)
-    for name in lab.saes:
-        found = lab.stats(name, progress=True)
+    for name in analysis.saes:
+        found = analysis.stats(name, progress=True)
         summary = summarise(found)
         print(f"\n{name}: {found.d_sae:,} latents over {found.tokens:,} counted tokens ({found.n_contexts:,} contexts)")
         print(table([{"": key, "value": value} for key, value in summary.items()]))
@@ -167,21 +167,21 @@ def run(options: argparse.Namespace) -> None:
     """A prompt with and without SAEs; or a search for latents."""
     if not (options.prompt is not None or options.search_prompt is not None or options.search_promoted):
         raise UserError("give --prompt, --search-prompt or --search-promoted")
-    lab = open_lab(options)
+    analysis = open_analysis(options)
     if options.search_prompt is not None:
-        lab.stats(lab.only[0], progress=True)
+        analysis.stats(analysis.only[0], progress=True)
         print(
             "latents that the text activates most, relative to their largest activation\n"
-            + table(row._asdict() for row in prompt.search_by_prompt(lab, options.search_prompt))
+            + table(row._asdict() for row in prompt.search_by_prompt(analysis, options.search_prompt))
         )
     if options.search_promoted:
         print(
             f"latents that raise {', '.join(map(repr, options.search_promoted))} most (standard deviations)\n"
-            + table(row._asdict() for row in prompt.search_by_promoted(lab, options.search_promoted))
+            + table(row._asdict() for row in prompt.search_by_promoted(analysis, options.search_promoted))
         )
     if options.prompt is None:
         return
-    found = prompt.run_prompt(lab, options.prompt, options.answer)
+    found = prompt.run_prompt(analysis, options.prompt, options.answer)
     runs = list(found.kl)
     print("next token: probability and (rank) plain, with SAEs and error terms, with reconstructions alone")
     listed = found.next_tokens + ([found.answer] if found.answer else [])
@@ -190,7 +190,7 @@ def run(options: argparse.Namespace) -> None:
     written = [options.out / "run.json"]
     inside: dict[str, Any] = {}
     for name, seen in found.saes.items():
-        active = prompt.top_latents(lab, name, seen, found.tokens, options.top)
+        active = prompt.top_latents(analysis, name, seen, found.tokens, options.top)
         kept = seen.mask[0]
         inside[name] = {
             "L0": [int(n) for n in (seen.post[0] != 0).sum(-1)],
@@ -240,10 +240,10 @@ def run(options: argparse.Namespace) -> None:
 
 def subspace(options: argparse.Namespace) -> None:
     """Principal components of what latents reconstruct."""
-    lab = open_lab(options)
-    name, sae = lab.only
+    analysis = open_analysis(options)
+    name, sae = analysis.only
     grouping = None if options.groups is None else subspaces.by_word(options.groups)
-    found = subspaces.subspace(lab.stats(name, progress=True), sae, options.latents, grouping, options.components)
+    found = subspaces.subspace(analysis.stats(name, progress=True), sae, options.latents, grouping, options.components)
     print(f"{len(found.group):,} tokens on which at least one of {len(options.latents)} latents fires")
     print("variance: " + ", ".join(f"component {i + 1} {share:.1%}" for i, share in enumerate(found.variance_ratio)))
     rows = [
@@ -265,9 +265,9 @@ def subspace(options: argparse.Namespace) -> None:
 
 def explain(options: argparse.Namespace) -> None:
     """Describe latents and score the descriptions."""
-    lab = open_lab(options)
-    name, sae = lab.only
-    found = explaining.explain_latents(lab, name, options.latents, progress=True)
+    analysis = open_analysis(options)
+    name, sae = analysis.only
+    found = explaining.explain_latents(analysis, name, options.latents, progress=True)
     print(
         f"{name}: {len(found)} latents fire often enough to describe "
         f"({explaining.MIN_TRAIN_FIRINGS} firings in three quarters of the documents)"
@@ -300,13 +300,13 @@ def explain(options: argparse.Namespace) -> None:
 
 def dashboard(options: argparse.Namespace) -> None:
     """Write the site."""
-    lab = open_lab(options)
+    analysis = open_analysis(options)
     chosen: dict[str, Any] = {"compare": options.compare or []}
     if options.other_model is not None:
         chosen["other_model"] = options.other_model
     if options.neuronpedia:
         chosen["neuronpedia"] = True
     page = write_dashboard(
-        lab, options.out, lab.params.dashboards.model_copy(update=chosen), figures=core_figures(), progress=True
+        analysis, options.out, analysis.params.dashboards.model_copy(update=chosen), figures=core_figures(), progress=True
     )
     print(f"open {page} in a browser")

@@ -47,7 +47,7 @@ class SparseProbing(Section):
     """Latents that a probe may read."""
     train_draws: Annotated[Positive, Field(ge=2)] = 20
     """Sets of training texts that probes are fitted on; their spread is part of every interval. Accuracies are means
-    over them. SAE Bench's own figures come from one set."""
+    over them. SAE Bench's own metrics come from one set."""
     train_pool: Annotated[Above1, Field(le=100)] = 3.0
     """Texts that these are drawn from without replacement, in sizes of a set. A task with fewer draws with replacement."""
 
@@ -193,7 +193,7 @@ class MetaSAE(Section):
     """Decoder rows of one step."""
     learning_rate: Above0 = 5.0e-4
     n_seeds: Positive = 1
-    """Meta-SAEs trained for each dictionary; the figures are their means."""
+    """Meta-SAEs trained for each dictionary; the metrics are their means."""
 
 
 class ChatEndpoint(Section):

@@ -62,7 +62,7 @@ class Evaluation:
     result_type: str = ""
     """SAE Bench's `eval_type_id`; the name where empty."""
     caution: str | None = None
-    """Stands above its figures. Differences between SAEs are then not tested."""
+    """Stands above its metrics. Differences between SAEs are then not tested."""
 
     def __post_init__(self) -> None:
         for field in ("section_name", "result_type"):
@@ -86,7 +86,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "sparse_probing",
             "Sparse probing",
             SparseProbing,
-            "classes told apart by one, two or five latents",
+            "classes separated by one, two or five latents",
             "sparse_probing:evaluate",
             on=True,
             headline=True,

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from sae_research.config.section import Above0, LocalName, Name, Section, Tokens, Whole
+from sae_research.config.yaml_files import read_mapping
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import read_mapping
 
 Inches = Annotated[float, Field(gt=1, le=60)]
 

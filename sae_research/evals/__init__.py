@@ -1,1 +1,1 @@
-"""SAE Bench's evaluations, one file each, over one shared pool of activations."""
+"""SAE Bench's evaluations and one with a known truth, a folder each, over one shared pool of activations."""

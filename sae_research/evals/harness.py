@@ -32,7 +32,6 @@ from sae_research.saes.registry import code_fingerprint
 from sae_research.text.local import listed
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
 
-SAE_FOLDER = Path("downloaded_saes")
 OPEN_BYTES = 512 * 2**20
 """SAEs are open together while their weights take no more than this; a family over one dictionary always is."""
 

@@ -1,10 +1,9 @@
-"""Probes on texts: one vector per text, and how well a binary probe separates classes of them.
+"""Labelled texts as vectors, for sparse probing, SCR and TPP, and the binary probes on them.
 
-A vector is the mean over a text's tokens of the latents, or of the raw activations.
-Sparse probing, SCR and TPP all read texts this way. SAE Bench 0.6.0's definition counts every token but BOS, EOS and
-padding and shows sequence-level encoders the zeroed padding; ours (`lab_v1`) counts tokens inside `token_mask` only
-and hides everything else from the encoder. Means are kept under `.cache/activations`, so that an SAE encodes a set of
-texts once for all three.
+A vector is the mean over a text's tokens of the latents, or of the raw activations. SAE Bench 0.6.0's definition counts
+every token but BOS, EOS and padding and shows sequence-level encoders the zeroed padding; ours (`lab_v1`) counts tokens
+inside `token_mask` only and hides everything else from the encoder. Means are kept under `.cache/activations`, so that an
+SAE encodes a set of texts once for all three evaluations.
 
 Source of the probes: SAE Bench 0.6.0, sae_bench/evals/sparse_probing/probe_training.py, and arXiv 2305.01610 for the top-k
 rule.

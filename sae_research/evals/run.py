@@ -77,12 +77,13 @@ def _scoring_on(workers: Workers | None, lm: LanguageModel) -> Generator[None]:
 def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedSAEs]:
     import torch
 
-    from sae_research.evals.harness import SAE_FOLDER, PreparedSAEs, announce, by_hook
+    from sae_research.evals.harness import PreparedSAEs, announce, by_hook
     from sae_research.lm import load_language_model
+    from sae_research.saes.sources import PREPARED
 
     torch.manual_seed(params.random_seed)
     lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
-    saes = PreparedSAEs(SAE_FOLDER, lm)
+    saes = PreparedSAEs(PREPARED, lm)
     stage.notes |= {
         "model": lm.name,
         "hooks": sorted(group.hook for group in by_hook(saes)),

@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ruamel.yaml import YAML
 
 from sae_research.config.params import Params
+from sae_research.config.yaml_files import parse
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import parse
 
 Values = dict[str, Any]
 PARAMS = Path("params.yaml")

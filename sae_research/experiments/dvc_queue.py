@@ -209,7 +209,7 @@ class Row(NamedTuple):
 
     @property
     def text(self) -> list[str]:
-        """Figures on the first line, the log's last line on the second."""
+        """Metrics on the first line, the log's last line on the second."""
         now = self.progress
         step = ""
         if now:

@@ -346,7 +346,7 @@ def _job(values: Values, saes: dict[str, Any], points: list[Point], stages: list
 
 
 def sae_keys(params: Params) -> dict[str, str]:
-    """What each SAE of a job and its figures depend on, as one fingerprint: equal keys are the same finished point."""
+    """What each SAE of a job and its metrics depend on, as one fingerprint: equal keys are the same finished point."""
     evaluations = {
         EVALUATIONS[name].section_name for name, on in params.eval_types.model_dump().items() if on and name in EVALUATIONS
     }

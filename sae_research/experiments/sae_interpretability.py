@@ -241,7 +241,7 @@ def _scale_notes(config: Config, saes: dict[str, dict[str, Any]], scales: dict[s
 
 NOTES = {
     "save_every_n_samples": "changes no result; runs keep checkpoints of their own and go on from them",
-    "eval_every_n_samples": "changes no result; held-out figures are taken at the end",
+    "eval_every_n_samples": "changes no result; held-out metrics are taken at the end",
     "log_every_n_grad_steps": "changes no result; curves have 60 rows",
     "data.streaming": "changes no result",
     "data.eval_batch_size": "changes no result",

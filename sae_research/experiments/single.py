@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_research.config.params import Params, check_params, read_params
+from sae_research.config.yaml_files import read_mapping
 from sae_research.experiments import processes
 from sae_research.experiments import sae_interpretability as foreign
 from sae_research.experiments.config_files import (
@@ -23,7 +24,7 @@ from sae_research.experiments.config_files import (
 from sae_research.experiments.processes import Lease, Slot
 from sae_research.experiments.sae_interpretability import Changes, Measure, Scale, measure, translate
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import fingerprint, read_mapping
+from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import writing
 from sae_research.training.checkpoints import progress_path
 

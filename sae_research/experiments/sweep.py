@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from sae_research.config.params import check_params, read_params
+from sae_research.config.yaml_files import parse as parse_yaml
+from sae_research.config.yaml_files import read_mapping
 from sae_research.experiments import dvc_queue, processes
 from sae_research.experiments.config_files import PARAMS, Values, write_yaml
 from sae_research.experiments.dvc_queue import DVCQueue, Entry, Experiment
@@ -27,8 +29,7 @@ from sae_research.experiments.sae_interpretability import Changes
 from sae_research.experiments.single import scales_over
 from sae_research.runtime.cache import cache_dir, writable_cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
-from sae_research.runtime.files import parse as parse_yaml
-from sae_research.runtime.files import project_root, read_mapping, write_json, write_text
+from sae_research.runtime.files import project_root, write_json, write_text
 from sae_research.runtime.formatting import csv_text, text_table
 from sae_research.training.checkpoints import progress_path
 
@@ -117,7 +118,7 @@ def _say(total: int, chosen: int, jobs: list[Job], left: list[Job], devices: lis
 
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
-"""What an experiment's figures depend on beside its parameters."""
+"""What an experiment's metrics depend on beside its parameters."""
 METRICS = "metrics/core.json"
 COLUMNS = ("l0", "variance_explained", "loss_recovered", "fraction_alive")
 SECONDS = 2.0
@@ -389,7 +390,7 @@ def _alive(entry: Entry) -> bool:
 
 
 def results_table(jobs: list[Job], finished: dict[str, Finished]) -> str:
-    """The figures of every SAE of the sweep, run by run, as text."""
+    """The metrics of every SAE of the sweep, run by run, as text."""
     rows = [("SAE", "experiment", "job", *COLUMNS)]
     for job in jobs:
         for name, key in sae_keys(job.params).items():

@@ -17,7 +17,7 @@ from sae_research.reporting.metrics import Metric, headline
 from sae_research.reporting.results import Run
 from sae_research.reporting.style import MarkerStyle, marker_size
 
-LOG_Y = {"kl", "ce_delta"}
+COLUMNS = 3
 STEPS = 12
 """Pieces that a line between two measured points is drawn in."""
 LINES = ("-", (0, (4, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -25,19 +25,21 @@ LINES = ("-", (0, (4, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
 def equal_l0(figure: Figure, run: Run, markers: Mapping[str, MarkerStyle]) -> Figure:
-    """Six panels: core figures and probing accuracies against L0, one line per grid, one marker per single point."""
+    """A panel for each metric that ranks SAEs, against L0: one line per grid, one marker per single point."""
     found = grids(run)
-    keys = ["variance_explained", "loss_recovered", "ce_delta", "kl", *run.probing_keys, "."]
+    metrics = {metric.key: metric for metric in run.ranking}
+    keys = [*metrics, *["."] * (-len(metrics) % COLUMNS)]
     margins: dict[str, Any] = {"left": 0.065, "right": 0.97, "bottom": 0.155, "top": 0.96, "wspace": 0.275, "hspace": 0.333}
-    for key, axes in figure.subplot_mosaic([[*keys[:3]], [*keys[3:6]]], gridspec_kw=margins).items():
-        _panel(axes, found, headline(key), run, markers)
+    rows: list[Any] = [keys[start : start + COLUMNS] for start in range(0, len(keys), COLUMNS)]
+    for key, axes in figure.subplot_mosaic(rows, gridspec_kw=margins).items():
+        _panel(axes, found, metrics[key], run, markers)
     _legend(figure, found, markers)
     return figure
 
 
 def _panel(axes: Axes, found: Sequence[Grid], metric: Metric, run: Run, markers: Mapping[str, MarkerStyle]) -> None:
     curves = [grid.curve(metric) for grid in found]
-    log = metric.key in LOG_Y and all(y > 0 for curve in curves for _, y in curve)
+    log = metric.log and all(y > 0 for curve in curves for _, y in curve)
     plain(axes, "L0 (log scale)", metric.label + (" (nats, log)" if log else "") + metric.arrow)
     axes.yaxis.set_label_coords(-0.19, 0.5)
     if not any(curves):

@@ -39,10 +39,6 @@ from sae_research.reporting.tables import Point, points, residual_baseline
 from sae_research.runtime.errors import UserError
 
 IMAGES = Path("images")
-LOG_Y = {"kl"}
-FLOOR = {"variance_explained": -0.25, "loss_recovered": -0.25}
-"""Values below are drawn at the floor, the number beside them: one bad control must not flatten the rest."""
-
 MARKER = 7.0
 
 
@@ -76,9 +72,8 @@ class RunFigures:
         return figure
 
     def overview(self) -> Figure:
-        """Four metrics against L0, the legend below them."""
+        """The first four of the plotted metrics against L0, the legend below them."""
         figure = self._figure(1.52, 2.09)
-        probing = self.run.probing_keys[0]
         margins: dict[str, Any] = {
             "left": 0.0675,
             "right": 0.99,
@@ -87,7 +82,8 @@ class RunFigures:
             "wspace": 0.183,
             "hspace": 0.198,
         }
-        panels = figure.subplot_mosaic([["variance_explained", "loss_recovered"], ["kl", probing]], gridspec_kw=margins)
+        keys = self.run.plotted
+        panels = figure.subplot_mosaic([[*keys[:2]], [*keys[2:4]]], gridspec_kw=margins)
         for key, axes in panels.items():
             self._panel(axes, key)
         self._legend(figure, loc="lower center", bbox_to_anchor=(0.5, 0.015), ncols=8)
@@ -148,21 +144,21 @@ class RunFigures:
 
     def _panel(self, axes: Axes, key: str) -> None:
         metric = headline(key)
-        unit = " accuracy" if key.startswith("sae_") else " (nats, log scale)" if key in LOG_Y else ""
+        unit = " accuracy" if key.startswith("sae_") else " (nats, log scale)" if metric.log else ""
         plain(axes, "L0 (latents per token, log scale)", metric.label + unit + metric.arrow)
-        shown = [point for point in points(self.run, key) if key not in LOG_Y or point.y > 0]
+        shown = [point for point in points(self.run, key) if not metric.log or point.y > 0]
         if not shown:
             reason = self.run.unavailable("core") or self.run.unavailable(metric.eval)
             say(axes, reason or f"{metric.label} was not measured", keep_labels=True)
             return
-        floor = FLOOR.get(key, -math.inf)
+        floor = metric.floor
         drawn = [(point, max(point.y, floor)) for point in shown]
         baseline = residual_baseline(self.run, key)
         log_axis(axes.xaxis, *span([point.x for point in shown], log=True))
-        bars = _bars(shown, key, min(point.y for point in shown) / 3 if key in LOG_Y else floor)
+        bars = _bars(shown, key, min(point.y for point in shown) / 3 if metric.log else floor)
         heights = [y for _, y in drawn] + [end for _, low, high in bars for end in (low, high)]
         heights += [baseline] if baseline is not None else []
-        if key in LOG_Y:
+        if metric.log:
             log_axis(axes.yaxis, *span(heights, log=True))
         else:
             axes.set_ylim(*span(heights, log=False))

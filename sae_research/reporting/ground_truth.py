@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_research.reporting.results import STATUS_KEY, is_figure
-from sae_research.reporting.shapes import FIGURE, evaluation_status, shaped
+from sae_research.reporting.results import STATUS_KEY, is_number
+from sae_research.reporting.shapes import NUMBER_OR_NONE, evaluation_status, shaped
 from sae_research.reporting.tables import render
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, round_significant, slugify, write_json
@@ -82,7 +82,7 @@ def _results(path: Path) -> dict[str, Any]:
         "setting!": object,
         "generator!": [{str: object}],
         "notes!": [str],
-        "rows!": [{"method!": str, "dictionary!": str, "encoder!": str, "metrics!": {str: FIGURE}, "flags!": [str]}],
+        "rows!": [{"method!": str, "dictionary!": str, "encoder!": str, "metrics!": {str: NUMBER_OR_NONE}, "flags!": [str]}],
         "follow!": {str: {"correlations!": object, "methods!": [str], "note": object}},
     }
     return shaped(read_json(path), shape, path, "run `dvc repro ground_truth_eval` again")
@@ -119,7 +119,7 @@ def extract_ground_truth(folder: Path, output: Path) -> None:
             f"{metric}_with_{truth}": values["spearman"]
             for metric, truths in found["correlations"].items()
             for truth, values in truths.items()
-            if is_figure(values.get("spearman"))
+            if is_number(values.get("spearman"))
         }
         for scope, found in result["follow"].items()
     }

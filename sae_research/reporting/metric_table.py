@@ -4,19 +4,20 @@ The table of metrics: one record each, by evaluation, ours first and SAE Bench's
 follow from it: every metric stands in `metrics/<eval>.json` and `metrics/results.csv`, in the report's section of an
 optional evaluation, and where `table` and `plot` say so in the first table and among the pictures.
 
-`Metric(key, label, eval, better, definition)` is a figure of ours, found under `key` in `lab_v1.metrics`; a last
+`Metric(key, label, eval, better, definition)` is a metric of ours, found under `key` in `lab_v1.metrics`; a last
 argument `"category.name"` makes it SAE Bench's, found there in its structured block. A key may hold `{k}`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 LAB = "lab_v1"
 SAE_BENCH = "sae_bench_0.6.0"
-STOCK_SUFFIX = "_sae_bench"
-"""Marks a figure of SAE Bench's own definition where ours stands beside it."""
+SAE_BENCH_SUFFIX = "_sae_bench"
+"""Marks a metric of SAE Bench's own definition where ours stands beside it."""
 
 Definition = Literal["lab_v1", "sae_bench_0.6.0"]
 
@@ -41,7 +42,17 @@ class Metric:
     table: bool = False
     """Whether it is a column of the report's first table, for a `{k}` at the values of k that lead."""
     plot: int = 0
-    """Its place among the pictures of a metric against L0, from 1; 0: not drawn."""
+    """Its place among the pictures of a metric against L0, from 1; 0: not drawn. The first four make the overview."""
+    ranks: bool = True
+    """Whether a column of the first table ranks SAEs: beside controls, and in the picture of equal L0."""
+    stricter: bool = False
+    """Whether it is a column of the report's table of stricter references."""
+    both: bool = False
+    """Of SAE Bench's: whether it stands beside ours in the report's table of both definitions."""
+    log: bool = False
+    """Whether pictures show it on a logarithmic axis, where all its values are above 0."""
+    floor: float = -math.inf
+    """Pictures draw lower values here, the number beside them: one bad control must not flatten the rest."""
 
     @property
     def version(self) -> Definition:
@@ -51,7 +62,7 @@ class Metric:
     @property
     def base_key(self) -> str:
         """The key without the suffix that marks SAE Bench's definition."""
-        return self.key.removesuffix(STOCK_SUFFIX)
+        return self.key.removesuffix(SAE_BENCH_SUFFIX)
 
     @property
     def arrow(self) -> str:
@@ -66,31 +77,38 @@ METRICS: tuple[Metric, ...] = (
            "Mean number of latents with a non-zero activation per token; for IHTP that is the whole support.",
            table=True),
     Metric("variance_explained", "Variance explained", "core", "higher",
-           "1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean activation over all tokens that count.", table=True, plot=2),
+           "1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean activation over all tokens that count.",
+           table=True, plot=1, stricter=True, floor=-0.25),
     Metric("variance_explained_per_dim", "Variance explained, mean over dimensions", "core", "higher",
-           "The same for each dimension, then averaged: one dimension of large variance cannot carry it."),
+           "The same for each dimension, then averaged: one dimension of large variance cannot carry it.",
+           stricter=True),
     Metric("loss_recovered", "Loss recovered", "core", "higher",
-           "(CE zero-ablated − CE patched) / (CE zero-ablated − CE clean): 1 is the clean model.", table=True, plot=1),
+           "(CE zero-ablated − CE patched) / (CE zero-ablated − CE clean): 1 is the clean model.",
+           table=True, plot=2, stricter=True, floor=-0.25),
     Metric("loss_recovered_mean_ablation", "Loss recovered over mean-ablation", "core", "higher",
-           "As loss recovered, with the mean activation instead of zero: a stricter reference."),
+           "As loss recovered, with the mean activation instead of zero: a stricter reference.",
+           stricter=True),
     Metric("ce_delta", "ΔCE", "core", "lower",
-           "Cross-entropy of the patched model minus that of the clean model, in nats per token.", table=True),
+           "Cross-entropy of the patched model minus that of the clean model, in nats per token.", table=True, log=True),
     Metric("kl", "KL", "core", "lower",
-           "Mean over tokens of KL(clean ‖ patched) of the next-token distributions, in nats.", table=True, plot=3),
+           "Mean over tokens of KL(clean ‖ patched) of the next-token distributions, in nats.",
+           table=True, plot=3, log=True),
     Metric("fraction_alive", "Fraction alive", "core", "higher",
-           "Fraction of latents that are non-zero on at least one token of the evaluation.", table=True),
+           "Fraction of latents that are non-zero on at least one token of the evaluation.",
+           table=True, ranks=False),
     Metric("cosine_similarity", "Cosine similarity", "core", "higher",
            "Mean cosine between activation and reconstruction."),
     Metric("cosine_about_mean", "Cosine about the mean", "core", "higher",
            "Mean cosine between what activation and reconstruction are beyond the mean activation: predicting the mean has "
-           "none, where about zero it scores high."),
+           "none, where about zero it scores high.", stricter=True),
     Metric("mse", "MSE", "core", "lower", "Mean over tokens and dimensions of (x − x̂)²."),
     Metric("l2_ratio", "L2 ratio", "core", None,
            "Mean of ‖x̂‖ / ‖x‖. A projection is below 1 without being shrunk: shrinkage shows in the bias."),
     Metric("relative_reconstruction_bias", "Relative reconstruction bias", "core", None,
            "Mean ‖x̂‖² / mean x·x̂; 1 is unbiased, below 1 is shrunk."),
     Metric("bias_about_mean", "Relative bias about the mean", "core", None,
-           "Mean ‖x̂ − x̄‖² / mean (x − x̄)·(x̂ − x̄), with x̄ the mean activation, which hides shrinkage where it is large."),
+           "Mean ‖x̂ − x̄‖² / mean (x − x̄)·(x̂ − x̄), with x̄ the mean activation, which hides shrinkage where it is large.",
+           stricter=True),
     Metric("l1", "L1", "core", None, "Mean sum of absolute activations of latents per token."),
     Metric("support", "Support", "core", None, "Mean number of distinct latents that one sequence uses."),
     Metric("ce_clean", "CE clean", "core", None, "Cross-entropy of the unedited model, in nats per token."),
@@ -105,24 +123,26 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens", "Tokens", "core", None, "Tokens that count in this evaluation."),
     # --- core, SAE Bench's definitions ---------------------------------------------------------------
     Metric("l0_sae_bench", "L0", "core", None,
-           "Mean number of non-zero activations per token, over SAE Bench's positions.", "sparsity.l0"),
+           "Mean number of non-zero activations per token, over SAE Bench's positions.", "sparsity.l0",
+           both=True),
     Metric("variance_explained_sae_bench", "Variance explained", "core", "higher",
            "Taken about zero rather than about the mean: predicting the mean activation already scores high, and "
-           "values above 1 or below 0 can occur.", "reconstruction_quality.explained_variance"),
+           "values above 1 or below 0 can occur.", "reconstruction_quality.explained_variance", both=True),
     Metric("variance_explained_legacy_sae_bench", "Variance explained, legacy", "core", "higher",
            "Mean over tokens of 1 − ‖x − x̂‖² / ‖x − batch mean‖²: the figure of the paper and the leaderboard.",
-           "reconstruction_quality.explained_variance_legacy"),
+           "reconstruction_quality.explained_variance_legacy", both=True),
     Metric("loss_recovered_sae_bench", "Loss recovered", "core", "higher",
            "`ce_loss_score`: the same formula over SAE Bench's positions.",
-           "model_performance_preservation.ce_loss_score"),
+           "model_performance_preservation.ce_loss_score", both=True),
     Metric("kl_sae_bench", "KL", "core", "lower",
            "`kl_div_with_sae`: log of softmax, which underflows; the value is absent where it did.",
-           "model_behavior_preservation.kl_div_with_sae"),
+           "model_behavior_preservation.kl_div_with_sae", both=True),
     Metric("kl_score_sae_bench", "KL score", "core", "higher",
            "`kl_div_score`: (KL zero-ablated − KL patched) / KL zero-ablated.",
            "model_behavior_preservation.kl_div_score"),
     Metric("fraction_alive_sae_bench", "Fraction alive", "core", "higher",
-           "Counts positive activations only, so a signed code looks less alive than it is.", "misc_metrics.frac_alive"),
+           "Counts positive activations only, so a signed code looks less alive than it is.", "misc_metrics.frac_alive",
+           both=True),
     Metric("cosine_similarity_sae_bench", "Cosine similarity", "core", "higher",
            "Mean cosine over SAE Bench's positions.", "reconstruction_quality.cossim"),
     Metric("mse_sae_bench", "MSE", "core", "lower",

@@ -15,7 +15,7 @@ from functools import cache
 from sae_research.config.evaluations import OF_SAES
 
 # The records themselves stand in metric_table.py: add yours there.
-from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, STOCK_SUFFIX, Metric
+from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, SAE_BENCH_SUFFIX, Metric
 
 __all__ = [
     "EVALS",
@@ -25,7 +25,7 @@ __all__ = [
     "METRICS",
     "OPTIONAL",
     "SAE_BENCH",
-    "STOCK_SUFFIX",
+    "SAE_BENCH_SUFFIX",
     "WANTED_K",
     "Metric",
     "family_of",
@@ -44,7 +44,7 @@ OPTIONAL = tuple(name for name, one in OF_SAES.items() if not one.headline)
 """Those with a section of their own in the report."""
 EVAL_TITLES = {name: one.title for name, one in OF_SAES.items()}
 EVAL_NOTES = {name: one.caution for name, one in OF_SAES.items() if one.caution is not None}
-"""What stands above an evaluation's figures."""
+"""What stands above an evaluation's metrics."""
 
 WANTED_K = (1, 5)
 """The values of k that tables and figures lead with, or the nearest measured ones."""
@@ -73,7 +73,7 @@ def top_k(key: str) -> int | None:
 
 
 def residual_key(key: str) -> str | None:
-    """The raw residual stream's figure beside a probing figure of an SAE: `sae_top_1_accuracy` -> `llm_top_1_accuracy`."""
+    """The raw residual stream's metric beside a probing metric of an SAE: `sae_top_1_accuracy` -> `llm_top_1_accuracy`."""
     return "llm_" + key.removeprefix("sae_") if key.startswith("sae_") else None
 
 
@@ -85,7 +85,7 @@ def _pattern(key: str) -> re.Pattern[str]:
 def metric_named(key: str, eval_name: str) -> Metric:
     """The record of a concrete key, `{k}` filled in: `sae_top_5_accuracy` -> label "Probing top-5".
 
-    A figure that an evaluation reports and the table does not know is described by its own name.
+    A metric that an evaluation reports and the table does not know is described by its own name.
     """
     for metric in METRICS:
         match = _pattern(metric.key).fullmatch(key) if metric.eval == eval_name else None
@@ -96,7 +96,7 @@ def metric_named(key: str, eval_name: str) -> Metric:
 
 
 def family_of(key: str, eval_name: str) -> str | None:
-    """The `{k}` key that a figure belongs to; None for one that comes once."""
+    """The `{k}` key that a metric belongs to; None for one that comes once."""
     return next(
         (
             metric.key
@@ -114,7 +114,7 @@ def _with_k(metric: Metric, k: str) -> Metric:
 
 @cache
 def home(key: str) -> str:
-    """The evaluation that a figure comes from: no two have one of the same key."""
+    """The evaluation that a metric comes from: no two have one of the same key."""
     return next((metric.eval for metric in METRICS if _pattern(metric.key).fullmatch(key)), "core")
 
 

@@ -20,27 +20,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain, save, span
-from sae_research.reporting.results import is_figure
-from sae_research.reporting.style import MarkerStyle, marker_styles
+from sae_research.reporting.metric_table import METRICS
+from sae_research.reporting.results import is_number
+from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 
 EVAL_FILE = "eval_results.json"
-METRICS = {
-    "loss_recovered": "Loss recovered",
-    "variance_explained": "Variance explained",
-    "fraction_alive": "Fraction of latents alive",
-}
-LOOKS_LIKE = {
-    "top_k": "topk",
-    "batch_top_k": "batchtopk",
-    "matryoshka_batch_top_k": "matryoshka_batchtopk",
-    "jump_relu": "jumprelu",
-    "matching_pursuit": "mpsae",
-    "relu": "ihtp",
-    "p_anneal": "omp",
-}
-"""Recipe -> the architecture whose marker it borrows, so that a recipe looks the same in every picture."""
+SHOWN = {metric.key: metric for metric in METRICS if metric.eval == "core" and metric.table and metric.better == "higher"}
+"""What may be drawn: core's columns of the report's first table that should be high."""
 LINES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
 """One for each folder; the first one's markers are filled, the others' hollow."""
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH, DPI = 5.4, 4.4, 2.3, 110
@@ -64,8 +52,8 @@ def draw_pareto(folders: Sequence[str], path: Path, metric: str = "loss_recovere
 
     Raises `UserError` for a folder without results and for an unknown metric.
     """
-    if metric not in METRICS:
-        raise UserError(f"--metric {metric}: unknown; known: {', '.join(METRICS)}")
+    if metric not in SHOWN:
+        raise UserError(f"--metric {metric}: unknown; known: {', '.join(SHOWN)}")
     if path.suffix != ".png":
         raise UserError(f"--out {path}: must end with .png")
     found = read_points(folders, metric)
@@ -97,7 +85,7 @@ def read_points(folders: Sequence[str], metric: str) -> list[Point]:
 def _point(file: Path, label: str, metric: str) -> Point | None:
     values: dict[str, Any] = read_json(file)
     l0, value = values.get("l0", math.nan), values.get(metric, math.nan)
-    if not (is_figure(l0) and l0 > 0 and is_figure(value)):
+    if not (is_number(l0) and l0 > 0 and is_number(value)):
         return None
     return Point(
         file.parent.name,
@@ -137,7 +125,7 @@ def _figure(points: Sequence[Point], metric: str) -> Figure:
 
 
 def _panel(axes: Axes, points: Sequence[Point], labels: Sequence[str], markers: dict[str, MarkerStyle], metric: str) -> None:
-    plain(axes, "L0 (latents per token, log scale)", METRICS[metric] + " ↑")
+    plain(axes, "L0 (latents per token, log scale)", SHOWN[metric].label + SHOWN[metric].arrow)
     log_axis(axes.xaxis, *span([point.l0 for point in points], log=True))
     axes.set_ylim(*span([point.value for point in points], log=False))
     best = frontier(points)
@@ -189,14 +177,15 @@ def _legend(figure: Figure, markers: dict[str, MarkerStyle], labels: Sequence[st
 
 
 def _recipe_markers(recipes: Iterable[str]) -> dict[str, MarkerStyle]:
-    """A marker for every recipe, by name; two that would borrow the same one get spare ones."""
-    names = sorted(set(recipes))
-    borrowed: dict[str, str] = {}
-    for name in names:
-        like = LOOKS_LIKE.get(name, name)
-        borrowed[name] = like if like not in borrowed.values() else name
-    found = marker_styles(borrowed.values())
-    return {name: found[borrowed[name]] for name in names}
+    """A marker for every recipe: that of the architecture of its name (`top_k`: `topk`), else a spare one."""
+    known = {_plain(architecture): architecture for architecture in KNOWN}
+    called = {name: known.get(_plain(name), name) for name in sorted(set(recipes))}
+    found = marker_styles(called.values())
+    return {name: found[style] for name, style in called.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "")
 
 
 def _hook_order(hook: str) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from sae_research.reporting.comparisons import (
     write_differences_csv,
 )
 from sae_research.reporting.ground_truth import ground_truth
-from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, STOCK_SUFFIX, Metric, headline
+from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, SAE_BENCH_SUFFIX, Metric, headline
 from sae_research.reporting.results import RESULTS, Run
 from sae_research.reporting.sections import (
     controls,
@@ -236,7 +236,7 @@ def definitions(run: Run) -> str:
     """Every metric in one sentence, for the evaluations that ran."""
     ran = {name for name in EVALS if run.unavailable(name) is None}
     metrics = [metric for metric in METRICS if metric.eval in ran]
-    theirs = [metric for metric in metrics if metric.key.endswith(STOCK_SUFFIX)]
+    theirs = [metric for metric in metrics if metric.key.endswith(SAE_BENCH_SUFFIX)]
     ours = [metric for metric in metrics if metric not in theirs]
     return render("definitions", ours=_definition_table(ours), sae_bench=_definition_table(theirs)) if ours else ""
 

@@ -1,6 +1,6 @@
 """From an evaluation's result files to one small `metrics/<eval>.json` that DVC shows and compares.
 
-Figures are rounded to 4 significant digits. A figure that is missing, null or not finite has no key: DVC
+Metrics are rounded to 4 significant digits. A metric that is missing, null or not finite has no key: DVC
 drops a null without a word and reports a NaN as a change in every comparison.
 
 Merge all evaluations into one small file per SAE: `eval_results/merged/<sae>.json`.
@@ -27,6 +27,7 @@ from sae_research.reporting.metrics import (
     METRICS,
     Metric,
     family_of,
+    headline,
     home,
     leading_ks,
     sort_keys,
@@ -46,30 +47,30 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, replaced_folder, round_significant, write_json
 
 Result = dict[str, Any]
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 STATUS_KEY = "_status"
 """Stands beside the SAEs of `metrics/<eval>.json`; no SAE's name begins with an underscore."""
 
 NOT_A_NUMBER = -1.0
-"""What SAE Bench's core evaluation writes where a figure is NaN."""
+"""What SAE Bench's core evaluation writes where a metric is NaN."""
 
 
 # --- one function per evaluation: add a metric by adding its record to `metrics.METRICS` --------
 
 
-def extract_core_metrics(result: Result) -> Figures:
+def extract_core_metrics(result: Result) -> Metrics:
     """Reconstruction, sparsity, and what the model loses when patched: ours, then SAE Bench's."""
-    stock = {key: value for key, value in _structured(result, "core").items() if value != NOT_A_NUMBER}
-    return _in_order({**stock, **_lab(result)}, "core")
+    bench = {key: value for key, value in _structured(result, "core").items() if value != NOT_A_NUMBER}
+    return _in_order({**bench, **_lab(result)}, "core")
 
 
-def extract_table_metrics(eval_name: str, result: Result) -> Figures:
-    """Whatever the table of metrics names for this evaluation: SAE Bench's structured figures and ours."""
+def extract_table_metrics(eval_name: str, result: Result) -> Metrics:
+    """Whatever the table of metrics names for this evaluation: SAE Bench's structured metrics and ours."""
     return _in_order({**_structured(result, eval_name), **_lab(result)}, eval_name)
 
 
-EXTRACTORS: dict[str, Callable[[Result], Figures]] = {
+EXTRACTORS: dict[str, Callable[[Result], Metrics]] = {
     **{name: partial(extract_table_metrics, name) for name in EVALS},
     "core": extract_core_metrics,
 }
@@ -114,28 +115,28 @@ def aggregate(inputs: list[Path], output: Path) -> None:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def is_figure(value: Any) -> bool:
-    """A finite number; True and False are no figures."""
+def is_number(value: Any) -> bool:
+    """A finite number; True and False do not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def lab_block(result: Result) -> dict[str, Any]:
-    """Our own part of a result file; empty in a file that stock SAE Bench wrote."""
+    """Our own part of a result file; empty in a file that SAE Bench itself wrote."""
     unstructured = result.get("eval_result_unstructured")
     return unstructured.get(LAB, {}) if isinstance(unstructured, dict) else {}
 
 
-def _lab(result: Result) -> Figures:
+def _lab(result: Result) -> Metrics:
     return dict(lab_block(result).get("metrics", {}))
 
 
-def _category(result: Result, category: str) -> Figures:
-    """Every figure of one category of SAE Bench's structured block, under SAE Bench's own names."""
+def _category(result: Result, category: str) -> Metrics:
+    """Every metric of one category of SAE Bench's structured block, under SAE Bench's own names."""
     return dict(result.get("eval_result_metrics", {}).get(category) or {})
 
 
-def _structured(result: Result, eval_name: str) -> Figures:
-    """The figures of SAE Bench's structured block that the table names, under our keys."""
+def _structured(result: Result, eval_name: str) -> Metrics:
+    """The metrics of SAE Bench's structured block that the table names, under our keys."""
     figures = {}
     for metric in METRICS:
         if metric.eval != eval_name or metric.source is None:
@@ -149,8 +150,8 @@ def _structured(result: Result, eval_name: str) -> Figures:
     return figures
 
 
-def _in_order(figures: dict[str, Any], eval_name: str) -> Figures:
-    return {key: round_significant(figures[key]) for key in sort_keys(figures, eval_name) if is_figure(figures[key])}
+def _in_order(figures: dict[str, Any], eval_name: str) -> Metrics:
+    return {key: round_significant(figures[key]) for key in sort_keys(figures, eval_name) if is_number(figures[key])}
 
 
 def _status_figures(status: dict[str, Any], n_saes: int) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def _write_afresh(folder: Path, records: dict[str, Any], evaluations: dict[str, 
 
 
 def _evaluation(sae: str, name: str, result: dict[str, Any] | None, status: dict[str, Any]) -> dict[str, Any]:
-    """One SAE in one evaluation: figures of both definitions, ours in full, no per-latent details."""
+    """One SAE in one evaluation: metrics of both definitions, ours in full, no per-latent details."""
     if result is None:
         return _absent(sae, status)
     extras = {
@@ -324,7 +325,7 @@ class Row:
         return (self.cfg.get("provenance") or {}).get("recipe_id")
 
     def value(self, key: str, eval_name: str | None = None) -> float | None:
-        """The figure under a metric's key, by default of core or sparse probing; None where it was not measured."""
+        """The value under a metric's key, by default of core or sparse probing; None where it was not measured."""
         return self.evals.get(eval_name or home(key), {}).get("metrics", {}).get(key)
 
     def interval(self, key: str, eval_name: str | None = None) -> tuple[float, float] | None:
@@ -364,6 +365,11 @@ class Run:
         return self._keys(metric for metric in METRICS if metric.table)
 
     @property
+    def ranking(self) -> list[Metric]:
+        """The metrics of the first table that rank SAEs."""
+        return [metric for metric in map(headline, self.headline) if metric.better and metric.ranks]
+
+    @property
     def plotted(self) -> tuple[str, ...]:
         """What is drawn against L0."""
         return self._keys(sorted((metric for metric in METRICS if metric.plot), key=lambda metric: metric.plot))
@@ -394,7 +400,7 @@ class Run:
         }
 
     def unavailable(self, eval_name: str) -> str | None:
-        """Why an evaluation has no figures at all, in words; None when it has some."""
+        """Why an evaluation has no metrics at all, in words; None when it has some."""
         if any(row.evals.get(eval_name, {}).get("metrics") for row in self.rows):
             return None
         state = self.evals[eval_name]

@@ -22,8 +22,9 @@ from sae_research.reporting.ground_truth import beside
 from sae_research.reporting.metrics import (
     EVAL_NOTES,
     EVAL_TITLES,
+    METRICS,
     OPTIONAL,
-    STOCK_SUFFIX,
+    SAE_BENCH_SUFFIX,
     Metric,
     family_of,
     headline,
@@ -47,17 +48,6 @@ CONTROLS = {
     "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
     "control_pca": "the leading principal components",
 }
-SIDE_BY_SIDE = ("l0", "variance_explained", "variance_explained_legacy", "loss_recovered", "kl", "fraction_alive")
-"""Core metrics shown in both definitions; probing accuracies follow."""
-STRICTER = (
-    "variance_explained",
-    "variance_explained_per_dim",
-    "loss_recovered",
-    "loss_recovered_mean_ablation",
-    "cosine_about_mean",
-    "bias_about_mean",
-)
-"""Metrics of the first table, each followed by a stricter version, and what they leave out."""
 AGAINST_TRUTH = ("variance_explained", "top_1_probing")
 """Metrics of the first table that the ground-truth evaluation compares with the truth."""
 
@@ -80,10 +70,10 @@ def results(run: Run, root: Path = Path(".")) -> str:
 
 def stricter(run: Run) -> str:
     """The reconstruction metrics of the first table beside the same by stricter references."""
-    keys = [key for key in STRICTER if run_value(run, key) is not None]
-    if not {"variance_explained_per_dim", "loss_recovered_mean_ablation"} & set(keys):
+    shown = [metric for metric in METRICS if metric.stricter and run_value(run, metric.key) is not None]
+    if all(metric.table for metric in shown):
         return ""
-    return render("stricter", table=sae_table(run.rows, [headline(key) for key in keys]))
+    return render("stricter", table=sae_table(run.rows, shown))
 
 
 def run_value(run: Run, key: str | None) -> float | None:
@@ -113,7 +103,7 @@ def controls(run: Run) -> str:
 def better_controls(run: Run) -> list[dict[str, Any]]:
     """Every column and control where the control has the better value at no higher an L0 than the rows named."""
     found = []
-    for metric in (metric for key in run.headline if (metric := headline(key)).better and key != "fraction_alive"):
+    for metric in run.ranking:
         for control in (row for row in run.rows if row.is_control):
             rows = [
                 row for row in run.rows if row.may_be_marked and _better(control, row, metric) and _no_denser(control, row)
@@ -152,15 +142,16 @@ def _at_or_below_residual(run: Run) -> list[dict[str, Any]]:
 
 def side_by_side(run: Run) -> str:
     """Our metrics beside SAE Bench's, for every pair that was measured."""
-    both = [(key + suffix, owner) for key in (*SIDE_BY_SIDE, *run.probing_keys) for suffix, owner in _OWNERS.items()]
+    keys = [*(metric.base_key for metric in METRICS if metric.both), *run.probing_keys]
+    both = [(key + suffix, owner) for key in keys for suffix, owner in _OWNERS.items()]
     shown = {key: f"{headline(key).label}<br>{owner}" for key, owner in both if run_value(run, key) is not None}
-    if not any(key.endswith(STOCK_SUFFIX) for key in shown):
+    if not any(key.endswith(SAE_BENCH_SUFFIX) for key in shown):
         return ""
     body = [[f"`{row.name}`", *(number(row.value(key)) for key in shown)] for row in run.rows]
     return render("side_by_side", table=markdown_table(["SAE", *shown.values()], body))
 
 
-_OWNERS = {"": "lab", STOCK_SUFFIX: "SAE Bench"}
+_OWNERS = {"": "lab", SAE_BENCH_SUFFIX: "SAE Bench"}
 
 
 def probing_tasks(run: Run) -> str:

@@ -3,7 +3,7 @@
 A shape is a type, a tuple of types, `[shape]` for a list of such items, `{str: shape}` for a mapping of names to such
 values, or a mapping of keys to shapes; `key!` must be there, other keys may be absent or null.
 
-What a finished run is worth: which evaluations failed, and whether its figures match the committed ones.
+What a finished run is worth: which evaluations failed, and whether its metrics match the committed ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sae_research.runtime.stages import read_results, read_status
 
 Shape = Any
 NUMBER = (int, float)
-FIGURE = (int, float, type(None))
+NUMBER_OR_NONE = (int, float, type(None))
 CFG = {"form": str, "architecture": str, "role": str, "base": str, "provenance": {str: object}}
 EVIDENCE = {
     "intervals": {str: [NUMBER]},
@@ -33,14 +33,14 @@ EVIDENCE = {
 }
 """What our own part of a result, and the merged record, keep for intervals, tests and pictures."""
 RESULT = {
-    "eval_result_metrics!": {str: {str: FIGURE}},
+    "eval_result_metrics!": {str: {str: NUMBER_OR_NONE}},
     "eval_config": {str: object},
     "sae_cfg_dict": CFG,
     "eval_result_details": [object],
     "eval_type_id": str,
 }
 STATUS = {"status!": str, "message": str, "skipped": {str: str}, "notes": {"random_seed": NUMBER}, "config": {str: object}}
-MERGED_RECORD = {"sae!": str, "cfg!": CFG, "evals!": {str: {"status!": str, "metrics": {str: FIGURE}, **EVIDENCE}}}
+MERGED_RECORD = {"sae!": str, "cfg!": CFG, "evals!": {str: {"status!": str, "metrics": {str: NUMBER_OR_NONE}, **EVIDENCE}}}
 MERGED_EVALUATIONS = {"order!": [str], "evals!": {f"{name}!": STATUS for name in EVALS}}
 MANIFEST = {"saes!": {str: CFG}, "order": [str]}
 TRAINING = {"saes": {str: {str: object}}, "tokens": NUMBER}
@@ -115,7 +115,7 @@ def evaluation_results(eval_name: str, folder: Path) -> dict[str, dict[str, Any]
         shaped(result, RESULT, path, mend)
         unstructured = result.get("eval_result_unstructured")
         if isinstance(unstructured, dict):
-            shaped(unstructured, {LAB: {"metrics": {str: FIGURE}, **EVIDENCE}}, path, mend)
+            shaped(unstructured, {LAB: {"metrics": {str: NUMBER_OR_NONE}, **EVIDENCE}}, path, mend)
         kind = result.get("eval_type_id", eval_name)
         if kind not in (eval_name, EVALUATIONS[eval_name].result_type):
             raise UserError(f"{path}: a result of the evaluation {kind}; it belongs in another folder")
@@ -156,7 +156,7 @@ def merged_record(path: Path) -> dict[str, Any]:
 
 RELATIVE_TOLERANCE = 0.02
 ABSOLUTE_TOLERANCE = 0.02
-"""Training amplifies rounding: another processor or thread count gives slightly other SAEs. Figures further than
+"""Training amplifies rounding: another processor or thread count gives slightly other SAEs. Metrics further than
 either tolerance from the committed ones are named."""
 
 
@@ -184,7 +184,7 @@ def committed(path: str, root: Path = Path(".")) -> Any | None:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Figures of two metrics files that differ by more than both tolerances, and entries only one has."""
+    """Metrics of two metrics files that differ by more than both tolerances, and entries only one has."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = [
             f"{where}{key}: only in the {'committed' if key in old else 'new'} metrics"
@@ -202,7 +202,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def report(compare: bool, root: Path = Path(".")) -> int:
-    """Print what failed and how the figures compare with the last commit's. Returns the exit code: 1 for failures."""
+    """Print what failed and how the metrics compare with the last commit's. Returns the exit code: 1 for failures."""
     failed = failures(root)
     for line in failed:
         print(f"failed: {line}")

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_research.reporting.results import STATUS_KEY, Figures, is_figure
+from sae_research.reporting.results import STATUS_KEY, Metrics, is_number
 from sae_research.reporting.shapes import evaluation_status, transfer_results
 from sae_research.reporting.tables import render
 from sae_research.runtime.errors import UserError
@@ -103,13 +103,13 @@ def extract_transfer(folder: Path, output: Path) -> None:
     write_json(
         output,
         {
-            **{name: pair_figures(result) for name, result in results.items()},
+            **{name: pair_metrics(result) for name, result in results.items()},
             STATUS_KEY: {"status": status["status"], "pairs": len(results), **message},
         },
     )
 
 
-def pair_figures(result: dict[str, Any]) -> Figures:
+def pair_metrics(result: dict[str, Any]) -> Metrics:
     """All values of a pair, 4 significant digits; what was not measured has no key."""
     hook = at(result, "setting", "hook") or ""
     here = at(result, "similarity", hook) or {}
@@ -136,7 +136,7 @@ def pair_figures(result: dict[str, Any]) -> Figures:
         f"repair_{key}": at(result, "repair", key)
         for key in ("gap", "gap_closed", "tokens_to_half", "gap_after_equal_training")
     }
-    return {key: round_significant(float(value)) for key, value in found.items() if is_figure(value)}
+    return {key: round_significant(float(value)) for key, value in found.items() if is_number(value)}
 
 
 CAPTIONS = {

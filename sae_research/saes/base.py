@@ -375,18 +375,18 @@ def why(error: BaseException) -> str:
     if isinstance(error, UserError):
         return _one_line(error, 500)
     if isinstance(error, ValueError) and "JSON compliant" in str(error):
-        return "one of its figures is NaN or infinite"
+        return "one of its values is NaN or infinite"
     where = traceback.extract_tb(error.__traceback__)[-1].name
     return f"{type(error).__name__} in {where}: {_one_line(error, 200)}"
 
 
-def check_finite(figures: Any, where: str = "") -> None:
-    """Raises `UserError` that names the first figure, inside dicts and lists, that is NaN or infinite."""
-    if isinstance(figures, float) and not math.isfinite(figures):
-        raise UserError(f"{where or 'a figure'} is NaN or infinite")
-    for key, value in figures.items() if isinstance(figures, dict) else ():
+def check_finite(values: Any, where: str = "") -> None:
+    """Raises `UserError` that names the first value, inside dicts and lists, that is NaN or infinite."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise UserError(f"{where or 'a value'} is NaN or infinite")
+    for key, value in values.items() if isinstance(values, dict) else ():
         check_finite(value, f"{where}, {key}" if where else str(key))
-    for value in figures if isinstance(figures, list) else ():
+    for value in values if isinstance(values, list) else ():
         check_finite(value, where)
 
 

@@ -45,7 +45,7 @@ def import_saes(source: Path, output: Path) -> list[Path]:
 
 
 def export_saes(source: Path, output: Path, layout: str, dict_class: str | None = None) -> list[Path]:
-    """Write every SAE of `source` for another library; held-out figures go along for dictionary_learning.
+    """Write every SAE of `source` for another library; held-out metrics go along for dictionary_learning.
 
     Raises `UserError` naming those whose form the library does not have, once all others are written.
     """
@@ -164,14 +164,14 @@ def _files(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def card(files: dict[str, Path], repo_id: str) -> str:
-    """A model card: which SAEs, their held-out figures, how to load them."""
+    """A model card: which SAEs, their held-out metrics, how to load them."""
     saes = sorted(name.removesuffix("/cfg.json") for name in files if name.endswith("/cfg.json"))
     rows = []
     for sae in saes:
         results = files.get(f"{sae}/eval_results.json")
         figures: Any = read_json(results) if results else {}
         if not isinstance(figures, dict):
-            raise UserError(f"{results}: not the figures of an SAE; remove it or write it again")
+            raise UserError(f"{results}: not the metrics of an SAE; remove it or write it again")
         cells = [number(value if isinstance(value := figures.get(key), int | float) else None) for key in _COLUMNS]
         rows.append([f"`{sae}`", *cells])
     head = [
@@ -183,7 +183,7 @@ def card(files: dict[str, Path], repo_id: str) -> str:
         "",
         "# Sparse autoencoders",
         "",
-        "Trained with sae_research; held-out figures, sinks left out.",
+        "Trained with sae_research; held-out metrics, sinks left out.",
         "",
     ]
     table = [markdown_table(["SAE", "L0", "variance explained", "loss recovered", "fraction alive"], rows)]

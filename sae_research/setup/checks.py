@@ -192,7 +192,7 @@ def preflight(
 def measure(
     saes: dict[str, SparseAutoencoder], sample: Sample, guard: Guard | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """(figures by SAE, seconds per token by SAE). Members of a family share their family's time evenly. Without a `guard`
+    """(metrics by SAE, seconds per token by SAE). Members of a family share their family's time evenly. Without a `guard`
     an SAE that fails raises its error."""
 
     def score(members: Family) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:

@@ -1,4 +1,4 @@
-"""Controls: dictionaries nobody trained, as rows of every table, so that a figure can be read against
+"""Controls: dictionaries nobody trained, as rows of every table, so that a metric can be read against
 nothing.
 
 `random` and `data_rows` are read by matching pursuit, since they have no encoder; `pca` is linear. All three

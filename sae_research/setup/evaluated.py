@@ -2,7 +2,7 @@
 
 An evaluation's own keys need its texts and its code. So it leaves a note under what setup knows as well (SAE, model,
 parameters, and the evaluation's code, which is read and not imported) that names the cached files.
-A note decides no figure.
+A note decides no metric.
 """
 
 from __future__ import annotations

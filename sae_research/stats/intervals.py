@@ -1,11 +1,11 @@
-"""How sure a figure is: clustered bootstrap intervals, paired differences, correction for many comparisons.
+"""How sure a value is: clustered bootstrap intervals, paired differences, correction for many comparisons.
 
-Every figure here is a ratio of sums over clusters, `sum(numerator) / sum(denominator)`: a mean per token (numerator
+Every value here is a ratio of sums over clusters, `sum(numerator) / sum(denominator)`: a mean per token (numerator
 its sum in a cluster, denominator the tokens), a fraction of variance, an accuracy (correct and asked). What varies
 together forms one cluster (all tokens of one document or source, all questions about one text), and clusters are what
 is drawn with replacement. Two SAEs measured on the same clusters meet the same draws, so that what they share cancels.
 
-Few clusters of unequal size, of skewed figures, are what a text of a few sources gives. An ordinary Student's t then finds
+Few clusters of unequal size, of skewed values, are what a text of a few sources gives. An ordinary Student's t then finds
 differences far more often than it says: with the 15 sources of the default text at a level of 0.0005, where a correction
 for a hundred comparisons decides, five times as often with Gaussian noise and forty times with exponential noise. So the
 standard error is the jackknife's, and Student's t has `1.25 sqrt(n)` degrees of freedom, n the *effective* number of
@@ -40,7 +40,7 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class Retrained:
-    """The figure with each of several draws of training texts; its mean is the figure that is reported."""
+    """The value with each of several draws of training texts; its mean is the value that is reported."""
 
     figures: np.ndarray
     """One number per draw [draws]. Two SAEs meet the same draws."""
@@ -52,7 +52,7 @@ class Retrained:
     def variance(self, figures: np.ndarray) -> float:
         """Variance of the mean over draws of `figures` [draws], the pool being a draw too.
 
-        Draws without replacement share texts and so vary less than fresh ones: by 1 - share for a figure to which each
+        Draws without replacement share texts and so vary less than fresh ones: by 1 - share for a value to which each
         text adds its part. The mean over draws keeps the pool's own part, share times a fresh draw's variance (Nadeau and
         Bengio 2003 correct resampled tests in this way).
         """
@@ -62,10 +62,10 @@ class Retrained:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure and the clusters it comes from. Arrays of one number per cluster [clusters].
+    """A value and the clusters it comes from. Arrays of one number per cluster [clusters].
 
     `strata` numbers the groups inside which clusters are drawn, so that every draw holds as many of each as the data;
-    None for one group. `retrained` says how the figure varies with the texts that something was fitted on.
+    None for one group. `retrained` says how the value varies with the texts that something was fitted on.
     """
 
     numerator: np.ndarray
@@ -75,12 +75,12 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        """The figure; NaN where nothing was counted."""
+        """The value; NaN where nothing was counted."""
         below = float(self.denominator.sum())
         return float(self.numerator.sum()) / below if below else math.nan
 
     def drawn(self, seed: int) -> np.ndarray:
-        """The figure in every resample [RESAMPLES]; the same draws for equal seed, number of clusters and strata."""
+        """The value in every resample [RESAMPLES]; the same draws for equal seed, number of clusters and strata."""
         strata = None if self.strata is None else tuple(int(s) for s in self.strata)
         weights_RC = draws(len(self.numerator), strata, seed)
         return _divide(weights_RC @ self.numerator, weights_RC @ self.denominator)
@@ -103,7 +103,7 @@ class Ratio:
 
     @property
     def left_out(self) -> np.ndarray:
-        """By how much the figure changes, to first order, when a cluster is left out and the others of its stratum take
+        """By how much the value changes, to first order, when a cluster is left out and the others of its stratum take
         its place [clusters]. Their sum of squares is the jackknife's variance (CR3 of Bell and McCaffrey 2002)."""
         total = float(self.denominator.sum())
         if not total:
@@ -122,7 +122,7 @@ class Ratio:
 
 
 def averaged(figures: Sequence[Ratio]) -> Ratio:
-    """The mean of figures on the same clusters."""
+    """The mean of values on the same clusters."""
     found = figures[0]
     for number, figure in enumerate(figures[1:], start=2):
         found = mixed(found, figure, 1 / number) or found
@@ -130,7 +130,7 @@ def averaged(figures: Sequence[Ratio]) -> Ratio:
 
 
 def mixed(one: Ratio, other: Ratio, weight: float) -> Ratio | None:
-    """`one` and `other` in the shares 1 - weight and weight: a figure between two measured ones, on the same clusters. None
+    """`one` and `other` in the shares 1 - weight and weight: a value between two measured ones, on the same clusters. None
     where they do not count the same."""
     if one.denominator.shape != other.denominator.shape or not np.allclose(one.denominator, other.denominator, rtol=1e-5):
         return None
@@ -145,7 +145,7 @@ def ratio(
     denominator: Sequence[float] | np.ndarray | float = 1.0,
     strata: Sequence[int] | np.ndarray | None = None,
 ) -> Ratio:
-    """A `Ratio` from any sequences; a denominator of 1 makes the figure a mean over clusters. Clusters in which nothing
+    """A `Ratio` from any sequences; a denominator of 1 makes the value a mean over clusters. Clusters in which nothing
     was counted are left out."""
     top = np.asarray(numerator, np.float64)
     below = np.broadcast_to(np.asarray(denominator, np.float64), top.shape)
@@ -154,7 +154,7 @@ def ratio(
 
 
 def interval(figure: Ratio, seed: int, level: float = LEVEL) -> tuple[float, float] | None:
-    """Interval of a ratio (low, high); None with fewer than `MIN_CLUSTERS` clusters or an undefined figure.
+    """Interval of a ratio (low, high); None with fewer than `MIN_CLUSTERS` clusters or an undefined value.
 
     Percentiles of the resamples, widened for few clusters in the manner of Hesterberg (2015), to the jackknife's error and
     Student's t with `Ratio.freedom`. Bias-corrected and accelerated intervals were tried: with 6 to 40 clusters they cover
@@ -168,7 +168,7 @@ def interval(figure: Ratio, seed: int, level: float = LEVEL) -> tuple[float, flo
 
 
 def _retrained(ones: Sequence[Ratio], others: Sequence[Ratio] = ()) -> tuple[float, ...]:
-    """(variance, degrees of freedom) that the choice of training texts adds to a figure or a difference; empty where they
+    """(variance, degrees of freedom) that the choice of training texts adds to a value or a difference; empty where they
     were drawn once."""
     draws = [[ratio.retrained for ratio in side if ratio.retrained is not None] for side in (ones, others)]
     if len(draws[0]) < len(ones) or len(draws[1]) < len(others):
@@ -178,7 +178,7 @@ def _retrained(ones: Sequence[Ratio], others: Sequence[Ratio] = ()) -> tuple[flo
 
 
 def _moved(drawn: np.ndarray, retrained: tuple[float, ...], seed: int) -> np.ndarray:
-    """Resamples [RESAMPLES] that vary with training texts as well, as a normal figure would."""
+    """Resamples [RESAMPLES] that vary with training texts as well, as a normal value would."""
     if not retrained:
         return drawn
     return drawn + np.random.default_rng([seed, len(drawn)]).normal(0, math.sqrt(retrained[0]), len(drawn))
@@ -223,7 +223,7 @@ def draws(n_clusters: int, strata: tuple[int, ...] | None, seed: int) -> np.ndar
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure less another on the same clusters."""
+    """One value less another on the same clusters."""
 
     value: float
     low: float
@@ -236,7 +236,7 @@ class Difference:
 
 
 def difference(ones: Sequence[Ratio], others: Sequence[Ratio], seed: int) -> Difference | None:
-    """Mean figure of `ones` less that of `others`, all measured on the same clusters (paired).
+    """Mean value of `ones` less that of `others`, all measured on the same clusters (paired).
 
     Either side may hold several training runs of one recipe: the spread between them then joins the error (Welch), as
     another run would differ again. None where there are too few clusters.

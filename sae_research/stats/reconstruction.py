@@ -78,7 +78,7 @@ class ReconstructionStats:
         return (self.firing_F / max(self.tokens, 1)).float().cpu()
 
     def metrics(self) -> dict[str, float]:
-        """Every figure above, as plain floats; empty when no token counted. A 0/0 is left out, never NaN."""
+        """Every value above, as plain floats; empty when no token counted. A 0/0 is left out, never NaN."""
         if self.tokens == 0:
             return {}
         n = self.tokens

@@ -88,7 +88,7 @@ def hub_errors(name: str, offline_mend: str) -> Generator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why loading failed: the hub out of reach is told apart from a name or file it does not have."""
+    """Why loading failed: a hub out of reach, or a name or file that it does not have."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     chain = _chain(error)

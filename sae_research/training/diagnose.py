@@ -1,6 +1,6 @@
-"""What a training run's curves and held-out figures show to be wrong, with the parameter to change.
+"""What a training run's curves and held-out metrics show to be wrong, with the parameter to change.
 
-Every rule is a function of figures that the report holds, every limit stands in `LIMITS`. A run of minutes breaks some
+Every rule is a function of metrics that the report holds, every limit stands in `LIMITS`. A run of minutes breaks some
 of them rightly: it is short. Nothing here changes a run.
 """
 
@@ -17,8 +17,8 @@ from sae_research.config.training import SAERecipe
 
 
 class Limits(NamedTuple):
-    """Where a figure becomes a finding. Set on SAEs of the packaged model trained at learning rates from 1e-5 to 0.1
-    (docs/training.md has the figures)."""
+    """Where a metric becomes a finding. Set on SAEs of the packaged model trained at learning rates from 1e-5 to 0.1
+    (docs/training.md has the measurements)."""
 
     l0_low: float = 0.005
     """L0 below this share of d_in: too sparse to reconstruct from."""
@@ -368,8 +368,8 @@ def as_json(finding: Finding) -> dict[str, Any]:
 
 
 def lines(found: dict[str, list[Finding]]) -> list[str]:
-    """For the terminal: a line a finding, `name: what it says (figure 0.21, limit 0.05); change this`; a fault that
-    several SAEs share is one line with all their figures."""
+    """For the terminal: a line a finding, `name: what it says (metric 0.21, limit 0.05); change this`; a fault that
+    several SAEs share is one line with all their metrics."""
     shared: dict[tuple[str, str, str], list[tuple[str, Finding]]] = {}
     for name, findings in found.items():
         for finding in findings:

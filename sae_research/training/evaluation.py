@@ -98,7 +98,7 @@ def evaluate(
     lm: LanguageModel,
     params: Params,
 ) -> Results:
-    """Add every SAE's held-out figures to the report, PCA's at every hook, and what they show; returns what
+    """Add every SAE's held-out metrics to the report, PCA's at every hook, and what they show; returns what
     `eval_results.json` of each SAE holds."""
     held_out = read_held_out(
         lm, params, held_out_contexts, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()}
@@ -304,7 +304,7 @@ def fraction_silent(sae: TrainingSAE) -> float:
 
 
 def held_out_table(report: Report) -> str:
-    """The held-out figures as a plain table, by hook, PCA below each."""
+    """The held-out metrics as a plain table, by hook, PCA below each."""
     parts = [f"\nheld-out text, {report['model_name']}, {report['tokens']:,} training tokens"]
     keys = ("l0", "variance_explained", "fraction_alive")
     for hook, at_hook in report["hooks"].items():
@@ -324,5 +324,5 @@ def _print(found: Mapping[str, list[Finding]], saes: Mapping[str, SparseAutoenco
         if lacks := sae_lens_lacks(sae):
             lines.append(f"{name}: {lacks}")
     if lines:
-        print("\nwhat the curves and held-out figures say (docs/training.md):")
+        print("\nwhat the curves and held-out metrics say (docs/training.md):")
         print("\n".join(f"  {line}" for line in lines), flush=True)

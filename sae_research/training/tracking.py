@@ -48,7 +48,7 @@ class Tracker:
                 )
 
     def finish(self, results: Mapping[str, Mapping[str, Any]], findings: Mapping[str, Sequence[str]]) -> None:
-        """Held-out figures and what was diagnosed as each run's summary, and the end of the runs."""
+        """Held-out metrics and what was diagnosed as each run's summary, and the end of the runs."""
         for name in list(self.runs):
             figures = {
                 f"eval/{key}": value

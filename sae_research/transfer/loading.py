@@ -91,7 +91,7 @@ class TokenizerCheck(NamedTuple):
     """What a comparison found."""
 
     table: dict[str, float]
-    """The seven figures of the published check, under their names there; fractions in percent."""
+    """The seven metrics of the published check, under their names there; fractions in percent."""
     usable: float
     """Fraction of tokens with the same string and id, the smaller of both vocabularies'."""
     shared: float

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.lm import LanguageModel
 from sae_research.lm.generate import Unembedding, unembedding
@@ -24,7 +23,7 @@ from sae_research.stats.predictions import RECOVERED, CleanPredictions, loss_rat
 from sae_research.stats.reconstruction import sums_dtype
 from sae_research.transfer.loading import MODELS, Masks, Pair, masks
 from sae_research.transfer.sweep import FirstPass
-from sae_research.transfer.text import batches
+from sae_research.transfer.text import batches, token_bar
 
 BLOCKS = 24
 """The text is cut into this many stretches, which intervals draw from: few numbers, however long the text."""
@@ -52,7 +51,7 @@ class _Totals:
 
 
 def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | None = None) -> dict[str, Any]:
-    """Figures by model, for every SAE and both filters; `clean_kl` compares the two models' own predictions.
+    """Metrics by model, for every SAE and both filters; `clean_kl` compares the two models' own predictions.
 
     For a prediction made at a position that counts, with x replaced where tokens count: `ce_clean`, `ce_patched`, `ce_zero`
     (zeros in place), `ce_mean` (the mean activation of tokens that count in place), in nats;
@@ -63,15 +62,7 @@ def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | 
     totals = {model: _Totals() for model in MODELS}
     shared = _Totals()
     config, read = pair.params.transfer, 0
-    with tqdm(
-        total=n_tokens,
-        desc=progress,
-        unit="tok",
-        unit_scale=True,
-        disable=progress is None,
-        mininterval=2,
-        dynamic_ncols=True,
-    ) as bar:
+    with token_bar(n_tokens, progress) as bar:
         for batch in batches(pair.base, pair.finetuned, pair.source, n_tokens, config.patched_batch_size):
             sides = batch.sides
             acts = {model: lm.activations(sides[model].tokens, pair.hook).float() for model, lm in pair.models.items()}
@@ -168,7 +159,7 @@ def _summed(values: Tensor, mask: Tensor) -> Tensor:
 
 def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals: _Totals) -> None:
     """KL(base || finetuned) of the two models' own predictions, over the base model's ids. logits: the finetuned model's;
-    where it has fewer ids there is no such figure."""
+    where it has fewer ids there is no such metric."""
     shared_ids = base.log_p_NV.shape[-1]
     if logits.shape[-1] < shared_ids:
         return
@@ -181,7 +172,7 @@ def _compare_models(base: CleanPredictions, logits: Tensor, found: Masks, totals
 
 
 def _figures(sums: Sums, saes: dict[str, SparseAutoencoder], seed: int) -> dict[str, Any]:
-    """By filter: figures shared by all SAEs, and each SAE's by role."""
+    """By filter: metrics shared by all SAEs, and each SAE's by role."""
     return {
         name: {**_shared_figures(sums, name, seed), "saes": {role: _sae_figures(sums, name, role, seed) for role in saes}}
         for name in FILTERS
@@ -219,7 +210,7 @@ def _bits(sums: Sums, nats: str, seed: int) -> dict[str, float] | None:
 
 
 def _with_interval(figure: Ratio, seed: int) -> dict[str, float] | None:
-    """{value, low, high}; bounds only where there are blocks enough, None where the figure is not defined."""
+    """{value, low, high}; bounds only where there are blocks enough, None where the metric is not defined."""
     kept = figure.denominator != 0
     figure = Ratio(figure.numerator[kept], figure.denominator[kept])
     if not math.isfinite(figure.value):

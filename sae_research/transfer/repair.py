@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import Train
 from sae_research.config.training import StandardRecipe, TopKRecipe
@@ -25,7 +24,7 @@ from sae_research.training.recipes.base import Recipe
 from sae_research.training.recipes.l1 import Standard
 from sae_research.training.recipes.top_k import TopK
 from sae_research.transfer.loading import MODELS, Pair, masks
-from sae_research.transfer.text import batches
+from sae_research.transfer.text import batches, token_bar
 
 TRAIN_SPLIT = "sae_train"
 FORMS = ("standard", "topk")
@@ -75,7 +74,7 @@ def repair(pair: Pair, limit: float) -> dict[str, Any]:
     arms: dict[str, _Arm] = {}
     curves: dict[str, list[dict[str, float]]] = {"finetuned": [_row(0, before, MODELS)], "base": [_row(0, before, ["base"])]}
     generator, read = torch.Generator().manual_seed(pair.params.random_seed), 0
-    with tqdm(total=config.tokens, desc="repair", unit="tok", unit_scale=True, mininterval=2, dynamic_ncols=True) as bar:
+    with token_bar(config.tokens, "repair") as bar:
         for n_tokens, rows in _rows(pair, limit, config.tokens, TRAIN_SPLIT):
             read += n_tokens
             for model in ("finetuned", "base"):

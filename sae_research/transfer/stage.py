@@ -35,7 +35,7 @@ from sae_research.transfer.text import SPLIT, TextSource, batches
 
 
 def similarity(statistics: Statistics) -> dict[str, Any]:
-    """By hook: figures without and with outliers, how many were removed, and what pictures are drawn from."""
+    """By hook: metrics without and with outliers, how many were removed, and what pictures are drawn from."""
     return {hook: _similarity(stats) for hook, stats in statistics.hooks.items()}
 
 
@@ -54,7 +54,7 @@ def _similarity(stats: HookStats) -> dict[str, Any]:
 
 
 def quality(stats: SaeStats) -> dict[str, Any]:
-    """By model and filter: the figures of `ReconstructionStats`, the published R^2, and dead latents with an interval."""
+    """By model and filter: the metrics of `ReconstructionStats`, the published R^2, and dead latents with an interval."""
     return {
         model: {
             "kept": _quality(stats.kept[model]),
@@ -87,7 +87,7 @@ def _quality(stats: ReconstructionStats) -> dict[str, float]:
 
 def flattened_r2(stats: ReconstructionStats) -> float | None:
     """The published comparison's R^2: about one mean over all tokens *and dimensions*, so that a mere constant vector
-    already scores 0.3 to 0.6 and the figure is no variance explained. None without variance."""
+    already scores 0.3 to 0.6 and the metric is no variance explained. None without variance."""
     n = stats.tokens * len(stats.sum_D)
     total = float(stats.sum_squares_D.sum()) - float(stats.sum_D.sum()) ** 2 / n
     return None if total <= 0 else 1 - float(stats.residual_D.sum()) / total
@@ -196,7 +196,7 @@ def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple
 
 
 def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:
-    """The first pass: figures, tables, and what the other parts need of it."""
+    """The first pass: metrics, tables, and what the other parts need of it."""
     statistics = sweep(pair, n_tokens, f"{name}: statistics")
     result: dict[str, Any] = {
         "coverage": coverage(pair, statistics),

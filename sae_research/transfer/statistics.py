@@ -84,7 +84,7 @@ class Similarity:
         return float(cross.square().sum()) / below if below > 0 else None
 
     def means(self) -> dict[str, float]:
-        """Every figure above; empty when no token was seen."""
+        """Every metric above; empty when no token was seen."""
         if self.n == 0:
             return {}
         found = dict(zip(METRICS, (self.sums / self.n).tolist(), strict=True))

@@ -1,7 +1,7 @@
 """One pass of either model over the text, and from it every statistic. Nothing grows with the number of tokens.
 
-Two sets of tokens are kept apart: outliers of either model, and the other tokens that count. Figures without outliers come
-from the second set, figures with them from both together.
+Two sets of tokens are kept apart: outliers of either model, and the other tokens that count. Metrics without outliers come
+from the second set, metrics with them from both together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_research.config.params import TokenMask
 from sae_research.lm import token_mask
@@ -30,7 +29,7 @@ from sae_research.transfer.statistics import (
     chosen_limit,
     limits,
 )
-from sae_research.transfer.text import PairBatch, batches
+from sae_research.transfer.text import PairBatch, batches, token_bar
 
 HEAT_MAP_PROMPTS = 40
 PROMPT_EDGES = [x / 200 for x in range(-200, 201)]
@@ -157,15 +156,7 @@ def sweep(pair: Pair, n_tokens: int, progress: str | None = None, texts: Iterabl
     config = pair.params.transfer
     statistics: Statistics | None = None
     generator = torch.Generator().manual_seed(pair.params.random_seed)
-    with tqdm(
-        total=n_tokens,
-        desc=progress,
-        unit="tok",
-        unit_scale=True,
-        disable=progress is None,
-        mininterval=2,
-        dynamic_ncols=True,
-    ) as bar:
+    with token_bar(n_tokens, progress) as bar:
         for batch in texts or batches(pair.base, pair.finetuned, pair.source, n_tokens, config.batch_size):
             acts = {model: lm.activations_at(batch.sides[model].tokens, pair.hooks) for model, lm in pair.models.items()}
             _check_finite(pair, acts)

@@ -99,7 +99,7 @@ def sample(frame: pd.DataFrame, sampling: Sampling, seed: int) -> np.ndarray:
 
 
 def as_tsv(frame: pd.DataFrame) -> str:
-    """The table as text: 6 significant digits, an empty cell where a figure is not defined."""
+    """The table as text: 6 significant digits, an empty cell where a metric is not defined."""
     return frame.to_csv(sep="\t", index=False, float_format="%.6g", lineterminator="\n")
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_research.config.params import Text
 from sae_research.lm import LanguageModel
@@ -86,6 +87,13 @@ def batches(
         batch = make(base, finetuned, chunk)
         read += batch.n_tokens
         yield batch
+
+
+def token_bar(total: int, label: str | None) -> tqdm:
+    """A progress bar over `total` tokens; none is shown without a label."""
+    return tqdm(
+        total=total, desc=label, unit="tok", unit_scale=True, disable=label is None, mininterval=2, dynamic_ncols=True
+    )
 
 
 def documents_of(source: TextSource, tokenizer: Any) -> Iterator[Document]:

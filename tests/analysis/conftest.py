@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, load_language_model
 from tests.helpers.analysis import EARLY, SIZE, biased
@@ -27,12 +27,12 @@ def params(tiny_inputs: Path) -> Params:
 
 
 @pytest.fixture
-def lab(lm: LanguageModel, params: Params, in_project: Path) -> Lab:
+def analysis(lm: LanguageModel, params: Params, in_project: Path) -> AnalysisContext:
     """One SAE."""
-    return Lab.of({"late": biased("standard")}, lm, params)
+    return AnalysisContext.of({"late": biased("standard")}, lm, params)
 
 
 @pytest.fixture
-def two(lm: LanguageModel, params: Params, in_project: Path) -> Lab:
+def two(lm: LanguageModel, params: Params, in_project: Path) -> AnalysisContext:
     """Two SAEs at two hooks."""
-    return Lab.of({"early": biased("topk", hook=EARLY, seed=1), "late": biased("standard")}, lm, params)
+    return AnalysisContext.of({"early": biased("topk", hook=EARLY, seed=1), "late": biased("standard")}, lm, params)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.site import write_dashboard, write_index, write_script
 from sae_research.analysis.store import load_stats
 from sae_research.config.params import Params
@@ -43,9 +43,9 @@ def site(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plain, signed = tiny_sae("standard"), tiny_sae("linear", seed=1)
         plain.b_enc[:3] -= 1000  # dead
         plain.cfg = plain.cfg.replace(provenance={"release": "gpt2-small-res-jb", "sae_id": "blocks.6.hook_resid_pre"})
-        lab = Lab.of({"plain": plain, "signed": signed}, lm, params)
-        write_dashboard(lab, folder / "out", small(), pairs=[("plain", "signed")])
-        (folder / "out/store").symlink_to(lab.stats("plain").folder)
+        analysis = AnalysisContext.of({"plain": plain, "signed": signed}, lm, params)
+        write_dashboard(analysis, folder / "out", small(), pairs=[("plain", "signed")])
+        (folder / "out/store").symlink_to(analysis.stats("plain").folder)
     return folder / "out"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.latents import Shown, significant
 from sae_research.analysis.dashboard.neighbours import match_by_activation, match_by_decoder, nearest
 from sae_research.analysis.dashboard.neuronpedia_batch import Batch
@@ -43,10 +43,10 @@ def test_significant_digits_are_those_of_formatting() -> None:
     assert significant(np.array([0.0, -0.0, 99995.0])).tolist() == [0.0, 0.0, 100000.0]
 
 
-def test_a_latent_file_says_what_the_store_says(lab: Lab, in_project: Path) -> None:
-    lab.saes["late"].b_enc[:8] -= 100  # dead
-    page = write_dashboard(lab, in_project / "site", small())
-    stats, sae = lab.stats("late"), lab.saes["late"]
+def test_a_latent_file_says_what_the_store_says(analysis: AnalysisContext, in_project: Path) -> None:
+    analysis.saes["late"].b_enc[:8] -= 100  # dead
+    page = write_dashboard(analysis, in_project / "site", small())
+    stats, sae = analysis.stats("late"), analysis.saes["late"]
     assert page == in_project / "site/index.html"
     files = sorted((in_project / "site/late/data").glob("0*.js"))
     assert len(files) == 4  # 64 latents, 16 a file
@@ -67,7 +67,7 @@ def test_a_latent_file_says_what_the_store_says(lab: Lab, in_project: Path) -> N
             np.testing.assert_allclose(acts, known.activations[window], rtol=1e-3)
             assert one["from"] + one["at"] == known.position and acts[one["at"]] == one["v"]
             assert one["level"] == (-1 if known.level is None else known.level) and one["source"] == known.source
-    direct = unembedding(lab.lm).logits(sae.W_dec)
+    direct = unembedding(analysis.lm).logits(sae.W_dec)
     direct = direct - direct.mean(1, keepdim=True)
     for latent in latents[::9]:
         raised, lowered = latent["logits"]["raised"], latent["logits"]["lowered"]
@@ -77,12 +77,12 @@ def test_a_latent_file_says_what_the_store_says(lab: Lab, in_project: Path) -> N
         assert raised[0][0] == stats.vocabulary[int(row.argmax())] and sum(latent["logits"]["counts"]) == len(row)
 
 
-def test_equal_runs_write_equal_bytes_and_foreign_folders_stay(lab: Lab, in_project: Path) -> None:
+def test_equal_runs_write_equal_bytes_and_foreign_folders_stay(analysis: AnalysisContext, in_project: Path) -> None:
     def read(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     for name in ("one", "two", "one"):  # the third time over the first
-        write_dashboard(lab, in_project / name, small())
+        write_dashboard(analysis, in_project / name, small())
     assert read(in_project / "one") == read(in_project / "two")
     for path in (in_project / "one").rglob("*.html"):
         assert "http://" not in path.read_text()
@@ -90,19 +90,23 @@ def test_equal_runs_write_equal_bytes_and_foreign_folders_stay(lab: Lab, in_proj
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     with pytest.raises(UserError, match="no part of a dashboard"):
-        write_dashboard(lab, in_project / "three", small())
+        write_dashboard(analysis, in_project / "three", small())
     assert mine.read_text() == "mine"
     page = in_project / "home/index.html"
     page.parent.mkdir()
     page.write_text("my home page")
     with pytest.raises(UserError, match="no dashboard's"):
-        write_dashboard(lab, in_project / "home", small())
+        write_dashboard(analysis, in_project / "home", small())
     assert page.read_text() == "my home page" and [path.name for path in page.parent.iterdir()] == ["index.html"]
     with pytest.raises(UserError, match="none of static, compare"):
-        write_dashboard(Lab.of({"compare": lab.saes["late"]}, lab.lm, lab.params), in_project / "four", small())
+        write_dashboard(
+            AnalysisContext.of({"compare": analysis.saes["late"]}, analysis.lm, analysis.params),
+            in_project / "four",
+            small(),
+        )
 
 
-def test_matches_are_the_plain_ones(two: Lab) -> None:
+def test_matches_are_the_plain_ones(two: AnalysisContext) -> None:
     one, other = two.stats("early"), two.stats("late")
     found = match_by_activation(one, other)
     both = np.asarray(one.counted & other.counted).reshape(-1)
@@ -123,13 +127,13 @@ def test_matches_are_the_plain_ones(two: Lab) -> None:
     assert (latents != np.arange(64)[:, None]).all()
 
 
-def test_comparisons_need_text_or_a_hook_in_common(two: Lab, lm: LanguageModel, params: Params) -> None:
+def test_comparisons_need_text_or_a_hook_in_common(two: AnalysisContext, lm: LanguageModel, params: Params) -> None:
     settings = small()
     shown = {name: Shown(name, sae, lm, two.stats(name), settings) for name, sae in two.saes.items()}
     pair = compare(shown["early"], shown["late"])
     assert pair.score == "correlation" and len(pair.content["partner"]) == 64
     other_text = params.model_copy(update={"analysis": params.analysis.model_copy(update={"tokens": 2_000})})
-    elsewhere = Lab.of(two.saes, lm, other_text)
+    elsewhere = AnalysisContext.of(two.saes, lm, other_text)
     apart = {name: Shown(name, sae, lm, elsewhere.stats(name), settings) for name, sae in two.saes.items()}
     with pytest.raises(UserError, match="neither text nor hook"):
         compare(shown["early"], apart["late"])
@@ -142,7 +146,7 @@ def test_comparisons_need_text_or_a_hook_in_common(two: Lab, lm: LanguageModel, 
 @pytest.mark.slow
 def test_latents_outside_the_residual_stream_have_no_logits(lm: LanguageModel, params: Params, in_project: Path) -> None:
     sae = tiny_sae("standard", hook_name="blocks.1.attn.hook_z")
-    write_dashboard(Lab.of({"heads": sae}, lm, params), in_project / "site", small(neuronpedia=True))
+    write_dashboard(AnalysisContext.of({"heads": sae}, lm, params), in_project / "site", small(neuronpedia=True))
     about = content(in_project / "site/heads/data/about.js")
     assert about["no_logits"].startswith("blocks.1.attn.hook_z is not in the residual stream")
     latents = content(in_project / "site/heads/data/00000.js")["latents"]
@@ -152,9 +156,9 @@ def test_latents_outside_the_residual_stream_have_no_logits(lm: LanguageModel, p
 
 
 @pytest.mark.slow
-def test_one_sae_on_two_models_side_by_side(lab: Lab, in_project: Path) -> None:
+def test_one_sae_on_two_models_side_by_side(analysis: AnalysisContext, in_project: Path) -> None:
     other = make_tiny_model(in_project / "twin", seed=1)
-    write_dashboard(lab, in_project / "site", small(other_model=str(other)))
+    write_dashboard(analysis, in_project / "site", small(other_model=str(other)))
     pair = content(in_project / "site/compare/late_and_late_on_twin/data.js")
     assert pair["partner"] == list(range(64)) and (in_project / "site/late_on_twin/latent.html").is_file()
     there = LatentStats(
@@ -164,13 +168,13 @@ def test_one_sae_on_two_models_side_by_side(lab: Lab, in_project: Path) -> None:
             if json.loads(path.read_text())["sae"]["name"] == "late_on_twin"
         )
     )
-    here, both = lab.stats("late"), np.asarray(there.counted & lab.stats("late").counted).reshape(-1)
+    here, both = analysis.stats("late"), np.asarray(there.counted & analysis.stats("late").counted).reshape(-1)
     for latent in np.flatnonzero((here.count > 9) & (there.count > 9))[::7]:
         plain = np.corrcoef(dense(here)[latent, both], dense(there)[latent, both])[0, 1]
         assert pair["score"][latent] == pytest.approx(plain, abs=1e-3)
 
 
-def test_neuronpedia_files_keep_its_schema(two: Lab, in_project: Path) -> None:
+def test_neuronpedia_files_keep_its_schema(two: AnalysisContext, in_project: Path) -> None:
     write_dashboard(two, in_project / "site", small(neuronpedia=True))
     folder = in_project / "site" / NEURONPEDIA / "late"
     found = [Batch.model_validate_json(path.read_text()) for path in sorted(folder.glob("batch-*.json"))]
@@ -191,11 +195,11 @@ def test_neuronpedia_files_keep_its_schema(two: Lab, in_project: Path) -> None:
         Batch.model_validate(broken)
 
 
-def test_the_stage_writes_a_site_or_says_why_not(lab: Lab, params: Params, in_project: Path) -> None:
+def test_the_stage_writes_a_site_or_says_why_not(analysis: AnalysisContext, params: Params, in_project: Path) -> None:
     run_stage(params)
     assert read_status(Path("dashboards"))["status"] == "disabled"
     name = "late"
-    save_sae(lab.saes[name], in_project / "downloaded_saes" / name)
+    save_sae(analysis.saes[name], in_project / "downloaded_saes" / name)
     write_json(in_project / "downloaded_saes/manifest.json", {"order": [name], "saes": {name: {"role": "baseline"}}})
     write_json(in_project / "metrics/core.json", {"_status": {}, name: {"variance_explained": 0.4321}})
     on = params.model_copy(
@@ -212,9 +216,9 @@ def test_the_stage_writes_a_site_or_says_why_not(lab: Lab, params: Params, in_pr
 def test_one_bad_sae_is_left_out_of_the_site(lm: LanguageModel, params: Params, in_project: Path) -> None:
     bad, said = tiny_sae(seed=1), {}
     bad.b_enc.fill_(torch.nan)
-    lab = Lab.of({"bad": bad, "good": tiny_sae()}, lm, params)
-    write_dashboard(lab, "site", small(), pairs=[("good", "bad")], skip=said.__setitem__)
+    analysis = AnalysisContext.of({"bad": bad, "good": tiny_sae()}, lm, params)
+    write_dashboard(analysis, "site", small(), pairs=[("good", "bad")], skip=said.__setitem__)
     assert list(said) == ["bad"] and "NaN" in said["bad"]
     assert Path("site/good/index.html").is_file() and not Path("site/bad").exists()
     with pytest.raises(UserError, match="NaN"):  # nowhere to list it
-        write_dashboard(lab, "site", small())
+        write_dashboard(analysis, "site", small())

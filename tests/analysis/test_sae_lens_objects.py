@@ -1,4 +1,4 @@
-"""SAELens' own objects in a lab, as they come from `SAE.from_pretrained`."""
+"""SAELens' own objects in an analysis, loaded by `SAE.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.prompt import run_with_saes
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
@@ -42,16 +42,16 @@ def test_it_computes_what_it_computes_there(
 ) -> None:
     """Converted where this project has the form, run as it is where not."""
     sae = made(architecture, **options)
-    lab = Lab.of({"theirs": sae}, lm)
-    assert isinstance(lab.saes["theirs"], ForeignSAE) != ours
-    seen = run_with_saes(lab, lab.tokens(PROMPT)).saes["theirs"]
+    analysis = AnalysisContext.of({"theirs": sae}, lm)
+    assert isinstance(analysis.saes["theirs"], ForeignSAE) != ours
+    seen = run_with_saes(analysis, analysis.tokens(PROMPT)).saes["theirs"]
     mask = seen.mask[..., None]
     with torch.no_grad():
         torch.testing.assert_close(seen.reconstruction * mask, sae(seen.input) * mask, atol=1e-4, rtol=1e-4)
-    assert lab.saes["theirs"].signed == (architecture == "AbsTopKSAE") and lab.saes["theirs"].per_token
+    assert analysis.saes["theirs"].signed == (architecture == "AbsTopKSAE") and analysis.saes["theirs"].per_token
 
 
 @pytest.mark.slow
 def test_a_scaled_input_is_refused(lm: LanguageModel, in_project: object) -> None:
     with pytest.raises(UserError, match="every token is scaled by its own norm"):
-        Lab.of({"theirs": made("StandardSAE", normalize_activations="layer_norm")}, lm)
+        AnalysisContext.of({"theirs": made("StandardSAE", normalize_activations="layer_norm")}, lm)

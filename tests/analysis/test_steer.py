@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.neuronpedia import Neuronpedia
 from sae_research.analysis.steer import Edit, as_rows, steer
 from sae_research.lm import LanguageModel
@@ -51,13 +51,15 @@ def expected(sae: SparseAutoencoder, x: Tensor, method: str, amount: float, mask
 
 @pytest.mark.parametrize("method", ["add", "clamp", "project"])
 @pytest.mark.parametrize("looks_back", [False, True])
-def test_every_generated_token_was_edited(lm: LanguageModel, lab: Lab, method: str, looks_back: bool) -> None:
+def test_every_generated_token_was_edited(
+    lm: LanguageModel, analysis: AnalysisContext, method: str, looks_back: bool
+) -> None:
     """Sampling step by step from a cache equals one whole run of the text with the edit at every token."""
-    sae = lab.saes["late"]
+    sae = analysis.saes["late"]
     if looks_back:
         sae = LooksBack(sae.cfg.replace(form="looks_back"), **sae.tensors())
-    tokens = lab.tokens(PROMPT)
-    mask = lab.mask(tokens, lm.activations(tokens, LATE))
+    tokens = analysis.tokens(PROMPT)
+    mask = analysis.mask(tokens, lm.activations(tokens, LATE))
     edit = Edit(sae, LATENT, method, 30.0, mask)
     ids = sample(lm, tokens, 9, [0, 1], temperature=0, edits={LATE: edit})
     assert edit.edited == 2 * (int(mask.sum()) + 8)
@@ -68,20 +70,20 @@ def test_every_generated_token_was_edited(lm: LanguageModel, lab: Lab, method: s
     assert ids[0].tolist() != sample(lm, tokens, 9, [0], temperature=0)[0].tolist(), "the edit changes the text"
 
 
-def test_a_hook_that_never_fires_is_an_error(lm: LanguageModel, lab: Lab) -> None:
+def test_a_hook_that_never_fires_is_an_error(lm: LanguageModel, analysis: AnalysisContext) -> None:
     whole = lm.layers
     lm.model.model.layers = torch.nn.ModuleList([whole[0], whole[2]])
     try:
         with pytest.raises(UserError, match="fired 0 times in one pass"):
-            sample(lm, lab.tokens(PROMPT), 2, [0], edits={LATE: lambda x: x})
+            sample(lm, analysis.tokens(PROMPT), 2, [0], edits={LATE: lambda x: x})
     finally:
         lm.model.model.layers = whole
 
 
-def test_steering_report(lab: Lab) -> None:
-    found = steer(lab, PROMPT, LATENT, [0.0, 5.0], "add", seeds=[3, 4], n_tokens=12, neutral_tokens=100)
+def test_steering_report(analysis: AnalysisContext) -> None:
+    found = steer(analysis, PROMPT, LATENT, [0.0, 5.0], "add", seeds=[3, 4], n_tokens=12, neutral_tokens=100)
     plain, none, strong = found.strengths
-    assert found.maximum == pytest.approx(float(lab.stats("late").max[LATENT]))
+    assert found.maximum == pytest.approx(float(analysis.stats("late").max[LATENT]))
     assert [s.text for s in none.samples] == [s.text for s in plain.samples], "equal seeds meet equal noise"
     assert (none.moved, none.moved_back, plain.moved) == (0, 0, None) and none.kl == pytest.approx(0, abs=1e-6)
     assert strong.kl > 1e-3 and strong.edits == none.edits > 0 == plain.edits
@@ -92,10 +94,10 @@ def test_steering_report(lab: Lab) -> None:
     )
     assert all("samples" not in row for row in as_rows(found))
     # the cost by hand
-    lm, sae = lab.lm, lab.saes["late"]
-    tokens = token_contexts(lm.tokenizer, lm.separator_id, lab.params.text, "core_eval", 100).tokens
+    lm, sae = analysis.lm, analysis.saes["late"]
+    tokens = token_contexts(lm.tokenizer, lm.separator_id, analysis.params.text, "core_eval", 100).tokens
     x = lm.activations(tokens, LATE)
-    mask = lab.mask(tokens, x)
+    mask = analysis.mask(tokens, x)
     ce, kl = CleanPredictions(lm.logits(tokens), tokens).compare(
         lm.resume(LATE, expected(sae, x, "add", strong.amount, mask), tokens)
     )
@@ -112,20 +114,20 @@ def test_nucleus_sampling() -> None:
     assert int(choose(logits, torch.tensor([0.99]), 1.0, 0.01)) == 0
 
 
-def test_refusals(lm: LanguageModel, lab: Lab) -> None:
+def test_refusals(lm: LanguageModel, analysis: AnalysisContext) -> None:
     base = tiny_sae("standard")
     iht = IHTPSAE(base.W_dec, base.b_dec, 3, base.cfg.replace(form="ihtp", base="standard", options={"k": 3}))
     with pytest.raises(UserError, match="cannot steer: its encoder is not causal.*steer with the dictionary it reads, st"):
-        steer(Lab.of({"standard_ihtp_k3": iht}, lm, lab.params), PROMPT, 1)
+        steer(AnalysisContext.of({"standard_ihtp_k3": iht}, lm, analysis.params), PROMPT, 1)
     with pytest.raises(UserError, match="latent 64"):
-        steer(lab, PROMPT, D_SAE)
-    dead = Lab.of({"dead": biased("standard", shift=1e5)}, lm, lab.params)
+        steer(analysis, PROMPT, D_SAE)
+    dead = AnalysisContext.of({"dead": biased("standard", shift=1e5)}, lm, analysis.params)
     with pytest.raises(UserError, match="fired on none of"):
         steer(dead, PROMPT, 0)
     with pytest.raises(UserError, match="choose one of add, clamp, project"):
-        steer(lab, PROMPT, LATENT, method="shove")
+        steer(analysis, PROMPT, LATENT, method="shove")
     with pytest.raises(UserError, match="prompt is empty"):
-        steer(lab, "", LATENT)
+        steer(analysis, "", LATENT)
 
 
 # --- Neuronpedia -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.explain import Explainer, as_json, explain_latents, logit_tail, ranking_scores
 from sae_research.analysis.subspace import by_word, firing_together, subspace
 from sae_research.config.params import Params
@@ -38,7 +38,7 @@ class ByRule(SparseAutoencoder):
 
 
 @pytest.fixture
-def known(lm: LanguageModel, params: Params, in_project: object) -> Lab:
+def known(lm: LanguageModel, params: Params, in_project: object) -> AnalysisContext:
     """An SAE whose latents follow rules, and the word it fires on."""
     from sae_research.text.tokens import token_contexts
 
@@ -47,10 +47,10 @@ def known(lm: LanguageModel, params: Params, in_project: object) -> Lab:
     sae.tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", 4_000).tokens
     ids, counts = sae.tokens.unique(return_counts=True)
     sae.wanted, sae.batch = int(ids[counts.argsort(descending=True)[3]]), 0
-    return Lab.of({"known": sae}, lm, params)
+    return AnalysisContext.of({"known": sae}, lm, params)
 
 
-def test_rules_are_found_and_score_as_they_should(known: Lab) -> None:
+def test_rules_are_found_and_score_as_they_should(known: AnalysisContext) -> None:
     explainer = Explainer(known.stats("known"))
     word = known.lm.tokenizer.decode([known.saes["known"].wanted])
     on, after, late, chance = (explainer.explain(latent) for latent in range(4))
@@ -65,9 +65,9 @@ def test_rules_are_found_and_score_as_they_should(known: Lab) -> None:
     assert explainer.explain(10) is None, "a latent that never fires has no explanation"
 
 
-def test_explain_latents_and_their_logits(lab: Lab) -> None:
-    found = explain_latents(lab, "late")
-    store = lab.stats("late")
+def test_explain_latents_and_their_logits(analysis: AnalysisContext) -> None:
+    found = explain_latents(analysis, "late")
+    store = analysis.stats("late")
     assert {e.latent for e in found} <= set(np.flatnonzero(store.count).tolist()) and len(found) > 10
     for e in found[:3]:
         assert e.promoted and as_json(e)["rules"].keys() == e.rules.keys()
@@ -87,8 +87,8 @@ def test_ranking_scores_are_sklearns() -> None:
     )
 
 
-def test_subspace_is_the_pca_of_reconstructions(lab: Lab) -> None:
-    stats, sae = lab.stats("late"), lab.saes["late"]
+def test_subspace_is_the_pca_of_reconstructions(analysis: AnalysisContext) -> None:
+    stats, sae = analysis.stats("late"), analysis.saes["late"]
     latents = np.argsort(-stats.count)[:5].tolist()
     found = subspace(stats, sae, latents, by_word(["the", "time"]))
     numbers, z = firing_together(stats, latents)
@@ -100,7 +100,7 @@ def test_subspace_is_the_pca_of_reconstructions(lab: Lab) -> None:
     np.testing.assert_allclose(found.coordinates @ found.components, centred, atol=np.sqrt(values[3:].sum()) + 1e-3)
     for i in range(0, len(numbers), 50):
         context, position = found.place[i]
-        assert found.token[i] == lab.lm.tokenizer.decode([int(stats.token_ids[context, position])])
+        assert found.token[i] == analysis.lm.tokenizer.decode([int(stats.token_ids[context, position])])
         assert found.group[i] == {"the": "the", "time": "time"}.get(found.token[i].strip(), "other")
         assert found.token[i] in found.context[i]
     assert {"the", "other"} <= set(found.group)
@@ -113,5 +113,5 @@ def test_subspace_is_the_pca_of_reconstructions(lab: Lab) -> None:
     assert by_word({"weekend": ["Saturday", "Sunday"]})(" sunday") == "weekend"
 
 
-def test_the_store_says_what_it_is_of(lab: Lab) -> None:
-    assert lab.stats("late").about["hook"] == LATE and lab.stats("late") is lab.stats("late")
+def test_the_store_says_what_it_is_of(analysis: AnalysisContext) -> None:
+    assert analysis.stats("late").about["hook"] == LATE and analysis.stats("late") is analysis.stats("late")

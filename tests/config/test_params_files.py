@@ -18,10 +18,10 @@ from sae_research.config.params import Params, check_params, check_trained_names
 from sae_research.config.reporting import Style
 from sae_research.config.section import Section
 from sae_research.config.training import AnyRecipe
+from sae_research.config.yaml_files import read_mapping
 from sae_research.experiments import sae_interpretability
 from sae_research.experiments.config_files import flatten, parse_overrides, with_values
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import read_mapping
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "params.yaml").read_text()

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from sae_research.config.evaluations import EVALUATIONS
 from sae_research.runtime.formatting import number
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +34,10 @@ def test_what_the_text_says_of_two_rows_is_theirs() -> None:
     assert said is not None
     for name, value in zip(said.group(1, 2), said.group(3, 4), strict=True):
         assert number(metrics[name]["core"]["variance_explained"]) == value
+
+
+def test_the_table_of_evaluations_has_every_evaluation_and_its_default() -> None:
+    table = (ROOT / "README.md").read_text().split("| `eval_types` |")[1].split("\n\n")[0]
+    first = re.findall(r"^\| ((?:`\w+`(?:, )?)+)( \(on\))? \|", table, re.MULTILINE)
+    said = {name: bool(on) for cell, on in first for name in re.findall(r"`(\w+)`", cell)}
+    assert said == {name: one.on for name, one in EVALUATIONS.items()}

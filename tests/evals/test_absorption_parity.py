@@ -1,4 +1,4 @@
-"""Absorption in SAE Bench's definition against stock SAE Bench 0.6.0 (tests/fixtures/make_absorption.py), on the packaged
+"""Absorption in SAE Bench's definition against SAE Bench 0.6.0 (tests/fixtures/make_absorption.py), on the packaged
 model, given the same words, prompts, and starts and orders of probes."""
 
 from __future__ import annotations

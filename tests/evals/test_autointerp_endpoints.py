@@ -10,12 +10,12 @@ import pytest
 
 from sae_research.config.params import Params
 from sae_research.evals.autointerp import judge
-from sae_research.evals.harness import SAE_FOLDER
 from sae_research.evals.run import run_evaluation
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_json
 from sae_research.runtime.stages import read_status
 from sae_research.saes import save_sae
+from sae_research.saes.sources import PREPARED
 from tests.helpers.autointerp_lab import lab
 from tests.helpers.evals_saes import standard
 from tests.helpers.llm_server import DROP, HANG, Http, is_scoring, sensible, serve_llm
@@ -27,8 +27,8 @@ KEY = "sk-very-secret-0123456789"
 def prepared(in_project: Path) -> None:
     """Two SAEs as the setup stage leaves them."""
     for name, seed in (("one", 0), ("two", 1)):
-        save_sae(standard(seed), in_project / SAE_FOLDER / name)
-    write_json(in_project / SAE_FOLDER / "manifest.json", {"order": ["one", "two"]})
+        save_sae(standard(seed), in_project / PREPARED / name)
+    write_json(in_project / PREPARED / "manifest.json", {"order": ["one", "two"]})
 
 
 def stage_of(params: Params) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""Autointerp against stock SAE Bench 0.6.0 (tests/fixtures/make_autointerp.py): windows, wording, parsing, scores."""
+"""Autointerp against SAE Bench 0.6.0 (tests/fixtures/make_autointerp.py): windows, wording, parsing, scores."""
 
 from __future__ import annotations
 

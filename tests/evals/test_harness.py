@@ -20,6 +20,7 @@ from sae_research.runtime.files import write_json
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import save_sae, save_variant
 from sae_research.saes.base import Family, Guard
+from sae_research.saes.sources import PREPARED
 from tests.helpers.evals_saes import config, standard
 
 FAMILY = ["ihtp_k1", "ihtp_k4"]
@@ -30,7 +31,7 @@ NAMES = ["a", "b", FAMILY[0], "c", FAMILY[1], "d"]
 @pytest.fixture
 def folder(in_project: Path) -> Path:
     """SAEs as the setup stage leaves them."""
-    root = in_project / harness.SAE_FOLDER
+    root = in_project / PREPARED
     for seed, name in enumerate("abcd"):
         save_sae(standard(seed), root / name)
     for name in FAMILY:

@@ -1,4 +1,4 @@
-"""Meta-SAE: against stock's spread over seeds, shared dictionaries, determinism, what does not qualify."""
+"""Meta-SAE: against SAE Bench's spread over seeds, shared dictionaries, determinism, what does not qualify."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Our RAVEL in SAE Bench's definition against stock SAE Bench 0.6.0 (tests/fixtures/make_ravel.py), on the packaged model.
+"""Our RAVEL in SAE Bench's definition against SAE Bench 0.6.0 (tests/fixtures/make_ravel.py), on the packaged model.
 
-Stock cannot run as installed (`benchmarks/stock_ravel.py` says why), and it reads other files, so parity is shown function
-by function on the same prompts: the pairs drawn, the loss of every step, the mask learnt, the answers, the scores.
+SAE Bench cannot run as installed (`benchmarks/stock_ravel.py` says why), and it reads other files, so parity is shown
+function by function on the same prompts: the pairs drawn, the loss of every step, the mask learnt, the answers, the scores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def plan(known: list[Known]) -> Plan:
 @pytest.fixture(scope="module")
 def swap(lm: LanguageModel, known: list[Known]) -> Swap:
     group, sae = PromptActivations(lm, fixture.HOOK, known, fixture.PARAMS), fixture.make_sae(lm)
-    assert len(group.usable) == len(known), "where no entity token is masked, our latents are stock's"
+    assert len(group.usable) == len(known), "where no entity token is masked, our latents are SAE Bench's"
     return Swap(sae, group.entity_latents({"sae": sae})["sae"], group)
 
 

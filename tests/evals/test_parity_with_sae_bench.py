@@ -1,4 +1,4 @@
-"""Our figures in SAE Bench's definition against those of stock SAE Bench 0.6.0 (tests/fixtures/make_sae_bench.py),
+"""Our figures in SAE Bench's definition against those of SAE Bench 0.6.0 (tests/fixtures/make_sae_bench.py),
 on the packaged model and real text."""
 
 from __future__ import annotations

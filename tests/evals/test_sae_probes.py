@@ -135,7 +135,7 @@ def test_metrics_are_scikit_learns() -> None:
     assert got["f1"] == pytest.approx(f1_score(labels, decisions > 0, average="weighted"))
     assert got["accuracy"] == (labels == (decisions > 0)).mean()
     assert np.isnan(auc(decisions, np.ones(50, bool)))
-    assert Scores(100 + decisions, saturate=True).metrics(labels)["auc"] == 0.5, "stock's probabilities tie at 1"
+    assert Scores(100 + decisions, saturate=True).metrics(labels)["auc"] == 0.5, "SAE Bench's probabilities tie at 1"
 
 
 def test_latents_are_chosen_on_training_texts_relative_to_their_size() -> None:

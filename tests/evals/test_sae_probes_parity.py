@@ -1,7 +1,7 @@
-"""Our structured block against stock sae-probes as SAE Bench 0.6.0 wraps it (tests/fixtures/make_sae_probes.py), on the
-packaged model and real texts.
+"""Our structured block against the package sae-probes as SAE Bench 0.6.0 wraps it (tests/fixtures/make_sae_probes.py), on
+the packaged model and real texts.
 
-Stock's saga stops at most 1000 passes in, ours at the optimum: a figure may differ by a test text or two (of 99), their
+SAE Bench's saga stops at most 1000 passes in, ours at the optimum: a figure may differ by a test text or two (of 99), their
 mean hardly.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sae_research.evals import sae_probes
-from sae_research.evals.sae_probes.tasks import TaskRows, read_rows, stock_split
+from sae_research.evals.sae_probes.tasks import TaskRows, read_rows, sae_bench_split
 from sae_research.lm import load_language_model
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
@@ -48,10 +48,10 @@ def test_rows_are_those_that_stock_draws(config: str) -> None:
     for name, parts in STOCK["splits"][config].items():
         frame = read_rows(name)
         labels = np.unique(frame["target"].to_numpy(), return_inverse=True)[1]
-        kept = TaskRows(frame["prompt"].tolist(), labels, given.random_seed).of_stock(
+        kept = TaskRows(frame["prompt"].tolist(), labels, given.random_seed).of_sae_bench(
             given.sparse_probing_sae_probes.max_texts
         )
-        drawn = stock_split(labels, kept, given.random_seed)
+        drawn = sae_bench_split(labels, kept, given.random_seed)
         assert [fingerprint(np.searchsorted(kept, rows).tolist()) for rows in drawn] == parts
 
 

@@ -189,7 +189,7 @@ def test_decoders_that_are_not_linear_are_skipped(lm: LanguageModel, params: Any
 
 
 def test_effects_of_signed_latents() -> None:
-    """A latent and its negative, with the dictionary row turned: one effect in ours, none for the turned in stock's."""
+    """A latent and its negative, with the dictionary row turned: one effect in ours, none for the turned in SAE Bench's."""
     latents = torch.tensor([[2.0, -2.0, 0.1], [2.0, -2.0, 0.1], [0.1, -0.1, 2.0], [0.1, -0.1, 2.0]])
     train = Draw(torch.arange(4), torch.tensor([1.0, 1, 0, 0]))
     view = View(torch.zeros(4, 1), latents, latents, torch.tensor([[0.5], [-0.5], [-0.5]]))
@@ -218,7 +218,7 @@ def test_our_probes_never_see_a_test_text() -> None:
     ours = [ablation.fit(features, [task], starts, pick_on_test=False) for task in (honest, flipped)]
     stocks = [ablation.fit(features, [task], starts, pick_on_test=True) for task in (honest, flipped)]
     assert np.array_equal(ours[0].weight, ours[1].weight)
-    assert not np.array_equal(stocks[0].weight, stocks[1].weight), "stock's recipe picks its epoch on test texts"
+    assert not np.array_equal(stocks[0].weight, stocks[1].weight), "SAE Bench's recipe picks its epoch on test texts"
     assert ((ours[0].logits(features)[:, 0] > 0) == (labels.numpy() > 0)).mean() > 0.8
 
 

@@ -1,4 +1,4 @@
-"""SCR and TPP in SAE Bench's definition against stock SAE Bench 0.6.0 (tests/fixtures/make_scr_tpp.py), on the packaged
+"""SCR and TPP in SAE Bench's definition against SAE Bench 0.6.0 (tests/fixtures/make_scr_tpp.py), on the packaged
 model and real text. What stock drew at random comes from the fixture."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLASSES = ("professor / nurse", "male / female", "male_professor / female_nurse"
 
 
 class Side(NamedTuple):
-    """One evaluation's texts with our probes, trained as stock's were."""
+    """One evaluation's texts with our probes, trained as SAE Bench's were."""
 
     task: Any
     group: TextActivations
@@ -63,7 +63,7 @@ def side(
     stock: dict[str, Any],
     classes: Sequence[str],
 ) -> Side:
-    """task: ours, over the rows of `row_of`; parts: for train and test, the texts in stock's numbering."""
+    """task: ours, over the rows of `row_of`; parts: for train and test, the texts in SAE Bench's numbering."""
     numbers = {part: torch.tensor([row_of[text] for text in texts]) for part, texts in parts.items()}
 
     def draw(recorded: dict[str, Any], part: str) -> Draw:
@@ -196,7 +196,7 @@ def test_tpp_equals_stock_given_its_draws(form: str, tpp_side: Side, saes: dict[
 
 
 def test_the_leak_of_masked_positions_is_there(scr_side: Side, saes: dict[str, SparseAutoencoder]) -> None:
-    """Without latents of zeroed positions the figures would not be stock's."""
+    """Without latents of zeroed positions the figures would not be SAE Bench's."""
     thresholds = list(make_scr_tpp.SCR.n_values)
     view = scr_side.view(saes["standard"])
     tight = view._replace(removed=view.latents)

@@ -1,4 +1,4 @@
-"""Unlearning in SAE Bench's definition against stock SAE Bench 0.6.0 (tests/fixtures/make_unlearning.py), run whole."""
+"""Unlearning in SAE Bench's definition against SAE Bench 0.6.0 (tests/fixtures/make_unlearning.py), run whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A model that knows things: a small Llama trained to answer multiple-choice questions under every order of choices.
 
 Its weights lie in `fixtures/knowing_model` (`python -m tests.knowing_model` trains them anew, in half a minute), so that
-what stock SAE Bench says of it can be a fixture.
+what SAE Bench says of it can be a fixture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures at equal L0: interpolated between points, never beyond them, and areas by hand."""
+"""Metrics at equal L0: interpolated between points, never beyond them, and areas by hand."""
 
 from __future__ import annotations
 

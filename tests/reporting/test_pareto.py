@@ -86,7 +86,7 @@ def test_what_is_left_out_and_what_is_refused(runs: Path) -> None:
         read_points([str(runs / "one")], "fraction_alive")
     with pytest.raises(UserError, match="no such folder"):
         read_points([str(runs / "nowhere")], "loss_recovered")
-    with pytest.raises(UserError, match="--metric mse: unknown; known: loss_recovered"):
+    with pytest.raises(UserError, match="--metric mse: unknown; known: variance_explained, loss_recovered"):
         draw_pareto([str(runs / "one")], runs / "p.png", "mse")
     with pytest.raises(UserError, match="must end with .png"):
         draw_pareto([str(runs / "one")], runs / "p.jpg")

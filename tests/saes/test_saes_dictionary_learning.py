@@ -1,4 +1,4 @@
-"""`ae.pt` against dictionary_learning's formulas, written out here, and stock SAE Bench's loaders."""
+"""`ae.pt` against dictionary_learning's formulas, written out here, and SAE Bench's loaders."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from sae_research.analysis.collect import SAMPLE_LEVELS
-from sae_research.analysis.context import Lab
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.latents import (
     LATENTS_PER_FILE,
     QUANTILES,
@@ -120,7 +120,7 @@ FIGURES = {
     "ce_delta": "Cross-entropy added",
     "kl": "KL divergence",
 }
-"""Figures of the core evaluation that the start page shows, where they are known."""
+"""Metrics of the core evaluation that the start page shows, where they are known."""
 
 
 def write_site(folder: Path, shown: Sequence[Shown], comparisons: Sequence[Comparison] = ()) -> Path:
@@ -313,7 +313,7 @@ def _renewed(folder: Path) -> Generator[Path]:
 
 
 def write_dashboard(
-    lab: Lab,
+    analysis: AnalysisContext,
     folder: str | Path,
     settings: Dashboards | None = None,
     pairs: Iterable[Sequence[str]] | None = None,
@@ -321,27 +321,31 @@ def write_dashboard(
     progress: bool = False,
     skip: Callable[[str, str], None] | None = None,
 ) -> Path:
-    """Write the site of all SAEs in `lab`; returns its first page, to be opened in a browser from disk.
+    """Write the site of all SAEs in `analysis`; returns its first page, to be opened in a browser from disk.
 
     settings, pairs: by default those of the parameters' section `dashboards`. figures: of an evaluation, by SAE, for the
     start pages. skip: is told the name and reason of an SAE that fails, which is left out; without it its error is raised.
     Raises `UserError` for a pair of unknown names, SAEs that cannot be compared, and where none can be shown.
     """
     guard = Guard(skip)
-    settings = settings or lab.params.dashboards
+    settings = settings or analysis.params.dashboards
     wanted = [tuple(pair) for pair in (settings.compare if pairs is None else pairs)]
     folder = Path(folder)
     if settings.other_model is None:
-        _check_pairs(wanted, lab.saes)  # before statistics, which take minutes
+        _check_pairs(wanted, analysis.saes)  # before statistics, which take minutes
     shown: dict[str, Shown] = {}
-    for name, sae in lab.saes.items():
+    for name, sae in analysis.saes.items():
         with guard.on(name):
-            shown[name] = Shown(name, sae, lab.lm, lab.stats(name, progress), settings, dict((figures or {}).get(name, {})))
+            shown[name] = Shown(
+                name, sae, analysis.lm, analysis.stats(name, progress), settings, dict((figures or {}).get(name, {}))
+            )
     if not shown:
-        raise UserError(f"dashboards: none of {', '.join(lab.saes)} can be shown")
+        raise UserError(f"dashboards: none of {', '.join(analysis.saes)} can be shown")
     wanted = [pair for pair in wanted if not guard.failed.intersection(pair)]
     if settings.other_model is not None:
-        for name, beside in _on_other_model(Lab(lab.lm, guard.left(lab.saes), lab.params), settings, progress).items():
+        for name, beside in _on_other_model(
+            AnalysisContext(analysis.lm, guard.left(analysis.saes), analysis.params), settings, progress
+        ).items():
             wanted.append((name, beside.name))
             shown[beside.name] = beside
     _check_pairs(wanted, shown)
@@ -360,15 +364,15 @@ def _check_pairs(wanted: Iterable[Sequence[str]], known: Iterable[str]) -> None:
         raise UserError(f"cannot compare {', '.join(unknown)}: not among {', '.join(names)}")
 
 
-def _on_other_model(lab: Lab, settings: Dashboards, progress: bool) -> dict[str, Shown]:
-    """Every SAE of `lab` on the second model, by its name on the first."""
+def _on_other_model(analysis: AnalysisContext, settings: Dashboards, progress: bool) -> dict[str, Shown]:
+    """Every SAE of `analysis` on the second model, by its name on the first."""
     assert settings.other_model is not None
-    lm = load_language_model(settings.other_model, lab.params.model.device, lab.params.model.torch_dtype)
-    moved = {f"{name}_on_{slugify(Path(lm.name).name)}": _moved(sae, lm) for name, sae in lab.saes.items()}
-    there = Lab.of(moved, lm, lab.params)
+    lm = load_language_model(settings.other_model, analysis.params.model.device, analysis.params.model.torch_dtype)
+    moved = {f"{name}_on_{slugify(Path(lm.name).name)}": _moved(sae, lm) for name, sae in analysis.saes.items()}
+    there = AnalysisContext.of(moved, lm, analysis.params)
     return {
         name: Shown(other, sae, lm, there.stats(other, progress), settings)
-        for name, (other, sae) in zip(lab.saes, moved.items(), strict=True)
+        for name, (other, sae) in zip(analysis.saes, moved.items(), strict=True)
     }
 
 
@@ -388,16 +392,16 @@ def run_stage(params: Params, folder: Path = FOLDER) -> None:
     with stage_folder(folder, params.eval_types.dashboards) as stage:
         if stage is None:  # torch takes seconds to import
             return
-        from sae_research.analysis.context import Lab
+        from sae_research.analysis.context import AnalysisContext
 
         names = chosen(params)
-        lab = Lab.open([str(PREPARED / name) for name in names], params)
-        page = write_dashboard(lab, folder, figures=core_figures(), skip=stage.skip)
+        analysis = AnalysisContext.open([str(PREPARED / name) for name in names], params)
+        page = write_dashboard(analysis, folder, figures=core_figures(), skip=stage.skip)
         stage.notes |= {
             "saes": names,
-            "model": lab.lm.name,
+            "model": analysis.lm.name,
             "tokens": params.analysis.tokens,
-            "latents": {name: sae.cfg.d_sae for name, sae in lab.saes.items()},
+            "latents": {name: sae.cfg.d_sae for name, sae in analysis.saes.items()},
         }
         print(f"open {page} in a browser", flush=True)
 
@@ -416,6 +420,6 @@ def chosen(params: Params) -> list[str]:
 
 
 def core_figures(path: Path = CORE_METRICS) -> dict[str, dict[str, float]]:
-    """Figures of the core evaluation, by SAE; empty where it has not run."""
+    """Metrics of the core evaluation, by SAE; empty where it has not run."""
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     return {name: values for name, values in found.items() if not name.startswith("_")}

@@ -1,6 +1,7 @@
-"""From an SAE's scores by letter to SAE Bench's output type and our own block.
+"""The absorption evaluation: letters that the model itself knows, then every SAE on those letters.
 
-The absorption evaluation: letters that the model itself shows, then every SAE on those letters.
+Results are SAE Bench's output type, with both definitions by letter; ours adds means over letters with intervals, each
+letter being one cluster. Source: SAE Bench 0.6.0, sae_bench/evals/absorption/main.py, and arXiv 2409.14507.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _means(details: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def lab_block(acts: WordActivations, letters: Letters, scores: dict[str, Any]) -> dict[str, Any]:
-    """Our figures: means over letters, each letter one cluster for the intervals."""
+    """Our metrics: means over letters, each letter one cluster for the intervals."""
     by_letter = {letter: {"words": found["words"], **found["lab"]} for letter, found in scores.items()}
     columns = {
         key: [found[key] for found in by_letter.values()]

@@ -1,16 +1,14 @@
-"""Words, their split, and the prompts that ask for their first letter.
+"""Words, their split, the prompts that ask for their first letter, and every SAE's latents at the words.
 
 Words are the tokenizer's alphabetic tokens, as in SAE Bench 0.6.0 (sae_bench/evals/absorption/vocab.py). Its draws (the
 sample, the split, the examples in a prompt) are random and unseeded; here they follow from `random_seed`. Two further
 choices: "cat", " Cat" and " cat" fall on one side of the split, so no test word is known from training; and words share
 a few lists of examples where SAE Bench draws one for every word, so a list runs through the model once.
 
-The words' activations at one hook, and every SAE's latents at the words: one encode per word and SAE.
-
-What a token-level encoder sees is the word's token alone. A sequence-level encoder sees the whole prompt, under the
-lab's token mask (no separator, no first position, no sinks), and its latents at the word are taken. The word itself
-always counts, whatever its norm: it is what is asked about. SAE Bench 0.6.0 hands every encoder the bare vector of the
-word, so for sequence-level encoders it has no definition of its own.
+Latents come from one encode per word and SAE. An encoder that works token by token reads the word's token alone. One that
+works on sequences reads the whole prompt under `token_mask` (no separator, no first position, no sinks), and its latents at
+the word are taken. The word itself always counts, whatever its norm, since the question is about it. SAE Bench 0.6.0 hands
+every encoder the bare vector of the word, so it has no definition for encoders of sequences.
 """
 
 from __future__ import annotations

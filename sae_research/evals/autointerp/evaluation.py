@@ -1,14 +1,12 @@
-"""One SAE's records as a result in SAE Bench's own output type, ours beside it.
+"""Autointerp: can a language model explain a latent from windows of text, and then tell by that explanation which other
+windows the latent fires in?
 
-Autointerp: whether a language model can explain a latent from windows of text, and then tell by that explanation which
-other windows the latent fires in. After SAE Bench 0.6.0, with any OpenAI-compatible endpoint as the judge.
+After SAE Bench 0.6.0 (sae_bench/evals/autointerp/main.py), with any OpenAI-compatible endpoint as the judge. One judge's
+answers serve both definitions. SAE Bench's score takes random windows for inactive even where the latent fires in them. Ours
+(`lab_v1`) counts every window as what it is, adds the balanced score (chance is 0.5), and leaves out answers that name no
+window or none that exists. Windows are those of `token_mask`; signed codes are ranked by absolute value.
 
-One judge's answers serve both definitions. SAE Bench's score takes random windows for inactive even where the latent fires
-in them; ours (`lab_v1`) counts every window as what it is, adds the balanced score (chance is 0.5), and leaves out answers
-that name no window or none that exists. Windows are those of `token_mask`; signed codes are ranked by absolute value.
-
-What is local (windows) is kept by SAE, what is asked by the content of the question: a run that was cut off continues
-without paying twice.
+Windows are kept by SAE, answers by the content of the question: a run that was cut off continues without paying twice.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the judge is asked and how its answers are read: SAE Bench 0.6.0's wording (MIT licence) and rules, to the byte.
+"""One latent before the judge: the windows it is shown, the two questions, how the answers are read, and the scores.
 
-One latent before the judge: the windows it is shown, the two questions, and what its answers are worth.
+Wording and rules are SAE Bench 0.6.0's (MIT licence), to the byte.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Sheet(NamedTuple):
     shown: list[Example]
     """Windows that the explanation is drawn from."""
     scored: list[Example]
-    """Windows to be told apart, in the order shown."""
+    """Windows to be judged active or not, in the order shown."""
     drawn_at_random: list[bool]
     """Which of them are random ones: SAE Bench takes these for inactive, whatever they hold."""
     sample_answer: list[int]
@@ -253,7 +253,7 @@ def _account(record: dict[str, Any], answer: Answer) -> None:
 
 
 def _scores(sheet: Sheet, answer: str) -> dict[str, Any]:
-    """Fractions of windows told apart correctly. SAE Bench's: random windows count as inactive, an empty answer as
+    """Fractions of windows classified correctly. SAE Bench's: random windows count as inactive, an empty answer as
     "None", numbers beyond the last window as nothing. Ours: every window counts as what it is, and such answers are none."""
     predictions, n = parse_predictions(answer), len(sheet.scored)
     active, bench_active = sheet.active(), sheet.active_for_sae_bench()

@@ -104,7 +104,7 @@ def evaluate(
     tokens: [contexts, seq], by default the core_eval split of the configured text, from all over which the contexts for
     predictions are taken. The first `n_eval_reconstruction_batches` batches serve predictions, the next
     `n_eval_sparsity_variance_batches` serve sparsity and variance, as SAE Bench has it. `lab=False` leaves our own
-    definitions out, for timings against stock at equal work. An SAE that fails is skipped with its reason; without a
+    definitions out, for timings against SAE Bench at equal work. An SAE that fails is skipped with its reason; without a
     `stage` to list it in, its error is raised. Raises `UserError` for text that runs out.
     """
     guard = Guard(stage.skip if stage else None)

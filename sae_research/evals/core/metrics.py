@@ -1,4 +1,4 @@
-"""From sums over tokens to the figures of a core result, in both definitions, and how sure ours are."""
+"""From sums over tokens to the metrics of a core result, in both definitions, with the intervals of ours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sae_bench_predictions(sums: Sums) -> dict[str, dict[str, float]]:
 
 
 def minus_one_for_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """SAE Bench's own mark for a figure that is not a number, in its block only: JSON has no NaN."""
+    """SAE Bench's own mark for a metric that is not a number, in its block only: JSON has no NaN."""
     return {
         category: {key: value if math.isfinite(value) else -1.0 for key, value in values.items()}
         for category, values in metrics.items()
@@ -54,7 +54,7 @@ def evidence(
     predictions_about: dict[str, Any],
     seed: int,
 ) -> dict[str, Any]:
-    """What `lab_v1` holds on how sure its figures are: intervals, and the sums by cluster behind them.
+    """What `lab_v1` holds on how sure its metrics are: intervals, and the sums by cluster behind them.
 
     Fractions of latents (alive, densities) get none: a resample repeats tokens and so always finds fewer latents.
     """

@@ -1,10 +1,9 @@
-"""Every recipe on synthetic activations, by the project's own trainer: the stream is another, the steps are the same.
+"""The stage `ground_truth_eval`: every recipe and pursuit encoder on synthetic activations with known features.
 
-A seed is a hook: its SAEs read its world's batches, and all seeds' SAEs step side by side. What is trained is kept by the
-content of what shaped it.
-
-The stage `ground_truth_eval`: worlds, SAEs trained on them, every encoder over known dictionaries, and what follows the
-truth. Writes `eval_results/ground_truth/results.json`.
+Each seed makes one world of features. Recipes are trained on it by the project's own trainer, which steps all seeds' SAEs
+side by side: a seed takes the place of a hook, and only the stream of activations differs. Pursuit encoders run over the
+dictionaries that `ground_truth.pursuit.over` names. `measures` defines the metrics, and how well each follows the truth.
+Trained SAEs are kept under a key of everything that shaped them. Writes `eval_results/ground_truth/results.json`.
 """
 
 from __future__ import annotations
@@ -259,7 +258,7 @@ def make_worlds(settings: GroundTruth, seed: int, device: torch.device | str = "
 
 
 def notes(settings: GroundTruth, points: list[GridPoint], generator: list[dict[str, Any]]) -> list[str]:
-    """What a reader must know before any figure, a line each."""
+    """What a reader must know before any metric, a line each."""
     found = []
     if settings.n_seeds == 1:
         found.append("one seed: no figure has an interval, and no difference can be told from noise")

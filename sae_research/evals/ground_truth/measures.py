@@ -1,13 +1,12 @@
-"""What an SAE found of known features. Every figure is defined here, once.
+"""What an SAE found of known features, and which metric that can be had on real models follows it.
 
 N true features, F latents, n test samples; c the true codes [n, N], z the SAE's activations [n, F]. A feature counts where
 it fires on at least `data.MIN_FIRINGS` test samples. A latent *stands for* the feature that the matching gives it.
 
-Which metric follows the truth: at equal L0, the rank correlation of what real models allow with what is known here.
-
-A *method* is a recipe with its own encoder, or a pursuit encoder over one dictionary; its sparsities make a curve. Within
-a seed every curve is read at one L0, linear in log L0 and never beyond its ends; Spearman's correlation is taken over
-methods and averaged over seeds. The interval draws methods and seeds anew (bootstrap, percentiles).
+A metric follows the truth as far as it ranks methods alike: Spearman's correlation of the two at equal L0. A *method* is a
+recipe with its own encoder, or a pursuit encoder over one dictionary; its sparsities make a curve. Within a seed every curve
+is read at one L0, linear in log L0 and never beyond its ends; the correlation is taken over methods and averaged over seeds.
+Its interval draws methods and seeds anew (bootstrap, percentiles).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ PROBED = 128
 MIN_POSITIVES = 10
 """Firings that a probed feature needs in each half of the samples."""
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 class Matching(NamedTuple):
@@ -59,7 +58,7 @@ def match(similarity_NF: np.ndarray) -> Matching:
 
 @dataclass
 class Truth:
-    """A world's test samples, with what every SAE's figures need of them."""
+    """A world's test samples, with what every SAE's metrics need of them."""
 
     world: World
     samples: Samples
@@ -123,8 +122,8 @@ class Dictionary:
 
 
 @torch.no_grad()
-def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Figures:
-    """Every figure of one SAE. z: its activations on the test samples [n / sequence, sequence, F].
+def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Metrics:
+    """Every metric of one SAE. z: its activations on the test samples [n / sequence, sequence, F].
 
     - `mcc`: mean absolute cosine of matched pairs of true directions and decoder rows, min(N, F) of them.
     - `mcc_activations`: the same of absolute correlations of codes and activations, matched by them.
@@ -191,7 +190,7 @@ def _together(one: sparse.csr_matrix, other: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(one.multiply(other).sum(0), np.float64).ravel()
 
 
-def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
+def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Metrics:
     features, latents = known.matching.features, known.matching.latents
     both = np.zeros(len(truth.count))
     fired = np.zeros(len(truth.count))
@@ -202,14 +201,14 @@ def _support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figur
     return dict(zip(("precision", "recall", "f1"), (float(values.mean()) for values in found), strict=True))
 
 
-def _latent_support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
+def _latent_support(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Metrics:
     both = _together(truth.fired[:, known.best], fires)
     found = _scores(both, np.asarray(fires.sum(0), np.float64).ravel(), truth.count[known.best].astype(np.float64))
     names = ("latent_precision", "latent_recall", "latent_f1")
     return dict(zip(names, (float(values.mean()) for values in found), strict=True))
 
 
-def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Figures:
+def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Metrics:
     edges = truth.world.edges
     if not len(edges):
         return {}
@@ -232,7 +231,7 @@ def _hierarchy(truth: Truth, known: Dictionary, fires: sparse.csr_matrix) -> Fig
     return found
 
 
-def _probing(truth: Truth, z: sparse.csc_matrix) -> Figures:
+def _probing(truth: Truth, z: sparse.csc_matrix) -> Metrics:
     """One latent and a threshold for each probed feature, chosen on every other sample."""
     train, test = np.arange(0, truth.n, 2), np.arange(1, truth.n, 2)
     labels = truth.fired.tocsr()
@@ -273,7 +272,7 @@ def _thresholds(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.take_along_axis(ranked, below[None], 0)[0]
 
 
-def flags(sae: SparseAutoencoder, figures: Figures, truth: Truth) -> list[str]:
+def flags(sae: SparseAutoencoder, figures: Metrics, truth: Truth) -> list[str]:
     """What keeps a row from being read as the others are."""
     found = []
     if sae.cfg.d_sae < len(truth.counted):

@@ -1,15 +1,13 @@
-"""A small BatchTopK SAE trained on the rows of a decoder.
+"""Meta-SAE: how far the latents of an SAE decompose into fewer, shared ones (arXiv 2502.04878).
+
+A BatchTopK SAE of a quarter of the width is trained on the decoder's rows. The metric is the fraction of their variance
+about their mean that it explains: high values say that latents are combinations of common parts. It is measured on the rows
+that it was trained on, so a random dictionary, a row of every table, shows what memorising alone is worth.
 
 Source: SAE Bench 0.6.0, sae_bench/evals/meta_structure/main.py, and what SAELens 6 does there: Adam at a constant rate,
 gradients clipped to norm 1, no auxiliary loss within 2000 steps. Of a batch of n rows the k n largest activations stay,
 each measured by its pre-activation times the norm of its decoder row; that norm cancels in the reconstruction, so that it
-only decides what is active. Stock trains under bfloat16 autocast; here everything is float32.
-
-Meta-SAE: how far the latents of an SAE decompose into fewer, shared ones (arXiv 2502.04878).
-
-A BatchTopK SAE of a quarter of the width is trained on the decoder's rows; what counts is the fraction of their variance
-about their mean that it explains. High values say that latents are combinations of common parts. It is measured on the
-rows that it was trained on, so that a random dictionary, a row of every table, shows what memorising alone is worth.
+only decides what is active. SAE Bench trains under bfloat16 autocast; here everything is float32.
 
 Only the decoder is read: SAEs over one dictionary share one run, and the language model is not used.
 """
@@ -120,7 +118,7 @@ def train_meta_sae(rows_ND: Tensor, config: MetaSAE, seed: int) -> BatchTopKSAE:
     return sae
 
 
-_STOCK_EVAL_ROWS = 4096
+_SAE_BENCH_ROWS = 4096
 _CLUSTERS = 256
 """Rows are pooled at random into so many groups for the interval."""
 
@@ -130,7 +128,7 @@ def evaluate(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) of every SAE, the result as SAE Bench's `MetaStructureEvalOutput` in plain data.
 
-    An SAE whose decoder rows do not vary, or whose meta-SAE has no figures, is skipped. `lm` only says the device.
+    An SAE whose decoder rows do not vary, or whose meta-SAE has no metrics, is skipped. `lm` only says the device.
     """
     guard, infos = Guard(stage.skip), infos_of(saes)
     dictionaries = shared_dictionaries(saes)
@@ -167,7 +165,7 @@ def shared_dictionaries(saes: Mapping[str, SparseAutoencoder]) -> dict[str, str]
 
 
 def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device) -> dict[str, Any]:
-    """Figures of every seed, kept in the result cache. Raises `UserError` where the rows do not vary."""
+    """Metrics of every seed, kept in the result cache. Raises `UserError` where the rows do not vary."""
     rows_ND = W_dec.detach().float().to(device)
     if not bool((rows_ND != rows_ND[0]).any()):
         raise UserError("the rows of its decoder do not vary")
@@ -191,13 +189,13 @@ def _of_dictionary(W_dec: Tensor, params: Params, device: torch.device) -> dict[
 
 @torch.no_grad()
 def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
-    """JSON-able figures of one trained meta-SAE on the rows [d_sae, d_in].
+    """JSON-able metrics of one trained meta-SAE on the rows [d_sae, d_in].
 
     SAE Bench encodes 4096 rows at a time, and the k n largest activations are those of the rows together; ours encodes
-    all at once, so that no figure depends on that number. Up to 4096 rows the two are one.
+    all at once, so that no metric depends on that number. Up to 4096 rows the two are one.
     """
     centred = (rows_ND - rows_ND.mean(0)).square().sum(1)
-    stock = torch.cat([(sae(chunk).x_hat - chunk).square().sum(1) for chunk in rows_ND.split(_STOCK_EVAL_ROWS)])
+    squared_errors = torch.cat([(sae(chunk).x_hat - chunk).square().sum(1) for chunk in rows_ND.split(_SAE_BENCH_ROWS)])
     code = sae(rows_ND)
     residual = (code.x_hat - rows_ND).square().sum(1)
     width = len(sae.b_enc)
@@ -205,8 +203,8 @@ def measure(sae: BatchTopKSAE, rows_ND: Tensor) -> dict[str, Any]:
     count = min(_CLUSTERS, len(rows_ND))
     return {
         "sae_bench": {
-            "decoder_fraction_variance_explained": 1 - float(stock.sum() / centred.sum()),
-            "final_reconstruction_mse": float(stock.sum()) / rows_ND.numel(),
+            "decoder_fraction_variance_explained": 1 - float(squared_errors.sum() / centred.sum()),
+            "final_reconstruction_mse": float(squared_errors.sum()) / rows_ND.numel(),
         },
         "explained": _by_group(centred - residual, groups, count),
         "variance": _by_group(centred, groups, count),
@@ -243,7 +241,7 @@ def _sae_bench_config(config: MetaSAE, seed: int) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "weight_decay": 0.0,
         "autocast": False,
-        "eval_batch_size": _STOCK_EVAL_ROWS,
+        "eval_batch_size": _SAE_BENCH_ROWS,
         "dead_feature_window": 2000,
         "feature_sampling_window": 200,
         "dtype": "float32",

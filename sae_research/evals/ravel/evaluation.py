@@ -1,8 +1,4 @@
-"""One SAE's findings as SAE Bench's `RAVELEvalOutput`, with our own definition beside it.
-
-What the answers to patched prompts add up to: cause, isolation, disentanglement, and how sure they are.
-
-RAVEL: do single latents carry single attributes of an entity?
+"""RAVEL (arXiv 2402.17700): do single latents carry single attributes of an entity?
 
 Two prompts ask about two entities that differ in an attribute ("The city of Paris is located in the country of"). A
 mask over latents is learnt such that giving the base's last entity token the source's values of those latents makes
@@ -11,11 +7,12 @@ the mean of both, over attributes and entity classes. A mask that changes nothin
 
 SAE Bench 0.6.0's definition puts the reconstruction alone in place of the token and splits pairs at random. Ours
 (`lab_v1`) keeps what the SAE leaves unexplained, learns on some entities and scores on others, compares whole words,
-and reports beside it what patching the whole activation does: what this token carries of the entity at this hook.
+gives intervals, and reports beside it what patching the whole activation does: what this token carries of the entity at this
+hook. Results are SAE Bench's `RAVELEvalOutput`.
 
-Where SAE Bench's code is no guide: it runs only with Gemma 2 and GPT-NeoX under transformers 4, always at a layer's output
-whatever the SAE's hook, patches the token after the entity where the tokenizer adds no BOS, and shows encoders the one
-token alone. Here the SAE's own hook, the entity's own last token, and whole prompts are read.
+Some of SAE Bench's code is not followed: it runs only with Gemma 2 and GPT-NeoX under transformers 4, always at a layer's
+output whatever the SAE's hook, patches the token after the entity where the tokenizer adds no BOS, and shows encoders the
+one token alone. Here the SAE's own hook, the entity's own last token, and whole prompts are read.
 """
 
 from __future__ import annotations
@@ -63,13 +60,13 @@ def ravel_result(
 ) -> dict[str, Any]:
     """A validated `RAVELEvalOutput` as plain data. findings: task -> definition -> latents and answers; whole: task ->
     answers when the whole activation is patched."""
-    stock = {
+    bench = {
         task.name: sae_bench_scores(known, task.sae_bench.test, findings[task.name]["sae_bench"]["answers"])
         for task in tasks
     }
     by_class = {
         f"{kind}_results": {
-            task.name: _stock_names(stock[task.name], "disentangle_score") for task in tasks if task.entity_class == kind
+            task.name: _sae_bench_names(bench[task.name], "disentangle_score") for task in tasks if task.entity_class == kind
         }
         for kind in dict.fromkeys(task.entity_class for task in tasks)
     }
@@ -78,7 +75,7 @@ def ravel_result(
         name,
         info,
         config=_config(lm, params),
-        metrics={"ravel": _stock_names(mean_scores(stock, tasks), "disentanglement_score")},
+        metrics={"ravel": _sae_bench_names(mean_scores(bench, tasks), "disentanglement_score")},
         unstructured={**by_class, harness.LAB: _lab(known, tasks, findings, whole, params.random_seed)},
         sae_bench="ravel:RAVELEvalOutput",
     )
@@ -133,7 +130,7 @@ def _names(scores: Scores) -> dict[str, float]:
     return {"disentanglement": scores.disentanglement, "cause": scores.cause, "isolation": scores.isolation}
 
 
-def _stock_names(scores: Scores, mean: str) -> dict[str, float]:
+def _sae_bench_names(scores: Scores, mean: str) -> dict[str, float]:
     return {"cause_score": scores.cause, "isolation_score": scores.isolation, mean: scores.disentanglement}
 
 
@@ -216,7 +213,7 @@ class Outcomes:
         }
 
     def evidence(self, seed: int) -> dict[str, Any]:
-        """What `lab_v1` holds on how sure its figures are: intervals, and the sums by entity behind them."""
+        """What `lab_v1` holds on how sure its metrics are: intervals, and the sums by entity behind them."""
         figures = self.figures()
         return {
             "intervals": bounds(figures, seed),
@@ -228,7 +225,7 @@ class Outcomes:
 
 
 def bounds(figures: Mapping[str, Ratio], seed: int) -> dict[str, list[float]]:
-    """Intervals of those figures that rest on enough entities."""
+    """Intervals of those metrics that rest on enough entities."""
     # entities without a pair of some kind say nothing of it, and are not drawn
     found = {key: interval(ratio(one.numerator, one.denominator, one.strata), seed) for key, one in figures.items()}
     return {key: list(limits) for key, limits in found.items() if limits is not None}

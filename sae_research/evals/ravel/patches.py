@@ -1,15 +1,13 @@
-"""Base and source prompts: which answer should become the source's (cause), which should stay the base's (isolation).
+"""Patching an entity's token with another entity's latents: the pairs of prompts, the mask over latents, the patched runs.
 
-For attribute A, cause pairs ask A of two entities that differ in it; isolation pairs ask another attribute B of two
-entities that differ in B, and patching what carries A should leave B alone.
+For attribute A, cause pairs ask A of two entities that differ in it: the source's answer should take the place of the
+base's. Isolation pairs ask another attribute B of two entities that differ in B: patching what carries A should leave B
+alone.
 
-Differential binary masks (MDBM): which latents to take from the source so that one attribute moves and the others stay.
-
-As in SAE Bench 0.6.0: one number per latent, from 0; sigmoid of it over a temperature that falls from 1 to 1e-4 in
-equal ratios, step by step; Adam; cross-entropy of the target answer's first token over cause and isolation pairs alike;
-in the end a latent is in where its number is above 0. SAE Bench drops an incomplete last batch; here it is used.
-
-Running base prompts with the entity's token patched: what masks are learnt through and scored on.
+The mask is a differential binary mask (MDBM), as in SAE Bench 0.6.0: one number per latent, from 0; sigmoid of it over a
+temperature that falls from 1 to 1e-4 in equal ratios, step by step; Adam; cross-entropy of the target answer's first token
+over cause and isolation pairs alike; in the end a latent is in where its number is above 0. SAE Bench drops an incomplete
+last batch; here it is used.
 """
 
 from __future__ import annotations

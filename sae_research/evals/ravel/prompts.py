@@ -1,9 +1,4 @@
-"""When an answer is right.
-
-`right_sae_bench` is SAE Bench's own function. It lets the answer be any beginning of the label ("S" for Spain) and any
-continuation of it ("Nigeria" for Niger). Ours (`right`) compares whole words.
-
-RAVEL's prompts: templates about an entity, filled in, tokenised, with the place of the entity's last token.
+"""RAVEL's prompts: templates about an entity, filled in and tokenised, and which of them the model answers rightly.
 
 Files as SAE Bench reads them (`artifacts/ravel/base/`), four to an entity class, of which three are needed:
 
@@ -13,7 +8,9 @@ Files as SAE Bench reads them (`artifacts/ravel/base/`), four to an entity class
 
 Packaged beside this module: some fifty well-known cities, for small models without a hub. They are ours, not RAVEL's.
 
-Which prompts the model answers rightly: what it does not know, no patch can move.
+Only what the model knows can be patched, so prompts that it answers wrongly are left out. `right_sae_bench` is SAE Bench's
+own function: it lets the answer be any beginning of the label ("S" for Spain) and any continuation of it ("Nigeria" for
+Niger). Ours (`right`) compares whole words.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One SAE's records as a result: SAE Bench's schema, our figures, their intervals, and every outcome behind them.
+"""k-sparse probing on the binary tasks of sae-probes: every SAE's latents at the last token of whole texts.
 
-k-sparse probing on the binary tasks of sae-probes: every SAE's latents at the last token of whole texts.
-
-Two definitions of one pass over the texts. The structured block holds sae-probes' as SAE Bench 0.6.0 wraps it: its random
+Two definitions from one pass over the texts. The structured block holds sae-probes' as SAE Bench 0.6.0 wraps it: its random
 split of rows. Ours (`lab_v1`) takes the split without leaks and the last token that counts; latents, penalties and probes
-are chosen alike. What is known of stock: it encodes last tokens cut out of their text (see `last_token`), its saga now and
+are chosen alike. Our block also holds intervals and the outcomes behind them.
+
+How sae-probes itself differs: it encodes last tokens cut out of their text (see `last_token`), its solver (SAGA) now and
 then stops short of the optimum (see `fit`), `binarize` yields empty metrics and is not offered, and its result cache is
 keyed by the SAE's name alone.
 """
@@ -107,7 +107,7 @@ def result(
 
 
 def _flat(probes: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    """SAE Bench's fields, None where there is no figure; it has fields for seven values of k only."""
+    """SAE Bench's fields, None where there is no metric; it has fields for seven values of k only."""
     fields = {"llm": "llm", **{f"top_{k}": f"sae_top_{k}" for k in _SAE_BENCH_K}}
     values = {
         f"{field}_test_{metric}": probes.get(probe, {}).get(metric) for probe, field in fields.items() for metric in METRICS

@@ -34,7 +34,7 @@ class Scores(NamedTuple):
 
     decisions: np.ndarray
     saturate: bool
-    """Rank by probabilities in float32, as stock does: large decisions tie at 1."""
+    """Rank by probabilities in float32, as SAE Bench does: large decisions tie at 1."""
 
     def ranked(self) -> np.ndarray:
         """What the AUC orders texts by [n]."""
@@ -70,7 +70,7 @@ def top_k_scores(
 
     C has the highest AUC on validation texts taken from `train` [texts, d]; the probe is then fitted on all of them.
     sae-probes fits with stochastic gradients (saga, at most 1000 passes), which now and then stop short of the optimum;
-    ours is the optimum, so that a figure may differ from stock's by a test text or two.
+    ours is the optimum, so that a metric may differ from SAE Bench's by a test text or two.
     """
     usable = [k for k in ks if k <= train.shape[1]]
     chosen = top_latents(train, labels, max(usable, default=0))

@@ -1,14 +1,13 @@
-"""The 113 binary tasks of the package `sae_probes`: their texts, stock's split, and the split without leaks.
+"""The 113 binary tasks of the package `sae_probes`: their texts, both splits, and one vector per text.
 
-Stock's split draws rows at random, so that copies of a text land on either side (28 % of all rows have a copy). Ours
+SAE Bench's split draws rows at random, so that copies of a text land on either side (28 % of all rows have a copy). Ours
 puts every distinct text where the project's one split puts it, drops texts whose copies disagree on the label and near
 copies that would stand on either side (`text.near_copies`), and takes as many of either class.
 
-One vector per text: the activations, and every SAE's latents, at the text's last token.
-
-SAE Bench's definition reads the very last token; ours the last one inside `token_mask`. Stock cuts that token's
-activation out and encodes it alone, which only a per-token encoder survives. Here the whole text is encoded, so that
-encoders over sequences work as well; for those, masked tokens are hidden in both definitions, as stock has none.
+The vector is the activation, and every SAE's latents, at the text's last token: the very last one in SAE Bench's definition,
+the last one inside `token_mask` in ours. SAE Bench cuts that token's activation out and encodes it alone, which only a
+per-token encoder survives. Here the whole text is encoded, so that encoders over sequences work as well; for those, masked
+tokens are hidden in both definitions, since SAE Bench has none.
 
 For per-token encoders nothing but the last tokens' activations is kept. Whole texts are kept (in the memory-mapped cache)
 only where an SAE reads sequences.
@@ -39,7 +38,7 @@ from sae_research.text.packaged import packaged_folder, packaged_version
 from sae_research.text.split import out_of_place, split_of_hash, text_hash
 from sae_research.text.tasks import TEST, TRAIN, TaskUnavailable
 
-STOCK_MAX_TEXTS, STOCK_MAX_TRAIN, STOCK_TEST = 5000, 1024, 100
+SAE_BENCH_MAX_TEXTS, SAE_BENCH_MAX_TRAIN, SAE_BENCH_TEST = 5000, 1024, 100
 MIN_TRAIN, MIN_TEST = 16, 8
 """Texts of either class below which a task is skipped."""
 
@@ -60,7 +59,7 @@ class ProbeTask(NamedTuple):
     sae_bench: Split
     lab: Split
     notes: dict[str, Any]
-    """JSON-able: sizes, what was dropped, and how much of stock's test set has its copy in train."""
+    """JSON-able: sizes, what was dropped, and how much of SAE Bench's test set has its copy in train."""
 
 
 @cache
@@ -105,15 +104,15 @@ def read_rows(name: str) -> pd.DataFrame:
 def make_task(
     name: str, texts: Sequence[str], targets: Sequence[Any], config: SparseProbingSaeProbes, seed: int
 ) -> ProbeTask:
-    """Both splits of labelled texts. The class that sorts last is the positive one, as in stock.
+    """Both splits of labelled texts. The class that sorts last is the positive one, as in SAE Bench.
 
     Raises `TaskUnavailable` for one class, more than two, or too few texts.
     """
-    classes, labels = np.unique(np.asarray(targets[:STOCK_MAX_TEXTS]), return_inverse=True)
+    classes, labels = np.unique(np.asarray(targets[:SAE_BENCH_MAX_TEXTS]), return_inverse=True)
     if len(classes) != 2:
         raise TaskUnavailable(f"a binary task needs two classes, found {', '.join(map(str, classes[:5])) or 'none'}")
-    rows = TaskRows(list(texts[:STOCK_MAX_TEXTS]), labels, seed)
-    train, test = stock_split(labels, kept := rows.of_stock(config.max_texts), seed)
+    rows = TaskRows(list(texts[:SAE_BENCH_MAX_TEXTS]), labels, seed)
+    train, test = sae_bench_split(labels, kept := rows.of_sae_bench(config.max_texts), seed)
     lab_train, lab_test = (
         rows.of_lab(part, size, least)
         for part, size, least in (
@@ -146,18 +145,18 @@ def make_task(
     )
 
 
-def stock_split(labels: np.ndarray, kept: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def sae_bench_split(labels: np.ndarray, kept: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The train and test rows that sae-probes draws from the rows `kept`: at most 1024, and all others but one.
 
     The calls of the generator follow its `get_train_test_indices`. Raises `TaskUnavailable` for too few rows.
     """
-    n_train = min(len(kept) - STOCK_TEST, STOCK_MAX_TRAIN)
+    n_train = min(len(kept) - SAE_BENCH_TEST, SAE_BENCH_MAX_TRAIN)
     n_test = len(kept) - n_train - 1
     rows_of = {label: np.flatnonzero(labels[kept] == label) for label in (1, 0)}
     need = {1: -(-n_train // 2) + -(-n_test // 2), 0: n_train // 2 + n_test // 2}
     if n_train < 2 * MIN_TRAIN or any(len(rows_of[label]) < need[label] for label in need):
         raise TaskUnavailable(
-            f"SAE Bench's split needs {STOCK_TEST + 2 * MIN_TRAIN} texts, half of either class; found "
+            f"SAE Bench's split needs {SAE_BENCH_TEST + 2 * MIN_TRAIN} texts, half of either class; found "
             f"{len(rows_of[1])} and {len(rows_of[0])}"
         )
     generator = np.random.RandomState(seed)
@@ -196,7 +195,7 @@ class TaskRows:
         wrong = out_of_place([texts[row] for row in probed.values()], [self.splits[row] for row in probed.values()])
         self.crossing = {digest for digest, left_out in zip(probed, wrong, strict=True) if left_out}
 
-    def of_stock(self, most: int | None) -> np.ndarray:
+    def of_sae_bench(self, most: int | None) -> np.ndarray:
         """All rows in the file's order, or the first `most` by hash, half of either class, copies and all."""
         if most is None or most >= len(self.texts):
             return np.arange(len(self.texts))

@@ -1,14 +1,13 @@
-"""Linear probes on mean activations, all of a run trained side by side.
+"""Linear probes on mean activations, and what they read once some latents are set to zero.
 
-SAE Bench 0.6.0's recipe (sae_bench/evals/scr_and_tpp, sae_bench/evals/sparse_probing/probe_training.py): one linear
-layer on all dimensions, binary cross-entropy with an L1 penalty on the weights, AdamW, batches of 16. At these sizes a
-step is a few thousand multiplications, so one numpy step over all probes replaces one framework step per probe.
+Probes follow SAE Bench 0.6.0 (sae_bench/evals/scr_and_tpp, sae_bench/evals/sparse_probing/probe_training.py): one linear
+layer on all dimensions, binary cross-entropy with an L1 penalty on the weights, AdamW, batches of 16. All probes of a run
+are trained side by side: a step is a few thousand multiplications, so one numpy step over all of them replaces one
+framework step per probe.
 
-What a probe reads once some latents are set to zero, without encoding or decoding anything again.
-
-With a linear decoder a text's mean activation loses exactly `mean(f_A) W_A` when the latents A are ablated (the
-reconstruction error stays in place), so a probe's logit loses `mean(f_A) (W_A w)`. The text's mean latents and one
-number per latent and probe are enough for every threshold.
+Ablation needs no encoding or decoding. With a linear decoder a text's mean activation loses exactly `mean(f_A) W_A` when the
+latents A are ablated (the reconstruction error stays in place), so a probe's logit loses `mean(f_A) (W_A w)`. The text's
+mean latents and one number per latent and probe are enough for every threshold.
 """
 
 from __future__ import annotations

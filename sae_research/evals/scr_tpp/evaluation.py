@@ -1,16 +1,15 @@
-"""Results as SAE Bench's own output types.
+"""Spurious correlation removal (SCR) and targeted probe perturbation (TPP), in SAE Bench 0.6.0's definition and in ours.
 
-SAE Bench has fields for n in 2, 5, 10, 20, 50, 100, 500 only and drops others without a word; ours keeps every n in
-the unstructured block.
-
-The two evaluations: tasks read, scored in both definitions, written as SAE Bench's types.
+Texts are read once and probes trained once per hook; every SAE is then scored from its mean latents (`ablation`,
+`measures`).
 
 SAE Bench 0.6.0's definition picks each probe's epoch on its test texts, lets the latents of padding and special
 positions into ablation, and redraws TPP's negatives at every measurement; the draws here are made once. Ours
 (`lab_v1`) trains a fixed number of epochs, counts tokens inside `token_mask` only, is blind to the sign of a
-dictionary row, defines the cases SAE Bench leaves open (see `scr.py`), and gives intervals.
+dictionary row, defines the cases SAE Bench leaves open (see `measures`), and gives intervals.
 
-What SCR and TPP share: texts once, probes once per hook point, then every SAE scored from its mean latents.
+Results are SAE Bench's own output types. These have fields for n in 2, 5, 10, 20, 50, 100, 500 only and drop others without
+a word; our block keeps every n.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def _result(
     pairs: dict[str, tuple[str, str]] | None = None,
     classes: dict[str, dict[str, Metrics]] | None = None,
 ) -> dict[str, Any]:
-    """tasks: SAE Bench's figures by task; pairs (SCR): the first attribute's values by task; classes (TPP): the figures
+    """tasks: SAE Bench's metrics by task; pairs (SCR): the first attribute's values by task; classes (TPP): the metrics
     by task and class; lab: our block."""
     suffix = "_tpp_results" if study.kind == "tpp" else "_results"
     return harness.output(
@@ -66,7 +65,7 @@ def _result(
 
 
 def _average(tasks: Sequence[Metrics]) -> Metrics:
-    """Mean over the tasks that have a figure (SAE Bench's `scr_metric` can be missing)."""
+    """Mean over the tasks that have a metric (SAE Bench's `scr_metric` can be missing)."""
     keys = {key: None for values in tasks for key in values}
     having = {key: [values[key] for values in tasks if key in values] for key in keys}
     return {key: sum(values) / len(values) for key, values in having.items()}
@@ -142,16 +141,7 @@ def evaluate_scr(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
         }
 
     probe_tasks = {name: task.probes for name, task in own.items()}
-    study = Study(
-        "scr",
-        settings,
-        tokenise(lm, list(row_of), settings.context_length),
-        _sizes(row_of, tasks),
-        probe_tasks,
-        _rows(probe_tasks),
-        score,
-        __name__,
-    )
+    study = _study("scr", settings, lm, row_of, tasks, probe_tasks, score)
     pairs = {task.name: task.first for task in tasks}
     for name, info, found in evaluate(study, saes, lm, params, stage):
         yield name, _result(study, name, info, lm, params, found["sae_bench"], found["lab"], pairs=pairs)
@@ -192,20 +182,33 @@ def evaluate_tpp(saes: SAEs, lm: LanguageModel, params: Params, stage: StageFold
         }
 
     probe_tasks = {name: list(task.probes.values()) for name, task in own.items()}
-    study = Study(
-        "tpp",
-        settings,
-        tokenise(lm, list(row_of), settings.context_length),
-        _sizes(row_of, tasks),
-        probe_tasks,
-        _rows(probe_tasks),
-        score,
-        __name__,
-    )
+    study = _study("tpp", settings, lm, row_of, tasks, probe_tasks, score)
     for name, info, found in evaluate(study, saes, lm, params, stage):
         classes = found["sae_bench"]
         means = {task: measures.mean_metrics(list(of_class.values())) for task, of_class in classes.items()}
         yield name, _result(study, name, info, lm, params, means, found["lab"], classes=classes)
+
+
+def _study(
+    kind: str,
+    settings: Settings,
+    lm: LanguageModel,
+    row_of: dict[str, int],
+    tasks: Sequence[Task | CrossedTask],
+    probes: Mapping[str, Sequence[ProbeTask]],
+    score: Callable[[Views, list[int]], dict[str, Any]],
+) -> Study:
+    """row_of: text -> its number; tasks: all that texts come from; probes: those of the tasks that are scored."""
+    return Study(
+        kind,
+        settings,
+        tokenise(lm, list(row_of), settings.context_length),
+        brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks)),
+        probes,
+        # which texts every probe is trained and tested on
+        {name: [[[d.rows.tolist(), d.labels.tolist()] for d in probe] for probe in own] for name, own in probes.items()},
+        score,
+    )
 
 
 def tpp_settings(params: Params) -> Settings:
@@ -234,15 +237,6 @@ def _with_classes(tasks: list[Task], stage: StageFolder) -> list[Task]:
                 f"the score would be about 0 for any SAE; TPP needs {measures.MIN_CLASSES}",
             )
     return [task for task in tasks if len(task.train) >= measures.MIN_CLASSES]
-
-
-def _sizes(row_of: dict[str, int], tasks: Sequence[Task | CrossedTask]) -> list[int]:
-    return brought_in(row_of, ([part.values() for part in (task.train, task.test)] for task in tasks))
-
-
-def _rows(tasks: dict[str, Any]) -> Any:
-    """Which texts every probe is trained and tested on, JSON-able."""
-    return {name: [[[d.rows.tolist(), d.labels.tolist()] for d in probe] for probe in own] for name, own in tasks.items()}
 
 
 DEFINITIONS: tuple[Definition, ...] = ("sae_bench", "lab")
@@ -274,8 +268,6 @@ class Study(NamedTuple):
     """What tells these tasks from others, JSON-able."""
     score: Callable[[dict[Definition, dict[str, View]], list[int]], dict[str, Any]]
     """(views by definition and task, thresholds) -> everything a result holds; goes to the cache."""
-    module: str
-    """Name of the module that `score` is in: its code decides whether a cached result is still right."""
 
 
 def evaluate(
@@ -285,7 +277,7 @@ def evaluate(
     guard = Guard(stage.skip)
     thresholds = sorted(set(study.settings.n_values))
     for members in by_hook(saes):
-        scores = Scores(study.kind, members, members.keys(lm, _inputs(study, params), study.module, __name__), guard)
+        scores = Scores(study.kind, members, members.keys(lm, _inputs(study, params), __name__), guard)
         probing = _Probing(study, members.hook, lm, params)
 
         def score(family: Family, probing: _Probing = probing) -> Iterator[tuple[str, dict[str, Any]]]:

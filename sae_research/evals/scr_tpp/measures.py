@@ -1,15 +1,13 @@
-"""Spurious correlation removal: does ablating an attribute's latents make a biased probe read the other attribute?
+"""Scores of SCR and TPP from what probes read before and after ablation.
 
-A probe is trained on texts where two attributes always agree. Ablating the latents that matter to a probe of one
-attribute should leave it reading the other: the score is the share of the lost accuracy that comes back. Direction 1
-ablates the second attribute and reads the first, direction 2 the other way round.
-Source: arXiv 2411.18895 and SAE Bench 0.6.0, sae_bench/evals/scr_and_tpp/main.py.
+Spurious correlation removal: a probe is trained on texts where two attributes always agree. Ablating the latents that matter
+to a probe of one attribute should leave it reading the other: the score is the share of the lost accuracy that comes back.
+Direction 1 ablates the second attribute and reads the first, direction 2 the other way round.
 
-Targeted probe perturbation: do the latents of one class matter to that class's probe alone?
+Targeted probe perturbation: every class has a probe against the others. Ablating the latents of one class should cost its
+probe accuracy (the intended effect) and the other probes none (the unintended effect); the score is the difference.
 
-Every class has a probe against the others. Ablating the latents of one class should cost its probe accuracy (the
-intended effect) and the other probes none (the unintended effect); the score is the difference.
-Source: arXiv 2411.18895 and SAE Bench 0.6.0, sae_bench/evals/scr_and_tpp/main.py.
+Source of both: arXiv 2411.18895 and SAE Bench 0.6.0, sae_bench/evals/scr_and_tpp/main.py.
 """
 
 from __future__ import annotations
@@ -129,7 +127,7 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sae_bench_metrics(both: tuple[Direction, Direction], thresholds: Sequence[int]) -> Metrics:
-    """SAE Bench's figures of one task: 0 where there is no gap; no `scr_metric` at all where the biased probe reads
+    """SAE Bench's metrics of one task: 0 where there is no gap; no `scr_metric` at all where the biased probe reads
     both attributes equally well, because neither direction is then the neglected one."""
     metrics: Metrics = {}
     accuracy = [float(direction.biased.mean()) for direction in both]
@@ -160,7 +158,7 @@ class LabTask(NamedTuple):
 
 
 def lab_task(task: ScrTask, view: View, both: tuple[Direction, Direction]) -> LabTask:
-    """The neglected attribute is told on training texts, so that no test text chooses the figure: where the attributes
+    """The neglected attribute is told on training texts, so that no test text has a part in the choice: where the attributes
     disagree the biased probe reads one of them, and the score is the other's."""
     reads_first = float(_correct(view.logits[task.disagree.rows, BIASED], task.disagree.labels).mean())
     neglected = (0, 1) if reads_first == 0.5 else (0,) if reads_first < 0.5 else (1,)
@@ -168,10 +166,10 @@ def lab_task(task: ScrTask, view: View, both: tuple[Direction, Direction]) -> La
 
 
 def lab_metrics(tasks: Sequence[LabTask], thresholds: Sequence[int], seed: int) -> tuple[Metrics, dict[str, list[float]]]:
-    """(figures over all tasks, their intervals): accuracy given back, summed over tasks, over accuracy lost.
+    """(metrics over all tasks, their intervals): accuracy given back, summed over tasks, over accuracy lost.
 
-    Summing before dividing keeps a task whose bias costs next to nothing from deciding the figure. A direction whose
-    gap is below `MIN_GAP` has nothing to give back and is left out; where all are, there is no figure.
+    Summing before dividing keeps a task whose bias costs next to nothing from deciding the metric. A direction whose
+    gap is below `MIN_GAP` has nothing to give back and is left out; where all are, there is no metric.
     """
     metrics: Metrics = {}
     intervals: dict[str, list[float]] = {}
@@ -278,7 +276,7 @@ def _class_correct(logits: Tensor, test: Draw) -> Tensor:
 
 
 def class_metrics(task: TppTask, found: Outcomes, thresholds: Sequence[int]) -> dict[str, Metrics]:
-    """class -> figures when its latents are ablated, with SAE Bench's names."""
+    """class -> metrics when its latents are ablated, with SAE Bench's names."""
     drops = [
         [
             float(found.clean[probe].mean()) - found.ablated[target][probe].mean(dim=1).numpy()
@@ -305,7 +303,7 @@ def _named(kinds: Sequence[np.ndarray], thresholds: Sequence[int]) -> Metrics:
 
 
 def mean_metrics(each: Sequence[Metrics]) -> Metrics:
-    """The mean of every figure over classes or tasks."""
+    """The mean of every metric over classes or tasks."""
     return {key: sum(values[key] for values in each) / len(each) for key in each[0]}
 
 
@@ -338,7 +336,7 @@ def _weights(task: TppTask) -> np.ndarray:
 
 
 def _lost(task: TppTask, found: Outcomes, kind: str, count: int) -> np.ndarray:
-    """What each test text adds to the mean over classes of one figure [thresholds, texts]."""
+    """What each test text adds to the mean over classes of one metric [thresholds, texts]."""
     classes, places = len(task.probes), _places(task)
     lost = np.zeros((count, sum(len(rows) for rows in task.test_rows.values())))
     for target in range(classes):
@@ -351,7 +349,7 @@ def _lost(task: TppTask, found: Outcomes, kind: str, count: int) -> np.ndarray:
 
 
 def details(task: TppTask, found: Outcomes, thresholds: Sequence[int]) -> dict[str, Any]:
-    """One task's figures, the probes' clean accuracy, and how many latents were ablated."""
+    """One task's metrics, the probes' clean accuracy, and how many latents were ablated."""
     return {
         **mean_metrics(list(class_metrics(task, found, thresholds).values())),
         "clean_accuracy": {label: float(clean.mean()) for label, clean in zip(task.probes, found.clean, strict=True)},

@@ -1,13 +1,12 @@
-"""One SAE's result: SAE Bench's own output type, every configuration's figures, our definition with its interval.
-
-Unlearning by clamping latents (Farrell et al., arXiv 2410.19278), in SAE Bench 0.6.0's definition and in ours.
+"""Unlearning by clamping latents (Farrell et al., arXiv 2410.19278), in SAE Bench 0.6.0's definition and in ours.
 
 Latents that fire often on a forget corpus and hardly ever on a retain corpus are clamped to a negative value while the
 model answers questions it is known to answer. Questions are asked once per model, densities are measured once per SAE,
-and an intervention starts from the cached activations at the hook.
+and an intervention starts from the cached activations at the hook. Results are SAE Bench's output type, with every
+configuration's accuracies and our score with its interval.
 
 The packaged question sets and corpora are a **stand-in** for WMDP and MMLU: biomedical against other science questions,
-one-word answers against three other answers. They show how an SAE behaves, not a figure to compare with published ones.
+one-word answers against three other answers. Their scores compare SAEs with one another, not with published ones.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""How often each latent fires on a corpus, and which latents are chosen to be clamped.
+"""Which latents are clamped, what the model then answers, and the score.
 
-From which questions are still answered rightly to a score, its interval, and a score on questions that chose nothing.
-
-Clamp chosen latents and ask again.
-
-Where a chosen latent is active it is set to -multiplier; what the SAE does not reconstruct stays. So the stream changes
-by `decode(edited) - decode(latents)` at those tokens and nowhere else, as in SAE Bench 0.6.0. In ours (`lab_v1`) a latent
-that is active below zero is set to +multiplier: the same edit whichever sign a latent carries.
+Latents are chosen by how often each fires on the forget and on the retain corpus. Where a chosen latent is active it is set
+to -multiplier; what the SAE does not reconstruct stays. So the stream changes by `decode(edited) - decode(latents)` at
+those tokens and nowhere else, as in SAE Bench 0.6.0. In ours (`lab_v1`) a latent that is active below zero is set to
++multiplier: the same edit whichever sign a latent carries.
 
 Only what changes is run: layers above the hook, prompts in which a chosen latent is active, and once for all
-configurations that make the same edit.
+configurations that make the same edit. The score follows from the questions that are still answered rightly; ours has an
+interval, and a score on questions that had no part in choosing the configuration.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ THEIR_FIGURES = {
     "loss_recovered": "frac_recovered",
     "fraction_alive": "frac_alive",
 }
-"""Our name of a held-out figure -> the one their `eval_results.json` uses."""
+"""Our name of a held-out metric -> the one their `eval_results.json` uses."""
 
 
 def export_dictionary_learning(

@@ -266,7 +266,7 @@ def _folded(
 
 
 class ReleasedSAE(NamedTuple):
-    """One entry of SAELens' directory. `card` holds the figures it publishes: l0, variance_explained."""
+    """One entry of SAELens' directory. `card` holds the metrics it publishes: l0, variance_explained."""
 
     release: str
     sae_id: str

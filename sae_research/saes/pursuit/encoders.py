@@ -142,22 +142,12 @@ class PursuitSAE(SparseAutoencoder):
         raise NotImplementedError
 
 
-class IHTPSAE(PursuitSAE):
-    """Iterative hard thresholding pursuit over a whole sequence.
+class _Thresholding(PursuitSAE):
+    """The k atoms of largest absolute correlation, by `iterations` further rounds of choosing them."""
 
-    Each token names its k atoms of largest absolute correlation; the union over the sequence is the support; every
-    token's activations are the least-squares coefficients on it, of minimum norm where the support reaches d_in.
-    A token's latents therefore depend on the whole sequence, later tokens included: not causal. L0 is the size of
-    the union. `iterations`: at most so many rounds of choosing again by the correlations that the fit leaves (Foucart's
-    hard thresholding pursuit), ending once the support no longer changes; 0 keeps the first choice.
-    """
-
-    form = "ihtp"
     option_names = ("k",)
     size_name = "k"
     defaults = {"iterations": 0}
-    per_token = False
-    causal = False
 
     def __init__(
         self,
@@ -171,6 +161,21 @@ class IHTPSAE(PursuitSAE):
     ) -> None:
         super().__init__(W_dec, b_dec, k, cfg, normalise)
         self.iterations = _not_negative(self.form, "iterations", iterations)
+
+
+class IHTPSAE(_Thresholding):
+    """Iterative hard thresholding pursuit over a whole sequence.
+
+    Each token names its k atoms of largest absolute correlation; the union over the sequence is the support; every
+    token's activations are the least-squares coefficients on it, of minimum norm where the support reaches d_in.
+    A token's latents therefore depend on the whole sequence, later tokens included: not causal. L0 is the size of
+    the union. `iterations`: at most so many rounds of choosing again by the correlations that the fit leaves (Foucart's
+    hard thresholding pursuit), ending once the support no longer changes; 0 keeps the first choice.
+    """
+
+    form = "ihtp"
+    per_token = False
+    causal = False
 
     @classmethod
     def encode_family(cls, members: Sequence[Self], x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
@@ -192,7 +197,7 @@ class IHTPSAE(PursuitSAE):
             yield z_BSF
 
 
-class TopKRefitSAE(PursuitSAE):
+class TopKRefitSAE(_Thresholding):
     """Each token's k atoms of largest absolute correlation, with least-squares coefficients.
 
     Thresholding with one refit; with `iterations` it is hard thresholding pursuit (Foucart 2011) of each token by itself,
@@ -200,28 +205,34 @@ class TopKRefitSAE(PursuitSAE):
     """
 
     form = "topk_refit"
-    option_names = ("k",)
-    size_name = "k"
-    defaults = {"iterations": 0}
-
-    def __init__(
-        self,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        k: int = 10,
-        cfg: SAEConfig | None = None,
-        *,
-        iterations: int = 0,
-        normalise: Normalise = "note",
-    ) -> None:
-        super().__init__(W_dec, b_dec, k, cfg, normalise)
-        self.iterations = _not_negative(self.form, "iterations", iterations)
 
     def chosen(self, x_ND: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         yield from thresholding.fit_tokens(x_ND, self.dictionary(), sizes, iterations=self.iterations)
 
 
-class MPSAE(PursuitSAE):
+class _Greedy(PursuitSAE):
+    """At most s greedy steps per token, fewer where `tolerance` is reached; s: by default the class's `default_s`."""
+
+    option_names = ("s",)
+    size_name = "s"
+    defaults = {"tolerance": 0.0}
+    default_s: ClassVar[int] = 50
+
+    def __init__(
+        self,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        s: int | None = None,
+        cfg: SAEConfig | None = None,
+        *,
+        tolerance: float = 0.0,
+        normalise: Normalise = "note",
+    ) -> None:
+        super().__init__(W_dec, b_dec, self.default_s if s is None else s, cfg, normalise)
+        self.tolerance = _share(self.form, tolerance)
+
+
+class MPSAE(_Greedy):
     """Matching pursuit (Mallat and Zhang 1993): s greedy steps per token.
 
     Each step takes the atom of largest absolute correlation with the residual, adds that correlation to its
@@ -230,23 +241,7 @@ class MPSAE(PursuitSAE):
     """
 
     form = "matching_pursuit"
-    option_names = ("s",)
-    size_name = "s"
-    defaults = {"tolerance": 0.0}
     nonnegative: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        s: int = 50,
-        cfg: SAEConfig | None = None,
-        *,
-        tolerance: float = 0.0,
-        normalise: Normalise = "note",
-    ) -> None:
-        super().__init__(W_dec, b_dec, s, cfg, normalise)
-        self.tolerance = _share(self.form, tolerance)
 
     def chosen(self, x_ND: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """A smaller s is a prefix of the largest one's steps."""
@@ -270,30 +265,16 @@ class NonNegativeMPSAE(MPSAE):
     nonnegative = True
 
 
-class OMPSAE(PursuitSAE):
+class OMPSAE(_Greedy):
     """Orthogonal matching pursuit: s greedy steps per token, all coefficients fitted by least squares after each.
 
     No atom is taken twice: L0 is s, at most d_in. `tolerance` as for MPSAE.
     """
 
     form = "omp"
-    option_names = ("s",)
-    size_name = "s"
-    defaults = {"tolerance": 0.0}
     pursuit: ClassVar[Any] = staticmethod(orthogonal.orthogonal)
 
-    def __init__(
-        self,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        s: int = 10,
-        cfg: SAEConfig | None = None,
-        *,
-        tolerance: float = 0.0,
-        normalise: Normalise = "note",
-    ) -> None:
-        super().__init__(W_dec, b_dec, s, cfg, normalise)
-        self.tolerance = _share(self.form, tolerance)
+    default_s = 10
 
     def chosen(self, x_ND: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         atoms_NS, fits = self.pursuit(x_ND, self.dictionary(), sizes, tolerance=self.tolerance)
