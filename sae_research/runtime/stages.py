@@ -1,4 +1,4 @@
-"""Store_stages."""
+"""A stage's output: one process writes it, its status says how far it got, and its results are read back."""
 
 from __future__ import annotations
 

@@ -64,3 +64,11 @@ def settings(make_params: Any) -> Callable[..., Params]:
         )
 
     return make
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> str:
+    """A task file of three classes."""
+    rows = [f"{label} text of words number {i},{label}" for label in ("cat", "dog", "cow") for i in range(120)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return str(tmp_path / "mine.csv")

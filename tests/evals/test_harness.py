@@ -21,7 +21,7 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import save_sae, save_variant
 from sae_research.saes.base import Family, Guard
 from sae_research.saes.sources import PREPARED
-from tests.helpers.evals_saes import config, standard
+from tests.helpers.evals_saes import config, small_sections, standard
 
 FAMILY = ["ihtp_k1", "ihtp_k4"]
 """Two encoders over one dictionary, which encode together."""
@@ -61,13 +61,6 @@ class Counter:
         return sum(one() is not None for one in self.opened)
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> str:
-    rows = [f"{label} text of words number {i},{label}" for label in ("cat", "dog", "cow") for i in range(120)]
-    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    return str(tmp_path / "mine.csv")
-
-
 def windows_of(saes: PreparedSAEs, lm: LanguageModel, params: Params, stage: StageFolder) -> Iterator[tuple[str, Any]]:
     tokens = core.evaluation._text(lm, params, None).tokens
     yield from ((name, found.to_plain()) for name, found in autointerp.find_windows(saes, lm, params, tokens).items())
@@ -90,22 +83,7 @@ def test_memory_does_not_grow_with_the_number_of_saes(
 ) -> None:
     monkeypatch.setattr(absorption_module, "MIN_TRAIN_WORDS", 4)
     monkeypatch.setattr(absorption_module, "MIN_TEST_WORDS", 1)
-    probing = {"dataset_names": [tasks], "context_length": 12, "probe_train_set_size": 16, "probe_test_set_size": 8}
-    params = make_params(
-        sparse_probing={**probing, "k_values": [1], "train_draws": 2},
-        tpp={"n_values": [2], "probe_epochs": 2},
-        absorption={"icl_examples": 2, "icl_prompts": 3, "max_k_value": 2, "min_ground_truth_probe_f1": 0.1},
-        sparse_probing_sae_probes={
-            "dataset_names": ["117_us_state_FL"],
-            "max_texts": 132,
-            "k_values": [1],
-            "context_length": 8,
-            "probe_train_set_size": 32,
-            "probe_test_set_size": 16,
-        },
-        meta_sae={"train_steps": 2, "train_batch_size": 8},
-        autointerp={"buffer": 2, "n_latents": 3, "n_random_ex_for_scoring": 2},
-    )
+    params = make_params(**small_sections(tasks))
     evaluate = EVALUATIONS[name]
     together = dict(evaluate(dict(PreparedSAEs(folder, lm)), lm, params, StageFolder(Path("together"))))
     monkeypatch.setenv("SAE_RESEARCH_NO_CACHE", "1")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sae_research.config.params import Params
+from sae_research.evals import run, units
+from sae_research.evals.absorption import evaluation as absorption_module
 from sae_research.evals.run import run_evaluation
+from sae_research.evals.units import EvaluationWorker, evaluation_job
 from sae_research.runtime.cache import cache_dir
+from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import write_json
+from sae_research.runtime.workers import InProcess, Job, Outcome, Unit
 from sae_research.saes import save_sae, save_variant
 from sae_research.saes.sources import PREPARED
-from tests.helpers.evals_saes import config, standard
+from tests.helpers.evals_saes import HOOK, config, small_sections, standard
 from tests.helpers.ray_cluster import loopback_cluster
 
 FAMILIES = {"a": ("ihtp_k1", "ihtp_k4"), "b": ("mpsae_s3", "mpsae_s6")}
@@ -40,13 +48,6 @@ def prepared(in_project: Path) -> None:
     write_json(in_project / PREPARED / "manifest.json", {"order": NAMES})
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> str:
-    rows = [f"{label} text of words number {i},{label}" for label in ("cat", "dog", "cow") for i in range(120)]
-    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    return str(tmp_path / "mine.csv")
-
-
 def written(evaluation: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((Path("eval_results") / evaluation).iterdir())}
 
@@ -57,32 +58,99 @@ def on_cluster(params: Params, cluster: Any, **settings: Any) -> Params:
 
 def forget() -> None:
     """Empty the result cache."""
-    import shutil
-
     shutil.rmtree(cache_dir("results"))
 
 
-SECTIONS: dict[str, dict[str, Any]] = {
-    "core": {},
-    "sparse_probing": {
-        "context_length": 12,
-        "probe_train_set_size": 16,
-        "probe_test_set_size": 8,
-        "k_values": [1],
-        "train_draws": 2,
-    },
-    "scr": {"context_length": 12, "train_set_size": 16, "test_set_size": 8, "n_values": [2], "probe_epochs": 2},
-}
+@pytest.mark.parametrize(
+    "evaluation", ["core", "sparse_probing", "tpp", "absorption", "sparse_probing_sae_probes", "meta_sae"]
+)
+def test_units_give_the_bytes_of_the_whole(
+    evaluation: str, prepared: None, make_params: Any, tasks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker in this process, which is told to share units out among three."""
+    monkeypatch.setattr(absorption_module, "MIN_TRAIN_WORDS", 4)
+    monkeypatch.setattr(absorption_module, "MIN_TEST_WORDS", 1)
+    params = make_params(eval_types={evaluation: True}, **small_sections(tasks))
+    run_evaluation(evaluation, params)
+    alone = written(evaluation)
+    forget()
+    asked: list[Unit] = []
+
+    class Three(InProcess):
+        size = 3
+
+        def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
+            asked.extend(units)
+            return super().run(units, shared)
+
+    monkeypatch.setattr(run, "_started_workers", lambda name, params: nullcontext(Three(evaluation_job(name, params))))
+    run_evaluation(evaluation, params)
+    assert written(evaluation) == alone
+    assert evaluation == "meta_sae" or len(asked) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluation", ["core", "sparse_probing"])
 def test_two_nodes_write_the_bytes_of_one_process(
     evaluation: str, prepared: None, cluster: Any, make_params: Any, tasks: str
 ) -> None:
-    section = {"sparse_probing": {**SECTIONS["sparse_probing"], "dataset_names": [tasks]}}
-    params = make_params(**section)
+    params = make_params(eval_types={evaluation: True}, **small_sections(tasks))
     run_evaluation(evaluation, params)
     alone = written(evaluation)
     forget()
     run_evaluation(evaluation, on_cluster(params, cluster))
     assert written(evaluation) == alone
+
+
+def test_a_unit_that_fails_everywhere_costs_its_saes_alone(
+    prepared: None, make_params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params()
+
+    class Failing(InProcess):
+        size = 2
+
+        def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
+            bad = [unit for unit in units if b'"c"' in unit.payload]
+            yield from (Outcome(unit, None, "its worker was lost\nlog") for unit in bad)
+            yield from super().run([unit for unit in units if unit not in bad], shared)
+
+    monkeypatch.setattr(run, "_started_workers", lambda name, params: nullcontext(Failing(evaluation_job(name, params))))
+    run_evaluation("core", params)
+    status = json.loads(written("core")["_status.json"])
+    assert status["skipped"]["c"] == "its worker was lost" and status["status"] == "ok"
+    assert {name for name in NAMES if f"{name}_eval_results.json" in written("core")} == set(NAMES) - set(status["skipped"])
+
+
+def test_an_sae_too_large_for_a_worker_is_refused_and_the_rest_is_scored(
+    prepared: None, make_params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params()
+
+    class Small(InProcess):
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
+            self.memory = 40_000  # more than pursuit's dictionary takes, less than encoder and decoder
+
+    monkeypatch.setattr(run, "_started_workers", lambda name, params: nullcontext(Small(evaluation_job(name, params))))
+    run_evaluation("core", params)
+    skipped = json.loads(written("core")["_status.json"])["skipped"]
+    assert set(skipped) == set("abcd") and "a worker has" in skipped["a"]
+
+
+def test_a_worker_with_other_files_says_so(prepared: None, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    worker = EvaluationWorker(evaluation_job("core", params).argument)
+    payload = {"kind": "core_sparsity", "hook": HOOK, "saes": ["a"], "part": 0, "keys": {"a": "other"}, "known": {}}
+    with pytest.raises(UserError, match="SAE a, the model, the text or the code are not the driver's"):
+        worker(json.dumps({**payload, "device": "cpu"}).encode(), b"{}")
+    with pytest.raises(UserError, match="computes on cpu, the driver on cuda"):
+        worker(json.dumps({**payload, "device": "cuda"}).encode(), b"{}")
+
+
+@pytest.mark.parametrize(
+    "parts, families, workers, expected",
+    [(1, 16, 2, 2), (2, 16, 2, 1), (8, 16, 2, 1), (4, 16, 3, 3), (1, 3, 8, 3), (1, 500, 64, 59), (5, 1, 2, 1)],
+)
+def test_saes_are_split_no_further_than_sharing_needs(parts: int, families: int, workers: int, expected: int) -> None:
+    assert units._groups(parts, families, workers) == expected

@@ -47,3 +47,23 @@ def everything() -> dict[str, SparseAutoencoder]:
         "ihtp_k1": IHTPSAE(W, b, 1, config("ihtp", k=1)),
         "ihtp_k4": IHTPSAE(W, b, 4, config("ihtp", k=4)),
     }
+
+
+def small_sections(tasks: str) -> dict[str, Any]:
+    """Sections of parameters by which evaluations take seconds. tasks: a task file."""
+    probing = {"dataset_names": [tasks], "context_length": 12, "probe_train_set_size": 16, "probe_test_set_size": 8}
+    return {
+        "sparse_probing": {**probing, "k_values": [1], "train_draws": 2},
+        "tpp": {"n_values": [2], "probe_epochs": 2},
+        "absorption": {"icl_examples": 2, "icl_prompts": 3, "max_k_value": 2, "min_ground_truth_probe_f1": 0.1},
+        "sparse_probing_sae_probes": {
+            "dataset_names": ["117_us_state_FL"],
+            "max_texts": 132,
+            "k_values": [1],
+            "context_length": 8,
+            "probe_train_set_size": 32,
+            "probe_test_set_size": 16,
+        },
+        "meta_sae": {"train_steps": 2, "train_batch_size": 8},
+        "autointerp": {"buffer": 2, "n_latents": 3, "n_random_ex_for_scoring": 2},
+    }
