@@ -45,7 +45,7 @@ def evaluation_job(evaluation: str, params: Params) -> Job:
         "params": params.model_dump(mode="json"),
         "no_cache": os.environ.get(NO_CACHE, ""),
     }
-    return Job(f"{__name__}:EvaluationWorker", json.dumps(argument).encode())
+    return Job(f"{__name__}:EvaluationWorker", json.dumps(argument).encode(), "sae_research.lm.load:device_memory")
 
 
 # --- the driver ------------------------------------------------------------------------------

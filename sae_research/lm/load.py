@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from sae_research.lm.model import LanguageModel
@@ -36,6 +37,14 @@ _ORGANISATIONS = {
     "Llama": "meta-llama",
     "Mistral": "mistralai",
 }
+
+
+def device_memory() -> int:
+    """Bytes of the GPU that this process computes on, else of main memory."""
+    device = pick_device("auto")
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def pick_device(device: str) -> torch.device:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from sae_research.runtime.cache import writable_cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
-from sae_research.runtime.workers import Cluster, Job, Outcome, Unit, by_cost, device_memory, versions, worker
+from sae_research.runtime.workers import Cluster, Job, Outcome, Unit, by_cost, memory, versions, worker
 
 START_SECONDS = 180.0
 """How long the first worker may take to come up."""
@@ -67,7 +67,7 @@ class _Actor:
     def here(self, cpus: float, gpus: float) -> _Here:
         """cpus, gpus: its share of the node."""
         share = gpus or min(1.0, cpus / (os.cpu_count() or 1))
-        return _Here(socket.gethostname(), versions(self._job), int(min(1.0, share) * device_memory()))
+        return _Here(socket.gethostname(), versions(self._job), int(min(1.0, share) * memory(self._job)))
 
     def compute(self, payload: bytes, shared: bytes) -> _Reply:
         try:

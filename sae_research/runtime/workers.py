@@ -13,7 +13,7 @@ import platform
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 
@@ -51,6 +51,8 @@ class Job(NamedTuple):
 
     target: str
     argument: bytes
+    memory: str = ""
+    """`module:function` that gives the bytes of the device that a worker computes on; empty: main memory's."""
 
     @property
     def module(self) -> str:
@@ -84,10 +86,19 @@ class Workers(Protocol):
         ...
 
 
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def worker(job: Job) -> Callable[[bytes, bytes], bytes]:
     """The object that computes a job's units."""
-    module, _, name = job.target.partition(":")
-    return getattr(importlib.import_module(module), name)(job.argument)
+    return _named(job.target)(job.argument)
+
+
+def memory(job: Job) -> int:
+    """Bytes of the device that this process computes on."""
+    return _named(job.memory)() if job.memory else psutil.virtual_memory().total
 
 
 def versions(job: Job) -> dict[str, str]:
@@ -97,15 +108,6 @@ def versions(job: Job) -> dict[str, str]:
         "torch": version("torch"),
         "the project's code or libraries": sources_fingerprint(job.module)[:12],
     }
-
-
-def device_memory() -> int:
-    """Bytes of the GPU that this process sees, else of main memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return psutil.virtual_memory().total
 
 
 def by_cost(units: Sequence[Unit]) -> list[Unit]:
@@ -119,7 +121,7 @@ class InProcess:
     size = 1
 
     def __init__(self, job: Job) -> None:
-        self.memory = device_memory()
+        self.memory = memory(job)
         self._compute = worker(job)
 
     def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
