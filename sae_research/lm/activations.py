@@ -24,7 +24,7 @@ from sae_research.config.params import ActivationCaching, Params
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
 from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
-from sae_research.runtime.files import fingerprint, write_json
+from sae_research.runtime.files import fingerprint, user_path, write_json
 from sae_research.runtime.sources import sources_fingerprint
 
 if TYPE_CHECKING:
@@ -109,10 +109,12 @@ def collect_hooks(
     caching: ActivationCaching,
     progress: str | None = None,
     prefixes: SharedPrefixes | None = None,
+    shards: Path | None = None,
 ) -> dict[str, ActivationPool]:
     """As `collect`, at several hooks: one pass of the model for all whose activations are not in the cache.
 
-    A hook's entry is the one that `collect` makes and reads. With `prefixes` the model runs once for each hook.
+    A hook's entry is the one that `collect` makes and reads. With `prefixes` the model runs once for each hook. Entries in
+    the folders of `activation_caching.shards` are read too. shards: a folder to write to in place of the cache.
     """
     rows = [row.to("cpu") for row in sequences]
     widths, total = {hook: lm.d_in(hook) for hook in hooks}, sum(len(row) for row in rows)
@@ -124,10 +126,38 @@ def collect_hooks(
         flats = {hook: torch.empty(total, width, dtype=lm.dtype) for hook, width in widths.items()}
         _fill(lm, rows, batch_size, flats, progress, prefixes)
         return pools(flats)
-    root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
-    folders = {
-        hook: root
-        / fingerprint(
+    root = shards or cache_dir("activations")
+    names = entry_names(lm, hooks, rows, prefixes)
+    width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
+    with ExitStack() as stack:
+        folders, temporaries = {}, {}
+        for hook, name in names.items():
+            lengths = {_FILE: total * widths[hook] * width_bytes}
+            places = [root / name, *(user_path(folder) / name for folder in caching.shards)]
+            found = next((place for place in places if usable(place, lengths)), None)
+            folders[hook] = found or places[0]
+            if found is None:
+                temporaries[hook] = stack.enter_context(new_entry(places[0]))
+        flats = {
+            hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+") for hook, temporary in temporaries.items()
+        }
+        _fill(lm, rows, batch_size, flats, progress, prefixes)
+        for hook, temporary in temporaries.items():
+            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
+        flats.clear()
+    if temporaries and shards is None:
+        prune(root, caching.max_gb, keep=list(folders.values()))
+    # copy on write: files are opened for reading alone, and no tensor over one can change it
+    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
+
+
+def entry_names(
+    lm: LanguageModel, hooks: Sequence[str], rows: Sequence[Tensor], prefixes: SharedPrefixes | None = None
+) -> dict[str, str]:
+    """By hook the name of these sequences' entry: of model, hook, precision, kind of device, code and tokens."""
+    about_rows = fingerprint([row.tolist() for row in rows])
+    return {
+        hook: fingerprint(
             [
                 lm.fingerprint,
                 hook,
@@ -140,24 +170,6 @@ def collect_hooks(
         )[:32]
         for hook in hooks
     }
-    width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
-    with ExitStack() as stack:
-        temporaries = {
-            hook: stack.enter_context(new_entry(folder))
-            for hook, folder in folders.items()
-            if not usable(folder, {_FILE: total * widths[hook] * width_bytes})
-        }
-        flats = {
-            hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+") for hook, temporary in temporaries.items()
-        }
-        _fill(lm, rows, batch_size, flats, progress, prefixes)
-        for hook, temporary in temporaries.items():
-            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
-        flats.clear()
-    if temporaries:
-        prune(root, caching.max_gb, keep=list(folders.values()))
-    # copy on write: files are opened for reading alone, and no tensor over one can change it
-    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
 
 
 def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: Literal["c", "w+"]) -> Tensor:

@@ -68,6 +68,11 @@ PCA_EVERY = 4
 _COUNTS = ("tokens_read", "rows_read", "rows_served", "held", "cursor", "served_of_order")
 
 
+def chunk_contexts(params: Params, context_size: int) -> int:
+    """Contexts of a chunk."""
+    return max(1, min(CHUNK_TOKENS, params.train.buffer_tokens // 2) // context_size)
+
+
 class Calibration(NamedTuple):
     """What is measured once, on the first chunk of the stream."""
 
@@ -269,8 +274,7 @@ class ActivationStream:
     ) -> None:
         self.lm, self.tokens, self.params = lm, tokens, params
         self.device = lm.device if device is None else device
-        chunk_tokens = min(CHUNK_TOKENS, params.train.buffer_tokens // 2)
-        self.chunk_contexts = max(1, chunk_tokens // tokens.shape[1])
+        self.chunk_contexts = chunk_contexts(params, tokens.shape[1])
         self.next_chunk = 0
         self.buffers = {
             hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], self.device)
