@@ -268,7 +268,7 @@ class Train(Section):
     """Whether the pipeline trains SAEs of its own; a baseline from elsewhere needs none."""
     hook_name: Name = "blocks.8.hook_resid_post"
     """Where SAEs are trained that name no hook of their own."""
-    tokens: Tokens = 240_000
+    tokens: Tokens = 160_000
     """Tokens of text that the language model reads; those that count are trained on."""
     batch_size: Positive = 512
     """Activations per optimiser step."""
