@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from sae_research.cli import parameters
 from sae_research.cli.parameters import described, written
 from sae_research.config.inputs import NonNegativeMPSAE
 from sae_research.config.params import Params
@@ -36,8 +34,7 @@ def other(value: Any) -> str:
     return "[a,b]" if isinstance(value, list) else "77" if isinstance(value, (int, float)) else "other"
 
 
-def test_comments_are_those_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parameters, "_descriptions", cache(parameters._descriptions))  # the source of a class is read once
+def test_comments_are_those_of_the_classes() -> None:
     assert written(TEXT) == TEXT, "run python -m sae_research.cli.parameters"
     assert "  llm_batch_size: 16            # Sequences per forward pass" in TEXT
     assert written(TEXT.replace("llm_batch_size: 16 ", "llm_batch_size: 8 # mine")).count("mine") == 0
