@@ -28,12 +28,11 @@ from sae_research.runtime.cache import NO_CACHE, lent_results
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder
 from sae_research.runtime.workers import Job, Outcome, Unit, Workers
+from sae_research.saes.base import ROOM
 from sae_research.saes.sources import PREPARED
 
 UNEVEN = 1.1
 """SAEs are split until units of equal length would end within this factor of the time that perfect sharing takes."""
-ROOM = 3
-"""Of an SAE's weights: what encoding with it takes beside (a Gram matrix, activations)."""
 
 Score = Callable[..., Iterator[tuple[str, Any]]]
 
