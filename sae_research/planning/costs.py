@@ -68,20 +68,33 @@ def sae_seconds(kind: str, work: Work, sae: str, costs: UnitCosts) -> float:
     return work.encoded * costs.encode(sae) + passes + costs.host(kind, sae, work)
 
 
+class Seconds(NamedTuple):
+    """Of one evaluation."""
+
+    shared: float
+    """Once, for all SAEs."""
+    saes: float
+    """For all of them together."""
+
+    def on(self, devices: int) -> float:
+        """On so many workers: each computes what is shared, SAEs are dealt out."""
+        return self.shared + self.saes / max(1, devices)
+
+
 def evaluation_seconds(
     stage: Sequence[Phase], left: Mapping[str, Sequence[Sequence[str]]], costs: UnitCosts, openings: int = 1
-) -> float:
+) -> Seconds:
     """left: by kind, and part by part, the SAEs still to be scored (`all_left`). openings: how often SAEs are opened, as
     many at a time as memory holds; what a part shares above the hook is computed anew for each."""
-    total, taken = 0.0, dict.fromkeys(left, 0)
+    shared, saes, taken = 0.0, 0.0, dict.fromkeys(left, 0)
     for phase in stage:
         first = taken[phase.kind]
         taken[phase.kind] += phase.parts
         for todo in left[phase.kind][first : taken[phase.kind]]:
             if todo:
-                total += shared_seconds(phase.work, costs) + (openings - 1) * phase.work.above * costs.above
-                total += sum(sae_seconds(phase.kind, phase.work, sae, costs) for sae in todo)
-    return total
+                shared += shared_seconds(phase.work, costs) + (openings - 1) * phase.work.above * costs.above
+                saes += sum(sae_seconds(phase.kind, phase.work, sae, costs) for sae in todo)
+    return Seconds(shared, saes)
 
 
 def all_left(stage: Sequence[Phase], saes: Sequence[str]) -> dict[str, list[Sequence[str]]]:
@@ -99,10 +112,11 @@ class PlannedCosts:
     """On a device, from its rates, for SAEs of one hook."""
 
     def __init__(
-        self, shape: ModelShape, hook: str, params: Params, device: Device, saes: Iterable[PlannedSAE], dtype: str = ""
+        self, shape: ModelShape, hook: str, params: Params, device: Device, saes: Iterable[PlannedSAE], host: bool = True
     ) -> None:
-        """dtype: of the model's pass; `model.torch_dtype` where empty."""
-        context, rate = params.text.context_size, device.rate(dtype or params.model.torch_dtype)
+        """host: whether the host's seconds count."""
+        context, rate = params.text.context_size, device.rate(params.model.torch_dtype)
+        self._host = host
         self._device, self._context, self._saes = device, context, {sae.name: sae for sae in saes}
         self._batch = params.meta_sae.train_batch_size
         self._width_ratio = params.meta_sae.width_ratio
@@ -116,7 +130,7 @@ class PlannedCosts:
 
     def host(self, kind: str, sae: str, work: Work) -> float:
         one = self._saes[sae]
-        seconds = host_seconds(kind) * work.texts * one.d_sae
+        seconds = host_seconds(kind) * work.texts * one.d_sae if self._host else 0.0
         if work.meta_rows and one.own_weights:
             meta = one._replace(form="standard", d_sae=max(1, int(one.d_sae * self._width_ratio)))
             flops, read = training_step(meta, "standard", self._batch, sparse=False)
@@ -169,8 +183,11 @@ class TrainingSeconds(NamedTuple):
         return self.model / max(1, devices) + max(loads)
 
 
-def training_seconds(shape: ModelShape, params: Params, device: Device, saes: Sequence[PlannedSAE]) -> TrainingSeconds:
-    """The stage `train` on one device, measurement on held-out text included."""
+def training_seconds(
+    shape: ModelShape, params: Params, device: Device, saes: Sequence[PlannedSAE], measured_factors: bool = True
+) -> TrainingSeconds:
+    """The stage `train` on one device, measurement on held-out text included. measured_factors: whether steps take what
+    `recipe_factor` says."""
     train = params.train
     rate, precise = device.rate(train.llm_dtype), device.rate(train.precision)
     depth = max(train.hooks, key=shape.depth)
@@ -183,7 +200,7 @@ def training_seconds(shape: ModelShape, params: Params, device: Device, saes: Se
         flops, read = training_step(sae, recipe, train.batch_size // train.accumulation_steps, sparse=device.kind == "cpu")
         encode, latents = encoding(sae._replace(form="standard"), params.text.context_size)
         by_sae[sae.name] = (
-            train.tokens * (flops / precise + read / device.bandwidth) * recipe_factor(recipe)
+            train.tokens * (flops / precise + read / device.bandwidth) * (recipe_factor(recipe) if measured_factors else 1.0)
             + train.held_out_tokens * (encode / device.float32 + latents / device.bandwidth)
             + train.evaluate_tokens * above
         )

@@ -74,7 +74,7 @@ def time_lines(
         stage = phases(name, params) if on and name != "meta_sae" else None  # its steps were not measured
         if stage is not None:
             left = left_to_score(name, stage, infos, lm, params)
-            seconds = evaluation_seconds(stage, left, costs, openings)
+            seconds = evaluation_seconds(stage, left, costs, openings).on(1)
             lines.append(f"{name}: {_amount(seconds, list(left.values()), len(saes), sum(phase.tokens for phase in stage))}")
         elif on:
             rest.append(name)
