@@ -109,7 +109,12 @@ def model_shape(name: str, config: Any) -> ModelShape:
 
     with torch.device("meta"), one_line(name, "is not a causal language model"):
         model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
+    return shape_of(name, model)
+
+
+def shape_of(name: str, model: Any) -> ModelShape:
+    """Of a model of transformers."""
+    text = model.config.get_text_config()
     layers = find_layers(model, text.num_hidden_layers)
     matrices = sum(_matrices(layer, text) for layer in layers) / len(layers)
     heads = text.num_attention_heads

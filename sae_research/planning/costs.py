@@ -17,7 +17,7 @@ from sae_research.config.training import FLOAT_BYTES
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.devices import Device
 from sae_research.planning.saes import PURSUIT, PlannedSAE
-from sae_research.planning.work import Phase, Work
+from sae_research.planning.work import Phase, Work, phases
 from sae_research.runtime.files import read_json
 
 RECORD = Path(__file__).with_name("unit_costs.json")
@@ -52,6 +52,10 @@ class UnitCosts(Protocol):
         """Encoding and decoding."""
         ...
 
+    def factor(self, kind: str) -> float:
+        """Measured over computed seconds of what the device does for one SAE."""
+        ...
+
     def host(self, kind: str, sae: str, work: Work) -> float:
         """Seconds of one part of one SAE on the host, and of a meta-SAE."""
         ...
@@ -65,7 +69,7 @@ def shared_seconds(work: Work, costs: UnitCosts) -> float:
 def sae_seconds(kind: str, work: Work, sae: str, costs: UnitCosts) -> float:
     """What a part takes for one SAE more."""
     passes = (work.patched + 2 * work.backward) * costs.above
-    return work.encoded * costs.encode(sae) + passes + costs.host(kind, sae, work)
+    return costs.factor(kind) * (work.encoded * costs.encode(sae) + passes) + costs.host(kind, sae, work)
 
 
 class Seconds(NamedTuple):
@@ -112,11 +116,11 @@ class PlannedCosts:
     """On a device, from its rates, for SAEs of one hook."""
 
     def __init__(
-        self, shape: ModelShape, hook: str, params: Params, device: Device, saes: Iterable[PlannedSAE], host: bool = True
+        self, shape: ModelShape, hook: str, params: Params, device: Device, saes: Iterable[PlannedSAE], measured: bool = True
     ) -> None:
-        """host: whether the host's seconds count."""
+        """measured: whether what `unit_costs.json` holds counts: the host's seconds, and factors."""
         context, rate = params.text.context_size, device.rate(params.model.torch_dtype)
-        self._host = host
+        self._measured = measured
         self._device, self._context, self._saes = device, context, {sae.name: sae for sae in saes}
         self._batch = params.meta_sae.train_batch_size
         self._width_ratio = params.meta_sae.width_ratio
@@ -128,9 +132,12 @@ class PlannedCosts:
         flops, read = encoding(self._saes[sae], self._context)
         return flops / self._device.float32 + read / self._device.bandwidth
 
+    def factor(self, kind: str) -> float:
+        return factor(kind) if self._measured else 1.0
+
     def host(self, kind: str, sae: str, work: Work) -> float:
         one = self._saes[sae]
-        seconds = host_seconds(kind) * work.texts * one.d_sae if self._host else 0.0
+        seconds = host_seconds(kind) * work.texts * one.d_sae if self._measured else 0.0
         if work.meta_rows and one.own_weights:
             meta = one._replace(form="standard", d_sae=max(1, int(one.d_sae * self._width_ratio)))
             flops, read = training_step(meta, "standard", self._batch, sparse=False)
@@ -207,18 +214,52 @@ def training_seconds(
     return TrainingSeconds(model, by_sae)
 
 
+# --- units of workers ------------------------------------------------------------------------
+
+
+def unit_seconds(phase: Phase, sae: PlannedSAE, costs: UnitCosts) -> tuple[float, float]:
+    """(what a worker's unit of one part takes once, and for one SAE more). A unit opens an SAE to look at it, and to score
+    it, and reads its texts again: the host's seconds once a unit grow with tokens from where they were measured."""
+    one = measured()["kinds"].get(phase.kind)
+    opening = measured().get("opening_gb_s", 0.0) * 1e9
+    host = 0.0
+    if one is not None and one["tokens"]:
+        host = max(0.0, one["once"] - one["once_computed"]) * phase.work.prefix / one["tokens"]
+    opened = 2 * sae.nbytes / opening if opening else 0.0
+    return host + shared_seconds(phase.work, costs), opened + sae_seconds(phase.kind, phase.work, sae.name, costs)
+
+
+def once_shares(
+    evaluation: str, params: Params, shape: ModelShape, saes: Sequence[PlannedSAE], device: Device
+) -> dict[str, float]:
+    """By kind, what a unit takes once, in what one SAE more takes: of the SAE of median size. Empty for an evaluation that
+    cannot be foretold."""
+    middle = sorted(saes, key=lambda sae: sae.nbytes)[len(saes) // 2]
+    costs, found = PlannedCosts(shape, middle.hook, params, device, [middle]), {}
+    for phase in phases(evaluation, params) or ():
+        once, each = unit_seconds(phase, middle, costs)
+        found[phase.kind] = once / each if each else 0.0
+    return found
+
+
 # --- what was measured -----------------------------------------------------------------------
 
 
 @cache
 def measured() -> dict[str, Any]:
     """The record of unit costs."""
-    return read_json(RECORD) if RECORD.is_file() else {"host": {}, "recipes": {}, "unit_seconds": {}, "within": None}
+    empty: dict[str, Any] = {"kinds": {}, "host": {}, "factors": {}, "recipes": {}, "within": None}
+    return empty | (read_json(RECORD) if RECORD.is_file() else {})
 
 
 def host_seconds(kind: str) -> float:
     """Seconds that the host spends for each text and latent of an SAE."""
     return measured()["host"].get(kind, 0.0)
+
+
+def factor(kind: str) -> float:
+    """Measured over computed seconds of one more SAE, of a kind whose time is the device's; 1 where nothing was measured."""
+    return measured()["factors"].get(kind, 1.0)
 
 
 def recipe_factor(recipe: str) -> float:

@@ -44,6 +44,13 @@ class Device(NamedTuple):
         return self.float32 if precision == "float32" or self.bfloat16 is None else self.bfloat16
 
 
+def nominal(kind: str) -> Device:
+    """Some device of a kind of torch's, for ratios of what it computes."""
+    if kind == "cuda":
+        return known_devices()["H100"]
+    return Device("a CPU core", 4e9, None, 60e9, 12e9, "nominal", kind)
+
+
 def known_devices() -> dict[str, Device]:
     """The table's GPUs by name, at the share of their rates that a run is taken to reach."""
     return {

@@ -128,7 +128,7 @@ def _setup(params: Params, shape: ModelShape, saes: Sequence[PlannedSAE], device
     work = Work(prefix=tokens + (sample_size(baseline.d_sae) if params.controls.names else 0), encoded=tokens)
 
     def on(device: Device) -> float:
-        costs = PlannedCosts(shape, baseline.hook, params, device, saes, host=False)
+        costs = PlannedCosts(shape, baseline.hook, params, device, saes, measured=False)
         return shared_seconds(work, costs) + sum(sae_seconds("setup", work, sae.name, costs) for sae in saes)
 
     disk = float(sum(sae.nbytes for sae in saes if sae.own_weights))
@@ -155,7 +155,7 @@ def _evaluation(
         todo = all_left(stage, names) if left is None else left(name, stage, names)
         openings = max(1, math.ceil(sum(sae.nbytes for sae in group) / OPEN_BYTES))
         costs = PlannedCosts(shape, hook, params, device, group)
-        counting = PlannedCosts(shape, hook, params, COUNTING, group, host=False)
+        counting = PlannedCosts(shape, hook, params, COUNTING, group, measured=False)
         seconds += evaluation_seconds(stage, todo, costs, openings).on(devices)
         flops += evaluation_seconds(stage, todo, counting, openings).on(1)
         lacking += len({one for parts in todo.values() for part in parts for one in part})

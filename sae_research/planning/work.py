@@ -26,8 +26,8 @@ QUESTION_TOKENS = 100
 """Of a multiple-choice question."""
 FACT_TOKENS = 24
 """Of a RAVEL prompt."""
-ALL_WORDS, ALL_QUESTIONS, ALL_TASKS, ALL_TEXTS = 40_000, 1_300, 113, 5_000
-"""Where params.yaml says null or `all`: words of a vocabulary, questions of a set, tasks of sae-probes and their texts."""
+ALL_WORDS, ALL_QUESTIONS, ALL_TASKS, ALL_TEXTS = 40_000, 250, 113, 5_000
+"""Most words of a vocabulary, questions of a set that a model knows, tasks of sae-probes and their texts."""
 FACTS_PER_ATTRIBUTE = 200
 """RAVEL prompts that the model is asked, for each attribute."""
 SAE_PROBES_AT_ONCE = 200_000
@@ -143,7 +143,7 @@ def _absorption(params: Params) -> list[Phase]:
 def _unlearning(params: Params) -> list[Phase]:
     config = params.unlearning
     sets = len(config.forget_questions) + len(config.retain_questions)
-    questions = sets * (config.max_known_questions or ALL_QUESTIONS) * QUESTION_TOKENS
+    questions = sets * min(config.max_known_questions or ALL_QUESTIONS, ALL_QUESTIONS) * QUESTION_TOKENS
     corpora = 2 * config.dataset_size * config.seq_len
     edits = len(config.retain_thresholds) * len(config.n_features_list) * len(config.multipliers)
     work = Work(prefix=corpora + questions, encoded=corpora + questions, patched=2 * edits * questions)
