@@ -6,7 +6,7 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from sae_research.cli import experiments
+from sae_research.cli import experiments, plan
 from sae_research.cli.analyze import add_verb as add_analyze
 from sae_research.reporting import shapes
 from sae_research.runtime.errors import UserError
@@ -138,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_verbs(verbs)
     experiments.add_verbs(verbs)
     add_analyze(verbs)
+    plan.add_verb(verbs, read_preset)
     options = parser.parse_args(arguments)
     if "run" in options:
         return options.run(options)
