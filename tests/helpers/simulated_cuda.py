@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,6 +39,19 @@ _WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_
 _INNER = {"tolist": lambda t: t.inner.tolist(), "data_ptr": lambda t: t.inner.data_ptr(), "get_device": lambda t: 0}
 """Methods that the numbers themselves answer."""
 _Real = torch.Generator
+
+
+@dataclass
+class Counts:
+    """What a block has given the device to do."""
+
+    operations: int = 0
+    waits: int = 0
+    """How often the computer waited for a number."""
+    bytes_to_host: int = 0
+
+
+_counts = Counts()
 
 
 class SimulatedError(RuntimeError):
@@ -229,6 +243,9 @@ def _copied(func: Any, args: Any, kwargs: Any) -> Any:
         func(*inner_args, **inner_kwargs)
         if isinstance(args[0], Simulated):
             args[0].made = current_stream(), current_stream().tick()
+        elif isinstance(args[1], Simulated):
+            _counts.bytes_to_host += args[0].nbytes
+            current_stream().synchronize()
         return args[0]
     device = kwargs.get("device")
     to_cuda = _on_cuda(device) if device is not None else isinstance(args[0], Simulated)
@@ -236,8 +253,11 @@ def _copied(func: Any, args: Any, kwargs: Any) -> Any:
         inner_kwargs["device"] = CPU
     out = func(*inner_args, **inner_kwargs)
     if not to_cuda:
-        if isinstance(args[0], Simulated) and not kwargs.get("non_blocking"):
-            current_stream().synchronize()
+        if isinstance(args[0], Simulated):
+            _counts.bytes_to_host += out.nbytes
+            if not kwargs.get("non_blocking"):
+                current_stream().synchronize()
+                _counts.waits += 1
         return out
     current_stream().tick()
     return Simulated(out)
@@ -264,8 +284,10 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return args[0]
     if tensors and func in _WAITING:
         current_stream().synchronize()
+        _counts.waits += 1
     if to_cuda:
         current_stream().tick()
+        _counts.operations += 1
     out = func(*inner_args, **inner_kwargs)
     written = _written(func, args, kwargs) if tensors else None
     if written is not None:
@@ -424,8 +446,9 @@ def _in_own_modes(run: Callable[[threading.Thread], None]) -> Callable[[threadin
 
 
 @contextmanager
-def simulated_cuda() -> Generator[None]:
-    """cuda:0 is there, in this thread and those it starts. Afterwards all is as it was."""
+def simulated_cuda() -> Generator[Counts]:
+    """cuda:0 is there, in this thread and those it starts; yields what it is given to do. Afterwards all is as it was."""
+    _counts.__init__()
     torch._C._ensureCUDADeviceGuardSet()
     threaded = torch.autograd.is_multithreading_enabled()
     with ExitStack() as stack:
@@ -437,4 +460,4 @@ def simulated_cuda() -> Generator[None]:
         torch.autograd.set_multithreading_enabled(False)
         stack.callback(torch.autograd.set_multithreading_enabled, threaded)
         stack.enter_context(_modes())
-        yield
+        yield _counts
