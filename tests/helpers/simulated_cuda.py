@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +163,9 @@ class Simulated(torch.Tensor):
         made.made = stream, stream.clock[stream]
         return made
 
+    def record_stream(self, stream: Any) -> None:
+        """Memory is given back when nobody holds it, here."""
+
     def __repr__(self, **_: Any) -> str:
         return f"Simulated({self.inner!r})"
 
@@ -183,10 +186,10 @@ class Simulated(torch.Tensor):
             return _INNER[name](args[0])
         if name == "numpy" or name == "__array__":
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
-        if name in ("record_stream", "pin_memory", "is_pinned"):
-            if name == "pin_memory":
-                raise SimulatedError("cannot pin a CUDA tensor: only dense CPU tensors can be pinned")
-            return False if name == "is_pinned" else None
+        if name == "pin_memory":
+            raise SimulatedError("cannot pin a CUDA tensor: only dense CPU tensors can be pinned")
+        if name == "is_pinned":
+            return False
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -409,6 +412,7 @@ def _device_functions() -> dict[str, Any]:
         "manual_seed_all": always(None),
         "max_memory_allocated": always(0),
         "memory_allocated": always(0),
+        "device": lambda *_: nullcontext(),
         "Stream": Stream,
         "Event": Event,
         "stream": stream_context,
