@@ -157,11 +157,19 @@ def test_a_worker_with_other_files_says_so(prepared: None, make_params: Any, mon
 
 
 @pytest.mark.parametrize(
-    "parts, families, workers, expected",
-    [(1, 16, 2, 2), (2, 16, 2, 1), (8, 16, 2, 1), (4, 16, 3, 3), (1, 3, 8, 3), (1, 500, 64, 59), (5, 1, 2, 1)],
+    "parts, families, workers, once, expected",
+    [
+        (1, 16, 2, 0.0, 16),  # a group costs nothing
+        (2, 16, 2, 2.0, 1),  # a group repeats a pass
+        (1, 16, 2, 2.0, 2),
+        (1, 3, 8, 0.0, 3),
+        (8, 16, 1, 0.0, 1),  # nobody to share with
+    ],
 )
-def test_saes_are_split_no_further_than_sharing_needs(parts: int, families: int, workers: int, expected: int) -> None:
-    assert units._groups(parts, families, workers) == expected
+def test_saes_are_split_no_further_than_sharing_needs(
+    parts: int, families: int, workers: int, once: float, expected: int
+) -> None:
+    assert units._groups(parts, families, workers, once) == expected
 
 
 @pytest.mark.slow

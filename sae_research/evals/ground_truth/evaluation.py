@@ -72,6 +72,11 @@ class SyntheticStream:
         self.device = next(iter(worlds.values())).device
 
     @property
+    def reads_ahead(self) -> bool:
+        """No: worlds draw from torch's own generator, one after the other."""
+        return False
+
+    @property
     def n_chunks(self) -> int:
         return -(-self.n_tokens // self.chunk)
 
