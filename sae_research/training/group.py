@@ -154,14 +154,14 @@ def _read(move: Callable[[Tensor], Any]) -> tuple[Values, dict[str, Tensor]]:
 # --- processes -------------------------------------------------------------------------------
 
 
-def start_process(task: bytes, threads: int, log: Path) -> subprocess.Popen[bytes]:
-    """`rank_process` with this project's code, in a session of its own: a Ctrl-C at the terminal is for rank 0."""
+def start_process(module: str, task: bytes, threads: int, log: Path) -> subprocess.Popen[bytes]:
+    """`main` of a module of this project, in a session of its own: a Ctrl-C at the terminal is for rank 0."""
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sae_research.training.rank_process"],
+            [sys.executable, "-P", "-c", f"import sys; from {module} import main; sys.exit(main())"],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -178,8 +178,8 @@ def start_process(task: bytes, threads: int, log: Path) -> subprocess.Popen[byte
 class OtherRanks:
     """The processes of ranks 1 and up. Close it whatever happens: none of them outlives it."""
 
-    def __init__(self, size: int, device: torch.device, threads: int, task: Mapping[str, Values]) -> None:
-        """task: what a rank needs to know besides its number; threads: of each."""
+    def __init__(self, module: str, size: int, device: torch.device, threads: int, task: Mapping[str, Values]) -> None:
+        """module: its `main` is a rank; task: what that needs to know besides its number; threads: of each."""
         self.size, self.device = size, device
         listener = socket.create_server((HOST, 0))
         port = listener.getsockname()[1]
@@ -196,7 +196,7 @@ class OtherRanks:
         try:
             for rank, log in self.logs.items():
                 given = {**task, "rank": rank, "size": size, "port": port, "threads": threads}
-                self.processes[rank] = start_process(json.dumps(given).encode(), threads, log)
+                self.processes[rank] = start_process(module, json.dumps(given).encode(), threads, log)
         except BaseException:
             self.close()
             raise

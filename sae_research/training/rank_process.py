@@ -101,7 +101,3 @@ class _Unwritten(ProgressFile):
 
     def _write(self) -> None:
         pass
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -50,11 +50,12 @@ def device_of_rank(kind: str, rank: int) -> str:
     return f"{kind}:{rank}" if kind == "cuda" else kind
 
 
-def other_ranks(params: Params, size: int, dtype: str) -> OtherRanks:
-    """Start ranks 1 to size - 1. dtype: of the language model's pass. They load the model while rank 0 does."""
+def other_ranks(module: str, params: Params, size: int, dtype: str) -> OtherRanks:
+    """Start ranks 1 to size - 1 in a module's `main`. dtype: of the language model's pass. They load the model while rank 0
+    does."""
     kind = pick_device(params.model.device).type
     task = {"params": params.model_dump(mode="json"), "kind": kind, "dtype": dtype}
-    return OtherRanks(size, torch.device(device_of_rank(kind, 0)), params.cluster.cpus_per_worker, task)
+    return OtherRanks(module, size, torch.device(device_of_rank(kind, 0)), params.cluster.cpus_per_worker, task)
 
 
 def owners(params: Params, size: int) -> dict[str, int]:

@@ -32,6 +32,7 @@ from sae_research.runtime.formatting import gigabytes, tsv_text
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.text.corpus import text_fingerprint
 from sae_research.text.tokens import TextRunsOut, long_contexts, token_contexts
+from sae_research.training import rank_process
 from sae_research.training.checkpoints import (
     ProgressFile,
     in_use,
@@ -97,7 +98,7 @@ def _others(params: Params, size: int) -> Generator[OtherRanks | None]:
         yield None
         return
     threads, device = torch.get_num_threads(), pick_device(params.model.device)
-    others = other_ranks(params, size, pass_dtype(params.train.llm_dtype, device))
+    others = other_ranks(rank_process.__name__, params, size, pass_dtype(params.train.llm_dtype, device))
     try:
         if device.type == "cpu":
             torch.set_num_threads(params.cluster.cpus_per_worker)

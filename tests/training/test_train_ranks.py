@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Forked:
             output = os.open(log, os.O_WRONLY | os.O_CREAT)
             for old, new in ((reading, 0), (output, 1), (output, 2)):
                 os.dup2(old, new)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
             os._exit(rank_process.main())
         os.close(reading)
         os.set_inheritable(writing, False)
@@ -85,7 +87,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[Forked]:
     """Ranks start as forks of this process, which spares each the imports; the list holds those started."""
     started: list[Forked] = []
 
-    def start(task: bytes, threads: int, log: Path) -> Forked:
+    def start(module: str, task: bytes, threads: int, log: Path) -> Forked:
         started.append(Forked(task, threads, log))
         return started[-1]
 
@@ -95,11 +97,11 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[Forked]:
 
 def at_call(number: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 does something in the middle of one of its steps."""
-    original, calls = loop.train_step, []
+    original, calls, rank_0 = loop.train_step, [], os.getpid()
 
     def train_step(member, batch):
         calls.append(member)
-        if len(calls) == number:
+        if len(calls) == number and os.getpid() == rank_0:
             act()
         return original(member, batch)
 
