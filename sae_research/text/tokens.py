@@ -249,6 +249,7 @@ class StoredContexts:
     mapped file would stay resident."""
 
     def __init__(self, path: Path, n: int, context_size: int) -> None:
+        self.path = path
         self._file = path.open("rb", buffering=0)  # can be read on when the cache drops the file
         self.shape = torch.Size([n, context_size])
 

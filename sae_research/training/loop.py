@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from sae_research.config.params import Train
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.training.checkpoints import ProgressFile
+from sae_research.training.peers import GO, SAVE, STOP, Alone, Peers
 from sae_research.training.recipes import StepOutput
 from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.stream import ReadAhead, Stream, StreamBatch
@@ -44,6 +45,7 @@ class Trainer:
 
     stream: Stream
     saes: list[TrainingSAE]
+    """Of this rank; in rank 0 all."""
     train: Train
     progress: ProgressFile
     signals: StopSignals
@@ -51,12 +53,14 @@ class Trainer:
     """Write a checkpoint of stream and SAEs as they stand."""
     at_step: Callable[[float], None] = lambda fraction: None
     """Called before the first step and after every step with the fraction of the run done."""
+    peers: Peers = field(default_factory=Alone)
 
     def run(self) -> None:
         """All steps that are left, and a checkpoint of the end. Raises `UserError` naming SAE and step when a loss is no
         longer finite, and `Stop`, with a checkpoint written, when a signal came."""
         self.saved_at, self.saved_step = time.monotonic(), self.step
-        groups = in_stacks(self.saes, self.train)
+        self.own = [sae for sae in self.saes if self.peers.owns(sae)]
+        groups = in_stacks(self.own, self.train)
         self.units = [Stack(group) if len(group) > 1 else group[0] for group in groups]
         self.stepper = ThreadPoolStepper(len(self.units), self.stream.device)
         with (
@@ -71,11 +75,13 @@ class Trainer:
                 unit_scale=True,
                 mininterval=1,
                 dynamic_ncols=True,
+                disable=not self.peers.leads,
             ) as bar,
         ):
             try:
                 self._loop(bar)
             except Stop:
+                self.peers.stop()
                 self.save_checkpoint()
                 raise
             self.save_checkpoint()  # what is trained outlives whatever its measurement meets
@@ -86,7 +92,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Steps of the SAE that has done most; hooks differ by the few tokens that their norms rule out."""
-        return max(sae.step for sae in self.saes)
+        return max((sae.step for sae in self.saes), default=0)
 
     def _loop(self, bar: Any) -> None:
         stream = self.stream
@@ -95,6 +101,7 @@ class Trainer:
         while stream.next_chunk < stream.n_chunks:
             with self.signals.at_once():
                 acts = self.chunks.read(stream.next_chunk)
+            self._agree()
             stream.feed(acts)
             del acts
             self.chunks.begin(stream.next_chunk)
@@ -107,17 +114,25 @@ class Trainer:
         for batches in self.stream.rounds():
             if self.step == 0:
                 self.at_step(0.0)
-            for sae, output, batch in self._step(batches):
-                if int(batch.progress * CURVE_ROWS) > len(sae.curve) - 1:
-                    log_row(sae, output, batch)
-                    bar.set_postfix_str(postfix(self.saes), refresh=False)
+            logged = [(sae, output, batch) for sae, output, batch in self._step(batches) if row_is_due(sae, batch)]
+            for row in logged:
+                log_row(*row)
+            if self.peers.stepped(batches, [sae for sae, _, _ in logged]):
+                bar.set_postfix_str(postfix(self.saes), refresh=False)
             fraction = self.stream.fraction
             self.at_step(fraction)
             bar.update(int(fraction * bar.total) - bar.n)
             self._report(fraction)
-            if self._due():
-                self.save_checkpoint()
-            self.signals.check()
+            self._agree()
+
+    def _agree(self) -> None:
+        """Between two steps, with nothing half done: go on, save, or stop. Raises `Stop`."""
+        self.signals.check()
+        word = self.peers.word(SAVE if self.peers.leads and self._due() else GO)
+        if word == STOP:
+            raise Stop(0)
+        if word == SAVE:
+            self.save_checkpoint()
 
     def _step(self, batches: dict[str, StreamBatch]) -> list[tuple[TrainingSAE, StepOutput, StreamBatch]]:
         """A step of every SAE whose hook has a batch."""
@@ -139,7 +154,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Keep this moment. Never a diverged one; on a full disk the last good one stays and the run goes on."""
-        raise_if_diverged(self.saes)
+        raise_if_diverged(self.own)
+        self.peers.gather()
         if self.progress.values["checkpoint_step"] == self.step:
             return
         try:
@@ -158,7 +174,7 @@ class Trainer:
         self.progress.update(
             fraction,
             step=self.step,
-            tokens=max(sae.tokens for sae in self.saes),
+            tokens=max((sae.tokens for sae in self.saes), default=0),
             total_steps=rows // self.train.batch_size,
             total_tokens=rows,
             saes={
@@ -170,6 +186,11 @@ class Trainer:
 
 
 # --- training curves ---------------------------------------------------------------------------
+
+
+def row_is_due(sae: TrainingSAE, batch: StreamBatch) -> bool:
+    """Whether the step on `batch` is one that an SAE's curve shows."""
+    return int(batch.progress * CURVE_ROWS) > len(sae.curve) - 1
 
 
 def log_row(sae: TrainingSAE, output: StepOutput, batch: StreamBatch) -> None:
@@ -245,8 +266,22 @@ def snapshot_fractions(n: int) -> list[float]:
     return [0.0, *(10 ** (-k / 2) for k in range(n - 1, 0, -1))] if n else []
 
 
+class Moments:
+    """When SAEs are kept on the way; what a run that goes on has behind it, up to `resumed_at`, comes no more."""
+
+    def __init__(self, n: int, resumed_at: float | None) -> None:
+        self.left = [f for f in snapshot_fractions(n) if resumed_at is None or f > resumed_at]
+
+    def come(self, fraction: float) -> bool:
+        """Whether the run has just come past one."""
+        left = [f for f in self.left if f > fraction]
+        found, self.left = len(left) < len(self.left), left
+        return found
+
+
 class Snapshots:
-    """Saves every sae's SAE below `folder` when a moment has come; `fraction` of the run is done already."""
+    """Saves every sae's SAE below `folder` when a moment has come, once `gather` has brought them to where they stand;
+    `resumed_at` of the run is done already."""
 
     def __init__(
         self,
@@ -255,15 +290,16 @@ class Snapshots:
         saes: list[TrainingSAE],
         export: Callable[[TrainingSAE], SparseAutoencoder],
         resumed_at: float | None,
+        gather: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.saes, self.export = folder, saes, export
-        self.left = [f for f in snapshot_fractions(n) if resumed_at is None or f > resumed_at]
+        self.folder, self.saes, self.export, self.gather = folder, saes, export, gather
+        self.moments = Moments(n, resumed_at)
 
     def at_step(self, fraction: float) -> None:
         """Save if the run has just come past a moment."""
-        if not self.left or fraction < self.left[0]:
+        if not self.moments.come(fraction):
             return
-        self.left = [f for f in self.left if f > fraction]
+        self.gather()
         for sae in self.saes:
             save_sae(self.export(sae), self.folder / sae.name / f"step_{sae.step}")
 

@@ -1,7 +1,7 @@
 """The `train` stage: all SAEs of `params.train.saes` in one pass of the model, into `trained_saes/`.
 
 `train` comes first. Below it: what a run looks at before its first step, because hours of training must not end in a
-refusal; how it starts, afresh or from a checkpoint; and how its SAEs leave it.
+refusal; and how its SAEs leave it. `session` has how it starts, `ranks` what differs with several processes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask, check_sizes
-from sae_research.config.training import SAERecipe
 from sae_research.lm import LanguageModel, load_language_model, pick_device, token_mask
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
@@ -31,27 +29,27 @@ from sae_research.runtime.files import (
     write_text,
 )
 from sae_research.runtime.formatting import gigabytes, tsv_text
-from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.text.corpus import text_fingerprint
-from sae_research.text.tokens import StoredContexts, TextRunsOut, contexts_sha256, long_contexts, token_contexts
+from sae_research.text.tokens import TextRunsOut, long_contexts, token_contexts
+from sae_research.training import rank_process
 from sae_research.training.checkpoints import (
-    Checkpoint,
     ProgressFile,
     in_use,
-    load_checkpoint,
     progress_path,
     remove_checkpoints,
     run_folder,
-    save_checkpoint,
     saved_checkpoints,
 )
 from sae_research.training.evaluation import EVAL_FILE, HELD_OUT_SPLIT, evaluate, finding_lines, held_out_table
+from sae_research.training.group import OtherRanks, RankLost
 from sae_research.training.loop import Snapshots, Stop, StopSignals, Trainer
-from sae_research.training.products import has_bfloat16, pass_dtype
+from sae_research.training.products import pass_dtype
+from sae_research.training.ranks import number_of_ranks, other_ranks, shared_contexts
+from sae_research.training.session import open_session, training_seed
 from sae_research.training.stream import ActivationStream
 from sae_research.training.tracking import Tracker, tracked
-from sae_research.training.training_sae import CurveRow, TrainingSAE, new_training_sae, start
+from sae_research.training.training_sae import CurveRow, TrainingSAE
 
 OUTPUT = Path("trained_saes")
 REPORT_FILE = "training_report.json"
@@ -69,7 +67,8 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
     `checkpoints.progress_path(params)` says how far the run is. A run that was interrupted goes on from its last checkpoint
     and ends with the same bytes on a CPU; one whose measurement failed is measured only. Raises `UserError` when the text
     runs out, a loss diverges, model and hook do not match or the device fails, and `Interrupted` on SIGTERM and Ctrl-C,
-    after saving a checkpoint.
+    after saving a checkpoint. With several ranks (docs/cluster.md) this process is rank 0, and the same holds; one that dies
+    is a `UserError`.
     """
     if not (params.train.enabled and params.train.saes):
         report = _report(params, tokens=0)
@@ -78,20 +77,45 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
     check_output(params, output)
+    size = number_of_ranks(params)
     progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
     with (
         in_use(run_folder(params), params.activation_caching.max_gb),
         tracked(params) as tracker,
         StopSignals() as signals,
         _reported(progress),
+        _others(params, size) as others,
     ):
-        report = _train(params, output, compared, progress, signals, tracker)
+        report = _train(params, output, compared, progress, signals, tracker, others)
     print(held_out_table(report))
     return report
 
 
+@contextmanager
+def _others(params: Params, size: int) -> Generator[OtherRanks | None]:
+    """The other ranks of a run that has some, at work while this one gets ready; they end with the block."""
+    if size == 1:
+        yield None
+        return
+    threads, device = torch.get_num_threads(), pick_device(params.model.device)
+    others = other_ranks(rank_process.__name__, params, size, pass_dtype(params.train.llm_dtype, device))
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(params.cluster.cpus_per_worker)
+        yield others
+    finally:
+        torch.set_num_threads(threads)
+        others.close()
+
+
 def _train(
-    params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals, tracker: Tracker
+    params: Params,
+    output: Path,
+    compared: bool,
+    progress: ProgressFile,
+    signals: StopSignals,
+    tracker: Tracker,
+    others: OtherRanks | None,
 ) -> Report:
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
     lm = load_language_model(params.model.name, params.model.device, dtype)
@@ -103,9 +127,12 @@ def _train(
     contexts = long_contexts(
         lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
     )
-    session = open_session(lm, contexts, params)
+    group = None if others is None else others.join()
+    if group is not None:
+        shared_contexts(group, contexts)
+    session = open_session(lm, contexts, params, group)
     stream, saes = session.stream, session.saes
-    progress.values |= {"checkpoint_step": session.resumed_at, "device": str(saes[0].loss_sum.device)}
+    progress.values |= {"checkpoint_step": session.resumed_at, "device": str(stream.device)}
 
     def export(sae: TrainingSAE) -> SparseAutoencoder:
         return _exported(sae, lm, params, stream, text)
@@ -116,13 +143,14 @@ def _train(
         saes,
         export,
         None if session.resumed_at is None else stream.fraction,
+        session.peers.gather,
     )
 
     def at_step(fraction: float) -> None:
         snapshots.at_step(fraction)
         tracker.update(saes)
 
-    Trainer(stream, saes, params.train, progress, signals, session.save, at_step).run()
+    Trainer(stream, saes, params.train, progress, signals, session.save, at_step, session.peers).run()
     trained = {sae.name: export(sae) for sae in saes}
     report = _report(params, max(sae.tokens for sae in saes))
     results = evaluate(report, saes, trained, stream, held_out, lm, params)
@@ -149,6 +177,10 @@ def _reported(progress: ProgressFile) -> Generator[None]:
         message = _what_is_kept(progress)
         progress.end("interrupted", message)
         raise Interrupted(message, stop.number) from None
+    except RankLost as error:
+        message = f"{error}; {_what_is_kept(progress)}"
+        progress.end("failed", message)
+        raise UserError(message) from None
     except torch.AcceleratorError as error:
         message = (
             f"the device failed ({str(error).strip().partition(chr(10))[0]}); the last checkpoint is kept, start "
@@ -249,81 +281,6 @@ def held_out_tokens(params: Params, lm: LanguageModel) -> Tensor:
     if not token_mask(lm, tokens, torch.empty(0), without_norms).any():
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
     return tokens
-
-
-# --- start -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Session:
-    """One run of `params`."""
-
-    stream: ActivationStream
-    saes: list[TrainingSAE]
-    folder: Path
-    identity: dict[str, Any]
-    resumed_at: int | None
-    """Step of the checkpoint this process started from."""
-
-    def save(self) -> None:
-        """Write a checkpoint. Raises `OSError` on a full disk; the last good one then stays."""
-        values, tensors = self.stream.state()
-        state: dict[str, Any] = {"stream": values, "saes": {}}
-        everything = {f"stream/{key}": tensor for key, tensor in tensors.items()}
-        for sae in self.saes:
-            state["saes"][sae.name], own = sae.state()
-            everything |= {f"{sae.name}/{key}": tensor for key, tensor in own.items()}
-        step = max(sae.step for sae in self.saes)
-        save_checkpoint(self.folder, Checkpoint(step, self.identity, state, everything))
-
-
-def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params) -> Session:
-    """Start a run, or go on from its last good checkpoint, bit for bit where the device computes so.
-
-    tokens: contexts [n, context_size]. A checkpoint that was made with other weights, text or code is not used, and a
-    line says so.
-    """
-    device = lm.device if params.train.device is None else pick_device(params.train.device)
-    if params.train.precision == "bfloat16" and not has_bfloat16(device):
-        print(f"train.precision: bfloat16 is no faster on this {device.type} device; products stay float32", flush=True)
-        train = params.train.model_copy(update={"precision": "float32"})
-    else:
-        train = params.train
-    stream = ActivationStream(lm, tokens, params, device)
-    saes = [
-        new_training_sae(name, train, stream.buffers[params.train.hook_of(name)].d_in, device) for name in params.train.saes
-    ]
-    folder, identity = run_folder(params), _identity(lm, tokens, device, train.precision)
-    checkpoint = load_checkpoint(folder, identity)
-    if checkpoint is None:
-        rows = stream.calibrate()
-        for sae in saes:
-            start(sae, rows[sae.hook], training_seed(params.train.saes[sae.name], params))
-        return Session(stream, saes, folder, identity, None)
-    stream.restore(checkpoint.state["stream"], _below("stream", checkpoint.tensors))
-    for sae in saes:
-        sae.restore(checkpoint.state["saes"][sae.name], _below(sae.name, checkpoint.tensors))
-    print(f"going on from the checkpoint of step {checkpoint.step}", flush=True)
-    return Session(stream, saes, folder, identity, checkpoint.step)
-
-
-def training_seed(config: SAERecipe, params: Params) -> int:
-    return params.random_seed if config.seed is None else config.seed
-
-
-def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
-
-
-def _identity(lm: LanguageModel, tokens: Tensor | StoredContexts, device: torch.device, precision: str) -> dict[str, str]:
-    """What a run depends on besides its settings, under the words a user would use."""
-    return {
-        "language model": lm.fingerprint,
-        "text": contexts_sha256(tokens),
-        "training code": sources_fingerprint("sae_research.training.stage"),
-        "version of torch": torch.__version__,
-        "kind of device": f"{lm.device.type}, {device.type}, {lm.dtype}, {precision}",
-    }
 
 
 # --- export ----------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ class HookBuffer:
         # In the model's precision: half the memory in bfloat16, and nothing is lost.
         self.bank = torch.empty(self.full + chunk_tokens, self.d_in, dtype=lm.dtype, device=device)
         self.pca = StreamingPCA(self.d_in, device)
+        self.follow_pca = True
         self.calibration: Calibration
 
     @property
@@ -244,9 +245,16 @@ class HookBuffer:
 
     def feed(self, tokens: Tensor, acts: Tensor) -> None:
         """Take in a chunk: tokens [n, context_size], activations [n, context_size, d_in] in the model's units."""
+        self.take(tokens.numel(), self.counted(tokens, acts))
+
+    def counted(self, tokens: Tensor, acts: Tensor) -> Tensor:
+        """Activations of the tokens that count [rows, d_in], of a chunk as in `feed`. Changes nothing here."""
         tokens = tokens.to(acts.device)
-        rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)]
-        self.tokens_read += tokens.numel()
+        return acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)]
+
+    def take(self, n_tokens: int, rows: Tensor) -> None:
+        """Take in a chunk of `n_tokens` whose counted activations are `rows`."""
+        self.tokens_read += n_tokens
         self.rows_read += len(rows)
         self.bank[self.held : self.held + len(rows)] = rows.to(self.device)
         self.held += len(rows)
@@ -274,7 +282,7 @@ class HookBuffer:
         if self.order is None:
             return None
         acts = self.bank[self.order[self.cursor : self.cursor + size]].float().mul_(self.calibration.scale)
-        if self.rows_served // size % PCA_EVERY == 0:
+        if self.follow_pca and self.rows_served // size % PCA_EVERY == 0:
             self.pca.update(acts)
         progress = (self.rows_served + size / 2) / self.expected_rows
         self.cursor += size
@@ -362,14 +370,15 @@ class ActivationStream:
 
     def calibrate(self) -> dict[str, Tensor]:
         """Read the first chunk and measure every hook on it; returns normalised rows [n, d_in] by hook."""
-        tokens, self._first = self._chunk_tokens(0), self.read(0)
+        tokens, self._first = self._chunk_tokens(0), self._collect(0)
         return {hook: buffer.calibrate(tokens, self._first[hook]) for hook, buffer in self.buffers.items()}
 
     def read(self, chunk: int) -> dict[str, Tensor]:
         """Activations of a chunk by hook [n, context_size, d_in], from the cache or the model: on a CPU's memory, or on the
         device where that is CUDA. Changes nothing here."""
-        if chunk == 0 and self._first is not None:
-            return self._first
+        return self._first if chunk == 0 and self._first is not None else self._collect(chunk)
+
+    def _collect(self, chunk: int) -> dict[str, Tensor]:
         tokens = self._chunk_tokens(chunk)
         pools = collect_hooks(
             self.lm,
