@@ -116,7 +116,7 @@ def in_place(values: Mapping[str, Any]) -> dict[str, bool]:
     """Stage, by the name of its evaluation where it is one -> whether the last run had these parameters and its outputs are
     there. Code is not looked at: DVC runs a stage again whose code has changed."""
     from sae_research.config.evaluations import OF_SAES
-    from sae_research.runtime.files import read_mapping
+    from sae_research.config.yaml_files import read_mapping
 
     stages = read_mapping(LOCK).get("stages", {}) if LOCK.is_file() else {}
     names = {"train": "train", "setup": "setup", **{name: _STAGES.get(name, f"{name}_eval") for name in OF_SAES}}

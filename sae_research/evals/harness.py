@@ -32,8 +32,6 @@ from sae_research.saes.registry import code_fingerprint
 from sae_research.text.local import listed
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
 
-
-
 # --- SAEs ------------------------------------------------------------------------------------
 
 
