@@ -37,6 +37,15 @@ class Model(Section):
     """Precision of weights and activations."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
+    placement: Literal["one", "auto"] = "one"
+    """one (on `device`), or auto: in parts on all GPUs, then in main memory, then on disk. Accelerate divides it. With
+    `device: cuda:1` or `cpu` no other GPU is used. Parts off the GPUs are computed there too; results do not change."""
+    max_memory: dict[Name, Name] | None = None
+    """Most of each device that parts may take, {"0": 60GiB, cpu: 100GiB}; null is what is free. So it is of a device that
+    is not named."""
+    quantization: Literal["bnb_8bit", "bnb_4bit"] | None = None
+    """bnb_8bit or bnb_4bit: weights rounded by bitsandbytes, on CUDA, untested; null keeps them. `torch_dtype` is
+    then the precision of activations."""
 
 
 class Text(Section):

@@ -43,12 +43,12 @@ def measure(params: Params, hooks: Iterable[str]) -> dict[str, Scale]:
 
     Raises `UserError` for a model, hook or text that is not there, and where no token counts.
     """
-    from sae_research.lm import load_language_model, median_activation_norm, pick_device, token_mask
+    from sae_research.lm import load_configured, median_activation_norm, pick_device, token_mask
     from sae_research.text.tokens import token_contexts
     from sae_research.training.products import pass_dtype
 
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_language_model(params.model.name, params.model.device, dtype)
+    lm = load_configured(params.model, dtype=dtype)
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", min(TOKENS, params.train.tokens))
     scales = {}
     for hook in hooks:

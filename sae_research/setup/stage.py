@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sae_research.config.params import Params, check_sizes
-from sae_research.lm import LanguageModel, load_language_model
+from sae_research.lm import LanguageModel, load_configured
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
@@ -268,7 +268,7 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     """
     check_inputs(params)
     baseline = sources.open_sae(sources.reference_of(params.baseline_sae))
-    lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+    lm = load_configured(params.model)
     check_tokenizer(lm)
     setup = Setup(params, lm, baseline)
     setup.warnings += [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask, check_sizes
 from sae_research.config.training import SAERecipe
-from sae_research.lm import LanguageModel, load_language_model, pick_device, token_mask
+from sae_research.lm import LanguageModel, load_configured, pick_device, token_mask
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.runtime.files import (
@@ -94,7 +94,7 @@ def _train(
     params: Params, output: Path, compared: bool, progress: ProgressFile, signals: StopSignals, tracker: Tracker
 ) -> Report:
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_language_model(params.model.name, params.model.device, dtype)
+    lm = load_configured(params.model, dtype=dtype)
     if compared:
         check_comparison(params, lm)
     check_room(params, lm, output)
