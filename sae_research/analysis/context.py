@@ -122,6 +122,6 @@ class AnalysisContext:
             raise UserError(f"{text!r} is not one token of {self.lm.name} but {parts}; mind the leading space")
         return ids[0]
 
-    def mask(self, tokens: Tensor, acts: Tensor) -> Tensor:
-        """Which tokens count, by `token_mask` of the parameters. bool [batch, seq]"""
-        return token_mask(self.lm, tokens, acts, self.params.token_mask)
+    def mask(self, tokens: Tensor, acts: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Which tokens count, by `token_mask` of the parameters. counted: as `Contexts.counted`. bool [batch, seq]"""
+        return token_mask(self.lm, tokens, acts, self.params.token_mask, counted=counted)

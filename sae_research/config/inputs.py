@@ -54,7 +54,11 @@ class Text(Section):
     dataset: LocalName = "packaged"
     """`packaged`, a local folder of .txt/.jsonl/.csv/.parquet files, or a hub data set's name."""
     column_name: Name = "text"
-    """Column of a table or hub data set that holds the text."""
+    """Column of a table or hub data set that holds text or conversations. These are lists of `{role, content}`; the
+    tokenizer's chat template makes text of them."""
+    roles: Annotated[list[Name], Field(min_length=1)] | None = None
+    """Whose messages' tokens count in conversations, e.g. [assistant]; null counts all. What the template adds then does
+    not."""
     context_size: Annotated[Positive, Field(ge=8)] = 128
     """Tokens per context, the leading separator included."""
     held_out_characters: Positive = 20_000_000

@@ -53,10 +53,12 @@ def measure(params: Params, hooks: Iterable[str]) -> dict[str, Scale]:
     scales = {}
     for hook in hooks:
         d_in, squares, count = lm.d_in(hook), 0.0, 0
-        for tokens in contexts.tokens.split(params.model.llm_batch_size):
+        for start in range(0, len(contexts.tokens), params.model.llm_batch_size):
+            part = slice(start, start + params.model.llm_batch_size)
+            tokens, counted = contexts.tokens[part], None if contexts.counted is None else contexts.counted[part]
             acts = lm.activations(tokens.to(lm.device), hook).float().cpu()
-            median = median_activation_norm(lm, tokens, acts)
-            rows = acts[token_mask(lm, tokens, acts, params.token_mask, median)]
+            median = median_activation_norm(lm, tokens, acts, counted)
+            rows = acts[token_mask(lm, tokens, acts, params.token_mask, median, counted)]
             squares, count = squares + float(rows.double().square().sum()), count + len(rows)
         if not count or not squares > 0:
             raise UserError(

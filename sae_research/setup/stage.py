@@ -31,7 +31,7 @@ from sae_research.saes.pursuit.encoders import (
 )
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
 from sae_research.setup import controls
-from sae_research.setup.checks import disk_lines, preflight, preflight_tokens, time_lines
+from sae_research.setup.checks import disk_lines, preflight, preflight_contexts, time_lines
 from sae_research.text.crossed_tasks import CROSSED_TASKS, HUB_TASKS, LOCAL_COLUMNS, unknown_crossed_task
 from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, local_files, looks_local, read_rows
 from sae_research.text.packaged import PACKAGED_TASKS, packaged_folder, packaged_version
@@ -280,12 +280,12 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
     planned = setup.plan()
     check_writable(output, [item.name for item in planned], "SAE names")
-    tokens = preflight_tokens(lm, params)  # what the end needs is looked at first
+    contexts = preflight_contexts(lm, params)  # what the end needs is looked at first
     with replaced_folder(output) as folder:
         for item in planned:
             item.write(folder / item.name)
         saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
-        result = preflight(saes, setup.name, lm, params, tokens)
+        result = preflight(saes, setup.name, lm, params, contexts)
         warnings = setup.warnings + result.warnings
         manifest = make_manifest(saes)
         write_json(folder / MANIFEST, manifest)

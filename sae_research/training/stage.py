@@ -34,7 +34,7 @@ from sae_research.runtime.formatting import gigabytes, tsv_text
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.text.corpus import text_fingerprint
-from sae_research.text.tokens import StoredContexts, TextRunsOut, contexts_sha256, long_contexts, token_contexts
+from sae_research.text.tokens import Contexts, StoredContexts, TextRunsOut, contexts_sha256, long_contexts, token_contexts
 from sae_research.training.checkpoints import (
     Checkpoint,
     ProgressFile,
@@ -98,12 +98,12 @@ def _train(
     if compared:
         check_comparison(params, lm)
     check_room(params, lm, output)
-    held_out = held_out_tokens(params, lm)
+    held_out = held_out_contexts(params, lm)
     text = text_fingerprint(params.text, TRAIN_SPLIT)
     contexts = long_contexts(
         lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
     )
-    session = open_session(lm, contexts, params)
+    session = open_session(lm, contexts.tokens, params, contexts.counted)
     stream, saes = session.stream, session.saes
     progress.values |= {"checkpoint_step": session.resumed_at, "device": str(saes[0].loss_sum.device)}
 
@@ -241,19 +241,16 @@ def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
         )
 
 
-def held_out_tokens(params: Params, lm: LanguageModel) -> Tensor:
-    """The held-out contexts [n, context_size] that SAEs will be measured on. Raises `UserError` where the text does not
-    give them."""
+def held_out_contexts(params: Params, lm: LanguageModel) -> Contexts:
+    """The held-out contexts that SAEs will be measured on. Raises `UserError` where the text does not give them."""
     try:
-        tokens = token_contexts(
-            lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens
-        ).tokens
+        contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens)
     except TextRunsOut as error:
         raise UserError(f"train.held_out_tokens: {error}") from None
     without_norms = TokenMask(drop_first_position=params.token_mask.drop_first_position, outlier_norm_multiple=None)
-    if not token_mask(lm, tokens, torch.empty(0), without_norms).any():
+    if not token_mask(lm, contexts.tokens, torch.empty(0), without_norms, counted=contexts.counted).any():
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
-    return tokens
+    return contexts
 
 
 # --- start -----------------------------------------------------------------------------------
@@ -282,11 +279,16 @@ class Session:
         save_checkpoint(self.folder, Checkpoint(step, self.identity, state, everything))
 
 
-def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params) -> Session:
+def open_session(
+    lm: LanguageModel,
+    tokens: Tensor | StoredContexts,
+    params: Params,
+    counted: Tensor | StoredContexts | None = None,
+) -> Session:
     """Start a run, or go on from its last good checkpoint, bit for bit where the device computes so.
 
-    tokens: contexts [n, context_size]. A checkpoint that was made with other weights, text or code is not used, and a
-    line says so.
+    tokens: contexts [n, context_size]; counted: as `Contexts.counted`. A checkpoint that was made with other weights, text
+    or code is not used, and a line says so.
     """
     device = lm.device if params.train.device is None else pick_device(params.train.device)
     if params.train.precision == "bfloat16" and not has_bfloat16(device):
@@ -294,7 +296,7 @@ def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Par
         train = params.train.model_copy(update={"precision": "float32"})
     else:
         train = params.train
-    stream = ActivationStream(lm, tokens, params, device)
+    stream = ActivationStream(lm, tokens, params, device, counted)
     saes = [
         new_training_sae(name, train, stream.buffers[params.train.hook_of(name)].d_in, device) for name in params.train.saes
     ]
