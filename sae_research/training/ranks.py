@@ -27,15 +27,16 @@ from sae_research.training.training_sae import CurveRow, TrainingSAE
 
 def number_of_ranks(params: Params) -> int:
     """Processes that train. Raises `UserError` where there cannot be as many as `cluster.train_ranks` says."""
-    asked, devices = params.cluster.train_ranks, [params.model.device, params.train.device or params.model.device]
-    kind = pick_device(params.model.device).type
-    plain = not any(":" in device for device in devices) and len({pick_device(device).type for device in devices}) == 1
+    asked, train = params.cluster.train_ranks, params.train
+    devices = [pick_device(params.model.device), pick_device(train.device or params.model.device)]
+    kind, free = devices[0].type, devices[0] == devices[1] and devices[0].index is None
+    if params.model.device == "auto" and devices[0].index is not None:  # a sweep gave this run one of the GPUs
+        return 1
     if asked is None:
-        several = params.cluster.address is not None and plain and kind == "cuda"
-        return max(1, torch.cuda.device_count()) if several else 1
+        return max(1, torch.cuda.device_count()) if params.cluster.address and free and kind == "cuda" else 1
     if asked == 1:
         return 1
-    if not plain:
+    if not free:
         raise UserError(
             f"cluster.train_ranks: {asked} ranks have a device each, for the model and their SAEs; set train.device: null "
             "and a model.device without a number, or cluster.train_ranks: 1"

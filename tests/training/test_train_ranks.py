@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -148,9 +149,11 @@ def test_each_rank_has_as_many_latents(make_params):
 def test_how_many_ranks(device, train_device, asked, address, found, make_params, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("SAE_RESEARCH_DEVICE", raising=False)
     params = changed(make_params(device=train_device), "model", device=device)
     params = changed(params, "cluster", train_ranks=asked, address=address)
+    monkeypatch.setenv("SAE_RESEARCH_DEVICE", "cuda:2")  # as in a sweep, whose runs have one each
+    assert device != "auto" or ranks.number_of_ranks(params) == 1
+    monkeypatch.delenv("SAE_RESEARCH_DEVICE")
     if isinstance(found, int):
         assert ranks.number_of_ranks(params) == found
     else:
@@ -236,7 +239,7 @@ def test_a_stopped_run_goes_on_with_other_numbers_of_ranks(number, make_params, 
 @pytest.mark.slow
 def test_ranks_with_every_recipe_as_processes_of_their_own(make_params, tmp_path):
     """Started as a user starts them."""
-    params = make_params(saes={**CONFIGS, "other": TWO_HOOKS["other"]}, tokens=3072)
+    params = make_params(saes={**CONFIGS, "other": TWO_HOOKS["other"]}, tokens=1536)
     stage.train(params, tmp_path / "alone")
     stage.train(with_ranks(params, 2), tmp_path / "together")
     assert files(tmp_path / "together") == files(tmp_path / "alone")
@@ -244,20 +247,22 @@ def test_ranks_with_every_recipe_as_processes_of_their_own(make_params, tmp_path
 
 @pytest.mark.slow
 def test_no_rank_outlives_rank_0(make_params, tmp_path):
-    params = with_ranks(make_params(saes=TWO_HOOKS, tokens=200_000), 3)
-    pid = os.fork()
-    if pid == 0:
+    params = with_ranks(make_params(saes=TWO_HOOKS, tokens=12_288, batch_size=16), 3)
+
+    def work() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         stage.train(params, tmp_path / "out")
-        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
     others: list[psutil.Process] = []
     try:
         until = time.monotonic() + 120
         while not (progress_path(params).is_file() and progress(params)["step"] > 3):
-            assert time.monotonic() < until and os.waitpid(pid, os.WNOHANG) == (0, 0)
+            assert time.monotonic() < until and process.is_alive()
             time.sleep(0.1)
-        others = psutil.Process(pid).children()
+        others = psutil.Process(process.pid).children()
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.join()
     assert len(others) == 2 and not psutil.wait_procs(others, timeout=20)[1]
