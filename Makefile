@@ -42,10 +42,10 @@ check: setup
 	@python -m pytest -q tests/docs
 
 test: setup
-	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" --timeout 1800
+	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow" --timeout 1800
 
 bench: setup
 	@python -m benchmarks

@@ -263,20 +263,28 @@ def test_mistakes_are_one_line_and_lose_nothing(
             run(project, "dvc", "checkout", "-q", "--force", f"eval_results/{stage}")
 
 
-def test_damaged_weights_are_one_line(project: Path) -> None:
+def test_damaged_weights_are_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process too."""
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     weights = project / "downloaded_saes/topk/sae_weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
     try:
-        done = run(project, sys.executable, "scripts/run_core_eval.py", check=False)
-        assert done.returncode == 1
-        assert "damaged weights" in done.stderr.splitlines()[-1]
+        with pytest.raises(SystemExit) as ended:
+            run_main(importlib.import_module("scripts.run_core_eval").main)
+        assert ended.value.code == 1
+        errors = capfd.readouterr().err.splitlines()
+        assert "damaged weights" in errors[-1] and errors[-1].startswith("error:")
         assert read(project, "eval_results/core/_status.json")["status"] == "failed"
     finally:
         weights.write_bytes(whole)
         run(project, "dvc", "checkout", "-q", "--force")
 
 
+@pytest.mark.slow
 def test_a_killed_stage_resumes(project: Path) -> None:
     """The status says incomplete, and the next run ends with the same bytes."""
     want = (project / "eval_results/core/standard_eval_results.json").read_bytes()

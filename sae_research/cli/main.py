@@ -6,7 +6,7 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from sae_research.cli import experiments
+from sae_research.cli import experiments, plan
 from sae_research.cli.analyze import add_verb as add_analyze
 from sae_research.reporting import shapes
 from sae_research.runtime.errors import UserError
@@ -56,6 +56,19 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     pareto.add_argument("--metric", default="loss_recovered", help="or variance_explained, fraction_alive")
     pareto.set_defaults(run=_pareto)
 
+    extract = verbs.add_parser(
+        "extract",
+        help="write the training text's activations in shards, from as many workers as there are",
+        description="Example: python -m sae_research extract activations --tokens 1e6; then activation_caching.shards: "
+        "[activations] in params.yaml. Model, text and tokens are params.yaml's.",
+    )
+    extract.add_argument("output", type=user_path, help="folder of the shards; what lies there already is kept")
+    extract.add_argument("--hook", action="append", metavar="HOOK", help="one or more; default: those of train.saes")
+    extract.add_argument("--tokens", type=float, help="default: train.tokens")
+    extract.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: train.llm_dtype")
+    extract.add_argument("--max-gb", type=float, help="refuse to write more; default: activation_caching.max_gb")
+    extract.set_defaults(run=_extract)
+
 
 # torch and matplotlib take seconds to import: each verb its own
 
@@ -78,6 +91,25 @@ def _upload(options: argparse.Namespace) -> int:
     from sae_research.saes.exchange import upload
 
     print(upload(options.folders, options.hf_repo_id, private=options.private))
+    return 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from sae_research.config.params import check_params, load_params
+    from sae_research.training.extraction import extract
+
+    values = load_params().model_dump(mode="json")
+    changes = {"tokens": options.tokens, "llm_dtype": options.dtype}
+    values["train"] |= {key: value for key, value in changes.items() if value is not None}
+    params = check_params(values, "the command's options")
+    print(
+        extract(
+            params,
+            options.hook or params.train.hooks,
+            options.output,
+            params.activation_caching.max_gb if options.max_gb is None else options.max_gb,
+        )
+    )
     return 0
 
 
@@ -106,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_verbs(verbs)
     experiments.add_verbs(verbs)
     add_analyze(verbs)
+    plan.add_verb(verbs, read_preset)
     options = parser.parse_args(arguments)
     if "run" in options:
         return options.run(options)

@@ -12,6 +12,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, get_args
 
 from dvc.utils.serialize import dumps_yaml
@@ -47,6 +48,7 @@ def section_of(section: type[Section], key: str) -> type[Section] | None:
     return next((one for one in types if isinstance(one, type) and issubclass(one, Section)), None)
 
 
+@cache
 def _descriptions(cls: type) -> dict[str, str]:
     """The text below each field of a class."""
     if not issubclass(cls, Section) or cls is Section:

@@ -16,10 +16,9 @@ class Cluster(Section):
     """Workers for evaluations, and ranks that train (docs/cluster.md)."""
 
     address: Name | None = None
-    """null: this process alone. local: a Ray cluster of this machine, for the run. auto: the one that runs here already
-    (`ray start`), else HOST:PORT of its head."""
+    """null: this process; local: all devices; auto: the running Ray cluster; or its HOST:PORT."""
     gpus_per_worker: Share | None = None
-    """null: one where the cluster has GPUs, none elsewhere. 0.5: two workers on each GPU."""
+    """null: one where the cluster has GPUs, none elsewhere; 0.5: two workers on each."""
     cpus_per_worker: Annotated[Whole, Field(ge=1, le=1024)] = 1
     """Cores, and threads, of each worker, and of each rank that trains on a CPU."""
     max_retries: Annotated[Whole, Field(ge=0, le=100)] = 2

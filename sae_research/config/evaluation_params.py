@@ -36,7 +36,7 @@ class CoreEval(Section):
 class SparseProbing(Section):
     """Linear probes on the few latents that tell a class apart."""
 
-    dataset_names: list[LocalName] = ["news_topic", "code_language", "science_field", "product_sentiment"]
+    dataset_names: list[LocalName] = ["news_topic", "code_language", "product_sentiment"]
     """Packaged tasks, local files, or SAE Bench's hub data sets by name."""
     probe_train_set_size: Annotated[Positive, Field(ge=4)] = 80
     """Texts of one binary task: half of a class, half of the others."""

@@ -69,6 +69,8 @@ class ActivationCaching(Section):
     max_gb: Above0 = 10.0
     """Of .cache/activations, tokens and train each; the least recently used go first. train holds checkpoints of interrupted
     runs."""
+    shards: list[Name] = []
+    """Folders that `sae-research extract` wrote: read where the cache lacks something."""
 
 
 class BaselineSAE(FromOneSource):

@@ -63,9 +63,9 @@ class Params(_WithEvaluations):
     analysis: Analysis = Analysis()
     dashboards: Dashboards = Dashboards()
     tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()
     activation_caching: ActivationCaching = ActivationCaching()
     visualization: Visualization = Visualization()
-    cluster: Cluster = Cluster()
 
 
 def load_params(path: str | Path = "params.yaml", partial: bool = False) -> Params:

@@ -8,6 +8,7 @@ Defaults hold for activations of unit mean square norm. Everything that literatu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -247,6 +248,9 @@ def recipe_model(name: str) -> type[SAERecipe]:
     ]
 
 
+FLOAT_BYTES = 4
+STATE_COPIES = 3
+"""A checkpoint holds every parameter and its two moments."""
 SHARED = {
     "batch_size",
     "accumulation_steps",
@@ -268,7 +272,7 @@ class Train(Section):
     """Whether the pipeline trains SAEs of its own; a baseline from elsewhere needs none."""
     hook_name: Name = "blocks.8.hook_resid_post"
     """Where SAEs are trained that name no hook of their own."""
-    tokens: Tokens = 240_000
+    tokens: Tokens = 160_000
     """Tokens of text that the language model reads; those that count are trained on."""
     batch_size: Positive = 512
     """Activations per optimiser step."""
@@ -350,3 +354,16 @@ class Train(Section):
             **self.saes[name].model_dump(exclude={"recipe", "seed", "hook_name"}, exclude_none=True),
             **self.model_dump(include=SHARED),
         }
+
+    def weight_bytes(self, widths: Mapping[str, int]) -> int:
+        """Of all SAEs. widths: d_in by hook."""
+        return sum(2 * widths[self.hook_of(name)] * sae.d_sae * FLOAT_BYTES for name, sae in self.saes.items())
+
+    def output_bytes(self, widths: Mapping[str, int]) -> int:
+        """In `trained_saes/`, with the checkpoints that are kept there."""
+        return self.weight_bytes(widths) * (1 + self.saved_checkpoints)
+
+    def checkpoint_bytes(self, widths: Mapping[str, int], itemsize: int) -> int:
+        """In `.cache/train`, until the run ends. itemsize: bytes of an activation."""
+        rows = max(self.buffer_tokens, 2 * self.batch_size)
+        return STATE_COPIES * self.weight_bytes(widths) + sum(widths[hook] for hook in self.hooks) * rows * itemsize

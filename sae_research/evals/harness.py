@@ -27,14 +27,10 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder, read_manifest
 from sae_research.saes import SparseAutoencoder, load_sae
-from sae_research.saes.base import Family, Guard, SAEInfo
+from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo
 from sae_research.saes.registry import code_fingerprint
 from sae_research.text.local import listed
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
-
-OPEN_BYTES = 512 * 2**20
-"""SAEs are open together while their weights take no more than this; a family over one dictionary always is."""
-
 
 # --- SAEs ------------------------------------------------------------------------------------
 

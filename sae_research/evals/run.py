@@ -42,7 +42,7 @@ def run_evaluation(name: str, params: Params) -> None:
         evaluate = evaluation_function(name)
         with _started_workers(name, params) as workers:  # while this process loads the model
             lm, saes = _start(params, stage)
-            with _scoring_on(workers, lm):
+            with _scoring_on(workers, name, lm, saes, params):
                 _write(stage, evaluate(saes, lm, params, stage))
 
 
@@ -63,14 +63,22 @@ def _started_workers(name: str, params: Params) -> Generator[Workers | None]:
 
 
 @contextmanager
-def _scoring_on(workers: Workers | None, lm: LanguageModel) -> Generator[None]:
+def _scoring_on(
+    workers: Workers | None, name: str, lm: LanguageModel, saes: PreparedSAEs, params: Params
+) -> Generator[None]:
     if workers is None:
         yield
         return
     from sae_research.evals.harness import delegated
     from sae_research.evals.units import Distribution
+    from sae_research.lm.shape import shape_of
+    from sae_research.planning.costs import once_shares
+    from sae_research.planning.devices import nominal
+    from sae_research.planning.saes import described
 
-    with delegated(Distribution(workers, lm.device.type)):
+    planned = [described(sae, info) for sae, info in saes.infos.items()]
+    once = once_shares(name, params, shape_of(lm.name, lm.model), planned, nominal(lm.device.type))
+    with delegated(Distribution(workers, lm.device.type, once)):
         yield
 
 

@@ -28,12 +28,11 @@ from sae_research.runtime.cache import NO_CACHE, lent_results
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder
 from sae_research.runtime.workers import Job, Outcome, Unit, Workers
+from sae_research.saes.base import ROOM
 from sae_research.saes.sources import PREPARED
 
-UNEVEN = 1.1
-"""SAEs are split until units of equal length would end within this factor of the time that perfect sharing takes."""
-ROOM = 3
-"""Of an SAE's weights: what encoding with it takes beside (a Gram matrix, activations)."""
+SLACK = 1.03
+"""Units are made smaller while the least time that they could take grows by no more than this factor."""
 
 Score = Callable[..., Iterator[tuple[str, Any]]]
 
@@ -54,9 +53,10 @@ def evaluation_job(evaluation: str, params: Params) -> Job:
 class Distribution:
     """Stands in for the scoring of `Scores.fill` while it is the harness' `delegate`."""
 
-    def __init__(self, workers: Workers, device: str) -> None:
-        """workers: of an `evaluation_job`; not this object's to close. device: the kind that this process computes on."""
-        self._workers, self._device = workers, device
+    def __init__(self, workers: Workers, device: str, once: Mapping[str, float] | None = None) -> None:
+        """workers: of an `evaluation_job`; not this object's to close. device: the kind that this process computes on.
+        once: by kind, as `plan_units` has it."""
+        self._workers, self._device, self._once = workers, device, once or {}
         self._seen: list[Scores] = []
         self._made: dict[str, Any] = {}
 
@@ -88,16 +88,10 @@ class Distribution:
                     )
 
     def _units(self, scores: Scores, missing: Mapping[str, Sequence[Any]], parts: Sequence[Any]) -> list[Unit]:
-        """A unit for every group of SAEs and part. Families stay together; the fewer groups, the fewer model passes."""
-        together = scores.group.families(missing)
-        parted = max(sum(any(part in missing[name] for name in missing) for part in parts), 1)
-        groups = _split(together, missing, _groups(parted, len(together), self._workers.size))
-        return [
-            self._unit(scores, names, number, part)
-            for group in groups
-            for number, part in enumerate(parts)
-            if (names := [name for name in group if part in missing[name]])
-        ]
+        planned = plan_units(
+            scores.group.families(missing), missing, parts, self._workers.size, self._once.get(scores.kind, 0.0)
+        )
+        return [self._unit(scores, names, number, parts[number]) for names, number in planned]
 
     def _unit(self, scores: Scores, names: Sequence[str], number: int, part: Any) -> Unit:
         payload = {
@@ -114,13 +108,36 @@ class Distribution:
         return Unit(f"{scores.kind} of {_listed(names)}{about}", json.dumps(payload).encode(), float(size))
 
 
-def _groups(parts: int, families_: int, workers: int) -> int:
-    """Into how many groups SAEs are split: the fewest whose units share out evenly."""
-    for groups in range(1, families_ + 1):
-        turns = parts * groups / workers
-        if math.ceil(turns) <= UNEVEN * turns:
-            return groups
-    return max(families_, 1)
+def plan_units(
+    together: Sequence[Sequence[str]],
+    missing: Mapping[str, Sequence[Any]],
+    parts: Sequence[Any],
+    workers: int,
+    once: float = 0.0,
+) -> list[tuple[list[str], int]]:
+    """(SAEs, number of the part) of every unit: one for every group of SAEs and part. Families stay together. once: what a
+    unit computes however many SAEs it holds, in what one SAE more takes."""
+    parted = max(sum(any(part in missing[name] for name in missing) for part in parts), 1)
+    groups = _split(together, missing, _groups(parted, len(together), workers, once))
+    return [
+        (names, number)
+        for group in groups
+        for number, part in enumerate(parts)
+        if (names := [name for name in group if part in missing[name]])
+    ]
+
+
+def _groups(parts: int, families_: int, workers: int, once: float = 0.0) -> int:
+    """Into how many groups SAEs are split. With one worker into one. Else into as many as still end within `SLACK` of the
+    least time: a smaller unit is lost with less, and shares out better where units take longer than foreseen."""
+    if workers == 1 or not families_:
+        return 1
+    times = {
+        groups: math.ceil(parts * groups / workers) * (once + math.ceil(families_ / groups))
+        for groups in range(1, families_ + 1)
+    }
+    least = min(times.values())
+    return max(groups for groups, time in times.items() if time <= SLACK * least)
 
 
 def _split(together: Sequence[Sequence[str]], weight: Mapping[str, Sequence[Any]], groups: int) -> list[list[str]]:

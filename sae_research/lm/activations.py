@@ -24,7 +24,7 @@ from sae_research.config.params import ActivationCaching, Params
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
 from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
-from sae_research.runtime.files import fingerprint, write_json
+from sae_research.runtime.files import fingerprint, user_path, write_json
 from sae_research.runtime.sources import sources_fingerprint
 
 if TYPE_CHECKING:
@@ -55,25 +55,44 @@ class ActivationPool:
 
     def __init__(self, sequences: Sequence[Tensor], flat: Tensor, pad_id: int, device: torch.device) -> None:
         self.sequences, self.flat, self.pad_id, self.device = sequences, flat, pad_id, device
-        lengths = torch.tensor([len(s) for s in sequences])
-        self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        self.lengths = torch.tensor([len(s) for s in sequences], dtype=torch.long)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), self.lengths.cumsum(0)])
 
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @cached_property
+    def ids(self) -> Tensor:
+        """All sequences' ids end to end [total tokens]."""
+        return torch.cat([*self.sequences]) if len(self) else torch.zeros(0, dtype=torch.long)
+
     def batch(self, index: Sequence[int]) -> Batch:
         """The sequences `index`, padded to the longest of them, on the model's device."""
-        longest = max(len(self.sequences[i]) for i in index)
-        tokens = torch.full((len(index), longest), self.pad_id)
-        real = torch.zeros(len(index), longest, dtype=torch.bool)
-        acts = torch.zeros(len(index), longest, self.flat.shape[1])
-        for row, i in enumerate(index):
-            length = len(self.sequences[i])
-            tokens[row, :length] = self.sequences[i]
-            real[row, :length] = True
-            acts[row, :length] = self.flat[self.offsets[i] : self.offsets[i + 1]].float()
-        to = self.device
-        return Batch(torch.tensor(list(index)), tokens.to(to), real.to(to), acts.to(to))
+        chosen = torch.tensor(list(index))
+        lengths, longest = self.lengths[chosen], int(self.lengths[chosen].max())
+        real = torch.arange(longest) < lengths[:, None]
+        # one look-up of all rows; padding reads any row, and is overwritten
+        places = torch.where(real, self.offsets[chosen][:, None] + torch.arange(longest), 0).flatten()
+        acts = self._moved(self.flat, places).float()
+        tokens, real = self._moved(self.ids, places), self._sent(real.flatten())
+        if not bool((lengths == longest).all()):
+            acts.masked_fill_(~real[:, None], 0.0)
+            tokens = tokens.masked_fill(~real, self.pad_id)
+        shape = (len(chosen), longest)
+        return Batch(chosen, tokens.view(shape), real.view(shape), acts.view(*shape, self.flat.shape[1]))
+
+    def _moved(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Some rows on the model's device. For CUDA they are collected in pinned memory, from where the copy goes on while
+        the computer does."""
+        if self.device.type != "cuda" or rows.is_cuda:
+            return rows.index_select(0, places.to(rows.device)).to(self.device)
+        pinned = torch.empty(len(places), *rows.shape[1:], dtype=rows.dtype, pin_memory=True)
+        return torch.index_select(rows, 0, places, out=pinned).to(self.device, non_blocking=True)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def batches(self, batch_size: int, index: Sequence[int] | None = None) -> Iterator[Batch]:
         """All sequences (or those of `index`), of like length together so that little is padding."""
@@ -109,10 +128,14 @@ def collect_hooks(
     caching: ActivationCaching,
     progress: str | None = None,
     prefixes: SharedPrefixes | None = None,
+    shards: Path | None = None,
+    on_device: bool = False,
 ) -> dict[str, ActivationPool]:
     """As `collect`, at several hooks: one pass of the model for all whose activations are not in the cache.
 
-    A hook's entry is the one that `collect` makes and reads. With `prefixes` the model runs once for each hook.
+    A hook's entry is the one that `collect` makes and reads. With `prefixes` the model runs once for each hook. Entries in
+    the folders of `activation_caching.shards` are read too. shards: a folder to write to in place of the cache. on_device:
+    where they are not cached, activations stay where the model is.
     """
     rows = [row.to("cpu") for row in sequences]
     widths, total = {hook: lm.d_in(hook) for hook in hooks}, sum(len(row) for row in rows)
@@ -121,13 +144,42 @@ def collect_hooks(
         return {hook: ActivationPool(rows, flat, lm.separator_id, lm.device) for hook, flat in flats.items()}
 
     if not caching.enabled:
-        flats = {hook: torch.empty(total, width, dtype=lm.dtype) for hook, width in widths.items()}
+        place = lm.device if on_device else "cpu"
+        flats = {hook: torch.empty(total, width, dtype=lm.dtype, device=place) for hook, width in widths.items()}
         _fill(lm, rows, batch_size, flats, progress, prefixes)
         return pools(flats)
-    root, about_rows = cache_dir("activations"), fingerprint([row.tolist() for row in rows])
-    folders = {
-        hook: root
-        / fingerprint(
+    root = shards or cache_dir("activations")
+    names = entry_names(lm, hooks, rows, prefixes)
+    width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
+    with ExitStack() as stack:
+        folders, temporaries = {}, {}
+        for hook, name in names.items():
+            lengths = {_FILE: total * widths[hook] * width_bytes}
+            places = [root / name, *(user_path(folder) / name for folder in caching.shards)]
+            found = next((place for place in places if usable(place, lengths)), None)
+            folders[hook] = found or places[0]
+            if found is None:
+                temporaries[hook] = stack.enter_context(new_entry(places[0]))
+        flats = {
+            hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+") for hook, temporary in temporaries.items()
+        }
+        _fill(lm, rows, batch_size, flats, progress, prefixes)
+        for hook, temporary in temporaries.items():
+            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
+        flats.clear()
+    if temporaries and shards is None:
+        prune(root, caching.max_gb, keep=list(folders.values()))
+    # copy on write: files are opened for reading alone, and no tensor over one can change it
+    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
+
+
+def entry_names(
+    lm: LanguageModel, hooks: Sequence[str], rows: Sequence[Tensor], prefixes: SharedPrefixes | None = None
+) -> dict[str, str]:
+    """By hook the name of these sequences' entry: of model, hook, precision, kind of device, code and tokens."""
+    about_rows = fingerprint([row.tolist() for row in rows])
+    return {
+        hook: fingerprint(
             [
                 lm.fingerprint,
                 hook,
@@ -140,24 +192,6 @@ def collect_hooks(
         )[:32]
         for hook in hooks
     }
-    width_bytes = torch.empty(0, dtype=lm.dtype).element_size()
-    with ExitStack() as stack:
-        temporaries = {
-            hook: stack.enter_context(new_entry(folder))
-            for hook, folder in folders.items()
-            if not usable(folder, {_FILE: total * widths[hook] * width_bytes})
-        }
-        flats = {
-            hook: _mapped(temporary / _FILE, total, widths[hook], lm.dtype, "w+") for hook, temporary in temporaries.items()
-        }
-        _fill(lm, rows, batch_size, flats, progress, prefixes)
-        for hook, temporary in temporaries.items():
-            write_json(temporary / "about.json", {"model": lm.name, "hook": hook, "tokens": total, "d_in": widths[hook]})
-        flats.clear()
-    if temporaries:
-        prune(root, caching.max_gb, keep=list(folders.values()))
-    # copy on write: files are opened for reading alone, and no tensor over one can change it
-    return pools({hook: _mapped(folder / _FILE, total, widths[hook], lm.dtype, "c") for hook, folder in folders.items()})
 
 
 def _mapped(path: Path, total: int, d_in: int, dtype: torch.dtype, mode: Literal["c", "w+"]) -> Tensor:
@@ -199,9 +233,13 @@ def _fill(
     ) as bar:
         for chosen, found in itertools.chain.from_iterable(passes):
             for hook, acts in found.items():
-                on_cpu = acts.to("cpu")
+                there = acts.to(flats[hook].device)
+                in_order = chosen == list(range(chosen[0], chosen[-1] + 1))
+                if in_order and all(len(rows[i]) == there.shape[1] for i in chosen):
+                    flats[hook][offsets[chosen[0]] : offsets[chosen[-1] + 1]] = there.flatten(0, 1)
+                    continue
                 for row, i in enumerate(chosen):
-                    flats[hook][offsets[i] : offsets[i + 1]] = on_cpu[row, : len(rows[i])]
+                    flats[hook][offsets[i] : offsets[i + 1]] = there[row, : len(rows[i])]
             bar.update(sum(len(rows[i]) for i in chosen))
 
 

@@ -83,7 +83,7 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
         raise UserError(f"model.name: {name}: no such folder")
     else:
         bare, _, revision = name.partition("@")
-        folder = _hub_name(bare)
+        folder = hub_name(bare)
     with nullcontext() if isinstance(folder, Path) else offline_if_silent(f"api/models/{folder}"):
         model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
     check_tokenizes(tokenizer, name)
@@ -103,7 +103,7 @@ def _check_shards(folder: Path) -> None:
             regular_file(folder / checked_name(name, str(index), "fetch the model again"))
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
     if "/" in name:
         return name
     return next((f"{org}/{name}" for prefix, org in _ORGANISATIONS.items() if name.startswith(prefix)), name)
@@ -179,11 +179,11 @@ def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _one_line(name, "has a config.json that transformers cannot use"):
+    with one_line(name, "has a config.json that transformers cannot use"):
         AutoConfig.from_pretrained(folder, revision=revision)
-    with _one_line(name, "has no tokenizer that can be read (a tokenizer must turn text into tokens)"):
+    with one_line(name, "has no tokenizer that can be read (a tokenizer must turn text into tokens)"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-    with _one_line(name, "is not a causal language model that can be loaded"):
+    with one_line(name, "is not a causal language model that can be loaded"):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, revision=revision, output_loading_info=True
@@ -198,7 +198,7 @@ def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision
 
 
 @contextmanager
-def _one_line(name: str, problem: str) -> Generator[None]:
+def one_line(name: str, problem: str) -> Generator[None]:
     """What transformers raises for files it cannot use, which is almost anything, as one line; the disk's own troubles
     pass."""
     from huggingface_hub.errors import StrictDataclassError
@@ -280,7 +280,7 @@ _SAMPLE = "The quick brown fox jumps over 13 lazy dogs: (x + y) = 2.5! the of an
 
 def check_tokenizes(tokenizer: Any, name: str) -> None:
     """Raises `UserError` when text becomes nothing, or nothing but special and unknown tokens."""
-    with _one_line(name, "has a tokenizer that fails on text"):
+    with one_line(name, "has a tokenizer that fails on text"):
         ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
     if not set(ids) - {*tokenizer.all_special_ids, tokenizer.unk_token_id}:
         made = "nothing" if not ids else "nothing but special and unknown tokens"
@@ -318,25 +318,36 @@ def folder_fingerprint(folder: Path) -> str:
 
 def packaged_folder(name: str) -> Path:
     """Folder of a packaged model's weights, dequantised from GGUF on first use (half a minute, 0.5 GB)."""
-    distribution, module, file_name = PACKAGED[name]
-    spec = importlib.util.find_spec(module)  # located, not imported: the package itself wants llama.cpp
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"model.name: {name} comes with the package {distribution}, which is not installed; run `make setup`"
-        )
-    version = importlib.metadata.version(distribution)
-    target = cache_dir("models") / f"{name}-{version}"
+    source, target, file_name = package_of(name), unpacked_folder(name), PACKAGED[name][2]
+    version = importlib.metadata.version(PACKAGED[name][0])
     # Read even with SAE_RESEARCH_NO_CACHE=1: the package decides its content, and every file is held against its checksum.
     if intact(target):
         return target
     print(f"unpacking {name} into {os.path.relpath(target)} (once)", flush=True)
     with new_entry(target) as folder:
-        _convert_gguf(Path(spec.origin).parent, file_name, folder)
-        gguf = Path(spec.origin).parent / file_name
+        _convert_gguf(source, file_name, folder)
+        gguf = source / file_name
         write_json(
             folder / "fingerprint.json", {"fingerprint": fingerprint([name, version, file_sha256(gguf)]), "gguf": file_name}
         )
     return target
+
+
+def package_of(name: str) -> Path:
+    """Folder of the package that a model comes with. Raises `UserError` where it is not installed."""
+    distribution, module, _ = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # located, not imported: the package itself wants llama.cpp
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"model.name: {name} comes with the package {distribution}, which is not installed; run `make setup`"
+        )
+    return Path(spec.origin).parent
+
+
+def unpacked_folder(name: str) -> Path:
+    """Where a packaged model lies once it was used. Raises `UserError` where its package is not installed."""
+    package_of(name)
+    return cache_dir("models") / f"{name}-{importlib.metadata.version(PACKAGED[name][0])}"
 
 
 def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
@@ -344,7 +355,7 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _parsed_once():
+    with parsed_once():
         tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=file_name, dtype=torch.float32, output_loading_info=True
@@ -362,7 +373,7 @@ def _convert_gguf(source: Path, file_name: str, target: Path) -> None:
 
 
 @contextmanager
-def _parsed_once() -> Generator[None]:
+def parsed_once() -> Generator[None]:
     """transformers opens a GGUF file anew and parses its 100,000 strings byte by byte for the tokenizer, the
     configuration and the weights; in here it opens the file once and reads a string at a time."""
     import gguf as library

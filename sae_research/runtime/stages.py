@@ -131,6 +131,12 @@ def stage_folder(path: str | Path, enabled: bool = True, emptied: bool = True) -
         stage.set_status("ok")
 
 
+def write_disabled(path: str | Path) -> None:
+    """All that a stage which is switched off does, before it imports what computes: torch takes seconds."""
+    with stage_folder(path, enabled=False):
+        pass
+
+
 def _is_still(folder: Path, descriptor: int) -> bool:
     """Whether a path still leads to the folder that was opened; an open one's number is not given to another."""
     with suppress(FileNotFoundError):

@@ -120,9 +120,10 @@ class InProcess:
 
     size = 1
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, compute: Callable[[bytes, bytes], bytes] | None = None) -> None:
+        """compute: the job's object where this process has one."""
         self.memory = memory(job)
-        self._compute = worker(job)
+        self._compute = worker(job) if compute is None else compute
 
     def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
         for unit in by_cost(units):
@@ -139,10 +140,11 @@ class InProcess:
         pass
 
 
-def start_workers(cluster: Cluster, job: Job) -> Workers:
-    """Workers where `cluster.address` says. Raises `UserError` where there are none, or they run other versions."""
+def start_workers(cluster: Cluster, job: Job, compute: Callable[[bytes, bytes], bytes] | None = None) -> Workers:
+    """Workers where `cluster.address` says; compute: of `InProcess`. Raises `UserError` where there are none, or they run
+    other versions."""
     if cluster.address is None:
-        return InProcess(job)
+        return InProcess(job, compute)
     from sae_research.runtime.ray_workers import RayWorkers
 
     return RayWorkers(cluster, job)

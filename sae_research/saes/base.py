@@ -27,6 +27,11 @@ from sae_research.runtime.errors import NotApplicable, UserError
 from sae_research.saes.identity import Unidentified, identity, own_data
 from sae_research.saes.reading import check_shapes
 
+OPEN_BYTES = 512 * 2**20
+"""SAEs are open together while their weights take no more than this; a family over one dictionary always is."""
+ROOM = 3
+"""Of an SAE's weights: what encoding with it takes beside (a Gram matrix, activations)."""
+
 
 @dataclass(frozen=True)
 class SAEConfig:

@@ -6,9 +6,10 @@ Prints warnings, and stops for what would make hours of evaluation worthless. Ti
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +17,19 @@ from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
+from sae_research.planning.costs import all_left, evaluation_seconds, factor, host_seconds
+from sae_research.planning.resources import activation_cache_bytes, cache_lines
+from sae_research.planning.work import Phase, Work, phases
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root, round_significant
-from sae_research.runtime.formatting import duration, gigabytes
+from sae_research.runtime.formatting import duration
 from sae_research.saes import SparseAutoencoder, encode_each
-from sae_research.saes.base import Family, Guard, check_finite
-from sae_research.setup.controls import sample_size
-from sae_research.setup.evaluated import Evaluated
+from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo, check_finite
+from sae_research.setup.evaluated import NOTED, Evaluated, ModelIdentity
 from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.text.tokens import TextRunsOut, token_contexts
 
 TIMED_CONTEXTS = 2
-PROBING_CLASSES = 4
-"""Texts of a probing data set come from several classes; about this many on average."""
 
 
 def model_seconds(lm: LanguageModel, hook: str, context_size: int) -> tuple[float, float]:
@@ -43,21 +44,24 @@ def model_seconds(lm: LanguageModel, hook: str, context_size: int) -> tuple[floa
     return times[0], max(times)
 
 
-def evaluation_tokens(params: Params) -> dict[str, tuple[int, int]]:
-    """(tokens to encode, tokens to run with each SAE patched in) of every enabled evaluation that can be
-    foretold."""
-    core, probing = params.core_eval, params.sparse_probing
-    found = {}
-    if params.eval_types.core:
-        batch = core.batch_size_prompts * params.text.context_size
-        found["core"] = (
-            core.n_eval_sparsity_variance_batches * batch,
-            core.n_eval_reconstruction_batches * batch,
-        )
-    if params.eval_types.sparse_probing:
-        texts = (probing.probe_train_set_size + probing.probe_test_set_size) // 2 * PROBING_CLASSES
-        found["sparse_probing"] = (len(probing.dataset_names) * texts * probing.context_length, 0)
-    return found
+class MeasuredCosts(NamedTuple):
+    """Unit costs measured here (`planning.costs.UnitCosts`)."""
+
+    prefix: float
+    above: float
+    seconds_per_token: dict[str, float]
+    """Encoding and decoding, by SAE."""
+    widths: dict[str, int]
+    """d_sae by SAE."""
+
+    def encode(self, sae: str) -> float:
+        return self.seconds_per_token[sae]
+
+    def factor(self, kind: str) -> float:
+        return factor(kind)
+
+    def host(self, kind: str, sae: str, work: Work) -> float:
+        return host_seconds(kind) * work.texts * self.widths[sae]
 
 
 def time_lines(
@@ -65,31 +69,47 @@ def time_lines(
 ) -> list[str]:
     """One line per evaluation: the time it will take, at the speeds just measured, less what is in the cache."""
     prefix, full = model_seconds(lm, hook, params.text.context_size)
-    tokens = evaluation_tokens(params)
+    costs = MeasuredCosts(prefix, full - prefix, seconds_per_token, {name: sae.cfg.d_sae for name, sae in saes.items()})
     infos = {name: sae.info() for name, sae in saes.items()}
-    lines = []
-    for name, (encoded, patched) in tokens.items():
-        notes = Evaluated(name, lm, params)
-        parts = params.sparse_probing.dataset_names if name == "sparse_probing" else [name]
-        left = [[sae for sae in saes if not notes.has(infos[sae], part)] for part in parts]
-        seconds = 0.0
-        for todo in left:
-            if todo:
-                encoding = prefix + sum(seconds_per_token[sae] for sae in todo)
-                # the clean pass, then from the hook on once per SAE and twice for the ablations
-                seconds += encoded / len(parts) * encoding + patched * (full + (full - prefix) * (len(todo) + 2))
-        lines.append(f"{name}: {_amount(seconds, left, len(saes), encoded)}")
-    rest = [name for name, on in params.eval_types.model_dump().items() if on and name not in tokens]
+    openings = math.ceil(sum(info.nbytes for info in infos.values()) / OPEN_BYTES)
+    lines, rest = [], []
+    for name, on in params.eval_types.model_dump().items():
+        stage = phases(name, params) if on and name != "meta_sae" else None  # its steps were not measured
+        if stage is not None:
+            left = left_to_score(name, stage, infos, lm, params)
+            seconds = evaluation_seconds(stage, left, costs, openings).on(1)
+            lines.append(f"{name}: {_amount(seconds, list(left.values()), len(saes), sum(phase.tokens for phase in stage))}")
+        elif on:
+            rest.append(name)
     return lines + ([f"{', '.join(rest)}: not estimated"] if rest else [])
 
 
-def _amount(seconds: float, left: list[list[str]], n_saes: int, tokens: int) -> str:
-    """left: by part, the SAEs that are still to be scored on it."""
-    n_left = len({sae for todo in left for sae in todo})
+def left_to_score(
+    name: str, stage: Sequence[Phase], infos: Mapping[str, SAEInfo], model: ModelIdentity, params: Params
+) -> dict[str, list[Sequence[str]]]:
+    """By kind and part, the SAEs whose results are not in the cache; all where an evaluation leaves no notes of that."""
+    left = all_left(stage, list(infos))
+    if name not in NOTED:
+        return left
+    notes = Evaluated(name, model, params)
+    parts = params.sparse_probing.dataset_names if name == "sparse_probing" else None
+    return {
+        kind: [
+            [sae for sae in todo if not notes.has(infos[sae], parts[number] if parts else name)]
+            for number, todo in enumerate(by_part)
+        ]
+        for kind, by_part in left.items()
+    }
+
+
+def _amount(seconds: float, left: list[list[Sequence[str]]], n_saes: int, tokens: int) -> str:
+    """left: by kind and part, the SAEs that are still to be scored on it."""
+    parts = [todo for by_part in left for todo in by_part]
+    n_left = len({sae for todo in parts for sae in todo})
     if not n_left:
         return f"all {n_saes} SAEs are in the cache"
-    lacking = sum(map(len, left))
-    cached = "" if lacking == n_saes * len(left) else f"; {1 - lacking / (n_saes * len(left)):.0%} is in the cache"
+    lacking = sum(map(len, parts))
+    cached = "" if lacking == n_saes * len(parts) else f"; {1 - lacking / (n_saes * len(parts)):.0%} is in the cache"
     return f"up to {duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
 
 
@@ -97,18 +117,11 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
     """The activation cache's size, and a warning where the disk or the limit does not hold it."""
     if not params.activation_caching.enabled:
         return ["activation cache: off"]
-    tokens = sum(encoded for encoded, _ in evaluation_tokens(params).values()) + params.preflight.tokens
-    sample = sample_size(d_sae) if params.controls.names else 0
+    stages = [stage for name, on in params.eval_types.model_dump().items() if on and (stage := phases(name, params))]
     widths = {sae.cfg.hook_name: sae.cfg.d_in for sae in saes.values()}
-    width = torch.empty(0, dtype=lm.dtype).element_size()
-    needed = sum(widths.values()) * tokens * width + sample * max(widths.values()) * width
+    needed = activation_cache_bytes(params, stages, widths, lm.dtype.itemsize, d_sae)
     free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
-    lines = [f"activation cache: about {gigabytes(needed)} (limit {gigabytes(limit)}, {gigabytes(free)} free)"]
-    if needed > free:
-        lines.append("warning: the disk has less room than that; make room or set activation_caching.enabled: false")
-    elif needed > limit:
-        lines.append("warning: activation_caching.max_gb is smaller than that; activations will be computed more than once")
-    return lines
+    return cache_lines(needed, free, limit)
 
 
 L0_TOLERANCE = 1.5

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
 from sae_research.runtime.errors import UserError
@@ -19,15 +18,6 @@ from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.forms import LinearSAE
 from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.text.tokens import token_contexts
-
-PREFIX = "control_"
-MIN_SAMPLE_TOKENS = 8_192
-SAMPLE_TOKENS_PER_LATENT = 4
-
-
-def sample_size(d_sae: int) -> int:
-    """Tokens to run the model on: enough that the rows drawn are few among them."""
-    return max(SAMPLE_TOKENS_PER_LATENT * d_sae, MIN_SAMPLE_TOKENS)
 
 
 def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: int) -> Tensor:
@@ -38,17 +28,6 @@ def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: i
     median = median_activation_norm(lm, contexts.tokens, acts)
     mask = token_mask(lm, contexts.tokens, acts, params.token_mask, median)
     return acts[mask]
-
-
-def control_names(controls: Controls) -> list[tuple[str, str, int]]:
-    """(name, kind, size) of every control, in table order; a kind of one size is called by the kind alone."""
-    found = []
-    for kind in controls.names:
-        sizes, unit = (controls.pca_components, "n") if kind == "pca" else (controls.s, "s")
-        found += [
-            (f"{PREFIX}{kind}" + (f"_{unit}{size}" if len(sizes) > 1 else ""), kind, size) for size in dict.fromkeys(sizes)
-        ]
-    return found
 
 
 def make_control(kind: str, size: int, x_TD: Tensor, base: SAEConfig, params: Params) -> SparseAutoencoder:

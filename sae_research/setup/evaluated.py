@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 import sae_research
 from sae_research.config.params import Params
-from sae_research.lm import LanguageModel
 from sae_research.runtime.cache import ResultCache, cache_dir, caches_readable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
@@ -23,11 +24,25 @@ from sae_research.saes.base import SAEInfo
 from sae_research.saes.registry import code_fingerprint
 from sae_research.text.corpus import text_fingerprint
 
+NOTED = ("core", "sparse_probing")
+"""Evaluations that leave notes."""
+
+
+class ModelIdentity(Protocol):
+    """What tells a model's results from another's: a `LanguageModel`, or what is known of one that is not loaded."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
 
 class Evaluated:
     """Notes of one evaluation in one setting. kind: `core`, or `sparse_probing`, whose parts are its tasks."""
 
-    def __init__(self, kind: str, lm: LanguageModel, params: Params) -> None:
+    def __init__(self, kind: str, lm: ModelIdentity, params: Params) -> None:
         self._notes = ResultCache("evaluated")
         section: Any = params.core_eval if kind == "core" else params.sparse_probing
         text = [params.text.model_dump(), text_fingerprint(params.text, "core_eval")] if kind == "core" else []

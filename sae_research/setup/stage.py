@@ -14,21 +14,14 @@ from torch import Tensor
 
 from sae_research.config.params import Params, check_sizes
 from sae_research.lm import LanguageModel, load_language_model
+from sae_research.planning.saes import VARIANTS, control_names, variant_name
+from sae_research.planning.work import sample_size
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
 from sae_research.saes.formats.sae_lens import matching_saes
 from sae_research.saes.pursuit.dictionary import check_atoms
-from sae_research.saes.pursuit.encoders import (
-    IHTPSAE,
-    MPSAE,
-    OMPSAE,
-    NonNegativeMPSAE,
-    NonNegativeOMPSAE,
-    PursuitSAE,
-    TopKRefitSAE,
-)
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
 from sae_research.setup import controls
 from sae_research.setup.checks import disk_lines, preflight, preflight_tokens, time_lines
@@ -104,15 +97,6 @@ def _check_packaged(names: Sequence[str]) -> None:
             raise UserError(f"sparse_probing_sae_probes.dataset_names: sae-probes {packaged_version()} has no task {name!r}")
 
 
-VARIANTS: dict[str, type[PursuitSAE]] = {
-    "ihtp": IHTPSAE,
-    "mpsae": MPSAE,
-    "omp": OMPSAE,
-    "topk_refit": TopKRefitSAE,
-    "nn_mpsae": NonNegativeMPSAE,
-    "nn_omp": NonNegativeOMPSAE,
-}
-"""Sections of `sae_variants` and the encoders they make over the baseline's dictionary."""
 MANIFEST = "manifest.json"
 PREFLIGHT = "preflight.json"
 
@@ -139,7 +123,7 @@ class Setup:
         """Activations that all controls are made from, computed when the first asks."""
         if self._sample is None:
             cfg = self.baseline.cfg
-            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params, controls.sample_size(cfg.d_sae))
+            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params, sample_size(cfg.d_sae))
         return self._sample
 
     def plan(self) -> list[Planned]:
@@ -178,7 +162,7 @@ class Setup:
             for size in sizes:
                 key = f"sae_variants.{label}.{cls.size_name}_values"
                 yield Planned(
-                    slugify(f"{self.name}_{label}_{cls.size_name}{size}"),
+                    variant_name(self.name, label, size),
                     f"{key} ({size})",
                     self._variant_writer(cls.form, label, {cls.size_name: size} | further),
                 )
@@ -204,7 +188,7 @@ class Setup:
         return lambda folder: save_variant(cfg, options, folder, folder.parent / self.name)
 
     def _controls(self) -> Iterator[Planned]:
-        for name, kind, size in controls.control_names(self.params.controls):
+        for name, kind, size in control_names(self.params.controls):
             yield Planned(name, f"controls.names ({kind}, {size})", self._control_writer(kind, size))
 
     def _control_writer(self, kind: str, size: int) -> Callable[[Path], None]:

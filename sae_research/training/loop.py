@@ -29,7 +29,7 @@ from sae_research.training.checkpoints import ProgressFile
 from sae_research.training.peers import GO, SAVE, STOP, Alone, Peers
 from sae_research.training.recipes import StepOutput
 from sae_research.training.stack import Stack, in_stacks
-from sae_research.training.stream import Stream, StreamBatch
+from sae_research.training.stream import ReadAhead, Stream, StreamBatch
 from sae_research.training.training_sae import CurveRow, TrainingSAE, train_step
 
 Item = TypeVar("Item")
@@ -65,6 +65,7 @@ class Trainer:
         self.stepper = ThreadPoolStepper(len(self.units), self.stream.device)
         with (
             self.stepper,
+            ReadAhead(self.stream) as self.chunks,
             self.signals.deferred(),
             tqdm(
                 total=self.stream.n_tokens,
@@ -95,13 +96,15 @@ class Trainer:
 
     def _loop(self, bar: Any) -> None:
         stream = self.stream
+        self.chunks.begin(stream.next_chunk)
         self._rounds(bar)
         while stream.next_chunk < stream.n_chunks:
             with self.signals.at_once():
-                acts = stream.read(stream.next_chunk)
+                acts = self.chunks.read(stream.next_chunk)
             self._agree()
             stream.feed(acts)
             del acts
+            self.chunks.begin(stream.next_chunk)
             self._rounds(bar)
         if stream.next_chunk == stream.n_chunks:
             stream.finish()

@@ -233,10 +233,6 @@ def _report(params: Params, tokens: int) -> Report:
 
 # --- before the first step -------------------------------------------------------------------
 
-FLOAT_BYTES = 4
-STATE_COPIES = 3
-"""A checkpoint holds every parameter and its two moments."""
-
 
 def check_output(params: Params, output: Path) -> None:
     """Raises `UserError` or `OSError` where the SAEs could not be written: a name that the file system does not take, a
@@ -255,15 +251,14 @@ def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
     """Raises `UserError` where the disk does not hold the SAEs; says so where it does not hold a checkpoint, without which
     a run is possible too."""
     train = params.train
-    weights = sum(2 * lm.d_in(train.hook_of(name)) * config.d_sae * FLOAT_BYTES for name, config in train.saes.items())
-    buffers = sum(lm.d_in(hook) for hook in train.hooks) * max(train.buffer_tokens, 2 * train.batch_size) * lm.dtype.itemsize
-    needed, free = weights * (1 + train.saved_checkpoints), shutil.disk_usage(output.resolve().parent).free
+    widths = {hook: lm.d_in(hook) for hook in train.hooks}
+    needed, free = train.output_bytes(widths), shutil.disk_usage(output.resolve().parent).free
     if needed > free:
         raise UserError(
             f"{output}: the SAEs of train.saes take {gigabytes(needed)}, the disk has {gigabytes(free)} free; "
             "make room (`make clean-cache`), or train fewer or narrower ones"
         )
-    needed, free = STATE_COPIES * weights + buffers, shutil.disk_usage(cache_dir("train")).free
+    needed, free = train.checkpoint_bytes(widths, lm.dtype.itemsize), shutil.disk_usage(cache_dir("train")).free
     if needed > free:
         print(
             f"warning: a checkpoint takes {gigabytes(needed)}, the disk of .cache has {gigabytes(free)} free: an "

@@ -8,6 +8,7 @@ reference for an SAE.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,6 +69,11 @@ PCA_EVERY = 4
 _COUNTS = ("tokens_read", "rows_read", "rows_served", "held", "cursor", "served_of_order")
 
 
+def chunk_contexts(params: Params, context_size: int) -> int:
+    """Contexts of a chunk."""
+    return max(1, min(CHUNK_TOKENS, params.train.buffer_tokens // 2) // context_size)
+
+
 class Calibration(NamedTuple):
     """What is measured once, on the first chunk of the stream."""
 
@@ -96,6 +102,11 @@ class Stream(Protocol):
     """`n_chunks` once all are fed, one more after `finish`."""
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether a chunk may be read in another thread, and on another CUDA stream of `device`, while the one before it is
+        being served."""
+
+    @property
     def n_tokens(self) -> int:
         """Tokens that will be read, whether they count or not."""
 
@@ -121,6 +132,53 @@ class Stream(Protocol):
 
     def rounds(self) -> Iterator[dict[str, StreamBatch]]:
         """A batch of each hook that has one, until none has."""
+
+
+class ReadAhead:
+    """Chunks of a stream in order, the same whether read ahead or not. Where the stream allows it, the model runs over the
+    next chunk, in a thread and on a CUDA stream of its own, while SAEs step on this one; elsewhere a chunk is read when
+    asked for."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._pool = ThreadPoolExecutor(1, "read") if stream.reads_ahead else None
+        self._side = torch.cuda.Stream(stream.device) if stream.reads_ahead else None
+        self._begun: tuple[int, Future[tuple[dict[str, Tensor], torch.cuda.Event]]] | None = None
+
+    def begin(self, chunk: int) -> None:
+        """Start to read a chunk, if there is one and the stream reads ahead."""
+        if self._pool is not None and chunk < self.stream.n_chunks:
+            before = torch.cuda.current_stream(self.stream.device).record_event()
+            self._begun = chunk, self._pool.submit(self._read, chunk, before)
+
+    def read(self, chunk: int) -> dict[str, Tensor]:
+        """A chunk's activations by hook. May be left by an exception at any point, and asked again."""
+        if self._pool is None:
+            return self.stream.read(chunk)
+        if self._begun is None or self._begun[0] != chunk:
+            self.begin(chunk)
+        assert self._begun is not None  # begin has just set it
+        acts, done = self._begun[1].result()
+        self._begun = None
+        here = torch.cuda.current_stream(self.stream.device)
+        here.wait_event(done)
+        for tensor in acts.values():
+            tensor.record_stream(here)  # made on the other stream, it must not be reused there while it is read here
+        return acts
+
+    def _read(self, chunk: int, before: torch.cuda.Event) -> tuple[dict[str, Tensor], torch.cuda.Event]:
+        assert self._side is not None
+        with torch.cuda.device(self.stream.device), torch.cuda.stream(self._side):
+            self._side.wait_event(before)
+            acts = self.stream.read(chunk)
+            return acts, self._side.record_event()
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class HookBuffer:
@@ -170,6 +228,7 @@ class HookBuffer:
 
         Raises `UserError` when no token counts or the hook gives zeros there.
         """
+        tokens = tokens.to(acts.device)
         if not token_mask(self.lm, tokens, acts, TokenMask(outlier_norm_multiple=None)).any():
             raise UserError("train.tokens: no token of the first contexts counts; give more text or longer contexts")
         median = median_activation_norm(self.lm, tokens, acts)
@@ -190,6 +249,7 @@ class HookBuffer:
 
     def counted(self, tokens: Tensor, acts: Tensor) -> Tensor:
         """Activations of the tokens that count [rows, d_in], of a chunk as in `feed`. Changes nothing here."""
+        tokens = tokens.to(acts.device)
         return acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)]
 
     def take(self, n_tokens: int, rows: Tensor) -> None:
@@ -276,15 +336,19 @@ class ActivationStream:
         device: torch.device | None = None,
     ) -> None:
         self.lm, self.tokens, self.params = lm, tokens, params
-        self.device = lm.device if device is None else device
-        chunk_tokens = min(CHUNK_TOKENS, params.train.buffer_tokens // 2)
-        self.chunk_contexts = max(1, chunk_tokens // tokens.shape[1])
+        # "cuda" by its number, as tensors call it
+        self.device = lm.device if device is None else torch.empty(0, device=device).device
+        self.chunk_contexts = chunk_contexts(params, tokens.shape[1])
         self.next_chunk = 0
         self.buffers = {
             hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], self.device)
             for hook in params.train.hooks
         }
         self._first: dict[str, Tensor] | None = None
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self.device.type == "cuda" and self.device == self.lm.device
 
     @property
     def n_tokens(self) -> int:
@@ -310,15 +374,22 @@ class ActivationStream:
         return {hook: buffer.calibrate(tokens, self._first[hook]) for hook, buffer in self.buffers.items()}
 
     def read(self, chunk: int) -> dict[str, Tensor]:
-        """Activations of a chunk by hook [n, context_size, d_in], from the cache or the model. Changes nothing here."""
+        """Activations of a chunk by hook [n, context_size, d_in], from the cache or the model: on a CPU's memory, or on the
+        device where that is CUDA. Changes nothing here."""
         return self._first if chunk == 0 and self._first is not None else self._collect(chunk)
 
     def _collect(self, chunk: int) -> dict[str, Tensor]:
         tokens = self._chunk_tokens(chunk)
         pools = collect_hooks(
-            self.lm, list(self.buffers), tokens, self.params.model.llm_batch_size, self.params.activation_caching
+            self.lm,
+            list(self.buffers),
+            tokens,
+            self.params.model.llm_batch_size,
+            self.params.activation_caching,
+            on_device=self.device.type == "cuda",
         )
-        return {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
+        flats = {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
+        return {hook: flat.to(self.device) for hook, flat in flats.items()} if self.device.type == "cuda" else flats
 
     def feed(self, acts: dict[str, Tensor]) -> None:
         """Take in what `read` gave of the next chunk."""

@@ -69,7 +69,7 @@ def test_a_file_cut_off_at_any_line_or_within_it_is_refused(tmp_path: Path) -> N
 def test_a_section_is_missed_and_a_key_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("model: {name: x}\ntext: {dataset: y}\n")
-    with pytest.raises(UserError, match=r"lacks random_seed, token_mask, .* and 18 more; .*partial=True"):
+    with pytest.raises(UserError, match=r"lacks random_seed, token_mask, .* and 19 more; .*partial=True"):
         load_params(path)
     assert load_params(path, partial=True).text.dataset == "y"
     values = YAML(typ="safe").load(TEXT)

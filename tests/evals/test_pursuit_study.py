@@ -40,6 +40,7 @@ def folder(in_project: Path) -> Path:
     return in_project / "saes"
 
 
+@pytest.mark.slow
 def test_figures_pictures_and_tables(folder: Path, lm: Any, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {
         name: (cls, tuple(size for size in values if size in (2, 10)))

@@ -30,10 +30,10 @@ ONE_TEXT = 1 / 99
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     lm = load_language_model(fixture.params("folds").model.name, "cpu")  # from the project's own cache
+    saes = fixture.make_saes(lm)  # so is the index of held-out texts
     patch = pytest.MonkeyPatch()
     patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("project")))
     try:
-        saes = fixture.make_saes(lm)
         return {
             config: dict(sae_probes.evaluate(saes, lm, fixture.params(config), StageFolder(tmp_path_factory.mktemp(config))))
             for config in fixture.CONFIGS
@@ -55,6 +55,7 @@ def test_rows_are_those_that_stock_draws(config: str) -> None:
         assert [fingerprint(np.searchsorted(kept, rows).tolist()) for rows in drawn] == parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", fixture.CONFIGS)
 def test_figures_equal_stock(config: str, ours: dict[str, Any]) -> None:
     gaps = []

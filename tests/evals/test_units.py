@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sae_research.config.cluster import Cluster
 from sae_research.config.params import Params
 from sae_research.evals import run, units
 from sae_research.evals.absorption import evaluation as absorption_module
@@ -19,12 +24,15 @@ from sae_research.evals.units import EvaluationWorker, evaluation_job
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import write_json
+from sae_research.runtime.ray_workers import RayWorkers
 from sae_research.runtime.workers import InProcess, Job, Outcome, Unit
 from sae_research.saes import save_sae, save_variant
 from sae_research.saes.sources import PREPARED
 from tests.helpers.evals_saes import HOOK, config, small_sections, standard
 from tests.helpers.ray_cluster import loopback_cluster
 
+ROOT = Path(__file__).parents[2]
+SMALL_CORE = {"batch_size_prompts": 3, "n_eval_sparsity_variance_batches": 3}
 FAMILIES = {"a": ("ihtp_k1", "ihtp_k4"), "b": ("mpsae_s3", "mpsae_s6")}
 NAMES = ["a", "b", "c", "d", *FAMILIES["a"], *FAMILIES["b"]]
 
@@ -149,8 +157,51 @@ def test_a_worker_with_other_files_says_so(prepared: None, make_params: Any, mon
 
 
 @pytest.mark.parametrize(
-    "parts, families, workers, expected",
-    [(1, 16, 2, 2), (2, 16, 2, 1), (8, 16, 2, 1), (4, 16, 3, 3), (1, 3, 8, 3), (1, 500, 64, 59), (5, 1, 2, 1)],
+    "parts, families, workers, once, expected",
+    [
+        (1, 16, 2, 0.0, 16),  # a group costs nothing
+        (2, 16, 2, 2.0, 1),  # a group repeats a pass
+        (1, 16, 2, 2.0, 2),
+        (1, 3, 8, 0.0, 3),
+        (8, 16, 1, 0.0, 1),  # nobody to share with
+    ],
 )
-def test_saes_are_split_no_further_than_sharing_needs(parts: int, families: int, workers: int, expected: int) -> None:
-    assert units._groups(parts, families, workers) == expected
+def test_saes_are_split_no_further_than_sharing_needs(
+    parts: int, families: int, workers: int, once: float, expected: int
+) -> None:
+    assert units._groups(parts, families, workers, once) == expected
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_killed_goes_on_where_it_was(
+    prepared: None, cluster: Any, make_params: Any, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second driver asks for exactly what the first had not kept."""
+    params = on_cluster(make_params(core_eval={**SMALL_CORE, "n_eval_reconstruction_batches": 8}), cluster)
+    run_evaluation("core", params.model_copy(update={"cluster": Cluster()}))
+    alone = written("core")
+    forget()
+    write_json(in_project / "given.json", params.model_dump(mode="json"))
+    code = (
+        "import json; from sae_research.config.params import Params; from sae_research.evals.run import run_evaluation; "
+        "run_evaluation('core', Params.model_validate(json.load(open('given.json'))))"
+    )
+    kept = cache_dir("results") / "core_predictions"
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}) as driver:
+        while not kept.is_dir() or len(list(kept.glob("*.json"))) < 2 * len(NAMES):
+            assert driver.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        driver.kill()
+    done = {path.stem for path in kept.glob("*.json")}
+    assert 0 < len(done) < 8 * len(NAMES)
+    asked: list[str] = []
+    real = RayWorkers.run
+
+    def recorded(self: RayWorkers, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
+        asked.extend(key for unit in units for key in json.loads(unit.payload)["keys"].values())
+        return real(self, units, shared)
+
+    monkeypatch.setattr(RayWorkers, "run", recorded)
+    run_evaluation("core", params)
+    assert written("core") == alone
+    assert len(asked) == 8 * len(NAMES) - len(done) and not done & set(asked)

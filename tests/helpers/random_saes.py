@@ -17,6 +17,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "omp": {"s": 4},
     "nonnegative_omp": {"s": 4},
     "topk_refit": {"k": 3},
+    **{
+        name: {"beta": 0.5, "stretch": [-0.1, 1.1]}
+        for name in ("hard_concrete", "signed_hard_concrete", "gated_hard_concrete")
+    },
+    "sae_lens_matching_pursuit": {"max_iterations": 4, "residual_threshold": 0.1, "stop_on_duplicate_support": True},
 }
 OWN_FORMS = (
     "standard",
@@ -45,6 +50,8 @@ def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> Spar
         "b_dec": torch.randn(D_IN, generator=g) / 3,
         "threshold": torch.rand(D_SAE, generator=g),
         **{name: torch.randn(D_SAE, generator=g) / 2 for name in ("b_enc", "b_gate", "b_mag", "r_mag")},
+        "W_gate": torch.randn(D_IN, D_SAE, generator=g),
+        "sharpness": torch.rand(D_SAE, generator=g) + 0.5,
     }
     cls = form_class(form)
     cfg = SAEConfig(

@@ -10,6 +10,8 @@ from pathlib import Path
 from tests.helpers.hub_server import hub_env, serve_hub
 
 PROGRAM = """
+import time
+time.sleep = lambda seconds: None  # the client's patience is not under test
 from sae_research.runtime.errors import UserError
 from sae_research.lm import load_language_model
 lm = load_language_model("someone/tiny", "cpu")

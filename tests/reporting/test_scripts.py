@@ -15,7 +15,7 @@ from tests.helpers.results import SAES, Lab
 PROJECT = Path(__file__).parents[2]
 CORE = ["extract_metrics", "core", "eval_results/core", "metrics/core.json"]
 COMMANDS = (CORE, ["process_results"], ["visualize_results"], ["generate_report"])
-SECONDS = 8.0
+SECONDS, DRAWING_SECONDS = 4.0, 6.0
 """Processor time a command may take with compiled bytecode: an import of torch alone costs 2 to 3 s."""
 
 
@@ -82,11 +82,12 @@ def imported(watched: set[str], *modules: str) -> set[str]:
 def test_commands_run_as_scripts_and_are_quick(lab: Lab, environment: dict[str, str]):
     """Processor seconds, the least of up to three: a wall clock would measure whoever shares the machine."""
     for command in COMMANDS:
+        limit = DRAWING_SECONDS if command[0] == "visualize_results" else SECONDS
         spent: list[float] = []
-        while len(spent) < 3 and (not spent or spent[-1] >= SECONDS):
+        while len(spent) < 3 and (not spent or spent[-1] >= limit):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             done = start(lab, command, environment)
             assert done.returncode == 0, done.stderr
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert min(spent) < SECONDS, (command[0], spent)
+        assert min(spent) < limit, (command[0], spent)

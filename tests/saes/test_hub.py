@@ -18,6 +18,21 @@ from tests.helpers.hub_server import Uploads, hub_env, serve_hub
 from tests.helpers.random_saes import make_sae, random_activations
 
 TOKEN = "hf_" + "loopback" * 4
+UPLOADS = """
+import json, os, sys, time
+time.sleep = lambda seconds: None  # the client's patience with a failing hub is not under test
+from huggingface_hub import close_session
+from sae_research.__main__ import command
+for line in sys.stdin:
+    close_session()  # no connection may outlive the server
+    os.environ["HF_TOKEN"], *sys.argv[1:] = json.loads(line)
+    try:
+        command()
+    except SystemExit as ended:
+        print(ended.code, file=sys.__stderr__, flush=True)
+        print("ended", flush=True)
+"""
+"""Uploads one after another in one process, which imports torch once."""
 
 
 @pytest.fixture
@@ -31,13 +46,47 @@ def trained(in_project: Path) -> Path:
     return folder
 
 
-def run_upload(url: str, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | hub_env(url, home / "hf")
-    if token:
-        env["HF_TOKEN"] = token
+def client_env(url: str, home: Path) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | hub_env(url, home / "hf")
+
+
+def run_upload(url: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sae_research", "upload", *arguments], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sae_research", "upload", *arguments],
+        env=client_env(url, home) | {"HF_TOKEN": TOKEN},
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+class Uploader:
+    """One process that uploads whenever it is told to."""
+
+    def __init__(self, url: str, home: Path) -> None:
+        self.errors = home / "stderr.txt"
+        with self.errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", UPLOADS],
+                env=client_env(url, home),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def upload(self, *arguments: str, token: str = TOKEN) -> tuple[int, str]:
+        """The exit code, and what was written to stderr."""
+        before = self.errors.stat().st_size
+        self.process.stdin.write(json.dumps([token, "upload", *arguments]) + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "ended\n", self.errors.read_text()
+        *lines, code = self.errors.read_text()[before:].splitlines(keepends=True)
+        return int(code), "".join(lines)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        assert self.process.wait(timeout=60) == 0
 
 
 def test_everything_arrives_and_can_be_read_back(trained: Path, tmp_path: Path) -> None:
@@ -91,14 +140,16 @@ def test_sae_lens_reads_what_was_uploaded(trained: Path, tmp_path: Path) -> None
 def test_refusals_are_one_line_and_leave_nothing(trained: Path, tmp_path: Path) -> None:
     hub = Uploads(tmp_path / "hub", TOKEN)
     with serve_hub({"models": {}}, None, hub) as url:
-        wrong = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes", token="hf_wrong")
-        assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "does not accept the token" in wrong.stderr
+        client = Uploader(url, tmp_path)
+        code, line = client.upload(str(trained), "--hf_repo_id", "org/saes", token="hf_wrong")
+        assert code == 1 and line.count("\n") == 1 and "does not accept the token" in line
         hub.failing = {"commit"}
-        failed = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes")
-        assert failed.returncode == 1 and failed.stderr.startswith("error: org/saes: ")
-        assert TOKEN not in failed.stderr and "Traceback" not in failed.stderr
-    gone = run_upload(url, tmp_path, str(trained), "--hf_repo_id", "org/saes")  # nobody listens there any more
-    assert gone.returncode == 1 and "the upload failed" in gone.stderr and gone.stderr.count("\n") == 1
+        code, line = client.upload(str(trained), "--hf_repo_id", "org/saes")
+        assert code == 1 and line.startswith("error: org/saes: ")
+        assert TOKEN not in line and "Traceback" not in line
+    code, line = client.upload(str(trained), "--hf_repo_id", "org/saes")  # nobody listens there any more
+    assert code == 1 and "the upload failed" in line and line.count("\n") == 1
+    client.close()
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
 
 

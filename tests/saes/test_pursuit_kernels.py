@@ -124,7 +124,7 @@ def test_compiled_steps_equal_the_torch_steps(name: str, monkeypatch: pytest.Mon
     pursuit, _, size = ALL[name]
     W, x = atoms(), tokens()
     compiled = pursuit(x, make(W), size, tolerance=0.3)
-    monkeypatch.setattr(matching, "_backend", lambda run, gram: matching._steps_torch)
+    monkeypatch.setattr(matching, "_backend", lambda *_: matching._steps_torch)
     monkeypatch.setattr(orthogonal, "_compiled", lambda x_ND, dictionary: False)
     plain = pursuit(x, make(W), size, tolerance=0.3)
     assert torch.equal(compiled != 0, plain != 0)

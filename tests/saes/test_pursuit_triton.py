@@ -27,7 +27,7 @@ for in_registers in (16384, 64):
     for options in ({}, {"nonnegative": True}, {"tolerance": 0.3}):
         found = []
         for steps in (matching._steps_torch, matching._steps_triton):
-            matching._backend = lambda run, gram, steps=steps: steps
+            matching._backend = lambda run, gram, n, steps=steps: steps
             found.append(matching.pursue(x, Dictionary(W, torch.ones(300, dtype=torch.bool)), 8, **options))
         assert torch.equal(found[0][0], found[1][0]), (in_registers, options)
         torch.testing.assert_close(found[0][1], found[1][1])
@@ -64,7 +64,7 @@ def test_cuda_kernels_equal_the_torch_steps(
     for options in ({}, {"tolerance": 0.2}):
         atoms, coefficients = matching.pursue(x.cuda(), dictionary, 16, nonnegative=nonnegative, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(matching, "_backend", lambda run, gram: matching._steps_torch)
+            patch.setattr(matching, "_backend", lambda *_: matching._steps_torch)
             expected = matching.pursue(x.cuda(), dictionary, 16, nonnegative=nonnegative, **options)
         # another order of summing may swap atoms of nearly equal correlation, rarely
         assert (atoms == expected[0]).float().mean() > 0.99

@@ -122,6 +122,7 @@ def ends_as_if_undisturbed(params, tmp_path: Path, kills: int) -> None:
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_with_the_same_bytes(make_params, tmp_path):
     ends_as_if_undisturbed(make_params(saes=FEW, tokens=4096, checkpoint_steps=3), tmp_path, 3)
 

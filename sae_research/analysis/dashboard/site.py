@@ -389,11 +389,8 @@ CORE_METRICS = Path("metrics/core.json")
 
 def run_stage(params: Params, folder: Path = FOLDER) -> None:
     """One run. Raises `UserError` for an SAE that setup did not prepare."""
-    with stage_folder(folder, params.eval_types.dashboards) as stage:
-        if stage is None:  # torch takes seconds to import
-            return
-        from sae_research.analysis.context import AnalysisContext
-
+    with stage_folder(folder) as stage:
+        assert stage is not None  # it is where a stage may be disabled
         names = chosen(params)
         analysis = AnalysisContext.open([str(PREPARED / name) for name in names], params)
         page = write_dashboard(analysis, folder, figures=core_figures(), skip=stage.skip)

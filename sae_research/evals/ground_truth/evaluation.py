@@ -23,6 +23,7 @@ from sae_research.evals.ground_truth import data, measures
 from sae_research.evals.ground_truth.data import World
 from sae_research.evals.ground_truth.measures import Truth
 from sae_research.lm import pick_device
+from sae_research.planning.saes import VARIANTS
 from sae_research.runtime.cache import ResultCache, cache_dir, caches_readable, new_entry, prune, usable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint, slugify, write_json
@@ -30,7 +31,6 @@ from sae_research.runtime.stages import StageFolder, stage_folder
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, load_sae, save_sae
 from sae_research.saes.registry import code_fingerprint
 from sae_research.saes.sources import matching_folders, open_sae, python_name
-from sae_research.setup.stage import VARIANTS
 from sae_research.training.checkpoints import PROGRESS_FILE, ProgressFile
 from sae_research.training.loop import StopSignals, Trainer
 from sae_research.training.stream import StreamBatch
@@ -70,6 +70,11 @@ class SyntheticStream:
         self.scale: dict[str, float] = {}
         self.waiting: dict[str, Tensor] = {}
         self.device = next(iter(worlds.values())).device
+
+    @property
+    def reads_ahead(self) -> bool:
+        """No: worlds draw from torch's own generator, one after the other."""
+        return False
 
     @property
     def n_chunks(self) -> int:

@@ -6,7 +6,6 @@ import weakref
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ MAX_CHUNK_BYTES = 128 * 2**20
 """Largest block of correlations, gathered atoms or freshly computed Gram rows held at a time."""
 MAX_GRAM_BYTES = 2 * 2**30
 """Largest table of Gram rows on the CPU. A dictionary whose Gram matrix is larger has its rows computed when an atom is
-first taken. On CUDA the limit is a quarter of the device's memory."""
+first taken. On CUDA the limit is a quarter of the device's memory, and all dictionaries there share it."""
 NORM_TOLERANCE = 1e-3
 """A row whose norm differs from 1 by more is no unit atom but for rounding."""
 MAX_PRECISE_BYTES = 512 * 2**20
@@ -61,36 +60,59 @@ def check_atoms(W_dec: Tensor, normalise: Normalise = "note", signed: bool = Tru
         )
     if zero_F.all():
         raise UserError("every atom of the dictionary is a zero vector; there is nothing to pursue")
-    atoms = torch.where(zero_F[:, None], 0.0, W_dec / norms.clamp_min(torch.finfo(norms.dtype).tiny))
-    repeated_F = _repeated(atoms, signed) & ~zero_F
+    atoms, usable_F = unit_atoms(W_dec, signed)
+    repeated_F = ~usable_F & ~zero_F
     if repeated_F.any():
         notes.append(
             f"{int(repeated_F.sum())} atoms repeat another{' up to sign' if signed else ''}: the first stands for all"
         )
     said = {"not of": ": scaled to it", "are zero": ": never taken"}
     notes = [note + next((end for key, end in said.items() if key in note), "") for note in notes]
-    return Checked(atoms, ~(zero_F | repeated_F), notes)
+    return Checked(atoms, usable_F, notes)
+
+
+def unit_atoms(W_dec: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """(unit rows [d_sae, d_in], a zero row stays zero; False for zero rows and those that repeat an earlier one [d_sae]).
+
+    Nothing here waits for the device: training does this at every step.
+    """
+    norms = W_dec.norm(dim=1, keepdim=True)
+    atoms = torch.where(norms == 0, 0.0, W_dec / norms.clamp_min(torch.finfo(norms.dtype).tiny))
+    return atoms, ~((norms[:, 0] == 0) | _repeated(atoms, signed))
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MIX = 0x1E3779B97F4A7C15
 
 
 def _repeated(atoms_FD: Tensor, signed: bool) -> Tensor:
-    """True for every row that an earlier one equals, up to sign if `signed` [d_sae], compared bit by bit."""
-    rows = atoms_FD.detach().cpu().numpy()
-    # a few columns tell nearly all rows apart; only those they do not are compared whole
-    _, group, sizes = np.unique(_as_keys(np.abs(rows[:, :4])), return_inverse=True, return_counts=True)
-    candidates = (sizes[group] > 1).nonzero()[0]
-    repeated = np.zeros(len(rows), dtype=bool)
-    if len(candidates):
-        alike = rows[candidates]
-        first = np.take_along_axis(alike, (alike != 0).argmax(axis=1)[:, None], axis=1)
-        _, kept = np.unique(_as_keys(np.where(signed & (first < 0), -alike, alike)), return_index=True)
-        repeated[np.delete(candidates, kept)] = True
-    return torch.from_numpy(repeated).to(atoms_FD.device)
+    """True for every row that an earlier one equals, up to sign if `signed` [d_sae], compared bit by bit.
 
+    Rows are ordered by a hash of their bits, so that equal ones are neighbours, then neighbours are compared.
+    """
+    rows_FD = atoms_FD.detach() + 0.0  # no negative zero
+    if signed:
+        first_F1 = rows_FD.gather(1, (rows_FD != 0).to(torch.int8).argmax(1, keepdim=True))
+        rows_FD = torch.where(first_F1 < 0, -rows_FD, rows_FD) + 0.0
+    bits_FD = rows_FD.view(_BITS[rows_FD.dtype.itemsize])
+    part = max(1, MAX_CHUNK_BYTES // (8 * bits_FD.shape[1]))
+    weights_D = torch.randint(-(2**62), 2**62, bits_FD.shape[1:], generator=torch.Generator().manual_seed(0)).to(
+        bits_FD.device
+    )
 
-def _as_keys(rows: np.ndarray) -> np.ndarray:
-    """One opaque value per row, equal where the rows are."""
-    rows = np.ascontiguousarray(rows + 0.0)  # + 0.0: no negative zero
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+    def hashed(bits: Tensor) -> Tensor:
+        mixed = bits.long() * _MIX  # wraps around; without mixing, rows of one sign pattern each would hash alike
+        return ((mixed ^ (mixed >> 32)) * weights_D).sum(1)
+
+    keys_F, order_F = torch.cat([hashed(bits) for bits in bits_FD.split(part)]).sort(stable=True)
+    same_F = keys_F[1:] == keys_F[:-1]
+    starts = range(0, len(same_F), part)
+    equal = [
+        (bits_FD[order_F[i + 1 : i + part + 1]] == bits_FD[order_F[i : i + part][: len(same_F) - i]]).all(1) for i in starts
+    ]
+    repeated_F = torch.zeros(len(rows_FD), dtype=torch.bool, device=rows_FD.device)
+    repeated_F[order_F[1:]] = same_F & torch.cat(equal) if equal else same_F
+    return repeated_F
 
 
 class GramRows:
@@ -144,8 +166,14 @@ class Dictionary:
 
     def gram(self) -> GramRows:
         """Gram rows, made when first asked for."""
+        shared = self.atoms.device.type == "cuda"
         if self._rows is None:
+            if shared:
+                _make_room(self, min(len(self.atoms) ** 2 * self.atoms.dtype.itemsize, self.max_gram_bytes))
             self._rows = GramRows(self.atoms, self.max_gram_bytes, self.max_chunk_bytes)
+        if shared:
+            _HELD.pop(self, None)
+            _HELD[self] = None
         return self._rows
 
     @property
@@ -174,6 +202,15 @@ class Dictionary:
             highest = max(highest, float(rows.max()))
         return highest
 
+    @property
+    def gram_bytes(self) -> int:
+        """Memory that the Gram rows take now."""
+        return 0 if self._rows is None else self._rows.table.nbytes
+
+    def drop_gram(self) -> None:
+        """Give the Gram rows' memory back; they are made again when asked for."""
+        self._rows = None
+
     def correlations(self, x_ND: Tensor) -> Tensor:
         """Products with every atom [tokens, padded]."""
         return x_ND @ self.atoms.T
@@ -181,6 +218,22 @@ class Dictionary:
     def tokens_at_a_time(self, copies: int = 1) -> int:
         """Tokens whose correlations, `copies` times over, keep within the chunk limit; at least one."""
         return max(1, self.max_chunk_bytes // (len(self.atoms) * self.atoms.dtype.itemsize * copies))
+
+
+_HELD: weakref.WeakKeyDictionary[Dictionary, None] = weakref.WeakKeyDictionary()
+"""Dictionaries that have made Gram rows on CUDA, the one used last at the end."""
+
+
+def _make_room(newcomer: Dictionary, needed: int) -> None:
+    """Drop the Gram rows of other dictionaries on the device, the least recently used first, until `needed` bytes more keep
+    within the limit: rows are made anew in milliseconds, memory that is not there ends a run."""
+    others = [one for one in _HELD if one is not newcomer and one.atoms.device == newcomer.atoms.device]
+    held = sum(one.gram_bytes for one in others)
+    for one in others:
+        if held + needed <= newcomer.max_gram_bytes:
+            return
+        held -= one.gram_bytes
+        one.drop_gram()
 
 
 _SHARED: weakref.WeakValueDictionary[tuple[str, str, str, int], Dictionary] = weakref.WeakValueDictionary()

@@ -7,10 +7,19 @@ step instead of d_in * d_sae.
 
 from __future__ import annotations
 
+import copy
+import sys
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sae_research.saes.pursuit.dictionary import Dictionary, GramRows
+
+CHECKED_TOKENS = 16
+"""Tokens on which compiled CUDA steps are held against the torch steps before they are used."""
+TORCH_CHECKS_EVERY = 8
+"""On a device the torch steps ask only so often whether any token goes on, because they wait for the answer."""
 
 
 def pursue(
@@ -34,7 +43,7 @@ def pursue(
     for start in range(0, len(x_ND), size):
         end = min(start + size, len(x_ND))
         run = _Run(x_ND[start:end], dictionary, atoms_NS[start:end], coefficients_NS[start:end], nonnegative, tolerance)
-        _backend(run, gram)(run, gram, steps)
+        _backend(run, gram, steps)(run, gram, steps)
     return atoms_NS, coefficients_NS
 
 
@@ -61,14 +70,65 @@ class _Run:
         self.stop = tolerance**2 * self.energy if tolerance else torch.full_like(self.energy, -torch.finfo(wide).max)
         self.correlations = dictionary.correlations(x_ND)
 
+    def first(self, n: int) -> _Run:
+        """The first n tokens as they stand, to try something on: nothing that happens to them is seen here."""
+        trial = copy.copy(self)
+        for name in ("x", "energy", "stop", "correlations"):
+            setattr(trial, name, getattr(self, name)[:n].clone())
+        trial.atoms, trial.coefficients = torch.zeros_like(self.atoms[:n]), torch.zeros_like(self.coefficients[:n])
+        return trial
 
-def _backend(run: _Run, gram: GramRows):
+
+Steps = Callable[[_Run, GramRows, int], None]
+
+
+def _backend(run: _Run, gram: GramRows, steps: int) -> Steps:
     device, dtype = run.x.device.type, run.x.dtype
     if device == "cpu" and dtype == torch.float32:
         return _steps_numba
-    if device == "cuda" and dtype == torch.float32 and gram.complete and triton_there():
+    if device == "cuda" and dtype == torch.float32 and gram.complete and _triton_serves(run, gram, steps):
         return _steps_triton
     return _steps_torch
+
+
+_SERVES: dict[tuple[str, int, bool], bool] = {}
+"""Whether the compiled CUDA steps gave what the torch steps give, by device, width and sign."""
+
+
+def _triton_serves(run: _Run, gram: GramRows, steps: int) -> bool:
+    """Whether the Triton kernels can be used here: each is compiled and held against the torch steps on a few tokens when it
+    is first wanted. Where it does not compile or differs, one line says so, and the torch steps serve from then on."""
+    key = (str(run.x.device), run.correlations.shape[1], run.nonnegative)
+    if key not in _SERVES:
+        reason = "" if triton_there() else "Triton is not installed"
+        reason = reason or check_steps(_steps_triton, run, gram, steps)
+        if reason:
+            print(f"matching pursuit uses plain torch on {key[0]}: {reason}", file=sys.stderr, flush=True)
+        _SERVES[key] = not reason
+    return _SERVES[key]
+
+
+def check_steps(compiled: Steps, run: _Run, gram: GramRows, steps: int) -> str:
+    """Why compiled steps cannot be used, by the first `CHECKED_TOKENS` tokens of a run, which stays as it is; "" where they
+    give what the torch steps give: the same atoms but for near-ties, and as much energy left."""
+    found = []
+    for way in (_steps_torch, compiled):
+        trial = run.first(CHECKED_TOKENS)
+        try:
+            way(trial, gram, steps)
+        except Exception as error:
+            if way is not compiled or isinstance(error, torch.OutOfMemoryError):
+                raise
+            lines = str(error).strip().splitlines()  # compilers raise what they like, at length
+            return f"the compiled steps failed ({type(error).__name__}: {lines[0][:120] if lines else ''})"
+        found.append(trial)
+    plain, other = found
+    whole_N = run.first(CHECKED_TOKENS).energy.clamp_min(torch.finfo(run.x.dtype).tiny)
+    apart = float(((plain.energy - other.energy).abs() / whole_N).max())
+    equal = float((plain.atoms == other.atoms).float().mean())
+    if apart <= 1e-3 and equal >= 0.9:
+        return ""
+    return f"the compiled steps give other results ({equal:.0%} of the atoms equal, energies apart by {apart:.2g})"
 
 
 def triton_there() -> bool:
@@ -82,11 +142,12 @@ def triton_there() -> bool:
 def _steps_torch(run: _Run, gram: GramRows, steps: int) -> None:
     """The reference, and the path for other precisions and devices, and for CUDA without Triton."""
     correlations_NF = run.correlations
+    every = 1 if run.x.device.type == "cpu" else TORCH_CHECKS_EVERY
     for step in range(steps):
         key = correlations_NF if run.nonnegative else correlations_NF.abs()
         best, atom = key.max(dim=1)
         going = (best > 0) & (run.energy > run.stop)
-        if not going.any():
+        if step % every == 0 and not going.any():
             return
         atom = torch.where(going, atom, 0)
         value = torch.where(going, correlations_NF.gather(1, atom[:, None])[:, 0], 0.0)

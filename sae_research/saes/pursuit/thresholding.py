@@ -221,8 +221,8 @@ def fit(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor, correlations_
     support_NU: different atoms of each problem, -1 where it has fewer than others. x_NTD: its tokens.
     correlations_NTU: their products with the support's atoms. Normal equations by Cholesky, in float32 where the
     dictionary is incoherent and the pivots say that is safe, else in float64; the dual equations where a support has d_in
-    atoms or more; a singular value decomposition, problem by problem, where those are singular. Coefficients at -1 are
-    zero.
+    atoms or more; where those are singular, a decomposition by singular values: problem by problem on the CPU, all together
+    elsewhere. Coefficients at -1 are zero.
     """
     valid_NU = support_NU >= 0
     z_NTU = torch.zeros_like(correlations_NTU)
@@ -241,6 +241,10 @@ def fit(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor, correlations_
             return solve(dictionary, support_NU[i], x_NTD[i].double())
 
         remaining = _attempt(z_NTU, left[wanted[left]], attempt)
+        if z_NTU.device.type != "cpu":
+            for part in remaining.split(_singular_at_a_time(dictionary, support_NU, x_NTD)):
+                z_NTU[part] = least_norm(_gathered(dictionary, support_NU[part]), x_NTD[part].double()).to(z_NTU)
+            continue
         for i in remaining.tolist():
             atoms = support_NU[i][valid_NU[i]]
             z_NTU[i, :, valid_NU[i]] = _decomposition(dictionary.atoms[atoms], x_NTD[i]).to(z_NTU)
@@ -306,3 +310,29 @@ def _decomposition(atoms_UD: Tensor, x_TD: Tensor) -> Tensor:
     """Minimum norm by singular values in float64, for deficient rank. (torch's `lstsq`, driver gelsy, was seen to miss
     the minimum there with few right-hand sides.)"""
     return x_TD.double() @ torch.linalg.pinv(atoms_UD.double(), rtol=RANK_TOLERANCE)
+
+
+def _singular_at_a_time(dictionary: Dictionary, support_NU: Tensor, x_NTD: Tensor) -> int:
+    """Problems whose atoms, Gram matrices and tokens in float64 keep within the chunk limit."""
+    width, (tokens, d_in) = support_NU.shape[1], x_NTD.shape[1:]
+    side = min(width, d_in)
+    return max(1, dictionary.max_chunk_bytes // (8 * max(1, width * d_in + 2 * side * side + tokens * (width + d_in))))
+
+
+def least_norm(atoms_NUD: Tensor, x_NTD: Tensor) -> Tensor:
+    """`x pinv(atoms)` [problems, tokens, support] of many problems at once, for deficient rank. Rows of zeros get zero.
+
+    By the eigenvectors of the smaller of the Gram matrix and its dual, which devices decompose in batches, unlike singular
+    values; in float64, so that squaring the singular values leaves `RANK_TOLERANCE` far above rounding.
+    """
+    wide = atoms_NUD.shape[1] > atoms_NUD.shape[2]
+    square = atoms_NUD.mT @ atoms_NUD if wide else atoms_NUD @ atoms_NUD.mT
+    values_NE, vectors_NEE = torch.linalg.eigh(square)
+    kept_NE = values_NE > RANK_TOLERANCE**2 * values_NE[:, -1:].clamp_min(torch.finfo(values_NE.dtype).tiny)
+    inverse_NE = torch.where(kept_NE, 1 / torch.where(kept_NE, values_NE, 1.0), 0.0)
+
+    def solved(rhs_NTE: Tensor) -> Tensor:
+        return ((rhs_NTE @ vectors_NEE) * inverse_NE[:, None]) @ vectors_NEE.mT
+
+    z_NTU = solved(x_NTD) @ atoms_NUD.mT if wide else solved(x_NTD @ atoms_NUD.mT)
+    return torch.where(atoms_NUD.any(2)[:, None], z_NTU, 0.0)

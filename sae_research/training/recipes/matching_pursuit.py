@@ -11,6 +11,8 @@ from torch.autograd import Function
 from sae_research.config.params import Train
 from sae_research.config.training import MatchingPursuitRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
+from sae_research.saes.pursuit import matching
+from sae_research.saes.pursuit.dictionary import Dictionary, unit_atoms
 from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.training.recipes.base import Recipe, StepOutput
 
@@ -44,8 +46,9 @@ class MatchingPursuit(Recipe):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         with torch.no_grad():
-            pursuit = MPSAE(self.W_dec, self.b_dec, self.config.s)
-            atoms_BS, _ = next(pursuit.chosen(pursuit.centred(x_BD), [self.config.s]))
+            # as MPSAE would choose, but for what it needs to be shared and kept: a hash of the dictionary's bytes
+            dictionary = Dictionary(*unit_atoms(self.W_dec.detach(), signed=True))
+            atoms_BS, _ = matching.pursue(x_BD - self.b_dec, dictionary, self.config.s)
         residual_BD = _Pursue.apply(x_BD - self.b_dec, self.W_dec, atoms_BS)
         l0 = torch.nn.functional.one_hot(atoms_BS[:64], len(self.W_dec)).amax(1).sum() / len(atoms_BS[:64])
         return StepOutput(residual_BD.square().sum() / len(x_BD), residual_BD.detach(), l0, atoms_BS.flatten())

@@ -1,0 +1,127 @@
+"""Evaluations on a Ray cluster against one process: time, and whether the bytes are the same.
+
+    python -m benchmarks.cluster        # writes docs/cluster.json and the table of docs/cluster.md
+
+One process on two cores, one worker on two cores, and two loopback nodes of one core each. Every run starts from empty
+result and activation caches, in a process of its own whose start counts; the cluster is up before. The SAEs are those that
+the pipeline prepared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sae_research.config.yaml_files import read_mapping
+from sae_research.runtime.errors import run_main
+from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.formatting import markdown_table
+from sae_research.runtime.stages import read_manifest
+from sae_research.saes.sources import PREPARED
+
+RECORD, PAGE = Path("docs/cluster.json"), Path("docs/cluster.md")
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+EVALUATIONS = {"core": "run_core_eval", "sparse_probing": "run_sparse_probing", "scr": "run_optional_evals scr"}
+N_SAES = 16
+WAYS = {"one process, 2 threads": None, "one worker, 2 threads": (2,), "two nodes of one core": (1, 1)}
+
+
+def main() -> None:
+    root = project_root()
+    rows = {}
+    for evaluation in EVALUATIONS:
+        rows[evaluation] = {way: _run(root, evaluation, nodes) for way, nodes in WAYS.items()}
+        print(evaluation, {way: row["seconds"] for way, row in rows[evaluation].items()}, flush=True)
+    write_json(root / RECORD, {"saes": N_SAES, "cores": os.cpu_count(), "evaluations": rows})
+    text = (root / PAGE).read_text()
+    before, _, rest = text.partition(BEGIN)
+    write_text(root / PAGE, f"{before}{BEGIN}\n\n{table(root / RECORD)}\n{END}{rest.partition(END)[2]}")
+
+
+def table(record: Path) -> str:
+    """The page's table. Ratios are to one process; `same` says whether all result files have equal bytes."""
+    found = json.loads(record.read_text())
+    rows = []
+    for evaluation, ways in found["evaluations"].items():
+        alone = ways["one process, 2 threads"]
+        rows += [
+            [
+                evaluation,
+                way,
+                f"{row['seconds']:.0f} s",
+                f"{row['seconds'] / alone['seconds']:.2f}",
+                "" if row is alone else "yes" if row["sha256"] == alone["sha256"] else "no",
+            ]
+            for way, row in ways.items()
+        ]
+    return markdown_table(["evaluation", "on", "time", "ratio", "same bytes"], rows)
+
+
+def _run(root: Path, evaluation: str, nodes: tuple[int, ...] | None) -> dict[str, Any]:
+    """Seconds of the stage's process, and a hash of what it wrote."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _project(root, folder, evaluation)
+        if nodes is None:
+            seconds = _timed(folder, evaluation, 2, None)
+        else:
+            from tests.helpers.ray_cluster import loopback_cluster
+
+            with loopback_cluster(*nodes) as cluster:
+                seconds = _timed(folder, evaluation, 2, cluster.address, cpus=max(nodes))
+        digest = hashlib.sha256()
+        for file in sorted((folder / "eval_results" / evaluation).iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+        return {"seconds": round(seconds, 1), "sha256": digest.hexdigest()}
+
+
+def _project(root: Path, folder: Path, evaluation: str) -> None:
+    """A project with the prepared SAEs and the unpacked model, and nothing computed."""
+    manifest = read_manifest(root / PREPARED / "manifest.json")
+    chosen = manifest["order"][:N_SAES]
+    (folder / PREPARED).mkdir()
+    for name in chosen:
+        (folder / PREPARED / name).symlink_to(root / PREPARED / name)
+    rows = {name: row for name, row in manifest["saes"].items() if name in chosen}
+    write_json(folder / PREPARED / "manifest.json", {"order": chosen, "saes": rows})
+    (folder / ".cache").mkdir()
+    shutil.copytree(root / ".cache" / "models", folder / ".cache" / "models")
+    values = read_mapping(root / "params.yaml")
+    values["eval_types"][evaluation] = True
+    write_json(folder / "params.yaml", values)  # JSON is YAML
+
+
+def _timed(folder: Path, evaluation: str, threads: int, address: str | None, cpus: int = 1) -> float:
+    values = json.loads((folder / "params.yaml").read_text())
+    values["cluster"] |= {"address": address, "cpus_per_worker": cpus}
+    write_json(folder / "params.yaml", values)
+    module, *arguments = EVALUATIONS[evaluation].split()
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{module}", *arguments],
+        cwd=folder,
+        env=os.environ
+        | {
+            "DVC_ROOT": str(folder),
+            "PYTHONPATH": str(project_root()),
+            "OMP_NUM_THREADS": str(threads),
+            "NUMBA_NUM_THREADS": str(threads),
+        },
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{evaluation}: {done.stderr[-2000:]}")
+    return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    run_main(main)

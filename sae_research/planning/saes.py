@@ -1,0 +1,149 @@
+"""The SAEs of a comparison from `params.yaml` alone: names, forms, sizes, hooks; nothing is opened or fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sae_research.config.inputs import Controls
+from sae_research.config.params import Params
+from sae_research.config.training import FLOAT_BYTES, SAERecipe
+from sae_research.runtime.files import read_json, slugify
+from sae_research.saes.base import SAEInfo
+from sae_research.saes.pursuit.encoders import (
+    IHTPSAE,
+    MPSAE,
+    OMPSAE,
+    NonNegativeMPSAE,
+    NonNegativeOMPSAE,
+    PursuitSAE,
+    TopKRefitSAE,
+)
+from sae_research.saes.sources import folder_names
+
+VARIANTS: dict[str, type[PursuitSAE]] = {
+    "ihtp": IHTPSAE,
+    "mpsae": MPSAE,
+    "omp": OMPSAE,
+    "topk_refit": TopKRefitSAE,
+    "nn_mpsae": NonNegativeMPSAE,
+    "nn_omp": NonNegativeOMPSAE,
+}
+"""Sections of `sae_variants` and the encoders they make over the baseline's dictionary."""
+PURSUIT = tuple(encoder.form for encoder in VARIANTS.values())
+ASSUMED_WIDTH = 8
+"""Latents for each dimension of an SAE from elsewhere whose name does not tell."""
+CONTROL_PREFIX = "control_"
+
+
+class PlannedSAE(NamedTuple):
+    """What an SAE costs depends on."""
+
+    name: str
+    form: str
+    d_in: int
+    d_sae: int
+    hook: str
+    size: int = 0
+    """Atoms or steps of a pursuit encoder."""
+    own_weights: bool = True
+    """False for a variant, which reads another's dictionary."""
+    assumed: str = ""
+    """What had to be assumed of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights, float32."""
+        return (2 if self.form not in PURSUIT else 1) * self.d_in * self.d_sae * FLOAT_BYTES
+
+
+def described(name: str, info: SAEInfo) -> PlannedSAE:
+    """An SAE that is there."""
+    cfg = info.cfg
+    size = int(info.options.get("k") or info.options.get("s") or 0) if cfg.form in PURSUIT else 0
+    return PlannedSAE(name, cfg.form, cfg.d_in, cfg.d_sae, cfg.hook_name, size, cfg.role != "variant")
+
+
+def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
+    """The comparison in the setup stage's order; SAEs whose sizes nothing tells are taken as `ASSUMED_WIDTH` says.
+
+    width: d_in at the baseline's hook.
+    """
+    baseline = _baseline(params, width)
+    found = [baseline]
+    for label, encoder in VARIANTS.items():
+        section = getattr(params.sae_variants, label)
+        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled else ():
+            name = variant_name(baseline.name, label, size)
+            found.append(baseline._replace(name=name, form=encoder.form, size=size, own_weights=False, assumed=""))
+    return found + list(_comparisons(params, baseline)) + list(_controls(params, baseline))
+
+
+def variant_name(baseline: str, label: str, size: int) -> str:
+    """Of a pursuit encoder over the baseline's dictionary; label: its section of `sae_variants`."""
+    return slugify(f"{baseline}_{label}_{VARIANTS[label].size_name}{size}")
+
+
+def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
+    """An SAE of `train.saes`."""
+    pursuit = config.recipe == "matching_pursuit"
+    return PlannedSAE(name, config.recipe, width, config.d_sae, hook, getattr(config, "s", 0) if pursuit else 0)
+
+
+def _baseline(params: Params, width: int) -> PlannedSAE:
+    block = params.baseline_sae
+    hook = f"blocks.{block.hook_layer}.hook_resid_post"
+    if block.source == "trained" and block.name in params.train.saes:
+        return trained_sae(block.name, params.train.saes[block.name], params.train.hook_of(block.name), width)
+    told = re.search(r"width_(\d+)(k|m)", block.sae_id or "")
+    if told:
+        return PlannedSAE(block.name, "standard", width, int(told[1]) * (2**10 if told[2] == "k" else 2**20), hook)
+    return _assumed(block.name, hook, width)
+
+
+def _assumed(name: str, hook: str, width: int) -> PlannedSAE:
+    wide = ASSUMED_WIDTH * width
+    return PlannedSAE(name, "standard", width, wide, hook, assumed=f"{name}: taken to have {wide:,} latents")
+
+
+def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
+    chosen, train = params.comparison_saes, params.train
+    names = [name for name in train.saes if name != baseline.name] if chosen.trained == ["all"] else chosen.trained
+    for name in names:
+        if name in train.saes:
+            yield trained_sae(name, train.saes[name], train.hook_of(name), baseline.d_in)
+        else:
+            yield _assumed(name, baseline.hook, baseline.d_in)
+    for path, name in folder_names(chosen.folders).items():
+        values = read_json(path / "cfg.json") if (path / "cfg.json").is_file() else {}
+        if isinstance(values, dict) and isinstance(values.get("d_sae"), int):
+            yield baseline._replace(name=name, form="standard", d_sae=values["d_sae"], size=0, own_weights=True)
+        else:
+            yield _assumed(name, baseline.hook, baseline.d_in)
+    for place in chosen.python:
+        yield baseline._replace(name=place, form="standard", size=0, own_weights=True)
+    if chosen.sae_regex_pattern is not None:
+        yield _assumed(f"SAEs of {chosen.sae_regex_pattern} (counted as one)", baseline.hook, baseline.d_in)
+
+
+def _controls(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
+    for name, kind, size in control_names(params.controls):
+        sae = baseline._replace(name=name, own_weights=True, assumed="")
+        yield (
+            sae._replace(form="linear", d_sae=size, size=0)
+            if kind == "pca"
+            else sae._replace(form="matching_pursuit", size=size)
+        )
+
+
+def control_names(controls: Controls) -> list[tuple[str, str, int]]:
+    """(name, kind, size) of every control, in table order; a kind of one size is called by the kind alone."""
+    found = []
+    for kind in controls.names:
+        sizes, unit = (controls.pca_components, "n") if kind == "pca" else (controls.s, "s")
+        found += [
+            (f"{CONTROL_PREFIX}{kind}" + (f"_{unit}{size}" if len(sizes) > 1 else ""), kind, size)
+            for size in dict.fromkeys(sizes)
+        ]
+    return found
