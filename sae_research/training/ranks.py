@@ -103,12 +103,15 @@ class SharedStream(ActivationStream):
         }
 
     def read(self, chunk: int) -> dict[str, Tensor]:
-        """Read this rank's chunk of the W that `chunk` belongs to, where that is still to come; `feed` has it."""
+        """Read this rank's chunk of the W that `chunk` belongs to, where that is still to come. Returns what was read now,
+        the activations that count [n, d_in] by hook; `feed` has it anyway."""
         own = chunk // self.group.size * self.group.size + self.group.number
-        if chunk <= own < self.n_chunks and (self._own is None or self._own[0] != own):
-            acts, tokens = super().read(own), self._chunk_tokens(own)
-            self._own = own, {hook: buffer.counted(tokens, acts[hook]) for hook, buffer in self.buffers.items()}
-        return {}
+        if not chunk <= own < self.n_chunks or (self._own is not None and self._own[0] == own):
+            return {}
+        acts, tokens = super().read(own), self._chunk_tokens(own)
+        rows = {hook: buffer.counted(tokens, acts[hook]) for hook, buffer in self.buffers.items()}
+        self._own = own, rows
+        return rows
 
     def feed(self, acts: dict[str, Tensor]) -> None:
         """Take in the next chunk, from the rank that has read it."""

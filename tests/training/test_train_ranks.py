@@ -110,7 +110,7 @@ def at_call(number: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_ranks_train_what_one_process_trains(make_params, tmp_path, forked, monkeypatch):
-    params = make_params(saes=TWO_HOOKS, tokens=1536, saved_checkpoints=3, checkpoint_steps=7)
+    params = make_params(saes=TWO_HOOKS, tokens=1024, buffer_tokens=512, saved_checkpoints=3, checkpoint_steps=7)
     params = changed(params, "activation_caching", enabled=False)
     stage.train(params, tmp_path / "alone")
     read, collect = [], stream.ActivationStream._collect
