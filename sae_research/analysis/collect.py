@@ -155,14 +155,15 @@ def _fill(
             max(1, CHUNK_TOKENS // size),
         ):
             if median is None:
-                median = _median_norm(lm, hook, chunk.tokens[:MEDIAN_CONTEXTS], batch_size)
+                median = _median_norm(lm, hook, chunk, batch_size)
             start = min(max(resumed[0] - seen, 0), len(chunk.tokens))
             while start < len(chunk.tokens):
                 # batches end where a store that got further begins
                 end = min([start + batch_size, len(chunk.tokens), *(r - seen for r in resumed if r - seen > start)])
                 tokens, documents = chunk.tokens[start:end], chunk.doc_ids[start:end]
                 acts = lm.activations(tokens.to(lm.device), hook)
-                mask = token_mask(lm, tokens.to(lm.device), acts, params.token_mask, median)
+                counted = None if chunk.counted is None else chunk.counted[start:end]
+                mask = token_mask(lm, tokens.to(lm.device), acts, params.token_mask, median, counted)
                 due = {name: sae for name, sae in saes.items() if stores[name].contexts == seen + start}
                 for name, found in _encoded(due, acts.float(), mask):
                     stores[name].add(found, tokens, documents, mask, median)
@@ -173,10 +174,11 @@ def _fill(
         store.finish(saes[name], lm, params, chunk)
 
 
-def _median_norm(lm: LanguageModel, hook: str, tokens: Tensor, batch_size: int) -> float:
-    """Median activation norm of tokens that are neither special nor first."""
+def _median_norm(lm: LanguageModel, hook: str, text: Contexts, batch_size: int) -> float:
+    """Median activation norm of the first contexts' tokens that are neither special nor first."""
+    tokens, counted = text.tokens[:MEDIAN_CONTEXTS], None if text.counted is None else text.counted[:MEDIAN_CONTEXTS]
     acts = torch.cat([lm.activations(part.to(lm.device), hook).float() for part in tokens.split(batch_size)])
-    return median_activation_norm(lm, tokens.to(lm.device), acts)
+    return median_activation_norm(lm, tokens.to(lm.device), acts, counted)
 
 
 def _encoded(saes: dict[str, SparseAutoencoder], acts: Tensor, mask: Tensor) -> Iterator[tuple[str, Firings]]:

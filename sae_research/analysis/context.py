@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_research.analysis.collect import LatentStats, collect_stats, is_collected, store_folder
 from sae_research.config.params import Params
-from sae_research.lm import LanguageModel, load_language_model, token_mask
+from sae_research.lm import LanguageModel, load_configured, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.base import FAULTS
@@ -60,7 +60,7 @@ class AnalysisContext:
             raise UserError("an analysis needs at least one SAE")
         # files first: the model takes longer
         opened = {name: open_sae(sae) if isinstance(sae, (str, Path)) else sae for name, sae in saes.items()}
-        lm = lm or load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+        lm = lm or load_configured(params.model)
         adapted = {name: open_sae(sae, lm, hook) for name, sae in opened.items()}
         for name, sae in adapted.items():
             fill_in(sae, lm.name, hook or params.train.hook_name)
@@ -122,6 +122,6 @@ class AnalysisContext:
             raise UserError(f"{text!r} is not one token of {self.lm.name} but {parts}; mind the leading space")
         return ids[0]
 
-    def mask(self, tokens: Tensor, acts: Tensor) -> Tensor:
-        """Which tokens count, by `token_mask` of the parameters. bool [batch, seq]"""
-        return token_mask(self.lm, tokens, acts, self.params.token_mask)
+    def mask(self, tokens: Tensor, acts: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Which tokens count, by `token_mask` of the parameters. counted: as `Contexts.counted`. bool [batch, seq]"""
+        return token_mask(self.lm, tokens, acts, self.params.token_mask, counted=counted)

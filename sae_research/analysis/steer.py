@@ -285,13 +285,13 @@ class _Neutral:
 
     def __init__(self, analysis: AnalysisContext, sae: SparseAutoencoder, n_tokens: int) -> None:
         self.analysis, self.sae = analysis, sae
-        text = token_contexts(
-            analysis.lm.tokenizer, analysis.lm.separator_id, analysis.params.text, "core_eval", n_tokens
-        ).tokens
+        text = token_contexts(analysis.lm.tokenizer, analysis.lm.separator_id, analysis.params.text, "core_eval", n_tokens)
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for tokens in text.to(analysis.lm.device).split(NEUTRAL_BATCH):
+        for start in range(0, len(text.tokens), NEUTRAL_BATCH):
+            tokens = text.tokens[start : start + NEUTRAL_BATCH].to(analysis.lm.device)
+            counted = None if text.counted is None else text.counted[start : start + NEUTRAL_BATCH]
             acts = analysis.lm.activations(tokens, sae.cfg.hook_name)
-            self.parts.append((tokens, acts, analysis.mask(tokens, acts)))
+            self.parts.append((tokens, acts, analysis.mask(tokens, acts, counted)))
         self.tokens = sum(int(mask.sum()) for *_, mask in self.parts)
         self._clean: list[CleanPredictions] | None = None
 

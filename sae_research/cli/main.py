@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "run" in options:
         return options.run(options)
     if options.verb == "check":
-        return shapes.report(compare=True)
+        return shapes.report(compare=True, unfinished=unfinished_stages)
     return run_pipeline(options.preset)
 
 
@@ -166,7 +167,17 @@ def run_pipeline(preset: str) -> int:
         subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], check=False, capture_output=True).returncode
         == 0
     )
-    return shapes.report(compare=unchanged and not preset) or code
+    return shapes.report(compare=unchanged and not preset, unfinished=unfinished_stages) or code
+
+
+def unfinished_stages() -> list[str]:
+    """One line for each stage that DVC would run again: one that was killed, and what follows from it. With --ignore-errors
+    DVC itself counts such a run as done."""
+    done = subprocess.run(["dvc", "status", "--json"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        return [f"dvc status: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}"]
+    changed = {name: why for name, why in json.loads(done.stdout).items() if why != ["always changed"]}
+    return [f"{name}: it was killed, or follows from a stage that was; run it again (dvc repro)" for name in changed]
 
 
 def read_preset(name: str) -> list[str]:

@@ -37,6 +37,15 @@ class Model(Section):
     """Precision of weights and activations."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
+    placement: Literal["one", "auto"] = "one"
+    """one (on `device`), or auto: in parts on all GPUs, then in main memory, then on disk. Accelerate divides it. With
+    `device: cuda:1` or `cpu` no other GPU is used. Parts off the GPUs are computed there too; results do not change."""
+    max_memory: dict[Name, Name] | None = None
+    """Most of each device that parts may take, {"0": 60GiB, cpu: 100GiB}; null is what is free. So it is of a device that
+    is not named."""
+    quantization: Literal["bnb_8bit", "bnb_4bit"] | None = None
+    """bnb_8bit or bnb_4bit: weights rounded by bitsandbytes, on CUDA, untested; null keeps them. `torch_dtype` is
+    then the precision of activations."""
 
 
 class Text(Section):
@@ -45,7 +54,11 @@ class Text(Section):
     dataset: LocalName = "packaged"
     """`packaged`, a local folder of .txt/.jsonl/.csv/.parquet files, or a hub data set's name."""
     column_name: Name = "text"
-    """Column of a table or hub data set that holds the text."""
+    """Column of a table or hub data set that holds text or conversations. These are lists of `{role, content}`; the
+    tokenizer's chat template makes text of them."""
+    roles: Annotated[list[Name], Field(min_length=1)] | None = None
+    """Whose messages' tokens count in conversations, e.g. [assistant]; null counts all. What the template adds then does
+    not."""
     context_size: Annotated[Positive, Field(ge=8)] = 128
     """Tokens per context, the leading separator included."""
     held_out_characters: Positive = 20_000_000

@@ -86,11 +86,11 @@ def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedS
     import torch
 
     from sae_research.evals.harness import PreparedSAEs, announce, by_hook
-    from sae_research.lm import load_language_model
+    from sae_research.lm import load_configured
     from sae_research.saes.sources import PREPARED
 
     torch.manual_seed(params.random_seed)
-    lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+    lm = load_configured(params.model)
     saes = PreparedSAEs(PREPARED, lm)
     stage.notes |= {
         "model": lm.name,

@@ -23,7 +23,7 @@ from sae_research.config.params import Params, check_params
 from sae_research.evals import harness
 from sae_research.evals.harness import PreparedSAEs, Scores
 from sae_research.evals.run import evaluation_function
-from sae_research.lm import load_language_model
+from sae_research.lm import load_configured
 from sae_research.runtime.cache import NO_CACHE, lent_results
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder
@@ -219,8 +219,7 @@ class EvaluationWorker:
         self._params = check_params(given["params"], "the driver's parameters")
         self._evaluate = evaluation_function(given["evaluation"])
         torch.manual_seed(self._params.random_seed)
-        model = self._params.model
-        self._lm = load_language_model(model.name, model.device, model.torch_dtype)
+        self._lm = load_configured(self._params.model)
 
     def __call__(self, payload: bytes, shared: bytes) -> bytes:
         """Values and failures by SAE, as JSON."""

@@ -43,20 +43,22 @@ def measure(params: Params, hooks: Iterable[str]) -> dict[str, Scale]:
 
     Raises `UserError` for a model, hook or text that is not there, and where no token counts.
     """
-    from sae_research.lm import load_language_model, median_activation_norm, pick_device, token_mask
+    from sae_research.lm import load_configured, median_activation_norm, pick_device, token_mask
     from sae_research.text.tokens import token_contexts
     from sae_research.training.products import pass_dtype
 
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_language_model(params.model.name, params.model.device, dtype)
+    lm = load_configured(params.model, dtype=dtype)
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", min(TOKENS, params.train.tokens))
     scales = {}
     for hook in hooks:
         d_in, squares, count = lm.d_in(hook), 0.0, 0
-        for tokens in contexts.tokens.split(params.model.llm_batch_size):
+        for start in range(0, len(contexts.tokens), params.model.llm_batch_size):
+            part = slice(start, start + params.model.llm_batch_size)
+            tokens, counted = contexts.tokens[part], None if contexts.counted is None else contexts.counted[part]
             acts = lm.activations(tokens.to(lm.device), hook).float().cpu()
-            median = median_activation_norm(lm, tokens, acts)
-            rows = acts[token_mask(lm, tokens, acts, params.token_mask, median)]
+            median = median_activation_norm(lm, tokens, acts, counted)
+            rows = acts[token_mask(lm, tokens, acts, params.token_mask, median, counted)]
             squares, count = squares + float(rows.double().square().sum()), count + len(rows)
         if not count or not squares > 0:
             raise UserError(

@@ -1,7 +1,7 @@
 """The language model under study: where it comes from, hook points, prefix, resume."""
 
 from sae_research.lm.activations import ActivationPool, Batch, SharedPrefixes, collect, collect_hooks
-from sae_research.lm.load import PACKAGED, load_language_model, pick_device
+from sae_research.lm.load import PACKAGED, load_configured, load_language_model, pick_device
 from sae_research.lm.mask import median_activation_norm, sae_bench_mask, token_mask
 from sae_research.lm.model import LanguageModel
 
@@ -13,6 +13,7 @@ __all__ = [
     "SharedPrefixes",
     "collect",
     "collect_hooks",
+    "load_configured",
     "load_language_model",
     "median_activation_norm",
     "pick_device",

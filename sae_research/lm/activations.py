@@ -341,12 +341,20 @@ SAMPLE = 64
 class HookActivations:
     """Sequences, their activations at `hook`, and both definitions' masks.
 
-    tokens: 1-D tensors of ids, or one [n, seq] tensor. The outlier rule compares with one median norm for all
-    sequences, so that no mask depends on how sequences are batched.
+    tokens: 1-D tensors of ids, or one [n, seq] tensor. counted: of the latter, where tokens of `text.roles` stand, bool
+    [n, seq]; None: everywhere. The outlier rule compares with one median norm for all sequences, so that no mask depends on
+    how sequences are batched.
     """
 
-    def __init__(self, lm: LanguageModel, hook: str, tokens: Sequence[Tensor] | Tensor, params: Params) -> None:
-        self.lm, self.hook, self.tokens, self.params = lm, hook, tokens, params
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: str,
+        tokens: Sequence[Tensor] | Tensor,
+        params: Params,
+        counted: Tensor | None = None,
+    ) -> None:
+        self.lm, self.hook, self.tokens, self.params, self.counted = lm, hook, tokens, params, counted
 
     @cached_property
     def pool(self) -> ActivationPool:
@@ -359,7 +367,7 @@ class HookActivations:
     def median_norm(self) -> float:
         """Over the first sequences' ordinary tokens."""
         sample = self.pool.batch(range(min(len(self), SAMPLE)))
-        return median_activation_norm(self.lm, sample.tokens, sample.acts)
+        return median_activation_norm(self.lm, sample.tokens, sample.acts, self._counted(sample))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -370,11 +378,15 @@ class HookActivations:
 
     def lab_mask(self, batch: Batch) -> Tensor:
         """Tokens that count in our definitions. bool [batch, seq]"""
-        return token_mask(self.lm, batch.tokens, batch.acts, self.params.token_mask, self.median_norm) & batch.real
+        rule, counted = self.params.token_mask, self._counted(batch)
+        return token_mask(self.lm, batch.tokens, batch.acts, rule, self.median_norm, counted) & batch.real
 
     def sae_bench_mask(self, batch: Batch) -> Tensor:
         """Tokens that SAE Bench counts: all but BOS, EOS and padding. bool [batch, seq]"""
-        return sae_bench_mask(self.lm, batch.tokens) & batch.real
+        return sae_bench_mask(self.lm, batch.tokens, self._counted(batch)) & batch.real
+
+    def _counted(self, batch: Batch) -> Tensor | None:
+        return None if self.counted is None else self.counted[batch.index]
 
     def batches(self) -> Iterator[Batch]:
         """All sequences, of like length together; on a terminal a passing bar shows how far one SAE or family is."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_research.lm.model import LanguageModel
+from sae_research.lm.placement import weight
 from sae_research.runtime.errors import UserError
 
 
@@ -94,4 +95,4 @@ def unembedding(lm: LanguageModel) -> Unembedding:
         signs = gain.to(lm.dtype).clone()  # of mean 0 and mean square 1, so that the norm changes no scale
         signs[1::2] = -1
         gain = ((norm(signs[None, None]) - norm(torch.zeros_like(signs)[None, None]))[0, 0] * signs).float()
-    return Unembedding(output.weight, gain, isinstance(norm, nn.LayerNorm))
+    return Unembedding(weight(output, lm.device), gain.to(lm.device), isinstance(norm, nn.LayerNorm))

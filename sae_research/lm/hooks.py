@@ -190,7 +190,7 @@ def _run(layer: nn.Module, forward: Callable[[], Any], replaced: dict[nn.Module,
                 calls.append(_Call(path, module, like_stream(_first((*args, *kwargs.values()))), out))
             if module not in replaced:
                 return output
-            value = replaced[module].view(first.shape).clone()  # Falcon adds to it in place
+            value = replaced[module].view(first.shape).to(first.device, copy=True)  # Falcon adds to it in place
             return (value, *output[1:]) if isinstance(output, tuple) else value
 
         return hook
@@ -204,7 +204,7 @@ def _run(layer: nn.Module, forward: Callable[[], Any], replaced: dict[nn.Module,
         with suppress(_Stop):
             forward()
     once = [call for call in calls if sum(call.module is other.module for other in calls) == 1]
-    return _Run(stream[0], stream[1], once) if len(stream) == 2 else None
+    return _Run(stream[0].to(stream[1].device), stream[1], once) if len(stream) == 2 else None
 
 
 def _first(value: Any) -> Any:

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import pickle
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 import psutil
 import torch
 
+from sae_research.config.inputs import Model
 from sae_research.lm.model import LanguageModel
+from sae_research.lm.placement import Loading, whole_state
 from sae_research.runtime.cache import cache_dir, damage, intact, new_entry
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, file_sha256, fingerprint, read_json, regular_file, write_json
@@ -63,14 +65,37 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_language_model(name: str, device: str = "auto", dtype: str = "float32") -> LanguageModel:
+def load_configured(model: Model, name: str | None = None, dtype: str | None = None) -> LanguageModel:
+    """The model of the parameters' section `model`, or another by `name`, or in another precision, loaded in the same way.
+    Raises `UserError` as `load_language_model` does."""
+    return load_language_model(
+        name or model.name,
+        model.device,
+        dtype or model.torch_dtype,
+        placement=model.placement,
+        max_memory=model.max_memory,
+        quantization=model.quantization,
+    )
+
+
+def load_language_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "float32",
+    *,
+    placement: str = "one",
+    max_memory: Mapping[str, str] | None = None,
+    quantization: str | None = None,
+) -> LanguageModel:
     """Load a model and its tokenizer. name: packaged, a local folder, or a hub name (`owner/name@revision` for another
-    revision than main).
+    revision than main). placement, max_memory, quantization: as in `config.inputs.Model`.
 
     Raises `UserError` for an unknown model, an unreachable hub, a folder that holds none or a damaged one, weights that
-    are missing or do not fit, and a tokenizer that makes no tokens.
+    are missing or do not fit, a tokenizer that makes no tokens, a device that is missing, and a quantisation that cannot
+    be had here.
     """
     where = pick_device(device)
+    loading = Loading(where, getattr(torch, dtype), placement, max_memory, quantization)
     path, revision, names = Path(os.path.expanduser(name)), None, [name]
     if name in PACKAGED:
         folder: str | Path = packaged_folder(name)
@@ -85,10 +110,13 @@ def load_language_model(name: str, device: str = "auto", dtype: str = "float32")
         bare, _, revision = name.partition("@")
         folder = hub_name(bare)
     with nullcontext() if isinstance(folder, Path) else offline_if_silent(f"api/models/{folder}"):
-        model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main")
+        model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main", loading)
     check_tokenizes(tokenizer, name)
-    lm = LanguageModel(model.to(where), tokenizer, name, _model_fingerprint(model, folder))
-    lm.names, lm.saved_from = tuple(names), _saved_from(folder)
+    if not loading.options:
+        model = model.to(where)
+    identity = _model_fingerprint(model, folder)
+    lm = LanguageModel(model, tokenizer, name, fingerprint([identity, quantization]) if quantization else identity)
+    lm.names, lm.saved_from, lm.loading = tuple(names), _saved_from(folder), loading
     return lm
 
 
@@ -174,7 +202,7 @@ def _shapes(folder: Path, name: str) -> dict[str, list[int]]:
 # --- transformers ---
 
 
-def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision: str) -> tuple[Any, Any]:
+def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision: str, loading: Loading) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -186,7 +214,7 @@ def _from_pretrained(folder: str | Path, name: str, dtype: torch.dtype, revision
     with one_line(name, "is not a causal language model that can be loaded"):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, revision=revision, output_loading_info=True
+                folder, dtype=dtype, revision=revision, output_loading_info=True, **loading.options
             )
             model, info = loaded
         except RuntimeError:
@@ -300,8 +328,8 @@ def _model_fingerprint(model: Any, folder: str | Path) -> str:
 
 def _weights_sha256(model: Any) -> list[str]:
     return [
-        hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
-        for _, value in sorted(model.state_dict().items())
+        hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+        for _, value in sorted(whole_state(model).items())
         if value.numel()
     ]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_research.lm.hooks import HookPoint, Parts, find_layers, find_parts, locate
+from sae_research.lm.placement import change_class, in_parts, main_device
 from sae_research.runtime.errors import UserError
 
 MIN_ROWS = 64
@@ -44,7 +45,7 @@ def use_onednn(model: nn.Module) -> None:
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = _Linear
+                change_class(module, _Linear)
 
 
 class _Stop(Exception):
@@ -89,6 +90,8 @@ class LanguageModel:
         self.fingerprint = fingerprint
         self.names: tuple[str, ...] = (name,)
         """Names that mean this model: as it was asked for, and what its folder's path says."""
+        self.loading: Any = None
+        """What must stay as long as the model does."""
         self.saved_from = ""
         """What the folder's config says that it was saved from: the model itself, or one that it was finetuned from."""
         config = model.config.get_text_config()
@@ -104,11 +107,13 @@ class LanguageModel:
         self._shape = torch.Size(())  # [batch, seq] of the pass under way
         self._returns_tuple, self.can_resume = False, True
         self._keeps_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._in_parts = in_parts(model)
         self._check_runs()
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where tokens go in, and where activations and logits come out, also of a model in parts."""
+        return main_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,7 +129,10 @@ class LanguageModel:
         """Width of the activations at a hook. Raises `UserError` for a hook the model lacks."""
         point = self._point(hook)
         if point.kind == "attn.hook_z":
-            weight: Any = point.module.weight
+            module: Any = point.module
+            if hasattr(module, "in_features"):  # a quantised weight has another shape
+                return module.in_features
+            weight: Any = module.weight
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
         return self.d_model
 
@@ -271,13 +279,27 @@ class LanguageModel:
         """Logits [batch, seq, vocab], or those of `positions` [batch, n, vocab]; `past` is added to."""
         self._check_length(tokens.shape[1] + (past.get_seq_length() if past is not None else 0))
         options: dict[str, Any] = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
-        if positions is not None:
-            positions = positions.to(self.device)
-            if self._keeps_positions:
-                options["logits_to_keep"] = positions
         self._shape = tokens.shape
-        logits = self.model(input_ids=tokens.to(self.device), **options).logits
-        return logits if positions is None or self._keeps_positions else logits[:, positions]
+        if positions is None or not self._keeps_positions:
+            logits = self.model(input_ids=tokens.to(self.device), **options).logits
+            return logits if positions is None else logits[:, positions.to(self.device)]
+        if not self._in_parts:
+            return self.model(input_ids=tokens.to(self.device), **options, logits_to_keep=positions.to(self.device)).logits
+        with self._kept(positions):  # the last layer may lie on another device than the positions
+            return self.model(input_ids=tokens.to(self.device), **options).logits
+
+    @contextmanager
+    def _kept(self, positions: Tensor) -> Generator[None]:
+        """Only `positions` [n] reach the output embedding."""
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0][:, positions.to(args[0].device)], *args[1:])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _counted_edit(self, hook: str, edit: Callable[[Tensor], Tensor]) -> Generator[None]:
@@ -296,19 +318,22 @@ class LanguageModel:
 
     @contextmanager
     def _edit(self, point: HookPoint, edit: Callable[[Tensor], Tensor]) -> Generator[None]:
-        """Pass one module's input or output through `edit`, whatever the family's return shape."""
+        """Pass one module's input or output through `edit`, whatever the family's return shape and the module's device."""
+
+        def here(value: Tensor) -> Tensor:
+            return edit(value.to(self.device)).to(value.device)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if args:
-                return (edit(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+                return (here(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": here(kwargs["hidden_states"])}
 
         def added(value: Tensor) -> Tensor:
             """`edit` of what the stream receives of a part, which may put out one row a token [batch * seq, d_model]."""
             stream = value.reshape(*self._shape, -1)
             if point.scale == 1:
-                return edit(stream).reshape(value.shape).clone()  # Falcon adds to it in place
-            return edit(stream * point.scale).reshape(value.shape) / point.scale
+                return here(stream).reshape(value.shape).clone()  # Falcon adds to it in place
+            return here(stream * point.scale).reshape(value.shape) / point.scale
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
             return (added(output[0]), *output[1:]) if isinstance(output, tuple) else added(output)

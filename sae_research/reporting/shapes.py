@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,12 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if same else [f"{where.rstrip('.')}: {old} -> {new}"]
 
 
-def report(compare: bool, root: Path = Path(".")) -> int:
-    """Print what failed and how the metrics compare with the last commit's. Returns the exit code: 1 for failures."""
-    failed = failures(root)
+def report(compare: bool, root: Path = Path("."), unfinished: Callable[[], list[str]] = list) -> int:
+    """Print what failed and how the metrics compare with the last commit's. Returns the exit code: 1 for failures.
+
+    unfinished: asked where no evaluation failed; lines on stages that ended otherwise than well.
+    """
+    failed = failures(root) or unfinished()
     for line in failed:
         print(f"failed: {line}")
     path = "metrics/all_metrics.json"

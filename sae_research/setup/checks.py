@@ -27,7 +27,7 @@ from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo, check_finite
 from sae_research.setup.evaluated import NOTED, Evaluated, ModelIdentity
 from sae_research.stats.reconstruction import ReconstructionStats
-from sae_research.text.tokens import TextRunsOut, token_contexts
+from sae_research.text.tokens import Contexts, TextRunsOut, token_contexts
 
 TIMED_CONTEXTS = 2
 
@@ -150,25 +150,25 @@ class Preflight(NamedTuple):
     """Encoding and decoding, by SAE."""
 
 
-def preflight_tokens(lm: LanguageModel, params: Params) -> Tensor:
-    """The contexts [n, context_size] that SAEs are tried on. Raises `UserError` where the text does not give them."""
+def preflight_contexts(lm: LanguageModel, params: Params) -> Contexts:
+    """The contexts that SAEs are tried on. Raises `UserError` where the text does not give them."""
     try:
-        return token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens).tokens
+        return token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", params.preflight.tokens)
     except TextRunsOut as error:
         raise UserError(f"preflight.tokens: {error}") from None
 
 
 def preflight(
-    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params, tokens: Tensor
+    saes: dict[str, SparseAutoencoder], baseline: str, lm: LanguageModel, params: Params, contexts: Contexts
 ) -> Preflight:
-    """Reconstruct the contexts `tokens` with every SAE and compare with what is known of each.
+    """Reconstruct `contexts` with every SAE and compare with what is known of each.
 
     Raises `UserError` when activations have another size than an SAE's card says, and when the baseline
     explains less variance than `preflight.min_variance_explained`.
     """
     report: dict[str, Any] = {
         "model": _model_card(lm),
-        "tokens": tokens.numel(),
+        "tokens": contexts.tokens.numel(),
         "hooks": {},
         "saes": {},
     }
@@ -176,7 +176,7 @@ def preflight(
     seconds: dict[str, float] = {}
     for hook in dict.fromkeys(sae.cfg.hook_name for sae in saes.values()):
         group = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
-        sample = _sample(lm, hook, tokens, params)
+        sample = _sample(lm, hook, contexts, params)
         report["hooks"][hook] = _hook_card(sample)
         ratios = {name: _norm_ratio(name, sae, sample, params) for name, sae in group.items()}
         failed: dict[str, str] = {}
@@ -249,13 +249,17 @@ def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list
     return lines
 
 
-def _sample(lm: LanguageModel, hook: str, tokens: Tensor, params: Params) -> Sample:
+def _sample(lm: LanguageModel, hook: str, contexts: Contexts, params: Params) -> Sample:
+    tokens, counted = contexts.tokens, contexts.counted
     pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching)
     acts = pool.flat.float().reshape(*tokens.shape, -1)
-    median = median_activation_norm(lm, tokens, acts)
-    mask = token_mask(lm, tokens, acts, params.token_mask, median)
+    median = median_activation_norm(lm, tokens, acts, counted)
+    mask = token_mask(lm, tokens, acts, params.token_mask, median, counted)
     if not mask.any():
-        raise UserError(f"preflight: no token counts at {hook}; loosen token_mask")
+        raise UserError(
+            f"preflight: no token counts at {hook}; loosen token_mask"
+            + ("" if counted is None else ", raise preflight.tokens or name more text.roles")
+        )
     if not torch.isfinite(acts[mask]).all():
         raise UserError(
             f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or float32"

@@ -25,8 +25,8 @@ def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: i
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", n_tokens)
     pool = collect(lm, hook, contexts.tokens, params.model.llm_batch_size, params.activation_caching)
     acts = pool.flat.float().reshape(*contexts.tokens.shape, -1)
-    median = median_activation_norm(lm, contexts.tokens, acts)
-    mask = token_mask(lm, contexts.tokens, acts, params.token_mask, median)
+    median = median_activation_norm(lm, contexts.tokens, acts, contexts.counted)
+    mask = token_mask(lm, contexts.tokens, acts, params.token_mask, median, contexts.counted)
     return acts[mask]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sae_research.config.params import Params, check_sizes
-from sae_research.lm import LanguageModel, load_language_model
+from sae_research.lm import LanguageModel, load_configured
 from sae_research.planning.saes import VARIANTS, control_names, variant_name
 from sae_research.planning.work import sample_size
 from sae_research.runtime.errors import UserError
@@ -24,7 +24,7 @@ from sae_research.saes.formats.sae_lens import matching_saes
 from sae_research.saes.pursuit.dictionary import check_atoms
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
 from sae_research.setup import controls
-from sae_research.setup.checks import disk_lines, preflight, preflight_tokens, time_lines
+from sae_research.setup.checks import disk_lines, preflight, preflight_contexts, time_lines
 from sae_research.text.crossed_tasks import CROSSED_TASKS, HUB_TASKS, LOCAL_COLUMNS, unknown_crossed_task
 from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, local_files, looks_local, read_rows
 from sae_research.text.packaged import PACKAGED_TASKS, packaged_folder, packaged_version
@@ -252,7 +252,7 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     """
     check_inputs(params)
     baseline = sources.open_sae(sources.reference_of(params.baseline_sae))
-    lm = load_language_model(params.model.name, params.model.device, params.model.torch_dtype)
+    lm = load_configured(params.model)
     check_tokenizer(lm)
     setup = Setup(params, lm, baseline)
     setup.warnings += [
@@ -264,12 +264,12 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)
     planned = setup.plan()
     check_writable(output, [item.name for item in planned], "SAE names")
-    tokens = preflight_tokens(lm, params)  # what the end needs is looked at first
+    contexts = preflight_contexts(lm, params)  # what the end needs is looked at first
     with replaced_folder(output) as folder:
         for item in planned:
             item.write(folder / item.name)
         saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
-        result = preflight(saes, setup.name, lm, params, tokens)
+        result = preflight(saes, setup.name, lm, params, contexts)
         warnings = setup.warnings + result.warnings
         manifest = make_manifest(saes)
         write_json(folder / MANIFEST, manifest)

@@ -19,6 +19,7 @@ from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import find_local, fingerprint
 from sae_research.runtime.sources import sources_fingerprint
+from sae_research.text.chat import Content, ContentsOnly, Ranges, Reader
 from sae_research.text.hub import hub_revision, stream_rows
 from sae_research.text.local import (
     as_text,
@@ -55,15 +56,20 @@ _COMPARED = 64
 
 
 class Document(NamedTuple):
-    """One text: `doc_id` is the start of its `text_hash`, `source` the file or data set it came from."""
+    """One text: `doc_id` is the start of the `text_hash` of what is compared, `source` the file or data set it came from."""
 
     text: str
     doc_id: str
     source: str
+    said: str | None = None
+    """Of a conversation: what stands in its messages, by which it is compared with others."""
+    counted: Ranges | None = None
+    """Parts of `text` whose tokens count; None for all of it."""
 
-
-Decode = Callable[[list[int]], str]
-"""Token ids to text. Raises `ValueError` for ids that are not the tokenizer's."""
+    @property
+    def compared(self) -> str:
+        """What decides its split, and is held against others to find copies."""
+        return self.text if self.said is None else self.said
 
 
 class PackagedSource(NamedTuple):
@@ -114,7 +120,7 @@ PACKAGED_SOURCES: tuple[PackagedSource, ...] = (
 )
 
 
-def documents(text: Text, split: str, decode: Decode | None = None) -> Documents:
+def documents(text: Text, split: str, reader: Reader | None = None) -> Documents:
     """The documents of one split, without duplicates, in an order that never changes.
 
     The packaged sources take turns; local files come in order of their names, hub rows as the hub streams
@@ -124,18 +130,20 @@ def documents(text: Text, split: str, decode: Decode | None = None) -> Documents
 
     Raises `UserError` at the first document asked for: no such folder, no readable file, no such column, hub
     out of reach; and at the end if the data set held no document in any split. Where the column holds lists of token
-    ids, `decode` makes text of them, so that they are split and packed as any text is.
+    ids or conversations, `reader` makes text of them, so that they are split and packed as any text is.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    return Documents(text, split, decode)
+    return Documents(text, split, reader)
 
 
 class Documents(Iterator[Document]):
     """What `documents` gives, and why there is no more of it."""
 
-    def __init__(self, text: Text, split: str, decode: Decode | None) -> None:
-        self.text, self.split, self.decode = text, split, decode
+    def __init__(self, text: Text, split: str, reader: Reader | None) -> None:
+        self.text, self.split, self.reader = text, split, reader
+        self.roles: set[str] = set()
+        """Whose messages were met so far, in any split."""
         self.near_copies = 0
         """Training documents left out so far, near copies of held-out ones."""
         self.limited = False
@@ -153,11 +161,12 @@ class Documents(Iterator[Document]):
 
     def _all(self) -> Iterator[Document]:
         seen, empty = _Seen(), True
-        for content, source in _raw_documents(self.text, self.decode):
-            digest, empty = text_hash(content), False
+        for content, source in _raw_documents(self.text, self.reader):
+            digest, empty = text_hash(content.compared), False
+            self.roles |= content.roles
             if split_of_hash(digest) == self.split and seen.add(digest):
-                kept = content[:MAX_CHARACTERS] if self.text.dataset == PACKAGED else content
-                yield Document(kept, digest[:DOC_ID_DIGITS], source)
+                kept = content.text[:MAX_CHARACTERS] if self.text.dataset == PACKAGED else content.text
+                yield Document(kept, digest[:DOC_ID_DIGITS], source, content.said, content.counted)
         if empty:
             raise UserError(
                 f"text.dataset {self.text.dataset}: the data set is empty; looked for text in column "
@@ -170,29 +179,26 @@ class Documents(Iterator[Document]):
             if characters >= self.text.held_out_characters:
                 self.limited = True
                 return
-            characters += len(document.text)
+            characters += len(document.compared)
             yield document
 
     def _apart(self) -> Iterator[Document]:
         index, found = None, self._all()
         while batch := list(islice(found, _COMPARED)):
-            index = index or _held_out_index(self.text, self.decode)  # only of text that can be read
-            near = index.near([document.text for document in batch])
+            index = index or _held_out_index(self.text, self.reader)  # only of text that can be read
+            near = index.near([document.compared for document in batch])
             self.near_copies += int(near.sum())
             yield from (document for document, is_near in zip(batch, near, strict=True) if not is_near)
 
 
-def _held_out_index(text: Text, decode: Decode | None) -> NearIndex:
-    decoded = False
+def _held_out_index(text: Text, reader: Reader | None) -> NearIndex:
+    plain = None if reader is None else ContentsOnly(reader.tokenizer, reader.roles)
+    held_out = documents(text, HELD_OUT, plain)
 
-    def noted(ids: list[int]) -> str:
-        nonlocal decoded
-        decoded = True  # the text is then the tokenizer's too, which the fingerprint does not know
-        assert decode is not None
-        return decode(ids)
+    def kept() -> bool:
+        return plain is None or not plain.decoded  # decoded text is the tokenizer's too, which the fingerprint does not know
 
-    held_out = documents(text, HELD_OUT, noted if decode else None)
-    return held_out_index(text_fingerprint(text, HELD_OUT), (document.text for document in held_out), lambda: not decoded)
+    return held_out_index(text_fingerprint(text, HELD_OUT), (document.compared for document in held_out), kept)
 
 
 class _Seen:
@@ -239,17 +245,24 @@ def text_fingerprint(text: Text, split: str) -> str:
             "split": split,
             "shares": SHARES,
             "held_out": [text.held_out_characters, *DEFINITION],
+            **({} if text.roles is None else {"roles": sorted(text.roles)}),
         }
     )
 
 
-def _raw_documents(text: Text, decode: Decode | None) -> Iterator[tuple[str, str]]:
-    """(text, source) of every candidate document, duplicates included, empty ones left out."""
+def _raw_documents(text: Text, reader: Reader | None) -> Iterator[tuple[Content, str]]:
+    """(content, source) of every candidate document, duplicates included, empty ones left out."""
     if text.dataset == PACKAGED:
-        return _packaged_documents()
+        if text.roles is not None:
+            raise UserError("text.roles: the packaged text holds no conversations; name a text.dataset that does, or null")
+        return ((Content(content), source) for content, source in _packaged_documents())
     local = _local_path(text.dataset)
-    rows = _hub_documents(text, decode) if local is None else _local_documents(local, text.column_name, decode)
-    return ((content, source) for content, source in rows if content.strip())
+    cells = _hub_cells(text) if local is None else _local_cells(local, text.column_name)
+    rows = (
+        (Content(as_text(value, where)) if reader is None else reader.read(value, where), source)
+        for value, where, source in cells
+    )
+    return ((content, source) for content, source in rows if content.compared.strip())
 
 
 def _local_path(dataset: str) -> Path | None:
@@ -295,32 +308,20 @@ def _mixing_key(content: str) -> bytes:
 # --- local and hub ---------------------------------------------------------------------------
 
 
-def _local_documents(path: Path, column: str, decode: Decode | None) -> Iterator[tuple[str, str]]:
+def _local_cells(path: Path, column: str) -> Iterator[tuple[Any, str, str]]:
+    """(value, where it stands, source) of every row."""
     root = path if path.is_dir() else path.parent
     for file in local_files(path):
         for (value,) in read_rows(file, [column]):
-            yield _content(value, f"{file}, column {column!r}", decode), file.relative_to(root).as_posix()
+            yield value, f"{file}, column {column!r}", file.relative_to(root).as_posix()
 
 
-def _hub_documents(text: Text, decode: Decode | None) -> Iterator[tuple[str, str]]:
+def _hub_cells(text: Text) -> Iterator[tuple[Any, str, str]]:
     for row in stream_rows(text.dataset):
         check_columns(f"hub data set {text.dataset!r}", [text.column_name], list(row))
         value = row[text.column_name]
         if value is not None:
-            yield _content(value, f"hub data set {text.dataset!r}, column {text.column_name!r}", decode), text.dataset
-
-
-def _content(value: Any, where: str, decode: Decode | None) -> str:
-    """The text of a row, tokenised or not. Raises `UserError` for anything else."""
-    if decode is not None and isinstance(value, list) and all(isinstance(token, int) for token in value):
-        try:
-            return decode(value)
-        except (IndexError, OverflowError, ValueError) as error:
-            raise UserError(
-                f"{where} holds token ids that are not this model's ({error}); name a column of text, or "
-                "a data set that was tokenised for it"
-            ) from None
-    return as_text(value, where)
+            yield value, f"hub data set {text.dataset!r}, column {text.column_name!r}", text.dataset
 
 
 MAX_GB = 1.0

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +25,9 @@ from sae_research.runtime.cache import cache_dir, damage, new_entry, prune, remo
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.sources import sources_fingerprint
-from sae_research.text.corpus import Decode, Document, Documents, documents
+from sae_research.text.chat import Ranges, Reader
+from sae_research.text.corpus import Document, Documents, documents
+from sae_research.text.local import listed
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SENTENCEPIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -68,6 +73,24 @@ class Contexts(NamedTuple):
     """`Document.doc_id` by index"""
     sources: list[str]
     """`Document.source` by index"""
+    counted: torch.Tensor | None = None
+    """Where tokens of `text.roles` stand, bool [n, context_size]; None where all count"""
+
+
+class _Stream(NamedTuple):
+    """Tokens one after another [n]: ids, indices of documents, and which are of messages that count."""
+
+    tokens: np.ndarray
+    docs: np.ndarray
+    counted: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Stream]) -> _Stream:
+        empty = cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool))
+        return cls(*(np.concatenate(column) for column in zip(empty, *parts, strict=True)))
+
+    def cut(self, start: int, end: int | None) -> _Stream:
+        return _Stream(*(column[start:end] for column in self))
 
 
 def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: Text, split: str, n_tokens: int) -> Contexts:
@@ -78,11 +101,12 @@ def token_contexts(tokenizer: PreTrainedTokenizerBase, separator_id: int, text: 
     many tokens there were, and whatever `corpus.documents` raises.
     """
     n_contexts, size = -(-n_tokens // text.context_size), text.context_size - 1
-    texts = documents(text, split, decoder(tokenizer))
-    tokens, docs, used = _token_stream(tokenizer, separator_id, texts, n_contexts * size)
-    if len(tokens) < n_contexts * size:
-        raise _runs_out(texts, n_tokens, len(tokens), len(used))
-    return _contexts(tokens, docs, used, separator_id, size)
+    texts = documents(text, split, Reader(tokenizer, text.roles))
+    stream, used = _token_stream(tokenizer, separator_id, texts, n_contexts * size)
+    if len(stream.tokens) < n_contexts * size:
+        raise _runs_out(texts, n_tokens, len(stream.tokens), len(used))
+    _check_roles(texts)
+    return _contexts(stream, used, separator_id, size, text.roles is not None)
 
 
 def reorder_evenly(contexts: Contexts, n: int) -> Contexts:
@@ -92,7 +116,8 @@ def reorder_evenly(contexts: Contexts, n: int) -> Contexts:
     """
     chosen = np.linspace(0, len(contexts.tokens) - 1, n).round().astype(int)
     order = np.concatenate([chosen, np.setdiff1d(np.arange(len(contexts.tokens)), chosen)])
-    return contexts._replace(tokens=contexts.tokens[order], doc_ids=contexts.doc_ids[order])
+    counted = None if contexts.counted is None else contexts.counted[order]
+    return contexts._replace(tokens=contexts.tokens[order], doc_ids=contexts.doc_ids[order], counted=counted)
 
 
 def context_chunks(
@@ -112,47 +137,32 @@ def context_chunks(
     size, wanted, made, met = text.context_size - 1, -(-n_tokens // text.context_size), 0, 0
     names: list[str] = []
     sources: list[str] = []
-    texts = documents(text, split, decoder(tokenizer))
-    held_tokens, held_docs = np.empty(0, np.int64), np.empty(0, np.int64)
+    texts = documents(text, split, Reader(tokenizer, text.roles))
+    held = _Stream.joined([])
     while made < wanted:
         rows = min(chunk_contexts, wanted - made)
-        parts = [(held_tokens, held_docs)]
-        missing = rows * size - len(held_tokens)
+        parts = [held]
+        missing = rows * size - len(held.tokens)
         while missing > 0 and (batch := list(islice(texts, TOKENIZER_BATCH))):
             for part in _encoded(tokenizer, separator_id, batch, met):
                 parts.append(part)
-                missing -= len(part[0])
+                missing -= len(part.tokens)
             met += len(batch)
             if keep_names:
                 names += [document.doc_id for document in batch]
                 sources += [document.source for document in batch]
         if len(parts) > 1:
-            held_tokens, held_docs = (np.concatenate(column) for column in zip(*parts, strict=True))
-        whole = min(len(held_tokens) // size, rows)
+            held = _Stream.joined(parts)
+        whole = min(len(held.tokens) // size, rows)
+        if not made:
+            _check_roles(texts)
         if whole:
             cut = whole * size
-            yield Contexts(
-                _pack(held_tokens[:cut], separator_id, size),
-                _pack(held_docs[:cut], SEPARATOR_DOC, size).int(),
-                names,
-                sources,
-            )
-            held_tokens, held_docs = held_tokens[cut:], held_docs[cut:]
+            yield _packed(held.cut(0, cut), separator_id, size, text.roles is not None, names, sources)
+            held = held.cut(cut, None)
             made += whole
         if whole < rows:
-            raise _runs_out(texts, n_tokens, made * size + len(held_tokens), met)
-
-
-def decoder(tokenizer: Any) -> Decode:
-    """What makes text of a tokenised data set's rows; separators and other special tokens are left out."""
-    size = len(tokenizer)
-
-    def decode(ids: list[int]) -> str:
-        if ids and not (min(ids) >= 0 and max(ids) < size):
-            raise ValueError(f"ids {min(ids)} to {max(ids)}, the vocabulary has {size}")
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    return decode
+            raise _runs_out(texts, n_tokens, made * size + len(held.tokens), met)
 
 
 def pack_documents(
@@ -160,18 +170,36 @@ def pack_documents(
 ) -> Contexts:
     """Contexts of the documents' tokens: `n_contexts`, or as many whole ones as the documents fill."""
     size = context_size - 1
-    return _contexts(*_token_stream(tokenizer, separator_id, texts, n_contexts * size), separator_id, size)
+    return _contexts(*_token_stream(tokenizer, separator_id, texts, n_contexts * size), separator_id, size, False)
 
 
-def _contexts(tokens: np.ndarray, docs: np.ndarray, used: list[Document], separator_id: int, size: int) -> Contexts:
+def _contexts(stream: _Stream, used: list[Document], separator_id: int, size: int, by_role: bool) -> Contexts:
     """Whole contexts of a stream; what is left over falls away."""
-    whole = len(tokens) // size * size
-    return Contexts(
-        _pack(tokens[:whole], separator_id, size),
-        _pack(docs[:whole], SEPARATOR_DOC, size).int(),
-        [document.doc_id for document in used],
-        [document.source for document in used],
-    )
+    whole = stream.cut(0, len(stream.tokens) // size * size)
+    names, sources = [document.doc_id for document in used], [document.source for document in used]
+    return _packed(whole, separator_id, size, by_role, names, sources)
+
+
+def _packed(stream: _Stream, separator_id: int, size: int, by_role: bool, names: list[str], sources: list[str]) -> Contexts:
+    tokens, docs = _pack(stream.tokens, separator_id, size), _pack(stream.docs, SEPARATOR_DOC, size).int()
+    return Contexts(tokens, docs, names, sources, _pack(stream.counted, False, size) if by_role else None)
+
+
+def _check_roles(texts: Documents) -> None:
+    """Raises `UserError` where none of `text.roles` occurs in what was read; says once of one among several."""
+    wanted, text = texts.text.roles or [], texts.text
+    missing = [role for role in wanted if role not in texts.roles]
+    if missing:
+        line = f"text.roles: no message of {listed(missing)} in text.dataset {text.dataset}"
+        if len(missing) == len(wanted):
+            raise UserError(f"{line}; the roles there are {listed(sorted(texts.roles), 20)}")
+        _say(f"{line} as far as it was read")
+
+
+@cache
+def _say(line: str) -> None:
+    """Once a process: a corpus is read several times."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _runs_out(texts: Documents, wanted: int, found: int, n_documents: int) -> TextRunsOut:
@@ -197,42 +225,59 @@ def _runs_out(texts: Documents, wanted: int, found: int, n_documents: int) -> Te
 
 def _token_stream(
     tokenizer: PreTrainedTokenizerBase, separator_id: int, texts: Iterator[Document], length: int
-) -> tuple[np.ndarray, np.ndarray, list[Document]]:
-    """The first `length` tokens of the stream (fewer if it ends), their document indices, the documents."""
-    tokens: list[np.ndarray] = []
-    docs: list[np.ndarray] = []
+) -> tuple[_Stream, list[Document]]:
+    """The first `length` tokens of the stream (fewer if it ends), and the documents."""
+    parts: list[_Stream] = []
     used: list[Document] = []
     total = 0
     while batch := list(islice(texts, TOKENIZER_BATCH)):
-        for document, (ids, ids_of_docs) in zip(batch, _encoded(tokenizer, separator_id, batch, len(used)), strict=True):
-            tokens.append(ids)
-            docs.append(ids_of_docs)
+        for document, part in zip(batch, _encoded(tokenizer, separator_id, batch, len(used)), strict=True):
+            parts.append(part)
             used.append(document)
-            total += len(ids)
+            total += len(part.tokens)
             if total >= length:
-                return np.concatenate(tokens)[:length], np.concatenate(docs)[:length], used
-    empty = np.empty(0, np.int64)
-    return np.concatenate([empty, *tokens]), np.concatenate([empty, *docs]), used
+                return _Stream.joined(parts).cut(0, length), used
+    return _Stream.joined(parts), used
 
 
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, separator_id: int, batch: list[Document], first: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, document indices) of documents numbered from `first` on, each but document 0 led by a separator."""
+def _encoded(tokenizer: PreTrainedTokenizerBase, separator_id: int, batch: list[Document], first: int) -> Iterator[_Stream]:
+    """The tokens of documents numbered from `first` on, each but document 0 led by a separator."""
+    by_role = any(document.counted is not None for document in batch)
+    if by_role and not tokenizer.is_fast:
+        raise UserError(f"text.roles: {type(tokenizer).__name__} does not say where in a text its tokens stand; set null")
     encoded = tokenizer(
-        [document.text for document in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    for number, ids in enumerate(encoded, first):
+        [document.text for document in batch],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=by_role,
+        verbose=False,
+    )
+    places: list[Any] = encoded["offset_mapping"] if by_role else [()] * len(batch)
+    for number, (document, ids, where) in enumerate(zip(batch, encoded["input_ids"], places, strict=True), first):
+        counted = np.ones(len(ids), bool) if document.counted is None else _inside(where, document.counted)
+        own = 1 if document.said is not None and ids[:1] == [separator_id] else 0  # a template's own BOS is the separator
         lead = [separator_id] if number else []
-        docs = np.full(len(lead) + len(ids), number, np.int64)
+        docs = np.full(len(lead) + len(ids) - own, number, np.int64)
         docs[: len(lead)] = SEPARATOR_DOC
-        yield np.asarray([*lead, *ids], np.int64), docs
+        yield _Stream(
+            np.asarray([*lead, *ids[own:]], np.int64), docs, np.concatenate([np.zeros(len(lead), bool), counted[own:]])
+        )
+
+
+def _inside(places: Sequence[tuple[int, int]], ranges: Ranges) -> np.ndarray:
+    """Which tokens, standing at characters `places` [n], lie inside one of the ranges with all they hold. bool [n]"""
+    at = np.asarray(places, np.int64).reshape(-1, 2)
+    bounds = np.asarray(ranges, np.int64).reshape(-1, 2)
+    if not len(bounds):
+        return np.zeros(len(at), bool)
+    last = np.searchsorted(bounds[:, 0], at[:, 0], side="right") - 1
+    return (last >= 0) & (at[:, 1] <= bounds[last, 1]) & (at[:, 1] > at[:, 0])
 
 
 def _pack(stream: np.ndarray, first: int, size: int) -> torch.Tensor:
     """[n * size] -> [n, size + 1], with `first` in front of every row."""
     rows = stream.reshape(len(stream) // size, size)
-    return torch.from_numpy(np.concatenate([np.full((len(rows), 1), first, np.int64), rows], axis=1))
+    return torch.from_numpy(np.concatenate([np.full((len(rows), 1), first, stream.dtype), rows], axis=1))
 
 
 IN_MEMORY_TOKENS = 2**20
@@ -240,18 +285,20 @@ IN_MEMORY_TOKENS = 2**20
 CHUNK_TOKENS = 2**16
 """Tokens made, written or hashed at a time."""
 _ID = np.dtype("<i4")
-_FILE = "tokens.int32"
+_BOOL = np.dtype(bool)
+_FILE, _COUNTED_FILE = "tokens.int32", "counted.bool"
 
 
 class StoredContexts:
-    """The first `n` contexts [n, context_size] of token ids in a file, for whoever reads a tensor of them in slices:
-    `shape`, `len`, `numel()` and `contexts[start:end]`, an int64 tensor. Every slice is read afresh; what was read of a
-    mapped file would stay resident."""
+    """The first `n` contexts [n, context_size] of token ids in a file, or of which count, for whoever reads a tensor of them
+    in slices: `shape`, `len`, `numel()` and `contexts[start:end]`, an int64 or bool tensor. Every slice is read afresh; what
+    was read of a mapped file would stay resident."""
 
-    def __init__(self, path: Path, n: int, context_size: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, n: int, context_size: int, stored: np.dtype = _ID) -> None:
+        self.path, self.stored = path, stored
         self._file = path.open("rb", buffering=0)  # can be read on when the cache drops the file
         self.shape = torch.Size([n, context_size])
+        self._stored, self._given = stored, np.dtype(np.int64) if stored == _ID else stored
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -263,14 +310,23 @@ class StoredContexts:
         start, stop, step = rows.indices(len(self))
         if step != 1:
             raise ValueError("stored contexts are read in slices of neighbours")
-        row_bytes = self.shape[1] * _ID.itemsize
+        row_bytes = self.shape[1] * self._stored.itemsize
         wanted, read = max(0, stop - start) * row_bytes, bytearray()
         while len(read) < wanted:
             part = os.pread(self._file.fileno(), wanted - len(read), start * row_bytes + len(read))
             if not part:
                 raise UserError(f"{self._file.name} is shorter than it was when it was opened; start again")
             read += part
-        return torch.from_numpy(np.frombuffer(read, _ID).astype(np.int64).reshape(-1, self.shape[1]))
+        return torch.from_numpy(np.frombuffer(read, self._stored).astype(self._given).reshape(-1, self.shape[1]))
+
+
+class LongContexts(NamedTuple):
+    """Contexts of one split, in memory or in files."""
+
+    tokens: torch.Tensor | StoredContexts
+    """Ids [n, context_size]"""
+    counted: torch.Tensor | StoredContexts | None = None
+    """As `Contexts.counted`"""
 
 
 def contexts_sha256(contexts: torch.Tensor | StoredContexts) -> str:
@@ -290,15 +346,16 @@ def long_contexts(
     n_tokens: int,
     text_fingerprint: str,
     max_gb: float,
-) -> torch.Tensor | StoredContexts:
-    """The tokens of `stream.token_contexts`, in memory that does not grow with `n_tokens`: above `IN_MEMORY_TOKENS` they
+) -> LongContexts:
+    """The contexts of `token_contexts`, in memory that does not grow with `n_tokens`: above `IN_MEMORY_TOKENS` they
     are written to `.cache/tokens/` bit by bit. Later calls read that file, also those that want fewer of them.
 
     text_fingerprint: of `corpus.text_fingerprint`. max_gb: size limit of the folder; the least recently used go first.
     Raises as `token_contexts` does, and `OSError` on a full disk.
     """
     if n_tokens <= IN_MEMORY_TOKENS:
-        return token_contexts(tokenizer, separator_id, text, split, n_tokens).tokens
+        contexts = token_contexts(tokenizer, separator_id, text, split, n_tokens)
+        return LongContexts(contexts.tokens, contexts.counted)
     folder, n = cache_dir("tokens"), -(-n_tokens // text.context_size)
     key = fingerprint(
         [
@@ -310,14 +367,19 @@ def long_contexts(
         ]
     )[:32]
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{key}-*")}
-    row_bytes = text.context_size * _ID.itemsize
+    files = {_FILE: _ID} if text.roles is None else {_FILE: _ID, _COUNTED_FILE: _BOOL}
+
+    def stored(entry: Path) -> LongContexts:
+        return LongContexts(*(StoredContexts(entry / name, n, text.context_size, kind) for name, kind in files.items()))
+
     for longer in sorted(found):
-        if longer >= n and usable(found[longer], {_FILE: longer * row_bytes}):
-            return StoredContexts(found[longer] / _FILE, n, text.context_size)
+        sizes = {name: longer * text.context_size * kind.itemsize for name, kind in files.items()}
+        if longer >= n and usable(found[longer], sizes):
+            return stored(found[longer])
     entry, rows = folder / f"{key}-{n}", max(1, CHUNK_TOKENS // text.context_size)
     with new_entry(entry) as temporary:
         _write(
-            temporary / _FILE,
+            temporary,
             context_chunks(tokenizer, separator_id, text, split, n_tokens, rows, keep_names=False),
             n_tokens,
         )
@@ -325,23 +387,31 @@ def long_contexts(
         if length < n or damage(other) is not None:
             remove_unheld(other)
     prune(folder, max_gb, keep=[entry])
-    return StoredContexts(entry / _FILE, n, text.context_size)
+    return stored(entry)
 
 
-def _write(path: Path, chunks: Iterable[Contexts], n_tokens: int) -> None:
-    """Write a file with a progress bar."""
+def _write(folder: Path, chunks: Iterable[Contexts], n_tokens: int) -> None:
+    """Write the files of an entry with a progress bar."""
     with (
-        path.open("wb") as file,
+        ExitStack() as stack,
         tqdm(desc="tokens", total=n_tokens, unit="tok", unit_scale=True, mininterval=1, dynamic_ncols=True) as bar,
     ):
+        files: dict[str, IO[bytes]] = {}
         for chunk in chunks:
-            file.write(chunk.tokens.numpy().astype(_ID))
+            columns = {_FILE: chunk.tokens.numpy().astype(_ID)}
+            if chunk.counted is not None:
+                columns[_COUNTED_FILE] = chunk.counted.numpy()
+            for name, column in columns.items():
+                file = files.get(name) or files.setdefault(name, stack.enter_context((folder / name).open("wb")))
+                file.write(column)
             bar.update(chunk.tokens.numel())
-        file.flush()
-        os.fsync(file.fileno())
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What decides which ids a tokenizer makes of a text."""
+    """What decides which ids a tokenizer makes of a text or a conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return [type(tokenizer).__name__, tokenizer.get_vocab() if backend is None else backend.to_str()]
+    template = getattr(tokenizer, "chat_template", None)
+    return [type(tokenizer).__name__, template, tokenizer.get_vocab() if backend is None else backend.to_str()]

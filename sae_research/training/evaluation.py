@@ -22,7 +22,7 @@ from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.files import sae_lens_lacks
 from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums
 from sae_research.stats.reconstruction import ReconstructionStats, density_histogram
-from sae_research.text.tokens import token_contexts
+from sae_research.text.tokens import Contexts, token_contexts
 from sae_research.training import diagnose
 from sae_research.training.diagnose import CurvePoint, Finding, TrainingSummary
 from sae_research.training.stream import ActivationStream, pca_variance_explained
@@ -57,14 +57,15 @@ class HeldOut(NamedTuple):
         return self.acts[hook][self.mask[hook]].float()
 
 
-def read_held_out(lm: LanguageModel, params: Params, tokens: Tensor, median_norms: dict[str, float]) -> HeldOut:
-    """The held-out contexts `tokens` [n, context_size] at each hook of `median_norms`, which are those of training.
+def read_held_out(lm: LanguageModel, params: Params, contexts: Contexts, median_norms: dict[str, float]) -> HeldOut:
+    """The held-out contexts at each hook of `median_norms`, which are those of training.
 
     Raises `UserError` when no token of them counts.
     """
+    tokens, counted = contexts.tokens, contexts.counted
     pools = collect_hooks(lm, list(median_norms), tokens, params.model.llm_batch_size, params.activation_caching)
     acts = {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
-    mask = {hook: token_mask(lm, tokens, acts[hook], params.token_mask, median_norms[hook]) for hook in acts}
+    mask = {hook: token_mask(lm, tokens, acts[hook], params.token_mask, median_norms[hook], counted) for hook in acts}
     if not all(part.any() for part in mask.values()):
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
     return HeldOut(tokens, acts, mask)
@@ -94,7 +95,7 @@ def evaluate(
     in_training: Sequence[TrainingSAE],
     saes: dict[str, SparseAutoencoder],
     stream: ActivationStream,
-    held_out_contexts: Tensor,
+    held_out_contexts: Contexts,
     lm: LanguageModel,
     params: Params,
 ) -> Results:

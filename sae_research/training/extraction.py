@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.config.params import Params, check_params
-from sae_research.lm import LanguageModel, load_language_model, pick_device
+from sae_research.lm import LanguageModel, load_configured, pick_device
 from sae_research.lm.activations import collect_hooks, entry_names
 from sae_research.runtime.cache import CHECKSUMS, intact, new_entry
 from sae_research.runtime.errors import UserError
@@ -68,14 +68,14 @@ class Extraction(NamedTuple):
 def prepare(params: Params, hooks: Sequence[str]) -> Extraction:
     """Load the model and tokenise the training text. Raises `UserError` for a hook the model lacks."""
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_language_model(params.model.name, params.model.device, dtype)
+    lm = load_configured(params.model, dtype=dtype)
     for hook in hooks:
         lm.d_in(hook)
     text = text_fingerprint(params.text, "sae_train")
     contexts = long_contexts(
         lm.tokenizer, lm.separator_id, params.text, "sae_train", params.train.tokens, text, params.activation_caching.max_gb
     )
-    return Extraction(lm, contexts, list(hooks), chunk_contexts(params, params.text.context_size))
+    return Extraction(lm, contexts.tokens, list(hooks), chunk_contexts(params, params.text.context_size))
 
 
 def extract(params: Params, hooks: Sequence[str], output: Path, max_gb: float) -> Path:

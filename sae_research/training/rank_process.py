@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sae_research.config.params import Params
-from sae_research.lm import load_language_model
+from sae_research.lm import load_configured
 from sae_research.runtime.errors import UserError, environment_line
 from sae_research.training.checkpoints import ProgressFile, progress_path
 from sae_research.training.group import HOST, LOST, TIMEOUT, Group, RankLost, ready, tell_failure
@@ -71,7 +71,7 @@ def _train(task: dict[str, Any], store: torch.distributed.Store) -> None:
     device = device_of_rank(task["kind"], rank)
     if task["kind"] == "cuda":
         torch.cuda.set_device(rank)
-    lm = load_language_model(params.model.name, device, task["dtype"])
+    lm = load_configured(params.model.model_copy(update={"device": device}), dtype=task["dtype"])
     store.set(ready(rank), "")
     group = Group(store, rank, task["size"], torch.device(device))
     session = open_session(lm, shared_contexts(group, None), params, group)

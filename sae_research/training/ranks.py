@@ -11,13 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, pick_device
 from sae_research.runtime.errors import UserError
-from sae_research.text.tokens import StoredContexts
+from sae_research.text.tokens import LongContexts, StoredContexts
 from sae_research.training.group import Group, OtherRanks
 from sae_research.training.loop import row_is_due
 from sae_research.training.peers import STOP
@@ -29,7 +30,8 @@ def number_of_ranks(params: Params) -> int:
     """Processes that train. Raises `UserError` where there cannot be as many as `cluster.train_ranks` says."""
     asked, train = params.cluster.train_ranks, params.train
     devices = [pick_device(params.model.device), pick_device(train.device or params.model.device)]
-    kind, free = devices[0].type, devices[0] == devices[1] and devices[0].index is None
+    kind, spread = devices[0].type, devices[0].type == "cuda" and params.model.placement == "auto"
+    free = devices[0] == devices[1] and devices[0].index is None and not spread
     if params.model.device == "auto" and devices[0].index is not None:  # a sweep gave this run one of the GPUs
         return 1
     if asked is None:
@@ -38,8 +40,8 @@ def number_of_ranks(params: Params) -> int:
         return 1
     if not free:
         raise UserError(
-            f"cluster.train_ranks: {asked} ranks have a device each, for the model and their SAEs; set train.device: null "
-            "and a model.device without a number, or cluster.train_ranks: 1"
+            f"cluster.train_ranks: {asked} ranks have a device each, for the model and their SAEs; set train.device: null, "
+            "model.placement: one and a model.device without a number, or cluster.train_ranks: 1"
         )
     if kind == "mps" or (kind == "cuda" and asked > torch.cuda.device_count()):
         count = torch.cuda.device_count() if kind == "cuda" else 1
@@ -68,22 +70,26 @@ def owners(params: Params, size: int) -> dict[str, int]:
     return found
 
 
-def shared_contexts(group: Group, tokens: Tensor | StoredContexts | None) -> Tensor | StoredContexts:
-    """Rank 0's contexts [n, context_size], in all: read from the same file where they are in one."""
-    if isinstance(tokens, StoredContexts):
-        group.share({"path": str(tokens.path), "shape": list(tokens.shape)})
-        return tokens
-    about, tensors = group.share(None, {} if tokens is None else {"tokens": tokens})
-    return tensors["tokens"] if about is None else StoredContexts(Path(about["path"]), *about["shape"])
+def shared_contexts(group: Group, contexts: LongContexts | None) -> LongContexts:
+    """Rank 0's contexts, in all ranks: read from the same files where they are in some."""
+    if contexts is not None and isinstance(contexts.tokens, StoredContexts):
+        files = [part for part in contexts if isinstance(part, StoredContexts)]
+        group.share([[str(file.path), list(file.shape), file.stored.str] for file in files])
+        return contexts
+    mine = {} if contexts is None else {key: part for key, part in contexts._asdict().items() if isinstance(part, Tensor)}
+    about, tensors = group.share(None, mine)
+    if about is None:
+        return LongContexts(tensors["tokens"], tensors.get("counted"))
+    return LongContexts(*(StoredContexts(Path(path), *shape, np.dtype(stored)) for path, shape, stored in about))
 
 
 class SharedStream(ActivationStream):
     """The stream of `ActivationStream`, whose chunks the ranks read in turn."""
 
     def __init__(
-        self, lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params, device: torch.device, group: Group
+        self, lm: LanguageModel, contexts: LongContexts, params: Params, device: torch.device, group: Group
     ) -> None:
-        super().__init__(lm, tokens, params, device)
+        super().__init__(lm, contexts.tokens, params, device, contexts.counted)
         self.group = group
         for buffer in self.buffers.values():
             buffer.follow_pca = group.number == 0
@@ -108,8 +114,8 @@ class SharedStream(ActivationStream):
         own = chunk // self.group.size * self.group.size + self.group.number
         if not chunk <= own < self.n_chunks or (self._own is not None and self._own[0] == own):
             return {}
-        acts, tokens = super().read(own), self._chunk_tokens(own)
-        rows = {hook: buffer.counted(tokens, acts[hook]) for hook, buffer in self.buffers.items()}
+        acts, tokens, of_roles = super().read(own), self._chunk_tokens(own), self._chunk_counted(own)
+        rows = {hook: buffer.counted(tokens, acts[hook], of_roles) for hook, buffer in self.buffers.items()}
         self._own = own, rows
         return rows
 

@@ -13,7 +13,7 @@ from sae_research.config.params import Params, Train
 from sae_research.config.training import SAERecipe
 from sae_research.lm import LanguageModel, pick_device
 from sae_research.runtime.sources import sources_fingerprint
-from sae_research.text.tokens import StoredContexts, contexts_sha256
+from sae_research.text.tokens import LongContexts, StoredContexts, contexts_sha256
 from sae_research.training.checkpoints import Checkpoint, load_checkpoint, run_folder, save_checkpoint
 from sae_research.training.group import Group
 from sae_research.training.peers import Alone, Peers
@@ -48,27 +48,27 @@ class Session:
         save_checkpoint(self.folder, Checkpoint(step, self.identity, state, everything))
 
 
-def open_session(lm: LanguageModel, tokens: Tensor | StoredContexts, params: Params, group: Group | None = None) -> Session:
+def open_session(lm: LanguageModel, contexts: LongContexts, params: Params, group: Group | None = None) -> Session:
     """Start a run, or go on from its last good checkpoint, bit for bit where the device computes so. With a `group` every
     rank calls this.
 
-    tokens: contexts [n, context_size]. A checkpoint that was made with other weights, text or code is not used, and a
-    line says so. It may be of another number of ranks.
+    A checkpoint that was made with other weights, text or code is not used, and a line says so. It may be of another
+    number of ranks.
     """
     device = lm.device if params.train.device is None or group is not None else pick_device(params.train.device)
     train = _train_settings(params, device)
     folder = run_folder(params)
     if group is None or group.number == 0:
-        identity = _identity(lm, tokens, device, train.precision)
+        identity = _identity(lm, contexts.tokens, device, train.precision)
         checkpoint = load_checkpoint(folder, identity)
     else:
         identity, checkpoint = {}, None
     if group is None:
-        stream = ActivationStream(lm, tokens, params, device)
+        stream = ActivationStream(lm, contexts.tokens, params, device, contexts.counted)
         saes = [_new_sae(name, train, stream, device) for name in params.train.saes]
         peers: Peers = Alone()
     else:
-        stream = SharedStream(lm, tokens, params, device, group)
+        stream = SharedStream(lm, contexts, params, device, group)
         owner = owners(params, group.size)
         saes = [
             _new_sae(name, train, stream, device if owner[name] == group.number else torch.device("cpu"))

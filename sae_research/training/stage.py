@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask, check_sizes
-from sae_research.lm import LanguageModel, load_language_model, pick_device, token_mask
+from sae_research.lm import LanguageModel, load_configured, pick_device, token_mask
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.runtime.files import (
@@ -31,7 +30,7 @@ from sae_research.runtime.files import (
 from sae_research.runtime.formatting import gigabytes, tsv_text
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.text.corpus import text_fingerprint
-from sae_research.text.tokens import TextRunsOut, long_contexts, token_contexts
+from sae_research.text.tokens import Contexts, TextRunsOut, long_contexts, token_contexts
 from sae_research.training import rank_process
 from sae_research.training.checkpoints import (
     ProgressFile,
@@ -118,11 +117,11 @@ def _train(
     others: OtherRanks | None,
 ) -> Report:
     dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_language_model(params.model.name, params.model.device, dtype)
+    lm = load_configured(params.model, dtype=dtype)
     if compared:
         check_comparison(params, lm)
     check_room(params, lm, output)
-    held_out = held_out_tokens(params, lm)
+    held_out = held_out_contexts(params, lm)
     text = text_fingerprint(params.text, TRAIN_SPLIT)
     contexts = long_contexts(
         lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
@@ -268,19 +267,16 @@ def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
         )
 
 
-def held_out_tokens(params: Params, lm: LanguageModel) -> Tensor:
-    """The held-out contexts [n, context_size] that SAEs will be measured on. Raises `UserError` where the text does not
-    give them."""
+def held_out_contexts(params: Params, lm: LanguageModel) -> Contexts:
+    """The held-out contexts that SAEs will be measured on. Raises `UserError` where the text does not give them."""
     try:
-        tokens = token_contexts(
-            lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens
-        ).tokens
+        contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, HELD_OUT_SPLIT, params.train.held_out_tokens)
     except TextRunsOut as error:
         raise UserError(f"train.held_out_tokens: {error}") from None
     without_norms = TokenMask(drop_first_position=params.token_mask.drop_first_position, outlier_norm_multiple=None)
-    if not token_mask(lm, tokens, torch.empty(0), without_norms).any():
+    if not token_mask(lm, contexts.tokens, torch.empty(0), without_norms, counted=contexts.counted).any():
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
-    return tokens
+    return contexts
 
 
 # --- export ----------------------------------------------------------------------------------

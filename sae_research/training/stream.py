@@ -223,16 +223,17 @@ class HookBuffer:
         """Counted tokens of the whole run, as far as can be told by now."""
         return self.rows_read + self.fraction_kept * (self.n_tokens - self.tokens_read)
 
-    def calibrate(self, tokens: Tensor, acts: Tensor) -> Tensor:
-        """Measure on the first chunk; returns its counted activations, normalised [n, d_in], to start SAEs from.
+    def calibrate(self, tokens: Tensor, acts: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Measure on the first chunk, of which `counted` as in `feed`; returns its counted activations, normalised
+        [n, d_in], to start SAEs from.
 
         Raises `UserError` when no token counts or the hook gives zeros there.
         """
         tokens = tokens.to(acts.device)
-        if not token_mask(self.lm, tokens, acts, TokenMask(outlier_norm_multiple=None)).any():
+        if not token_mask(self.lm, tokens, acts, TokenMask(outlier_norm_multiple=None), counted=counted).any():
             raise UserError("train.tokens: no token of the first contexts counts; give more text or longer contexts")
-        median = median_activation_norm(self.lm, tokens, acts)
-        rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, median)].to(self.device).float()
+        median = median_activation_norm(self.lm, tokens, acts, counted)
+        rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, median, counted)].to(self.device).float()
         mean_square = float(rows.square().sum(1).mean())
         if not 0 < mean_square < float("inf"):
             raise UserError(
@@ -243,14 +244,15 @@ class HookBuffer:
         self.calibration = Calibration(median, scale, float(rows.norm(dim=1).mean()))
         return rows * scale
 
-    def feed(self, tokens: Tensor, acts: Tensor) -> None:
-        """Take in a chunk: tokens [n, context_size], activations [n, context_size, d_in] in the model's units."""
-        self.take(tokens.numel(), self.counted(tokens, acts))
+    def feed(self, tokens: Tensor, acts: Tensor, of_roles: Tensor | None = None) -> None:
+        """Take in a chunk: tokens [n, context_size], activations [n, context_size, d_in] in the model's units, and where
+        tokens of `text.roles` stand, bool [n, context_size]; None: everywhere."""
+        self.take(tokens.numel(), self.counted(tokens, acts, of_roles))
 
-    def counted(self, tokens: Tensor, acts: Tensor) -> Tensor:
+    def counted(self, tokens: Tensor, acts: Tensor, of_roles: Tensor | None = None) -> Tensor:
         """Activations of the tokens that count [rows, d_in], of a chunk as in `feed`. Changes nothing here."""
         tokens = tokens.to(acts.device)
-        return acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm)]
+        return acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm, of_roles)]
 
     def take(self, n_tokens: int, rows: Tensor) -> None:
         """Take in a chunk of `n_tokens` whose counted activations are `rows`."""
@@ -324,8 +326,8 @@ class HookBuffer:
 class ActivationStream:
     """Chunks of text through one pass of the language model into a buffer for every hook.
 
-    tokens: contexts [n, context_size]. Call `calibrate` or `restore` first; then, for each chunk of `chunks_left`,
-    `read` and `feed`, and serve `rounds` before the first, after each, and after `finish`.
+    tokens: contexts [n, context_size]; counted: as `Contexts.counted`. Call `calibrate` or `restore` first; then, for each
+    chunk of `chunks_left`, `read` and `feed`, and serve `rounds` before the first, after each, and after `finish`.
     """
 
     def __init__(
@@ -334,8 +336,9 @@ class ActivationStream:
         tokens: Tensor | StoredContexts,
         params: Params,
         device: torch.device | None = None,
+        counted: Tensor | StoredContexts | None = None,
     ) -> None:
-        self.lm, self.tokens, self.params = lm, tokens, params
+        self.lm, self.tokens, self.params, self.counted = lm, tokens, params, counted
         # "cuda" by its number, as tensors call it
         self.device = lm.device if device is None else torch.empty(0, device=device).device
         self.chunk_contexts = chunk_contexts(params, tokens.shape[1])
@@ -370,8 +373,8 @@ class ActivationStream:
 
     def calibrate(self) -> dict[str, Tensor]:
         """Read the first chunk and measure every hook on it; returns normalised rows [n, d_in] by hook."""
-        tokens, self._first = self._chunk_tokens(0), self._collect(0)
-        return {hook: buffer.calibrate(tokens, self._first[hook]) for hook, buffer in self.buffers.items()}
+        tokens, counted, self._first = self._chunk_tokens(0), self._chunk_counted(0), self._collect(0)
+        return {hook: buffer.calibrate(tokens, self._first[hook], counted) for hook, buffer in self.buffers.items()}
 
     def read(self, chunk: int) -> dict[str, Tensor]:
         """Activations of a chunk by hook [n, context_size, d_in], from the cache or the model: on a CPU's memory, or on the
@@ -393,8 +396,9 @@ class ActivationStream:
 
     def feed(self, acts: dict[str, Tensor]) -> None:
         """Take in what `read` gave of the next chunk."""
+        tokens, counted = self._chunk_tokens(self.next_chunk), self._chunk_counted(self.next_chunk)
         for hook, buffer in self.buffers.items():
-            buffer.feed(self._chunk_tokens(self.next_chunk), acts[hook])
+            buffer.feed(tokens, acts[hook], counted)
         self.next_chunk += 1
         self._first = None
 
@@ -421,6 +425,11 @@ class ActivationStream:
 
     def _chunk_tokens(self, chunk: int) -> Tensor:
         return self.tokens[chunk * self.chunk_contexts : (chunk + 1) * self.chunk_contexts]
+
+    def _chunk_counted(self, chunk: int) -> Tensor | None:
+        if self.counted is None:
+            return None
+        return self.counted[chunk * self.chunk_contexts : (chunk + 1) * self.chunk_contexts]
 
     # --- checkpoints ---
 

@@ -16,6 +16,7 @@ from sae_research.config.params import Text
 from sae_research.config.transfer import OwnFinetune
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.lm.hooks import find_layers, parse_hook
+from sae_research.lm.placement import in_parts, whole_state
 from sae_research.runtime.cache import cache_dir, new_entry, prune, usable
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import file_sha256, fingerprint, write_json
@@ -60,7 +61,7 @@ def finetuned_model(
 
 
 def _make(base: LanguageModel, config: OwnFinetune, text: Text, hook: str, seed: int, folder: Path) -> None:
-    model = copy.deepcopy(base.model)
+    model = _copy(base)
     train(model, _rows(base, config, text), config, _trained_layers(hook), seed)
     with new_entry(folder) as temporary:
         model.save_pretrained(temporary)
@@ -124,11 +125,21 @@ def train(model: Any, rows: Iterator[list[int]], config: OwnFinetune, n_layers: 
     return losses
 
 
+def _copy(base: LanguageModel) -> Any:
+    """The model's own weights to change. Raises `UserError` where they are in parts or quantised."""
+    if in_parts(base.model) or getattr(base.model, "is_quantized", False):
+        raise UserError(
+            "transfer: weights are changed on one device and as they were stored: name a transfer.finetuned_model, or set "
+            "model.placement: one and model.quantization: null"
+        )
+    return copy.deepcopy(base.model)
+
+
 @torch.no_grad()
 def perturbed_model(base: LanguageModel, noise: float, hook: str, seed: int) -> LanguageModel:
     """The base model with Gaussian noise on every matrix of the layers up to the hook, `noise` times the matrix's own
     standard deviation: a model that an SAE of the base model should not serve."""
-    model = copy.deepcopy(base.model)
+    model = _copy(base)
     generator = torch.Generator().manual_seed(seed)
     for layer in find_layers(model, base.n_layers)[: _trained_layers(hook)]:
         for parameter in layer.parameters():
@@ -138,13 +149,18 @@ def perturbed_model(base: LanguageModel, noise: float, hook: str, seed: int) -> 
     return LanguageModel(model, base.tokenizer, f"{base.name} + noise", fingerprint([base.fingerprint, noise, hook, seed]))
 
 
+def _parameters(lm: LanguageModel) -> dict[str, Tensor]:
+    state = whole_state(lm.model)
+    return {name: state[name] for name, _ in lm.model.named_parameters()}
+
+
 @torch.no_grad()
 def weights_moved(base: LanguageModel, other: LanguageModel) -> dict[str, Any]:
     """How far weights moved: |W' - W| / |W| over all tensors of one shape together, by layer, and which did not fit.
 
     Resized embeddings are compared over the rows that both have.
     """
-    ours, theirs = dict(base.model.named_parameters()), dict(other.model.named_parameters())
+    ours, theirs = _parameters(base), _parameters(other)
     by_group: dict[str, list[float]] = {}
     changed, total, other_shape = 0, 0, []
     for name in sorted(ours.keys() & theirs.keys()):

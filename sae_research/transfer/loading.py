@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_research.config.params import Params, Text, TokenMask
 from sae_research.config.transfer import Transfer, TransferSAE
-from sae_research.lm import LanguageModel, load_language_model, token_mask
+from sae_research.lm import LanguageModel, load_configured, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint, round_significant, write_json, write_text
 from sae_research.runtime.formatting import tsv_text
@@ -271,7 +271,7 @@ def load(params: Params, stage: StageFolder) -> Models:
 
 def _model(name: str, params: Params, key: str) -> LanguageModel:
     try:
-        return load_language_model(name, params.model.device, params.model.torch_dtype)
+        return load_configured(params.model, name)
     except UserError as error:
         raise UserError(str(error).replace("model.name", f"transfer.{key}", 1)) from None
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from sae_research.config.params import Text
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
+from sae_research.text.chat import Reader
 from sae_research.text.corpus import Document, documents
-from sae_research.text.tokens import decoder
 
 SPLIT = "core_eval"
 HEAD_DOCUMENTS = 512
@@ -112,7 +112,7 @@ def _head(text: Text, split: str, kind: str | None, tokenizer: Any) -> tuple[Doc
 
 
 def _stream(text: Text, split: str, kind: str | None, tokenizer: Any) -> Iterator[Document]:
-    return (document for document in documents(text, split, decoder(tokenizer)) if kind is None or document.source == kind)
+    return (document for document in documents(text, split, Reader(tokenizer)) if kind is None or document.source == kind)
 
 
 # --- one tokenizer for both ------------------------------------------------------------------
@@ -124,6 +124,8 @@ def contexts(tokenizer: Any, separator_id: int, texts: Iterable[Document], size:
     first = True
     for document in texts:
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if document.said is not None and ids[:1] == [separator_id]:  # a chat template's own BOS
+            ids = ids[1:]
         held += ids if first else [separator_id, *ids]
         first = False
         start = 0

@@ -83,7 +83,7 @@ def test_the_check_needs_no_torch() -> None:
 
 def test_setup_refuses_before_it_computes(project: Path, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "load_language_model", lambda *_: pytest.fail("loaded a model"))
+        patch.setattr(stage, "load_configured", lambda *_: pytest.fail("loaded a model"))
         with pytest.raises(UserError, match="sparse_probing.dataset_names: task ./gone.csv: no such file"):
             run_setup(make_params(sparse_probing={"dataset_names": ["./gone.csv"]}))
     monkeypatch.setattr(stage, "preflight", lambda *_: pytest.fail("computed"))

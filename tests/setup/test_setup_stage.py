@@ -16,7 +16,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 from sae_research.setup import run_setup
-from sae_research.setup.checks import preflight, preflight_tokens
+from sae_research.setup.checks import preflight, preflight_contexts
 from tests.helpers.tiny_saes import D_IN, D_SAE, HOOK, tiny_sae
 
 ORDER = [
@@ -261,8 +261,8 @@ def test_a_comparison_that_fails_is_a_warning_the_baseline_is_not(project: Path,
     )
     bad = tiny_sae(seed=1)
     bad.b_enc.fill_(torch.nan)
-    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params, preflight_tokens(lm, params))
+    found = preflight({"good": tiny_sae(), "bad": bad}, "good", lm, params, preflight_contexts(lm, params))
     assert "NaN" in found.report["saes"]["bad"]["failed"] and found.report["saes"]["good"]["l0"] > 0
     assert any(line.startswith("bad fails, and evaluations will skip it") for line in found.warnings)
     with pytest.raises(UserError, match="the baseline bad fails: .*NaN"):
-        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params, preflight_tokens(lm, params))
+        preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params, preflight_contexts(lm, params))

@@ -41,7 +41,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Text:
 
 
 def contexts(tokenizer: PreTrainedTokenizerFast, text: Text, n_tokens: int, max_gb: float = 1.0):
-    return long_contexts(tokenizer, SEPARATOR, text, SPLIT, n_tokens, corpus.text_fingerprint(text, SPLIT), max_gb)
+    fingerprint = corpus.text_fingerprint(text, SPLIT)
+    return long_contexts(tokenizer, SEPARATOR, text, SPLIT, n_tokens, fingerprint, max_gb).tokens
 
 
 def cached(tmp_path: Path) -> list[Path]:

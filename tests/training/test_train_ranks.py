@@ -156,6 +156,7 @@ def test_how_many_ranks(device, train_device, asked, address, found, make_params
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     params = changed(make_params(device=train_device), "model", device=device)
     params = changed(params, "cluster", train_ranks=asked, address=address)
+    assert device == "cpu" or asked or ranks.number_of_ranks(changed(params, "model", placement="auto")) == 1
     monkeypatch.setenv("SAE_RESEARCH_DEVICE", "cuda:2")  # as in a sweep, whose runs have one each
     assert device != "auto" or ranks.number_of_ranks(params) == 1
     monkeypatch.delenv("SAE_RESEARCH_DEVICE")
@@ -205,11 +206,11 @@ def test_what_another_rank_meets_is_said_as_in_one_process(make_params, tmp_path
         patch.setattr(Standard, "compute", large)
         stage.train(params, tmp_path / "out")
 
-    def lacking(name, device, dtype):
+    def lacking(model, dtype):
         raise UserError("no such model")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="^no such model$"):
-        patch.setattr(rank_process, "load_language_model", lacking)
+        patch.setattr(rank_process, "load_configured", lacking)
         stage.train(params, tmp_path / "out")
     assert all(rank.returncode is not None for rank in forked)
 

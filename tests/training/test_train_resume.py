@@ -154,10 +154,10 @@ def test_a_damaged_checkpoint_is_said_to_be_and_the_run_starts_afresh(halfway, t
 
 
 def test_an_interrupted_start_says_what_is_there_already(halfway, make_params, tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(stage, "load_language_model", stop)
+    monkeypatch.setattr(stage, "load_configured", stop)
     with pytest.raises(Interrupted, match="step 30 is kept"):
         stage.train(halfway, tmp_path / "out")
     with pytest.raises(Interrupted, match="before the first step: nothing to keep"):

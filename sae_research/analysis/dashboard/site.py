@@ -38,7 +38,7 @@ from sae_research.analysis.dashboard.neuronpedia_batch import write_batches
 from sae_research.analysis.neuronpedia import EMBED, neuronpedia_source
 from sae_research.config.params import Params
 from sae_research.config.reporting import Dashboards
-from sae_research.lm import LanguageModel, load_language_model
+from sae_research.lm import LanguageModel, load_configured
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import SLUG, read_json, replaced_folder, slugify, write_bytes, write_text
 from sae_research.runtime.stages import read_manifest, stage_folder
@@ -367,7 +367,7 @@ def _check_pairs(wanted: Iterable[Sequence[str]], known: Iterable[str]) -> None:
 def _on_other_model(analysis: AnalysisContext, settings: Dashboards, progress: bool) -> dict[str, Shown]:
     """Every SAE of `analysis` on the second model, by its name on the first."""
     assert settings.other_model is not None
-    lm = load_language_model(settings.other_model, analysis.params.model.device, analysis.params.model.torch_dtype)
+    lm = load_configured(analysis.params.model, settings.other_model)
     moved = {f"{name}_on_{slugify(Path(lm.name).name)}": _moved(sae, lm) for name, sae in analysis.saes.items()}
     there = AnalysisContext.of(moved, lm, analysis.params)
     return {

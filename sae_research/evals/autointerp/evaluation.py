@@ -174,11 +174,11 @@ def evaluate(
             f"autointerp.buffer {config.buffer} leaves no window in contexts of {params.text.context_size} "
             "tokens; lower it or raise text.context_size"
         )
-    tokens = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens).tokens
-    guard = Guard(stage.skip)
+    contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", config.total_tokens)
+    guard, tokens = Guard(stage.skip), contexts.tokens
     found = {
         name: chosen
-        for name, chosen in find_windows(saes, lm, params, tokens, guard).items()
+        for name, chosen in find_windows(saes, lm, params, tokens, guard, contexts.counted).items()
         if _usable(name, chosen, params, stage)
     }
     if not found:
@@ -206,14 +206,15 @@ def find_windows(
     params: Params,
     tokens: Tensor,
     guard: Guard | None = None,
+    counted: Tensor | None = None,
 ) -> dict[str, Windows]:
-    """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]. Without a
-    `guard` an SAE that fails raises its error."""
+    """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]; counted: as
+    `Contexts.counted`. Without a `guard` an SAE that fails raises its error."""
     config, found = params.autointerp, {}
     for members in by_hook(saes):
-        keys = members.keys(lm, _inputs(params, tokens), windows.__name__, __name__)
+        keys = members.keys(lm, _inputs(params, tokens, counted), windows.__name__, __name__)
         scores = Scores("autointerp_windows", members, keys, guard or Guard(None))
-        acts = HookActivations(lm, members.hook, tokens, params)
+        acts = HookActivations(lm, members.hook, tokens, params, counted)
 
         def score(family: Family, acts: HookActivations = acts) -> Iterator[tuple[str, Any]]:
             for name, chosen in collect_windows(family, acts, config, params.random_seed).items():
@@ -225,13 +226,14 @@ def find_windows(
     return found
 
 
-def _inputs(params: Params, tokens: Tensor) -> list[Any]:
+def _inputs(params: Params, tokens: Tensor, counted: Tensor | None) -> list[Any]:
     config = params.autointerp.model_dump()
     return [
         {key: config[key] for key in _SELECTION},
         params.token_mask.model_dump(),
         params.random_seed,
         fingerprint(tokens.tolist()),
+        *([] if counted is None else [fingerprint(counted.tolist())]),
     ]
 
 

@@ -62,13 +62,15 @@ class _Text(NamedTuple):
     """Clusters of the contexts that serve predictions."""
     sparsity: Clusters
     """Clusters of the contexts that serve sparsity and variance."""
+    counted: Tensor | None = None
+    """Where tokens of `text.roles` stand, bool [contexts, seq]; None: everywhere."""
 
 
 class _Group(HookActivations):
     """What SAEs that read one hook share."""
 
     def __init__(self, lm: LanguageModel, hook: str, text: _Text, params: Params, lab: bool) -> None:
-        super().__init__(lm, hook, text.tokens, params)
+        super().__init__(lm, hook, text.tokens, params, text.counted)
         self.text = text
         self.lab = lab
         """Whether our own definitions are computed beside SAE Bench's."""
@@ -139,7 +141,7 @@ def _text(lm: LanguageModel, params: Params, tokens: Tensor | None) -> _Text:
     contexts = reorder_evenly(
         token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", last * params.text.context_size), first
     )
-    return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last))
+    return _Text(contexts.tokens, clusters_of(contexts, 0, first), clusters_of(contexts, first, last), contexts.counted)
 
 
 def _inputs(params: Params, text: _Text, lab: bool) -> list[Any]:
@@ -150,6 +152,7 @@ def _inputs(params: Params, text: _Text, lab: bool) -> list[Any]:
         text.predictions.about,
         text.sparsity.about,
         lab,
+        *([] if text.counted is None else [fingerprint(text.counted.tolist())]),
     ]
 
 
