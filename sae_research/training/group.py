@@ -36,7 +36,7 @@ LOST = 3
 VERDICT_SECONDS = 10.0
 """How long rank 0 looks for the rank that broke a connection."""
 GRACE_SECONDS = 2.0
-"""How long a rank may take to end by itself."""
+"""How long ranks may take to end by themselves."""
 LOGS_KEPT = 64
 
 Values = Any
@@ -219,9 +219,10 @@ class OtherRanks:
             if process.stdin is not None:
                 with suppress(BrokenPipeError):
                     process.stdin.close()
+        until = time.monotonic() + GRACE_SECONDS
         for process in self.processes.values():
             try:
-                process.wait(GRACE_SECONDS)
+                process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

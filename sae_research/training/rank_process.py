@@ -69,6 +69,8 @@ def run_rank(task: dict[str, Any]) -> int:
 def _train(task: dict[str, Any], store: torch.distributed.Store) -> None:
     params, rank = Params.model_validate(task["params"]), task["rank"]
     device = device_of_rank(task["kind"], rank)
+    if task["kind"] == "cuda":
+        torch.cuda.set_device(rank)
     lm = load_configured(params.model.model_copy(update={"device": device}), dtype=task["dtype"])
     store.set(ready(rank), "")
     group = Group(store, rank, task["size"], torch.device(device))

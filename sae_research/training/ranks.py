@@ -28,18 +28,20 @@ from sae_research.training.training_sae import CurveRow, TrainingSAE
 
 def number_of_ranks(params: Params) -> int:
     """Processes that train. Raises `UserError` where there cannot be as many as `cluster.train_ranks` says."""
-    asked, devices = params.cluster.train_ranks, [params.model.device, params.train.device or params.model.device]
-    kind = pick_device(params.model.device).type
-    plain = not any(":" in device for device in devices) and len({pick_device(device).type for device in devices}) == 1
+    asked, train = params.cluster.train_ranks, params.train
+    devices = [pick_device(params.model.device), pick_device(train.device or params.model.device)]
+    kind, spread = devices[0].type, devices[0].type == "cuda" and params.model.placement == "auto"
+    free = devices[0] == devices[1] and devices[0].index is None and not spread
+    if params.model.device == "auto" and devices[0].index is not None:  # a sweep gave this run one of the GPUs
+        return 1
     if asked is None:
-        several = params.cluster.address is not None and plain and kind == "cuda"
-        return max(1, torch.cuda.device_count()) if several else 1
+        return max(1, torch.cuda.device_count()) if params.cluster.address and free and kind == "cuda" else 1
     if asked == 1:
         return 1
-    if not plain:
+    if not free:
         raise UserError(
-            f"cluster.train_ranks: {asked} ranks have a device each, for the model and their SAEs; set train.device: null "
-            "and a model.device without a number, or cluster.train_ranks: 1"
+            f"cluster.train_ranks: {asked} ranks have a device each, for the model and their SAEs; set train.device: null, "
+            "model.placement: one and a model.device without a number, or cluster.train_ranks: 1"
         )
     if kind == "mps" or (kind == "cuda" and asked > torch.cuda.device_count()):
         count = torch.cuda.device_count() if kind == "cuda" else 1
@@ -107,12 +109,15 @@ class SharedStream(ActivationStream):
         }
 
     def read(self, chunk: int) -> dict[str, Tensor]:
-        """Read this rank's chunk of the W that `chunk` belongs to, where that is still to come; `feed` has it."""
+        """Read this rank's chunk of the W that `chunk` belongs to, where that is still to come. Returns what was read now,
+        the activations that count [n, d_in] by hook; `feed` has it anyway."""
         own = chunk // self.group.size * self.group.size + self.group.number
-        if chunk <= own < self.n_chunks and (self._own is None or self._own[0] != own):
-            acts, tokens, of_roles = super().read(own), self._chunk_tokens(own), self._chunk_counted(own)
-            self._own = own, {hook: buffer.counted(tokens, acts[hook], of_roles) for hook, buffer in self.buffers.items()}
-        return {}
+        if not chunk <= own < self.n_chunks or (self._own is not None and self._own[0] == own):
+            return {}
+        acts, tokens, of_roles = super().read(own), self._chunk_tokens(own), self._chunk_counted(own)
+        rows = {hook: buffer.counted(tokens, acts[hook], of_roles) for hook, buffer in self.buffers.items()}
+        self._own = own, rows
+        return rows
 
     def feed(self, acts: dict[str, Tensor]) -> None:
         """Take in the next chunk, from the rank that has read it."""

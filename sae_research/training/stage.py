@@ -76,14 +76,13 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
     check_output(params, output)
-    size = number_of_ranks(params)
     progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
     with (
         in_use(run_folder(params), params.activation_caching.max_gb),
         tracked(params) as tracker,
         StopSignals() as signals,
         _reported(progress),
-        _others(params, size) as others,
+        _others(params) as others,
     ):
         report = _train(params, output, compared, progress, signals, tracker, others)
     print(held_out_table(report))
@@ -91,8 +90,9 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
 
 
 @contextmanager
-def _others(params: Params, size: int) -> Generator[OtherRanks | None]:
+def _others(params: Params) -> Generator[OtherRanks | None]:
     """The other ranks of a run that has some, at work while this one gets ready; they end with the block."""
+    size = number_of_ranks(params)
     if size == 1:
         yield None
         return

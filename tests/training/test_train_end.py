@@ -195,7 +195,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_promised(short, tmp_path,
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sae_research.training.stage.save_checkpoint", full)
+    monkeypatch.setattr("sae_research.training.session.save_checkpoint", full)
     monkeypatch.setattr(stage, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="nothing is kept: no checkpoint could be written"):
         stage.train(short, tmp_path / "out")
