@@ -53,7 +53,7 @@ MODEL, HOOK, D_IN = "smollm2-135m-instruct", "blocks.8.hook_resid_post", 576
 WIDTHS = {"calibration": 4096, "comparison": 2304}
 SAES = 2
 SIZES: dict[str, dict[str, Any]] = {
-    "core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 16},
+    "core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 4},
     "sparse_probing": {
         "dataset_names": ["news_topic"],
         "probe_train_set_size": 40,
@@ -87,7 +87,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """Settings of each evaluation in `calibration`."""
 COMPARED: dict[str, dict[str, Any]] = {
-    "core": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 24},
+    "core": {"batch_size_prompts": 3, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 8},
     "sparse_probing": {
         "dataset_names": ["science_field"],
         "probe_train_set_size": 60,
