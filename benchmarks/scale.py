@@ -23,6 +23,7 @@ from sae_research.planning.costs import (
     RECORD,
     PlannedCosts,
     measured,
+    opening_seconds,
     recipe_factor,
     shared_seconds,
     training_step,
@@ -42,11 +43,13 @@ from sae_research.training.recipes import RECIPES
 PAGE, RESULTS = Path("docs/scale.md"), Path("docs/scale.json")
 GPU = "H200"
 SAES, D_SAE, HOOK = 500, 16_384, "blocks.12.hook_resid_post"
-WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+WORKERS = (1, 4, 8, 16, 32, 64, 128, 256, 1000)
 NODE = 64
 """Workers of the run that loses a node, which is one worker with its GPU."""
-LOSSES = 48
+LOSSES = 24
 """Moments, spread over the run, at which it is lost."""
+SEEDS = 3
+"""Runs with failures, of which the mean is shown."""
 DAY = 86_400.0
 RESTART = 60.0
 """Seconds until a failed worker is back, before its model is loaded."""
@@ -114,15 +117,12 @@ def suite(shape: ModelShape, device: Device) -> list[SimulatedPhase]:
     sae = PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK)
     costs = PlannedCosts(shape, HOOK, params, device, [sae])
     return [
-        SimulatedPhase(phase.kind, phase.parts, shared_seconds(phase.driver, costs), *unit_seconds(phase, sae, costs), name)
+        SimulatedPhase(
+            phase.kind, phase.parts, shared_seconds(phase.driver, costs), *unit_seconds(phase, sae.name, costs), name
+        )
         for name in SUITE
         for phase in phases(name, params) or ()
     ]
-
-
-def opening_rate() -> float:
-    """Bytes/s at which files become tensors."""
-    return measured()["opening_gb_s"] * 1e9
 
 
 def stream(shape: ModelShape, device: Device, copies: int) -> Stream:
@@ -143,7 +143,7 @@ def stream(shape: ModelShape, device: Device, copies: int) -> Stream:
 def simulated() -> dict[str, Any]:
     """Everything that the page shows."""
     shape, device = gemma(), device_by_name(GPU)
-    load = shape.parameters * PRECISION_BYTES["bfloat16"] / opening_rate()
+    load = shape.parameters * PRECISION_BYTES["bfloat16"] * opening_seconds()
     stages = suite(shape, device)
     return round_significant(
         {
@@ -152,6 +152,7 @@ def simulated() -> dict[str, Any]:
             "phases": [phase._asdict() for phase in stages],
             "evaluation": list(evaluation_rows(stages, load)),
             "lost_node": lost_node(stages, load),
+            "opened_again": opened_again(stages, shape),
             "training": list(training_rows(shape, device, load)),
         }
     )
@@ -162,7 +163,7 @@ def evaluation_rows(stages: Sequence[SimulatedPhase], load: float) -> Iterator[d
     for workers in WORKERS:
         calm = simulate(stages, SAES, workers, start=load)
         faults = Faults(DAY, RESTART + load)
-        stormy = [simulate(stages, SAES, workers, faults, load, seed) for seed in range(8)]
+        stormy = [simulate(stages, SAES, workers, faults, load, seed) for seed in range(SEEDS)]
         yield {
             "workers": workers,
             "seconds": calm.seconds,
@@ -183,6 +184,13 @@ def lost_node(stages: Sequence[SimulatedPhase], load: float) -> dict[str, float]
     return {"mean": statistics.mean(slower), "worst": max(slower), "half_its_share": 0.5 / (NODE - 1)}
 
 
+def opened_again(stages: Sequence[SimulatedPhase], shape: ModelShape) -> float:
+    """Share of one worker's time in which it opens SAEs that it had open for another part of the same phase."""
+    opening = 2 * PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK).nbytes * opening_seconds()
+    whole = sum(one.driver + one.parts * (one.once + SAES * one.each) for one in stages)
+    return sum((one.parts - 1) * SAES * opening for one in stages) / whole
+
+
 def training_rows(shape: ModelShape, device: Device, load: float) -> Iterator[dict[str, Any]]:
     for copies in (1, 6):
         one = stream(shape, device, copies)
@@ -191,7 +199,7 @@ def training_rows(shape: ModelShape, device: Device, load: float) -> Iterator[di
                 if (ranks > 8) == (network == "NVLink of one node"):
                     continue
                 calm = train(one, ranks, rate)
-                stormy = [train(one, ranks, rate, Faults(DAY, RESTART + load), seed) for seed in range(8)]
+                stormy = [train(one, ranks, rate, Faults(DAY, RESTART + load), seed) for seed in range(SEEDS)]
                 yield {
                     "saes": len(one.steps),
                     "network": network,
@@ -236,6 +244,9 @@ def tables(values: dict[str, Any]) -> dict[str, str]:
         "lost": f"A run of {NODE} workers that loses one for good takes {percent(lost['mean'])} longer on average, over "
         f"{LOSSES} moments of the run, {percent(lost['worst'])} at worst; the lost capacity alone is "
         f"{percent(lost['half_its_share'])}.",
+        "opened": f"{percent(values['opened_again'])} of one worker's time opens SAEs that were open before: a unit holds "
+        "one part of its phase, and opens its SAEs twice, to look at them and to score them. Units of several parts would "
+        "save that.",
         "training": markdown_table(
             ("SAEs", "network", "ranks", "time", "efficiency", "gather", "GB/s received", "slower with failures"),
             (
