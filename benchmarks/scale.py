@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,14 @@ from sae_research.config.params import Params, check_params
 from sae_research.config.training import recipe_model
 from sae_research.lm.shape import ModelShape, model_shape
 from sae_research.planning.costs import (
+    OPENED,
     RECORD,
     PlannedCosts,
     measured,
     opening_seconds,
     recipe_factor,
     shared_seconds,
+    start_seconds,
     training_step,
     unit_seconds,
 )
@@ -46,6 +49,8 @@ SAES, D_SAE, HOOK = 500, 16_384, "blocks.12.hook_resid_post"
 WORKERS = (1, 4, 8, 16, 32, 64, 128, 256, 1000)
 NODE = 64
 """Workers of the run that loses a node, which is one worker with its GPU."""
+BLOCKS = 8
+"""Units for each group of SAEs, if units held several parts."""
 LOSSES = 24
 """Moments, spread over the run, at which it is lost."""
 SEEDS = 3
@@ -145,20 +150,29 @@ def simulated() -> dict[str, Any]:
     shape, device = gemma(), device_by_name(GPU)
     load = shape.parameters * PRECISION_BYTES["bfloat16"] * opening_seconds()
     stages = suite(shape, device)
+    opening = OPENED * PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK).nbytes * opening_seconds()
+    alone, blocks = one_process(stages, opening) + load, [in_blocks(one, opening) for one in stages]
     return round_significant(
         {
             "device": device._asdict(),
             "start_seconds": load,
             "phases": [phase._asdict() for phase in stages],
-            "evaluation": list(evaluation_rows(stages, load)),
+            "opening_seconds": opening,
+            "one_process_seconds": alone,
+            "evaluation": list(evaluation_rows(stages, load, alone)),
             "lost_node": lost_node(stages, load),
-            "opened_again": opened_again(stages, shape),
+            "blocks": {
+                "seconds": (seconds := simulate(blocks, SAES, NODE, start=load).seconds),
+                "against_one_process": alone / (NODE * seconds),
+                "lost_node": lost_node(blocks, load),
+            },
             "training": list(training_rows(shape, device, load)),
         }
     )
 
 
-def evaluation_rows(stages: Sequence[SimulatedPhase], load: float) -> Iterator[dict[str, Any]]:
+def evaluation_rows(stages: Sequence[SimulatedPhase], load: float, one: float) -> Iterator[dict[str, Any]]:
+    """one: seconds of one process without workers."""
     alone = simulate(stages, SAES, 1, start=load).seconds
     for workers in WORKERS:
         calm = simulate(stages, SAES, workers, start=load)
@@ -168,6 +182,7 @@ def evaluation_rows(stages: Sequence[SimulatedPhase], load: float) -> Iterator[d
             "workers": workers,
             "seconds": calm.seconds,
             "efficiency": alone / (workers * calm.seconds),
+            "against_one_process": one / (workers * calm.seconds),
             "idle": calm.idle,
             "tail": calm.tail,
             "units": calm.units,
@@ -184,11 +199,25 @@ def lost_node(stages: Sequence[SimulatedPhase], load: float) -> dict[str, float]
     return {"mean": statistics.mean(slower), "worst": max(slower), "half_its_share": 0.5 / (NODE - 1)}
 
 
-def opened_again(stages: Sequence[SimulatedPhase], shape: ModelShape) -> float:
-    """Share of one worker's time in which it opens SAEs that it had open for another part of the same phase."""
-    opening = 2 * PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK).nbytes * opening_seconds()
-    whole = sum(one.driver + one.parts * (one.once + SAES * one.each) for one in stages)
-    return sum((one.parts - 1) * SAES * opening for one in stages) / whole
+def one_process(stages: Sequence[SimulatedPhase], opening: float) -> float:
+    """Seconds of a process without workers, which opens an SAE once a phase and reads its texts once."""
+    seconds = 0.0
+    for one in stages:
+        start = start_seconds(one.kind)
+        seconds += one.driver + start + one.parts * (one.once - start)
+        seconds += SAES * (one.parts * (one.each - opening) + opening)
+    return seconds
+
+
+def in_blocks(phase: SimulatedPhase, opening: float) -> SimulatedPhase:
+    """The phase if units held several parts, `BLOCKS` units for each group of SAEs at most."""
+    size = math.ceil(phase.parts / BLOCKS)
+    start = start_seconds(phase.kind)
+    return phase._replace(
+        parts=math.ceil(phase.parts / size),
+        once=start + size * (phase.once - start),
+        each=size * (phase.each - opening) + opening,
+    )
 
 
 def training_rows(shape: ModelShape, device: Device, load: float) -> Iterator[dict[str, Any]]:
@@ -227,12 +256,13 @@ def tables(values: dict[str, Any]) -> dict[str, str]:
             ),
         ),
         "evaluation": markdown_table(
-            ("workers", "time", "efficiency", "tail", "units", "slower with failures"),
+            ("workers", "time", "efficiency", "against one process", "tail", "units", "slower with failures"),
             (
                 [
                     f"{row['workers']:,}",
                     duration(row["seconds"]),
                     f"{row['efficiency']:.2f}",
+                    f"{row['against_one_process']:.2f}",
                     percent(row["tail"]),
                     f"{row['units']:,}",
                     percent(row["slower_with_failures"]),
@@ -244,9 +274,12 @@ def tables(values: dict[str, Any]) -> dict[str, str]:
         "lost": f"A run of {NODE} workers that loses one for good takes {percent(lost['mean'])} longer on average, over "
         f"{LOSSES} moments of the run, {percent(lost['worst'])} at worst; the lost capacity alone is "
         f"{percent(lost['half_its_share'])}.",
-        "opened": f"{percent(values['opened_again'])} of one worker's time opens SAEs that were open before: a unit holds "
-        "one part of its phase, and opens its SAEs twice, to look at them and to score them. Units of several parts would "
-        "save that.",
+        "opened": f"A process without workers would take {duration(values['one_process_seconds'])}: it opens an SAE once a "
+        f"phase. A unit holds one part and opens its SAEs for it, {values['opening_seconds']:.2g} s each, which for core's "
+        f"batches is more than scoring them. With units of several parts (at most {BLOCKS} units for a group of SAEs) "
+        f"{NODE} workers would take {duration(values['blocks']['seconds'])}, an efficiency of "
+        f"{values['blocks']['against_one_process']:.2f} against one process; a lost one would cost "
+        f"{percent(values['blocks']['lost_node']['mean'])}. That change is not made yet.",
         "training": markdown_table(
             ("SAEs", "network", "ranks", "time", "efficiency", "gather", "GB/s received", "slower with failures"),
             (
@@ -274,7 +307,7 @@ def _measured_table() -> str:
         (name, f"{one['measured']:.3g}", f"{one['computed']:.3g}", f"{one['measured'] / one['computed']:.2f}")
         for name, one in found["compared"].items()
     ]
-    return markdown_table(("evaluation of three SAEs", "measured, s", "computed, s", "ratio"), rows)
+    return markdown_table(("evaluation", "measured, s", "computed, s", "ratio"), rows)
 
 
 def with_tables(page: str, parts: dict[str, str]) -> str:
