@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,14 @@ from sae_research.config.params import Params, check_params
 from sae_research.config.training import recipe_model
 from sae_research.lm.shape import ModelShape, model_shape
 from sae_research.planning.costs import (
+    OPENED,
     RECORD,
     PlannedCosts,
     measured,
+    opening_seconds,
     recipe_factor,
     shared_seconds,
+    start_seconds,
     training_step,
     unit_seconds,
 )
@@ -42,11 +46,15 @@ from sae_research.training.recipes import RECIPES
 PAGE, RESULTS = Path("docs/scale.md"), Path("docs/scale.json")
 GPU = "H200"
 SAES, D_SAE, HOOK = 500, 16_384, "blocks.12.hook_resid_post"
-WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+WORKERS = (1, 4, 8, 16, 32, 64, 128, 256, 1000)
 NODE = 64
 """Workers of the run that loses a node, which is one worker with its GPU."""
-LOSSES = 48
+BLOCKS = 8
+"""Units for each group of SAEs, if units held several parts."""
+LOSSES = 24
 """Moments, spread over the run, at which it is lost."""
+SEEDS = 3
+"""Runs with failures, of which the mean is shown."""
 DAY = 86_400.0
 RESTART = 60.0
 """Seconds until a failed worker is back, before its model is loaded."""
@@ -114,15 +122,12 @@ def suite(shape: ModelShape, device: Device) -> list[SimulatedPhase]:
     sae = PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK)
     costs = PlannedCosts(shape, HOOK, params, device, [sae])
     return [
-        SimulatedPhase(phase.kind, phase.parts, shared_seconds(phase.driver, costs), *unit_seconds(phase, sae, costs), name)
+        SimulatedPhase(
+            phase.kind, phase.parts, shared_seconds(phase.driver, costs), *unit_seconds(phase, sae.name, costs), name
+        )
         for name in SUITE
         for phase in phases(name, params) or ()
     ]
-
-
-def opening_rate() -> float:
-    """Bytes/s at which files become tensors."""
-    return measured()["opening_gb_s"] * 1e9
 
 
 def stream(shape: ModelShape, device: Device, copies: int) -> Stream:
@@ -143,30 +148,41 @@ def stream(shape: ModelShape, device: Device, copies: int) -> Stream:
 def simulated() -> dict[str, Any]:
     """Everything that the page shows."""
     shape, device = gemma(), device_by_name(GPU)
-    load = shape.parameters * PRECISION_BYTES["bfloat16"] / opening_rate()
+    load = shape.parameters * PRECISION_BYTES["bfloat16"] * opening_seconds()
     stages = suite(shape, device)
+    opening = OPENED * PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK).nbytes * opening_seconds()
+    alone, blocks = one_process(stages, opening) + load, [in_blocks(one, opening) for one in stages]
     return round_significant(
         {
             "device": device._asdict(),
             "start_seconds": load,
             "phases": [phase._asdict() for phase in stages],
-            "evaluation": list(evaluation_rows(stages, load)),
+            "opening_seconds": opening,
+            "one_process_seconds": alone,
+            "evaluation": list(evaluation_rows(stages, load, alone)),
             "lost_node": lost_node(stages, load),
+            "blocks": {
+                "seconds": (seconds := simulate(blocks, SAES, NODE, start=load).seconds),
+                "against_one_process": alone / (NODE * seconds),
+                "lost_node": lost_node(blocks, load),
+            },
             "training": list(training_rows(shape, device, load)),
         }
     )
 
 
-def evaluation_rows(stages: Sequence[SimulatedPhase], load: float) -> Iterator[dict[str, Any]]:
+def evaluation_rows(stages: Sequence[SimulatedPhase], load: float, one: float) -> Iterator[dict[str, Any]]:
+    """one: seconds of one process without workers."""
     alone = simulate(stages, SAES, 1, start=load).seconds
     for workers in WORKERS:
         calm = simulate(stages, SAES, workers, start=load)
         faults = Faults(DAY, RESTART + load)
-        stormy = [simulate(stages, SAES, workers, faults, load, seed) for seed in range(8)]
+        stormy = [simulate(stages, SAES, workers, faults, load, seed) for seed in range(SEEDS)]
         yield {
             "workers": workers,
             "seconds": calm.seconds,
             "efficiency": alone / (workers * calm.seconds),
+            "against_one_process": one / (workers * calm.seconds),
             "idle": calm.idle,
             "tail": calm.tail,
             "units": calm.units,
@@ -183,6 +199,27 @@ def lost_node(stages: Sequence[SimulatedPhase], load: float) -> dict[str, float]
     return {"mean": statistics.mean(slower), "worst": max(slower), "half_its_share": 0.5 / (NODE - 1)}
 
 
+def one_process(stages: Sequence[SimulatedPhase], opening: float) -> float:
+    """Seconds of a process without workers, which opens an SAE once a phase and reads its texts once."""
+    seconds = 0.0
+    for one in stages:
+        start = start_seconds(one.kind)
+        seconds += one.driver + start + one.parts * (one.once - start)
+        seconds += SAES * (one.parts * (one.each - opening) + opening)
+    return seconds
+
+
+def in_blocks(phase: SimulatedPhase, opening: float) -> SimulatedPhase:
+    """The phase if units held several parts, `BLOCKS` units for each group of SAEs at most."""
+    size = math.ceil(phase.parts / BLOCKS)
+    start = start_seconds(phase.kind)
+    return phase._replace(
+        parts=math.ceil(phase.parts / size),
+        once=start + size * (phase.once - start),
+        each=size * (phase.each - opening) + opening,
+    )
+
+
 def training_rows(shape: ModelShape, device: Device, load: float) -> Iterator[dict[str, Any]]:
     for copies in (1, 6):
         one = stream(shape, device, copies)
@@ -191,7 +228,7 @@ def training_rows(shape: ModelShape, device: Device, load: float) -> Iterator[di
                 if (ranks > 8) == (network == "NVLink of one node"):
                     continue
                 calm = train(one, ranks, rate)
-                stormy = [train(one, ranks, rate, Faults(DAY, RESTART + load), seed) for seed in range(8)]
+                stormy = [train(one, ranks, rate, Faults(DAY, RESTART + load), seed) for seed in range(SEEDS)]
                 yield {
                     "saes": len(one.steps),
                     "network": network,
@@ -219,12 +256,13 @@ def tables(values: dict[str, Any]) -> dict[str, str]:
             ),
         ),
         "evaluation": markdown_table(
-            ("workers", "time", "efficiency", "tail", "units", "slower with failures"),
+            ("workers", "time", "efficiency", "against one process", "tail", "units", "slower with failures"),
             (
                 [
                     f"{row['workers']:,}",
                     duration(row["seconds"]),
                     f"{row['efficiency']:.2f}",
+                    f"{row['against_one_process']:.2f}",
                     percent(row["tail"]),
                     f"{row['units']:,}",
                     percent(row["slower_with_failures"]),
@@ -236,6 +274,12 @@ def tables(values: dict[str, Any]) -> dict[str, str]:
         "lost": f"A run of {NODE} workers that loses one for good takes {percent(lost['mean'])} longer on average, over "
         f"{LOSSES} moments of the run, {percent(lost['worst'])} at worst; the lost capacity alone is "
         f"{percent(lost['half_its_share'])}.",
+        "opened": f"A process without workers would take {duration(values['one_process_seconds'])}: it opens an SAE once a "
+        f"phase. A unit holds one part and opens its SAEs for it, {values['opening_seconds']:.2g} s each, which for core's "
+        f"batches is more than scoring them. With units of several parts (at most {BLOCKS} units for a group of SAEs) "
+        f"{NODE} workers would take {duration(values['blocks']['seconds'])}, an efficiency of "
+        f"{values['blocks']['against_one_process']:.2f} against one process; a lost one would cost "
+        f"{percent(values['blocks']['lost_node']['mean'])}. That change is not made yet.",
         "training": markdown_table(
             ("SAEs", "network", "ranks", "time", "efficiency", "gather", "GB/s received", "slower with failures"),
             (
@@ -263,7 +307,7 @@ def _measured_table() -> str:
         (name, f"{one['measured']:.3g}", f"{one['computed']:.3g}", f"{one['measured'] / one['computed']:.2f}")
         for name, one in found["compared"].items()
     ]
-    return markdown_table(("evaluation of three SAEs", "measured, s", "computed, s", "ratio"), rows)
+    return markdown_table(("evaluation", "measured, s", "computed, s", "ratio"), rows)
 
 
 def with_tables(page: str, parts: dict[str, str]) -> str:

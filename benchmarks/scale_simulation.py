@@ -81,8 +81,8 @@ def simulate(
             stage, now = phase.stage, now + start
             size = pool.there(now)
         now += phase.driver
-        missing = {name: list(range(phase.parts)) for (name,) in names}
-        planned = plan_units(names, missing, list(range(phase.parts)), size, phase.once / phase.each)
+        missing = {name: range(phase.parts) for (name,) in names}
+        planned = plan_units(names, missing, range(phase.parts), size, phase.once / phase.each)
         units = [Unit(f"{number}", b"", float(len(group))) for number, (group, _) in enumerate(planned)]
         durations = {
             unit.name: phase.once + len(group) * phase.each for unit, (group, _) in zip(units, planned, strict=True)

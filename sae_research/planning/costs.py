@@ -31,6 +31,10 @@ PURSUIT_READS = 1.0
 """Rows of the Gram matrix that a greedy step reads."""
 REFIT_SIZE = 10
 """Greedy steps after which refitting an orthogonal pursuit costs as much as choosing."""
+MOST_NEIGHBOURS = 16_384
+"""Latents whose nearest neighbours core evaluation looks for."""
+OPENED = 2
+"""How often an SAE is opened for a part: to look at it, and to score it."""
 SPARSE_RECIPES = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
 """Recipes that go the sparse way on a CPU: one dense product in place of five."""
 
@@ -52,12 +56,13 @@ class UnitCosts(Protocol):
         """Encoding and decoding."""
         ...
 
-    def factor(self, kind: str) -> float:
-        """Measured over computed seconds of what the device does for one SAE."""
+    def start(self, kind: str) -> float:
+        """Seconds before the first SAE of a phase is scored, or of a worker's unit: texts are read and cut into tokens."""
         ...
 
     def host(self, kind: str, sae: str, work: Work) -> float:
-        """Seconds of one part of one SAE on the host, and of a meta-SAE."""
+        """Seconds of one part of one SAE that are neither encoding nor a pass: opening it, its decoder's geometry, probes,
+        a meta-SAE."""
         ...
 
 
@@ -69,7 +74,7 @@ def shared_seconds(work: Work, costs: UnitCosts) -> float:
 def sae_seconds(kind: str, work: Work, sae: str, costs: UnitCosts) -> float:
     """What a part takes for one SAE more."""
     passes = (work.patched + 2 * work.backward) * costs.above
-    return costs.factor(kind) * (work.encoded * costs.encode(sae) + passes) + costs.host(kind, sae, work)
+    return work.encoded * costs.encode(sae) + passes + costs.host(kind, sae, work)
 
 
 class Seconds(NamedTuple):
@@ -93,6 +98,7 @@ def evaluation_seconds(
     shared, saes, taken = 0.0, 0.0, dict.fromkeys(left, 0)
     for phase in stage:
         first = taken[phase.kind]
+        shared += costs.start(phase.kind) if any(left[phase.kind]) else 0.0
         taken[phase.kind] += phase.parts
         for todo in left[phase.kind][first : taken[phase.kind]]:
             if todo:
@@ -132,12 +138,15 @@ class PlannedCosts:
         flops, read = encoding(self._saes[sae], self._context)
         return flops / self._device.float32 + read / self._device.bandwidth
 
-    def factor(self, kind: str) -> float:
-        return factor(kind) if self._measured else 1.0
+    def start(self, kind: str) -> float:
+        return start_seconds(kind) if self._measured else 0.0
 
     def host(self, kind: str, sae: str, work: Work) -> float:
         one = self._saes[sae]
-        seconds = host_seconds(kind) * work.texts * one.d_sae if self._measured else 0.0
+        geometry = work.geometry * 2.0 * one.d_in * one.d_sae * min(one.d_sae, MOST_NEIGHBOURS)
+        seconds = geometry / self._device.float32
+        if self._measured:
+            seconds += host_seconds(kind) * work.texts * one.d_sae + OPENED * one.nbytes * opening_seconds()
         if work.meta_rows and one.own_weights:
             meta = one._replace(form="standard", d_sae=max(1, int(one.d_sae * self._width_ratio)))
             flops, read = training_step(meta, "standard", self._batch, sparse=False)
@@ -217,16 +226,10 @@ def training_seconds(
 # --- units of workers ------------------------------------------------------------------------
 
 
-def unit_seconds(phase: Phase, sae: PlannedSAE, costs: UnitCosts) -> tuple[float, float]:
-    """(what a worker's unit of one part takes once, and for one SAE more). A unit opens an SAE to look at it, and to score
-    it, and reads its texts again: the host's seconds once a unit grow with tokens from where they were measured."""
-    one = measured()["kinds"].get(phase.kind)
-    opening = measured().get("opening_gb_s", 0.0) * 1e9
-    host = 0.0
-    if one is not None and one["tokens"]:
-        host = max(0.0, one["once"] - one["once_computed"]) * phase.work.prefix / one["tokens"]
-    opened = 2 * sae.nbytes / opening if opening else 0.0
-    return host + shared_seconds(phase.work, costs), opened + sae_seconds(phase.kind, phase.work, sae.name, costs)
+def unit_seconds(phase: Phase, sae: str, costs: UnitCosts) -> tuple[float, float]:
+    """(what a worker's unit of one part takes once, and for one SAE more)."""
+    once = costs.start(phase.kind) + shared_seconds(phase.work, costs)
+    return once, sae_seconds(phase.kind, phase.work, sae, costs)
 
 
 def once_shares(
@@ -237,7 +240,7 @@ def once_shares(
     middle = sorted(saes, key=lambda sae: sae.nbytes)[len(saes) // 2]
     costs, found = PlannedCosts(shape, middle.hook, params, device, [middle]), {}
     for phase in phases(evaluation, params) or ():
-        once, each = unit_seconds(phase, middle, costs)
+        once, each = unit_seconds(phase, middle.name, costs)
         found[phase.kind] = once / each if each else 0.0
     return found
 
@@ -248,7 +251,7 @@ def once_shares(
 @cache
 def measured() -> dict[str, Any]:
     """The record of unit costs."""
-    empty: dict[str, Any] = {"kinds": {}, "host": {}, "factors": {}, "recipes": {}, "within": None}
+    empty: dict[str, Any] = {"kinds": {}, "host": {}, "recipes": {}, "opening_gb_s": None, "within": None}
     return empty | (read_json(RECORD) if RECORD.is_file() else {})
 
 
@@ -257,9 +260,16 @@ def host_seconds(kind: str) -> float:
     return measured()["host"].get(kind, 0.0)
 
 
-def factor(kind: str) -> float:
-    """Measured over computed seconds of one more SAE, of a kind whose time is the device's; 1 where nothing was measured."""
-    return measured()["factors"].get(kind, 1.0)
+def start_seconds(kind: str) -> float:
+    """Measured seconds that a unit takes once beside the model's pass, its texts not in the cache."""
+    one = measured()["kinds"].get(kind)
+    return 0.0 if one is None else max(0.0, one["once"] - one["once_computed"])
+
+
+def opening_seconds() -> float:
+    """Measured seconds for each byte of an SAE that is opened, checksums and fingerprints included."""
+    rate = measured()["opening_gb_s"]
+    return 0.0 if rate is None else 1e-9 / rate
 
 
 def recipe_factor(recipe: str) -> float:

@@ -51,6 +51,8 @@ class Work(NamedTuple):
     """Whose gradients run from the logits back to the hook, for each SAE."""
     texts: float = 0.0
     """Texts on whose latents the host fits probes, for each SAE."""
+    geometry: float = 0.0
+    """Times that the nearest neighbours of an SAE's decoder rows are looked for."""
     meta_rows: float = 0.0
     """Decoder rows that a meta-SAE is trained on, for each SAE with a dictionary of its own."""
 
@@ -94,7 +96,7 @@ def _core(params: Params) -> list[Phase]:
     # clean, and ablated in our definition twice; SAE Bench's ablation is one sequence. Each SAE is patched in for either
     predictions = Work(prefix=batch, above=3 * batch, encoded=batch, patched=2 * batch)
     return [
-        Phase("core_sparsity", 1, Work(prefix=sparsity, encoded=sparsity)),
+        Phase("core_sparsity", 1, Work(prefix=sparsity, encoded=sparsity, geometry=1)),
         Phase("core_predictions", config.n_eval_reconstruction_batches, predictions),
     ]
 

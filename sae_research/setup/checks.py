@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
-from sae_research.planning.costs import all_left, evaluation_seconds, factor, host_seconds
+from sae_research.planning.costs import all_left, evaluation_seconds, host_seconds, start_seconds
 from sae_research.planning.resources import activation_cache_bytes, cache_lines
 from sae_research.planning.work import Phase, Work, phases
 from sae_research.runtime.errors import UserError
@@ -57,8 +57,8 @@ class MeasuredCosts(NamedTuple):
     def encode(self, sae: str) -> float:
         return self.seconds_per_token[sae]
 
-    def factor(self, kind: str) -> float:
-        return factor(kind)
+    def start(self, kind: str) -> float:
+        return start_seconds(kind)
 
     def host(self, kind: str, sae: str, work: Work) -> float:
         return host_seconds(kind) * work.texts * self.widths[sae]
