@@ -61,10 +61,10 @@ def random_saes(shape: Shape, d_in: int, device: torch.device) -> dict[str, Spar
 
 
 def parameters(lm: LanguageModel, folder: Path, small: bool) -> Params:
-    """Sizes as in a default run, on random text; with `small` the smallest that run."""
-    texts = 400 if small else 4_000
+    """Core and Meta-SAE as in a default run, tasks of 512 training texts; with `small` the smallest that run."""
+    texts = 400 if small else 3_500
     classes, crossed = write_tasks(folder / "tasks", lm.vocab_size, texts)
-    sizes = (16, 16) if small else (1_024, 512)
+    sizes = (16, 16) if small else (512, 256)
     context = 24 if small else 128
     ablated = {"train_set_size": sizes[0], "test_set_size": sizes[1], "context_length": context, "n_values": [2, 20]}
     return Params.model_validate(

@@ -59,6 +59,18 @@ def test_few_packages_are_needed() -> None:
     assert {"pydantic", "pydantic-core", "ruamel-yaml"} <= names and not names & {"torch", "scipy", "pandas", "numba"}
 
 
+def test_the_tests_of_a_gpu_are_found_and_counted(tmp_path: Path) -> None:
+    found = gpu.gpu_tests()
+    assert {"tests/saes", "tests/training", "tests/evals", "tests/analysis"} <= set(found)
+    assert "tests/saes/test_pursuit_triton.py" in found["tests/saes"]
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase name="a"/>'
+        '<testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert gpu.counted(report) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": ["b"]}
+
+
 def test_a_closure_holds_what_is_required() -> None:
     assert {"pydantic", "pydantic-core"} <= gpu_bundle._closure({"pydantic"})
     assert gpu_bundle._closure({"no-such-distribution"}) == set()
