@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --device cpu --small         # that it runs; writes nothing unless --out says where
     python -m benchmarks.gpu --parts training pursuit     # some of it
 
-Needs torch and transformers, and the few packages that `benchmarks.gpu_bundle` lists and brings along; nothing is downloaded.
+Needs torch and transformers, and the few packages that `benchmarks.gpu_bundle` brings along; nothing is downloaded.
 Models have the shapes of published ones and random weights. What lacks a package is left out with a line, a part that fails
 is recorded as failed, and no part starts once the time is up.
 """
