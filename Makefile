@@ -1,6 +1,6 @@
 # make repro: set up and run the pipeline · make test: set up and run the tests · make help: all targets
 .DEFAULT_GOAL := help
-.PHONY: help setup repro check test test-slow bench lint clean-cache
+.PHONY: help setup repro check test test-slow bench gpu lint clean-cache
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -19,6 +19,7 @@ help:
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  slow tests too (tens of minutes): fixtures from SAE Bench made afresh"
 	@echo "make bench      speed against other libraries, as ratios (about ten minutes; trains SAEs first where there are none)"
+	@echo "make gpu        on one GPU: the tests marked gpu, speed and memory; writes docs/gpu/record.json and docs/gpu.md"
 	@echo "make clean-cache  remove .cache: costs time, never correctness"
 
 setup: .venv/.ready
@@ -49,6 +50,9 @@ test-slow: setup
 
 bench: setup
 	@python -m benchmarks
+
+gpu: setup
+	@python -m benchmarks.gpu
 
 lint: check
 

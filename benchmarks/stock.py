@@ -43,7 +43,7 @@ class StockSAE(BaseSAE):
             sae.cfg.d_sae,
             model_name,
             sae.cfg.hook_layer,
-            torch.device("cpu"),
+            sae.W_dec.device,
             torch.float32,
             hook_name=sae.cfg.hook_name,
         )
@@ -78,13 +78,13 @@ class _Tokens:
         """SAE Bench calls this between its two passes; with current SAELens it changes nothing."""
 
 
-def hooked_model(folder: Path) -> HookedTransformer:
+def hooked_model(folder: Path, device: str = "cpu") -> HookedTransformer:
     """The model of a local folder in TransformerLens, unprocessed, as SAE Bench loads models."""
     name = str(folder)
     if name not in loading_from_pretrained.OFFICIAL_MODEL_NAMES:
         loading_from_pretrained.OFFICIAL_MODEL_NAMES.append(name)
     with contextlib.redirect_stdout(io.StringIO()):
-        return HookedTransformer.from_pretrained_no_processing(name, device="cpu", dtype=torch.float32)
+        return HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=torch.float32)
 
 
 def core(
@@ -151,7 +151,7 @@ def sparse_probing(
             llm_dtype="float32",
         )
         averages, per_class = probing_main.run_eval_single_sae(
-            bench, StockSAE(sae, model.cfg.model_name), model, "cpu", str(artifacts)
+            bench, StockSAE(sae, model.cfg.model_name), model, str(sae.W_dec.device), str(artifacts)
         )
     return {"averages": averages, "per_class": per_class, "draws": draws}
 

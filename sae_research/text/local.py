@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import file_sha256
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet", ".tsv")
 SUFFIXES = (".txt", *TABLE_SUFFIXES)
@@ -206,6 +206,9 @@ def _check_utf8(values: Iterable[str | None], where: str) -> None:
 
 
 def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as table:  # of pages that were written with one

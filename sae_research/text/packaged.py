@@ -7,11 +7,12 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_research.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def packaged_folder() -> Path:
@@ -35,6 +36,8 @@ def read_packaged(name: str) -> pd.DataFrame:
 
     Rows without text are left out. Raises `UserError` if the file is missing.
     """
+    import pandas as pd
+
     path = packaged_folder() / f"{name}.csv.zst"
     if not path.is_file():
         raise UserError(f"{path}: no such file; `sae-probes` {packaged_version()} does not carry it")

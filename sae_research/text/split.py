@@ -19,8 +19,6 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array
-from scipy.sparse.csgraph import connected_components
 
 Split = Literal["sae_train", "core_eval", "probe_train", "probe_test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -125,6 +123,8 @@ class NearIndex:
     """Texts among which near copies of others are looked up."""
 
     def __init__(self, sets: ShingleSets) -> None:
+        from scipy.sparse import csr_array
+
         self.sizes = sets.sizes
         self._known, columns = np.unique(sets.codes, return_inverse=True)
         shape = len(self.sizes), len(self._known)
@@ -138,6 +138,8 @@ class NearIndex:
 
     def pairs(self, sets: ShingleSets) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Every pair of near copies, in portions: indices into `sets` [n] and into the indexed texts [n]."""
+        from scipy.sparse import csr_array
+
         if not len(self._known):
             return
         place = np.searchsorted(self._known, sets.codes).clip(max=len(self._known) - 1)
@@ -190,6 +192,9 @@ def groups(texts: Sequence[str]) -> np.ndarray:
 
 
 def _joined(group: np.ndarray, edges: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     if not edges:
         return group
     ends = np.concatenate([np.stack(portion) for portion in edges], axis=1)

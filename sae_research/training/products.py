@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -128,6 +127,8 @@ class Support:
 
         torch would sort them anew in every product with the transpose; scipy counts, once.
         """
+        import scipy.sparse  # here: on a GPU nothing is sparse, and training needs torch alone
+
         shape = (len(self.crow) - 1, self.n_latents)
         places = np.arange(len(self.col))
         columns = scipy.sparse.csr_matrix((places, self.col.cpu().numpy(), self.crow.cpu().numpy()), shape=shape).tocsc()

@@ -105,7 +105,7 @@ def test_steps_that_fail_are_replaced_with_one_line(capsys: pytest.CaptureFixtur
 
     monkeypatch.setattr(matching, "triton_there", lambda: True)
     monkeypatch.setattr(matching, "_steps_triton", broken)
-    monkeypatch.setattr(matching, "_SERVES", {})
+    monkeypatch.setattr(matching, "SERVES", {})
     W, x = torch.nn.functional.normalize(random_rows(64, 16), dim=1), random_rows(9, 16, 1)
     here = MPSAE(W, torch.zeros(16), 4).encode(x[None])
     with simulated_cuda():

@@ -91,7 +91,7 @@ def _backend(run: _Run, gram: GramRows, steps: int) -> Steps:
     return _steps_torch
 
 
-_SERVES: dict[tuple[str, int, bool], bool] = {}
+SERVES: dict[tuple[str, int, bool], bool] = {}
 """Whether the compiled CUDA steps gave what the torch steps give, by device, width and sign."""
 
 
@@ -99,13 +99,13 @@ def _triton_serves(run: _Run, gram: GramRows, steps: int) -> bool:
     """Whether the Triton kernels can be used here: each is compiled and held against the torch steps on a few tokens when it
     is first wanted. Where it does not compile or differs, one line says so, and the torch steps serve from then on."""
     key = (str(run.x.device), run.correlations.shape[1], run.nonnegative)
-    if key not in _SERVES:
+    if key not in SERVES:
         reason = "" if triton_there() else "Triton is not installed"
         reason = reason or check_steps(_steps_triton, run, gram, steps)
         if reason:
             print(f"matching pursuit uses plain torch on {key[0]}: {reason}", file=sys.stderr, flush=True)
-        _SERVES[key] = not reason
-    return _SERVES[key]
+        SERVES[key] = not reason
+    return SERVES[key]
 
 
 def check_steps(compiled: Steps, run: _Run, gram: GramRows, steps: int) -> str:

@@ -17,7 +17,6 @@ from torch import Tensor
 from sae_research.config.params import Train
 from sae_research.config.training import KRecipe, MatryoshkaRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
-from sae_research.saes.pursuit.kernels_numba import largest
 from sae_research.training.products import Support, decode_at, fixed_support, support_of
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
 
@@ -75,6 +74,8 @@ class TopK(Recipe):
     def select(self, pre_BF: Tensor) -> Support | None:
         if not self.use_sparse(self.k / pre_BF.shape[1]):
             return None
+        from sae_research.saes.pursuit.kernels_numba import largest  # for the CPU alone
+
         self.look(pre_BF)
         return fixed_support(largest(pre_BF, self.k), pre_BF.shape[1])
 
