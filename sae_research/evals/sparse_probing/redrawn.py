@@ -57,7 +57,8 @@ def redrawn_correct(
 ) -> dict[int | None, dict[str, np.ndarray]]:
     """Which test rows of every class the probes get right, by k, None standing for all dimensions. bool [draws, test rows]
 
-    features: [rows, d]. threads: classes fitted at a time. The k dimensions are those whose class means differ most on each draw's training rows alone.
+    features: [rows, d]. threads: classes fitted at a time. The k dimensions are those whose class means differ most on each
+    draw's training rows alone.
     """
     every = torch.cat([one.rows for draws in (*drawn.of_class.values(), tests.values()) for one in draws])
     used, place = every.unique(), torch.zeros(len(features), dtype=torch.long)
