@@ -78,7 +78,7 @@ def measured(shape: Shape | None = None, device: str = "cpu") -> dict[str, tuple
     supports, products = _chosen(family[2], x - b)
     sequences = list(x - b)
     rows[f"IHTP, k = {K}, the fits alone"] = (
-        _seconds(lambda: thresholding._fit_together(family[2].dictionary(), supports, sequences, products), device),
+        _seconds(lambda: thresholding._fit_together(family[2].dictionary(), [supports], sequences, products), device),
         _seconds(
             lambda: [
                 torch.linalg.lstsq(W[s].T, x_TD.T, driver=_driver(device)).solution.T

@@ -314,7 +314,7 @@ def top_k_accuracy(features: Tensor, train: Draw, test: Draw, k: int) -> float:
     x_train = features[train.rows]
     chosen = top_dimensions(x_train, train.labels, k)
     probe = scikit_learn(x_train[:, chosen].float().cpu().numpy(), train.labels.numpy())
-    predicted = probe.predict(features[test.rows][:, chosen].float().cpu().numpy())
+    predicted = probe.predict(features[test.rows[:, None], chosen].float().cpu().numpy())
     return float((predicted == test.labels.numpy()).mean())
 
 

@@ -228,12 +228,12 @@ def _probe_tasks(task: Task, row_of: dict[str, int], seed: int) -> dict[str, Pro
 def _accuracies(means: Means, texts: _Texts, task: str, params: Params, prefix: str) -> Scores:
     """Every probe of a task on one kind of features: accuracies in SAE Bench's definition, in ours which test texts it
     gets right with each draw of training texts."""
-    classes = texts.tasks[task]
-    # many fits of a few hundred texts: threads would only wait for one another
+    classes, threads = texts.tasks[task], torch.get_num_threads()
+    # many fits of a few hundred texts: threads inside one would only wait for one another
     with threadpool_limits(1):
         return {
             "sae_bench": _sae_bench_accuracies(means.sae_bench, classes, params, prefix),
-            "lab": _lab_outcomes(means.lab, classes, texts.draws[task], params, prefix),
+            "lab": _lab_outcomes(means.lab, classes, texts.draws[task], params, prefix, threads),
             "fires": bool(means.lab.any()),
         }
 
@@ -257,10 +257,11 @@ def _sae_bench_accuracies(
 
 
 def _lab_outcomes(
-    features: Tensor, classes: dict[str, ProbeTask], draws: TrainDraws, params: Params, prefix: str
+    features: Tensor, classes: dict[str, ProbeTask], draws: TrainDraws, params: Params, prefix: str, threads: int
 ) -> dict[str, dict[str, list[str]]]:
     """metric -> class -> which test texts were told right with each draw of training texts, by our names of metrics."""
-    found = redrawn_correct(features, draws, {label: task.test for label, task in classes.items()}, _ks(features, params))
+    tests = {label: task.test for label, task in classes.items()}
+    found = redrawn_correct(features, draws, tests, _ks(features, params), threads)
     return {
         f"{prefix}_full_accuracy" if k is None else f"{prefix}_top_{k}_accuracy": {
             label: [packed(bits) for bits in correct] for label, correct in of_class.items()

@@ -53,11 +53,12 @@ def _chosen(count: int, size: int, replaced: bool, key: list[object]) -> Tensor:
 
 
 def redrawn_correct(
-    features: Tensor, drawn: TrainDraws, tests: Mapping[str, Draw], ks: Sequence[int]
+    features: Tensor, drawn: TrainDraws, tests: Mapping[str, Draw], ks: Sequence[int], threads: int = 1
 ) -> dict[int | None, dict[str, np.ndarray]]:
     """Which test rows of every class the probes get right, by k, None standing for all dimensions. bool [draws, test rows]
 
-    features: [rows, d]. The k dimensions are those whose class means differ most on each draw's training rows alone.
+    features: [rows, d]. threads: classes fitted at a time. The k dimensions are those whose class means differ most on each
+    draw's training rows alone.
     """
     every = torch.cat([one.rows for draws in (*drawn.of_class.values(), tests.values()) for one in draws])
     used, place = every.unique(), torch.zeros(len(features), dtype=torch.long)
@@ -72,8 +73,8 @@ def redrawn_correct(
         values = {**_top_k(x, train_RN, y_RN, test_M, ks), None: _full(gram, train_RN, y_RN, test_M)}
         return {k: (z_RM > 0) == (test.labels.numpy() > 0) for k, z_RM in values.items()}
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # many small products: each thread takes a class
-        classes = dict(zip(drawn.of_class, threads.map(one_class, drawn.of_class), strict=True))
+    with ThreadPoolExecutor(threads) as pool:  # many small products: each thread takes a class
+        classes = dict(zip(drawn.of_class, pool.map(one_class, drawn.of_class), strict=True))
     return {k: {label: found[k] for label, found in classes.items()} for k in (*ks, None)}
 
 

@@ -7,13 +7,14 @@ support's conditioning allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sae_research.saes.pursuit import nested
 from sae_research.saes.pursuit.dictionary import Dictionary
 
 PADDED_TO = 32
@@ -45,9 +46,9 @@ def fit_sequences(
         else:
             correlations = dictionary.correlations(torch.cat(chunk)).split([len(tokens) for tokens in chunk])
             ranked = [_ranked(c_TF, max(k_values)) for c_TF in correlations]
-        for fits, k in zip(found, k_values, strict=True):
-            supports = [_union(values, atoms, k) for values, atoms in ranked]
-            done = _fit_together(dictionary, supports, chunk, correlations)
+        supports = [[_union(values, atoms, k) for values, atoms in ranked] for k in k_values]
+        fitted = _fit_together(dictionary, supports, chunk, correlations)
+        for fits, done, k in zip(found, fitted, k_values, strict=True):
             fits += _iterate(done, chunk, correlations, dictionary, k, iterations)
     return found
 
@@ -94,9 +95,61 @@ def _union(values_TK: Tensor, atoms_TK: Tensor, k: int) -> Tensor:
 
 
 def _fit_together(
+    dictionary: Dictionary, supports: Sequence[Sequence[Tensor]], x: Sequence[Tensor], correlations: Sequence[Tensor | None]
+) -> list[list[SequenceFit]]:
+    """Every sequence's fits on its supports: one list of them for each k, in and out. correlations: with all atoms
+    [tokens, padded], or None.
+
+    On the CPU each sequence by itself, all k at once (`nested`): padding was seen to cost more than it saves there.
+    """
+    if dictionary.atoms.device.type != "cpu":
+        return [_fit_padded(dictionary, of_k, x, correlations) for of_k in supports]
+    _ = dictionary.coherence, dictionary.precise_gram  # before threads ask for them
+    by_sequence = nested.one_thread_each(
+        lambda i: _fit_nested(dictionary, [of_k[i] for of_k in supports], x[i], correlations[i]), range(len(x))
+    )
+    return [list(fits) for fits in zip(*by_sequence, strict=True)]
+
+
+def _fit_nested(
+    dictionary: Dictionary, supports: Sequence[Tensor], x_TD: Tensor, correlations_TF: Tensor | None
+) -> list[SequenceFit]:
+    """One sequence's fit on each of its supports. What `nested` cannot solve, `fit` does."""
+    found: dict[int, SequenceFit] = {}
+    narrow = sorted((i for i, s in enumerate(supports) if 0 < len(s) < x_TD.shape[1]), key=lambda i: len(supports[i]))
+    order_sizes = nested.order_of([supports[i] for i in narrow])
+    if order_sizes is not None:
+        order_U, sizes = order_sizes
+        for solved in _normal_nested(dictionary, order_U, sizes, x_TD, correlations_TF):
+            for i, n, z_TU in zip(narrow, sizes, solved, strict=True):
+                if z_TU is not None and i not in found:
+                    ascending = order_U[:n].argsort()
+                    found[i] = SequenceFit(supports[i], z_TU[:, ascending].to(x_TD.dtype))
+            if len(found) == len(narrow):
+                break
+    for i, support_U in enumerate(supports):
+        if i not in found:
+            rhs_TU = _products(dictionary, support_U, x_TD, correlations_TF)
+            found[i] = SequenceFit(support_U, fit(dictionary, support_U[None], x_TD[None], rhs_TU[None])[0])
+    return [found[i] for i in range(len(supports))]
+
+
+def _normal_nested(
+    dictionary: Dictionary, order_U: Tensor, sizes: Sequence[int], x_TD: Tensor, correlations_TF: Tensor | None
+) -> Iterator[list[Tensor | None]]:
+    """Solutions by normal equations for each size: in float32 where `fit` would try that, then in float64."""
+    if x_TD.dtype == torch.float32 and dictionary.coherence < COHERENT and dictionary.gram_fits:
+        rhs_TU = _products(dictionary, order_U, x_TD, correlations_TF)
+        yield nested.solve(dictionary.gram().table, order_U, sizes, rhs_TU, WELL_CONDITIONED**0.5)
+    if dictionary.precise_gram is not None:
+        rhs_TU = x_TD.double() @ dictionary.atoms[order_U].double().T
+        yield nested.solve(dictionary.precise_gram, order_U, sizes, rhs_TU, SINGULAR)
+
+
+def _fit_padded(
     dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor], correlations: Sequence[Tensor | None]
 ) -> list[SequenceFit]:
-    """Every sequence's fit on its support. correlations: with all atoms [tokens, padded], or None."""
+    """Every sequence's fit on one support, those of like size solved together."""
     found: list[SequenceFit | None] = [None] * len(x)
     for group in _groups(dictionary, supports, x):
         width = max(len(supports[i]) for i in group)
@@ -115,9 +168,7 @@ def _products(dictionary: Dictionary, support_U: Tensor, x_TD: Tensor, correlati
 
 
 def _groups(dictionary: Dictionary, supports: Sequence[Tensor], x: Sequence[Tensor]) -> list[list[int]]:
-    """Sequences to be solved together. On the CPU each alone: padding was seen to cost more than it saves there."""
-    if dictionary.atoms.device.type == "cpu":
-        return [[i] for i in range(len(x))]
+    """Sequences to be solved together."""
     alike: dict[tuple[int, int], list[int]] = {}
     for i, support in enumerate(supports):
         alike.setdefault((-(-len(support) // PADDED_TO), len(x[i])), []).append(i)
@@ -148,8 +199,8 @@ def _iterate(
         if not changed:
             break
         changing = list(changed)
-        refitted = _fit_together(
-            dictionary, list(changed.values()), [x[i] for i in changing], [correlations[i] for i in changing]
+        (refitted,) = _fit_together(
+            dictionary, [list(changed.values())], [x[i] for i in changing], [correlations[i] for i in changing]
         )
         for i, item in zip(changing, refitted, strict=True):
             fits[i] = item
