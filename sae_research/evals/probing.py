@@ -225,7 +225,8 @@ class TextsByTask:
         return {(start, end): part for (start, end), part in self.parts.items() if ((rows >= start) & (rows < end)).any()}
 
     def _joined(self, width: int, parts: dict[tuple[int, int], Means]) -> Means:
-        joined = Means(*(torch.zeros(self.n, width) for _ in Means._fields))
+        # numpy's zeros cost nothing until they are written: most rows may be other tasks'
+        joined = Means(*(torch.from_numpy(np.zeros((self.n, width), np.float32)) for _ in Means._fields))
         for (start, end), means in parts.items():
             for whole, part in zip(joined, means, strict=True):
                 whole[start:end] = part
