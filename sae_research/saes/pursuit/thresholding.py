@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sae_research.saes.pursuit import nested
 from sae_research.saes.pursuit.dictionary import Dictionary
+from sae_research.saes.pursuit.sequence_fits import one_thread_each, solve_on_support
 
 PADDED_TO = 32
 """Supports are padded to a multiple of this where those of several sequences are solved together."""
@@ -100,50 +100,37 @@ def _fit_together(
     """Every sequence's fits on its supports: one list of them for each k, in and out. correlations: with all atoms
     [tokens, padded], or None.
 
-    On the CPU each sequence by itself, all k at once (`nested`): padding was seen to cost more than it saves there.
+    On the CPU each sequence and k by itself: padding was seen to cost more than it saves there.
     """
     if dictionary.atoms.device.type != "cpu":
         return [_fit_padded(dictionary, of_k, x, correlations) for of_k in supports]
     _ = dictionary.coherence, dictionary.precise_gram  # before threads ask for them
-    by_sequence = nested.one_thread_each(
-        lambda i: _fit_nested(dictionary, [of_k[i] for of_k in supports], x[i], correlations[i]), range(len(x))
+    by_sequence = one_thread_each(
+        lambda i: [_fit_sequence(dictionary, of_k[i], x[i], correlations[i]) for of_k in supports], range(len(x))
     )
     return [list(fits) for fits in zip(*by_sequence, strict=True)]
 
 
-def _fit_nested(
-    dictionary: Dictionary, supports: Sequence[Tensor], x_TD: Tensor, correlations_TF: Tensor | None
-) -> list[SequenceFit]:
-    """One sequence's fit on each of its supports. What `nested` cannot solve, `fit` does."""
-    found: dict[int, SequenceFit] = {}
-    narrow = sorted((i for i, s in enumerate(supports) if 0 < len(s) < x_TD.shape[1]), key=lambda i: len(supports[i]))
-    order_sizes = nested.order_of([supports[i] for i in narrow])
-    if order_sizes is not None:
-        order_U, sizes = order_sizes
-        for solved in _normal_nested(dictionary, order_U, sizes, x_TD, correlations_TF):
-            for i, n, z_TU in zip(narrow, sizes, solved, strict=True):
-                if z_TU is not None and i not in found:
-                    ascending = order_U[:n].argsort()
-                    found[i] = SequenceFit(supports[i], z_TU[:, ascending].to(x_TD.dtype))
-            if len(found) == len(narrow):
-                break
-    for i, support_U in enumerate(supports):
-        if i not in found:
-            rhs_TU = _products(dictionary, support_U, x_TD, correlations_TF)
-            found[i] = SequenceFit(support_U, fit(dictionary, support_U[None], x_TD[None], rhs_TU[None])[0])
-    return [found[i] for i in range(len(supports))]
+def _fit_sequence(dictionary: Dictionary, support_U: Tensor, x_TD: Tensor, correlations_TF: Tensor | None) -> SequenceFit:
+    """One sequence's fit on one support: by normal equations where there are fewer atoms than dimensions, in float32 where
+    `fit` would try that, then in float64; else, and where those are singular, by `fit`."""
+    if 0 < len(support_U) < x_TD.shape[1]:
+        for solved_TU in _normal_equations(dictionary, support_U, x_TD, correlations_TF):
+            if solved_TU is not None:
+                return SequenceFit(support_U, solved_TU.to(x_TD.dtype))
+    rhs_TU = _products(dictionary, support_U, x_TD, correlations_TF)
+    return SequenceFit(support_U, fit(dictionary, support_U[None], x_TD[None], rhs_TU[None])[0])
 
 
-def _normal_nested(
-    dictionary: Dictionary, order_U: Tensor, sizes: Sequence[int], x_TD: Tensor, correlations_TF: Tensor | None
-) -> Iterator[list[Tensor | None]]:
-    """Solutions by normal equations for each size: in float32 where `fit` would try that, then in float64."""
+def _normal_equations(
+    dictionary: Dictionary, support_U: Tensor, x_TD: Tensor, correlations_TF: Tensor | None
+) -> Iterator[Tensor | None]:
     if x_TD.dtype == torch.float32 and dictionary.coherence < COHERENT and dictionary.gram_fits:
-        rhs_TU = _products(dictionary, order_U, x_TD, correlations_TF)
-        yield nested.solve(dictionary.gram().table, order_U, sizes, rhs_TU, WELL_CONDITIONED**0.5)
+        rhs_TU = _products(dictionary, support_U, x_TD, correlations_TF)
+        yield solve_on_support(dictionary.gram().table, support_U, rhs_TU, WELL_CONDITIONED**0.5)
     if dictionary.precise_gram is not None:
-        rhs_TU = x_TD.double() @ dictionary.atoms[order_U].double().T
-        yield nested.solve(dictionary.precise_gram, order_U, sizes, rhs_TU, SINGULAR)
+        rhs_TU = x_TD.double() @ dictionary.atoms[support_U].double().T
+        yield solve_on_support(dictionary.precise_gram, support_U, rhs_TU, SINGULAR)
 
 
 def _fit_padded(

@@ -1,4 +1,4 @@
-"""Least squares of nested supports: what one factorisation gives for all k, against each k by itself."""
+"""Least squares of sequences: against the pseudo-inverse, and alike however many run and whatever else is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_research.saes.pursuit import nested, thresholding
+from sae_research.saes.pursuit import sequence_fits, thresholding
 from sae_research.saes.pursuit.dictionary import Dictionary
 
 D_IN, KS = 48, [3, 1, 2]
@@ -63,22 +63,22 @@ def test_numbers_do_not_depend_on_the_threads() -> None:
             assert all(torch.equal(a.z, b.z) for a, b in zip(fits, wanted, strict=True))
 
 
-def test_a_singular_leading_block_spoils_no_other() -> None:
-    """The larger support holds two equal atoms: it has no factor, the smaller one's solution stands."""
+def test_numbers_do_not_depend_on_which_other_k_are_asked_for() -> None:
+    d = made(unit(96, 0.05))
+    together = thresholding.fit_sequences(sequences(), d, KS)
+    for k, fits in zip(KS, together, strict=True):
+        (alone,) = thresholding.fit_sequences(sequences(), d, [k])
+        assert all(torch.equal(a.z, b.z) and torch.equal(a.support, b.support) for a, b in zip(fits, alone, strict=True))
+
+
+def test_a_singular_matrix_has_no_solution_here() -> None:
     atoms = torch.eye(4).double()
     atoms[3] = atoms[2]
-    order, sizes = nested.order_of([torch.tensor([0, 2]), torch.tensor([0, 1, 2, 3])]) or pytest.fail("they are nested")
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).double()
-    small, large = nested.solve(atoms @ atoms.T, order, sizes, x @ atoms[order].T, 1e-5)
-    assert small is not None and small.tolist() == [[1.0, 3.0]]
-    assert large is None
-
-
-def test_supports_that_are_not_nested_are_told() -> None:
-    assert nested.order_of([torch.tensor([0, 2]), torch.tensor([1, 2, 3])]) is None
-    assert nested.order_of([]) is None
-    order, sizes = nested.order_of([torch.tensor([4]), torch.tensor([1, 4, 7]), torch.tensor([1, 4, 7])]) or pytest.fail()
-    assert (order.tolist(), sizes) == ([4, 1, 7], [1, 3, 3])
+    for support, wanted in (([0, 2], [[1.0, 3.0]]), ([0, 1, 2, 3], None)):
+        rows = torch.tensor(support)
+        z = sequence_fits.solve_on_support(atoms @ atoms.T, rows, x @ atoms[rows].T, 1e-5)
+        assert (None if z is None else z.tolist()) == wanted
 
 
 def test_an_error_in_a_thread_is_raised_and_threads_stay() -> None:
@@ -86,7 +86,7 @@ def test_an_error_in_a_thread_is_raised_and_threads_stay() -> None:
     torch.set_num_threads(2)
     try:
         with pytest.raises(ValueError, match="third"):
-            nested.one_thread_each(lambda i: int("third" if i == 3 else i), range(8))
+            sequence_fits.one_thread_each(lambda i: int("third" if i == 3 else i), range(8))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
