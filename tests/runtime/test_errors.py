@@ -146,7 +146,7 @@ def test_a_project_that_is_somebody_elses_is_one_line(body: str) -> None:
         for folder in (project, f"{project}/eval_results"):
             os.chmod(folder, 0o555)
         drop = "os.setuid(65534)" if os.geteuid() == 0 else "pass"
-        start = f"import sae_research.runtime.files; os.environ.pop('DVC_ROOT', None); os.chdir({project!r})"
+        start = f"import contextvars, sae_research.runtime.files; os.environ.pop('DVC_ROOT', None); os.chdir({project!r})"
         done = run(f"{start}\n    {drop}\n    {body}")
         for folder in (project, f"{project}/eval_results"):
             os.chmod(folder, 0o755)

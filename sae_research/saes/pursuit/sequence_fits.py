@@ -12,11 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from sae_research.runtime.numba_cache import numba
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -40,24 +37,10 @@ def solve_on_support(gram_FF: Tensor, support_U: Tensor, rhs_TU: Tensor, least: 
     None where the smallest pivot is below `least` times the largest, or there is no factor. gram_FF: of all atoms, in the
     precision to solve in, which is that of rhs_TU.
     """
-    gram_UU = torch.from_numpy(_gathered(gram_FF.numpy(), support_U.numpy()))
+    gram_UU = gram_FF[support_U[:, None], support_U]
     factor_UU, failed = torch.linalg.cholesky_ex(gram_UU.mT)  # symmetric, and in the order that LAPACK wants
     pivots_U = factor_UU.diagonal()
     if int(failed) or not bool(pivots_U.min() >= least * pivots_U.max()):
         return None
     forward_UT = torch.linalg.solve_triangular(factor_UU, rhs_TU.mT, upper=False)
     return torch.linalg.solve_triangular(factor_UU.mT, forward_UT, upper=True).mT
-
-
-@numba.njit(nogil=True)
-def _gathered(table, index):
-    """`table[index][:, index]` of a symmetric table, each pair of entries read once."""
-    found = np.empty((len(index), len(index)), table.dtype)
-    for i in range(len(index)):
-        row = table[index[i]]
-        for j in range(i + 1):
-            found[i, j] = row[index[j]]
-    for i in range(len(index)):
-        for j in range(i):
-            found[j, i] = found[i, j]
-    return found
