@@ -48,6 +48,8 @@ def main() -> None:
 
 def table(record: Path) -> str:
     """The page's table. Ratios are to one process; `same` says whether all result files have equal bytes."""
+    if not record.exists():
+        return "Not measured yet."
     found = json.loads(record.read_text())
     rows = []
     for evaluation, ways in found["evaluations"].items():
