@@ -47,6 +47,7 @@ def test_docs_say_what_the_record_says() -> None:
         assert shown.startswith("Not measured")
 
 
+@pytest.mark.slow
 def test_few_packages_are_needed() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BARE.format(absent=ABSENT)], cwd=ROOT, capture_output=True, text=True, check=False

@@ -69,8 +69,11 @@ def forget() -> None:
     shutil.rmtree(cache_dir("results"))
 
 
+SLOW = ("tpp", "absorption", "sparse_probing_sae_probes", "meta_sae")
+
+
 @pytest.mark.parametrize(
-    "evaluation", ["core", "sparse_probing", "tpp", "absorption", "sparse_probing_sae_probes", "meta_sae"]
+    "evaluation", ["core", "sparse_probing", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_units_give_the_bytes_of_the_whole(
     evaluation: str, prepared: None, make_params: Any, tasks: str, monkeypatch: pytest.MonkeyPatch
