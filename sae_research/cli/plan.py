@@ -78,7 +78,6 @@ def planned(params: Params, values: Mapping[str, Any], gpu: str | None, devices:
     from sae_research.planning.plan import make_plan, plan_text
     from sae_research.planning.resources import cache_lines
     from sae_research.planning.saes import planned_saes
-    from sae_research.runtime.files import project_root
     from sae_research.runtime.formatting import amount
 
     config = model_config(params.model.name)
@@ -92,8 +91,7 @@ def planned(params: Params, values: Mapping[str, Any], gpu: str | None, devices:
         f"{shape.name} ({amount(shape.parameters)} parameters, {shape.n_layers} layers), {len(saes)} SAEs at {hooks}, on "
         f"{devices} x {device.name}"
     )
-    free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
-    cached = cache_lines(plan.cache, free, limit) if plan.cache else []
+    cached = cache_lines(plan.cache, params) if plan.cache else []
     return "\n".join([head, "", plan_text(plan, device), *cached, *notes])
 
 

@@ -73,9 +73,12 @@ class Distribution:
         if not missing:
             return
         each = (bar.total or 0) // sum(value is None for found in scores.found.values() for value in found.values())
-        units = self._units(scores, missing, parts)
-        for outcome in self._workers.run(units, json.dumps(self._made).encode()):
-            _take(scores, outcome, parts, bar, each)
+        planned = plan_units(
+            scores.group.families(missing), missing, parts, self._workers.size, self._once.get(scores.kind, 0.0)
+        )
+        units = {self._unit(scores, names, number, parts[number]): (names, parts[number]) for names, number in planned}
+        for outcome in self._workers.run(list(units), json.dumps(self._made).encode()):
+            _take(scores, outcome, *units[outcome.unit], bar, each)
 
     def _refuse_too_large(self, scores: Scores, missing: Mapping[str, Any]) -> None:
         for name in missing:
@@ -86,12 +89,6 @@ class Distribution:
                         f"it takes some {size / 1e9:.1f} GB, a worker has {self._workers.memory / 1e9:.1f}: give each more "
                         "(cluster.cpus_per_worker, cluster.gpus_per_worker)"
                     )
-
-    def _units(self, scores: Scores, missing: Mapping[str, Sequence[Any]], parts: Sequence[Any]) -> list[Unit]:
-        planned = plan_units(
-            scores.group.families(missing), missing, parts, self._workers.size, self._once.get(scores.kind, 0.0)
-        )
-        return [self._unit(scores, names, number, parts[number]) for names, number in planned]
 
     def _unit(self, scores: Scores, names: Sequence[str], number: int, part: Any) -> Unit:
         payload = {
@@ -154,13 +151,11 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} SAEs ({names[0]}, ...)"
 
 
-def _take(scores: Scores, outcome: Outcome, parts: Sequence[Any], bar: tqdm, step: int) -> None:
-    """Keep what a unit found; its SAEs fail where it failed."""
-    asked = json.loads(outcome.unit.payload)
-    part = parts[asked["part"]]
+def _take(scores: Scores, outcome: Outcome, names: Sequence[str], part: Any, bar: tqdm, step: int) -> None:
+    """Keep what a unit of these SAEs and this part found; its SAEs fail where it failed."""
     if outcome.value is None:
         bar.write(f"{outcome.unit.name} failed: {outcome.failure}", file=bar.fp)
-        found: dict[str, Any] = {"failed": dict.fromkeys(asked["saes"], outcome.failure.splitlines()[0]), "values": {}}
+        found: dict[str, Any] = {"failed": dict.fromkeys(names, outcome.failure.splitlines()[0]), "values": {}}
     else:
         found = json.loads(outcome.value)
     for name, reason in found["failed"].items():

@@ -41,9 +41,9 @@ _ORGANISATIONS = {
 }
 
 
-def device_memory() -> int:
-    """Bytes of the GPU that this process computes on, else of main memory."""
-    device = pick_device("auto")
+def device_memory(device: torch.device | None = None) -> int:
+    """Bytes of a GPU, else of main memory. device: by default the one that this process computes on."""
+    device = pick_device("auto") if device is None else device
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
@@ -96,21 +96,17 @@ def load_language_model(
     """
     where = pick_device(device)
     loading = Loading(where, getattr(torch, dtype), placement, max_memory, quantization)
-    path, revision, names = Path(os.path.expanduser(name)), None, [name]
+    names = [name]
     if name in PACKAGED:
-        folder: str | Path = packaged_folder(name)
-    elif os.path.isdir(path):
-        folder = path
-        _check_files(folder, name)
-        _check_shards(folder)
-        names += _names_of(folder)
-    elif name.startswith((".", "/", "~")):
-        raise UserError(f"model.name: {name}: no such folder")
+        folder, revision = packaged_folder(name), "main"
     else:
-        bare, _, revision = name.partition("@")
-        folder = hub_name(bare)
+        folder, revision = located(name)
+        if isinstance(folder, Path):
+            _check_files(folder, name)
+            _check_shards(folder)
+            names += _names_of(folder)
     with nullcontext() if isinstance(folder, Path) else offline_if_silent(f"api/models/{folder}"):
-        model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision or "main", loading)
+        model, tokenizer = _from_pretrained(folder, name, getattr(torch, dtype), revision, loading)
     check_tokenizes(tokenizer, name)
     if not loading.options:
         model = model.to(where)
@@ -131,7 +127,19 @@ def _check_shards(folder: Path) -> None:
             regular_file(folder / checked_name(name, str(index), "fetch the model again"))
 
 
-def hub_name(name: str) -> str:
+def located(name: str) -> tuple[Path | str, str]:
+    """(a local model's folder or its name on the hub, its revision) of a model that is not packaged. Raises `UserError` for
+    a path where no folder is."""
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return path, "main"
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"model.name: {name}: no such folder")
+    bare, _, revision = name.partition("@")
+    return _hub_name(bare), revision or "main"
+
+
+def _hub_name(name: str) -> str:
     if "/" in name:
         return name
     return next((f"{org}/{name}" for prefix, org in _ORGANISATIONS.items() if name.startswith(prefix)), name)

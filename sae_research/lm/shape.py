@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from sae_research.lm.hooks import find_layers, parse_hook
-from sae_research.lm.load import PACKAGED, hub_name, one_line, package_of, parsed_once, unpacked_folder
+from sae_research.lm.load import PACKAGED, located, one_line, package_of, parsed_once, unpacked_folder
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint, read_json
 from sae_research.text.hub import offline_if_silent
@@ -22,23 +21,16 @@ def model_config(name: str) -> Any:
     folder needs no more than config.json. Raises `UserError` where it cannot be had."""
     from transformers import AutoConfig
 
-    path, revision = Path(os.path.expanduser(name)), None
     if name in PACKAGED:
         return _packaged_config(name)
-    if os.path.isdir(path):
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name: the folder {name} has no config.json")
-        where: str | Path = path
-    elif name.startswith((".", "/", "~")):
-        raise UserError(f"model.name: {name}: no such folder")
-    else:
-        bare, _, revision = name.partition("@")
-        where = hub_name(bare)
+    where, revision = located(name)
+    if isinstance(where, Path) and not (where / "config.json").is_file():
+        raise UserError(f"model.name: the folder {name} has no config.json")
     with (
         nullcontext() if isinstance(where, Path) else offline_if_silent(f"api/models/{where}"),
         one_line(name, "has a config.json that transformers cannot use"),
     ):
-        return AutoConfig.from_pretrained(where, revision=revision or "main")
+        return AutoConfig.from_pretrained(where, revision=revision)
 
 
 def _packaged_config(name: str) -> Any:
@@ -59,9 +51,8 @@ def known_fingerprint(name: str, config: Any) -> str:
     if name in PACKAGED:
         recorded = unpacked_folder(name) / "fingerprint.json"
         return str(read_json(recorded)["fingerprint"]) if recorded.is_file() else ""
-    if commit is None or os.path.isdir(os.path.expanduser(name)):
-        return ""
-    return fingerprint([hub_name(name.partition("@")[0]), commit])
+    where, _ = located(name)
+    return "" if commit is None or isinstance(where, Path) else fingerprint([where, commit])
 
 
 class ModelShape(NamedTuple):

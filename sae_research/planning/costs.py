@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from sae_research.config.evaluation_params import EXACT_WIDTH
 from sae_research.config.params import Params
 from sae_research.config.training import FLOAT_BYTES
 from sae_research.lm.shape import ModelShape
@@ -31,8 +32,6 @@ PURSUIT_READS = 1.0
 """Rows of the Gram matrix that a greedy step reads."""
 REFIT_SIZE = 10
 """Greedy steps after which refitting an orthogonal pursuit costs as much as choosing."""
-MOST_NEIGHBOURS = 16_384
-"""Latents whose nearest neighbours core evaluation looks for."""
 OPENED = 2
 """How often an SAE is opened for a part: to look at it, and to score it."""
 SPARSE_RECIPES = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
@@ -143,7 +142,7 @@ class PlannedCosts:
 
     def host(self, kind: str, sae: str, work: Work) -> float:
         one = self._saes[sae]
-        geometry = work.geometry * 2.0 * one.d_in * one.d_sae * min(one.d_sae, MOST_NEIGHBOURS)
+        geometry = work.geometry * 2.0 * one.d_in * one.d_sae * min(one.d_sae, EXACT_WIDTH)
         seconds = geometry / self._device.float32
         if self._measured:
             seconds += host_seconds(kind) * work.texts * one.d_sae + OPENED * one.nbytes * opening_seconds()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
+from sae_research.lm.load import device_memory
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_json
 
@@ -94,13 +94,10 @@ def measured_device(device: torch.device, has_bfloat16: bool, clock: Callable[[]
     source, target = torch.zeros(_VECTOR, device=device), torch.empty(_VECTOR, device=device)
     copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, clock)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this machine's {device.type}"
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
-    )
     threads = "" if device.type == "cuda" else f" with {torch.get_num_threads()} threads"
     return Device(
         name,
-        float(memory),
+        float(device_memory(device)),
         rate(torch.bfloat16) if has_bfloat16 else None,
         rate(torch.float32),
         copied,

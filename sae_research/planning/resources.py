@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from sae_research.config.training import FLOAT_BYTES, STATE_COPIES
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.saes import PlannedSAE
 from sae_research.planning.work import Phase, sample_size
+from sae_research.runtime.files import project_root
 from sae_research.runtime.formatting import gigabytes
 from sae_research.saes.base import OPEN_BYTES, ROOM
 
@@ -123,8 +125,9 @@ def _mend(need: Need, excess: float, devices: int) -> str:
     return f"{need.key}: {largest} (it is {need.value:g}) would fit" if need.key and largest else ""
 
 
-def cache_lines(needed: float, free: float, limit: float) -> list[str]:
-    """The activation cache's size in words, all in bytes, and a warning where the disk or the limit does not hold it."""
+def cache_lines(needed: float, params: Params) -> list[str]:
+    """The activation cache's size in words, needed in bytes, and a warning where the disk or the limit does not hold it."""
+    free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
     lines = [f"activation cache: about {gigabytes(needed)} (limit {gigabytes(limit)}, {gigabytes(free)} free)"]
     if needed > free:
         lines.append("warning: the disk has less room than that; make room or set activation_caching.enabled: false")

@@ -7,7 +7,6 @@ the constants below say how.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,11 +81,6 @@ def phases(evaluation: str, params: Params) -> list[Phase] | None:
     """An evaluation's phases at one hook; None for one that cannot be foretold."""
     count = _COUNTS.get(evaluation)
     return None if count is None else count(params)
-
-
-def foretold() -> tuple[str, ...]:
-    """Names of the evaluations that can be."""
-    return tuple(_COUNTS)
 
 
 def _core(params: Params) -> list[Phase]:
@@ -199,8 +193,3 @@ _COUNTS: dict[str, Callable[[Any], list[Phase]]] = {
     "autointerp": _autointerp,
     "ravel": _ravel,
 }
-
-
-def training_steps(params: Params) -> int:
-    """Optimiser steps of a run, where every token counts."""
-    return math.ceil(params.train.tokens / params.train.batch_size)

@@ -285,6 +285,5 @@ def _check(here: _Here, wanted: dict[str, str]) -> None:
 
 
 def _prune_logs() -> None:
-    logs = sorted(writable_cache_dir("logs").glob("*-worker*.log"))
-    for old in logs[: -LOGS_KEPT or None]:
+    for old in sorted(writable_cache_dir("logs").glob("*-worker*.log"))[:-LOGS_KEPT]:
         old.unlink(missing_ok=True)

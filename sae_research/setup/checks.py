@@ -7,7 +7,6 @@ Prints warnings, and stops for what would make hours of evaluation worthless. Ti
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from sae_research.planning.costs import all_left, evaluation_seconds, host_secon
 from sae_research.planning.resources import activation_cache_bytes, cache_lines
 from sae_research.planning.work import Phase, Work, phases
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import project_root, round_significant
+from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import duration
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo, check_finite
@@ -120,8 +119,7 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
     stages = [stage for name, on in params.eval_types.model_dump().items() if on and (stage := phases(name, params))]
     widths = {sae.cfg.hook_name: sae.cfg.d_in for sae in saes.values()}
     needed = activation_cache_bytes(params, stages, widths, lm.dtype.itemsize, d_sae)
-    free, limit = shutil.disk_usage(project_root()).free, params.activation_caching.max_gb * 1e9
-    return cache_lines(needed, free, limit)
+    return cache_lines(needed, params)
 
 
 L0_TOLERANCE = 1.5

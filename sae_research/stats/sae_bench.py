@@ -5,7 +5,7 @@ should know before comparing:
 - `explained_variance` collapses the dimensions before squaring, so its total variance is `S - (S/d)^2` with
   S = mean |x|^2, a variance about zero; `explained_variance_legacy` averages one ratio per token.
 - `mse` divides by the number of tokens in the batch, not by d_in.
-- `average_max_*_cosine_sim` are means over all latents up to `stats.weights.EXACT_WIDTH` of them; in wider dictionaries over
+- `average_max_*_cosine_sim` are means over all latents up to `EXACT_WIDTH` of them; in wider dictionaries over
   an evenly spaced sample, each against all others (standard error about 0.1 / sqrt(sample)).
 - `l1` sums activations without absolute values; density and `frac_alive` count only positive ones.
 """
@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_research.config.evaluation_params import EXACT_WIDTH
 from sae_research.saes import SparseAutoencoder
 
 CHUNK_ROWS = 2048
-EXACT_WIDTH = 16_384
-"""Widest dictionary whose nearest neighbours are all looked for: 2.7e8 cosines, 7 s of a CPU core at d = 576."""
 
 
 class LatentWeights(NamedTuple):

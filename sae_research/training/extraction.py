@@ -21,15 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_research.config.params import Params, check_params
-from sae_research.lm import LanguageModel, load_configured, pick_device
+from sae_research.lm import LanguageModel
 from sae_research.lm.activations import collect_hooks, entry_names
 from sae_research.runtime.cache import CHECKSUMS, intact, new_entry
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_json
 from sae_research.runtime.workers import Job, Unit, start_workers
-from sae_research.text.corpus import text_fingerprint
-from sae_research.text.tokens import StoredContexts, long_contexts
-from sae_research.training.products import pass_dtype
+from sae_research.text.tokens import StoredContexts
+from sae_research.training.session import load_model, training_text
 from sae_research.training.stream import chunk_contexts
 
 MANIFEST = "manifest.json"
@@ -67,14 +66,10 @@ class Extraction(NamedTuple):
 
 def prepare(params: Params, hooks: Sequence[str]) -> Extraction:
     """Load the model and tokenise the training text. Raises `UserError` for a hook the model lacks."""
-    dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_configured(params.model, dtype=dtype)
+    lm = load_model(params)
     for hook in hooks:
         lm.d_in(hook)
-    text = text_fingerprint(params.text, "sae_train")
-    contexts = long_contexts(
-        lm.tokenizer, lm.separator_id, params.text, "sae_train", params.train.tokens, text, params.activation_caching.max_gb
-    )
+    _, contexts = training_text(params, lm)
     return Extraction(lm, contexts.tokens, list(hooks), chunk_contexts(params, params.text.context_size))
 
 
@@ -120,8 +115,8 @@ def _compute(
     """Have the chunks written; returns why some were not."""
     seen_by_all = output / f".{uuid.uuid4().hex}"
     argument = {"params": params.model_dump(mode="json"), "hooks": work.hooks, "output": str(output.absolute())}
-    job = Job(f"{__name__}:ExtractionWorker", json.dumps(argument).encode(), "sae_research.lm.load:device_memory")
-    workers = start_workers(params.cluster, job, ExtractionWorker.of(work, params, output).__call__)
+    job = Job(f"{__name__}:extraction_worker", json.dumps(argument).encode(), "sae_research.lm.load:device_memory")
+    workers = start_workers(params.cluster, job, ExtractionWorker(work, params, output))
     failures: dict[int, str] = {}
     seen_by_all.touch()
     try:
@@ -162,20 +157,18 @@ def _write_manifest(work: Extraction, output: Path, chunks: Sequence[dict[str, s
 # --- a worker --------------------------------------------------------------------------------
 
 
+def extraction_worker(argument: bytes) -> ExtractionWorker:
+    """In a process other than the driver's."""
+    given = json.loads(argument)
+    params = check_params(given["params"], "the driver's parameters")
+    return ExtractionWorker(prepare(params, given["hooks"]), params, Path(given["output"]))
+
+
 class ExtractionWorker:
     """Writes the shards of one chunk after another."""
 
-    def __init__(self, argument: bytes) -> None:
-        given = json.loads(argument)
-        self._params = check_params(given["params"], "the driver's parameters")
-        self._work, self._output = prepare(self._params, given["hooks"]), Path(given["output"])
-
-    @classmethod
-    def of(cls, work: Extraction, params: Params, output: Path) -> ExtractionWorker:
-        """Of the driver itself."""
-        self = cls.__new__(cls)
-        self._params, self._work, self._output = params, work, output
-        return self
+    def __init__(self, work: Extraction, params: Params, output: Path) -> None:
+        self._work, self._params, self._output = work, params, output
 
     def __call__(self, payload: bytes, shared: bytes) -> bytes:
         """Nothing where the shards are on the driver's disk now, else the shards themselves."""

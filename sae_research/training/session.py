@@ -11,16 +11,30 @@ from torch import Tensor
 
 from sae_research.config.params import Params, Train
 from sae_research.config.training import SAERecipe
-from sae_research.lm import LanguageModel, pick_device
+from sae_research.lm import LanguageModel, load_configured, pick_device
 from sae_research.runtime.sources import sources_fingerprint
-from sae_research.text.tokens import LongContexts, StoredContexts, contexts_sha256
+from sae_research.text.corpus import TRAINING, text_fingerprint
+from sae_research.text.tokens import LongContexts, StoredContexts, contexts_sha256, long_contexts
 from sae_research.training.checkpoints import Checkpoint, load_checkpoint, run_folder, save_checkpoint
 from sae_research.training.group import Group
 from sae_research.training.peers import Alone, Peers
-from sae_research.training.products import has_bfloat16
+from sae_research.training.products import has_bfloat16, pass_dtype
 from sae_research.training.ranks import SharedStream, Together, owners
 from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start
+
+
+def load_model(params: Params) -> LanguageModel:
+    """The language model as training runs it, in `train.llm_dtype` where the device has that."""
+    return load_configured(params.model, dtype=pass_dtype(params.train.llm_dtype, pick_device(params.model.device)))
+
+
+def training_text(params: Params, lm: LanguageModel) -> tuple[str, LongContexts]:
+    """(fingerprint, contexts) of the text that SAEs are trained on. Raises as `long_contexts` does."""
+    text = text_fingerprint(params.text, TRAINING)
+    return text, long_contexts(
+        lm.tokenizer, lm.separator_id, params.text, TRAINING, params.train.tokens, text, params.activation_caching.max_gb
+    )
 
 
 @dataclass

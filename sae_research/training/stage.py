@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sae_research.config.params import Params, TokenMask, check_sizes
-from sae_research.lm import LanguageModel, load_configured, pick_device, token_mask
+from sae_research.lm import LanguageModel, pick_device, token_mask
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.runtime.files import (
@@ -29,8 +29,7 @@ from sae_research.runtime.files import (
 )
 from sae_research.runtime.formatting import gigabytes, tsv_text
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
-from sae_research.text.corpus import text_fingerprint
-from sae_research.text.tokens import Contexts, TextRunsOut, long_contexts, token_contexts
+from sae_research.text.tokens import Contexts, TextRunsOut, token_contexts
 from sae_research.training import rank_process
 from sae_research.training.checkpoints import (
     ProgressFile,
@@ -45,7 +44,7 @@ from sae_research.training.group import OtherRanks, RankLost
 from sae_research.training.loop import Snapshots, Stop, StopSignals, Trainer
 from sae_research.training.products import pass_dtype
 from sae_research.training.ranks import number_of_ranks, other_ranks, shared_contexts
-from sae_research.training.session import open_session, training_seed
+from sae_research.training.session import load_model, open_session, training_seed, training_text
 from sae_research.training.stream import ActivationStream
 from sae_research.training.tracking import Tracker, tracked
 from sae_research.training.training_sae import CurveRow, TrainingSAE
@@ -53,7 +52,6 @@ from sae_research.training.training_sae import CurveRow, TrainingSAE
 OUTPUT = Path("trained_saes")
 REPORT_FILE = "training_report.json"
 CURVE_FILE = "training_curve.tsv"
-TRAIN_SPLIT = "sae_train"
 
 Report = dict[str, Any]
 
@@ -116,16 +114,12 @@ def _train(
     tracker: Tracker,
     others: OtherRanks | None,
 ) -> Report:
-    dtype = pass_dtype(params.train.llm_dtype, pick_device(params.model.device))
-    lm = load_configured(params.model, dtype=dtype)
+    lm = load_model(params)
     if compared:
         check_comparison(params, lm)
     check_room(params, lm, output)
     held_out = held_out_contexts(params, lm)
-    text = text_fingerprint(params.text, TRAIN_SPLIT)
-    contexts = long_contexts(
-        lm.tokenizer, lm.separator_id, params.text, TRAIN_SPLIT, params.train.tokens, text, params.activation_caching.max_gb
-    )
+    text, contexts = training_text(params, lm)
     group = None if others is None else others.join()
     if group is not None:
         shared_contexts(group, contexts)

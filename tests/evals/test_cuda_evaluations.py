@@ -23,7 +23,7 @@ from sae_research.text.split import split_of
 from sae_research.transfer import stage as transfer
 from tests.helpers import knowing_model, ravel_world
 from tests.helpers.cuda import DEVICES, covered, cuda
-from tests.helpers.evals_saes import config, dictionary, everything
+from tests.helpers.evals_saes import MOVIE_REVIEWS, config, dictionary, everything
 from tests.helpers.llm_server import serve_llm
 from tests.helpers.tiny_saes import tiny_sae
 
@@ -95,16 +95,7 @@ def case(name: str, folder: Path, tiny: str, url: str) -> Case:
         "sparse_probing_sae_probes": lambda: Case(
             tiny,
             lambda _: everything(),
-            {
-                "sparse_probing_sae_probes": {
-                    "dataset_names": ["113_movie_sent"],
-                    "max_texts": 140,
-                    "k_values": [1],
-                    "context_length": 16,
-                    "probe_train_set_size": 32,
-                    "probe_test_set_size": 16,
-                }
-            },
+            {"sparse_probing_sae_probes": MOVIE_REVIEWS},
         ),
         "meta_sae": lambda: Case(tiny, saes_of, {"meta_sae": {"train_steps": 4, "train_batch_size": 32}}),
         "autointerp": lambda: Case(tiny, saes_of, {"autointerp": _autointerp(url)}),

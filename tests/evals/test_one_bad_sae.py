@@ -27,7 +27,7 @@ from sae_research.saes.base import Guard
 from sae_research.saes.forms import StandardSAE
 from sae_research.saes.pursuit.encoders import IHTPSAE
 from tests.fixtures import make_autointerp as fixture
-from tests.helpers.evals_saes import D, config, dictionary, standard
+from tests.helpers.evals_saes import MOVIE_REVIEWS, D, config, dictionary, standard
 
 
 def made(
@@ -161,16 +161,7 @@ def test_scr_and_tpp(lm: LanguageModel, make_params: Any, tasks: str, crossed: s
 
 @pytest.mark.slow
 def test_sae_probes(lm: LanguageModel, make_params: Any, tmp_path: Path) -> None:
-    params = make_params(
-        sparse_probing_sae_probes={
-            "dataset_names": ["113_movie_sent"],
-            "max_texts": 140,
-            "k_values": [1],
-            "context_length": 16,
-            "probe_train_set_size": 32,
-            "probe_test_set_size": 16,
-        }
-    )
+    params = make_params(sparse_probing_sae_probes=MOVIE_REVIEWS)
     bad = {name: BAD[name][0]() for name in ("overflow", "k2")}
     assert set(compared(sae_probes.evaluate, lm, params, tmp_path, bad)) == set(bad)
 

@@ -49,6 +49,17 @@ def everything() -> dict[str, SparseAutoencoder]:
     }
 
 
+MOVIE_REVIEWS: dict[str, Any] = {
+    "dataset_names": ["113_movie_sent"],
+    "max_texts": 140,
+    "k_values": [1],
+    "context_length": 16,
+    "probe_train_set_size": 32,
+    "probe_test_set_size": 16,
+}
+"""Section `sparse_probing_sae_probes` of one small task."""
+
+
 def small_sections(tasks: str) -> dict[str, Any]:
     """Sections of parameters by which evaluations take seconds. tasks: a task file."""
     probing = {"dataset_names": [tasks], "context_length": 12, "probe_train_set_size": 16, "probe_test_set_size": 8}

@@ -112,7 +112,7 @@ def test_a_disk_without_room_is_said_at_the_start(make_params, tmp_path, monkeyp
     with pytest.raises(UserError, match=r"the SAEs of train.saes take 1.64e-05 GB, the disk has 1e-05 GB free; make room"):
         stage.train(make_params(saes=FEW), tmp_path / "out")
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: original(path)._replace(free=20_000))
-    lm = stage.load_configured(make_params().model)
+    lm = stage.load_model(make_params())
     stage.check_room(make_params(saes=FEW), lm, tmp_path / "out")
     assert "warning: a checkpoint takes" in capsys.readouterr().err
 

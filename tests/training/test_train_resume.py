@@ -157,7 +157,7 @@ def test_an_interrupted_start_says_what_is_there_already(halfway, make_params, t
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(stage, "load_configured", stop)
+    monkeypatch.setattr(stage, "load_model", stop)
     with pytest.raises(Interrupted, match="step 30 is kept"):
         stage.train(halfway, tmp_path / "out")
     with pytest.raises(Interrupted, match="before the first step: nothing to keep"):

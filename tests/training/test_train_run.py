@@ -165,7 +165,7 @@ def test_the_buffer_never_grows(make_params):
 
 
 def test_nothing_to_train_loads_no_model(make_params, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "load_configured", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr(stage, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
     stage.train(make_params(saes={}), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "training_report.json").read_text())["saes"] == {}
 
