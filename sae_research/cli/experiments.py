@@ -121,7 +121,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _show_devices() -> None:
-    from sae_research.experiments.processes import Slot, available, holder
+    from sae_research.experiments.devices import Slot, available, holder
 
     for device, description in available():
         busy = holder(Slot(device, 0))
@@ -129,17 +129,17 @@ def _show_devices() -> None:
 
 
 def _monitor(options: argparse.Namespace) -> int:
-    from sae_research.experiments import dvc_queue
+    from sae_research.experiments import monitor
 
     if options.kill is not None:
-        return dvc_queue.kill(options.kill)
+        return monitor.kill(options.kill)
     if options.attach is not None:
-        return dvc_queue.attach(options.attach)
-    return dvc_queue.show(options.watch)
+        return monitor.attach(options.attach)
+    return monitor.show(options.watch)
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from sae_research.experiments.dvc_queue import apply_experiment
+    from sae_research.experiments.history import apply_experiment
     from sae_research.runtime.files import project_root
     from sae_research.runtime.workspace import prepare
 

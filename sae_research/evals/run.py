@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
+from sae_research.runtime.given_device import has_device_of_its_own
 from sae_research.runtime.stages import StageFolder, stage_folder
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ def run_evaluation(name: str, params: Params) -> None:
 
 @contextmanager
 def _started_workers(name: str, params: Params) -> Generator[Workers | None]:
-    """Workers where `cluster.address` says; None where this process scores."""
-    if params.cluster.address is None:
+    """Workers where `cluster.address` says; None where this process scores, as one
+    that was given its device by a sweep does."""
+    if params.cluster.address is None or has_device_of_its_own():
         yield None
         return
     from sae_research.evals.units import evaluation_job

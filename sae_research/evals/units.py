@@ -12,7 +12,9 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from sae_research.evals import harness
 from sae_research.evals.harness import PreparedSAEs, Scores
 from sae_research.evals.run import evaluation_function
 from sae_research.lm import load_configured
+from sae_research.runtime import processes
 from sae_research.runtime.cache import NO_CACHE, lent_results
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder
@@ -77,8 +80,10 @@ class Distribution:
             scores.group.families(missing), missing, parts, self._workers.size, self._once.get(scores.kind, 0.0)
         )
         units = {self._unit(scores, names, number, parts[number]): (names, parts[number]) for names, number in planned}
-        for outcome in self._workers.run(list(units), json.dumps(self._made).encode()):
-            _take(scores, outcome, *units[outcome.unit], bar, each)
+        with _on_record(scores.kind, len(units), self._workers.size) as ended:
+            for outcome in self._workers.run(list(units), json.dumps(self._made).encode()):
+                _take(scores, outcome, *units[outcome.unit], bar, each)
+                ended(outcome)
 
     def _refuse_too_large(self, scores: Scores, missing: Mapping[str, Any]) -> None:
         for name in missing:
@@ -149,6 +154,25 @@ def _split(together: Sequence[Sequence[str]], weight: Mapping[str, Sequence[Any]
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} SAEs ({names[0]}, ...)"
+
+
+@contextmanager
+def _on_record(kind: str, units: int, workers: int) -> Generator[Callable[[Outcome], None]]:
+    """Shows the units at work to whoever watches the project (`scripts.monitor_experiments`)."""
+    began, counts = time.monotonic(), {"done": 0, "failed": 0}
+    record = processes.record(
+        "units", f"{kind}-{os.getpid()}", os.getpid(), units=units, workers=workers, seconds_left=None, **counts
+    )
+
+    def ended(outcome: Outcome) -> None:
+        counts["failed" if outcome.value is None else "done"] += 1
+        over = sum(counts.values())
+        record.update(**counts, seconds_left=(time.monotonic() - began) / over * (units - over))
+
+    try:
+        yield ended
+    finally:
+        record.path.unlink()
 
 
 def _take(scores: Scores, outcome: Outcome, names: Sequence[str], part: Any, bar: tqdm, step: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from sae_research.runtime.cache import writable_cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
+from sae_research.runtime.given_device import DEVICE_VARIABLE
 from sae_research.runtime.workers import Cluster, Job, Outcome, Unit, by_cost, memory, versions, worker
 
 START_SECONDS = 180.0
@@ -129,7 +130,7 @@ class RayWorkers:
     def _actor(self, number: int) -> Any:
         threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         environment = dict.fromkeys(threads, str(self._cluster.cpus_per_worker))
-        environment["SAE_RESEARCH_DEVICE"] = "cuda" if self._gpus else "cpu"
+        environment[DEVICE_VARIABLE] = "cuda" if self._gpus else "cpu"
         if not self._gpus:  # Ray shows an actor without GPUs all of them
             environment["CUDA_VISIBLE_DEVICES"] = ""
         made = self._ray.remote(_Actor).options(
