@@ -31,10 +31,13 @@ def base_of(root: Path) -> Base:
         raise UserError(f"{root}: no DVC project; run from the project's folder (git init, dvc init)")
     if git(root, "rev-parse", "--verify", "-q", "HEAD").returncode:
         raise UserError(f"{root}: experiments need a git repository with a commit; git add, git commit")
-    changes = git(root, "-c", "user.name=x", "-c", "user.email=x", "stash", "create")
-    if changes.returncode:
-        raise UserError(f"git stash create: {changes.stderr.strip()}")
-    return Base(git(root, "rev-parse", "HEAD").stdout.strip(), changes.stdout.strip())
+    head = git(root, "rev-parse", "HEAD").stdout.strip()
+    if git(root, "diff", "--quiet", "HEAD").returncode == 0:
+        return Base(head, "")
+    changes = git(root, "-c", "user.name=sweep", "-c", "user.email=sweep", "stash", "create")
+    if changes.returncode or not changes.stdout.strip():
+        raise UserError(f"git stash create, of uncommitted changes: {changes.stderr.strip() or 'it made nothing'}")
+    return Base(head, changes.stdout.strip())
 
 
 def keep(root: Path, bundle: bytes) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from sae_research.runtime import processes
 from sae_research.runtime.cache import cache_dir, writable_cache_dir
 from sae_research.runtime.errors import Interrupted, UserError, run_main
-from sae_research.runtime.files import project_root
+from sae_research.runtime.files import ROOT_VARIABLE, project_root
 from sae_research.runtime.given_device import DEVICE_VARIABLE
 from sae_research.runtime.workers import Job
 
@@ -150,7 +150,7 @@ def run_experiment(task: Mapping[str, Any]) -> None:
         try:
             work = _cloned(root, clone, task["commit"], task["changes"])
             overrides = [part for override in task["overrides"] for part in ("-S", override)]
-            _run(work, "dvc", "exp", "run", "--name", name, *overrides, *task["targets"], DVC_ROOT=str(root))
+            _run(work, "dvc", "exp", "run", "--name", name, *overrides, *task["targets"], **{ROOT_VARIABLE: str(root)})
             reference = f"refs/exps/{task['commit'][:2]}/{task['commit'][2:]}/{name}"
             _run(work, "git", "bundle", "create", "--quiet", task["bundle"], reference, f"^{task['commit']}")
         finally:
