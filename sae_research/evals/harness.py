@@ -46,7 +46,7 @@ class PreparedSAEs(Mapping[str, SparseAutoencoder]):
             raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
         self._folder, self._device, self.infos = folder, str(lm.device), {}
         for name in read_manifest(manifest)["order"] if names is None else names:
-            info = self.infos[name] = self[name].info()
+            info = self.infos[name] = self.describe(name)
             width = lm.d_in(info.cfg.hook_name)
             if info.cfg.d_in != width:
                 raise UserError(
@@ -54,6 +54,9 @@ class PreparedSAEs(Mapping[str, SparseAutoencoder]):
                 )
         if not self.infos:
             raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
+
+    def describe(self, name: str) -> SAEInfo:
+        return self[name].info()
 
     def __getitem__(self, name: str) -> SparseAutoencoder:
         return load_sae(self._folder / name, self._device)

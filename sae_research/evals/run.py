@@ -74,13 +74,13 @@ def _scoring_on(
     from sae_research.evals.harness import delegated
     from sae_research.evals.units import Distribution
     from sae_research.lm.shape import shape_of
-    from sae_research.planning.costs import once_shares
+    from sae_research.planning.costs import unit_shares
     from sae_research.planning.devices import nominal
     from sae_research.planning.saes import described
 
     planned = [described(sae, info) for sae, info in saes.infos.items()]
-    once = once_shares(name, params, shape_of(lm.name, lm.model), planned, nominal(lm.device.type))
-    with delegated(Distribution(workers, lm.device.type, once)):
+    shares = unit_shares(name, params, shape_of(lm.name, lm.model), planned, nominal(lm.device.type))
+    with delegated(Distribution(workers, lm.device.type, shares)):
         yield
 
 

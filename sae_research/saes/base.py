@@ -234,7 +234,7 @@ class SparseAutoencoder(nn.Module):
         for name in sorted(self.tensor_names):
             tensor = getattr(self, name).detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         if not self._is_ours():
             digest.update(self._attributes().encode())
         elif in_place_of := {name: value for name, value in vars(self).items() if hasattr(type(self), name)}:
@@ -275,7 +275,7 @@ class SparseAutoencoder(nn.Module):
     def _check_shapes(self) -> None:
         check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form)
         for name, tensor in self.tensors().items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor.detach()):
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or diverged")
 
 
