@@ -192,9 +192,11 @@ class SparseAutoencoder(nn.Module):
         missing = [name for name in cls.tensor_names if name not in have]
         if missing:
             raise UserError(f"{cls.__name__} needs {', '.join(missing)}: define a classmethod from_baseline(baseline)")
+        skip = {} if baseline.W_skip is None else {"W_skip": baseline.W_skip.clone()}
         return cls(
             cfg=baseline.cfg.replace(form=cls.form, architecture=cls.form, options={}),
             **{name: have[name].clone() for name in cls.tensor_names},
+            **skip,
         )
 
     def weights_fingerprint(self) -> str:
