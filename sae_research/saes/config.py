@@ -69,6 +69,16 @@ class SAEConfig:
         """Where it reads and writes, as tables name it."""
         return f"{self.hook_name} -> {self.hook_out}" if self.is_transcoder else self.hook_name
 
+    @property
+    def in_stream(self) -> bool:
+        """Whether its decoder rows lie in the residual stream's space."""
+        return not self.hook_out.endswith(("hook_z", ".hook_in", ".hook_normalized"))
+
+    def check_one_hook(self, what: str) -> None:
+        """Raises `UserError` for a transcoder. what: that takes none, at the start of a sentence."""
+        if self.is_transcoder:
+            raise UserError(f"{what} edits the activations that an SAE reads; a transcoder ({self.hooks}) writes others")
+
     def replace(self, **changes: Any) -> SAEConfig:
         """A copy with changes. What reads and writes one hook goes on doing so where only `hook_name` or `d_in` changes."""
         if not self.is_transcoder:
