@@ -7,7 +7,7 @@ reference for an SAE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask
+from sae_research.config.training import ARROW
 from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
+from sae_research.lm.hooks import check_pair
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.text.tokens import StoredContexts
@@ -85,11 +87,15 @@ class Calibration(NamedTuple):
     dictionary_learning, whose L1 coefficients therefore carry over)."""
     mean_norm: float
     """Mean norm of the chunk's counted activations, model units."""
+    median_norm_out: float | None = None
+    """Of what a transcoder writes, as is the next; the others are then of what it reads."""
+    scale_out: float | None = None
 
 
 class StreamBatch(NamedTuple):
     acts: Tensor
-    """Normalised activations of counted tokens [batch_size, d_in], float32."""
+    """Normalised activations of counted tokens [batch_size, d_in], float32; of a transcoder what it reads and beside it what
+    it writes [batch_size, 2 d_in]."""
     progress: float
     """Fraction of the run done at the middle of this batch: above 0, below 1, so no step has a zero rate."""
 
@@ -182,7 +188,8 @@ class ReadAhead:
 
 
 class HookBuffer:
-    """One hook's activations, shuffled: each counted token once, deterministic from `params.random_seed`.
+    """One hook's activations, shuffled: each counted token once, deterministic from `params.random_seed`. Of a transcoder's
+    two hooks the activations lie side by side, and a token counts where it does at both.
 
     It knows nothing of other hooks, so that an SAE's batches are those of a run with its hook alone. Which tokens
     count is decided by this hook's own norms. How many tokens that rule drops is only known at the end, so progress is
@@ -200,7 +207,11 @@ class HookBuffer:
         device: torch.device,
     ) -> None:
         self.lm, self.hook, self.params, self.device = lm, hook, params, device
-        self.d_in, self.n_tokens = lm.d_in(hook), tokens.numel()
+        self.hooks = hook.split(ARROW)
+        self.d_in, self.n_tokens = lm.d_in(self.hooks[0]), tokens.numel()
+        self.width = self.d_in * len(self.hooks)
+        """Of a row."""
+        _check_hooks(lm, self.hooks)
         self.tokens_read = self.rows_read = self.rows_served = self.held = 0
         self.order: Tensor | None = None
         """The permutation of the rows held that is being served: `cursor` of `served_of_order` rows so far."""
@@ -208,7 +219,7 @@ class HookBuffer:
         self.generator = torch.Generator().manual_seed(int(fingerprint([params.random_seed, "stream"])[:12], 16))
         self.full = max(params.train.buffer_tokens, 2 * params.train.batch_size)
         # In the model's precision: half the memory in bfloat16, and nothing is lost.
-        self.bank = torch.empty(self.full + chunk_tokens, self.d_in, dtype=lm.dtype, device=device)
+        self.bank = torch.empty(self.full + chunk_tokens, self.width, dtype=lm.dtype, device=device)
         self.pca = StreamingPCA(self.d_in, device)
         self.follow_pca = True
         self.calibration: Calibration
@@ -232,17 +243,33 @@ class HookBuffer:
         tokens = tokens.to(acts.device)
         if not token_mask(self.lm, tokens, acts, TokenMask(outlier_norm_multiple=None), counted=counted).any():
             raise UserError("train.tokens: no token of the first contexts counts; give more text or longer contexts")
-        median = median_activation_norm(self.lm, tokens, acts, counted)
-        rows = acts[token_mask(self.lm, tokens, acts, self.params.token_mask, median, counted)].to(self.device).float()
+        sides = acts.split(self.d_in, dim=-1)
+        medians = [median_activation_norm(self.lm, tokens, side, counted) for side in sides]
+        kept = counted_at(self.lm, tokens, sides, self.params.token_mask, medians, counted)
+        rows = acts[kept].to(self.device).float()
+        scales = [self._scale(hook, own) for hook, own in zip(self.hooks, rows.split(self.d_in, dim=1), strict=True)]
+        norm = float(rows[:, : self.d_in].norm(dim=1).mean())
+        of_written = (medians[1], scales[1]) if len(sides) > 1 else ()
+        self.calibration = Calibration(medians[0], scales[0], norm, *of_written)
+        return self._normalised(rows)
+
+    @staticmethod
+    def _scale(hook: str, rows: Tensor) -> float:
         mean_square = float(rows.square().sum(1).mean())
         if not 0 < mean_square < float("inf"):
             raise UserError(
-                f"{self.hook}: the mean squared activation norm is {mean_square}; the model's activations "
+                f"{hook}: the mean squared activation norm is {mean_square}; the model's activations "
                 "are damaged (try train.llm_dtype: float32)"
             )
-        scale = mean_square**-0.5
-        self.calibration = Calibration(median, scale, float(rows.norm(dim=1).mean()))
-        return rows * scale
+        return mean_square**-0.5
+
+    def _normalised(self, rows: Tensor) -> Tensor:
+        """float32 rows in the model's units, normalised in place."""
+        if self.calibration.scale_out is None:
+            return rows.mul_(self.calibration.scale)
+        rows[:, : self.d_in].mul_(self.calibration.scale)
+        rows[:, self.d_in :].mul_(self.calibration.scale_out)
+        return rows
 
     def feed(self, tokens: Tensor, acts: Tensor, of_roles: Tensor | None = None) -> None:
         """Take in a chunk: tokens [n, context_size], activations [n, context_size, d_in] in the model's units, and where
@@ -252,7 +279,8 @@ class HookBuffer:
     def counted(self, tokens: Tensor, acts: Tensor, of_roles: Tensor | None = None) -> Tensor:
         """Activations of the tokens that count [rows, d_in], of a chunk as in `feed`. Changes nothing here."""
         tokens = tokens.to(acts.device)
-        return acts[token_mask(self.lm, tokens, acts, self.params.token_mask, self.calibration.median_norm, of_roles)]
+        sides, rule = acts.split(self.d_in, dim=-1), self.params.token_mask
+        return acts[counted_at(self.lm, tokens, sides, rule, median_norms(self.calibration), of_roles)]
 
     def take(self, n_tokens: int, rows: Tensor) -> None:
         """Take in a chunk of `n_tokens` whose counted activations are `rows`."""
@@ -283,9 +311,9 @@ class HookBuffer:
                 self._shuffle(self.held // 2)
         if self.order is None:
             return None
-        acts = self.bank[self.order[self.cursor : self.cursor + size]].float().mul_(self.calibration.scale)
+        acts = self._normalised(self.bank[self.order[self.cursor : self.cursor + size]].float())
         if self.follow_pca and self.rows_served // size % PCA_EVERY == 0:
-            self.pca.update(acts)
+            self.pca.update(acts[:, -self.d_in :])
         progress = (self.rows_served + size / 2) / self.expected_rows
         self.cursor += size
         self.rows_served += size
@@ -323,6 +351,44 @@ class HookBuffer:
         self.pca.products_DD.copy_(tensors["pca_products_DD"])
 
 
+def _check_hooks(lm: LanguageModel, hooks: Sequence[str]) -> None:
+    """Raises `UserError` for two hooks that are no transcoder's, or of two widths."""
+    if len(hooks) == 1:
+        return
+    try:
+        check_pair(*hooks)
+    except UserError as error:
+        raise UserError(f"train.saes: hook_out: {error}") from None
+    widths = [lm.d_in(hook) for hook in hooks]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"train.saes: hook_out: {hooks[0]} has {widths[0]} dimensions, {hooks[1]} {widths[1]}; only equal ones"
+        )
+
+
+def side_by_side(acts: Sequence[Tensor]) -> Tensor:
+    """Activations at a transcoder's hooks as one tensor [..., 2 d_in]; of one hook as they are."""
+    return acts[0] if len(acts) == 1 else torch.cat([*acts], dim=-1)
+
+
+def median_norms(calibration: Calibration) -> list[float]:
+    """What the norm rule compares with at the hook, or at both."""
+    return [norm for norm in (calibration.median_norm, calibration.median_norm_out) if norm is not None]
+
+
+def counted_at(
+    lm: LanguageModel,
+    tokens: Tensor,
+    sides: Sequence[Tensor],
+    rule: TokenMask,
+    medians: Sequence[float],
+    counted: Tensor | None,
+) -> Tensor:
+    """Where tokens count at every hook, bool [n, context_size]. sides: activations by hook [n, context_size, d_in]."""
+    masks = [token_mask(lm, tokens, acts, rule, median, counted) for acts, median in zip(sides, medians, strict=True)]
+    return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+
+
 class ActivationStream:
     """Chunks of text through one pass of the language model into a buffer for every hook.
 
@@ -345,7 +411,7 @@ class ActivationStream:
         self.next_chunk = 0
         self.buffers = {
             hook: HookBuffer(lm, hook, params, tokens, self.chunk_contexts * tokens.shape[1], self.device)
-            for hook in params.train.hooks
+            for hook in params.train.places
         }
         self._first: dict[str, Tensor] | None = None
 
@@ -385,13 +451,16 @@ class ActivationStream:
         tokens = self._chunk_tokens(chunk)
         pools = collect_hooks(
             self.lm,
-            list(self.buffers),
+            self.params.train.hooks,
             tokens,
             self.params.model.llm_batch_size,
             self.params.activation_caching,
             on_device=self.device.type == "cuda",
         )
-        flats = {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
+        flats = {
+            place: side_by_side([pools[hook].flat.view(*tokens.shape, -1) for hook in buffer.hooks])
+            for place, buffer in self.buffers.items()
+        }
         return {hook: flat.to(self.device) for hook, flat in flats.items()} if self.device.type == "cuda" else flats
 
     def feed(self, acts: dict[str, Tensor]) -> None:
