@@ -176,6 +176,8 @@ def attribute(
     """
     tokens = analysis.tokens(prompt)
     metric = metric or prompt_metric(analysis, None, None, tokens)
+    for sae in analysis.saes.values():
+        sae.cfg.check_one_hook("attribution")
     by_hook = list(dict.fromkeys([sae.cfg.hook_name for sae in analysis.saes.values()] + list(hooks)))
     value, acts, gradients = _gradients(analysis, tokens, metric, by_hook)
     shares = {}

@@ -242,7 +242,7 @@ def explain_latents(
     sae, store = analysis.saes[name], analysis.stats(name, progress)
     chosen = list(range(sae.cfg.d_sae)) if latents is None else list(latents)
     explainer = Explainer(store)
-    direct = sae.cfg.d_in == analysis.lm.d_model and not sae.cfg.hook_name.endswith("hook_z")
+    direct = sae.cfg.d_out == analysis.lm.d_model and sae.cfg.in_stream
     found = []
     for start in range(0, len(chosen), CHUNK_LATENTS):
         part = chosen[start : start + CHUNK_LATENTS]

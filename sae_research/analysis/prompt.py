@@ -97,6 +97,7 @@ def _replacement(
 @torch.no_grad()
 def inspect_sae(sae: SparseAutoencoder, x: Tensor, mask: Tensor) -> Internals:
     """Everything inside an SAE on activations x [batch, seq, d_in]; `output` is the reconstruction where tokens count."""
+    sae.cfg.check_one_hook("a run with the reconstruction in place")
     z = sae.encode(x, mask)
     x_hat = sae.decode(z).to(x.dtype)
     return Internals(
@@ -314,8 +315,8 @@ def direct_logits(analysis: AnalysisContext, sae: SparseAutoencoder, latents: Se
 @torch.no_grad()
 def _logit_parts(analysis: AnalysisContext, sae: SparseAutoencoder, latents: Sequence[int]) -> Iterator[Tensor]:
     """Logits of latents, some at a time [n, vocab], on the CPU."""
-    if sae.cfg.d_in != analysis.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
-        raise UserError(f"{sae.cfg.hook_name} is not in the residual stream: its latents promote no tokens directly")
+    if sae.cfg.d_out != analysis.lm.d_model or not sae.cfg.in_stream:
+        raise UserError(f"{sae.cfg.hook_out} is not in the residual stream: its latents promote no tokens directly")
     out = unembedding(analysis.lm)
     for part in torch.as_tensor(list(latents), device=sae.W_dec.device).split(CHUNK_LATENTS):
         yield out.logits(sae.W_dec[part]).cpu()

@@ -112,7 +112,8 @@ class Steering(NamedTuple):
 
 
 def check_steerable(name: str, sae: SparseAutoencoder) -> None:
-    """Raises `UserError` for an encoder that is not causal, with the reason."""
+    """Raises `UserError` for an encoder that is not causal and for a transcoder, with the reason."""
+    sae.cfg.check_one_hook("steering")
     if not sae.causal:
         instead = f"; steer with the dictionary it reads, {sae.cfg.base}" if sae.cfg.base else ""
         raise UserError(
@@ -212,9 +213,9 @@ def measured_maximum(analysis: AnalysisContext, name: str, latent: int) -> float
 def _targets(analysis: AnalysisContext, sae: SparseAutoencoder, latent: int, texts: Sequence[str] | None) -> list[int]:
     if texts:
         return [analysis.token(text) for text in texts]
-    if sae.cfg.d_in != analysis.lm.d_model or sae.cfg.hook_name.endswith("hook_z"):
+    if sae.cfg.d_out != analysis.lm.d_model or not sae.cfg.in_stream:
         raise UserError(
-            f"{sae.cfg.hook_name} is not in the residual stream, so the latent promotes no tokens directly: "
+            f"{sae.cfg.hook_out} is not in the residual stream, so the latent promotes no tokens directly: "
             "name target tokens"
         )
     promoted = promoted_tokens(analysis, sae, [latent], N_TARGETS)[0].raised_ids

@@ -36,6 +36,7 @@ _STAND_IN = (
     "against other science questions, one-word answers against three other answers. Its scores compare SAEs with "
     "one another, not with published ones."
 )
+_PROBED = "it ablates latents in the activations that its probes and they are read from"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Evaluation:
     """SAE Bench's `eval_type_id`; the name where empty."""
     caution: str | None = None
     """Stands above its metrics. Differences between SAEs are then not tested."""
+
+    one_hook: str = ""
+    """Why it means nothing for a transcoder, which writes another hook than it reads; empty where it means something."""
 
     def __post_init__(self) -> None:
         for field in ("section_name", "result_type"):
@@ -98,6 +102,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "a spurious concept removed by ablating latents",
             "scr_tpp:evaluate_scr",
             caution=_UNRELIABLE,
+            one_hook=_PROBED,
         ),
         Evaluation(
             "tpp",
@@ -106,6 +111,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "one class removed by ablating latents, the others kept",
             "scr_tpp:evaluate_tpp",
             caution=_UNRELIABLE,
+            one_hook=_PROBED,
         ),
         Evaluation(
             "absorption",
@@ -114,6 +120,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "first letters that other latents have absorbed",
             "absorption:evaluate",
             result_type="absorption_first_letter",
+            one_hook="it compares what latents write with probes of what they are read from",
         ),
         Evaluation(
             "unlearning",
@@ -122,6 +129,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "one field forgotten by clamping latents, the rest kept",
             "unlearning:evaluate",
             caution=_STAND_IN,
+            one_hook="it clamps latents in the activations that they are read from",
         ),
         Evaluation(
             "sparse_probing_sae_probes",
@@ -145,7 +153,14 @@ EVALUATIONS: dict[str, Evaluation] = {
             "explanations written and scored by a language model; needs an OpenAI-compatible endpoint",
             "autointerp:evaluate",
         ),
-        Evaluation("ravel", "RAVEL", Ravel, "one attribute of an entity changed, the others kept", "ravel:evaluate"),
+        Evaluation(
+            "ravel",
+            "RAVEL",
+            Ravel,
+            "one attribute of an entity changed, the others kept",
+            "ravel:evaluate",
+            one_hook="it exchanges latents in the activations that they are read from",
+        ),
         Evaluation("transfer", "Transfer to a finetuned model", Transfer, "whether the SAE serves a finetune of its model"),
         Evaluation(
             "ground_truth",

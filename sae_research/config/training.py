@@ -66,6 +66,17 @@ class SAERecipe(Section):
     seed: Seed | None = None
     """Null takes `random_seed`. Entries that differ in name and seed alone are one recipe, and the report gives their
     mean and spread; the text and its order are the run's."""
+    hook_out: Name | None = None
+    """A transcoder's: the hook that its reconstruction stands for, such as blocks.8.hook_mlp_out for what
+    blocks.8.mlp.hook_in reads. Null: the hook it reads."""
+    skip: bool | None = None
+    """true gives a transcoder a linear skip, learned with the rest from zero."""
+
+    @model_validator(mode="after")
+    def _transcoder(self) -> SAERecipe:
+        if self.skip and self.hook_out is None:
+            raise ValueError("skip: true belongs to a transcoder: say which hook it writes (hook_out)")
+        return self
 
 
 class L1Recipe(SAERecipe):
@@ -78,6 +89,14 @@ class L1Recipe(SAERecipe):
     """Resample dead latents each time this fraction of the run has passed, in its first half; 0 never does."""
     resample_window: Fraction = 0.1
     """A latent is dead for resampling when it was silent for this fraction of the run."""
+
+    @model_validator(mode="after")
+    def _resamples_what_it_reads(self) -> L1Recipe:
+        if self.hook_out is not None and self.resample_every:
+            raise ValueError(
+                "resample_every belongs to SAEs: what is left of a transcoder's output is no encoder's direction"
+            )
+        return self
 
 
 class StandardRecipe(L1Recipe):
@@ -220,6 +239,8 @@ class MatchingPursuitRecipe(SAERecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> MatchingPursuitRecipe:
+        if self.hook_out is not None:
+            raise ValueError("matching_pursuit explains what it reads: it takes no hook_out")
         if self.s > self.d_sae:
             raise ValueError(f"s = {self.s} exceeds d_sae = {self.d_sae}")
         return self
@@ -263,6 +284,10 @@ SHARED = {
     "dead_fraction",
 }
 """Settings of a run that shape every SAE in it."""
+
+
+ARROW = " -> "
+"""Between the hooks of a transcoder."""
 
 
 class Train(Section):
@@ -343,15 +368,25 @@ class Train(Section):
         """The hook that an SAE of `saes` is trained at."""
         return self.saes[name].hook_name or self.hook_name
 
+    def place_of(self, name: str) -> str:
+        """The hook that an SAE reads, or `READ -> WRITTEN` of a transcoder: SAEs of one place get the same batches."""
+        written = self.saes[name].hook_out
+        return self.hook_of(name) if written is None else f"{self.hook_of(name)}{ARROW}{written}"
+
+    @property
+    def places(self) -> list[str]:
+        """Every place, in order of first use."""
+        return list(dict.fromkeys(self.place_of(name) for name in self.saes))
+
     @property
     def hooks(self) -> list[str]:
-        """Every hook an SAE is trained at, in order of first use."""
-        return list(dict.fromkeys(self.hook_of(name) for name in self.saes))
+        """Every hook that an SAE reads or writes, in order of first use."""
+        return list(dict.fromkeys(hook for place in self.places for hook in place.split(ARROW)))
 
     def hyper_parameters(self, name: str) -> dict[str, Any]:
         """What shaped one SAE's training: its own settings, and those of the run that all SAEs share."""
         return {
-            **self.saes[name].model_dump(exclude={"recipe", "seed", "hook_name"}, exclude_none=True),
+            **self.saes[name].model_dump(exclude={"recipe", "seed", "hook_name", "hook_out"}, exclude_none=True),
             **self.model_dump(include=SHARED),
         }
 
@@ -366,4 +401,7 @@ class Train(Section):
     def checkpoint_bytes(self, widths: Mapping[str, int], itemsize: int) -> int:
         """In `.cache/train`, until the run ends. itemsize: bytes of an activation."""
         rows = max(self.buffer_tokens, 2 * self.batch_size)
-        return STATE_COPIES * self.weight_bytes(widths) + sum(widths[hook] for hook in self.hooks) * rows * itemsize
+        return (
+            STATE_COPIES * self.weight_bytes(widths)
+            + sum(widths[hook] for place in self.places for hook in place.split(ARROW)) * rows * itemsize
+        )

@@ -4,6 +4,7 @@ results in SAE Bench's own output types, so that its readers and leaderboards ac
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 import uuid
@@ -23,12 +24,13 @@ from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
 from sae_research.runtime.cache import ResultCache
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import NotApplicable, UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder, read_manifest
 from sae_research.saes import SparseAutoencoder, load_sae
 from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo
 from sae_research.saes.registry import code_fingerprint
+from sae_research.saes.sources import check_widths
 from sae_research.text.local import listed
 from sae_research.text.tasks import Task, TaskUnavailable, load_task
 
@@ -47,16 +49,18 @@ class PreparedSAEs(Mapping[str, SparseAutoencoder]):
         self._folder, self._device, self.infos = folder, str(lm.device), {}
         for name in read_manifest(manifest)["order"] if names is None else names:
             info = self.infos[name] = self.describe(name)
-            width = lm.d_in(info.cfg.hook_name)
-            if info.cfg.d_in != width:
-                raise UserError(
-                    f"SAE {name} reads {info.cfg.d_in} dimensions, {lm.name} has {width} at {info.cfg.hook_name}"
-                )
+            check_widths(name, info.cfg, lm)
         if not self.infos:
             raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
 
     def describe(self, name: str) -> SAEInfo:
         return self[name].info()
+
+    def only(self, names: Iterable[str]) -> PreparedSAEs:
+        """Some of them."""
+        some = copy.copy(self)
+        some.infos = {name: self.infos[name] for name in names}
+        return some
 
     def __getitem__(self, name: str) -> SparseAutoencoder:
         return load_sae(self._folder / name, self._device)
@@ -74,10 +78,14 @@ def infos_of(saes: Mapping[str, SparseAutoencoder]) -> dict[str, SAEInfo]:
 
 
 class Group:
-    """SAEs that read one hook: one model pass serves them all."""
+    """SAEs that read one hook, and write one hook where that matters: one model pass serves them all."""
 
-    def __init__(self, hook: str, infos: dict[str, SAEInfo], saes: Mapping[str, SparseAutoencoder]) -> None:
+    def __init__(
+        self, hook: str, infos: dict[str, SAEInfo], saes: Mapping[str, SparseAutoencoder], hook_out: str | None = None
+    ) -> None:
+        """hook_out: what they write; the hook they read where None."""
         self.hook, self.infos, self._saes = hook, infos, saes
+        self.hook_out = hook if hook_out is None else hook_out
 
     def families(self, names: Iterable[str]) -> list[list[str]]:
         """These SAEs, those together that share the work of encoding."""
@@ -104,16 +112,58 @@ class Group:
 
 
 def by_hook(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
-    """SAEs grouped by the hook they read."""
+    """SAEs grouped by the hook they read and write. Raises `UserError` for one that writes elsewhere (a transcoder)."""
+    for name, info in infos_of(saes).items():
+        if info.cfg.is_transcoder:
+            raise UserError(f"SAE {name} reads and writes {info.cfg.hooks}; what edits the hook it reads cannot take it")
+    return by_read_hook(saes)
+
+
+def by_read_hook(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
+    """SAEs grouped by the hook they read, wherever they write: for evaluations of latents alone."""
     infos: dict[str, dict[str, SAEInfo]] = {}
     for name, info in infos_of(saes).items():
         infos.setdefault(info.cfg.hook_name, {})[name] = info
     return [Group(hook, members, saes) for hook, members in infos.items()]
 
 
+def by_hooks(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
+    """SAEs grouped by the hook they read and the hook they write."""
+    infos: dict[tuple[str, str], dict[str, SAEInfo]] = {}
+    for name, info in infos_of(saes).items():
+        infos.setdefault((info.cfg.hook_name, info.cfg.hook_out), {})[name] = info
+    return [Group(hook, members, saes, hook_out) for (hook, hook_out), members in infos.items()]
+
+
+def of_one_hook(
+    evaluate: Callable[..., Iterator[tuple[str, Any]]],
+    reason: str,
+    saes: Mapping[str, SparseAutoencoder],
+    lm: LanguageModel,
+    params: Params,
+    stage: StageFolder,
+) -> Iterator[tuple[str, Any]]:
+    """`evaluate` on the SAEs that write the hook they read; the others are skipped. reason: why it means nothing for those.
+    Raises `NotApplicable` where there is none."""
+    infos = infos_of(saes)
+    left_out = {name: info.cfg.hooks for name, info in infos.items() if info.cfg.is_transcoder}
+    kept = [name for name in infos if name not in left_out]
+    if not kept:
+        raise NotApplicable(f"{reason}: these are transcoders ({', '.join(dict.fromkeys(left_out.values()))})")
+    for name, hooks in left_out.items():
+        stage.skip(name, f"not applicable to a transcoder ({hooks}): {reason}")
+    some = saes.only(kept) if isinstance(saes, PreparedSAEs) else {name: saes[name] for name in kept}
+    yield from evaluate(some if left_out else saes, lm, params, stage)
+
+
+def hooks_of(saes: Mapping[str, SparseAutoencoder]) -> list[str]:
+    """Where the SAEs read, and write, each once."""
+    return list(dict.fromkeys(info.cfg.hooks for info in infos_of(saes).values()))
+
+
 def announce(params: Params, lm: LanguageModel, saes: Mapping[str, SparseAutoencoder]) -> None:
     """One line that says what is about to be evaluated."""
-    hooks = ", ".join(group.hook for group in by_hook(saes))
+    hooks = ", ".join(hooks_of(saes))
     print(f"{len(saes)} SAEs on {lm.name} ({params.model.torch_dtype}, {lm.device}) at {hooks}", flush=True, file=sys.stderr)
 
 
@@ -121,10 +171,11 @@ def announce(params: Params, lm: LanguageModel, saes: Mapping[str, SparseAutoenc
 
 
 def result_key(sae: SparseAutoencoder | SAEInfo, lm: LanguageModel, inputs: Any, *modules: str) -> str:
-    """Key of one SAE's result: weights, configuration, inputs, model, precision, device kind, and the code and libraries
-    that `modules` (names, `__name__` of whoever computes it) and the SAE's class reach."""
+    """Key of one SAE's result: weights, hooks, configuration, inputs, model, precision, device kind, and the code and
+    libraries that `modules` (names, `__name__` of whoever computes it) and the SAE's class reach."""
     info = sae if isinstance(sae, SAEInfo) else sae.info()
-    return _key(lm, inputs, code_fingerprint(*modules, classes=[info.kind]), sae=info.fingerprint)
+    code = code_fingerprint(*modules, classes=[info.kind])
+    return _key(lm, inputs, code, sae=info.fingerprint, hooks=info.cfg.hooks)
 
 
 def model_key(lm: LanguageModel, inputs: Any, *modules: str) -> str:
@@ -360,6 +411,7 @@ def sae_description(info: SAEInfo) -> dict[str, Any]:
         "d_sae": cfg.d_sae,
         **info.options,
         "hook_name": cfg.hook_name,
+        **({"hook_out": cfg.hook_out} if cfg.is_transcoder else {}),
         "hook_layer": cfg.hook_layer,
         "model_name": cfg.model_name,
         "dtype": cfg.dtype,

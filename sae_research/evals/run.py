@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,18 @@ RESULTS = Path("eval_results")
 
 
 def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str, Any]]]]:
-    """What computes an evaluation of `OF_SAES`. Raises `UserError` for another name."""
+    """What computes an evaluation of `OF_SAES`, called with (saes, lm, params, stage). Raises `UserError` for another
+    name."""
     if name not in OF_SAES:
         raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
     module, _, function = str(OF_SAES[name].evaluate).partition(":")
-    return getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
+    evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
+    reason = OF_SAES[name].one_hook
+    if not reason:
+        return evaluate
+    from sae_research.evals.harness import of_one_hook
+
+    return partial(of_one_hook, evaluate, reason)
 
 
 def run_evaluation(name: str, params: Params) -> None:
@@ -87,7 +95,7 @@ def _scoring_on(
 def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedSAEs]:
     import torch
 
-    from sae_research.evals.harness import PreparedSAEs, announce, by_hook
+    from sae_research.evals.harness import PreparedSAEs, announce, hooks_of
     from sae_research.lm import load_configured
     from sae_research.saes.sources import PREPARED
 
@@ -96,7 +104,7 @@ def _start(params: Params, stage: StageFolder) -> tuple[LanguageModel, PreparedS
     saes = PreparedSAEs(PREPARED, lm)
     stage.notes |= {
         "model": lm.name,
-        "hooks": sorted(group.hook for group in by_hook(saes)),
+        "hooks": sorted(hooks_of(saes)),
         "text": params.text.dataset,
         "dtype": params.model.torch_dtype,
         "random_seed": params.random_seed,

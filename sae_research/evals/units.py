@@ -109,7 +109,7 @@ class Distribution:
     def _unit(self, scores: Scores, names: Sequence[str], number: int, part: Any) -> Unit:
         payload = {
             "kind": scores.kind,
-            "hook": scores.group.hook,
+            "hooks": [scores.group.hook, scores.group.hook_out],
             "saes": list(names),
             "part": number,
             "keys": {name: scores.keys[name][part] for name in names},
@@ -238,7 +238,8 @@ class _Assigned:
 
     def fill(self, scores: Scores, score: Score, bar: tqdm, parts: Sequence[Any], step: int) -> None:
         earlier = not scores.lacking(parts)
-        if (scores.kind, scores.group.hook) != (self._unit["kind"], self._unit["hook"]) or earlier:
+        asked = self._unit["kind"], *self._unit["hooks"]
+        if (scores.kind, scores.group.hook, scores.group.hook_out) != asked or earlier:
             scores.score_here(score, bar, parts, step)
             return
         part = parts[self._unit["part"]]

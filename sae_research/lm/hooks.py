@@ -1,4 +1,4 @@
-"""Hook points by their TransformerLens names, found in Hugging Face decoders, and what a layer's attention and MLP add.
+"""Hook points by their TransformerLens names, found in Hugging Face decoders.
 
 | name | tensor |
 |---|---|
@@ -7,33 +7,37 @@
 | `blocks.L.hook_mlp_out`    | what the MLP adds to the stream |
 | `blocks.L.hook_attn_out`   | what attention adds to the stream |
 | `blocks.L.attn.hook_z`     | heads' outputs before the output projection, flattened [batch, seq, n_heads * d_head] |
+| `blocks.L.hook_mlp_in`     | the stream as the MLP's branch takes it, before the norm |
+| `blocks.L.ln2.hook_normalized` | that, normalised, before the norm's weight and bias |
+| `blocks.L.mlp.hook_in`     | what the MLP itself is given, after them (circuit-tracer's name) |
 
-Families differ in where `mlp_out` and `attn_out` are to be read: the output of the attention or MLP module itself (most),
-of a norm after it (Gemma 2, OLMo 2, GLM-4), of a projection inside a module that returns the sum with the stream (BLOOM,
-MPT), or one of those times a number (Granite, MiniCPM 3). No family is known by name here. The layer runs on a few
-tokens; a pair of modules is taken when
-
-- what layer L adds to the stream, `resid_post - resid_pre`, is the sum of their outputs, and
-- with both outputs replaced by random vectors, what it adds is the sum of those vectors,
-
-to the rounding of the model's precision. Where no pair holds, these two hooks are refused.
+Which modules these are `lm/parts.py` finds, and checks at the first use.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sae_research.lm.parts import Affine, MLPInput, Parts
 from sae_research.runtime.errors import UserError
 
-_PATTERN = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(hook_(?:resid_pre|resid_post|mlp_out|attn_out)|attn\.hook_z)")
+KINDS = (
+    "hook_resid_pre",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_mlp_in",
+    "ln2.hook_normalized",
+    "mlp.hook_in",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+"""What a layer computes, in order."""
+_PATTERN = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(" + "|".join(map(re.escape, KINDS)) + ")")
+_READ_BY_MLP = ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_in")
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -46,17 +50,29 @@ class HookPoint(NamedTuple):
     module: nn.Module
     before: bool
     scale: float = 1.0
+    affine: Affine | None = None
+    """The hook's value is what an affine map made this of."""
 
 
 def parse_hook(name: str) -> tuple[int, str]:
     """(layer, kind) of a hook name. Raises `UserError` for anything else."""
     match = _PATTERN.fullmatch(name)  # one spelling for a hook: SAEs at it are grouped by name
     if match is None:
-        raise UserError(
-            f"unknown hook {name!r}; known: blocks.L.hook_resid_pre, blocks.L.hook_resid_post, "
-            "blocks.L.hook_mlp_out, blocks.L.hook_attn_out, blocks.L.attn.hook_z"
-        )
+        raise UserError(f"unknown hook {name!r}; known: {', '.join(f'blocks.L.{kind}' for kind in KINDS)}")
     return int(match[1]), match[2]
+
+
+def check_pair(read: str, written: str) -> None:
+    """Raises `UserError` for hooks that are no transcoder's: of two layers, or the written one not after the read one."""
+    (layer, kind), (layer_out, kind_out) = parse_hook(read), parse_hook(written)
+    if layer != layer_out:
+        raise UserError(
+            f"it reads {read} and writes {written}: a transcoder's hooks belong to one layer; correct the one that is wrong"
+        )
+    if KINDS.index(kind) >= KINDS.index(kind_out):
+        raise UserError(
+            f"it reads {read}, which the model computes after {written}, which it writes; are the two exchanged?"
+        )
 
 
 def find_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -67,9 +83,11 @@ def find_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def locate(layers: nn.ModuleList, name: str, parts: Callable[[int], Parts]) -> HookPoint:
-    """The module a hook name stands for. parts: gives what a layer's attention and MLP add to the stream. Raises
-    `UserError` when the model has no such layer or part."""
+def locate(
+    layers: nn.ModuleList, name: str, parts: Callable[[int], Parts], mlp_input: Callable[[int], MLPInput]
+) -> HookPoint:
+    """The module a hook name stands for. parts, mlp_input: give what a layer's attention and MLP add to the stream, and what
+    its MLP reads. Raises `UserError` when the model has no such layer or part."""
     index, kind = parse_hook(name)
     if index >= len(layers):
         raise UserError(f"hook {name}: the model has layers 0 to {len(layers) - 1}")
@@ -82,6 +100,8 @@ def locate(layers: nn.ModuleList, name: str, parts: Callable[[int], Parts]) -> H
         attention = _part(layer, _ATTENTION_NAMES, name)
         nested = getattr(attention, "attention", attention)  # GPT-Neo wraps its attention once more
         return HookPoint(index, kind, _part(nested, _PROJECTION_NAMES, name), True)
+    if kind in _READ_BY_MLP:
+        return _read_by_mlp(index, kind, mlp_input(index), f"hook {name}: layer {index} ({type(layer).__name__})")
     found = parts(index)
     part = found.attention if kind == "hook_attn_out" else found.mlp
     if part is None:
@@ -91,195 +111,20 @@ def locate(layers: nn.ModuleList, name: str, parts: Callable[[int], Parts]) -> H
     return HookPoint(index, kind, part.module, False, part.scale)
 
 
+def _read_by_mlp(index: int, kind: str, found: MLPInput, where: str) -> HookPoint:
+    if found.mlp is None:
+        raise UserError(f"{where} {found.problem}; use hook_resid_pre")
+    if kind == "mlp.hook_in":
+        return HookPoint(index, kind, found.mlp, True)
+    if found.norm is None or (kind == "ln2.hook_normalized" and found.affine is None):
+        raise UserError(f"{where} {found.problem}; use mlp.hook_in")
+    if kind == "hook_mlp_in":
+        return HookPoint(index, kind, found.norm, True)
+    return HookPoint(index, kind, found.mlp, True, affine=found.affine)
+
+
 def _part(module: nn.Module, names: tuple[str, ...], hook: str) -> nn.Module:
     for name in names:
         if isinstance(getattr(module, name, None), nn.Module):
             return getattr(module, name)
     raise UserError(f"hook {hook}: {type(module).__name__} has none of {', '.join(names)}")
-
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|feed_?forward|moe", re.IGNORECASE)
-_NEITHER = re.compile(r"norm|drop|^ln|^act", re.IGNORECASE)
-_ROUNDINGS = 4
-"""Roundings of a sum in the model's precision, relative to the sizes of what is summed, that count as equal."""
-
-
-class Part(NamedTuple):
-    """The stream receives `scale` times the output of `module`."""
-
-    module: nn.Module
-    scale: float
-
-
-class Parts(NamedTuple):
-    """What a layer's attention and MLP add; None for one that the layer lacks or that could not be told."""
-
-    attention: Part | None
-    mlp: Part | None
-    problem: str
-    """Why one is None, to follow "layer L ..."."""
-
-
-class _Call(NamedTuple):
-    path: str
-    module: nn.Module
-    given: Tensor | None
-    """Its first input [batch, seq, d_model], where it has that shape."""
-    out: Tensor
-    """Its output [batch, seq, d_model]"""
-
-
-class _Run(NamedTuple):
-    before: Tensor
-    """The stream entering the layer [batch, seq, d_model]"""
-    after: Tensor
-    calls: list[_Call]
-    """Modules inside that ran once and gave something of the stream's shape, in the order in which they ended."""
-
-
-class _Stop(Exception):
-    """Raised when the layer has run: later ones need not."""
-
-
-@torch.no_grad()
-def find_parts(layer: nn.Module, forward: Callable[[], Any]) -> Parts:
-    """The parts of one layer. forward: runs the whole model on a few tokens."""
-    run = _run(layer, forward, {})
-    if run is None or run.before.shape != run.after.shape or run.before.dim() != 3:
-        return Parts(None, None, "has no residual stream of one vector a token")
-    attention, mlp = _group(run, layer, _ATTENTION), _group(run, layer, _MLP)
-    for calls, scales in _pairs(run, attention, mlp, _numbers(layer)):
-        one, two = (call and Part(call.module, scale) for call, scale in zip(calls, scales, strict=True))
-        added: Any = sum(call.out.float() * scale for call, scale in zip(calls, scales, strict=True) if call)
-        if _equal(run, added) and _edits_reach_the_stream(layer, forward, run, [part for part in (one, two) if part]):
-            return Parts(one if attention else None, two, "has no MLP" if attention else "has no attention")
-    if not attention and not mlp:
-        return Parts(None, None, "has neither a module of attention nor an MLP")
-    return Parts(
-        None,
-        None,
-        "adds something else to the residual stream than its attention and its MLP put out"
-        + (f" (relative error {_error(run, attention[0], mlp[0]):.2g})" if attention and mlp else ""),
-    )
-
-
-def _run(layer: nn.Module, forward: Callable[[], Any], replaced: dict[nn.Module, Tensor]) -> _Run | None:
-    """Run the model up to the end of the layer, the outputs of the modules `replaced` being given tensors. None where the
-    layer takes or returns no tensor."""
-    stream: list[Tensor] = []
-    calls: list[_Call] = []
-
-    def entered(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream.extend(value.clone() for value in [_first((*args, *kwargs.values()))] if value is not None)
-
-    def left(_: nn.Module, __: Any, output: Any) -> None:
-        stream.extend(value.clone() for value in [_first(output)] if value is not None)
-        raise _Stop
-
-    def like_stream(value: Tensor | None) -> Tensor | None:
-        """A copy in the stream's shape of what has it, or has its tokens one after another [batch * seq, d_model]."""
-        shapes = (stream[0].shape, stream[0].flatten(0, -2).shape) if stream else ()
-        return value.clone().view(stream[0].shape) if value is not None and value.shape in shapes else None
-
-    def ended(path: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            first = _first(output)
-            out = like_stream(first)
-            if out is not None:
-                calls.append(_Call(path, module, like_stream(_first((*args, *kwargs.values()))), out))
-            if module not in replaced:
-                return output
-            value = replaced[module].view(first.shape).to(first.device, copy=True)  # Falcon adds to it in place
-            return (value, *output[1:]) if isinstance(output, tuple) else value
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.callback(layer.register_forward_pre_hook(entered, with_kwargs=True).remove)
-        for path, module in layer.named_modules():
-            if path:
-                stack.callback(module.register_forward_hook(ended(path), with_kwargs=True).remove)
-        stack.callback(layer.register_forward_hook(left).remove)
-        with suppress(_Stop):
-            forward()
-    once = [call for call in calls if sum(call.module is other.module for other in calls) == 1]
-    return _Run(stream[0].to(stream[1].device), stream[1], once) if len(stream) == 2 else None
-
-
-def _first(value: Any) -> Any:
-    """The first tensor of what a module takes or returns; None where there is none."""
-    if isinstance(value, tuple | list):
-        return next((item for item in value if isinstance(item, Tensor)), None)
-    return value if isinstance(value, Tensor) else None
-
-
-def _group(run: _Run, layer: nn.Module, names: re.Pattern[str]) -> list[_Call]:
-    """The layer's modules of one kind, then those that take over what these put out (norms), then those inside."""
-    children = [
-        name
-        for name, child in layer.named_children()
-        if not _NEITHER.search(name) and (names.search(name) or names.search(type(child).__name__))
-    ]
-    roots = [call for call in run.calls if call.path in children]
-    followers: list[_Call] = []
-    for root in roots:
-        last = root
-        for call in run.calls[run.calls.index(root) + 1 :]:
-            if call.given is not None and torch.equal(call.given, last.out):
-                followers.append(call)
-                last = call
-    inside = [call for call in reversed(run.calls) if call.path.partition(".")[0] in children and "." in call.path]
-    return [*roots, *followers, *inside]
-
-
-def _numbers(layer: nn.Module) -> list[float]:
-    """Numbers a layer holds that may scale what its parts put out."""
-    values = (float(value) for value in vars(layer).values() if isinstance(value, float))
-    return sorted({value for value in values if math.isfinite(value) and value not in (0.0, 1.0)})
-
-
-def _pairs(
-    run: _Run, attention: list[_Call], mlp: list[_Call], numbers: list[float]
-) -> Iterator[tuple[tuple[_Call | None, _Call | None], tuple[float, float]]]:
-    """Which modules might be the two parts, and their scales, the plainest first. Where a layer names no attention (a
-    state space layer) or no MLP (OPT's two matrices), any other module may be that part, or none."""
-    known = {call.path for call in (*attention, *mlp)}
-    others = [call for call in reversed(run.calls) if call.path not in known]
-    ones: list[_Call | None] = [*attention] if attention else [None, *others]
-    twos: list[_Call | None] = [*mlp] if mlp else [None, *others]
-    scales = [
-        (1.0, 1.0),
-        *((number, number) for number in numbers),
-        *(pair for number in numbers for pair in ((number, 1.0), (1.0, number))),
-    ]
-    if attention or mlp:
-        yield from ((pair, scale) for scale in scales for pair in itertools.product(ones, twos) if pair[0] is not pair[1])
-
-
-def _equal(run: _Run, added: Tensor) -> bool:
-    """Whether the layer added `added` [batch, seq, d_model] to every token, to rounding."""
-    before, after = run.before.float(), run.after.float()
-    gap = (after - before - added).norm(dim=-1)
-    size = before.norm(dim=-1) + after.norm(dim=-1) + added.norm(dim=-1)
-    return bool((gap <= _ROUNDINGS * torch.finfo(run.after.dtype).eps * size).all())
-
-
-def _edits_reach_the_stream(layer: nn.Module, forward: Callable[[], Any], run: _Run, parts: list[Part]) -> bool:
-    """Whether random vectors of the stream's own size, put in place of what the parts put out, are what the layer adds.
-
-    In 16 bits this is what tells parts apart: their own outputs may be less than the rounding of a large stream.
-    """
-    generator = torch.Generator().manual_seed(0)
-    size = run.before.float().norm(dim=-1, keepdim=True)
-    replaced = {}
-    for part in parts:
-        noise = torch.randn(run.before.shape, generator=generator).to(size.device)
-        replaced[part.module] = (noise / noise.norm(dim=-1, keepdim=True) * size / part.scale).to(run.before.dtype)
-    edited, given = _run(layer, forward, replaced), [replaced[part.module].float() * part.scale for part in parts]
-    return edited is not None and _equal(edited, torch.stack(given).sum(0))
-
-
-def _error(run: _Run, one: _Call, two: _Call) -> float:
-    added = (run.after.float() - run.before.float()).norm()
-    return float((run.after.float() - run.before.float() - one.out.float() - two.out.float()).norm() / added)

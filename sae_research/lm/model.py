@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_research.lm.hooks import HookPoint, Parts, find_layers, find_parts, locate
+from sae_research.lm.hooks import HookPoint, find_layers, locate
+from sae_research.lm.parts import MLPInput, Parts, find_mlp_input, find_parts
 from sae_research.lm.placement import change_class, in_parts, main_device
 from sae_research.runtime.errors import UserError
 
@@ -104,6 +105,7 @@ class LanguageModel:
         self.layers = find_layers(model, self.n_layers)
         self.separator_id = _separator_id(tokenizer)
         self._parts: dict[int, Parts] = {}
+        self._mlp_inputs: dict[int, MLPInput] = {}
         self._shape = torch.Size(())  # [batch, seq] of the pass under way
         self._returns_tuple, self.can_resume = False, True
         self._keeps_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -214,13 +216,23 @@ class LanguageModel:
                 stack.enter_context(self._counted_edit(hook, edit))
             return self._forward(tokens, past, positions)
 
-    def resume(self, hook: str, activations: Tensor, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def resume(
+        self,
+        hook: str,
+        activations: Tensor,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        rest: Tensor | None = None,
+    ) -> Tensor:
         """Logits [batch, seq, vocab] as if the model had computed `activations` [batch, seq, d_in] at `hook`.
 
         `positions` [n]: only their logits are wanted [batch, n, vocab]. Gradients reach `activations` where those
         require them. At residual hooks the layers before do not run; elsewhere, and for architectures whose check at
-        load failed, this is a full run with the activations patched in.
+        load failed, this is a full run with the activations patched in. rest: where `hook` is what the MLP adds, the stream
+        leaving the layer (`added_to`) less that [batch, seq, d_model]; the layers before then do not run either.
         """
+        if rest is not None and self.can_resume and (after := self.added_to(hook)) is not None:
+            hook, activations = after, rest + activations
         point = self._point(hook)
         last = point.layer - 1 if point.kind == "hook_resid_pre" else point.layer
         with torch.set_grad_enabled(torch.is_grad_enabled() and activations.requires_grad):
@@ -232,6 +244,12 @@ class LanguageModel:
         if final.calls != 1:
             raise UserError(f"resuming at {hook}: layer {last} ran {final.calls} times, expected once")
         return logits
+
+    def added_to(self, hook: str) -> str | None:
+        """The residual hook at which the activations at `hook` are a summand, of which no other depends on them; None where
+        there is none."""
+        point = self._point(hook)
+        return f"blocks.{point.layer}.hook_resid_post" if point.kind == "hook_mlp_out" else None
 
     @torch.no_grad()
     def generate(
@@ -263,13 +281,20 @@ class LanguageModel:
             )
 
     def _point(self, hook: str) -> HookPoint:
-        return locate(self.layers, hook, self._parts_of)
+        return locate(self.layers, hook, self._parts_of, self._mlp_input_of)
 
     def _parts_of(self, layer: int) -> Parts:
         """What attention and MLP of a layer add to the stream, found and checked on a few tokens at the first use."""
         if layer not in self._parts:
             self._parts[layer] = find_parts(self.layers[layer], lambda: self._forward(self._few_tokens(2)))
         return self._parts[layer]
+
+    def _mlp_input_of(self, layer: int) -> MLPInput:
+        """What the MLP of a layer reads, found and checked likewise."""
+        if layer not in self._mlp_inputs:
+            parts = self._parts_of(layer)
+            self._mlp_inputs[layer] = find_mlp_input(self.layers[layer], lambda: self._forward(self._few_tokens(2)), parts)
+        return self._mlp_inputs[layer]
 
     def _few_tokens(self, rows: int = 1) -> Tensor:
         """Ids [rows, 8] to check on."""
@@ -323,10 +348,21 @@ class LanguageModel:
         def here(value: Tensor) -> Tensor:
             return edit(value.to(self.device)).to(value.device)
 
+        def read(value: Tensor) -> Tensor:
+            """`edit` of what a module is given; an MLP may be given one row a token [batch * seq, d_model]."""
+            if not point.kind.startswith(("mlp.", "ln2.")):
+                return here(value)
+            stream = value.reshape(*self._shape, -1)
+            if point.affine is None:
+                return here(stream).reshape(value.shape)
+            normalised = point.affine.undo(stream)
+            made = here(normalised)  # what was only looked at goes on without a rounding
+            return value if torch.equal(made, normalised) else point.affine.apply(made).reshape(value.shape)
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if args:
-                return (here(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": here(kwargs["hidden_states"])}
+                return (read(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": read(kwargs["hidden_states"])}
 
         def added(value: Tensor) -> Tensor:
             """`edit` of what the stream receives of a part, which may put out one row a token [batch * seq, d_model]."""

@@ -289,6 +289,12 @@ class Row:
         return self.cfg.get("role") or "comparison"
 
     @property
+    def hooks(self) -> str | None:
+        """The hook it reads, and the one that a transcoder writes; None where its result does not say."""
+        read, written = self.cfg.get("hook_name"), self.cfg.get("hook_out")
+        return read if written is None else f"{read} -> {written}"
+
+    @property
     def is_control(self) -> bool:
         return self.role == "control"
 

@@ -9,14 +9,13 @@ is too large for. Any other exception is a defect of the program and ends the st
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import traceback
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_research.runtime.errors import NotApplicable, UserError
+from sae_research.saes.config import SAEConfig
 from sae_research.saes.identity import Unidentified, identity, own_data
 from sae_research.saes.reading import check_shapes
 
@@ -31,51 +31,6 @@ OPEN_BYTES = 512 * 2**20
 """SAEs are open together while their weights take no more than this; a family over one dictionary always is."""
 ROOM = 3
 """Of an SAE's weights: what encoding with it takes beside (a Gram matrix, activations)."""
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """What an SAE was made for and how it is to be fed."""
-
-    form: str
-    """Inference form: a key of `sae_research.saes.registry`."""
-    d_in: int
-    d_sae: int
-    model_name: str = ""
-    hook_name: str = ""
-    dtype: str = "float32"
-    context_size: int = 128
-    prepend_bos: bool = True
-    apply_b_dec_to_input: bool = True
-    """Subtract `b_dec` before encoding."""
-    center_input: bool = False
-    """Trained on a residual stream whose mean over d_in was removed (TransformerLens'
-    `center_writing_weights`)."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """The form's own scalars: k, s, ..."""
-    architecture: str = ""
-    """Group in tables and plots; the form where empty."""
-    role: str = "comparison"
-    """baseline, variant, comparison or control."""
-    base: str | None = None
-    """Name of the SAE whose dictionary this one reads, if it has none of its own."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, in words and hashes."""
-
-    def __post_init__(self) -> None:
-        if not self.architecture:
-            object.__setattr__(self, "architecture", self.form)
-
-    def replace(self, **changes: Any) -> SAEConfig:
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def hook_layer(self) -> int:
-        """Layer number inside `hook_name`. Raises `UserError` if it names none."""
-        digits = [part for part in self.hook_name.split(".") if part.isdigit()]
-        if not digits:
-            raise UserError(f"hook {self.hook_name!r} names no layer; expected e.g. blocks.8.hook_resid_post")
-        return int(digits[0])
 
 
 @dataclass(frozen=True)
@@ -107,6 +62,9 @@ class SparseAutoencoder(nn.Module):
 
             def encode(self, x, mask=None):
                 return self.keep(torch.relu((x - self.b_dec) @ self.W_enc), mask)
+
+    Where `cfg.hook_out` is another hook than `cfg.hook_name` it is a transcoder: it encodes what it reads, and its
+    reconstruction stands for what the model has at the other. Any form may have a linear skip, `W_skip` [d_out, d_in].
     """
 
     form: ClassVar[str] = ""
@@ -121,6 +79,8 @@ class SparseAutoencoder(nn.Module):
 
     W_dec: Tensor
     b_dec: Tensor
+    W_skip: Tensor | None
+    """What a transcoder adds to its reconstruction without any latent, [d_out, d_in]: x W_skip^T."""
     if TYPE_CHECKING:  # of the other tensors torch only says "Tensor or Module"
 
         def __getattr__(self, name: str) -> Any: ...
@@ -132,6 +92,7 @@ class SparseAutoencoder(nn.Module):
             raise UserError(f"{type(self).__name__}: weights lack {', '.join(missing)}")
         for name in self.tensor_names:
             self.register_buffer(name, tensors[name].detach())
+        self.register_buffer("W_skip", tensors["W_skip"].detach() if "W_skip" in tensors else None)
         if self.W_dec.dim() != 2:
             raise UserError(f"{self.form}: W_dec has shape {tuple(self.W_dec.shape)}, expected [d_sae, d_in]")
         d_sae, d_in = self.W_dec.shape
@@ -149,8 +110,18 @@ class SparseAutoencoder(nn.Module):
         raise UserError(f"{type(self).__name__} defines no encode")
 
     def decode(self, z: Tensor) -> Tensor:
-        """Reconstruction `z W_dec + b_dec`. z: [batch, seq, d_sae]. Returns [batch, seq, d_in]."""
+        """What the latents stand for, `z W_dec + b_dec`: all of the reconstruction but a skip. z: [batch, seq, d_sae].
+        Returns [batch, seq, d_out]."""
         return z @ self.W_dec + self.b_dec
+
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """What stands for the activations at `cfg.hook_out` [batch, seq, d_out]: `decode(z) + x W_skip^T`.
+
+        x, mask: as for `encode`. z: `encode(x, mask)` where the caller has it. Tokens that do not count get a value that
+        means nothing.
+        """
+        decoded = self.decode(self.encode(x, mask) if z is None else z)
+        return decoded if self.W_skip is None else decoded + self.read(x) @ self.W_skip.T
 
     @classmethod
     def encode_family(cls, members: Sequence[Self], x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
@@ -174,18 +145,25 @@ class SparseAutoencoder(nn.Module):
         )
 
     def centred(self, x: Tensor) -> Tensor:
-        """x in the weights' precision, less `b_dec` where the SAE was trained so."""
-        x = self.target(x)
+        """x as it is read, less `b_dec` where the SAE was trained so."""
+        x = self.read(x)
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
-    def target(self, x: Tensor) -> Tensor:
-        """What the reconstruction stands for [batch, seq, d_in]: x, less its mean over d_in with
-        `center_input`.
-
-        A model with LayerNorm never reads that mean, so leaving it out when patching changes nothing.
-        """
+    def read(self, x: Tensor) -> Tensor:
+        """x in the weights' precision, less its mean over d_in with `center_input`."""
         x = x.to(self.W_dec.dtype)
         return x - x.mean(dim=-1, keepdim=True) if self.cfg.center_input else x
+
+    def target(self, x: Tensor, written: Tensor | None = None) -> Tensor:
+        """What the reconstruction is compared with [batch, seq, d_out]. x: activations at `cfg.hook_name`; written: those at
+        `cfg.hook_out`, which are x where the two are one. Raises `UserError` for a transcoder without them.
+
+        With `center_input` the mean over d_in is left out: a model with LayerNorm never reads it, so leaving it out when
+        patching changes nothing.
+        """
+        if self.cfg.is_transcoder and written is None:
+            raise UserError(f"it reads {self.cfg.hook_name}; what it writes is to be compared with {self.cfg.hook_out}")
+        return self.read(x if written is None else written)
 
     @staticmethod
     def keep(z: Tensor, mask: Tensor | None) -> Tensor:
@@ -193,8 +171,9 @@ class SparseAutoencoder(nn.Module):
         return z if mask is None else z * mask[..., None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The form's own tensors by name."""
-        return {name: getattr(self, name) for name in self.tensor_names}
+        """The form's own tensors by name, and the skip where it has one."""
+        skip = {} if self.W_skip is None else {"W_skip": self.W_skip}
+        return {name: getattr(self, name) for name in self.tensor_names} | skip
 
     def options(self) -> dict[str, Any]:
         """The form's own scalars by name."""
@@ -213,9 +192,11 @@ class SparseAutoencoder(nn.Module):
         missing = [name for name in cls.tensor_names if name not in have]
         if missing:
             raise UserError(f"{cls.__name__} needs {', '.join(missing)}: define a classmethod from_baseline(baseline)")
+        skip = {} if baseline.W_skip is None else {"W_skip": baseline.W_skip.clone()}
         return cls(
             cfg=baseline.cfg.replace(form=cls.form, architecture=cls.form, options={}),
             **{name: have[name].clone() for name in cls.tensor_names},
+            **skip,
         )
 
     def weights_fingerprint(self) -> str:
@@ -231,8 +212,8 @@ class SparseAutoencoder(nn.Module):
                 )
             ).encode()
         )
-        for name in sorted(self.tensor_names):
-            tensor = getattr(self, name).detach().cpu().contiguous()
+        for name, tensor in sorted(self.tensors().items()):
+            tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         if not self._is_ours():
@@ -273,7 +254,11 @@ class SparseAutoencoder(nn.Module):
         return _identity([own, tensors, list(self.named_children()), own_data(self)])
 
     def _check_shapes(self) -> None:
-        check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form)
+        check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form, self.cfg.d_out)
+        if self.W_skip is not None and not self.cfg.is_transcoder:
+            raise UserError(
+                f"{self.form}: W_skip from a hook to itself is no dictionary; say which hook it writes (hook_out)"
+            )
         for name, tensor in self.tensors().items():
             if not all_finite(tensor.detach()):
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or diverged")

@@ -34,8 +34,19 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 # SAELens discards nested metadata unless it believes a version of its own from 6.0.0 on wrote the file.
 SAE_LENS_VERSION = "6.54.12"
-SAE_LENS_FORMS = ("standard", "gated", "jumprelu", "topk", "matching_pursuit")
+SAE_LENS_FORMS = (
+    "standard",
+    "gated",
+    "jumprelu",
+    "topk",
+    "matching_pursuit",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)
 """Architectures that this version reads as we mean them."""
+_SKIP = "skip_transcoder"
 ROLES = ("baseline", "variant", "comparison", "control")
 
 
@@ -48,7 +59,7 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.tensors().items()}
     weights = safetensors.torch.save(tensors)
-    values = _to_json(sae.cfg, sae.options())
+    values = _to_json(sae.cfg, sae.options(), sae.W_skip is not None)
     values["metadata"]["sae_research"]["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     write_bytes(folder / WEIGHTS_FILE, weights)
     write_json(folder / CONFIG_FILE, values)
@@ -56,18 +67,23 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
 
 def sae_lens_lacks(sae: SparseAutoencoder) -> str:
     """Why SAELens cannot read this SAE's folder, in a line; empty where it can."""
-    name, _ = _as_sae_lens_has_it(sae.cfg.form, sae.options())
+    name, _ = _as_sae_lens_has_it(sae.cfg, sae.options(), sae.W_skip is not None)
     if name in SAE_LENS_FORMS:
         return ""
-    return f"SAELens {SAE_LENS_VERSION} has no form {sae.cfg.form}; sae_research alone reads it"
+    kind = " as a transcoder" if sae.cfg.is_transcoder else ""
+    return f"SAELens {SAE_LENS_VERSION} has no form {sae.cfg.form}{kind}; sae_research alone reads it"
 
 
-def _as_sae_lens_has_it(form: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _as_sae_lens_has_it(cfg: SAEConfig, options: dict[str, Any], skip: bool) -> tuple[str, dict[str, Any]]:
     """(architecture, options) under which SAELens computes the same; a name it refuses where it cannot.
 
     Its matching pursuit takes positive correlations only, as our non-negative one; read as that, our signed one would
     give other latents without a word.
     """
+    form = cfg.form
+    if cfg.is_transcoder:
+        kind = _SKIP if skip else "transcoder"
+        return (kind if form == "standard" else f"{form}_{kind}"), {}
     if form == "topk":  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
         return form, {"rescale_acts_by_decoder_norm": False}
     if form == "sae_lens_matching_pursuit":
@@ -88,7 +104,7 @@ def save_variant(cfg: SAEConfig, options: dict[str, Any], folder: str | Path, we
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = _to_json(cfg, options)
+    values = _to_json(cfg, options, skip=False)
     values["metadata"]["sae_research"]["weights_from"] = {
         "folder": os.path.relpath(weights_from, folder),
         "sha256": file_sha256(weights_from / WEIGHTS_FILE),
@@ -107,20 +123,23 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SparseAutoencoder:
         return convert(values, load_safetensors(folder / WEIGHTS_FILE), str(folder), _scaling_factor(folder)).to(device)
     cfg, weights_from, sha256 = _from_json(values, folder)
     cls = form_class(cfg.form)
+    names = (*cls.tensor_names, "W_skip") if _has_skip(values) else cls.tensor_names
     if weights_from:
         tensors = load_safetensors(_shared_weights(folder, weights_from))
     else:
-        tensors = _own_weights(folder / WEIGHTS_FILE, sha256, cls.tensor_names)
-    missing = [name for name in cls.tensor_names if name not in tensors]
+        tensors = _own_weights(folder / WEIGHTS_FILE, sha256, names)
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise UserError(f"{folder}: weights lack {', '.join(missing)} for the form {cfg.form}")
-    own = floats({name: tensors[name] for name in cls.tensor_names}, folder)
+    own = floats({name: tensors[name] for name in names}, folder)
     try:
         sae = cls.from_tensors(cfg, own)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # options that the form does not have, or lacks
         raise UserError(f"{folder / CONFIG_FILE}: options do not fit the form {cfg.form} ({error})") from None
+    if "W_skip" in own and sae.W_skip is None:
+        raise UserError(f"{folder}: the form {cfg.form} takes no skip")
     for name, value in cfg.options.items():
         used = sae.options().get(name, getattr(sae, name, value))
         if json.dumps(used) != json.dumps(value):
@@ -172,11 +191,13 @@ def _scaling_factor(folder: Path) -> float | None:
     return None if factor is None else float(factor)
 
 
-def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
-    architecture, lens_options = _as_sae_lens_has_it(cfg.form, options)
+def _to_json(cfg: SAEConfig, options: dict[str, Any], skip: bool) -> dict[str, Any]:
+    architecture, lens_options = _as_sae_lens_has_it(cfg, options, skip)
+    written = {"hook_name_out": cfg.hook_out, "hook_head_index_out": None} if cfg.is_transcoder else {}
     return {
         "architecture": architecture,
         "d_in": cfg.d_in,
+        **({"d_out": cfg.d_out} if cfg.is_transcoder else {}),
         "d_sae": cfg.d_sae,
         "dtype": cfg.dtype,
         "device": "cpu",
@@ -190,6 +211,7 @@ def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
             "model_name": cfg.model_name,
             "hook_name": cfg.hook_name,
             "hook_head_index": None,
+            **written,
             "context_size": cfg.context_size,
             "prepend_bos": cfg.prepend_bos,
             "model_from_pretrained_kwargs": {"center_writing_weights": True} if cfg.center_input else {},
@@ -200,6 +222,7 @@ def _to_json(cfg: SAEConfig, options: dict[str, Any]) -> dict[str, Any]:
                 "options": options,
                 "center_input": cfg.center_input,
                 "provenance": cfg.provenance,
+                **({"hook_out": cfg.hook_out} if cfg.is_transcoder else {}),
                 **({} if architecture == cfg.form else {"form": cfg.form}),
             },
         },
@@ -216,9 +239,11 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
             form=text(ours.get("form", values["architecture"]), "architecture", path),
             d_in=whole(values["d_in"], "d_in", path),
             d_sae=whole(values["d_sae"], "d_sae", path),
+            d_out=whole(values["d_out"], "d_out", path) if "d_out" in values else 0,
             dtype=precision(values["dtype"], "dtype", path),
             model_name=text(metadata["model_name"], "model_name", path),
             hook_name=text(metadata["hook_name"], "hook_name", path),
+            hook_out=text(metadata.get("hook_name_out"), "hook_name_out", path),
             context_size=whole(metadata["context_size"], "context_size", path),
             prepend_bos=flag(metadata["prepend_bos"], "prepend_bos", path),
             apply_b_dec_to_input=flag(values["apply_b_dec_to_input"], "apply_b_dec_to_input", path),
@@ -231,19 +256,26 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing") from None
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if cfg.role not in ROLES:
         raise UserError(f"{path}: role {shown(cfg.role)} is not known; known: {', '.join(ROLES)}")
     form_class(cfg.form)  # an unknown one is named before what else does not fit it
     _check_agrees(values, cfg, path)
     weights_from = section(ours.get("weights_from"), "weights_from", path) or None
     sha256 = text(ours.get("weights_sha256"), "weights_sha256", path) or None
-    return cfg.replace(hook_name=hook_of(cfg.hook_name, path)), weights_from, sha256
+    written = {"hook_out": hook_of(cfg.hook_out, path)} if cfg.is_transcoder else {}
+    return cfg.replace(hook_name=hook_of(cfg.hook_name, path), **written), weights_from, sha256
+
+
+def _has_skip(values: dict[str, Any]) -> bool:
+    return str(values["architecture"]).endswith(_SKIP)
 
 
 def _check_agrees(values: dict[str, Any], cfg: SAEConfig, path: Path) -> None:
     """Raises `UserError` where the file says something else than what is made of it: some of it stands there twice, for
     SAELens and for us, and a key that `save_sae` never writes may ask for what this project does not do."""
-    written = _to_json(cfg, cfg.options)
+    written = _to_json(cfg, cfg.options, skip=_has_skip(values))
     metadata = written.pop("metadata")
     top = {key: value for key, value in values.items() if key not in ("metadata", "device")}
     inner = {key: value for key, value in values["metadata"].items() if key in metadata and key != "sae_lens_version"}

@@ -122,7 +122,7 @@ class NormRescaledSAE(SparseAutoencoder):
         }
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.target(x)
+        x = self.read(x)
         size = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / x.shape[-1] ** 0.5
         read = x / size - (self.W_dec[-1] if self.cfg.apply_b_dec_to_input else 0)
         z = torch.relu(read @ self.W_enc + self.b_enc) * size

@@ -156,15 +156,18 @@ def floats(tensors: dict[str, Tensor], where: object) -> dict[str, Tensor]:
     return made
 
 
-def expected_shape(name: str, d_in: int, d_sae: int) -> tuple[int, ...]:
-    """Shape of a tensor by its name: matrices, `b_dec`, and for every other name one number a latent."""
-    return {"W_enc": (d_in, d_sae), "W_gate": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}.get(name, (d_sae,))
+def expected_shape(name: str, d_in: int, d_sae: int, d_out: int | None = None) -> tuple[int, ...]:
+    """Shape of a tensor by its name: matrices, `b_dec`, `b_in`, and for every other name one number a latent. d_out: of what
+    is written, `d_in` where None."""
+    d_out = d_in if d_out is None else d_out
+    shapes = {"W_enc": (d_in, d_sae), "W_gate": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    return {**shapes, "b_in": (d_in,), "W_skip": (d_out, d_in)}.get(name, (d_sae,))
 
 
-def check_shapes(tensors: dict[str, Tensor], d_in: int, d_sae: int, where: object) -> None:
+def check_shapes(tensors: dict[str, Tensor], d_in: int, d_sae: int, where: object, d_out: int | None = None) -> None:
     """Raises `UserError` for a tensor of another shape than the configuration says, and names a transposed matrix."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[0] != "W_enc", item[0] != "W_dec")):
-        shape, expected = tuple(tensor.shape), expected_shape(name, d_in, d_sae)
+        shape, expected = tuple(tensor.shape), expected_shape(name, d_in, d_sae, d_out)
         if shape != expected:
             transposed = " (it is transposed)" if len(shape) == 2 and shape[::-1] == expected else ""
             raise UserError(

@@ -22,6 +22,7 @@ _PLACES = {
     "gated_hard_concrete": "sae_research.saes.forms:GatedHardConcreteSAE",
     "ihtp": "sae_research.saes.pursuit.encoders:IHTPSAE",
     "matching_pursuit": "sae_research.saes.pursuit.encoders:MPSAE",
+    "mapped_matching_pursuit": "sae_research.saes.pursuit.mapped:MappedMPSAE",
     "nonnegative_matching_pursuit": "sae_research.saes.pursuit.encoders:NonNegativeMPSAE",
     "sae_lens_matching_pursuit": "sae_research.saes.forms:LensPursuitSAE",
     "omp": "sae_research.saes.pursuit.encoders:OMPSAE",

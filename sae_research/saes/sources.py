@@ -22,10 +22,11 @@ from torch import nn
 from sae_research.config.params import BaselineSAE
 from sae_research.config.transfer import TransferSAE
 from sae_research.lm import LanguageModel
+from sae_research.lm.hooks import check_pair
 from sae_research.lm.load import folder_fingerprint
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, fingerprint, read_json, slugify, user_path
-from sae_research.saes import SparseAutoencoder, form_class, load_sae
+from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
 from sae_research.saes.foreign import adapt
 from sae_research.saes.formats import dictionary_learning as dl
@@ -112,15 +113,28 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
             f"{lm.saved_from}: taken for that model, which a finetune of it is not",
             flush=True,
         )
-    width = lm.d_in(cfg.hook_name)
-    if cfg.d_in != width:
-        raise UserError(f"SAE {name} reads {cfg.d_in} dimensions, {lm.name} has {width} at {cfg.hook_name}")
+    check_widths(name, cfg, lm)
     if cfg.center_input and not any(isinstance(module, nn.LayerNorm) for module in lm.model.modules()):
         raise UserError(
             f"SAE {name} was trained with center_writing_weights, which a model without "
             f"LayerNorm such as "
             f"{lm.name} does not allow"
         )
+
+
+def check_widths(name: str, cfg: SAEConfig, lm: LanguageModel) -> None:
+    """Raises `UserError` when the SAE reads or writes another width than the model has there, a hook the model lacks, or two
+    hooks that do not belong together."""
+    sides = [("reads", cfg.d_in, cfg.hook_name)]
+    if cfg.is_transcoder:
+        try:
+            check_pair(cfg.hook_name, cfg.hook_out)
+        except UserError as error:
+            raise UserError(f"SAE {name}: {error}") from None
+        sides.append(("writes", cfg.d_out, cfg.hook_out))
+    for does, width, hook in sides:
+        if width != lm.d_in(hook):
+            raise UserError(f"SAE {name} {does} {width} dimensions, {lm.name} has {lm.d_in(hook)} at {hook}")
 
 
 def check_tokenizer(lm: LanguageModel) -> None:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
-from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
+from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.planning.costs import all_left, evaluation_seconds, host_seconds, start_seconds
 from sae_research.planning.resources import activation_cache_bytes, cache_lines
 from sae_research.planning.work import Phase, Work, phases
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import duration
-from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each
 from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo, check_finite
 from sae_research.setup.evaluated import NOTED, Evaluated, ModelIdentity
 from sae_research.stats.reconstruction import ReconstructionStats
@@ -117,9 +117,18 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
     if not params.activation_caching.enabled:
         return ["activation cache: off"]
     stages = [stage for name, on in params.eval_types.model_dump().items() if on and (stage := phases(name, params))]
-    widths = {sae.cfg.hook_name: sae.cfg.d_in for sae in saes.values()}
+    widths = {hook: width for sae in saes.values() for hook, width in _collected(sae.cfg, lm)}
     needed = activation_cache_bytes(params, stages, widths, lm.dtype.itemsize, d_sae)
     return cache_lines(needed, params)
+
+
+def _collected(cfg: SAEConfig, lm: LanguageModel) -> list[tuple[str, int]]:
+    """Hooks whose activations evaluations keep for an SAE, and their widths (`lm.pairs`)."""
+    hooks = [(cfg.hook_name, cfg.d_in)]
+    if cfg.is_transcoder:
+        stream = lm.added_to(cfg.hook_out)
+        hooks += [(cfg.hook_out, cfg.d_out), *([] if stream is None else [(stream, lm.d_model)])]
+    return hooks
 
 
 L0_TOLERANCE = 1.5
@@ -129,10 +138,12 @@ BATCH_CONTEXTS = 8
 
 
 class Sample(NamedTuple):
-    """Contexts of the core evaluation's split at one hook."""
+    """Contexts of the core evaluation's split at one hook, or at those that a transcoder reads and writes."""
 
     acts: Tensor
     """[contexts, seq, d_in], on the model's device"""
+    written: Tensor
+    """What reconstructions are compared with [contexts, seq, d_out]; `acts` itself where the hooks are one."""
     mask: Tensor
     """True where a token counts [contexts, seq]"""
     median_norm: float
@@ -172,10 +183,10 @@ def preflight(
     }
     warnings: list[str] = []
     seconds: dict[str, float] = {}
-    for hook in dict.fromkeys(sae.cfg.hook_name for sae in saes.values()):
-        group = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
-        sample = _sample(lm, hook, contexts, params)
-        report["hooks"][hook] = _hook_card(sample)
+    for hooks in dict.fromkeys(sae.cfg.hooks for sae in saes.values()):
+        group = {name: sae for name, sae in saes.items() if sae.cfg.hooks == hooks}
+        sample = _sample(lm, next(iter(group.values())).cfg, contexts, params)
+        report["hooks"][hooks] = _hook_card(sample)
         ratios = {name: _norm_ratio(name, sae, sample, params) for name, sae in group.items()}
         failed: dict[str, str] = {}
         measured, times = measure(group, sample, Guard(failed.__setitem__))
@@ -208,18 +219,21 @@ def measure(
 
     def score(members: Family) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:
         names = list(members)
-        stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, sample.acts.device) for name, sae in members.items()}
+        stats = {
+            name: ReconstructionStats(sae.cfg.d_out, sae.cfg.d_sae, sample.acts.device) for name, sae in members.items()
+        }
         spent = 0.0
         for _ in encode_each(members, sample.acts[:1], sample.mask[:1]):
             pass  # compiles, and fills what a family computes once
-        for x, mask in zip(sample.acts.split(BATCH_CONTEXTS), sample.mask.split(BATCH_CONTEXTS), strict=True):
+        parts = (values.split(BATCH_CONTEXTS) for values in (sample.acts, sample.written, sample.mask))
+        for x, written, mask in zip(*parts, strict=True):
             start = time.perf_counter()
             encoded = encode_each(members, x, mask)
             while (item := next(encoded, None)) is not None:
                 name, z = item
-                hat = saes[name].decode(z)
+                hat = saes[name].reconstruct(x, mask, z)
                 spent += time.perf_counter() - start  # the statistics are not the evaluation's work
-                stats[name].update(saes[name].target(x), hat, z, mask)
+                stats[name].update(saes[name].target(x, written), hat, z, mask)
                 start = time.perf_counter()
         for name in names:
             values = stats[name].metrics()
@@ -247,23 +261,29 @@ def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list
     return lines
 
 
-def _sample(lm: LanguageModel, hook: str, contexts: Contexts, params: Params) -> Sample:
+def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Params) -> Sample:
     tokens, counted = contexts.tokens, contexts.counted
-    pool = collect(lm, hook, tokens, params.model.llm_batch_size, params.activation_caching)
-    acts = pool.flat.float().reshape(*tokens.shape, -1)
-    median = median_activation_norm(lm, tokens, acts, counted)
-    mask = token_mask(lm, tokens, acts, params.token_mask, median, counted)
+    hooks = list(dict.fromkeys([cfg.hook_name, cfg.hook_out]))
+    pools = collect_hooks(lm, hooks, tokens, params.model.llm_batch_size, params.activation_caching)
+    found, medians, mask = {}, {}, torch.ones_like(tokens, dtype=torch.bool)
+    for hook in hooks:
+        acts = found[hook] = pools[hook].flat.float().reshape(*tokens.shape, -1)
+        medians[hook] = median_activation_norm(lm, tokens, acts, counted)
+        mask = mask & token_mask(lm, tokens, acts, params.token_mask, medians[hook], counted)
     if not mask.any():
         raise UserError(
-            f"preflight: no token counts at {hook}; loosen token_mask"
+            f"preflight: no token counts at {cfg.hooks}; loosen token_mask"
             + ("" if counted is None else ", raise preflight.tokens or name more text.roles")
         )
-    if not torch.isfinite(acts[mask]).all():
-        raise UserError(
-            f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or float32"
-        )
-    norms = acts[mask].norm(dim=1)
-    return Sample(acts.to(lm.device), mask.to(lm.device), float(norms.median()), float(norms.mean()))
+    for hook, acts in found.items():
+        if not torch.isfinite(acts[mask]).all():
+            raise UserError(
+                f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or "
+                "float32"
+            )
+    norms = found[cfg.hook_name][mask].norm(dim=1)
+    acts, written = (found[hook].to(lm.device) for hook in (cfg.hook_name, cfg.hook_out))
+    return Sample(acts, written, mask.to(lm.device), float(norms.median()), float(norms.mean()))
 
 
 def _norm_ratio(name: str, sae: SparseAutoencoder, sample: Sample, params: Params) -> float | None:

@@ -1,8 +1,14 @@
 """Controls: dictionaries nobody trained, as rows of every table, so that a metric can be read against
 nothing.
 
-`random` and `data_rows` are read by matching pursuit, since they have no encoder; `pca` is linear. All three
-share one sample of activations of the SAE-training split.
+`random` and `data_rows` are read by matching pursuit, since they have no encoder; `pca` is linear. All share one sample of
+activations of the SAE-training split.
+
+Those of a transcoder are the same through the linear map M [d_in, d_out] that least squares fits from what it reads to what
+it writes: rows of the read hook, each standing for what M makes of it at the written one; and for `pca` the leading
+principal components of x M, which of all maps of that rank have the least squared error (reduced-rank regression). Two more
+have no latents at all: `linear_map` is M itself, as a skip, and `skip` is the transcoder's own skip. What a transcoder
+explains beyond them is what its latents are for.
 """
 
 from __future__ import annotations
@@ -12,46 +18,123 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
-from sae_research.lm import LanguageModel, collect, median_activation_norm, token_mask
+from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder
-from sae_research.saes.forms import LinearSAE
+from sae_research.saes.forms import LinearSAE, StandardSAE
 from sae_research.saes.pursuit.encoders import MPSAE
+from sae_research.saes.pursuit.mapped import MappedMPSAE
 from sae_research.text.tokens import token_contexts
 
 
 def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: int) -> Tensor:
     """Activations of counted tokens of the SAE-training split [tokens, d_in], float32 on the CPU."""
+    return sample_pairs(lm, hook, hook, params, n_tokens)[0]
+
+
+def sample_pairs(lm: LanguageModel, read: str, written: str, params: Params, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """As `sample_activations`, of tokens that count at both hooks: [tokens, d_in] and [tokens, d_out]."""
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", n_tokens)
-    pool = collect(lm, hook, contexts.tokens, params.model.llm_batch_size, params.activation_caching)
-    acts = pool.flat.float().reshape(*contexts.tokens.shape, -1)
-    median = median_activation_norm(lm, contexts.tokens, acts, contexts.counted)
-    mask = token_mask(lm, contexts.tokens, acts, params.token_mask, median, contexts.counted)
-    return acts[mask]
+    hooks = list(dict.fromkeys([read, written]))
+    pools = collect_hooks(lm, hooks, contexts.tokens, params.model.llm_batch_size, params.activation_caching)
+    mask, found = torch.ones_like(contexts.tokens, dtype=torch.bool), {}
+    for hook in hooks:
+        acts = found[hook] = pools[hook].flat.float().reshape(*contexts.tokens.shape, -1)
+        median = median_activation_norm(lm, contexts.tokens, acts, contexts.counted)
+        mask = mask & token_mask(lm, contexts.tokens, acts, params.token_mask, median, contexts.counted)
+    x_TD = found[read][mask]
+    return x_TD, x_TD if read == written else found[written][mask]
 
 
-def make_control(kind: str, size: int, x_TD: Tensor, base: SAEConfig, params: Params) -> SparseAutoencoder:
-    """One control (`random`, `data_rows` or `pca`) for the baseline's width, hook and model. size: matching-pursuit steps,
-    or components.
+def make_control(
+    kind: str,
+    size: int,
+    x_TD: Tensor,
+    base: SAEConfig,
+    params: Params,
+    y_TO: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> SparseAutoencoder:
+    """One control (`random`, `data_rows` or `pca`; of a transcoder also `linear_map` or `skip`) for the baseline's width,
+    hooks and model. size: matching-pursuit steps, or components.
 
-    x_TD: activations [tokens, d_in] as `sample_activations` gives them.
+    x_TD: activations [tokens, d_in] as `sample_activations` gives them; y_TO: those that a transcoder writes [tokens,
+    d_out]; skip: its own `W_skip` [d_out, d_in].
     """
     if base.center_input:
         x_TD = x_TD - x_TD.mean(dim=1, keepdim=True)
     mean_D = x_TD.double().mean(dim=0).float()
     seed = params.random_seed
     cfg = base.replace(
-        apply_b_dec_to_input=True,
+        apply_b_dec_to_input=not base.is_transcoder,
         architecture="control",
         role="control",
         base=None,
         options={},
         provenance={"source": "control", "kind": kind, "seed": seed, "sample_tokens": len(x_TD)},
     )
+    if y_TO is not None:
+        return _of_transcoder(kind, size, x_TD, y_TO, skip, cfg, seed)
     if kind == "pca":
         return pca(x_TD, mean_D, size, cfg)
-    rows = random_rows(base.d_sae, base.d_in, seed) if kind == "random" else data_rows(x_TD, mean_D, base.d_sae, seed)
+    rows = _rows(kind, x_TD, mean_D, base, seed)
     return MPSAE(rows, mean_D, size, cfg.replace(form=MPSAE.form, options={"s": size}))
+
+
+def _rows(kind: str, x_TD: Tensor, mean_D: Tensor, cfg: SAEConfig, seed: int) -> Tensor:
+    return random_rows(cfg.d_sae, cfg.d_in, seed) if kind == "random" else data_rows(x_TD, mean_D, cfg.d_sae, seed)
+
+
+def _of_transcoder(
+    kind: str, size: int, x_TD: Tensor, y_TO: Tensor, skip: Tensor | None, cfg: SAEConfig, seed: int
+) -> SparseAutoencoder:
+    mean_D, mean_O = (values.double().mean(dim=0) for values in (x_TD, y_TO))
+    if kind == "skip":
+        assert skip is not None
+        return skip_alone(skip.double().T, mean_D, mean_O, cfg)
+    map_DO = linear_map(x_TD, y_TO)
+    if kind == "linear_map":
+        return skip_alone(map_DO, mean_D, mean_O, cfg)
+    if kind == "pca":
+        vectors_ON = _leading((x_TD.double() - mean_D) @ map_DO, size).T
+        W_enc = map_DO @ vectors_ON
+        return LinearSAE(
+            cfg.replace(form=LinearSAE.form, d_sae=size),
+            W_enc=W_enc.float(),
+            b_enc=-(mean_D @ W_enc).float(),
+            W_dec=vectors_ON.T.float().contiguous(),
+            b_dec=mean_O.float(),
+        )
+    rows_FD = _rows(kind, x_TD, mean_D.float(), cfg, seed)
+    return MappedMPSAE(
+        cfg.replace(form=MappedMPSAE.form, options={"s": size}),
+        s=size,
+        W_enc=rows_FD.T.contiguous(),
+        b_in=mean_D.float(),
+        W_dec=(rows_FD.double() @ map_DO).float(),
+        b_dec=mean_O.float(),
+    )
+
+
+def linear_map(x_TD: Tensor, y_TO: Tensor) -> Tensor:
+    """Least squares from `x - mean(x)` to `y - mean(y)`, [d_in, d_out], float64; of least norm where x has no variance."""
+    x, y = (values.double() - values.double().mean(dim=0) for values in (x_TD, y_TO))
+    inverse = np.linalg.pinv((x.T @ x).numpy(), rcond=1e-10, hermitian=True)
+    return torch.from_numpy(inverse) @ (x.T @ y)
+
+
+def skip_alone(map_DO: Tensor, mean_D: Tensor, mean_O: Tensor, cfg: SAEConfig) -> StandardSAE:
+    """A transcoder that is nothing but a skip, right on average. It has one latent, since every dictionary has, which never
+    fires."""
+    nothing = torch.zeros(cfg.d_in, 1), torch.zeros(1, cfg.d_out)
+    return StandardSAE(
+        cfg.replace(form=StandardSAE.form, d_sae=1),
+        W_enc=nothing[0],
+        b_enc=torch.zeros(1),
+        W_dec=nothing[1],
+        b_dec=(mean_O - mean_D @ map_DO).float(),
+        W_skip=map_DO.T.float().contiguous(),
+    )
 
 
 def random_rows(d_sae: int, d_in: int, seed: int) -> Tensor:
@@ -76,13 +159,7 @@ def data_rows(x_TD: Tensor, mean_D: Tensor, d_sae: int, seed: int) -> Tensor:
 
 def pca(x_TD: Tensor, mean_D: Tensor, components: int, cfg: SAEConfig) -> LinearSAE:
     """Projection on the leading principal components of the sample, in float64."""
-    centred = (x_TD - mean_D).double()
-    # numpy's solver was seen to be five to ten times faster than torch's on a busy machine
-    _, vectors = np.linalg.eigh((centred.T @ centred).numpy())  # ascending
-    rows = torch.from_numpy(vectors).T.flip(0)[:components]
-    # An eigenvector's sign is free; fixed so that its largest entry is positive, the same on every machine.
-    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    rows = (rows * largest.sign()).float().contiguous()
+    rows = _leading((x_TD - mean_D).double(), components).float().contiguous()
     return LinearSAE(
         cfg.replace(form=LinearSAE.form, d_sae=components),
         W_enc=rows.T.contiguous(),
@@ -90,3 +167,13 @@ def pca(x_TD: Tensor, mean_D: Tensor, components: int, cfg: SAEConfig) -> Linear
         b_enc=torch.zeros(components),
         b_dec=mean_D,
     )
+
+
+def _leading(centred_TD: Tensor, components: int) -> Tensor:
+    """Unit rows [components, d]: the leading principal components of what has mean zero, float64."""
+    # numpy's solver was seen to be five to ten times faster than torch's on a busy machine
+    _, vectors = np.linalg.eigh((centred_TD.T @ centred_TD).numpy())  # ascending
+    rows = torch.from_numpy(vectors).T.flip(0)[:components]
+    # An eigenvector's sign is free; fixed so that its largest entry is positive, the same on every machine.
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    return rows * largest.sign()

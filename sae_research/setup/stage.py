@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_research.config.params import Params, check_sizes
 from sae_research.lm import LanguageModel, load_configured
-from sae_research.planning.saes import VARIANTS, control_names, variant_name
+from sae_research.planning.saes import CONTROL_PREFIX, VARIANTS, control_names, variant_name
 from sae_research.planning.work import sample_size
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
@@ -117,20 +117,23 @@ class Setup:
         self.params, self.lm, self.baseline = params, lm, baseline
         self.name = params.baseline_sae.name
         self.warnings: list[str] = []
-        self._sample: Tensor | None = None
+        self._sample: tuple[Tensor, Tensor] | None = None
 
-    def sample(self) -> Tensor:
-        """Activations that all controls are made from, computed when the first asks."""
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Activations that all controls are made from, as the baseline reads and writes them, computed when the first
+        asks."""
         if self._sample is None:
             cfg = self.baseline.cfg
-            self._sample = controls.sample_activations(self.lm, cfg.hook_name, self.params, sample_size(cfg.d_sae))
+            size = sample_size(cfg.d_sae)
+            self._sample = controls.sample_pairs(self.lm, cfg.hook_name, cfg.hook_out, self.params, size)
         return self._sample
 
     def plan(self) -> list[Planned]:
         """Everything the comparison holds, in table order. Raises `UserError` where two SAEs claim one
         name."""
         self._check_dictionary()
-        check_sizes(self.params, self.baseline.cfg.d_in, self.baseline.cfg.d_sae)
+        cfg = self.baseline.cfg
+        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae)
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
             *self._variants(),
@@ -151,6 +154,12 @@ class Setup:
 
     def _variants(self) -> Iterator[Planned]:
         variants = self.params.sae_variants
+        enabled = [label for label in VARIANTS if getattr(variants, label).enabled]
+        if enabled and self.baseline.cfg.is_transcoder:
+            self.warnings.append(
+                f"no variants ({', '.join(enabled)}): the decoder of {self.name} is no dictionary of what it reads"
+            )
+            return
         for label, cls in VARIANTS.items():
             section = getattr(variants, label)
             sizes: list[int] = getattr(section, f"{cls.size_name}_values") if section.enabled else []
@@ -171,7 +180,7 @@ class Setup:
         """What pursuit had to assume of the baseline's atoms becomes a warning. Raises `UserError` where
         params.yaml would rather have them refused."""
         variants = self.params.sae_variants
-        if any(getattr(variants, label).enabled for label in VARIANTS):
+        if any(getattr(variants, label).enabled for label in VARIANTS) and not self.baseline.cfg.is_transcoder:
             notes = check_atoms(self.baseline.W_dec, variants.normalise).notes
             self.warnings += [f"{self.name}, as a dictionary for pursuit: {note}" for note in notes]
 
@@ -190,11 +199,19 @@ class Setup:
     def _controls(self) -> Iterator[Planned]:
         for name, kind, size in control_names(self.params.controls):
             yield Planned(name, f"controls.names ({kind}, {size})", self._control_writer(kind, size))
+        if self.baseline.cfg.is_transcoder and self.params.controls.names:
+            kinds = ["linear_map", *([] if self.baseline.W_skip is None else ["skip"])]
+            for kind in kinds:
+                yield Planned(CONTROL_PREFIX + kind, f"the control {kind} of a transcoder", self._control_writer(kind, 0))
 
     def _control_writer(self, kind: str, size: int) -> Callable[[Path], None]:
-        return lambda folder: save_sae(
-            controls.make_control(kind, size, self.sample(), self.baseline.cfg, self.params), folder
-        )
+        def write(folder: Path) -> None:
+            x, y = self.sample()
+            cfg, skip = self.baseline.cfg, self.baseline.W_skip
+            written = y if cfg.is_transcoder else None
+            save_sae(controls.make_control(kind, size, x, cfg, self.params, written, skip), folder)
+
+        return write
 
     # --- SAEs beside it ---
 
@@ -301,6 +318,7 @@ def _row(sae: SparseAutoencoder) -> dict[str, Any]:
         "d_sae": cfg.d_sae,
         **sae.options(),
         "hook_name": cfg.hook_name,
+        "hook_out": cfg.hook_out,
         "model_name": cfg.model_name,
         "base": cfg.base,
         "per_token": sae.per_token,
@@ -325,7 +343,7 @@ def sae_table(manifest: dict[str, Any], figures: dict[str, dict[str, Any]]) -> s
                 str(row.get("k", row.get("s", ""))),
                 number(seen["l0"]) if "l0" in seen else "fails",
                 number(seen.get("variance_explained")),
-                row["hook_name"],
+                row["hook_name"] + (f" -> {row['hook_out']}" if row["hook_out"] != row["hook_name"] else ""),
             )
         )
     return text_table(rows, left=len(rows[0]))

@@ -50,7 +50,8 @@ def max_cosine(directions_FD: Tensor) -> Tensor:
         chunk = rows[start : start + CHUNK_ROWS].to(unit.device)
         cosines = unit[chunk] @ unit.T
         cosines[torch.arange(len(chunk), device=unit.device), chunk] = -torch.inf
-        best[chunk] = cosines.amax(dim=1)
+        if len(unit) > 1:  # a single row has no other
+            best[chunk] = cosines.amax(dim=1)
     return best
 
 
@@ -79,16 +80,18 @@ def _nearest(directions_FD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_weights(sae: SparseAutoencoder) -> LatentWeights:
-    """Encoder norm and bias, cosine of encoder and decoder, and nearest neighbours of both."""
+    """Encoder norm and bias, cosine of encoder and decoder, and nearest neighbours of both. A transcoder's encoder and
+    decoder have no cosine: they lie at different hooks."""
     W_enc, b_enc = sae.encoder_weights()
     encoder_FD, decoder_FD = W_enc.T.float(), sae.W_dec.float()
+    apart = torch.full((len(decoder_FD),), torch.nan)
     return LatentWeights(
         *(
             value.cpu()
             for value in (
                 b_enc.float(),
                 encoder_FD.norm(dim=1),
-                torch.nn.functional.cosine_similarity(encoder_FD, decoder_FD, dim=1),
+                apart if sae.cfg.is_transcoder else torch.nn.functional.cosine_similarity(encoder_FD, decoder_FD, dim=1),
                 _nearest(encoder_FD),
                 _nearest(decoder_FD),
             )
@@ -199,7 +202,7 @@ def _mean_of_measured(cosines_F: Tensor) -> float:
 
 def feature_details(density_F: Tensor, consistent_F: Tensor, weights: LatentWeights) -> list[dict[str, float]]:
     """SAE Bench's one record per latent, rounded to its 10 decimals; a NaN becomes its -1, as does a nearest neighbour that
-    was not looked for (`stats.weights.max_cosine`)."""
+    was not looked for (`max_cosine`)."""
     columns = {
         "feature_density": density_F,
         "consistent_activation_heuristic": consistent_F,

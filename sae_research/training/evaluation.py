@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, Text
-from sae_research.lm import LanguageModel, collect_hooks, token_mask
+from sae_research.config.training import ARROW
+from sae_research.lm import LanguageModel, collect_hooks
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import ABSENT, number, text_table
@@ -24,8 +25,9 @@ from sae_research.stats.predictions import CleanPredictions, losses, prediction_
 from sae_research.stats.reconstruction import ReconstructionStats, density_histogram
 from sae_research.text.tokens import Contexts, token_contexts
 from sae_research.training import diagnose
+from sae_research.training.buffer import counted_at, median_norms, pca_variance_explained, side_by_side
 from sae_research.training.diagnose import CurvePoint, Finding, TrainingSummary
-from sae_research.training.stream import ActivationStream, pca_variance_explained
+from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import TrainingSAE
 
 HELD_OUT_SPLIT = "core_eval"
@@ -48,24 +50,29 @@ class HeldOut(NamedTuple):
     tokens: Tensor
     """[contexts, context_size]"""
     acts: dict[str, Tensor]
-    """By hook [contexts, context_size, d_in], on the CPU; may be memory-mapped."""
+    """By hook [contexts, context_size, d_in], on the CPU; may be memory-mapped. Of a transcoder (`Train.place_of`) what it
+    reads and beside it what it writes [contexts, context_size, 2 d_in]."""
     mask: dict[str, Tensor]
-    """By hook, True where a token counts [contexts, context_size]."""
+    """By hook, or both of a transcoder, True where a token counts [contexts, context_size]."""
 
     def rows(self, hook: str) -> Tensor:
         """Activations of the tokens that count [n, d_in], float32."""
         return self.acts[hook][self.mask[hook]].float()
 
 
-def read_held_out(lm: LanguageModel, params: Params, contexts: Contexts, median_norms: dict[str, float]) -> HeldOut:
-    """The held-out contexts at each hook of `median_norms`, which are those of training.
+def read_held_out(lm: LanguageModel, params: Params, contexts: Contexts, medians: dict[str, list[float]]) -> HeldOut:
+    """The held-out contexts at each place of `medians`, the median norms of training there, hook by hook.
 
     Raises `UserError` when no token of them counts.
     """
     tokens, counted = contexts.tokens, contexts.counted
-    pools = collect_hooks(lm, list(median_norms), tokens, params.model.llm_batch_size, params.activation_caching)
-    acts = {hook: pool.flat.view(*tokens.shape, -1) for hook, pool in pools.items()}
-    mask = {hook: token_mask(lm, tokens, acts[hook], params.token_mask, median_norms[hook], counted) for hook in acts}
+    hooks = list(dict.fromkeys(hook for place in medians for hook in place.split(ARROW)))
+    pools = collect_hooks(lm, hooks, tokens, params.model.llm_batch_size, params.activation_caching)
+    acts, mask = {}, {}
+    for place, norms in medians.items():
+        sides = [pools[hook].flat.view(*tokens.shape, -1) for hook in place.split(ARROW)]
+        mask[place] = counted_at(lm, tokens, sides, params.token_mask, norms, counted)
+        acts[place] = side_by_side(sides)
     if not all(part.any() for part in mask.values()):
         raise UserError("train.held_out_tokens: no held-out token counts; raise it")
     return HeldOut(tokens, acts, mask)
@@ -74,13 +81,22 @@ def read_held_out(lm: LanguageModel, params: Params, contexts: Contexts, median_
 @torch.no_grad()
 def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[str, ReconstructionStats]:
     """Statistics of every SAE on rows in the model's units."""
-    stats = {name: ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()}
+    place = next(iter(saes.values())).cfg.hooks
+    stats = {name: ReconstructionStats(sae.cfg.d_out, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()}
     for x_BD in rows_ND.split(BATCH):
-        x = x_BD[None]
+        x, written = _sides(place, x_BD[None])
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for name, z in encode_each(saes, x, mask):
-            stats[name].update(x, saes[name].decode(z), z, mask)
+            stats[name].update(written, saes[name].reconstruct(x, mask, z), z, mask)
     return stats
+
+
+def _sides(place: str, acts: Tensor) -> tuple[Tensor, Tensor]:
+    """What is read, and what is written, of a place's activations as `HeldOut` has them."""
+    if ARROW not in place:
+        return acts, acts
+    read, written = acts.chunk(2, dim=-1)
+    return read, written
 
 
 EVAL_FILE = "eval_results.json"
@@ -102,7 +118,7 @@ def evaluate(
     """Add every SAE's held-out metrics to the report, PCA's at every hook, and what they show; returns what
     `eval_results.json` of each SAE holds."""
     held_out = read_held_out(
-        lm, params, held_out_contexts, {hook: b.calibration.median_norm for hook, b in stream.buffers.items()}
+        lm, params, held_out_contexts, {hook: median_norms(b.calibration) for hook, b in stream.buffers.items()}
     )
     stats: dict[str, ReconstructionStats] = {}
     for hook, buffer in stream.buffers.items():
@@ -119,7 +135,8 @@ def evaluate(
                 "fraction_silent_at_end": sae.fraction_silent,
                 "held_out": {key: value for key, value in stats[sae.name].metrics().items() if key in REPORTED},
             }
-        explained = pca_variance_explained(buffer.pca, rows_ND * buffer.calibration.scale, PCA_COMPONENTS)
+        scale = buffer.calibration.scale if buffer.calibration.scale_out is None else buffer.calibration.scale_out
+        explained = pca_variance_explained(buffer.pca, rows_ND[:, -buffer.d_in :] * scale, PCA_COMPONENTS)
         report["hooks"][hook] = {
             "fraction_tokens_kept": buffer.fraction_kept,
             "pca_reference": {str(n): value for n, value in explained.items()},
@@ -184,13 +201,14 @@ def loss_recovered(
         return {}
     index = torch.linspace(0, len(held_out.tokens) - 1, n).round().long()
     sums: dict[str, dict[str, float]] = {name: {} for name in saes}
+    of_place = {place: {name: sae for name, sae in saes.items() if sae.cfg.hooks == place} for place in held_out.acts}
     deepest = max(held_out.acts, key=_layer)  # the fewest layers are left to run from there
     for chosen in index.split(_contexts_at_once(lm, held_out.tokens.shape[1], params)):
         tokens = held_out.tokens[chosen].to(lm.device)
-        clean = CleanPredictions(lm.resume(deepest, held_out.acts[deepest][chosen].to(lm.device), tokens), tokens)
+        acts = _sides(deepest, held_out.acts[deepest][chosen])[1].to(lm.device)
+        clean = CleanPredictions(lm.resume(deepest.split(ARROW)[-1], acts, tokens), tokens)
         for hook in held_out.acts:
-            here = {name: sae for name, sae in saes.items() if sae.cfg.hook_name == hook}
-            for name, own in _sums_at(hook, here, held_out, chosen, clean, lm):
+            for name, own in _sums_at(hook, of_place[hook], held_out, chosen, clean, lm):
                 sums[name] = {key: sums[name].get(key, 0.0) + value for key, value in own.items()}
     return {
         name: {key: value for key, value in losses(own).items() if not math.isnan(value)}
@@ -201,24 +219,26 @@ def loss_recovered(
 
 
 def _sums_at(
-    hook: str,
+    place: str,
     saes: Mapping[str, SparseAutoencoder],
     held_out: HeldOut,
     chosen: Tensor,
     clean: CleanPredictions,
     lm: LanguageModel,
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one hook."""
+    """(name, sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one place."""
     tokens = held_out.tokens[chosen].to(lm.device)
-    acts, mask = held_out.acts[hook][chosen].to(lm.device).float(), held_out.mask[hook][chosen].to(lm.device)
+    mask = held_out.mask[place][chosen].to(lm.device)
+    acts, written = _sides(place, held_out.acts[place][chosen].to(lm.device).float())
 
     def run(put: Tensor | float) -> tuple[Tensor, Tensor]:
-        return clean.compare(lm.resume(hook, torch.where(mask[..., None], put, acts), tokens))
+        return clean.compare(lm.resume(place.split(ARROW)[-1], torch.where(mask[..., None], put, written), tokens))
 
     shared = {"clean": (clean.ce, None), "zero": run(0.0)}
     device = next(iter(saes.values())).W_dec.device
-    for name, z in encode_each(saes, acts.to(device), mask.to(device)):
-        x_hat = saes[name].decode(z).to(lm.device, acts.dtype)
+    x, counted = acts.to(device), mask.to(device)
+    for name, z in encode_each(saes, x, counted):
+        x_hat = saes[name].reconstruct(x, counted, z).to(lm.device, acts.dtype)
         yield name, prediction_sums(mask, {**shared, "patched": run(x_hat)})
 
 
@@ -263,6 +283,7 @@ def _result(
             "architecture": sae.cfg.architecture,
             "model_name": sae.cfg.model_name,
             "hook_name": sae.cfg.hook_name,
+            **({"hook_out": sae.cfg.hook_out} if sae.cfg.is_transcoder else {}),
             "d_in": sae.cfg.d_in,
             "d_sae": sae.cfg.d_sae,
             "training_tokens": entry["tokens"],

@@ -25,11 +25,12 @@ from tqdm import tqdm
 from sae_research.config.params import Train
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, save_sae
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.checkpoints import ProgressFile
 from sae_research.training.peers import GO, SAVE, STOP, Alone, Peers
 from sae_research.training.recipes import StepOutput
 from sae_research.training.stack import Stack, in_stacks
-from sae_research.training.stream import ReadAhead, Stream, StreamBatch
+from sae_research.training.stream import ReadAhead, Stream
 from sae_research.training.training_sae import CurveRow, TrainingSAE, train_step
 
 Item = TypeVar("Item")
@@ -196,7 +197,8 @@ def row_is_due(sae: TrainingSAE, batch: StreamBatch) -> bool:
 def log_row(sae: TrainingSAE, output: StepOutput, batch: StreamBatch) -> None:
     """Add a row to a sae's curve. Raises `UserError` when its loss was not finite."""
     raise_if_diverged([sae])
-    variance = (batch.acts - batch.acts.mean(0)).square().sum()
+    acts = sae.recipe.written(batch.acts)
+    variance = (acts - acts.mean(0)).square().sum()
     steps = sae.step - (sae.curve[-1].step if sae.curve else 0)
     explained = 1 - output.residual.square().sum() / variance
     sae.curve.append(CurveRow(sae.step, sae.tokens, float(sae.loss_sum) / steps, float(output.l0), float(explained)))

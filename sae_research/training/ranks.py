@@ -19,10 +19,11 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, pick_device
 from sae_research.runtime.errors import UserError
 from sae_research.text.tokens import LongContexts, StoredContexts
+from sae_research.training.buffer import Calibration, StreamBatch
 from sae_research.training.group import Group, OtherRanks
 from sae_research.training.loop import row_is_due
 from sae_research.training.peers import STOP
-from sae_research.training.stream import ActivationStream, Calibration, StreamBatch
+from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import CurveRow, TrainingSAE
 
 
@@ -105,7 +106,7 @@ class SharedStream(ActivationStream):
         for hook, buffer in self.buffers.items():
             buffer.calibration = Calibration(*measured[hook])
         return {
-            hook: self.group.share_rows(rows[hook], buffer.d_in, torch.float32, 0) for hook, buffer in self.buffers.items()
+            hook: self.group.share_rows(rows[hook], buffer.width, torch.float32, 0) for hook, buffer in self.buffers.items()
         }
 
     def read(self, chunk: int) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ class SharedStream(ActivationStream):
         read = self._own[1] if self._own is not None and self._own[0] == self.next_chunk else dict.fromkeys(self.buffers)
         n_tokens = self._chunk_tokens(self.next_chunk).numel()
         for hook, buffer in self.buffers.items():
-            buffer.take(n_tokens, self.group.share_rows(read[hook], buffer.d_in, self.lm.dtype, source))
+            buffer.take(n_tokens, self.group.share_rows(read[hook], buffer.width, self.lm.dtype, source))
         self.next_chunk += 1
         self._first = None
 

@@ -113,7 +113,7 @@ def _train_settings(params: Params, device: torch.device) -> Train:
 
 
 def _new_sae(name: str, train: Train, stream: ActivationStream, device: torch.device) -> TrainingSAE:
-    return new_training_sae(name, train, stream.buffers[train.hook_of(name)].d_in, device)
+    return new_training_sae(name, train, stream.buffers[train.place_of(name)].d_in, device)
 
 
 def _resume(checkpoint: Checkpoint | None, stream: ActivationStream, saes: list[TrainingSAE]) -> int | None:

@@ -292,7 +292,9 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
         d_in=buffer.d_in,
         d_sae=config.d_sae,
         model_name=params.model.name,
-        hook_name=sae.hook,
+        hook_name=params.train.hook_of(sae.name),
+        hook_out=config.hook_out or "",
+        apply_b_dec_to_input=sae.recipe.reads_b_dec,
         context_size=params.text.context_size,
         options=sae.recipe.options(),
         provenance={
@@ -303,7 +305,10 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
             "activation_norm": round_significant(buffer.calibration.mean_norm),
         },
     )
-    return sae.recipe.export(buffer.calibration.scale, cfg)
+    calibration = buffer.calibration
+    if calibration.scale_out is None:
+        return sae.recipe.export(calibration.scale, cfg)
+    return sae.recipe.export(calibration.scale_out, cfg, calibration.scale)
 
 
 def curve_tsv(curve: list[CurveRow]) -> str:

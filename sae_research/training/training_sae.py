@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_research.config.params import Train
 from sae_research.runtime.files import fingerprint
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.recipes import RECIPES, Recipe, StepOutput
-from sae_research.training.stream import StreamBatch
 
 
 class CurveRow(NamedTuple):
@@ -38,6 +38,7 @@ class TrainingSAE:
     bad_step: Tensor
     """First step whose loss was not finite, 0 while there is none."""
     hook: str = ""
+    """Whose batches it gets: a hook, or `READ -> WRITTEN` (`Train.place_of`)."""
     step: int = 0
     tokens: int = 0
     """Trained on so far."""
@@ -88,7 +89,7 @@ def new_training_sae(name: str, train: Train, d_in: int, device: torch.device | 
     recipe.generator = torch.Generator()
     optimiser = adam([{"params": list(recipe.parameters()), "lr": config.learning_rate}], recipe)
     zero = torch.zeros((), device=device)
-    return TrainingSAE(name, recipe, optimiser, zero.clone(), zero.clone().long(), train.hook_of(name))
+    return TrainingSAE(name, recipe, optimiser, zero.clone(), zero.clone().long(), train.place_of(name))
 
 
 def adam(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Adam:

@@ -237,6 +237,8 @@ def load(params: Params, stage: StageFolder) -> Models:
     check_fits(
         f"transfer.sae {config.sae.path or config.sae.release or config.sae.name}", saes["base"], base, params.model.same_as
     )
+    for sae in saes.values():
+        sae.cfg.check_one_hook("transfer")
     hook = saes["base"].cfg.hook_name
     for name in hooks(params, hook):
         _width(base, name)

@@ -251,7 +251,7 @@ def logit_similarity(base: LanguageModel, finetuned: LanguageModel, sae: SparseA
     of (d C_bb d')(d C_ff d'): the logit vectors themselves, [d_sae, vocabulary], are never made. None where the SAE's rows
     do not lie in the residual stream's space (heads' outputs) or a model has no output embedding.
     """
-    if sae.cfg.hook_name.endswith("hook_z") or any(lm.model.get_output_embeddings() is None for lm in (base, finetuned)):
+    if not sae.cfg.in_stream or any(lm.model.get_output_embeddings() is None for lm in (base, finetuned)):
         return None
     ids = _shared_ids(base, finetuned)
     if len(ids) < 2:

@@ -154,7 +154,7 @@ def test_an_sae_too_large_for_a_worker_is_refused_and_the_rest_is_scored(
 def test_a_worker_with_other_files_says_so(prepared: None, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params()
     worker = EvaluationWorker(evaluation_job("core", params).argument)
-    payload = {"kind": "core_sparsity", "hook": HOOK, "saes": ["a"], "part": 0, "keys": {"a": "other"}, "known": {}}
+    payload = {"kind": "core_sparsity", "hooks": [HOOK, HOOK], "saes": ["a"], "part": 0, "keys": {"a": "other"}, "known": {}}
     with pytest.raises(UserError, match="SAE a, the model, the text or the code are not the driver's"):
         worker(json.dumps({**payload, "device": "cpu"}).encode(), b"{}")
     with pytest.raises(UserError, match="computes on cpu, the driver on cuda"):

@@ -34,6 +34,7 @@ LM = {"core", "core_ihtp", "activations", "train", "probing", "dashboard"}
 REACHED_BY: dict[str, set[str]] = {
     "lm/model.py": LM,
     "lm/hooks.py": LM,
+    "lm/parts.py": LM,
     "lm/activations.py": LM,
     "runtime/files.py": LM,
     "config/inputs.py": LM,

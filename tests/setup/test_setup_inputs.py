@@ -87,7 +87,7 @@ def test_setup_refuses_before_it_computes(project: Path, make_params: Any, monke
         with pytest.raises(UserError, match="sparse_probing.dataset_names: task ./gone.csv: no such file"):
             run_setup(make_params(sparse_probing={"dataset_names": ["./gone.csv"]}))
     monkeypatch.setattr(stage, "preflight", lambda *_: pytest.fail("computed"))
-    monkeypatch.setattr(stage.controls, "sample_activations", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(stage.controls, "sample_pairs", lambda *_: pytest.fail("computed"))
     with pytest.raises(UserError, match="pca_components = 33 is larger"):
         run_setup(make_params(controls={"pca_components": 33, "s": 2}))
     with pytest.raises(UserError, match="preflight.tokens: text.dataset .* the split core_eval ends after"):

@@ -175,7 +175,7 @@ class LogitEffects(NamedTuple):
 
 def in_residual_stream(sae: SparseAutoencoder, lm: LanguageModel) -> bool:
     """Whether an SAE's directions can be read through the unembedding."""
-    return sae.cfg.d_in == lm.d_model and not sae.cfg.hook_name.endswith("hook_z")
+    return sae.cfg.d_out == lm.d_model and sae.cfg.in_stream
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.
             "embed": EMBED,
             "no_logits": ""
             if shown.logits
-            else f"{shown.sae.cfg.hook_name} is not in the residual stream: its latents promote no tokens directly",
+            else f"{shown.sae.cfg.hook_out} is not in the residual stream: its latents promote no tokens directly",
         },
     )
     write_index(
@@ -264,7 +264,7 @@ def summary(shown: Shown) -> dict[str, Any]:
     return {
         "name": shown.name,
         "d_sae": cfg.d_sae,
-        "hook": cfg.hook_name,
+        "hook": cfg.hooks,
         "model": about["model"]["name"],
         "architecture": cfg.architecture or cfg.form,
         "figures": figures,

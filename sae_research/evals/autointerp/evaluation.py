@@ -25,7 +25,7 @@ from sae_research.evals.autointerp import judge, windows
 from sae_research.evals.autointerp.client import Budget, ChatClient, check_budget
 from sae_research.evals.autointerp.judge import FAILED, SCORED, UNPARSABLE, Sheet, make_sheets
 from sae_research.evals.autointerp.windows import Windows, collect_windows
-from sae_research.evals.harness import Scores, by_hook, infos_of
+from sae_research.evals.harness import Scores, by_read_hook, infos_of
 from sae_research.lm import LanguageModel
 from sae_research.lm.activations import HookActivations
 from sae_research.runtime.errors import UserError
@@ -211,7 +211,7 @@ def find_windows(
     """Every SAE's windows, kept in the result cache; one model pass per hook. tokens: [contexts, context size]; counted: as
     `Contexts.counted`. Without a `guard` an SAE that fails raises its error."""
     config, found = params.autointerp, {}
-    for members in by_hook(saes):
+    for members in by_read_hook(saes):
         keys = members.keys(lm, _inputs(params, tokens, counted), windows.__name__, __name__)
         scores = Scores("autointerp_windows", members, keys, guard or Guard(None))
         acts = HookActivations(lm, members.hook, tokens, params, counted)

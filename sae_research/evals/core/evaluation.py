@@ -3,6 +3,9 @@
 Two definitions from the same activations. SAE Bench 0.6.0's patches every token, sinks included, and counts every
 token that is not BOS, EOS or padding. Ours (`lab_v1`) neither counts nor patches tokens outside `token_mask`.
 
+All is about what a dictionary writes: a transcoder's reconstruction is compared with the activations at its `hook_out`, put
+in their place there, and measured against zeros and the mean activation in that place. For an SAE that is the hook it reads.
+
 Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
 together; the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
 predictions, so that an interrupted run or an added SAE pays only for what is missing.
@@ -29,9 +32,9 @@ from sae_research.evals.core.metrics import (
     sae_bench_predictions,
     sums_of,
 )
-from sae_research.evals.harness import Group, Scores, by_hook
-from sae_research.lm import Batch, LanguageModel
-from sae_research.lm.activations import HookActivations
+from sae_research.evals.harness import Group, Scores, by_hooks
+from sae_research.lm import LanguageModel
+from sae_research.lm.pairs import PairedActivations, PairedBatch
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
@@ -66,23 +69,24 @@ class _Text(NamedTuple):
     """Where tokens of `text.roles` stand, bool [contexts, seq]; None: everywhere."""
 
 
-class _Group(HookActivations):
-    """What SAEs that read one hook share."""
+class _Group(PairedActivations):
+    """What SAEs share that read one hook and write one hook."""
 
-    def __init__(self, lm: LanguageModel, hook: str, text: _Text, params: Params, lab: bool) -> None:
-        super().__init__(lm, hook, text.tokens, params, text.counted)
+    def __init__(self, lm: LanguageModel, members: Group, text: _Text, params: Params, lab: bool) -> None:
+        super().__init__(lm, members.hook, members.hook_out, text.tokens, params, text.counted)
         self.text = text
         self.lab = lab
         """Whether our own definitions are computed beside SAE Bench's."""
 
     @cached_property
     def mean_activation(self) -> Tensor:
-        """Mean over the counted tokens of the sparsity contexts [d_in]: what mean-ablation puts in place."""
+        """Mean of what is written over the counted tokens of the sparsity contexts [d_out]: what mean-ablation puts in
+        place."""
         total, count = torch.zeros((), device=self.lm.device), 0
         config = self.params.core_eval
         for index in self.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
-            batch = self.pool.batch(index)
-            kept = batch.acts[self.lab_mask(batch)]
+            batch = self.shown(index)
+            kept = batch.written[batch.lab_mask]
             total, count = total + kept.sum(0), count + len(kept)
         return total / max(count, 1)
 
@@ -111,8 +115,8 @@ def evaluate(
     """
     guard = Guard(stage.skip if stage else None)
     text = _text(lm, params, tokens)
-    for members in by_hook(saes):
-        group = _Group(lm, members.hook, text, params, lab)
+    for members in by_hooks(saes):
+        group = _Group(lm, members, text, params, lab)
         keys = members.keys(lm, _inputs(params, text, lab), __name__)
         sparsity = _sparsity(group, Scores("core_sparsity", members, keys, guard))
         prediction = _predictions(group, members, keys, guard)
@@ -179,7 +183,7 @@ class _SparsityState:
 
     def __init__(self, sae: SparseAutoencoder, clusters: Clusters, device: torch.device) -> None:
         self.sae_bench = SaeBenchStats(sae.cfg.d_sae, device)
-        self.lab = ReconstructionStats(sae.cfg.d_in, sae.cfg.d_sae, device)
+        self.lab = ReconstructionStats(sae.cfg.d_out, sae.cfg.d_sae, device)
         self.by_cluster = ReconstructionSums(clusters)
         self.support = self.interpolating = self.kept = self.total = self.sequences = 0
 
@@ -189,17 +193,17 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -
     config = group.params.core_eval
     states = {name: _SparsityState(sae, group.text.sparsity, group.lm.device) for name, sae in saes.items()}
     for index in group.numbers(config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
-        batch = group.pool.batch(index)
-        lab_mask, bench_mask = group.lab_mask(batch), group.sae_bench_mask(batch)
-        for name, z_all, z_lab in _encodings(saes, batch.acts, lab_mask if group.lab else None):
+        batch = group.shown(index)
+        x, mask = batch.acts, batch.lab_mask
+        for name, z_all, z_lab in _encodings(saes, x, mask if group.lab else None):
             state, sae = states[name], saes[name]
-            target, x_hat = sae.target(batch.acts), sae.decode(z_all)
-            state.sae_bench.update(target, x_hat, z_all, bench_mask)
+            target, x_hat = sae.target(x, batch.written), sae.reconstruct(x, z=z_all)
+            state.sae_bench.update(target, x_hat, z_all, batch.sae_bench_mask)
             if z_lab is not None:
-                x_hat = _lab_reconstruction(sae, x_hat, z_lab)
-                state.lab.update(target, x_hat, z_lab, lab_mask)
-                state.by_cluster.update(batch.index, target, x_hat, z_lab, lab_mask, sae.target(group.mean_activation))
-                _count_support(state, sae, z_lab, lab_mask)
+                x_hat, mean = _lab_reconstruction(sae, batch, x_hat, z_lab), group.mean_activation
+                state.lab.update(target, x_hat, z_lab, mask)
+                state.by_cluster.update(batch.index, target, x_hat, z_lab, mask, sae.target(mean, mean))
+                _count_support(state, sae, z_lab, mask)
             bar.update()
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
 
@@ -225,19 +229,19 @@ def _encodings(
             yield name, z, z_masked
 
 
-def _lab_reconstruction(sae: SparseAutoencoder, x_hat: Tensor, z_lab: Tensor) -> Tensor:
+def _lab_reconstruction(sae: SparseAutoencoder, batch: PairedBatch, x_hat: Tensor, z_lab: Tensor) -> Tensor:
     """For our definition, read where tokens count alone: encoded token by token it is there `x_hat` of all tokens."""
-    return x_hat if sae.per_token else sae.decode(z_lab)
+    return x_hat if sae.per_token else sae.reconstruct(batch.acts, batch.lab_mask, z_lab)
 
 
 def _count_support(state: _SparsityState, sae: SparseAutoencoder, z: Tensor, mask: Tensor) -> None:
     """How many latents a sequence uses at all, and whether least squares on them can reproduce anything."""
     support_B = (z != 0).any(dim=1).sum(dim=-1)
     kept_B = mask.sum(dim=1)
-    limit_B = kept_B.clamp(max=sae.cfg.d_in)
+    limit_B = kept_B.clamp(max=sae.cfg.d_out)
     state.support += int(support_B.sum())
     if sae.per_token:  # as many latents as dimensions solve each token by themselves
-        state.interpolating += int(((torch.linalg.vector_norm(z, 0, dim=-1) >= sae.cfg.d_in) & mask).sum())
+        state.interpolating += int(((torch.linalg.vector_norm(z, 0, dim=-1) >= sae.cfg.d_out) & mask).sum())
     else:
         state.interpolating += int(((support_B >= limit_B) & (kept_B > 0)).sum())
     state.kept += int(kept_B.sum())
@@ -292,13 +296,18 @@ class _Predictions(NamedTuple):
     """Of one batch, what all SAEs share."""
 
     group: _Group
-    batch: Batch
+    batch: PairedBatch
     clean: CleanPredictions
     sums: Sums
     """Clean, zero-ablated and mean-ablated, in both definitions."""
 
-    def run(self, acts: Tensor) -> tuple[Tensor, Tensor]:
-        return self.clean.compare(self.group.lm.resume(self.group.hook, acts, self.batch.tokens))
+    def run(self, written: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions with this [batch, seq, d_out] in place of what the model has at the written hook."""
+        return self.clean.compare(_resumed(self.group, self.batch, written))
+
+
+def _resumed(group: _Group, batch: PairedBatch, written: Tensor) -> Tensor:
+    return group.lm.resume(group.hook_out, written, batch.tokens, rest=batch.rest)
 
 
 class _SharedPredictions:
@@ -312,20 +321,18 @@ class _SharedPredictions:
     def of(self, number: int) -> _Predictions:
         if self._last is None or self._last[0] != number:
             self._last = None  # its logits go before those of the next batch come
-            self._last = number, self._made(self._group.pool.batch(self._batches[number]))
+            self._last = number, self._made(self._group.shown(self._batches[number], resumed=True))
         return self._last[1]
 
     @torch.no_grad()
-    def _made(self, batch: Batch) -> _Predictions:
-        group, x = self._group, batch.acts
-        clean = CleanPredictions(group.lm.resume(group.hook, x, batch.tokens), batch.tokens)
+    def _made(self, batch: PairedBatch) -> _Predictions:
+        group, x = self._group, batch.written
+        clean = CleanPredictions(_resumed(group, batch, x), batch.tokens)
         made = _Predictions(group, batch, clean, {})
         zeroed = self._zeroed(batch, made)
-        made.sums.update(
-            _sums(group, batch, {"sae_bench": group.sae_bench_mask(batch)}, ablated=zeroed, clean=(clean.ce, None))
-        )
+        made.sums.update(_sums(group, batch, {"sae_bench": batch.sae_bench_mask}, ablated=zeroed, clean=(clean.ce, None)))
         if group.lab:
-            lab_mask = group.lab_mask(batch)
+            lab_mask = batch.lab_mask
             kept = lab_mask[..., None]
             made.sums.update(
                 _sums(
@@ -339,34 +346,35 @@ class _SharedPredictions:
             )
         return made
 
-    def _zeroed(self, batch: Batch, made: _Predictions) -> tuple[Tensor, Tensor]:
+    def _zeroed(self, batch: PairedBatch, made: _Predictions) -> tuple[Tensor, Tensor]:
         """Predictions with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
         one sequence [1, seq, vocab] stands for all of all batches; elsewhere each batch needs its own."""
         group = self._group
-        if not (group.lm.can_resume and "hook_resid" in group.hook):
-            return made.run(torch.zeros_like(batch.acts))
+        if not (group.lm.can_resume and "hook_resid" in group.hook_out):
+            return made.run(torch.zeros_like(batch.written))
         if self._zero_logits is None:
-            self._zero_logits = group.lm.resume(group.hook, torch.zeros_like(batch.acts[:1]), batch.tokens[:1])
+            self._zero_logits = group.lm.resume(group.hook_out, torch.zeros_like(batch.written[:1]), batch.tokens[:1])
         return made.clean.compare(self._zero_logits)
 
 
 @torch.no_grad()
 def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]:
     """(name, sums) over one batch with each SAE's reconstruction in place of the activations, in both definitions."""
-    group, batch, x = shared.group, shared.batch, shared.batch.acts
-    lab_mask = group.lab_mask(batch)
-    for name, z_all, z_lab in _encodings(family, x, lab_mask if group.lab else None):
+    group, batch, own = shared.group, shared.batch, shared.batch.written
+    mask = batch.lab_mask
+    for name, z_all, z_lab in _encodings(family, batch.acts, mask if group.lab else None):
         sae = family[name]
-        x_hat = sae.decode(z_all)
-        sums = shared.sums | _sums(group, batch, {"sae_bench": group.sae_bench_mask(batch)}, patched=shared.run(x_hat))
+        x_hat = sae.reconstruct(batch.acts, z=z_all)
+        sums = shared.sums | _sums(group, batch, {"sae_bench": batch.sae_bench_mask}, patched=shared.run(x_hat))
         if z_lab is not None:
-            patched = shared.run(torch.where(lab_mask[..., None], _lab_reconstruction(sae, x_hat, z_lab).to(x.dtype), x))
-            sums |= _sums(group, batch, {"lab": lab_mask, "cluster": lab_mask}, patched=patched)
+            x_hat = _lab_reconstruction(sae, batch, x_hat, z_lab).to(own.dtype)
+            patched = shared.run(torch.where(mask[..., None], x_hat, own))
+            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=patched)
         check_finite(sums)
         yield name, sums
 
 
-def _sums(group: _Group, batch: Batch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:
+def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:
     """`prediction_sums` under each definition's mask, and by cluster of contexts under `cluster`."""
 
     def by_cluster(values: Tensor, mask: Tensor) -> list[float]:

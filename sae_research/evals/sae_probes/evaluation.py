@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import Group, by_hook, model_key
+from sae_research.evals.harness import Group, by_read_hook, model_key
 from sae_research.evals.sae_probes.probes import (
     Scores,
     full_scores,
@@ -204,7 +204,7 @@ def evaluate(
     texts, guard = _load(lm, params, stage), Guard(stage.skip)
     first = texts.rows[texts.tasks[0].name]
     sample = first[np.linspace(0, len(first) - 1, min(_NORM_SAMPLE, len(first))).astype(int)]
-    for members in by_hook(saes):
+    for members in by_read_hook(saes):
         norm = TypicalNorm(lm, members.hook, [texts.tokens[i] for i in sample], params)
         raw, found = _HookScores(members, norm, texts, params, guard).compute()
         for name, info in guard.left(members.infos).items():

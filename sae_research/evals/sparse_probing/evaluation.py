@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.evals import harness
-from sae_research.evals.harness import Group, by_hook, load_tasks, made_once, model_key, need_one
+from sae_research.evals.harness import Group, by_read_hook, load_tasks, made_once, model_key, need_one
 from sae_research.evals.probing import (
     Draw,
     Means,
@@ -76,7 +76,7 @@ def evaluate(
     guard = Guard(stage.skip)
     texts = _load(lm, params, stage)
     stage.notes["tasks"] = texts.notes
-    for members in by_hook(saes):
+    for members in by_read_hook(saes):
         group = TextsByTask(lm, members.hook, texts.tokens, texts.sizes, params, params.sparse_probing.context_length)
         raw, found = _scores(group, members, lm, params, texts, guard)
         for name, info in guard.left(members.infos).items():

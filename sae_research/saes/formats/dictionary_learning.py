@@ -342,6 +342,8 @@ def _chosen_class(sae: SparseAutoencoder, wanted: str | None) -> str:
     form = sae.cfg.form
     if form not in CLASSES_OF_FORM:
         raise UserError(f"dictionary_learning has no class for the form {form}; it has {', '.join(CLASSES_OF_FORM)}")
+    if sae.cfg.is_transcoder:
+        raise UserError("dictionary_learning has no transcoders; export it as sae_lens")
     if sae.cfg.center_input:
         raise UserError("dictionary_learning cannot express an SAE that reads a centred residual stream")
     if wanted is not None:

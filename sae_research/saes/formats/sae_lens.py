@@ -37,9 +37,13 @@ FORMS = {
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
     "matching_pursuit": "sae_lens_matching_pursuit",
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
 """SAELens architecture -> our form. The BatchTopK pair are training classes; at inference they have a
-threshold."""
+threshold. Of a transcoder the form is what its encoder is."""
 _UNFOLDABLE = {
     "layer_norm": "every token is scaled by its own norm",
     "constant_norm_rescale": "every token is scaled by its own norm, which is supported for standard SAEs alone",
@@ -82,7 +86,11 @@ def convert(
     _refuse_unsupported(values, where, scaling_factor)
     state = _used(values["architecture"], tensors, where)
     check_shapes(
-        {name: tensor for name, tensor in state.items() if name != "topk_threshold"}, values["d_in"], values["d_sae"], where
+        {name: tensor for name, tensor in state.items() if name != "topk_threshold"},
+        values["d_in"],
+        values["d_sae"],
+        where,
+        values.get("d_out"),
     )
     state = {name: tensor.clone() for name, tensor in floats(state, where).items()}
     if values["architecture"] == "matching_pursuit":
@@ -92,30 +100,65 @@ def convert(
         if _rescales_tokens(values):
             cls, state = NormRescaledSAE, NormRescaledSAE.widened(state)
         options = {name: whole(values.get(name), name, where) for name in cls.option_names}
-    missing = [name for name in cls.tensor_names if name not in state]
+    names = (*cls.tensor_names, *_SKIP[: _has_skip(values["architecture"])])
+    missing = [name for name in names if name not in state]
     if missing:
         raise UserError(f"{where}: weights lack {', '.join(missing)} for the architecture {values['architecture']}")
-    cfg = _config(cls, values, options, where)
+    hooks = _hooks(values, where)
     try:
-        return cls.from_tensors(cfg, {name: state[name] for name in cls.tensor_names})
+        return cls.from_tensors(_config(cls, values, options, hooks, where), {name: state[name] for name in names})
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-def _config(cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[str, Any], where: str) -> SAEConfig:
+_SKIP = ("W_skip",)
+_MLP_INPUT = re.compile(r"model\.layers\.([0-9]{1,6})\.pre_feedforward_layernorm\.output")
+
+
+def _has_skip(architecture: str) -> bool:
+    return architecture.endswith("skip_transcoder")
+
+
+def _hooks(values: dict[str, Any], where: str) -> dict[str, str]:
+    """`hook_name`, and a transcoder's `hook_out`.
+
+    SAELens calls what Gemma Scope 2's transcoders read `hook_mlp_in`, which in TransformerLens is the stream before the
+    norm; `hf_hook_name` beside it says that it is what the norm puts out.
+    """
     metadata = values["metadata"]
     hook = hook_of(metadata.get("hook_name") or "", where)
+    given = _MLP_INPUT.fullmatch(metadata.get("hf_hook_name") or "")
+    if given and hook.endswith(".hook_mlp_in"):
+        if hook != f"blocks.{given[1]}.hook_mlp_in":
+            raise UserError(f"{where}: hook_name is {hook}, hf_hook_name {given[0]}; correct the one that is wrong")
+        hook = f"blocks.{given[1]}.mlp.hook_in"
+    written = hook_of(metadata.get("hook_name_out") or "", where)
+    if not values["architecture"].endswith("transcoder"):
+        if written not in ("", hook):
+            raise UserError(f"{where}: hook_name_out is {written}, but {values['architecture']} is no transcoder")
+        return {"hook_name": hook}
+    if not hook or not written:
+        key = "hook_name_out" if hook else "hook_name"
+        raise UserError(f"{where}: the configuration of a transcoder lacks metadata.{key}; add the hook that it means")
+    return {"hook_name": hook, "hook_out": written}
+
+
+def _config(
+    cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[str, Any], hooks: dict[str, str], where: str
+) -> SAEConfig:
+    metadata = values["metadata"]
     dataset = {"text": metadata["dataset_path"]} if metadata.get("dataset_path") else {}
     return SAEConfig(
         form=cls.form,
         d_in=values["d_in"],
         d_sae=values["d_sae"] + _rescales_tokens(values),
         model_name=model_name(metadata),
-        hook_name=hook,
+        **hooks,
+        d_out=values.get("d_out", 0) if "hook_out" in hooks else 0,
         context_size=whole(metadata.get("context_size") or 128, "context_size", where),
         prepend_bos=metadata.get("prepend_bos") is not False,
         apply_b_dec_to_input=values.get("apply_b_dec_to_input", True),
-        center_input=centres_input(metadata.get("model_from_pretrained_kwargs") or {}, hook, where),
+        center_input=centres_input(metadata.get("model_from_pretrained_kwargs") or {}, hooks["hook_name"], where),
         options=options,
         provenance={"format": "sae_lens", **dataset},
     )
@@ -178,7 +221,7 @@ def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str
     """The tensors, all of which the architecture uses. Raises `UserError` for one that it does not: a `threshold` beside a
     plain ReLU says that one of the two is wrong."""
     cls = form_class(FORMS[architecture])
-    known = {*cls.tensor_names, *_BESIDE.get(architecture, ())}
+    known = {*cls.tensor_names, *_BESIDE.get(architecture, ()), *_SKIP[: _has_skip(architecture)]}
     unused = sorted(set(tensors) - known)
     if unused:
         raise UserError(
@@ -227,6 +270,11 @@ def _rescales_tokens(values: dict[str, Any]) -> bool:
 
 def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: float | None) -> None:
     normalisation = values.get("normalize_activations") or "none"
+    if normalisation != "none" and values["architecture"].endswith("transcoder"):
+        raise UserError(
+            f"{where}: normalize_activations = {normalisation[:60]} of a transcoder is not supported: it scales what is "
+            "read, not what is written"
+        )
     if (
         normalisation != "none"
         and not _rescales_tokens(values)
@@ -319,9 +367,17 @@ def matching_saes(release_pattern: str, id_pattern: str) -> list[ReleasedSAE]:
     return found
 
 
+_ONE_LAYER_OF_MANY = "mntss_clt_layer_transcoder"
+
+
 def from_release(release: str, sae_id: str) -> SparseAutoencoder:
     """Download an SAE by release and id (or hub repository and folder) and convert it. Needs the hub or its
     cache."""
+    if release_directory().get(release, {}).get("conversion_func") == _ONE_LAYER_OF_MANY:
+        raise UserError(
+            f"SAELens {release} / {sae_id}: one layer of a cross-layer transcoder, whose reconstruction alone stands for "
+            "nothing; only whole ones could be evaluated"
+        )
     try:
         from sae_lens import SAE
 

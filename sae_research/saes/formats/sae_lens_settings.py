@@ -29,6 +29,7 @@ OF_ALL = frozenset(
     }
 )
 _OF_TOPK = frozenset({"k", "rescale_acts_by_decoder_norm"})
+_OF_TRANSCODER = frozenset({"d_out"})
 OF_ARCHITECTURE: dict[str, frozenset[str]] = {
     "standard": frozenset(),
     "gated": frozenset(),
@@ -37,6 +38,10 @@ OF_ARCHITECTURE: dict[str, frozenset[str]] = {
     "batchtopk": _OF_TOPK,
     "matryoshka_batchtopk": _OF_TOPK,
     "matching_pursuit": frozenset({"residual_threshold", "max_iterations", "stop_on_duplicate_support"}),
+    "transcoder": _OF_TRANSCODER,
+    "skip_transcoder": _OF_TRANSCODER,
+    "jumprelu_transcoder": _OF_TRANSCODER,
+    "jumprelu_skip_transcoder": _OF_TRANSCODER,
 }
 """Keys that a latent's activation depends on, by architecture; a test holds them against the package."""
 TRAINING_ONLY = frozenset(
@@ -107,7 +112,7 @@ def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: the configuration holds {', '.join(unknown)[:120]}, which the architecture "
             f"{architecture} does not use; remove what changes no activation"
         )
-    for key in ("d_in", "d_sae"):
+    for key in ("d_in", "d_sae", *sorted(OF_ARCHITECTURE[architecture] & {"d_out"})):
         if key not in known:
             raise UserError(f"{where}: the configuration lacks '{key}'")
         known[key] = whole(known[key], key, where)
@@ -159,8 +164,9 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
                 f"{where}: the activation function {shown(said)} is not that of the architecture {known['architecture']}"
             )
     for values in (known, known["metadata"]):
-        if values.get("hook_head_index") is not None:
-            raise UserError(f"{where}: reads one attention head only (hook_head_index); hooks give all heads")
+        for key in ("hook_head_index", "hook_head_index_out"):
+            if values.get(key) is not None:
+                raise UserError(f"{where}: reads one attention head only ({key}); hooks give all heads")
         if values.get("finetuning_scaling_factor"):
             raise UserError(f"{where}: finetuning_scaling_factor is not supported")
     for key in ("hook_head_index", "finetuning_scaling_factor"):
@@ -175,7 +181,7 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
 
 def _check_metadata(known: dict[str, Any], where: str) -> None:
     metadata = known["metadata"]
-    for key in ("model_name", "hook_name", "dataset_path"):
+    for key in ("model_name", "hook_name", "hook_name_out", "hf_hook_name", "dataset_path"):
         text(metadata.get(key), key, where)
     section(metadata.get("model_from_pretrained_kwargs"), "model_from_pretrained_kwargs", where)
     if metadata.get("prepend_bos") is not None:

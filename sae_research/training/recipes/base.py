@@ -62,6 +62,9 @@ class Recipe(nn.Module):
     `z = ReLU(pre)` where `select` says so, `pre = (x - b_dec) W_enc^T + b_enc`; `x_hat = z W_dec + b_dec`. A
     subclass sets `form` (what it is at inference), and defines `select` and `forward`.
 
+    A transcoder's batch holds what is read and beside it what is written, each normalised by itself [B, 2 D]: `read` and
+    `target` tell them apart, and give an SAE its batch. It encodes what it reads, without `b_dec`.
+
     `forward` is a function of the parameters, the batch and `draw_noise`'s numbers alone: what a recipe remembers changes in
     `prepare` and `track`. So one call can serve a whole stack of SAEs (`training.stack`).
     """
@@ -84,6 +87,9 @@ class Recipe(nn.Module):
 
     def __init__(self, d_in: int, config: SAERecipe, train: Train) -> None:
         super().__init__()
+        self.d_in, self.is_transcoder = d_in, config.hook_out is not None
+        if self.is_transcoder:
+            self.reads_b_dec = False  # ty: ignore[invalid-attribute-access]
         self.config, self.train_config = config, train
         self.in_stack = False
         """This is a stack's template: `forward` sees many SAEs at once."""
@@ -94,6 +100,7 @@ class Recipe(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.W_dec = nn.Parameter(torch.zeros(F, D))
         self.b_dec = nn.Parameter(torch.zeros(D))
+        self.W_skip = nn.Parameter(torch.zeros(D, D)) if config.skip else None
         self.register_buffer("last_fired_F", torch.zeros(F))
         self.register_buffer("_scratch_FD", torch.empty(F, D), persistent=False)
 
@@ -149,6 +156,9 @@ class Recipe(nn.Module):
         recipe needs later.
         """
         self.generator = generator
+        if self.is_transcoder:
+            self._initialise_transcoder(rows_ND, generator)
+            return
         self.b_dec.copy_(rows_ND.mean(0))
         F, D = self.W_dec.shape
         if self.config.init == "data_rows":
@@ -165,11 +175,31 @@ class Recipe(nn.Module):
         self.W_enc.copy_(self.W_dec)
         self.fit_encoder(rows_ND[:4096])
 
+    def _initialise_transcoder(self, rows_ND: Tensor, generator: torch.Generator) -> None:
+        """As `initialise`: with `data_rows` a latent's encoder and decoder are what one token has at either hook, less the
+        mean, both of unit norm before the fit."""
+        read_ND, written_ND = self.read(rows_ND), self.written(rows_ND)
+        mean_D, F = read_ND.mean(0), len(self.W_dec)
+        self.b_dec.copy_(written_ND.mean(0))
+        if self.config.init == "data_rows":
+            index = torch.randperm(len(rows_ND), generator=generator).repeat(-(-F // len(rows_ND)))[:F].to(rows_ND.device)
+            sides = read_ND[index] - mean_D, written_ND[index] - self.b_dec
+        else:
+            sides = tuple(torch.randn(self.W_enc.shape, generator=generator).to(rows_ND.device) for _ in range(2))
+        for rows, parameter in zip(sides, (self.W_enc, self.W_dec), strict=True):
+            noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+            parameter.copy_(
+                rows + (0.1 * rows.norm(dim=1, keepdim=True) * noise / self.d_in**0.5 if F > len(rows_ND) else 0)
+            )
+            unit_rows(parameter)
+        self.b_enc.copy_(-(self.W_enc @ mean_D))
+        self.fit_encoder(rows_ND[:4096])
+
     @torch.no_grad()
     def fit_encoder(self, rows_ND: Tensor) -> None:
         """Scale encoder weights and biases so that reconstructions have the right length on these rows."""
         code = self.reconstruct(rows_ND)
-        factor = length_factor(code.x_hat - self.b_dec, rows_ND - self.b_dec)
+        factor = length_factor(code.x_hat - self.b_dec, self.written(rows_ND) - self.b_dec)
         self.W_enc.mul_(factor)
         self.b_enc.mul_(factor)
 
@@ -177,13 +207,27 @@ class Recipe(nn.Module):
     def sparsify_start(self, rows_ND: Tensor, density: float) -> Tensor:
         """The pre-activation that a fraction `density` of them exceeds, with biases of zero: from half of the latents
         active, a short run spends itself on switching latents off."""
-        pre_NF = (rows_ND[:512] - (self.b_dec if self.reads_b_dec else 0)) @ self.W_enc.T
+        pre_NF = self.encoder_input(rows_ND[:512]) @ self.W_enc.T
         n = max(1, int(pre_NF.numel() * density))
         return pre_NF.flatten().topk(n, sorted=True).values[-1]
 
     # --- forward ---
 
+    def read(self, x_BD: Tensor) -> Tensor:
+        """What of a batch is encoded [B, D]."""
+        return x_BD[:, : self.d_in] if self.is_transcoder else x_BD
+
+    def written(self, x_BD: Tensor) -> Tensor:
+        """What of a batch is to be reconstructed [B, D]."""
+        return x_BD[:, self.d_in :] if self.is_transcoder else x_BD
+
+    def target(self, x_BD: Tensor) -> Tensor:
+        """What latents and `b_dec` are to reconstruct [B, D]: what is written, less what a skip makes of what is read."""
+        y_BD = self.written(x_BD)
+        return y_BD if self.W_skip is None else y_BD - products.product(self.read(x_BD), self.W_skip.T, self.bfloat16)
+
     def encoder_input(self, x_BD: Tensor) -> Tensor:
+        x_BD = self.read(x_BD)
         return x_BD - self.b_dec if self.reads_b_dec else x_BD
 
     @property
@@ -193,8 +237,12 @@ class Recipe(nn.Module):
     def encode(self, x_BD: Tensor, known_BF: Tensor | None = None) -> Tensor:
         """Pre-activations [B, F]; `known_BF` are their values where they have been computed already."""
         return products.encode(
-            x_BD, self.W_enc, self.b_enc, self.b_dec if self.reads_b_dec else None, self.bfloat16, known_BF
+            self.read(x_BD), self.W_enc, self.b_enc, self.b_dec if self.reads_b_dec else None, self.bfloat16, known_BF
         )
+
+    def directions(self, x_BD: Tensor) -> Tensor:
+        """Products with the encoder's rows [B, F], without a bias."""
+        return products.encode(self.read(x_BD), self.W_enc, None, self.b_dec if self.reads_b_dec else None, self.bfloat16)
 
     def decode(self, z_BF: Tensor, W_FD: Tensor) -> Tensor:
         """`z W` [B, D]; `b_dec` is not added."""
@@ -297,9 +345,15 @@ class Recipe(nn.Module):
         return {"W_enc": self.W_enc.T, "b_enc": self.b_enc / scale, "W_dec": self.W_dec, "b_dec": self.b_dec / scale}
 
     @torch.no_grad()
-    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
-        """The SAE in the model's own units; `scale` is the factor its training data were normalised by."""
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.own_tensors(scale).items()}
+    def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
+        """The SAE in the model's own units; `scale` is the factor its training data were normalised by. read_scale: that of
+        what a transcoder reads, `scale` then being that of what it writes."""
+        own = self.own_tensors(scale)
+        if self.W_skip is not None:
+            own["W_skip"] = self.W_skip
+        if read_scale is not None:  # it read `scale * (read_scale / scale) x`
+            own |= {name: own[name] * (read_scale / scale) for name in ("W_enc", "W_gate", "W_skip") if name in own}
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in own.items()}
         cfg = cfg.replace(form=self.form, options=self.options(), apply_b_dec_to_input=self.reads_b_dec)
         return form_class(self.form)(cfg=cfg, **tensors, **self.options())
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sae_research.config.params import Train
 from sae_research.config.training import GatedRecipe
-from sae_research.training import products
 from sae_research.training.recipes.base import StepOutput, length_factor
 from sae_research.training.recipes.l1 import INITIAL_DENSITY, L1Family
 
@@ -37,21 +36,22 @@ class GatedRajamanoharan(L1Family):
         self.b_enc.fill_(-float(self.sparsify_start(rows_ND, INITIAL_DENSITY)))
         self.b_mag.copy_(self.b_enc)
         _, z_NF, _ = self._encode(rows_ND)
-        factor = length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec)
+        factor = length_factor(z_NF @ self.W_dec, self.written(rows_ND) - self.b_dec)
         for parameter in (self.W_enc, self.b_enc, self.b_mag):
             parameter.mul_(factor)
 
     def _encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(ReLU of the gate, activations, which are active) [B, F]."""
-        pi_BF = products.encode(x_BD, self.W_enc, None, self.b_dec, self.bfloat16)
+        pi_BF = self.directions(x_BD)
         gate_BF = pi_BF + self.b_enc
         z_BF = (gate_BF > 0) * torch.relu(self.r_mag.exp() * pi_BF + self.b_mag)
         return torch.relu(gate_BF), z_BF, z_BF.detach() > 0
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         gate_BF, z_BF, active_BF = self._encode(x_BD)
-        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
-        gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
+        target_BD = self.target(x_BD)
+        residual_BD = target_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
+        gate_error_BD = target_BD.detach() - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
         loss = (
             residual_BD.square().sum()
             + self.penalty(progress) * gate_BF.sum()

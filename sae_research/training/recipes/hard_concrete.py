@@ -64,7 +64,7 @@ class HardConcrete(Recipe):
     @torch.no_grad()
     def fit_encoder(self, rows_ND: Tensor) -> None:
         """Gates half open where the decoder row's product with x is among its `INITIAL_DENSITY` largest."""
-        pre_NF = rows_ND[:512] @ self.W_enc.T
+        pre_NF = self.read(rows_ND[:512]) @ self.W_enc.T
         sharpness = INITIAL_SHARPNESS / pre_NF.std().clamp_min(1e-6)
         if self.config.input_dependent_gates:
             self.W_gate.copy_(GATE_LENGTH * self.W_enc)
@@ -76,7 +76,7 @@ class HardConcrete(Recipe):
         self.log_sharpness.copy_(sharpness.log())
         z_NF = self.magnitudes(rows_ND) * stretched_gate(self.log_alpha(rows_ND), self.beta, self.config.stretch)
         if z_NF.any():
-            factor = length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec)
+            factor = length_factor(z_NF @ self.W_dec, self.written(rows_ND) - self.b_dec)
             self.W_enc.mul_(factor)
             self.b_enc.mul_(factor)
 
@@ -87,7 +87,7 @@ class HardConcrete(Recipe):
         """[B, F], or [F] where gates do not depend on the input."""
         if not self.config.input_dependent_gates:
             return self.log_sharpness.exp() * self.b_gate
-        return self.log_sharpness.exp() * products.encode(x_BD, self.W_gate, self.b_gate, None, self.bfloat16)
+        return self.log_sharpness.exp() * products.encode(self.read(x_BD), self.W_gate, self.b_gate, None, self.bfloat16)
 
     def half_open(self) -> Tensor:
         """The `log_alpha` at which `P(gate > 0)` is one half: above it the median gate is open."""
@@ -131,7 +131,7 @@ class HardConcrete(Recipe):
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         magnitude_BF, log_alpha = self.magnitudes(x_BD), self.log_alpha(x_BD)
         z_BF = magnitude_BF * self.sample(log_alpha, noise)  # ty: ignore[invalid-argument-type]
-        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
+        residual_BD = self.target(x_BD) - (self.decode(z_BF, self.W_dec) + self.b_dec)
         penalty = self.config.l0_coefficient * self.sparsity_warmup(progress)
         loss = residual_BD.square().sum() / len(x_BD) + penalty * self.expected_l0(log_alpha)
         if self.config.input_dependent_gates:
@@ -174,28 +174,29 @@ class GatedHardConcrete(HardConcrete):
     @torch.no_grad()
     def fit_encoder(self, rows_ND: Tensor) -> None:
         """Gates half open where pi is among its `INITIAL_DENSITY` largest."""
-        pi_NF = (rows_ND[:512] - self.b_dec) @ self.W_enc.T
+        pi_NF = self.encoder_input(rows_ND[:512]) @ self.W_enc.T
         sharpness = INITIAL_SHARPNESS / pi_NF.std().clamp_min(1e-6)
         self.log_sharpness.copy_(sharpness.log())
         self.b_enc.fill_(self.half_open() / sharpness - self.sparsify_start(rows_ND, INITIAL_DENSITY))
         log_alpha_NF, z_NF = self._gate_and_magnitude(rows_ND)
         z_NF = z_NF * stretched_gate(log_alpha_NF, self.beta, self.config.stretch)
         if z_NF.any():
-            factor = length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec).clamp_min(1e-6)
+            factor = length_factor(z_NF @ self.W_dec, self.written(rows_ND) - self.b_dec).clamp_min(1e-6)
             self.W_enc.mul_(factor)
             self.b_enc.mul_(factor)
             self.log_sharpness.sub_(factor.log())
 
     def _gate_and_magnitude(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-        pi_BF = products.encode(x_BD, self.W_enc, None, self.b_dec, self.bfloat16)
+        pi_BF = self.directions(x_BD)
         return (self.log_sharpness.exp() * (pi_BF + self.b_enc), torch.relu(self.r_mag.exp() * pi_BF + self.b_mag))
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         log_alpha_BF, magnitude_BF = self._gate_and_magnitude(x_BD)
         z_BF = magnitude_BF * self.sample(log_alpha_BF, noise)  # ty: ignore[invalid-argument-type]
-        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
+        target_BD = self.target(x_BD)
+        residual_BD = target_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
         gate_BF = torch.relu(log_alpha_BF) * torch.exp(-self.log_sharpness)
-        gate_error_BD = x_BD - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
+        gate_error_BD = target_BD.detach() - (self.decode(gate_BF, self.W_dec.detach()) + self.b_dec.detach())
         penalty = self.config.l0_coefficient * self.sparsity_warmup(progress)
         loss = (residual_BD.square().sum() + self.config.aux_coefficient * gate_error_BD.square().sum()) / len(
             x_BD

@@ -41,7 +41,7 @@ class JumpReLU(Recipe):
         exceeded = self.sparsify_start(rows_ND, density)
         self.b_enc.copy_(self.threshold - exceeded)
         z_NF = self._encode(rows_ND)[1]
-        factor = length_factor(z_NF @ self.W_dec, rows_ND - self.b_dec)
+        factor = length_factor(z_NF @ self.W_dec, self.written(rows_ND) - self.b_dec)
         self.W_enc.mul_(factor)
         self.b_enc.copy_(self.threshold - factor * exceeded)  # the same latents stay above their thresholds
 
@@ -52,7 +52,7 @@ class JumpReLU(Recipe):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         pre_BF, z_BF = self._encode(x_BD)
-        residual_BD = x_BD - (self.decode(z_BF, self.W_dec) + self.b_dec)
+        residual_BD = self.target(x_BD) - (self.decode(z_BF, self.W_dec) + self.b_dec)
         l0 = _Step.apply(pre_BF, self.threshold, self.config.bandwidth).sum() / len(x_BD)
         penalty = self.config.sparsity_coefficient * self.sparsity_warmup(progress)
         loss = residual_BD.square().sum() / len(x_BD) + penalty * (l0 / self.config.target_l0 - 1).square()

@@ -106,7 +106,7 @@ class Standard(L1Family):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
-        residual_BD = x_BD - code.x_hat
+        residual_BD = self.target(x_BD) - code.x_hat
         loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / len(x_BD)
         return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
 
@@ -124,14 +124,14 @@ class StandardNew(L1Family):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
-        residual_BD = x_BD - code.x_hat
+        residual_BD = self.target(x_BD) - code.x_hat
         weighted = (code.activations * self.row_norms(code)).sum()
         loss = (residual_BD.square().sum() + self.penalty(progress) * weighted) / len(x_BD)
         return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
 
     @torch.no_grad()
-    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
-        sae = super().export(scale, cfg)
+    def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
+        sae = super().export(scale, cfg, read_scale)
         return form_class(self.form)(cfg=sae.cfg, **fold_decoder_norms(self.form, sae.tensors()))
 
 
@@ -152,8 +152,8 @@ class Relu(L1Family):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
-        residual_BD = x_BD - code.x_hat
-        loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / x_BD.numel()
+        residual_BD = self.target(x_BD) - code.x_hat
+        loss = (residual_BD.square().sum() + self.penalty(progress) * code.activations.sum()) / residual_BD.numel()
         return StepOutput(loss, residual_BD.detach(), code.l0, code.fired)
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class PAnneal(L1Family):
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
         code = self.reconstruct(x_BD)
-        residual_BD = x_BD - code.x_hat
+        residual_BD = self.target(x_BD) - code.x_hat
         updates = self.plain_state["updates"]
         penalty = power_sum(code, self.p_after(updates)) / len(x_BD)
         following = power_sum(code, self.p_after(updates + 1)) / len(x_BD)

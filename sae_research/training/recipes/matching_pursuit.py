@@ -54,7 +54,7 @@ class MatchingPursuit(Recipe):
         return StepOutput(residual_BD.square().sum() / len(x_BD), residual_BD.detach(), l0, atoms_BS.flatten())
 
     @torch.no_grad()
-    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
+    def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
         cfg = cfg.replace(form=self.form, options={"s": self.config.s})
         return MPSAE(self.W_dec.detach().cpu().clone(), self.b_dec.detach().cpu() / scale, self.config.s, cfg)
 

@@ -61,9 +61,9 @@ class TopK(Recipe):
     # --- loss ---
 
     def forward(self, x_BD: Tensor, progress: float, noise: Tensor | None) -> StepOutput:
-        code = self.reconstruct(x_BD)
-        loss = self.reconstruction_loss(x_BD, code)
-        residual_BD = (x_BD - code.x_hat).detach()
+        code, target_BD = self.reconstruct(x_BD), self.target(x_BD)
+        loss = self.reconstruction_loss(target_BD, code)
+        residual_BD = (target_BD - code.x_hat).detach()
         if len(self.dead.index_N) and self.config.aux_k_coefficient > 0:
             loss = loss + self.config.aux_k_coefficient * self.dead.auxiliary_loss(code.centred, residual_BD)
         return StepOutput(loss, residual_BD, code.l0, code.fired, self.limit)
@@ -154,9 +154,9 @@ class TopK(Recipe):
             return tensors
         return {**tensors, "threshold": torch.full_like(self.b_enc, float(self.threshold.clamp_min(0))) / scale}
 
-    def export(self, scale: float, cfg: SAEConfig) -> SparseAutoencoder:
+    def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
         # tables name it by how it was trained, not by the form it is written in
-        return super().export(scale, cfg.replace(architecture=ARCHITECTURES[self.config.recipe]))
+        return super().export(scale, cfg.replace(architecture=ARCHITECTURES[self.config.recipe]), read_scale)
 
 
 class BatchTopK(TopK):

@@ -1,0 +1,86 @@
+"""What dictionaries read and what their reconstructions stand for, on the same sequences from one pass of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sae_research.config.params import Params
+from sae_research.lm.activations import ActivationPool, HookActivations, collect_hooks
+from sae_research.lm.model import LanguageModel
+
+
+class PairedBatch(NamedTuple):
+    """Some sequences, padded on the right."""
+
+    index: Tensor
+    """Which sequences [batch]."""
+    tokens: Tensor
+    """Ids [batch, seq]."""
+    acts: Tensor
+    """What is read [batch, seq, d_in], in the model's units, float32."""
+    written: Tensor
+    """What a reconstruction stands for [batch, seq, d_out]; `acts` itself where the hooks are one."""
+    rest: Tensor | None
+    """What the stream holds beside `written`, for `LanguageModel.resume`; None where it is not wanted."""
+    lab_mask: Tensor
+    """Tokens that count in our definitions, bool [batch, seq]."""
+    sae_bench_mask: Tensor
+    """Tokens that SAE Bench counts, bool [batch, seq]."""
+
+
+class PairedActivations(HookActivations):
+    """Activations at `hook`, which is read, and at `hook_out`, which is written; the two may be one.
+
+    In our definitions a token counts where neither the one nor the other is an outlier by its norm: what is read after a
+    norm has none. Other arguments as for `HookActivations`.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hook: str,
+        hook_out: str,
+        tokens: Sequence[Tensor] | Tensor,
+        params: Params,
+        counted: Tensor | None = None,
+    ) -> None:
+        super().__init__(lm, hook, tokens, params, counted)
+        self.hook_out = hook_out
+        self.written = self if hook_out == hook else HookActivations(lm, hook_out, tokens, params, counted)
+        self._stream = None if hook_out == hook or not lm.can_resume else lm.added_to(hook_out)
+
+    @cached_property
+    def pool(self) -> ActivationPool:
+        return self._pools[self.hook]
+
+    def shown(self, index: Sequence[int], resumed: bool = False) -> PairedBatch:
+        """The sequences `index`. resumed: the model is to resume from them, so that `rest` is wanted."""
+        batch = self.pool.batch(index)
+        lab, bench = self.lab_mask(batch), self.sae_bench_mask(batch)
+        if self.written is self:
+            return PairedBatch(batch.index, batch.tokens, batch.acts, batch.acts, None, lab, bench)
+        written, rest = self.written.pool.batch(index), None
+        if resumed and self._stream is not None:
+            rest = self._pools[self._stream].batch(index).acts - written.acts
+        lab = lab & self.written.lab_mask(written)
+        return PairedBatch(batch.index, batch.tokens, batch.acts, written.acts, rest, lab, bench)
+
+    @cached_property
+    def _pools(self) -> dict[str, ActivationPool]:
+        """By hook, from one pass: what is read, what is written, and the stream that holds the latter."""
+        hooks = dict.fromkeys([self.hook, self.hook_out, *([] if self._stream is None else [self._stream])])
+        pools = collect_hooks(
+            self.lm,
+            list(hooks),
+            self.tokens,
+            self.params.model.llm_batch_size,
+            self.params.activation_caching,
+            "activations",
+        )
+        if self.written is not self:
+            self.written.pool = pools[self.hook_out]
+        return pools

@@ -1,0 +1,94 @@
+"""What an SAE was made for, where it reads and writes, and how it is to be fed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from sae_research.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE was made for and how it is to be fed."""
+
+    form: str
+    """Inference form: a key of `sae_research.saes.registry`."""
+    d_in: int
+    d_sae: int
+    model_name: str = ""
+    hook_name: str = ""
+    dtype: str = "float32"
+    context_size: int = 128
+    prepend_bos: bool = True
+    apply_b_dec_to_input: bool = True
+    """Subtract `b_dec` before encoding."""
+    center_input: bool = False
+    """Trained on a residual stream whose mean over d_in was removed (TransformerLens'
+    `center_writing_weights`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The form's own scalars: k, s, ..."""
+    architecture: str = ""
+    """Group in tables and plots; the form where empty."""
+    role: str = "comparison"
+    """baseline, variant, comparison or control."""
+    base: str | None = None
+    """Name of the SAE whose dictionary this one reads, if it has none of its own."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, in words and hashes."""
+    hook_out: str = ""
+    """The hook that its reconstruction stands for; `hook_name`, which it reads, where empty."""
+    d_out: int = 0
+    """Width at `hook_out`; `d_in` where 0."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("architecture", self.form), ("hook_out", self.hook_name), ("d_out", self.d_in)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        if not self.is_transcoder:
+            if self.d_out != self.d_in:
+                raise UserError(f"d_in is {self.d_in} and d_out {self.d_out}, but no hook_out says where it writes")
+            return
+        if not self.hook_name:
+            raise UserError(f"it writes {self.hook_out} and does not say which hook it reads (hook_name)")
+        if self.apply_b_dec_to_input or self.center_input:
+            named = "apply_b_dec_to_input" if self.apply_b_dec_to_input else "center_input"
+            raise UserError(
+                f"{named} must be false where a dictionary reads {self.hook_name} and writes {self.hook_out}: what belongs "
+                "to the one does not belong to the other"
+            )
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it writes elsewhere than it reads."""
+        return self.hook_out != self.hook_name
+
+    @property
+    def hooks(self) -> str:
+        """Where it reads and writes, as tables name it."""
+        return f"{self.hook_name} -> {self.hook_out}" if self.is_transcoder else self.hook_name
+
+    @property
+    def in_stream(self) -> bool:
+        """Whether its decoder rows lie in the residual stream's space."""
+        return not self.hook_out.endswith(("hook_z", ".hook_in", ".hook_normalized"))
+
+    def check_one_hook(self, what: str) -> None:
+        """Raises `UserError` for a transcoder. what: that takes none, at the start of a sentence."""
+        if self.is_transcoder:
+            raise UserError(f"{what} edits the activations that an SAE reads; a transcoder ({self.hooks}) writes others")
+
+    def replace(self, **changes: Any) -> SAEConfig:
+        """A copy with changes. What reads and writes one hook goes on doing so where only `hook_name` or `d_in` changes."""
+        if not self.is_transcoder:
+            changes = {"hook_out": "", "d_out": 0} | changes
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def hook_layer(self) -> int:
+        """Layer number inside `hook_name`. Raises `UserError` if it names none."""
+        digits = [part for part in self.hook_name.split(".") if part.isdigit()]
+        if not digits:
+            raise UserError(f"hook {self.hook_name!r} names no layer; expected e.g. blocks.8.hook_resid_post")
+        return int(digits[0])
