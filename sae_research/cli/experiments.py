@@ -14,6 +14,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _run_parser(verbs)
     _sweep_parser(verbs)
     _monitor_parser(verbs)
+    _release_parser(verbs)
     parser = verbs.add_parser(
         "apply",
         help="bring an experiment's parameters, figures and SAEs into the workspace",
@@ -94,6 +95,32 @@ def _changes(options: argparse.Namespace):  # noqa: ANN202
     if options.tokens is not None and options.tokens < 1:
         raise UserError("--tokens must be above 0")
     return Changes(options.model, options.text, options.tokens)
+
+
+def _release_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "evaluate-release",
+        help="score every dictionary of a release of SAELens' directory, into one leaderboard",
+        description="Example: python -m sae_research evaluate-release gpt2-small-res-jb --match 'blocks.[4-8]' "
+        "--evaluations core,sparse_probing. What is finished is not done again.",
+    )
+    parser.add_argument("release", help="as in SAELens' directory (`analyze saes --search TEXT` lists them)")
+    parser.add_argument("--match", metavar="REGEX", help="only ids in which this is found")
+    parser.add_argument("--evaluations", default="core", help="with commas (core)")
+    parser.add_argument("--output_dir", type=Path, help="where results and leaderboard go (releases/RELEASE)")
+    parser.add_argument("--published", metavar="PLACE", help="SAE Bench's result files beside: a folder, or a hub data set")
+    parser.add_argument("--discard", action="store_true", help="remove weights once scored; the hub's own cache keeps them")
+    parser.add_argument("--list", action="store_true", help="only list the ids")
+    parser.add_argument(
+        "-S", "--set-param", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of params.yaml"
+    )
+    parser.set_defaults(run=_release)
+
+
+def _release(options: argparse.Namespace) -> int:
+    from sae_research.experiments.release import evaluate_release
+
+    return evaluate_release(options)
 
 
 def _run(options: argparse.Namespace) -> int:

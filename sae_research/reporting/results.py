@@ -292,7 +292,7 @@ class Row:
     def hooks(self) -> str | None:
         """The hook it reads, and the one that a transcoder writes; None where its result does not say."""
         read, written = self.cfg.get("hook_name"), self.cfg.get("hook_out")
-        return read if written is None else f"{read} -> {written}"
+        return read if written in (None, read) else f"{read} -> {written}"
 
     @property
     def is_control(self) -> bool:
