@@ -91,6 +91,18 @@ class TopKSAE(SparseAutoencoder):
         return self.keep(torch.zeros_like(positive).scatter_(-1, indices, values), mask)
 
 
+class AbsTopKSAE(TopKSAE):
+    """`z` keeps the k entries of largest absolute value of `(x - b_dec) W_enc + b_enc` (arXiv 2510.00404)."""
+
+    form = "abs_topk"
+    signed = True
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        pre = self.centred(x) @ self.W_enc + self.b_enc
+        indices = pre.abs().topk(self.k, dim=-1, sorted=False).indices
+        return self.keep(torch.zeros_like(pre).scatter_(-1, indices, pre.gather(-1, indices)), mask)
+
+
 class LinearSAE(SparseAutoencoder):
     """`z = (x - b_dec) W_enc + b_enc`; activations are signed and dense."""
 

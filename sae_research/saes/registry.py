@@ -18,6 +18,7 @@ _PLACES = {
     "jumprelu": "sae_research.saes.forms:JumpReLUSAE",
     "gated": "sae_research.saes.forms:GatedSAE",
     "hard_concrete": "sae_research.saes.forms:HardConcreteSAE",
+    "abs_topk": "sae_research.saes.forms:AbsTopKSAE",
     "signed_hard_concrete": "sae_research.saes.forms:SignedHardConcreteSAE",
     "gated_hard_concrete": "sae_research.saes.forms:GatedHardConcreteSAE",
     "ihtp": "sae_research.saes.pursuit.encoders:IHTPSAE",
