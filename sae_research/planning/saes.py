@@ -86,7 +86,7 @@ def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
     found = [baseline]
     for label, encoder in VARIANTS.items():
         section = getattr(params.sae_variants, label)
-        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled else ():
+        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled and not baseline.written else ():
             name = variant_name(baseline.name, label, size)
             found.append(baseline._replace(name=name, form=encoder.form, size=size, own_weights=False, assumed=""))
     return found + list(_comparisons(params, baseline)) + list(_controls(params, baseline))
@@ -148,6 +148,8 @@ def _controls(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
             if kind == "pca"
             else sae._replace(form="matching_pursuit", size=size)
         )
+    if baseline.written and params.controls.names:
+        yield baseline._replace(name=f"{CONTROL_PREFIX}linear_map", form="standard", d_sae=1, size=0, assumed="")
 
 
 def control_names(controls: Controls) -> list[tuple[str, str, int]]:

@@ -376,7 +376,7 @@ def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
         (one, other)
         for one, other in combinations(found, 2)
         if not (one.members[0].is_control and other.members[0].is_control)
-        and one.members[0].rows[0].cfg.get("hook_out") == other.members[0].rows[0].cfg.get("hook_out")
+        and one.members[0].rows[0].hook_out == other.members[0].rows[0].hook_out
     ]
 
 

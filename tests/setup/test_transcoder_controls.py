@@ -105,6 +105,7 @@ def test_setup_with_a_transcoder(project: Path, make_params: Any, capsys: pytest
     save_sae(made, project / "mine" / "one")
     params = make_params(
         baseline_sae={"source": "folder", "path": "mine/one", "hook_layer": 1, "name": "one"},
+        sae_variants={"mpsae": {"s_values": [999]}, "omp": {"enabled": False}},  # there are none
         core_eval={"batch_size_prompts": 2, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 3},
     )
     run_setup(params)
