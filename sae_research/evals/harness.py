@@ -136,9 +136,7 @@ def _refuse_crosscoders(saes: Mapping[str, SparseAutoencoder]) -> None:
 
 
 def by_hooks(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
-    """SAEs grouped by the hook they read and the hook they write. Raises `UserError` for one that has several (a
-    crosscoder)."""
-    _refuse_crosscoders(saes)
+    """SAEs grouped by the hook they read and the hook they write; of crosscoders (`A + B`) by all of them."""
     infos: dict[tuple[str, str], dict[str, SAEInfo]] = {}
     for name, info in infos_of(saes).items():
         infos.setdefault((info.cfg.hook_name, info.cfg.hook_out), {})[name] = info
@@ -155,16 +153,17 @@ def of_one_hook(
     lm: LanguageModel,
     params: Params,
     stage: StageFolder,
+    crosscoders: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """`evaluate` on the SAEs that it means something for; the others are skipped. reason: why it means nothing for
-    transcoders, empty where it does. Raises `NotApplicable` where none is left."""
+    transcoders, empty where it does. crosscoders: whether it takes them. Raises `NotApplicable` where none is left."""
     infos = infos_of(saes)
     left_out = {
         name: (kind, why)
         for name, info in infos.items()
         for kind, why, concerned in (
             ("transcoder", reason, bool(reason) and info.cfg.is_transcoder),
-            ("crosscoder", _SEVERAL, info.cfg.is_crosscoder),
+            ("crosscoder", _SEVERAL, not crosscoders and info.cfg.is_crosscoder),
         )
         if concerned
     }

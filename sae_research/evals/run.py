@@ -35,7 +35,7 @@ def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str
     evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
     from sae_research.evals.harness import of_one_hook
 
-    return partial(of_one_hook, evaluate, OF_SAES[name].one_hook)
+    return partial(of_one_hook, evaluate, OF_SAES[name].one_hook, crosscoders=OF_SAES[name].crosscoders)
 
 
 def run_evaluation(name: str, params: Params) -> None:

@@ -48,6 +48,9 @@ def by_hook(acts: Tensor, cfg: SAEConfig) -> dict[str, Tensor]:
 
 
 def normalised(acts: Tensor, cfg: SAEConfig) -> Tensor:
-    """Activations side by side, in the model's units, in those in which all hooks count alike [..., n * d_hook]."""
+    """Activations side by side, in the model's units, in those in which all hooks count alike [..., n * d_hook]. Of anything
+    but a crosscoder as they are."""
+    if not cfg.is_crosscoder:
+        return acts
     sides = by_hook(acts, cfg).values()
     return torch.cat([side * scale for side, scale in zip(sides, cfg.hook_scales, strict=True)], dim=-1)

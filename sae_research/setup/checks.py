@@ -235,9 +235,7 @@ def measure(
                 name, z = item
                 hat = saes[name].reconstruct(x, mask, z)
                 spent += time.perf_counter() - start  # the statistics are not the evaluation's work
-                target = saes[name].target(x, written)
-                if saes[name].cfg.is_crosscoder:
-                    target, hat = (normalised(part, saes[name].cfg) for part in (target, hat))
+                target, hat = (normalised(part, saes[name].cfg) for part in (saes[name].target(x, written), hat))
                 stats[name].update(target, hat, z, mask)
                 start = time.perf_counter()
         for name in names:

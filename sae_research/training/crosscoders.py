@@ -13,7 +13,7 @@ from sae_research.lm import LanguageModel
 from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.crosscoders import by_hook, decoder_norm_ratios
-from sae_research.stats.predictions import CleanPredictions, prediction_sums
+from sae_research.stats.predictions import CleanPredictions, prediction_sums, replaced_logits
 from sae_research.stats.reconstruction import ReconstructionStats
 
 STEPS = 10
@@ -61,7 +61,7 @@ def replaced_sums(
     sides = by_hook(x_hat, sae.cfg)
     for replaced in ("", *sides):
         chosen = {hook: side for hook, side in sides.items() if replaced in ("", hook)}
-        patched = clean.compare(_put(lm, tokens, chosen, mask))
+        patched = clean.compare(replaced_logits(lm, tokens, chosen, mask))
         yield replaced, prediction_sums(mask, {"clean": (clean.ce, None), "zero": zero[replaced], "patched": patched})
 
 
@@ -71,15 +71,7 @@ def zeroed(
     """Predictions with zeros at each hook alone, and under "" at all of them. acts: [batch, seq, n * d_hook]."""
     sides = by_hook(torch.zeros_like(acts), sae.cfg)
     runs = {"": sides} | {hook: {hook: side} for hook, side in sides.items()}
-    return {name: clean.compare(_put(lm, tokens, chosen, mask)) for name, chosen in runs.items()}
-
-
-def _put(lm: LanguageModel, tokens: Tensor, sides: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-    """Logits of one run with these activations at their hooks where tokens count."""
-    kept = mask[..., None]
-    return lm.edited_logits(
-        tokens, {hook: lambda own, put=put: torch.where(kept, put.to(own.dtype), own) for hook, put in sides.items()}
-    )
+    return {name: clean.compare(replaced_logits(lm, tokens, chosen, mask)) for name, chosen in runs.items()}
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -88,10 +88,8 @@ def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[
         x, written = _sides(place, x_BD[None])
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for name, z in encode_each(saes, x, mask):
-            x_hat, own = saes[name].reconstruct(x, mask, z), written
-            if saes[name].cfg.is_crosscoder:
-                own, x_hat = (normalised(part, saes[name].cfg) for part in (own, x_hat))
-            stats[name].update(own, x_hat, z, mask)
+            x_hat, cfg = saes[name].reconstruct(x, mask, z), saes[name].cfg
+            stats[name].update(normalised(written, cfg), normalised(x_hat, cfg), z, mask)
     return stats
 
 
