@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PARTS: dict[str, dict[str, Any]] = {
     "core_probing": {"batches": 2, "tasks": 1},
     "transcoders": {},
+    "crosscoders": {},
     "scr_tpp": {},
     "absorption": {"words_per_letter": 6},
     "sae_probes": {},

@@ -369,14 +369,15 @@ def unmatched(run: Run) -> list[tuple[Grid, Grid]]:
 
 
 def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
-    """Grids to be compared: no two controls, and of transcoders only those that write one hook. What reconstructs something
+    """Grids to be compared: no two controls, of transcoders only those that write one hook, of crosscoders only those of the
+    same hooks. What reconstructs something
     else explains another variance, and recovers another loss."""
     found = [grid for grid in grids(run, controls=True) if grid.curve(headline("l0"))]
     return [
         (one, other)
         for one, other in combinations(found, 2)
         if not (one.members[0].is_control and other.members[0].is_control)
-        and one.members[0].rows[0].hook_out == other.members[0].rows[0].hook_out
+        and one.members[0].rows[0].elsewhere == other.members[0].rows[0].elsewhere
     ]
 
 

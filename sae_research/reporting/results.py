@@ -21,6 +21,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from sae_research.config.training import PLUS
 from sae_research.reporting.metrics import (
     EVALS,
     LAB,
@@ -293,6 +294,12 @@ class Row:
         """The hook that a transcoder writes; None of an SAE."""
         written = self.cfg.get("hook_out")
         return None if written == self.cfg.get("hook_name") else written
+
+    @property
+    def elsewhere(self) -> str | None:
+        """What it stands for, where not one hook that it reads: a transcoder's written hook, all of a crosscoder's."""
+        read = self.cfg.get("hook_name")
+        return read if read is not None and PLUS in read else self.hook_out
 
     @property
     def hooks(self) -> str | None:

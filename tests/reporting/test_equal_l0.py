@@ -71,7 +71,8 @@ def test_a_grid_is_one_architecture_over_one_dictionary_without_interpolating_ro
 
 
 def test_only_what_writes_one_hook_is_compared() -> None:
-    """SAEs of several hooks as ever; a transcoder with transcoders and controls of its written hook."""
+    """SAEs of several hooks as ever; a transcoder with transcoders and controls of its written hook; a crosscoder with those
+    of its hooks."""
 
     def at_hook(hook: str) -> dict[str, str]:
         return {"hook_name": hook, "hook_out": hook}  # as the manifest has it
@@ -83,9 +84,14 @@ def test_only_what_writes_one_hook_is_compared() -> None:
         row("c", 40, 0.5, **written),
         row("d", 80, 0.5, role="control", architecture="control", **written),
     ]
-    assert [one.hooks for one in rows] == ["one", "mlp_out", "mlp_in -> mlp_out", "mlp_in -> mlp_out"]
+    rows += [
+        row("e", 160, 0.5, **at_hook("one + two")),
+        row("f", 320, 0.5, **at_hook("one + two") | {"d_sae": 128}),
+        row("g", 640, 0.5, **at_hook("one + three")),
+    ]
+    assert [one.hooks for one in rows[:4]] == ["one", "mlp_out", "mlp_in -> mlp_out", "mlp_in -> mlp_out"]
     names = [tuple(grid.members[0].name for grid in pair) for pair in unmatched(run(*rows))]
-    assert names == [("a", "b"), ("c", "d")]
+    assert names == [("a", "b"), ("c", "d"), ("e", "f")]
 
 
 def test_seeds_of_a_recipe_are_one_point() -> None:
