@@ -68,8 +68,11 @@ def collect_stats(
     """Statistics of every latent of SAEs that read one hook, from one pass of the model over `params.analysis.tokens`
     tokens; by SAE name. What is in the cache is not computed again, an interrupted pass goes on where it stopped.
 
-    Raises `UserError` for SAEs of several hooks, an encoder that returns NaN, and text that ends too soon.
+    Raises `UserError` for SAEs of several hooks, a crosscoder, an encoder that returns NaN, and text that ends too soon.
     """
+    for sae in saes.values():
+        if sae.cfg.is_crosscoder:
+            sae.cfg.check_one_hook("the analysis of latents")
     hooks = {sae.cfg.hook_name for sae in saes.values()}
     if len(hooks) != 1:
         raise UserError(f"one pass serves one hook, these SAEs read {', '.join(sorted(hooks))}; give them one after another")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+import sae_research
+from sae_research.analysis.context import AnalysisContext
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.evals.harness import PreparedSAEs, by_hook, by_read_hook
@@ -20,6 +22,7 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.setup.stage import make_manifest
 from sae_research.text.tokens import reorder_evenly, token_contexts
+from sae_research.training.end_to_end import finetune
 from tests.evals.test_core_eval import lab, run
 from tests.helpers.crosscoders import HOOKS, SCALES, D, random_crosscoder, writing
 from tests.helpers.evals_saes import everything, small_sections
@@ -33,6 +36,22 @@ def test_evaluations_of_one_hook_say_why_not(name: str, lm: LanguageModel, make_
     saes, stage = {"one": random_crosscoder()}, StageFolder(Path("out"))
     with pytest.raises(NotApplicable, match=rf"it takes the activations of one hook.*: these are crosscoders \({NAMES}\)"):
         list(evaluation_function(name)(saes, lm, make_params(), stage))
+
+
+def test_objects_in_memory_and_what_refuses_them(lm: LanguageModel, make_params: Any) -> None:
+    params, sae = make_params(), random_crosscoder(model_name=lm.name)
+    found = sae_research.evaluate({"one": sae}, lm, params)["one"]["core"]
+    assert found["variance_explained"] == pytest.approx(
+        lab(run({"one": sae}, lm, params)["one"])["variance_explained"], rel=1e-3
+    )
+    analysis = AnalysisContext.of({"one": sae}, lm, params)
+    for refused in (
+        lambda: analysis.stats("one"),
+        lambda: finetune(sae, lm, params, 1000, 1e-3),
+        lambda: analysis.lm.activations(torch.ones(1, 4, dtype=torch.long), sae.cfg.hook_name),
+    ):
+        with pytest.raises(UserError, match="a crosscoder has several|unknown hook"):
+            refused()
 
 
 def test_they_are_skipped_and_the_rest_is_scored(lm: LanguageModel, make_params: Any, tasks: str) -> None:
