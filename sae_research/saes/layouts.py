@@ -26,7 +26,7 @@ from sae_research.saes.formats import (
 )
 from sae_research.saes.formats import dictionary_learning as dl
 from sae_research.saes.formats import sae_interpretability as si
-from sae_research.saes.reading import names_on_path
+from sae_research.saes.reading import names_on_path, unfinished_in
 
 
 class Layout(NamedTuple):
@@ -213,6 +213,8 @@ def open_place(path: Path) -> dict[str, SparseAutoencoder]:
     """The SAEs of one folder or file by name, of whichever library. Raises `UserError` where there is none, and where it
     looks like two libraries'."""
     found = layouts_of(path)
+    if not found and (unfinished := unfinished_in(path)):
+        raise UserError(f"{path}: only an unfinished download is there ({unfinished[0]}); fetch it again")
     if not found:
         raise UserError(
             f"{path}: no SAE there; expected one of: "

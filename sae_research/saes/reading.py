@@ -99,15 +99,22 @@ def shown(value: Any) -> str:
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_UNFINISHED = ("incomplete", "part", "partial", "crdownload", "aria2", "tmp")
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+
+
+def unfinished_in(folder: Path) -> list[str]:
+    """Names of files in a folder, or in what the hub's client keeps there, that a download has left unfinished."""
+    places = (folder, folder / ".cache" / "huggingface" / "download")
+    inside = (path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path.name for path in inside if path.suffix in _UNFINISHED)
 
 
 def weights_file(path: Path) -> Path:
     """The path of weights that are there in full. Raises `UserError` for a file that is missing or no plain one, for what
     Git has in the place of a large file that was not fetched, and where only an unfinished download of it is there."""
-    unfinished = [other for ending in _UNFINISHED if (other := path.with_name(f"{path.name}.{ending}")).exists()]
-    if not path.exists() and unfinished:
-        raise UserError(f"{path}: only half of it is there ({unfinished[0].name}); fetch it again")
+    unfinished = unfinished_in(path.parent) if not path.exists() else []
+    if unfinished:
+        raise UserError(f"{path}: not there, but an unfinished download is ({unfinished[0]}); fetch it again")
     with regular_file(path).open("rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             raise UserError(f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull` there, or fetch the file")
@@ -180,7 +187,8 @@ def renamed(
     unknown = sorted(set(tensors) - set(names))
     if missing or unknown:
         parts = [f"lack {', '.join(missing)}"] * bool(missing) + [f"also hold {', '.join(unknown)[:120]}"] * bool(unknown)
-        raise UserError(f"{where}: the weights {' and '.join(parts)}")
+        mend = "fetch them again" if missing else "another format, or more than is read: ask for it with such a file"
+        raise UserError(f"{where}: the weights {' and '.join(parts)}; {mend}")
     found = {}
     for theirs, ours in names.items():
         if theirs not in tensors:
@@ -243,7 +251,7 @@ def _reason(error: BaseException) -> str:
 
 # --- hooks -----------------------------------------------------------------------------------
 
-_OWN = re.compile(r"blocks\.[0-9]{1,6}\.[A-Za-z_.]+")
+_OWN = re.compile(r"blocks\.[0-9]{1,6}\.[A-Za-z_][A-Za-z0-9_.]*")
 _MODULE = re.compile(r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.([0-9]{1,6})")
 
 
