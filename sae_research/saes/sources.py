@@ -114,6 +114,12 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
             flush=True,
         )
     check_widths(name, cfg, lm)
+    module = cfg.provenance.get("module")
+    if module and not lm.is_output_of(module, cfg.hook_out):
+        raise UserError(
+            f"SAE {name} stands for what {module} puts out; {lm.name} norms or scales that before it reaches {cfg.hook_out}, "
+            "or has no such part: no hook here has it"
+        )
     if cfg.center_input and not any(isinstance(module, nn.LayerNorm) for module in lm.model.modules()):
         raise UserError(
             f"SAE {name} was trained with center_writing_weights, which a model without "

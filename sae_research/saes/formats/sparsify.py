@@ -76,7 +76,7 @@ def hooks_of(folder: str, transcode: bool, where: object) -> Hooks:
         written = f"{block}.hook_mlp_out"
         return Hooks(f"{block}.mlp.hook_in", written, module) if transcode else Hooks(written, "", module)
     if module in _ATTENTION and not transcode:
-        return Hooks(f"{block}.hook_attn_out", "", "attention")
+        return Hooks(f"{block}.hook_attn_out", "", module)
     raise UserError(
         f"{where}: {shown(folder)} is not read: "
         + ("there is no hook for what attention is given" if module in _ATTENTION else "known modules are mlp and self_attn")
