@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from benchmarks.scale_simulation import Faults, SimulatedPhase, Stream, simulate, train
 from sae_research.config.params import Params, check_params
 from sae_research.config.training import recipe_model
+from sae_research.evals.units import KEPT_OF_A_GPU
 from sae_research.lm.shape import ModelShape, model_shape
 from sae_research.planning.costs import (
     OPENED,
@@ -49,8 +49,6 @@ SAES, D_SAE, HOOK = 500, 16_384, "blocks.12.hook_resid_post"
 WORKERS = (1, 4, 8, 16, 32, 64, 128, 256, 1000)
 NODE = 64
 """Workers of the run that loses a node, which is one worker with its GPU."""
-BLOCKS = 8
-"""Units for each group of SAEs, if units held several parts."""
 LOSSES = 24
 """Moments, spread over the run, at which it is lost."""
 SEEDS = 3
@@ -123,7 +121,12 @@ def suite(shape: ModelShape, device: Device) -> list[SimulatedPhase]:
     costs = PlannedCosts(shape, HOOK, params, device, [sae])
     return [
         SimulatedPhase(
-            phase.kind, phase.parts, shared_seconds(phase.driver, costs), *unit_seconds(phase, sae.name, costs), name
+            phase.kind,
+            phase.parts,
+            shared_seconds(phase.driver, costs),
+            *unit_seconds(phase, sae.name, costs),
+            OPENED * sae.nbytes * opening_seconds(),
+            name,
         )
         for name in SUITE
         for phase in phases(name, params) or ()
@@ -150,34 +153,30 @@ def simulated() -> dict[str, Any]:
     shape, device = gemma(), device_by_name(GPU)
     load = shape.parameters * PRECISION_BYTES["bfloat16"] * opening_seconds()
     stages = suite(shape, device)
-    opening = OPENED * PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK).nbytes * opening_seconds()
-    alone, blocks = one_process(stages, opening) + load, [in_blocks(one, opening) for one in stages]
+    nbytes = PlannedSAE("sae", "standard", shape.width(HOOK), D_SAE, HOOK).nbytes
+    alone, room = one_process(stages) + load, device.memory // KEPT_OF_A_GPU // nbytes
     return round_significant(
         {
             "device": device._asdict(),
             "start_seconds": load,
             "phases": [phase._asdict() for phase in stages],
-            "opening_seconds": opening,
+            "opening_seconds": OPENED * nbytes * opening_seconds(),
+            "kept_open": room,
             "one_process_seconds": alone,
-            "evaluation": list(evaluation_rows(stages, load, alone)),
-            "lost_node": lost_node(stages, load),
-            "blocks": {
-                "seconds": (seconds := simulate(blocks, SAES, NODE, start=load).seconds),
-                "against_one_process": alone / (NODE * seconds),
-                "lost_node": lost_node(blocks, load),
-            },
+            "evaluation": list(evaluation_rows(stages, load, alone, room)),
+            "lost_node": lost_node(stages, load, room),
             "training": list(training_rows(shape, device, load)),
         }
     )
 
 
-def evaluation_rows(stages: Sequence[SimulatedPhase], load: float, one: float) -> Iterator[dict[str, Any]]:
-    """one: seconds of one process without workers."""
-    alone = simulate(stages, SAES, 1, start=load).seconds
+def evaluation_rows(stages: Sequence[SimulatedPhase], load: float, one: float, room: float) -> Iterator[dict[str, Any]]:
+    """one: seconds of one process without workers; room: SAEs that a worker keeps open."""
+    alone = simulate(stages, SAES, 1, start=load, room=room).seconds
     for workers in WORKERS:
-        calm = simulate(stages, SAES, workers, start=load)
+        calm = simulate(stages, SAES, workers, start=load, room=room)
         faults = Faults(DAY, RESTART + load)
-        stormy = [simulate(stages, SAES, workers, faults, load, seed) for seed in range(SEEDS)]
+        stormy = [simulate(stages, SAES, workers, faults, load, seed, room) for seed in range(SEEDS)]
         yield {
             "workers": workers,
             "seconds": calm.seconds,
@@ -191,33 +190,22 @@ def evaluation_rows(stages: Sequence[SimulatedPhase], load: float, one: float) -
         }
 
 
-def lost_node(stages: Sequence[SimulatedPhase], load: float) -> dict[str, float]:
+def lost_node(stages: Sequence[SimulatedPhase], load: float, room: float) -> dict[str, float]:
     """What a run of `NODE` workers takes longer when it loses one for good, over moments spread evenly over the run."""
-    calm = simulate(stages, SAES, NODE, start=load).seconds
+    calm = simulate(stages, SAES, NODE, start=load, room=room).seconds
     moments = [(number + 0.5) / LOSSES * calm for number in range(LOSSES)]
-    slower = [simulate(stages, SAES, NODE, Faults(lost=(0, at)), load).seconds / calm - 1 for at in moments]
+    slower = [simulate(stages, SAES, NODE, Faults(lost=(0, at)), load, room=room).seconds / calm - 1 for at in moments]
     return {"mean": statistics.mean(slower), "worst": max(slower), "half_its_share": 0.5 / (NODE - 1)}
 
 
-def one_process(stages: Sequence[SimulatedPhase], opening: float) -> float:
+def one_process(stages: Sequence[SimulatedPhase]) -> float:
     """Seconds of a process without workers, which opens an SAE once a phase and reads its texts once."""
     seconds = 0.0
     for one in stages:
         start = start_seconds(one.kind)
         seconds += one.driver + start + one.parts * (one.once - start)
-        seconds += SAES * (one.parts * (one.each - opening) + opening)
+        seconds += SAES * (one.parts * (one.each - one.opening) + one.opening)
     return seconds
-
-
-def in_blocks(phase: SimulatedPhase, opening: float) -> SimulatedPhase:
-    """The phase if units held several parts, `BLOCKS` units for each group of SAEs at most."""
-    size = math.ceil(phase.parts / BLOCKS)
-    start = start_seconds(phase.kind)
-    return phase._replace(
-        parts=math.ceil(phase.parts / size),
-        once=start + size * (phase.once - start),
-        each=size * (phase.each - opening) + opening,
-    )
 
 
 def training_rows(shape: ModelShape, device: Device, load: float) -> Iterator[dict[str, Any]]:
@@ -275,11 +263,8 @@ def tables(values: dict[str, Any]) -> dict[str, str]:
         f"{LOSSES} moments of the run, {percent(lost['worst'])} at worst; the lost capacity alone is "
         f"{percent(lost['half_its_share'])}.",
         "opened": f"A process without workers would take {duration(values['one_process_seconds'])}: it opens an SAE once a "
-        f"phase. A unit holds one part and opens its SAEs for it, {values['opening_seconds']:.2g} s each, which for core's "
-        f"batches is more than scoring them. With units of several parts (at most {BLOCKS} units for a group of SAEs) "
-        f"{NODE} workers would take {duration(values['blocks']['seconds'])}, an efficiency of "
-        f"{values['blocks']['against_one_process']:.2f} against one process; a lost one would cost "
-        f"{percent(values['blocks']['lost_node']['mean'])}. That change is not made yet.",
+        f"phase, which takes {values['opening_seconds']:.2g} s. A unit holds one part; a worker keeps up to "
+        f"{values['kept_open']:,.0f} SAEs open and goes on with units of the same SAEs while there are any.",
         "training": markdown_table(
             ("SAEs", "network", "ranks", "time", "efficiency", "gather", "GB/s received", "slower with failures"),
             (

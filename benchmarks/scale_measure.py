@@ -46,8 +46,8 @@ from sae_research.saes import SAEConfig, form_class, save_sae
 from sae_research.saes.sources import PREPARED
 from sae_research.setup.controls import random_rows
 from sae_research.setup.stage import make_manifest
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.recipes import RECIPES
-from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import new_training_sae, start, train_step
 
 MODEL, HOOK, D_IN = "smollm2-135m-instruct", "blocks.8.hook_resid_post", 576

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sae_research.evals.units import plan_units
-from sae_research.runtime.workers import Unit, by_cost
+from sae_research.planning.costs import UnitShares
+from sae_research.runtime.workers import Unit, Waiting, by_cost
 
 NEVER = math.inf
 
@@ -31,6 +31,8 @@ class SimulatedPhase(NamedTuple):
     """Seconds of a unit however many SAEs it holds."""
     each: float
     """Seconds for one SAE more."""
+    opening: float
+    """Seconds of `each` in which the SAE is opened: a worker whose last unit had the same SAEs spends none."""
     stage: str
     """Whose workers load the model when it begins."""
 
@@ -66,10 +68,16 @@ class Outcome(NamedTuple):
 
 
 def simulate(
-    phases: Sequence[SimulatedPhase], saes: int, workers: int, faults: Faults = RELIABLE, start: float = 0.0, seed: int = 0
+    phases: Sequence[SimulatedPhase],
+    saes: int,
+    workers: int,
+    faults: Faults = RELIABLE,
+    start: float = 0.0,
+    seed: int = 0,
+    room: float = math.inf,
 ) -> Outcome:
     """Phases one after another, as DVC runs stages and a stage waits for its units. start: seconds in which workers load the
-    model, at every stage."""
+    model, at every stage; room: SAEs that a worker keeps open."""
     rng = np.random.default_rng(seed)
     pool = _Pool(workers, faults, rng)
     names = [[f"sae_{number}"] for number in range(saes)]
@@ -81,17 +89,30 @@ def simulate(
             stage, now = phase.stage, now + start
             size = pool.there(now)
         now += phase.driver
+        scoring = phase.each - phase.opening
+        shares = UnitShares(phase.once / scoring, phase.opening / scoring)
         missing = {name: range(phase.parts) for (name,) in names}
-        planned = plan_units(names, missing, range(phase.parts), size, phase.once / phase.each)
-        units = [Unit(f"{number}", b"", float(len(group))) for number, (group, _) in enumerate(planned)]
+        planned = plan_units(names, missing, range(phase.parts), size, shares, room)
+        units = [Unit(f"{number}", b"", float(len(group)), group[0]) for number, (group, _) in enumerate(planned)]
         durations = {
-            unit.name: phase.once + len(group) * phase.each for unit, (group, _) in zip(units, planned, strict=True)
+            unit.name: _Takes(
+                phase.once + len(group) * phase.each, len(group) * phase.opening if len(group) <= room else 0.0
+            )
+            for unit, (group, _) in zip(units, planned, strict=True)
         }
         ran = pool.run(units, durations, now)
         tail += ran.end - ran.first_idle
         now, busy, redone = ran.end, busy + ran.busy, redone + ran.redone
         done, failed = done + len(units), failed + ran.failed
     return Outcome(now, 1 - busy / (workers * now), tail / now, redone, done, failed)
+
+
+class _Takes(NamedTuple):
+    """Seconds of a unit."""
+
+    whole: float
+    opening: float
+    """Of them, those that a worker is spared whose last unit had the same SAEs."""
 
 
 class _Ran(NamedTuple):
@@ -133,36 +154,41 @@ class _Pool:
         self._fails[worker] = self._next(at + self._faults.restart)
         return at + self._faults.restart
 
-    def run(self, units: Sequence[Unit], durations: dict[str, float], begin: float) -> _Ran:
+    def run(self, units: Sequence[Unit], durations: dict[str, _Takes], begin: float) -> _Ran:
         """As `RayWorkers.run`: whoever is idle takes the next unit; a lost one goes to the front."""
-        waiting = deque((unit, 1) for unit in by_cost(units))
+        waiting = Waiting(units)
         ready = []  # (when, worker)
         for worker in range(len(self._back)):
             heapq.heappush(ready, (self._up(worker, max(begin, self._back[worker])), worker))
-        working: list[tuple[float, int, Unit, int, float]] = []  # (when, worker, unit, turn, began)
+        working: list[tuple[float, int, Unit, int, float, float]] = []  # (when, worker, unit, turn, began, takes)
+        prepared: dict[int, str] = {}
         busy = redone = 0.0
         end, first_idle, failed = begin, NEVER, 0
         while waiting or working:
             if waiting and ready and (not working or ready[0][0] <= working[0][0]) and ready[0][0] < NEVER:
                 at, worker = heapq.heappop(ready)
-                unit, turn = waiting.popleft()
-                finish, dies = at + durations[unit.name], self._end_of(worker)
-                heapq.heappush(working, (min(finish, dies), worker, unit, turn, at))
+                before = prepared.get(worker)
+                unit, turn = waiting.take(worker)
+                prepared[worker] = unit.needs
+                takes = durations[unit.name].whole - (durations[unit.name].opening if before == unit.needs else 0.0)
+                heapq.heappush(working, (min(at + takes, self._end_of(worker)), worker, unit, turn, at, takes))
                 continue
             if not waiting:
                 first_idle = min(first_idle, working[0][0], ready[0][0] if ready else NEVER)
             if not working:
                 raise RuntimeError("every worker is gone")
-            at, worker, unit, turn, began = heapq.heappop(working)
-            if at >= began + durations[unit.name]:
-                busy += durations[unit.name]
+            at, worker, unit, turn, began, takes = heapq.heappop(working)
+            if at >= began + takes:
+                busy += takes
                 end = max(end, at)
                 heapq.heappush(ready, (at, worker))
                 self._back[worker] = at
             else:
                 redone += at - began
+                prepared.pop(worker, None)
+                waiting.forget(worker)
                 if turn <= self._faults.max_retries:
-                    waiting.appendleft((unit, turn + 1))
+                    waiting.put_back(unit, turn + 1)
                 else:
                     failed += 1
                 self._back[worker] = self._recover(worker, at)

@@ -18,9 +18,10 @@ from sae_research.lm import LanguageModel, collect, median_activation_norm, toke
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.text.tokens import token_contexts
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.checkpoints import ProgressFile
 from sae_research.training.loop import StopSignals, ThreadPoolStepper, Trainer
-from sae_research.training.stream import ActivationStream, StreamBatch
+from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
 
 BATCH, TOKENS, D_SAE = 512, 6_144, 2_304

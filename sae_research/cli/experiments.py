@@ -14,6 +14,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _run_parser(verbs)
     _sweep_parser(verbs)
     _monitor_parser(verbs)
+    _release_parser(verbs)
     parser = verbs.add_parser(
         "apply",
         help="bring an experiment's parameters, figures and SAEs into the workspace",
@@ -96,6 +97,32 @@ def _changes(options: argparse.Namespace):  # noqa: ANN202
     return Changes(options.model, options.text, options.tokens)
 
 
+def _release_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "evaluate-release",
+        help="score every dictionary of a release of SAELens' directory, into one leaderboard",
+        description="Example: python -m sae_research evaluate-release gpt2-small-res-jb --match 'blocks.[4-8]' "
+        "--evaluations core,sparse_probing. What is finished is not done again.",
+    )
+    parser.add_argument("release", help="as in SAELens' directory (`analyze saes --search TEXT` lists them)")
+    parser.add_argument("--match", metavar="REGEX", help="only ids in which this is found")
+    parser.add_argument("--evaluations", default="core", help="with commas (core)")
+    parser.add_argument("--output_dir", type=Path, help="where results and leaderboard go (releases/RELEASE)")
+    parser.add_argument("--published", metavar="PLACE", help="SAE Bench's result files beside: a folder, or a hub data set")
+    parser.add_argument("--discard", action="store_true", help="remove weights once scored; the hub's own cache keeps them")
+    parser.add_argument("--list", action="store_true", help="only list the ids")
+    parser.add_argument(
+        "-S", "--set-param", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of params.yaml"
+    )
+    parser.set_defaults(run=_release)
+
+
+def _release(options: argparse.Namespace) -> int:
+    from sae_research.experiments.release import evaluate_release
+
+    return evaluate_release(options)
+
+
 def _run(options: argparse.Namespace) -> int:
     from sae_research.experiments.config_files import parse_overrides
     from sae_research.experiments.single import run_one
@@ -121,7 +148,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _show_devices() -> None:
-    from sae_research.experiments.processes import Slot, available, holder
+    from sae_research.experiments.devices import Slot, available, holder
 
     for device, description in available():
         busy = holder(Slot(device, 0))
@@ -129,17 +156,17 @@ def _show_devices() -> None:
 
 
 def _monitor(options: argparse.Namespace) -> int:
-    from sae_research.experiments import dvc_queue
+    from sae_research.experiments import monitor
 
     if options.kill is not None:
-        return dvc_queue.kill(options.kill)
+        return monitor.kill(options.kill)
     if options.attach is not None:
-        return dvc_queue.attach(options.attach)
-    return dvc_queue.show(options.watch)
+        return monitor.attach(options.attach)
+    return monitor.show(options.watch)
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from sae_research.experiments.dvc_queue import apply_experiment
+    from sae_research.experiments.history import apply_experiment
     from sae_research.runtime.files import project_root
     from sae_research.runtime.workspace import prepare
 

@@ -200,9 +200,9 @@ SIZES = ("k_values", "s_values")
 """Keys of the sections of `sae_variants` that count latents of a token or sequence."""
 
 
-def check_sizes(params: Params, d_in: int, d_sae: int) -> None:
+def check_sizes(params: Params, d_in: int, d_sae: int, transcoder: bool = False) -> None:
     """Raises `UserError` where a control or a pursuit variant would need more latents than the baseline has, or more
-    components than its activations have dimensions."""
+    components than its activations have dimensions. A transcoder has no variants."""
     controls = params.controls
     if {"random", "data_rows"} & set(controls.names) and max(controls.s) > d_sae:
         raise UserError(f"controls.s = {max(controls.s)} is larger than the baseline's d_sae = {d_sae}")
@@ -210,7 +210,7 @@ def check_sizes(params: Params, d_in: int, d_sae: int) -> None:
         raise UserError(
             f"controls.pca_components = {max(controls.pca_components)} is larger than the activations' width {d_in}"
         )
-    for label, section in params.sae_variants:
+    for label, section in () if transcoder else params.sae_variants:
         for key in SIZES:
             sizes: list[int] = getattr(section, key, []) if getattr(section, "enabled", False) else []
             if max(sizes, default=0) > d_sae:

@@ -48,10 +48,13 @@ class PreparedSAEs(Mapping[str, SparseAutoencoder]):
             raise UserError(f"{manifest}: no such file; run the setup stage first (dvc repro setup)")
         self._folder, self._device, self.infos = folder, str(lm.device), {}
         for name in read_manifest(manifest)["order"] if names is None else names:
-            info = self.infos[name] = self[name].info()
+            info = self.infos[name] = self.describe(name)
             check_widths(name, info.cfg, lm)
         if not self.infos:
             raise UserError(f"{manifest} lists no SAE; give params.yaml a baseline_sae")
+
+    def describe(self, name: str) -> SAEInfo:
+        return self[name].info()
 
     def only(self, names: Iterable[str]) -> PreparedSAEs:
         """Some of them."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.runtime.errors import UserError
+from sae_research.runtime.given_device import has_device_of_its_own
 from sae_research.runtime.stages import StageFolder, stage_folder
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ def run_evaluation(name: str, params: Params) -> None:
 
 @contextmanager
 def _started_workers(name: str, params: Params) -> Generator[Workers | None]:
-    """Workers where `cluster.address` says; None where this process scores."""
-    if params.cluster.address is None:
+    """Workers where `cluster.address` says; None where this process scores, as one
+    that was given its device by a sweep does."""
+    if params.cluster.address is None or has_device_of_its_own():
         yield None
         return
     from sae_research.evals.units import evaluation_job
@@ -80,13 +82,13 @@ def _scoring_on(
     from sae_research.evals.harness import delegated
     from sae_research.evals.units import Distribution
     from sae_research.lm.shape import shape_of
-    from sae_research.planning.costs import once_shares
+    from sae_research.planning.costs import unit_shares
     from sae_research.planning.devices import nominal
     from sae_research.planning.saes import described
 
     planned = [described(sae, info) for sae, info in saes.infos.items()]
-    once = once_shares(name, params, shape_of(lm.name, lm.model), planned, nominal(lm.device.type))
-    with delegated(Distribution(workers, lm.device.type, once)):
+    shares = unit_shares(name, params, shape_of(lm.name, lm.model), planned, nominal(lm.device.type))
+    with delegated(Distribution(workers, lm.device.type, shares)):
         yield
 
 

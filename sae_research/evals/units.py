@@ -12,7 +12,9 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,22 @@ from sae_research.config.params import Params, check_params
 from sae_research.evals import harness
 from sae_research.evals.harness import PreparedSAEs, Scores
 from sae_research.evals.run import evaluation_function
-from sae_research.lm import load_configured
+from sae_research.lm import LanguageModel, load_configured
+from sae_research.lm.load import device_memory
+from sae_research.planning.costs import UnitShares
+from sae_research.runtime import processes
 from sae_research.runtime.cache import NO_CACHE, lent_results
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.stages import StageFolder
 from sae_research.runtime.workers import Job, Outcome, Unit, Workers
-from sae_research.saes.base import ROOM
+from sae_research.saes.base import OPEN_BYTES, ROOM, SAEInfo, SparseAutoencoder
 from sae_research.saes.sources import PREPARED
 
 SLACK = 1.03
 """Units are made smaller while the least time that they could take grows by no more than this factor."""
+
+KEPT_OF_A_GPU = 8
+"""A worker keeps SAEs open in at most one part in so many of a GPU's memory, else in `OPEN_BYTES`."""
 
 Score = Callable[..., Iterator[tuple[str, Any]]]
 
@@ -53,10 +61,10 @@ def evaluation_job(evaluation: str, params: Params) -> Job:
 class Distribution:
     """Stands in for the scoring of `Scores.fill` while it is the harness' `delegate`."""
 
-    def __init__(self, workers: Workers, device: str, once: Mapping[str, float] | None = None) -> None:
+    def __init__(self, workers: Workers, device: str, shares: Mapping[str, UnitShares] | None = None) -> None:
         """workers: of an `evaluation_job`; not this object's to close. device: the kind that this process computes on.
-        once: by kind, as `plan_units` has it."""
-        self._workers, self._device, self._once = workers, device, once or {}
+        shares: by kind, as `plan_units` has them."""
+        self._workers, self._device, self._shares = workers, device, shares or {}
         self._seen: list[Scores] = []
         self._made: dict[str, Any] = {}
 
@@ -73,12 +81,20 @@ class Distribution:
         if not missing:
             return
         each = (bar.total or 0) // sum(value is None for found in scores.found.values() for value in found.values())
+        largest = max(scores.group.infos[name].nbytes for name in missing)
         planned = plan_units(
-            scores.group.families(missing), missing, parts, self._workers.size, self._once.get(scores.kind, 0.0)
+            scores.group.families(missing),
+            missing,
+            parts,
+            self._workers.size,
+            self._shares.get(scores.kind, UnitShares()),
+            kept_bytes(self._device, self._workers.memory) // max(largest, 1),
         )
         units = {self._unit(scores, names, number, parts[number]): (names, parts[number]) for names, number in planned}
-        for outcome in self._workers.run(list(units), json.dumps(self._made).encode()):
-            _take(scores, outcome, *units[outcome.unit], bar, each)
+        with _on_record(scores.kind, len(units), self._workers.size) as ended:
+            for outcome in self._workers.run(list(units), json.dumps(self._made).encode()):
+                _take(scores, outcome, *units[outcome.unit], bar, each)
+                ended(outcome)
 
     def _refuse_too_large(self, scores: Scores, missing: Mapping[str, Any]) -> None:
         for name in missing:
@@ -102,7 +118,7 @@ class Distribution:
         }
         about = f", {part}" if part != "" else ""
         size = sum(scores.group.infos[name].nbytes for name in names)
-        return Unit(f"{scores.kind} of {_listed(names)}{about}", json.dumps(payload).encode(), float(size))
+        return Unit(f"{scores.kind} of {_listed(names)}{about}", json.dumps(payload).encode(), float(size), ",".join(names))
 
 
 def plan_units(
@@ -110,12 +126,13 @@ def plan_units(
     missing: Mapping[str, Sequence[Any]],
     parts: Sequence[Any],
     workers: int,
-    once: float = 0.0,
+    shares: UnitShares,
+    room: float = math.inf,
 ) -> list[tuple[list[str], int]]:
-    """(SAEs, number of the part) of every unit: one for every group of SAEs and part. Families stay together. once: what a
-    unit computes however many SAEs it holds, in what one SAE more takes."""
+    """(SAEs, number of the part) of every unit: one for every group of SAEs and part. Families stay together. room: SAEs
+    that a worker keeps open."""
     parted = max(sum(any(part in missing[name] for name in missing) for part in parts), 1)
-    groups = _split(together, missing, _groups(parted, len(together), workers, once))
+    groups = _split(together, missing, _groups(parted, len(together), workers, shares, room))
     return [
         (names, number)
         for group in groups
@@ -124,17 +141,28 @@ def plan_units(
     ]
 
 
-def _groups(parts: int, families_: int, workers: int, once: float = 0.0) -> int:
-    """Into how many groups SAEs are split. With one worker into one. Else into as many as still end within `SLACK` of the
-    least time: a smaller unit is lost with less, and shares out better where units take longer than foreseen."""
-    if workers == 1 or not families_:
+def kept_bytes(device: str, memory: int) -> int:
+    """Bytes of the SAEs that a worker keeps open for its next unit. memory: bytes of its device."""
+    return memory // KEPT_OF_A_GPU if device == "cuda" else OPEN_BYTES
+
+
+def _groups(parts: int, families_: int, workers: int, shares: UnitShares, room: float = math.inf) -> int:
+    """Into how many groups SAEs are split: with one worker as few as take the least time, else as many as still end within
+    `SLACK` of it: a smaller unit is lost with less, and shares out better where units take longer than foreseen."""
+    if not families_:
         return 1
-    times = {
-        groups: math.ceil(parts * groups / workers) * (once + math.ceil(families_ / groups))
-        for groups in range(1, families_ + 1)
-    }
+    times = {groups: _seconds(parts, families_, groups, workers, shares, room) for groups in range(1, families_ + 1)}
     least = min(times.values())
-    return max(groups for groups, time in times.items() if time <= SLACK * least)
+    best = [groups for groups, time in times.items() if time <= (SLACK if workers > 1 else 1.0) * least]
+    return best[-1] if workers > 1 else best[0]
+
+
+def _seconds(parts: int, families_: int, groups: int, workers: int, shares: UnitShares, room: float) -> float:
+    """What a worker takes for its units, in what scoring one SAE takes: it goes from one part to the next with SAEs that it
+    keeps open."""
+    units, size = math.ceil(parts * groups / workers), math.ceil(families_ / groups)
+    opened = math.ceil(units / parts) if size <= room else units
+    return units * (shares.once + size) + opened * size * shares.opening
 
 
 def _split(together: Sequence[Sequence[str]], weight: Mapping[str, Sequence[Any]], groups: int) -> list[list[str]]:
@@ -149,6 +177,25 @@ def _split(together: Sequence[Sequence[str]], weight: Mapping[str, Sequence[Any]
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} SAEs ({names[0]}, ...)"
+
+
+@contextmanager
+def _on_record(kind: str, units: int, workers: int) -> Generator[Callable[[Outcome], None]]:
+    """Shows the units at work to whoever watches the project (`scripts.monitor_experiments`)."""
+    began, counts = time.monotonic(), {"done": 0, "failed": 0}
+    record = processes.record(
+        "units", f"{kind}-{os.getpid()}", os.getpid(), units=units, workers=workers, seconds_left=None, **counts
+    )
+
+    def ended(outcome: Outcome) -> None:
+        counts["failed" if outcome.value is None else "done"] += 1
+        over = sum(counts.values())
+        record.update(**counts, seconds_left=(time.monotonic() - began) / over * (units - over))
+
+    try:
+        yield ended
+    finally:
+        record.path.unlink()
 
 
 def _take(scores: Scores, outcome: Outcome, names: Sequence[str], part: Any, bar: tqdm, step: int) -> None:
@@ -206,6 +253,37 @@ class _Assigned:
         raise _Scored({name: found[part] for name, found in scores.found.items() if found[part] is not None})
 
 
+class _Kept(PreparedSAEs):
+    """The SAEs of a unit, of which a worker keeps open what its next unit may ask for again."""
+
+    def __init__(self, lm: LanguageModel, names: Sequence[str], earlier: _Kept | None) -> None:
+        """earlier: of the worker's last unit."""
+        self._open: dict[str, SparseAutoencoder] = {}
+        self._described = dict(earlier.infos) if earlier else {}
+        self._room = kept_bytes(lm.device.type, device_memory(lm.device))
+        if earlier:
+            self._open = {name: sae for name, sae in earlier._open.items() if name in names}
+        super().__init__(PREPARED, lm, names)
+
+    def describe(self, name: str) -> SAEInfo:
+        if name not in self._described:
+            sae = super().__getitem__(name)
+            self._described[name] = sae.info()
+            self._keep(name, sae)
+        return self._described[name]
+
+    def __getitem__(self, name: str) -> SparseAutoencoder:
+        if name not in self._open:
+            sae = super().__getitem__(name)
+            self._keep(name, sae)
+            return sae
+        return self._open[name]
+
+    def _keep(self, name: str, sae: SparseAutoencoder) -> None:
+        if sum(self._described[one].nbytes for one in {name, *self._open}) <= self._room:
+            self._open[name] = sae
+
+
 class EvaluationWorker:
     """Scores units of one evaluation; loads the language model once."""
 
@@ -216,6 +294,7 @@ class EvaluationWorker:
         self._evaluate = evaluation_function(given["evaluation"])
         torch.manual_seed(self._params.random_seed)
         self._lm = load_configured(self._params.model)
+        self._saes: _Kept | None = None
 
     def __call__(self, payload: bytes, shared: bytes) -> bytes:
         """Values and failures by SAE, as JSON."""
@@ -226,9 +305,10 @@ class EvaluationWorker:
                 "driver where the workers are, or set cluster.gpus_per_worker"
             )
         stage, values = StageFolder(Path(os.devnull)), {}
+        self._saes = _Kept(self._lm, asked["saes"], self._saes)
         with lent_results({**json.loads(shared), **asked["known"]}), harness.delegated(_Assigned(asked)):
             try:
-                for _ in self._evaluate(PreparedSAEs(PREPARED, self._lm, asked["saes"]), self._lm, self._params, stage):
+                for _ in self._evaluate(self._saes, self._lm, self._params, stage):
                     pass
             except _Scored as done:
                 values = done.values

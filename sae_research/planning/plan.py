@@ -90,6 +90,8 @@ def make_plan(
         rows.append(row._replace(flops=0.0, seconds=0.0, note="in place") if done.get(name) else row)
     itemsize = PRECISION_BYTES[params.model.torch_dtype]
     widths = {sae.hook: sae.d_in for sae in saes}
+    for written in {sae.written for sae in saes} - {""}:  # core evaluation keeps the stream that holds it too
+        widths |= dict.fromkeys((written, f"{written} in the stream"), shape.width(written))
     cache = (
         activation_cache_bytes(params, stages, widths, itemsize, saes[0].d_sae) if params.activation_caching.enabled else 0.0
     )

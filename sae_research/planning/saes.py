@@ -51,6 +51,8 @@ class PlannedSAE(NamedTuple):
     """False for a variant, which reads another's dictionary."""
     assumed: str = ""
     """What had to be assumed of it."""
+    written: str = ""
+    """The hook that a transcoder writes."""
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +64,17 @@ def described(name: str, info: SAEInfo) -> PlannedSAE:
     """An SAE that is there."""
     cfg = info.cfg
     size = int(info.options.get("k") or info.options.get("s") or 0) if cfg.form in PURSUIT else 0
-    return PlannedSAE(name, cfg.form, cfg.d_in, cfg.d_sae, cfg.hook_name, size, cfg.role != "variant")
+    return PlannedSAE(
+        name,
+        cfg.form,
+        cfg.d_in,
+        cfg.d_sae,
+        cfg.hook_name,
+        size,
+        cfg.role != "variant",
+        "",
+        cfg.hook_out if cfg.is_transcoder else "",
+    )
 
 
 def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
@@ -74,7 +86,7 @@ def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
     found = [baseline]
     for label, encoder in VARIANTS.items():
         section = getattr(params.sae_variants, label)
-        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled else ():
+        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled and not baseline.written else ():
             name = variant_name(baseline.name, label, size)
             found.append(baseline._replace(name=name, form=encoder.form, size=size, own_weights=False, assumed=""))
     return found + list(_comparisons(params, baseline)) + list(_controls(params, baseline))
@@ -88,7 +100,8 @@ def variant_name(baseline: str, label: str, size: int) -> str:
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
     """An SAE of `train.saes`."""
     pursuit = config.recipe == "matching_pursuit"
-    return PlannedSAE(name, config.recipe, width, config.d_sae, hook, getattr(config, "s", 0) if pursuit else 0)
+    size = getattr(config, "s", 0) if pursuit else 0
+    return PlannedSAE(name, config.recipe, width, config.d_sae, hook, size, written=config.hook_out or "")
 
 
 def _baseline(params: Params, width: int) -> PlannedSAE:
@@ -135,6 +148,8 @@ def _controls(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
             if kind == "pca"
             else sae._replace(form="matching_pursuit", size=size)
         )
+    if baseline.written and params.controls.names:
+        yield baseline._replace(name=f"{CONTROL_PREFIX}linear_map", form="standard", d_sae=1, size=0, assumed="")
 
 
 def control_names(controls: Controls) -> list[tuple[str, str, int]]:

@@ -123,7 +123,7 @@ def grids(run: Run, controls: bool = False) -> list[Grid]:
     for group in seed_groups(row for row in run.rows if not row.interpolating and (controls or not row.is_control)):
         row = group.rows[0]
         width = None if row.is_control else row.cfg.get("d_sae")  # as many as it has components, where it is linear
-        place = row.kind, row.cfg.get("base"), width, row.cfg.get("hook_name")
+        place = row.kind, row.cfg.get("base"), width, row.hooks
         groups.setdefault(place, []).append(group)
     times = Counter(place[0] for place in groups)
     return [
@@ -369,11 +369,14 @@ def unmatched(run: Run) -> list[tuple[Grid, Grid]]:
 
 
 def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
+    """Grids to be compared: no two controls, and of transcoders only those that write one hook. What reconstructs something
+    else explains another variance, and recovers another loss."""
     found = [grid for grid in grids(run, controls=True) if grid.curve(headline("l0"))]
     return [
         (one, other)
         for one, other in combinations(found, 2)
         if not (one.members[0].is_control and other.members[0].is_control)
+        and one.members[0].rows[0].hook_out == other.members[0].rows[0].hook_out
     ]
 
 

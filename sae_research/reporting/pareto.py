@@ -91,7 +91,7 @@ def _point(file: Path, label: str, metric: str) -> Point | None:
         file.parent.name,
         str(values.get("recipe") or values.get("form") or "unknown"),
         label,
-        str(values.get("hook_name", "")),
+        " -> ".join(str(values[key]) for key in ("hook_name", "hook_out") if key in values),
         float(l0),
         float(value),
     )

@@ -151,7 +151,7 @@ def what_ran(run: Run) -> str:
     return render(
         "setting",
         models=distinct("model_name"),
-        hooks=distinct("hook_name"),
+        hooks=list(dict.fromkeys(row.hooks for row in run.rows if row.hooks is not None)),
         n_saes=len(run.rows),
         tokens=run.training.get("tokens"),
         trained=run.training.get("saes", {}),

@@ -289,6 +289,18 @@ class Row:
         return self.cfg.get("role") or "comparison"
 
     @property
+    def hook_out(self) -> str | None:
+        """The hook that a transcoder writes; None of an SAE."""
+        written = self.cfg.get("hook_out")
+        return None if written == self.cfg.get("hook_name") else written
+
+    @property
+    def hooks(self) -> str | None:
+        """The hook it reads, and the one that a transcoder writes; None where its result does not say."""
+        read = self.cfg.get("hook_name")
+        return read if self.hook_out is None else f"{read} -> {self.hook_out}"
+
+    @property
     def is_control(self) -> bool:
         return self.role == "control"
 

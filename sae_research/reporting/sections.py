@@ -47,6 +47,8 @@ CONTROLS = {
     "control_random": "a random dictionary",
     "control_data_rows": "a dictionary of untrained rows: activations scaled to unit length",
     "control_pca": "the leading principal components",
+    "control_linear_map": "the linear map that least squares fits from what a transcoder reads to what it writes",
+    "control_skip": "the transcoder's own skip without its latents",
 }
 AGAINST_TRUTH = ("variance_explained", "top_1_probing")
 """Metrics of the first table that the ground-truth evaluation compares with the truth."""

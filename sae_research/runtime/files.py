@@ -185,11 +185,16 @@ def round_significant(value: Any, digits: int = 4) -> Any:
 # --- the project -----------------------------------------------------------------------------
 
 
+ROOT_VARIABLE = "SAE_RESEARCH_ROOT"
+"""The project that an experiment belongs to, where it runs in a clone."""
+
+
 def project_root() -> Path:
-    """The DVC project: `$DVC_ROOT` inside a stage (the parent repository in a queued experiment),
-    else the nearest folder above the working directory that has a `params.yaml`."""
-    if os.environ.get("DVC_ROOT"):
-        return Path(os.environ["DVC_ROOT"])
+    """The DVC project: the one that an experiment of a sweep belongs to, `$DVC_ROOT` inside a stage (the parent repository
+    in an experiment that DVC queued), else the nearest folder above the working directory that has a `params.yaml`."""
+    given = os.environ.get(ROOT_VARIABLE) or os.environ.get("DVC_ROOT")
+    if given:
+        return Path(given)
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "params.yaml").is_file():

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from sae_research.runtime.cache import writable_cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
-from sae_research.runtime.workers import Cluster, Job, Outcome, Unit, by_cost, memory, versions, worker
+from sae_research.runtime.given_device import DEVICE_VARIABLE
+from sae_research.runtime.workers import Cluster, Job, Outcome, Unit, Waiting, memory, versions, worker
 
 START_SECONDS = 180.0
 """How long the first worker may take to come up."""
@@ -129,7 +130,7 @@ class RayWorkers:
     def _actor(self, number: int) -> Any:
         threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         environment = dict.fromkeys(threads, str(self._cluster.cpus_per_worker))
-        environment["SAE_RESEARCH_DEVICE"] = "cuda" if self._gpus else "cpu"
+        environment[DEVICE_VARIABLE] = "cuda" if self._gpus else "cpu"
         if not self._gpus:  # Ray shows an actor without GPUs all of them
             environment["CUDA_VISIBLE_DEVICES"] = ""
         made = self._ray.remote(_Actor).options(
@@ -177,12 +178,13 @@ class RayWorkers:
                 self._idle.append(actor)
 
     def run(self, units: Sequence[Unit], shared: bytes = b"") -> Iterator[Outcome]:
-        waiting: deque[tuple[Unit, int]] = deque((unit, 1) for unit in by_cost(units))
+        waiting = Waiting(units)
         working: dict[Any, tuple[Any, Unit, int]] = {}
         lent, last_seen = self._ray.put(shared), time.monotonic()
         while waiting or working:
             while waiting and self._idle:
-                actor, (unit, turn) = self._idle.popleft(), waiting.popleft()
+                actor = self._idle.popleft()
+                unit, turn = waiting.take(actor)
                 working[actor.compute.remote(unit.payload, lent)] = actor, unit, turn
             if self._waking:
                 self._welcome(timeout=0.0 if working else 1.0)
@@ -198,7 +200,7 @@ class RayWorkers:
                 reply = self._reply(done, actor)
                 if reply.value is None and not reply.final and turn <= self._cluster.max_retries:
                     print(f"{unit.name}: tried again: {reply.failure.splitlines()[0]}", file=sys.stderr, flush=True)
-                    waiting.appendleft((unit, turn + 1))
+                    waiting.put_back(unit, turn + 1)
                 else:
                     yield Outcome(unit, reply.value, reply.failure)
 

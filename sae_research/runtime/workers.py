@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import platform
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol
@@ -43,6 +44,8 @@ class Unit(NamedTuple):
     """What the worker is asked for."""
     cost: float = 1.0
     """Relative to the other units: the longest start first."""
+    needs: str = ""
+    """What a worker prepares for it; units with the same go to the same worker where they can."""
 
 
 class Job(NamedTuple):
@@ -113,6 +116,45 @@ def versions(job: Job) -> dict[str, str]:
 def by_cost(units: Sequence[Unit]) -> list[Unit]:
     """The longest first; what costs alike in the order given."""
     return sorted(units, key=lambda unit: -unit.cost)
+
+
+class Waiting:
+    """Units that no worker has yet, the longest first, and what each worker has prepared."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._by_need: dict[str, deque[tuple[Unit, int]]] = {}
+        self._prepared: dict[Any, str] = {}
+        self._count = len(units)
+        for unit in by_cost(units):
+            self._by_need.setdefault(unit.needs, deque()).append((unit, 1))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, worker: Any) -> tuple[Unit, int]:
+        """(unit, turn) for a worker: one that needs what it has prepared; else one that needs what no other has; else one of
+        those of which most wait."""
+        need = self._prepared.pop(worker, None)
+        if need not in self._by_need:
+            theirs = set(self._prepared.values())
+            mine = next((other for other in self._by_need if other not in theirs), None)
+            need = max(self._by_need, key=lambda one: len(self._by_need[one])) if mine is None else mine
+        units = self._by_need[need]
+        taken = units.popleft()
+        if not units:
+            del self._by_need[need]
+        self._prepared[worker], self._count = need, self._count - 1
+        return taken
+
+    def put_back(self, unit: Unit, turn: int) -> None:
+        """A unit that was lost: the next to be taken of those that need the same."""
+        self._by_need = {unit.needs: self._by_need.pop(unit.needs, deque()), **self._by_need}
+        self._by_need[unit.needs].appendleft((unit, turn))
+        self._count += 1
+
+    def forget(self, worker: Any) -> None:
+        """What a worker that died had prepared."""
+        self._prepared.pop(worker, None)
 
 
 class InProcess:

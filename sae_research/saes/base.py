@@ -215,7 +215,7 @@ class SparseAutoencoder(nn.Module):
         for name, tensor in sorted(self.tensors().items()):
             tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         if not self._is_ours():
             digest.update(self._attributes().encode())
         elif in_place_of := {name: value for name, value in vars(self).items() if hasattr(type(self), name)}:
@@ -264,7 +264,7 @@ class SparseAutoencoder(nn.Module):
                 f"{self.form}: W_skip from a hook to itself is no dictionary; say which hook it writes (hook_out)"
             )
         for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor.detach()):
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or diverged")
 
 

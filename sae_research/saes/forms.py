@@ -249,6 +249,8 @@ class LensPursuitSAE(SparseAutoencoder):
         **tensors: Tensor,
     ) -> None:
         super().__init__(cfg, **tensors)
+        if self.cfg.is_transcoder:
+            raise UserError(f"{self.form}: its atoms explain what it reads: it writes no other hook ({self.cfg.hooks})")
         self.max_iterations = whole(max_iterations, "max_iterations", self.form)
         self.residual_threshold = number(residual_threshold, "residual_threshold", self.form)
         self.stop_on_duplicate_support = flag(stop_on_duplicate_support, "stop_on_duplicate_support", self.form)

@@ -350,7 +350,7 @@ def download(repo_id: str, filename: str) -> Path:
     """One file of a hub repository, from the hub's cache where it is there already."""
     from huggingface_hub import hf_hub_download
 
-    return _reach(
+    return reach(
         lambda: Path(hf_hub_download(repo_id, filename)),
         f"{repo_id}/{filename}",
         repo_id,
@@ -361,11 +361,11 @@ def download(repo_id: str, filename: str) -> Path:
 def _release(release: str, sae_id: str) -> SparseAutoencoder:
     if not sae_id:
         raise UserError(f"sae_lens:{release}: write sae_lens:RELEASE:ID; `analyze saes --search TEXT` lists them")
-    sae = _reach(lambda: from_release(release, sae_id), f"SAELens {release} / {sae_id}", release)
+    sae = reach(lambda: from_release(release, sae_id), f"SAELens {release} / {sae_id}", release)
     return _from(sae, source="sae_lens")
 
 
-def _reach(fetch: Callable[[], T], what: str, where: str, path: str = "") -> T:
+def reach(fetch: Callable[[], T], what: str, where: str, path: str = "") -> T:
     """Run a download; each way a hub can fail becomes its own line. path: an address at the hub that must answer, or only
     what is cached counts."""
     import requests

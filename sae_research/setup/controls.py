@@ -4,11 +4,12 @@ nothing.
 `random` and `data_rows` are read by matching pursuit, since they have no encoder; `pca` is linear. All share one sample of
 activations of the SAE-training split.
 
-Those of a transcoder are the same through the linear map M [d_in, d_out] that least squares fits from what it reads to what
-it writes: rows of the read hook, each standing for what M makes of it at the written one; and for `pca` the leading
-principal components of x M, which of all maps of that rank have the least squared error (reduced-rank regression). Two more
-have no latents at all: `linear_map` is M itself, as a skip, and `skip` is the transcoder's own skip. What a transcoder
-explains beyond them is what its latents are for.
+Those of a transcoder go through a linear map that least squares fits on that sample. With M [d_in, d_out] from what it reads
+to what it writes, `pca` has the leading principal components of x M, which of all maps of that rank have the least squared
+error (reduced-rank regression). `random` and `data_rows` are rows of the read hook, each standing for what the map from
+their own reconstructions to what is written makes of it: M itself blows up what pursuit leaves out. Two more have no latents
+at all: `linear_map` is M, as a skip, and `skip` is the transcoder's own skip. What a transcoder explains beyond them is what
+its latents are for.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from sae_research.saes.forms import LinearSAE, StandardSAE
 from sae_research.saes.pursuit.encoders import MPSAE
 from sae_research.saes.pursuit.mapped import MappedMPSAE
 from sae_research.text.tokens import token_contexts
+
+ENCODED_AT_ONCE = 2048
+"""Tokens."""
 
 
 def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: int) -> Tensor:
@@ -106,14 +110,23 @@ def _of_transcoder(
             b_dec=mean_O.float(),
         )
     rows_FD = _rows(kind, x_TD, mean_D.float(), cfg, seed)
+    read_TD = _pursued(rows_FD, mean_D.float(), size, x_TD)
+    map_DO = linear_map(read_TD, y_TO)
     return MappedMPSAE(
         cfg.replace(form=MappedMPSAE.form, options={"s": size}),
         s=size,
         W_enc=rows_FD.T.contiguous(),
         b_in=mean_D.float(),
         W_dec=(rows_FD.double() @ map_DO).float(),
-        b_dec=mean_O.float(),
+        b_dec=(mean_O + (mean_D - read_TD.double().mean(dim=0)) @ map_DO).float(),
     )
+
+
+@torch.no_grad()
+def _pursued(rows_FD: Tensor, mean_D: Tensor, steps: int, x_TD: Tensor) -> Tensor:
+    """Reconstructions by matching pursuit over unit rows [tokens, d_in]."""
+    sae = MPSAE(rows_FD, mean_D, steps)
+    return torch.cat([sae.reconstruct(part[None])[0] for part in x_TD.split(ENCODED_AT_ONCE)])
 
 
 def linear_map(x_TD: Tensor, y_TO: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Setup:
         name."""
         self._check_dictionary()
         cfg = self.baseline.cfg
-        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae)
+        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae, cfg.is_transcoder)
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
             *self._variants(),

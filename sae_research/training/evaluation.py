@@ -25,14 +25,9 @@ from sae_research.stats.predictions import CleanPredictions, losses, prediction_
 from sae_research.stats.reconstruction import ReconstructionStats, density_histogram
 from sae_research.text.tokens import Contexts, token_contexts
 from sae_research.training import diagnose
+from sae_research.training.buffer import counted_at, median_norms, pca_variance_explained, side_by_side
 from sae_research.training.diagnose import CurvePoint, Finding, TrainingSummary
-from sae_research.training.stream import (
-    ActivationStream,
-    counted_at,
-    median_norms,
-    pca_variance_explained,
-    side_by_side,
-)
+from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import TrainingSAE
 
 HELD_OUT_SPLIT = "core_eval"

@@ -12,13 +12,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from sae_research.runtime.cache import writable_cache_dir
 from sae_research.runtime.errors import UserError
+from sae_research.runtime.processes import end_child, start_child
 
 HOST = "127.0.0.1"
 TIMEOUT = timedelta(minutes=30)
@@ -154,27 +153,6 @@ def _read(move: Callable[[Tensor], Any]) -> tuple[Values, dict[str, Tensor]]:
 # --- processes -------------------------------------------------------------------------------
 
 
-def start_process(module: str, task: bytes, threads: int, log: Path) -> subprocess.Popen[bytes]:
-    """`main` of a module of this project, in a session of its own: a Ctrl-C at the terminal is for rank 0."""
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import sys; from {module} import main; sys.exit(main())"],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **counts, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,
-        )
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has died already, which whoever waits for it finds
-        process.stdin.write(task + b"\n")
-        process.stdin.flush()
-    return process
-
-
 class OtherRanks:
     """The processes of ranks 1 and up. Close it whatever happens: none of them outlives it."""
 
@@ -193,10 +171,11 @@ class OtherRanks:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self._group: Group | None = None
         self._closed = threading.Event()
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
         try:
             for rank, log in self.logs.items():
                 given = {**task, "rank": rank, "size": size, "port": port, "threads": threads}
-                self.processes[rank] = start_process(module, json.dumps(given).encode(), threads, log)
+                self.processes[rank] = start_child(module, json.dumps(given).encode(), log, counts)
         except BaseException:
             self.close()
             raise
@@ -216,9 +195,7 @@ class OtherRanks:
         """End the ranks that are left: those that are done have ended by themselves."""
         self._closed.set()
         for process in self.processes.values():
-            if process.stdin is not None:
-                with suppress(BrokenPipeError):
-                    process.stdin.close()
+            end_child(process)
         until = time.monotonic() + GRACE_SECONDS
         for process in self.processes.values():
             try:

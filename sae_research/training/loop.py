@@ -25,11 +25,12 @@ from tqdm import tqdm
 from sae_research.config.params import Train
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, save_sae
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.checkpoints import ProgressFile
 from sae_research.training.peers import GO, SAVE, STOP, Alone, Peers
 from sae_research.training.recipes import StepOutput
 from sae_research.training.stack import Stack, in_stacks
-from sae_research.training.stream import ReadAhead, Stream, StreamBatch
+from sae_research.training.stream import ReadAhead, Stream
 from sae_research.training.training_sae import CurveRow, TrainingSAE, train_step
 
 Item = TypeVar("Item")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sae_research.training.stream import StreamBatch
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.training_sae import TrainingSAE
 
 GO, SAVE, STOP = range(3)

@@ -1,4 +1,4 @@
-"""The process of a rank other than 0: `group.start_process` runs it, with its task as one line of JSON on standard input.
+"""The process of a rank other than 0: `group.OtherRanks` starts it, with its task as one line of JSON on standard input.
 
 It writes nothing but its log. It answers no signals, since rank 0 tells it when to stop; it ends when rank 0 does, because
 its standard input ends then.
@@ -6,12 +6,10 @@ its standard input ends then.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from sae_research.config.params import Params
 from sae_research.lm import load_configured
 from sae_research.runtime.errors import UserError, environment_line
+from sae_research.runtime.processes import task_of_parent
 from sae_research.training.checkpoints import ProgressFile, progress_path
 from sae_research.training.group import HOST, LOST, TIMEOUT, Group, RankLost, ready, tell_failure
 from sae_research.training.loop import Moments, Stop, StopSignals, Trainer
@@ -30,15 +29,7 @@ from sae_research.training.session import open_session
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    given = os.fdopen(os.dup(0), "rb", buffering=0)  # without a buffer whose lock the thread below would hold at the end
-    task = json.loads(given.readline())
-    threading.Thread(target=_end_with_rank_0, args=(given,), daemon=True).start()
-    return run_rank(task)
-
-
-def _end_with_rank_0(given: io.FileIO) -> None:
-    given.read()
-    os._exit(LOST)
+    return run_rank(json.loads(task_of_parent(lambda: os._exit(LOST))))
 
 
 def run_rank(task: dict[str, Any]) -> int:

@@ -19,10 +19,11 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, pick_device
 from sae_research.runtime.errors import UserError
 from sae_research.text.tokens import LongContexts, StoredContexts
+from sae_research.training.buffer import Calibration, StreamBatch
 from sae_research.training.group import Group, OtherRanks
 from sae_research.training.loop import row_is_due
 from sae_research.training.peers import STOP
-from sae_research.training.stream import ActivationStream, Calibration, StreamBatch
+from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import CurveRow, TrainingSAE
 
 

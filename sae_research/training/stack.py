@@ -18,9 +18,9 @@ from torch.func import functional_call, grad, vmap
 from sae_research.config.params import Train
 from sae_research.config.training import SAERecipe
 from sae_research.runtime.files import fingerprint
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.recipes import Recipe, StepOutput
 from sae_research.training.recipes.base import project_rows, unit_rows
-from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import TrainingSAE, adam, mean_over_parts, note_losses
 
 MAPPED = {"l1_coefficient", "l0_coefficient", "k", "target_l0", "sparsity_coefficient", "aux_coefficient"}

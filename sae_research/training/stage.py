@@ -237,7 +237,8 @@ def check_comparison(params: Params, lm: LanguageModel) -> None:
     """Raises `UserError` where the setup stage would refuse the controls or variants of a baseline that is trained here."""
     name = params.baseline_sae.name
     if params.baseline_sae.source == "trained" and name in params.train.saes:
-        check_sizes(params, lm.d_in(params.train.hook_of(name)), params.train.saes[name].d_sae)
+        config = params.train.saes[name]
+        check_sizes(params, lm.d_in(params.train.hook_of(name)), config.d_sae, config.hook_out is not None)
 
 
 def check_room(params: Params, lm: LanguageModel, output: Path) -> None:

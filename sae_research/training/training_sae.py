@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_research.config.params import Train
 from sae_research.runtime.files import fingerprint
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.recipes import RECIPES, Recipe, StepOutput
-from sae_research.training.stream import StreamBatch
 
 
 class CurveRow(NamedTuple):

@@ -9,14 +9,15 @@ import pytest
 from benchmarks import scale
 from benchmarks.scale_simulation import Faults, SimulatedPhase, Stream, simulate, train
 from sae_research.evals.units import plan_units
+from sae_research.planning.costs import UnitShares
 from sae_research.runtime.files import read_json
 
 ROOT = Path(__file__).parents[2]
-EVEN = [SimulatedPhase("a", 1, 2.0, 0.0, 1.0, "a")]
+EVEN = [SimulatedPhase("a", 1, 2.0, 0.0, 1.0, 0.0, "a")]
 
 
 def test_one_worker_takes_the_sum() -> None:
-    phases = [SimulatedPhase("a", 2, 5.0, 3.0, 1.0, "a"), SimulatedPhase("b", 1, 0.0, 0.5, 2.0, "b")]
+    phases = [SimulatedPhase("a", 2, 5.0, 3.0, 1.0, 0.0, "a"), SimulatedPhase("b", 1, 0.0, 0.5, 2.0, 0.0, "b")]
     found = simulate(phases, saes=4, workers=1, start=10.0)
     # two starts, the driver, two parts of four SAEs, one unit of four
     assert found.seconds == pytest.approx(20 + 5 + 2 * (3 + 4) + 0.5 + 8)
@@ -24,9 +25,9 @@ def test_one_worker_takes_the_sum() -> None:
 
 
 def test_units_are_the_evaluations_own() -> None:
-    phases = [SimulatedPhase("a", 3, 0.0, 1.0, 1.0, "a")]
+    phases = [SimulatedPhase("a", 3, 0.0, 1.0, 1.0, 0.0, "a")]
     names = [[f"sae_{number}"] for number in range(10)]
-    planned = plan_units(names, {name: [0, 1, 2] for (name,) in names}, [0, 1, 2], 4, once=1.0)
+    planned = plan_units(names, {name: [0, 1, 2] for (name,) in names}, [0, 1, 2], 4, UnitShares(1.0))
     assert simulate(phases, saes=10, workers=4).units == len(planned)
 
 
@@ -71,6 +72,6 @@ def test_the_record_is_of_these_unit_costs() -> None:
     """What was simulated is what the code gives now, at the workers that the targets name."""
     values = read_json(ROOT / "docs/scale.json")
     phases = [SimulatedPhase(**one) for one in values["phases"]]
-    found = simulate(phases, scale.SAES, scale.NODE, start=values["start_seconds"])
+    found = simulate(phases, scale.SAES, scale.NODE, start=values["start_seconds"], room=values["kept_open"])
     row = next(row for row in values["evaluation"] if row["workers"] == scale.NODE)
     assert found.units == row["units"] and found.seconds == pytest.approx(row["seconds"], rel=1e-2)

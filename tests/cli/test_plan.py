@@ -22,7 +22,7 @@ from sae_research.planning.costs import PlannedCosts, all_left, evaluation_secon
 from sae_research.planning.devices import device_by_name, known_devices, measured_device
 from sae_research.planning.plan import COUNTING, make_plan
 from sae_research.planning.resources import HEADROOM, evaluation_memory, training_memory, what_fits
-from sae_research.planning.saes import described, planned_saes
+from sae_research.planning.saes import described, planned_saes, trained_sae
 from sae_research.planning.work import phases
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, form_class
@@ -108,6 +108,17 @@ def test_more_of_everything_costs_more(project: Params) -> None:
     twice = plan.read_with(["train.tokens=480000", "core_eval.n_eval_reconstruction_batches=4"])[0]
     assert total(twice) > total(project) > total(project, devices=2) > 0
     assert [sae.name for sae in saes[:2]] == ["standard", "standard_ihtp_k1"] and len(saes) == 17
+
+
+def test_a_transcoder_has_controls_of_its_kind_and_no_variants(project: Params) -> None:
+    hooks = {"hook_name": "blocks.1.mlp.hook_in", "hook_out": "blocks.1.hook_mlp_out"}
+    one = {"recipe": "top_k", "d_sae": 64, "k": 4, **hooks}
+    changes = {"train": {"saes": {"one": one}}, "baseline_sae": {"source": "trained", "name": "one", "hook_layer": 1}}
+    params = Params.model_validate(project.model_dump() | changes | {"comparison_saes": {"trained": ["all"]}})
+    planned = planned_saes(params, 256)
+    assert [sae.name for sae in planned if not sae.name.startswith("control_")] == ["one"]
+    assert planned[0].written == hooks["hook_out"] and planned[-1].name == "control_linear_map"
+    assert planned[0] == trained_sae("one", params.train.saes["one"], hooks["hook_name"], 256)
 
 
 def test_what_fits_does_fit(project: Params) -> None:

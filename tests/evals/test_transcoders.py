@@ -21,7 +21,8 @@ from sae_research.lm.activations import collect_hooks
 from sae_research.runtime.errors import NotApplicable, UserError
 from sae_research.runtime.files import write_json
 from sae_research.runtime.stages import StageFolder
-from sae_research.saes import SparseAutoencoder, save_sae
+from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
+from sae_research.saes.forms import StandardSAE
 from sae_research.setup.stage import make_manifest
 from sae_research.text.tokens import reorder_evenly, token_contexts
 from tests.evals.test_core_eval import lab, run
@@ -174,7 +175,7 @@ def test_clean_and_ablated_passes_are_shared_and_early_layers_stand_still(
     assert len(early) == 4, "15 contexts, 4 at a time, for all three hooks at once"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("sae_probes" in name)) for name in OF_SAES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("prob" in name)) for name in OF_SAES])
 def test_every_evaluation_takes_them_or_says_why_not(name: str, lm: LanguageModel, make_params: Any, tasks: str) -> None:
     if name == "autointerp":
         pytest.skip("needs an endpoint; its latents come from `by_read_hook` as in the probing evaluations")
@@ -189,6 +190,17 @@ def test_every_evaluation_takes_them_or_says_why_not(name: str, lm: LanguageMode
     found = dict(results)
     assert set(found) == set(saes) and not stage.skipped
     json.dumps(found, allow_nan=False)
+
+
+def test_probing_sees_what_an_sae_with_that_encoder_shows(lm: LanguageModel, make_params: Any, tasks: str) -> None:
+    one = random_transcoder(skip=True)
+    cfg = SAEConfig("standard", D, 64, hook_name=READ, apply_b_dec_to_input=False)
+    sae = StandardSAE(cfg, W_enc=one.W_enc, b_enc=one.b_enc, W_dec=one.W_dec, b_dec=torch.zeros(D))
+    params = make_params(sparse_probing=small_sections(tasks)["sparse_probing"])
+    score = evaluation_function("sparse_probing")
+    found = dict(score({"one": one, "sae": sae}, lm, params, StageFolder(Path("out"))))
+    assert found["one"]["eval_result_metrics"] == found["sae"]["eval_result_metrics"]
+    assert found["one"]["eval_result_unstructured"] == found["sae"]["eval_result_unstructured"]
 
 
 def test_what_edits_the_hook_it_reads_skips_transcoders_and_scores_the_rest(

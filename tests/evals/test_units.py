@@ -17,16 +17,18 @@ import pytest
 
 from sae_research.config.cluster import Cluster
 from sae_research.config.params import Params
-from sae_research.evals import run, units
+from sae_research.evals import harness, run, units
 from sae_research.evals.absorption import evaluation as absorption_module
 from sae_research.evals.run import run_evaluation
 from sae_research.evals.units import EvaluationWorker, evaluation_job
+from sae_research.lm import load_configured
+from sae_research.planning.costs import UnitShares
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import write_json
 from sae_research.runtime.ray_workers import RayWorkers
 from sae_research.runtime.workers import InProcess, Job, Outcome, Unit
-from sae_research.saes import save_sae, save_variant
+from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant
 from sae_research.saes.sources import PREPARED
 from tests.helpers.evals_saes import HOOK, config, small_sections, standard
 from tests.helpers.ray_cluster import loopback_cluster
@@ -160,19 +162,45 @@ def test_a_worker_with_other_files_says_so(prepared: None, make_params: Any, mon
 
 
 @pytest.mark.parametrize(
-    "parts, families, workers, once, expected",
+    "parts, families, workers, shares, room, expected",
     [
-        (1, 16, 2, 0.0, 16),  # a group costs nothing
-        (2, 16, 2, 2.0, 1),  # a group repeats a pass
-        (1, 16, 2, 2.0, 2),
-        (1, 3, 8, 0.0, 3),
-        (8, 16, 1, 0.0, 1),  # nobody to share with
+        (1, 16, 2, (0, 0), 99, 16),  # a group costs nothing
+        (2, 16, 2, (2, 0), 99, 1),  # a group repeats a pass
+        (1, 16, 2, (2, 0), 99, 2),
+        (1, 3, 8, (0, 0), 99, 3),
+        (8, 16, 1, (0, 0), 99, 1),  # nobody to share with
+        (8, 16, 1, (0.1, 1), 4, 4),  # as many as a worker keeps open
+        (8, 16, 1, (9, 1), 4, 1),  # opened again at every part, which is cheaper than a pass for each group
     ],
 )
 def test_saes_are_split_no_further_than_sharing_needs(
-    parts: int, families: int, workers: int, once: float, expected: int
+    parts: int, families: int, workers: int, shares: tuple[float, float], room: int, expected: int
 ) -> None:
-    assert units._groups(parts, families, workers, once) == expected
+    assert units._groups(parts, families, workers, UnitShares(*shares), room) == expected
+
+
+def test_a_worker_opens_the_saes_of_its_units_once(
+    prepared: None, make_params: Any, in_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def load(folder: Path, device: str) -> SparseAutoencoder:
+        opened.append(folder.name)
+        return load_sae(folder, device)
+
+    monkeypatch.setattr(harness, "load_sae", load)
+    lm = load_configured(make_params().model)
+    first = units._Kept(lm, ["a", "b"], None)
+    weights = first["a"].W_dec
+    second = units._Kept(lm, ["b", "a"], first)
+    assert second["a"].W_dec is weights and opened == ["a", "b"] and second.infos.keys() == {"a", "b"}
+    third = units._Kept(lm, ["b"], second)
+    assert third["b"] is second["b"] and list(third._open) == ["b"], "what no unit asks for is closed"
+    fourth = units._Kept(lm, ["a"], third)
+    assert fourth["a"].W_dec is not weights and opened == ["a", "b", "a"]
+    monkeypatch.setattr(units, "OPEN_BYTES", 1)
+    narrow = units._Kept(lm, ["a"], None)
+    assert narrow["a"] is not narrow["a"], "nothing is kept that does not fit"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.experiments.dvc_queue import apply_experiment
+from sae_research.experiments.history import apply_experiment
 from sae_research.runtime.errors import UserError
 
 PIPELINE = """stages:

@@ -7,16 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from sae_research.experiments import dvc_queue, processes
-from sae_research.experiments.dvc_queue import Entry
-from sae_research.experiments.processes import DEVICE_VARIABLE, Found, Lease, Slot, holder, parse_devices
-from sae_research.experiments.sweep import Runner
+from sae_research.experiments import monitor
+from sae_research.experiments.devices import Found, Lease, Slot, holder, parse_devices
 from sae_research.lm.load import pick_device
+from sae_research.runtime import processes
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import write_json
+from sae_research.runtime.given_device import DEVICE_VARIABLE
 
 GPUS = [Found("cuda:0", ""), Found("cuda:1", ""), Found("cpu", "")]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -79,44 +77,42 @@ def test_only_what_is_on_record_is_ended(in_project: Path, capsys: pytest.Captur
     ours, others = subprocess.Popen(SLEEP), subprocess.Popen(SLEEP)
     for name, process, later in (("ours", ours, 0), ("recycled", others, 9)):
         made = processes.record("run", name, process.pid, device="cpu", progress="none", saes=[], log=None)
-        made.values["started"] += later  # as though the number had belonged to a process of ours before
-        write_json(made.path, made.values)
-    assert dvc_queue.show(watch=False) == 0
+        made.update(started=made.started + later)  # as though the number had belonged to a process of ours before
+    assert monitor.show(watch=False) == 0
     shown = capsys.readouterr().out
     assert "running  ours  cpu" in shown and "ended    recycled" in shown
     with pytest.raises(UserError, match="no job 'recycled' of this project is running"):
-        dvc_queue.kill("recycled")
-    assert dvc_queue.kill("all") == 0
+        monitor.kill("recycled")
+    assert monitor.kill("all") == 0
     ours.wait(timeout=10)
     assert others.poll() is None
     others.kill()
     others.wait()
     with pytest.raises(UserError, match="nothing of this project is running"):
-        dvc_queue.kill("ours")
+        monitor.kill("ours")
 
 
-def test_a_job_whose_worker_was_killed_is_told_from_others(in_project: Path) -> None:
-    job = [*SLEEP, "exec-run"]
-    dead, left = subprocess.Popen(SLEEP), subprocess.Popen(job)
-    live = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.run({job})"])
-    runner = Runner.__new__(Runner)
-    runner.workers = {
-        Slot("cpu", number): processes.record("worker", str(number), worker.pid)
-        for number, worker in enumerate((dead, live))
-    }
-    while not (children := psutil.Process(live.pid).children()):
+def test_a_process_of_another_machine_is_never_ours(in_project: Path) -> None:
+    ours = subprocess.Popen(SLEEP)
+    record = processes.record("job", "elsewhere", ours.pid, device="cpu", log="none")
+    assert record.process is not None
+    record.update(host="another")
+    assert processes.records("job")[0].process is None
+    ours.kill()
+    ours.wait()
+
+
+def test_a_session_keeps_those_whose_parent_died(tmp_path: Path) -> None:
+    child = f"import subprocess; subprocess.run({SLEEP})"
+    leader = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+    while len(found := processes.in_session(leader.pid)) < 2:
         time.sleep(0.01)
-    entries = {"left": Entry("left", "running", left.pid, None), "other": Entry("other", "running", children[0].pid, None)}
-    while any("exec-run" not in psutil.Process(entry.pid).cmdline() for entry in entries.values()):
-        time.sleep(0.01)
-    assert runner._abandoned(entries, ["left", "other"]) == []
-    dead.kill()
-    dead.wait()
-    assert runner._abandoned(entries, ["left", "other"]) == ["left"]
-    for worker in (left, live):
-        processes.stop_tree(psutil.Process(worker.pid))
-        worker.wait(timeout=10)
-    assert not children[0].is_running()
+    leader.kill()
+    leader.wait()
+    (left,) = processes.in_session(leader.pid)
+    assert left in found
+    processes.stop_all_but_callers([left])
+    assert not left.is_running()
 
 
 def test_a_log_is_followed_to_its_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real sweeps through DVC's own queue, in a clone of the pipeline with a tiny model: a minute or two."""
+"""Real sweeps of DVC experiments, in a clone of the pipeline with a tiny model: a minute or two."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.helpers.experiments import ENV, run, verb
+from tests.helpers.ray_cluster import loopback_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +104,7 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
             ]
         assert len(running) == 2, (pipeline.parent / "log").read_text()
         second = verb(pipeline, "sweep", "--sweep_config", config, "--devices", "cpu")
-        assert second.returncode == 1 and "a sweep is at work in this project" in second.stderr
+        assert second.returncode == 1 and "is at work already" in second.stderr
         victim, survivor = (line.split()[1] for line in running)
         assert verb(pipeline, "monitor", "--kill", victim).returncode == 0
         shown = ""
@@ -120,7 +122,6 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
         sweep.wait(timeout=90)
         stranger.kill()
         stranger.wait()
-    assert "Queued" not in run(pipeline, "dvc", "queue", "status").stdout
     resumed = subprocess.Popen(
         [
             sys.executable,
@@ -147,3 +148,45 @@ def test_a_job_is_ended_alone_and_goes_on_later(pipeline: Path) -> None:
             resumed.terminate()
     assert resumed.wait(timeout=90) == 143, said
     assert "going on from the checkpoint of step" in said
+
+
+def test_jobs_on_a_ray_cluster(pipeline: Path) -> None:
+    """Two nodes of one core: both take jobs, the experiments come back, and a killed driver leaves nothing at work."""
+    params = pipeline / "params.yaml"
+    before = params.read_text()
+    grid = sweep_file(pipeline, "nodes", "train.saes.topk.k: [2, 3]\ntrain.tokens: [3100, 3200]\n")
+    slow = sweep_file(pipeline, "endless", "train.tokens: [400000, 410000]\ntrain.batch_size: 4\n")
+    with loopback_cluster(1, 1) as cluster:
+        params.write_text(before.replace("address:", f"address: {cluster.address}"))
+        try:
+            done = verb(pipeline, "sweep", "--sweep_config", grid)
+            assert done.returncode == 0 and f"on the Ray cluster {cluster.address}" in done.stdout, done.stderr
+            names = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("done ")}
+            assert len(names) == 2 and names <= set(run(pipeline, "dvc", "exp", "list", "--name-only").stdout.split())
+            driver = subprocess.Popen(
+                [sys.executable, "-m", "sae_research", "sweep", "--sweep_config", slow],
+                cwd=pipeline,
+                env=ENV,
+                stdout=subprocess.DEVNULL,
+            )
+            shown, deadline = "", time.monotonic() + 120
+            while shown.count("running  endless-") < 2 or "step" not in shown:
+                assert time.monotonic() < deadline and driver.poll() is None, shown
+                shown = verb(pipeline, "monitor").stdout
+            driver.kill()
+            driver.wait()
+            while left := at_work_in(pipeline):
+                assert time.monotonic() < deadline, left
+                time.sleep(0.5)
+        finally:
+            params.write_text(before)
+
+
+def at_work_in(project: Path) -> list[list[str]]:
+    """Commands of the processes of jobs, and of all below them."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(project / ".cache/jobs/clones"):
+                found.append(process.cmdline())
+    return found

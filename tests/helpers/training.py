@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from sae_research.config.params import Train
 from sae_research.config.training import TrainedSAE
-from sae_research.training.stream import StreamBatch
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.training_sae import TrainingSAE, train_step
 
 HOOK = "blocks.1.hook_resid_post"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sae_research.reporting.comparisons import area, at, common_l0, common_range, grids, pareto
+from sae_research.reporting.comparisons import area, at, common_l0, common_range, grids, pareto, unmatched
 from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
@@ -68,6 +68,24 @@ def test_a_grid_is_one_architecture_over_one_dictionary_without_interpolating_ro
         ("gated", ["e"]),
     ]
     assert found[0].curve(headline("variance_explained")) == [(10, 0.3), (40, 0.5)]
+
+
+def test_only_what_writes_one_hook_is_compared() -> None:
+    """SAEs of several hooks as ever; a transcoder with transcoders and controls of its written hook."""
+
+    def at_hook(hook: str) -> dict[str, str]:
+        return {"hook_name": hook, "hook_out": hook}  # as the manifest has it
+
+    written = {"hook_name": "mlp_in", "hook_out": "mlp_out"}
+    rows = [
+        row("a", 10, 0.5, **at_hook("one")),
+        row("b", 20, 0.5, **at_hook("mlp_out")),
+        row("c", 40, 0.5, **written),
+        row("d", 80, 0.5, role="control", architecture="control", **written),
+    ]
+    assert [one.hooks for one in rows] == ["one", "mlp_out", "mlp_in -> mlp_out", "mlp_in -> mlp_out"]
+    names = [tuple(grid.members[0].name for grid in pair) for pair in unmatched(run(*rows))]
+    assert names == [("a", "b"), ("c", "d")]
 
 
 def test_seeds_of_a_recipe_are_one_point() -> None:

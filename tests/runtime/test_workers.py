@@ -15,7 +15,7 @@ import pytest
 from sae_research.config.cluster import Cluster
 from sae_research.runtime import ray_workers, workers
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.workers import InProcess, Job, Outcome, Unit, Workers, start_workers
+from sae_research.runtime.workers import InProcess, Job, Outcome, Unit, Waiting, Workers, start_workers
 from tests.helpers.ray_cluster import loopback_cluster
 
 
@@ -53,6 +53,16 @@ def test_in_process_the_longest_comes_first_and_a_failure_takes_no_other_with_it
     assert list(found) == ["long", "bad", "refused", "short"]
     assert (found["long"].value, found["short"].value) == (b"long!", b"short!")
     assert found["bad"].failure == "ValueError: it is odd" and found["refused"].failure == "not like this"
+
+
+def test_units_go_to_workers_that_have_prepared_what_they_need() -> None:
+    waiting = Waiting([Unit(f"{need}{part}", b"", 1.0, need) for need in "abc" for part in range(2)])
+    assert [waiting.take(worker)[0].name for worker in (1, 2)] == ["a0", "b0"], "each its own"
+    assert waiting.take(1)[0].name == "a1" and waiting.take(1)[0].name == "c0"
+    waiting.put_back(Unit("c0", b"", 1.0, "c"), 2)
+    waiting.forget(1)
+    assert waiting.take(3) == (Unit("c0", b"", 1.0, "c"), 2) and len(waiting) == 2
+    assert {waiting.take(2)[0].name, waiting.take(2)[0].name} == {"b1", "c1"} and not len(waiting)
 
 
 def test_no_address_is_this_process(job: Job) -> None:

@@ -13,7 +13,7 @@ from sae_research.config.params import Train
 from sae_research.saes.pursuit import dictionary, matching, orthogonal, thresholding
 from sae_research.saes.pursuit.dictionary import Dictionary, unit_atoms
 from sae_research.saes.pursuit.encoders import MPSAE, NonNegativeOMPSAE
-from sae_research.training.stream import StreamBatch
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.training_sae import new_training_sae, start, train_step
 from tests.helpers.simulated_cuda import MEMORY, simulated_cuda
 from tests.helpers.training import CONFIGS

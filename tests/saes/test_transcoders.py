@@ -110,6 +110,13 @@ def test_a_skip_needs_somewhere_to_go() -> None:
         type(sae)(sae.cfg, **sae.tensors(), W_skip=torch.eye(D_IN))
 
 
+@pytest.mark.parametrize("form", ["sae_lens_matching_pursuit", "matching_pursuit", "omp"])
+def test_atoms_that_explain_what_is_read_write_nothing_else(form: str) -> None:
+    sae = make_sae(form)
+    with pytest.raises(UserError, match=form):
+        type(sae).from_tensors(sae.cfg.replace(hook_out=WRITTEN, apply_b_dec_to_input=False), sae.tensors())
+
+
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("form", ["standard", "jumprelu", "topk", "gated"])
 def test_our_files(form: str, skip: bool, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from sae_research.config.params import Train
 from sae_research.runtime.errors import Interrupted
 from sae_research.saes import SAEConfig
 from sae_research.training import loop, stage
-from sae_research.training.stream import ActivationStream, ReadAhead, StreamBatch
+from sae_research.training.buffer import StreamBatch
+from sae_research.training.stream import ActivationStream, ReadAhead
 from sae_research.training.training_sae import new_training_sae, start, train_step
 from tests.helpers.cuda import DEVICES, covered, cuda
 from tests.helpers.training import CONFIGS

@@ -93,11 +93,11 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[Forked]:
     """Ranks start as forks of this process, which spares each the imports; the list holds those started."""
     started: list[Forked] = []
 
-    def start(module: str, task: bytes, threads: int, log: Path) -> Forked:
-        started.append(Forked(task, threads, log))
+    def start(module: str, task: bytes, log: Path, environment: dict[str, str]) -> Forked:
+        started.append(Forked(task, int(environment["OMP_NUM_THREADS"]), log))
         return started[-1]
 
-    monkeypatch.setattr(group, "start_process", start)
+    monkeypatch.setattr(group, "start_child", start)
     return started
 
 

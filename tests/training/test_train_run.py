@@ -16,8 +16,9 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 from sae_research.text.tokens import token_contexts
 from sae_research.training import stage, training_sae
+from sae_research.training.buffer import StreamBatch, StreamingPCA, pca_variance_explained
 from sae_research.training.recipes.l1 import Standard
-from sae_research.training.stream import ActivationStream, StreamBatch, StreamingPCA, pca_variance_explained
+from sae_research.training.stream import ActivationStream
 from tests.helpers.training import HOOK, STANDARD, TOP_K
 
 

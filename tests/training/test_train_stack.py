@@ -9,10 +9,10 @@ import torch
 
 from sae_research.config.params import Train
 from sae_research.training import stack, stage
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.loop import ThreadPoolStepper
 from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, in_stacks
-from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
 from tests.helpers.training import CONFIGS, STANDARD, TOP_K
 

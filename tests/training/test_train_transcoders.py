@@ -19,10 +19,10 @@ from sae_research.lm import load_language_model
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, load_sae
 from sae_research.training import stack, stage
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.loop import Stop
 from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, in_stacks
-from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import new_training_sae, start, train_step
 from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of
 

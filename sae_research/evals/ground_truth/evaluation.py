@@ -31,9 +31,9 @@ from sae_research.runtime.stages import StageFolder, stage_folder
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each, load_sae, save_sae
 from sae_research.saes.registry import code_fingerprint
 from sae_research.saes.sources import matching_folders, open_sae, python_name
+from sae_research.training.buffer import StreamBatch
 from sae_research.training.checkpoints import PROGRESS_FILE, ProgressFile
 from sae_research.training.loop import StopSignals, Trainer
-from sae_research.training.stream import StreamBatch
 from sae_research.training.training_sae import new_training_sae, start
 
 CHUNK = 8192

@@ -44,6 +44,8 @@ class PursuitSAE(SparseAutoencoder):
             atoms, usable, self.notes = check_atoms(W_dec.detach(), normalise, self.signed)
         except UserError as error:
             raise UserError(f"{self.form}: {error}") from None
+        if cfg is not None and cfg.is_transcoder:
+            raise UserError(f"{self.form}: its atoms explain what it reads: it writes no other hook ({cfg.hooks})")
         # Pursuit explains what is left beyond b_dec, however the SAE it takes its dictionary from was fed.
         cfg = None if cfg is None else cfg.replace(apply_b_dec_to_input=True)
         super().__init__(cfg, W_dec=atoms, b_dec=b_dec)
