@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu_models import Shape, random_tokens
 from sae_research.config.params import Params
+from sae_research.config.training import recipe_model
 from sae_research.lm import LanguageModel
 from sae_research.training import RECIPES
 from sae_research.training.checkpoints import ProgressFile
@@ -19,8 +20,15 @@ from sae_research.training.loop import StopSignals, Trainer
 from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import new_training_sae, start
 
-_SPARSITY: dict[str, Any] = {"l1_coefficient": 0.05, "l0_coefficient": 0.003, "k": 32, "target_l0": 32, "s": 10}
-"""The setting of each recipe that has no default."""
+_SPARSITY: dict[str, float] = {
+    "l1_coefficient": 0.05,
+    "l0_coefficient": 0.003,
+    "k": 32,
+    "target_l0": 32,
+    "sparsity_coefficient": 10.0,
+    "s": 10,
+}
+"""What decides a recipe's L0."""
 RECIPES_ON = {"Gemma-2-2B": ("top_k", "jump_relu", "standard", "matryoshka_batch_top_k")}
 """Models on which only some are measured, for time."""
 N_SEVERAL = 24
@@ -29,13 +37,8 @@ N_SEVERAL = 24
 
 def recipes(d_sae: int) -> dict[str, dict[str, Any]]:
     """Every recipe's entry of `train.saes`."""
-    wanted = {"jump_relu": ("target_l0",), "matching_pursuit": ("s",)}
-    wanted |= {name: ("k",) for name in ("top_k", "batch_top_k", "matryoshka_batch_top_k")}
-    wanted |= {name: ("l0_coefficient",) for name in ("hard_concrete", "gated_hard_concrete")}
-    return {
-        name: {"recipe": name, "d_sae": d_sae} | {key: _SPARSITY[key] for key in wanted.get(name, ("l1_coefficient",))}
-        for name in RECIPES
-    }
+    keys = {name: recipe_model(name).sparsity[0] for name in RECIPES}
+    return {name: {"recipe": name, "d_sae": d_sae, key: _SPARSITY[key]} for name, key in keys.items()}
 
 
 def several(d_sae: int) -> dict[str, dict[str, dict[str, Any]]]:

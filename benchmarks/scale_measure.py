@@ -105,13 +105,15 @@ COMPARED: dict[str, dict[str, Any]] = {
     "absorption": {"max_words": 600, "icl_prompts": 4, "min_ground_truth_probe_f1": 0.1},
 }
 """Settings of whole evaluations that computed times are compared with, of SAEs of another width."""
-RECIPE_SETTINGS: dict[str, dict[str, Any]] = {
-    "l1_coefficient": {"l1_coefficient": 0.1},
-    "l0_coefficient": {"l0_coefficient": 0.01},
-    "target_l0": {"target_l0": 32.0},
-    "k": {"k": 32},
-    "s": {"s": 32},
+SPARSITY: dict[str, float] = {
+    "l1_coefficient": 0.1,
+    "l0_coefficient": 0.01,
+    "target_l0": 32.0,
+    "sparsity_coefficient": 10.0,
+    "k": 32,
+    "s": 32,
 }
+"""What decides a recipe's L0."""
 BATCH, STEPS, UNTIMED = 256, 4, 1
 
 
@@ -240,10 +242,9 @@ def recipe_steps(name: str, device: Device) -> dict[str, float]:
     """CPU seconds a token of one recipe's steps, and what computing gives."""
     from sae_research.config.training import recipe_model
 
-    width, fields = WIDTHS["comparison"], recipe_model(name).model_fields
-    settings = next(values for key, values in RECIPE_SETTINGS.items() if key in fields and fields[key].is_required())
+    width, key = WIDTHS["comparison"], recipe_model(name).sparsity[0]
     train = Train(
-        saes={"sae": {"recipe": name, "d_sae": width, **settings}},
+        saes={"sae": {"recipe": name, "d_sae": width, key: SPARSITY[key]}},
         batch_size=BATCH,
         precision="float32",
         dead_fraction=1,  # no latent counts as dead in so short a run
@@ -259,7 +260,7 @@ def recipe_steps(name: str, device: Device) -> dict[str, float]:
         began = clock()
         train_step(sae, batch)
         times.append(clock() - began)
-    planned = PlannedSAE("sae", name, D_IN, width, HOOK, settings.get("s", 0))
+    planned = PlannedSAE("sae", name, D_IN, width, HOOK, SPARSITY["s"] if key == "s" else 0)
     flops, read = training_step(planned, name, BATCH, sparse=True)
     seconds = statistics.median(times[UNTIMED:]) / BATCH
     computed = flops / device.float32 + read / device.bandwidth

@@ -191,6 +191,23 @@ class JumpReLURecipe(SAERecipe):
         return self
 
 
+class TanhJumpReLURecipe(SAERecipe):
+    """In the source's units, in which a token's mean square norm is d_in."""
+
+    sparsity = ("sparsity_coefficient", "lowers")
+    recipe: Literal["tanh_jump_relu"]
+    sparsity_coefficient: NonNegative
+    """Weight of the saturating penalty, reached at the end of the run."""
+    tanh_scale: Above0 = 4.0
+    """Activations well above its inverse cost no more than those at it."""
+    pre_activation_coefficient: NonNegative = 3e-6
+    """Weight of what draws latents below their threshold towards it."""
+    bandwidth: Above0 = 2.0
+    """Width of the window in which pre-activations and thresholds move each other."""
+    initial_threshold: Above0 = 0.1
+    """Every latent's threshold at the start."""
+
+
 class KRecipe(SAERecipe):
     """The TopK family."""
 
@@ -211,6 +228,11 @@ class KRecipe(SAERecipe):
 
 class TopKRecipe(KRecipe):
     recipe: Literal["top_k"]
+
+
+class AbsTopKRecipe(KRecipe):
+    recipe: Literal["abs_top_k"]
+    inference: Literal["top_k"] = "top_k"
 
 
 class BatchTopKRecipe(KRecipe):
@@ -254,7 +276,9 @@ AnyRecipe = (
     | GatedRecipe
     | HardConcreteRecipe
     | JumpReLURecipe
+    | TanhJumpReLURecipe
     | TopKRecipe
+    | AbsTopKRecipe
     | BatchTopKRecipe
     | MatryoshkaRecipe
     | MatchingPursuitRecipe

@@ -34,7 +34,7 @@ REFIT_SIZE = 10
 """Greedy steps after which refitting an orthogonal pursuit costs as much as choosing."""
 OPENED = 2
 """How often an SAE is opened for a part: to look at it, and to score it."""
-SPARSE_RECIPES = ("top_k", "batch_top_k", "matryoshka_batch_top_k")
+SPARSE_RECIPES = ("top_k", "abs_top_k", "batch_top_k", "matryoshka_batch_top_k")
 """Recipes that go the sparse way on a CPU: one dense product in place of five."""
 
 

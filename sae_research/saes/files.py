@@ -85,8 +85,8 @@ def _as_sae_lens_has_it(cfg: SAEConfig, options: dict[str, Any], skip: bool) -> 
     if cfg.is_transcoder:
         kind = _SKIP if skip else "transcoder"
         return (kind if form == "standard" else f"{form}_{kind}"), {}
-    if form in ("topk", "abstopk"):  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
-        return form, {"rescale_acts_by_decoder_norm": False}
+    if form in ("topk", "abs_topk"):  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
+        return form.replace("_", ""), {"rescale_acts_by_decoder_norm": False}
     if form == "sae_lens_matching_pursuit":
         return "matching_pursuit", {}
     if form == "nonnegative_matching_pursuit" and set(options) == {"s"}:

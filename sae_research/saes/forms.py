@@ -16,7 +16,7 @@ from sae_research.saes.reading import flag, number, whole
 ENCODER_SCALES: dict[str, tuple[str, ...]] = {
     "standard": ("W_enc", "b_enc"),
     "topk": ("W_enc", "b_enc"),
-    "abstopk": ("W_enc", "b_enc"),
+    "abs_topk": ("W_enc", "b_enc"),
     "jumprelu": ("W_enc", "b_enc", "threshold"),
     "gated": ("W_enc", "b_gate", "b_mag"),
 }
@@ -114,10 +114,10 @@ class TopKSAE(SparseAutoencoder):
 
 
 class AbsTopKSAE(TopKSAE):
-    """`z` keeps the k entries of `(x - b_dec) W_enc + b_enc` that are largest by magnitude, with their signs
-    (arXiv 2510.00404; SAELens' `abstopk`, sparsify's `signed`)."""
+    """`z` keeps the k entries of largest absolute value of `(x - b_dec) W_enc + b_enc` (arXiv 2510.00404; SAELens'
+    `abstopk`, sparsify's `signed`)."""
 
-    form = "abstopk"
+    form = "abs_topk"
     signed = True
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

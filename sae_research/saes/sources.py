@@ -117,7 +117,7 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
     module = cfg.provenance.get("module")
     if module and not lm.is_output_of(module, cfg.hook_out):
         raise UserError(
-            f"SAE {name} stands for what {module} puts out; {lm.name} norms or scales that before it reaches {cfg.hook_out}, "
+            f"SAE {name} stands for what {module} puts out; {lm.name} norms or scales it before {cfg.hook_out}, "
             "or has no such part: no hook here has it"
         )
     if cfg.center_input and not any(isinstance(module, nn.LayerNorm) for module in lm.model.modules()):
@@ -341,7 +341,7 @@ def _on_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     sae = dl.read_checkpoint(weights, config) if name == dl.WEIGHTS_FILE else load_sae(weights.parent)
     parts = weights.parts
     revision = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    licence = _reach(lambda: licence_of(repo_id), repo_id, repo_id)
+    licence = reach(lambda: licence_of(repo_id), repo_id, repo_id)
     print(f"{repo_id}/{filename}: {said_of(licence)}", flush=True)
     return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision, licence=licence or None)
 

@@ -190,7 +190,15 @@ NEVER = [
 ]
 """What no parameter may be, of whatever type."""
 EMPTY_IS_MEANT = {("Autointerp", "api_key_env", ""), ("ChatEndpoint", "api_key_env", "")}
-RECIPE = {"d_sae": 64, "l1_coefficient": 0.1, "l0_coefficient": 0.1, "target_l0": 4.0, "k": 4, "s": 4}
+RECIPE = {
+    "d_sae": 64,
+    "l1_coefficient": 0.1,
+    "l0_coefficient": 0.1,
+    "target_l0": 4.0,
+    "k": 4,
+    "s": 4,
+    "sparsity_coefficient": 1.0,
+}
 
 
 def _sections(model: type[Section]) -> Iterator[type[Section]]:

@@ -11,7 +11,7 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 D_IN, D_SAE = 12, 40
 OPTIONS: dict[str, dict[str, Any]] = {
     "topk": {"k": 5},
-    "abstopk": {"k": 5},
+    "abs_topk": {"k": 5},
     "groupmax": {"k": 5},
     "layer_norm": {"k": 5},
     "sae_lens_temporal": {"k": 5, "heads": 2, "epsilon": 1e-6},
@@ -31,7 +31,7 @@ OWN_FORMS = (
     "standard",
     "linear",
     "topk",
-    "abstopk",
+    "abs_topk",
     "groupmax",
     "tanh_relu",
     "layer_norm",

@@ -21,8 +21,9 @@ _OWN: dict[str, dict[str, Any]] = {
         for name in ("relu", "gated", "gated_rajamanoharan", "standard", "standard_new", "p_anneal")
     },
     **{name: {"l0_coefficient": 0.003} for name in ("hard_concrete", "gated_hard_concrete")},
-    **{name: {"k": 4} for name in ("top_k", "batch_top_k", "matryoshka_batch_top_k")},
+    **{name: {"k": 4} for name in ("top_k", "abs_top_k", "batch_top_k", "matryoshka_batch_top_k")},
     "jump_relu": {"target_l0": 4},
+    "tanh_jump_relu": {"sparsity_coefficient": 1.0},
     "matching_pursuit": {"s": 4},
 }
 CONFIGS = {name: {"recipe": name, "d_sae": 64, **own} for name, own in _OWN.items()}

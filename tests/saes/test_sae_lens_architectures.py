@@ -182,7 +182,7 @@ def test_temporal_files_that_contradict_themselves(change: dict[str, Any], messa
         load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["groupmax", "abstopk"])
+@pytest.mark.parametrize("form", ["groupmax", "abs_topk"])
 def test_plain_references(form: str) -> None:
     sae, x = make_sae(form), random_activations()
     z = sae.encode(x)
@@ -207,4 +207,4 @@ def check_refusal(sae: SparseAutoencoder, k: int, message: str) -> None:
 def test_options_that_do_not_fit() -> None:
     check_refusal(make_sae("groupmax"), 7, "do not make k = 7 groups of one size")
     check_refusal(make_sae("layer_norm"), 39, "k = 39 is more than its 38 latents")
-    check_refusal(make_sae("abstopk"), 41, "between 1 and d_sae")
+    check_refusal(make_sae("abs_topk"), 41, "between 1 and d_sae")

@@ -14,7 +14,7 @@ from sae_research.training.recipes import RECIPES, Recipe, base
 from sae_research.training.recipes.base import warmup, warmup_then_decay
 from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
-SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "batch_top_k", "matryoshka_batch_top_k")
+SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "abs_top_k", "batch_top_k", "matryoshka_batch_top_k")
 """Recipes that work on active latents only where those are few."""
 DETERMINISTIC = (
     "relu",
@@ -24,6 +24,8 @@ DETERMINISTIC = (
     "gated",
     "gated_rajamanoharan",
     "jump_relu",
+    "tanh_jump_relu",
+    "abs_top_k",
     "matching_pursuit",
 )
 """Recipes whose inference form does just what training did."""

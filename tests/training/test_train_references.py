@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sae_research.saes import SAEConfig
 from sae_research.training.recipes import RECIPES, Recipe, StepOutput
 from tests.fixtures import make_recipes as fixture
 from tests.helpers.training import recipe_of
@@ -23,6 +24,8 @@ CONFIG: dict[str, dict[str, Any]] = {
     "top_k": K,
     "batch_top_k": K,
     "matryoshka_batch_top_k": {**K, "group_fractions": fixture.GROUPS},
+    "abs_top_k": {"k": fixture.K, "aux_k_coefficient": 0.0},
+    "tanh_jump_relu": {},
     "jump_relu": {"target_l0": fixture.TARGET_L0, "bandwidth": fixture.BANDWIDTH},
 }
 
@@ -150,6 +153,65 @@ def test_jump_relu_has_the_gradients_of_sae_lens(threshold: float) -> None:
     for name, parameter in recipe.named_parameters():
         expected = getattr(theirs, name).grad.T if name == "W_enc" else getattr(theirs, name).grad
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_tanh_jump_relu_has_the_gradients_of_sae_lens() -> None:
+    """Theirs computes in the source's units: activations, biases and thresholds are sqrt(d_in) times ours, its loss d_in
+    times. All latents count as dead there, so that its last term looks at each."""
+    from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    unit, threshold, w = fixture.D**0.5, 0.3, fixture.weights()
+    settings = {"sparsity_coefficient": 0.8, "pre_activation_coefficient": 0.02, "bandwidth": 2.0, "tanh_scale": 0.7}
+    recipe, _ = one_step("tanh_jump_relu", initial_threshold=threshold, **settings)
+    theirs = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=fixture.D,
+            d_sae=fixture.F,
+            jumprelu_init_threshold=threshold,
+            jumprelu_bandwidth=settings["bandwidth"],
+            jumprelu_sparsity_loss_mode="tanh",
+            jumprelu_tanh_scale=settings["tanh_scale"],
+            jumprelu_ste_to_input=True,
+            pre_act_loss_coefficient=settings["pre_activation_coefficient"],
+            apply_b_dec_to_input=False,
+        )
+    )
+    given = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"] * unit, "W_dec": w["W_dec"], "b_dec": w["b_dec"] * unit}
+    theirs.load_state_dict(given | {"threshold": theirs.threshold.detach()})
+    dead, half = torch.ones(fixture.F, dtype=torch.bool), settings["sparsity_coefficient"] / 2
+    step = TrainStepInput(fixture.batch() * unit, {"l0": half}, dead, 500, False)
+    theirs.training_forward_pass(step).loss.backward()
+    recipe.project_gradient()
+    projected = theirs.W_dec.grad - (theirs.W_dec.grad * w["W_dec"]).sum(1, keepdim=True) * w["W_dec"]
+    expected = {
+        "W_enc": theirs.W_enc.grad.T / fixture.D,
+        "b_enc": theirs.b_enc.grad / unit,
+        "W_dec": projected / fixture.D,
+        "b_dec": theirs.b_dec.grad / unit,
+        "log_threshold": theirs.threshold.grad * threshold / fixture.D,
+    }
+    for name, parameter in recipe.named_parameters():
+        assert expected[name].abs().max() > 1e-6, name
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_abs_top_k_is_the_plain_loss_of_the_k_largest_of_either_sign() -> None:
+    recipe, _ = one_step("abs_top_k")
+    w = {name: value.clone().requires_grad_() for name, value in fixture.weights().items()}
+    x = fixture.batch()
+    pre = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    kept = torch.zeros_like(pre, dtype=torch.bool)
+    for row, values in enumerate(pre.detach()):
+        for place in sorted(range(fixture.F), key=lambda i: -abs(float(values[i])))[: fixture.K]:
+            kept[row, place] = True
+    z = pre * kept
+    assert (z < 0).any() and (z > 0).any()
+    (x - z @ w["W_dec"] - w["b_dec"]).square().sum().div(len(x)).backward()
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(recipe, name).grad, w[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    sae = recipe.export(1.0, SAEConfig(recipe.form, fixture.D, fixture.F))
+    torch.testing.assert_close(sae.encode(x[None])[0], z.detach(), rtol=1e-4, atol=1e-6)
 
 
 @WINDOWS

@@ -21,6 +21,7 @@ SPARSITIES = {
     "l0_coefficient": [0.003, 0.006, 0.001],
     "k": [2, 6, 4],
     "target_l0": [4, 2, 6],
+    "sparsity_coefficient": [1.0, 2.0, 0.5],
 }
 STACKABLE = [name for name, recipe in RECIPES.items() if recipe.stackable]
 STEPS = 15

@@ -28,7 +28,7 @@ FORMS = {
     "standard": "standard",
     "tanh_relu": "tanh_relu",
     "topk": "topk",
-    "abstopk": "abstopk",
+    "abstopk": "abs_topk",
     "jumprelu": "jumprelu",
     "gated": "gated",
     "batchtopk": "jumprelu",
@@ -380,6 +380,6 @@ def _folded(
         tensors["threshold"] = tensors["topk_threshold"].expand(tensors["b_enc"].shape).clone()
     needed = [name for name in form_class(form).tensor_names if name not in tensors]
     # without norms in its ranking, a TopK SAE with rescaled rows would choose other latents
-    if needed or form == "tanh_relu" or (form in ("topk", "abstopk") and not ranks_by_norm):
+    if needed or form == "tanh_relu" or (form in ("topk", "abs_topk") and not ranks_by_norm):
         return tensors
     return fold_decoder_norms(form, tensors)

@@ -5,7 +5,7 @@ were trained on. Read of all its versions, written for the present one.
 |---|---|
 | `activation: topk` | `topk` |
 | `activation: groupmax` | `groupmax` |
-| `signed: true` (before version 1) | `abstopk` |
+| `signed: true` (before version 1) | `abs_topk` |
 | `transcode: true` | a transcoder, which does not subtract `b_dec` from what it reads; `skip_connection: true` its skip |
 
 | folder | an SAE reads | a transcoder reads, and writes |
@@ -131,7 +131,7 @@ def _form(activation: str, signed: bool, path: Path) -> str:
     if activation not in _OF_FORM or (signed and activation != "topk"):
         named = f"activation {shown(activation)}" + (" with signed" if signed else "")
         raise UserError(f"{path}: {named} is not known; known: {', '.join(_OF_FORM)}")
-    return "abstopk" if signed else activation
+    return "abs_topk" if signed else activation
 
 
 def _run(path: Path) -> dict[str, Any]:

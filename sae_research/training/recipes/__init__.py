@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from sae_research.training.recipes.abs_top_k import AbsTopK
 from sae_research.training.recipes.base import Recipe, StepOutput
 from sae_research.training.recipes.gated import Gated, GatedRajamanoharan
 from sae_research.training.recipes.hard_concrete import GatedHardConcrete, HardConcrete
 from sae_research.training.recipes.jump_relu import JumpReLU
 from sae_research.training.recipes.l1 import PAnneal, Relu, Standard, StandardNew
 from sae_research.training.recipes.matching_pursuit import MatchingPursuit
+from sae_research.training.recipes.tanh_jump_relu import TanhJumpReLU
 from sae_research.training.recipes.top_k import BatchTopK, MatryoshkaBatchTopK, TopK
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -19,7 +21,9 @@ RECIPES: dict[str, type[Recipe]] = {
     "standard_new": StandardNew,
     "gated_rajamanoharan": GatedRajamanoharan,
     "jump_relu": JumpReLU,
+    "tanh_jump_relu": TanhJumpReLU,
     "top_k": TopK,
+    "abs_top_k": AbsTopK,
     "batch_top_k": BatchTopK,
     "matryoshka_batch_top_k": MatryoshkaBatchTopK,
     "p_anneal": PAnneal,

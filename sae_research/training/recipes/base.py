@@ -271,8 +271,8 @@ class Recipe(nn.Module):
             self.b_enc,
             self.b_dec if self.reads_b_dec else None,
         )
-        z_N = torch.relu(pre_N)
-        active_N = z_N.detach() > 0
+        z_N = self.activate(pre_N)
+        active_N = z_N.detach() != 0
         x_hat_BD = decode_at(support, z_N, self.decoder()) + self.b_dec
         return Reconstruction(x_hat_BD, z_N, active_N.sum() / len(x_BD), support.col[active_N], read_BD, support)
 
@@ -286,13 +286,17 @@ class Recipe(nn.Module):
 
     def _reconstruct_densely(self, x_BD: Tensor, read_BD: Tensor, pre_BF: Tensor | None = None) -> Reconstruction:
         z_BF = self.dense_activations(self.encode(x_BD, pre_BF))
-        active_BF = z_BF.detach() > 0
+        active_BF = z_BF.detach() != 0
         x_hat_BD = self.decode(z_BF, self.decoder()) + self.b_dec
         return Reconstruction(x_hat_BD, z_BF, active_BF.sum() / len(x_BD), active_BF.any(0), read_BD, None)
 
     def dense_activations(self, pre_BF: Tensor) -> Tensor:
         """The activations [B, F] by plain autograd: the reference, and the path of GPUs."""
         return torch.relu(pre_BF)
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """What a selected latent's activation is, of its pre-activation."""
+        return torch.relu(pre)
 
     def use_sparse(self, density: float) -> bool:
         """Whether this fraction of active latents is small enough for the sparse path."""

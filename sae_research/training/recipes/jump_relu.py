@@ -69,8 +69,8 @@ class JumpReLU(Recipe):
 # --- gradients of the threshold ----------------------------------------------------------------
 
 
-class _Kernel(Function):
-    """What the two estimates below share."""
+class Kernel(Function):
+    """What estimates of a jump's gradient share."""
 
     generate_vmap_rule = True  # `training.stack` maps recipes over SAEs
 
@@ -80,7 +80,7 @@ class _Kernel(Function):
         ctx.save_for_backward(pre_BF, threshold_F)
 
 
-class _JumpReLU(_Kernel):
+class _JumpReLU(Kernel):
     """`z = pre * 1[pre > threshold]`; the threshold's gradient is a kernel estimate over a window around it
     (arXiv 2407.14435, equation 11)."""
 
@@ -96,7 +96,7 @@ class _JumpReLU(_Kernel):
         return grad_BF * (pre_BF > threshold_F), grad_threshold_F, None
 
 
-class _Step(_Kernel):
+class _Step(Kernel):
     """`1[pre > threshold]`, whose gradient goes to the threshold alone (equation 12)."""
 
     @staticmethod

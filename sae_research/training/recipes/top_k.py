@@ -20,7 +20,12 @@ from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.training.products import Support, decode_at, fixed_support, support_of
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
 
-ARCHITECTURES = {"top_k": "topk", "batch_top_k": "batchtopk", "matryoshka_batch_top_k": "matryoshka_batchtopk"}
+ARCHITECTURES = {
+    "top_k": "topk",
+    "abs_top_k": "abs_topk",
+    "batch_top_k": "batchtopk",
+    "matryoshka_batch_top_k": "matryoshka_batchtopk",
+}
 """SAELens' names of the architectures these recipes train."""
 THRESHOLD_WINDOW = 0.02
 """Fraction of the run over which the threshold is averaged: long enough to be steady, short enough to belong to the
@@ -146,11 +151,11 @@ class TopK(Recipe):
         return "jumprelu" if self.config.inference == "threshold" else "topk"
 
     def options(self) -> dict[str, Any]:
-        return {"k": self.k} if self.form == "topk" else {}
+        return {} if self.form == "jumprelu" else {"k": self.k}
 
     def own_tensors(self, scale: float) -> dict[str, Tensor]:
         tensors = super().own_tensors(scale)
-        if self.form == "topk":
+        if self.form != "jumprelu":
             return tensors
         return {**tensors, "threshold": torch.full_like(self.b_enc, float(self.threshold.clamp_min(0))) / scale}
 
@@ -248,12 +253,12 @@ class DeadLatents:
         """
         recipe = self.recipe
         W_enc_ND, W_dec_ND = recipe.W_enc[self.index_N], recipe.W_dec[self.index_N]
-        z_BN = torch.relu(torch.addmm(recipe.b_enc[self.index_N], centred_BD, W_enc_ND.T))
+        z_BN = recipe.activate(torch.addmm(recipe.b_enc[self.index_N], centred_BD, W_enc_ND.T))
         if self.valid_N is not None:
             z_BN = z_BN * self.valid_N
         if len(self.index_N) > self.k_aux:
-            values_BK, index_BK = z_BN.topk(self.k_aux, dim=1, sorted=False)
-            z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, values_BK)
+            index_BK = z_BN.detach().abs().topk(self.k_aux, dim=1, sorted=False).indices
+            z_BN = torch.zeros_like(z_BN).scatter(1, index_BK, z_BN.gather(1, index_BK))
         variance = (residual_BD - residual_BD.mean(0)).square().sum().clamp_min(1e-12)
         unexplained = (residual_BD - z_BN @ W_dec_ND).square().sum() / variance
         return unexplained if self.valid_N is None else unexplained * self.valid_N.any()
