@@ -27,7 +27,7 @@ from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import ROOT_VARIABLE, fingerprint, project_root, read_json, slugify, write_json
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes.files import WEIGHTS_FILE, save_sae
-from sae_research.saes.formats.sae_lens import ReleasedSAE, release_directory, released_saes
+from sae_research.saes.releases import ReleasedSAE, release_directory, released_saes
 from sae_research.saes.sources import PREPARED, open_sae, same_model
 from sae_research.setup.stage import make_manifest
 

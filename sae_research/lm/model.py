@@ -138,6 +138,13 @@ class LanguageModel:
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
         return self.d_model
 
+    def is_output_of(self, module: str, hook: str) -> bool:
+        """Whether what a hook has is what that part of its layer (`mlp`) puts out, neither normed nor scaled after. Raises
+        `UserError` for a hook the model lacks."""
+        point = self._point(hook)
+        own = getattr(self.layers[point.layer], module, None)
+        return own is point.module and not point.before and point.scale == 1.0
+
     # --- what it does ---
 
     @torch.no_grad()

@@ -13,25 +13,26 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 from sae_research.runtime.formatting import markdown_table, number
 from sae_research.saes.base import SparseAutoencoder
-from sae_research.saes.files import CONFIG_FILE, sae_lens_lacks, save_sae
-from sae_research.saes.formats import dictionary_learning as dl
+from sae_research.saes.files import sae_lens_lacks, save_sae
 from sae_research.saes.formats import sae_interpretability as si
+from sae_research.saes.formats import sparsify
 from sae_research.saes.formats.dictionary_learning import EVAL_FILE, export_dictionary_learning
-from sae_research.saes.sources import open_folder
+from sae_research.saes.layouts import layouts_of, open_place
 
-FORMATS = ("dictionary_learning", "sae_lens")
+FORMATS = ("dictionary_learning", "sae_lens", "sparsify", "sae_interpretability")
 
 
 def sae_folders(folder: Path) -> list[Path]:
     """The folder itself where it holds an SAE, else those below it that do, in alphabetical order."""
-    marks = (CONFIG_FILE, dl.WEIGHTS_FILE, si.CONFIG_FILE)
     if not folder.is_dir():
+        if folder.is_file():
+            return [folder]
         raise UserError(f"{folder}: no such folder")
-    if any((folder / mark).is_file() for mark in marks):
+    if layouts_of(folder):
         return [folder]
-    found = sorted({path.parent for mark in marks for path in folder.rglob(mark)})
+    found = sorted(path for path in folder.rglob("*") if path.is_dir() and layouts_of(path))
     if not found:
-        open_folder(folder)  # says what was expected
+        open_place(folder)  # says what was expected
     return found
 
 
@@ -60,6 +61,10 @@ def export_saes(source: Path, output: Path, layout: str, dict_class: str | None 
                 note = export_dictionary_learning(sae, output / place, dict_class, origin / EVAL_FILE)
                 if not sae.cfg.hook_name.endswith("hook_resid_post"):
                     note += "; SAE Bench's loaders would put it at hook_resid_post of its layer"
+            elif layout == "sparsify":
+                note = sparsify.write_sparsify(sae, output / place).name
+            elif layout == "sae_interpretability":
+                note = si.write_run(sae, output / place)
             elif note := sae_lens_lacks(sae):
                 raise UserError(note)
             else:
@@ -78,7 +83,7 @@ def _read_all(source: Path) -> dict[Path, tuple[Path, SparseAutoencoder]]:
     """(folder, SAE) by place below `source`; SAEs of one folder stand below it by name."""
     found = {}
     for folder in sae_folders(source):
-        saes = open_folder(folder)
+        saes = open_place(folder)
         for name, sae in saes.items():
             place = folder.relative_to(source)
             found[place / name if len(saes) > 1 else place] = folder, sae

@@ -30,8 +30,8 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
 from sae_research.saes.foreign import adapt
 from sae_research.saes.formats import dictionary_learning as dl
-from sae_research.saes.formats import sae_interpretability as si
-from sae_research.saes.formats.sae_lens import from_release
+from sae_research.saes.layouts import open_place
+from sae_research.saes.releases import from_release, licence_of, said_of
 from sae_research.text.hub import offline_if_silent, one_line
 
 
@@ -114,6 +114,12 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
             flush=True,
         )
     check_widths(name, cfg, lm)
+    module = cfg.provenance.get("module")
+    if module and not lm.is_output_of(module, cfg.hook_out):
+        raise UserError(
+            f"SAE {name} stands for what {module} puts out; {lm.name} norms or scales it before {cfg.hook_out}, "
+            "or has no such part: no hook here has it"
+        )
     if cfg.center_input and not any(isinstance(module, nn.LayerNorm) for module in lm.model.modules()):
         raise UserError(
             f"SAE {name} was trained with center_writing_weights, which a model without "
@@ -250,23 +256,8 @@ def _prepared(name: str) -> SparseAutoencoder:
 # --- folders ---------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> dict[str, SparseAutoencoder]:
-    """The SAEs of one folder by name: ours or SAELens', dictionary_learning's, or a run of SAE-Interpretability, which
-    has one for each hook. Raises `UserError` where there is none."""
-    if (folder / CONFIG_FILE).is_file():
-        return {folder.name: load_sae(folder)}
-    if (folder / dl.WEIGHTS_FILE).is_file():
-        return {folder.name: dl.load_dictionary_learning(folder)}
-    if (folder / si.CONFIG_FILE).is_file():
-        return {slugify(hook): sae for hook, sae in si.load_run(folder).items()}
-    raise UserError(
-        f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, {dl.WEIGHTS_FILE} with "
-        f"{dl.CONFIG_FILE}, or {si.CONFIG_FILE} with samples_<N>.pt"
-    )
-
-
 def _in_folder(folder: Path) -> SparseAutoencoder:
-    saes = open_folder(folder)
+    saes = open_place(folder)
     if len(saes) > 1:
         raise UserError(
             f"{folder}: holds {len(saes)} SAEs ({', '.join(saes)}); split it with "
@@ -277,7 +268,7 @@ def _in_folder(folder: Path) -> SparseAutoencoder:
 
 def _named_folder(name: str) -> Path:
     for folder in (user_path(name), PREPARED / name, TRAINED / name):
-        if folder.is_dir():
+        if folder.is_dir() or (folder.is_file() and folder.suffix in (".pt", ".pth", ".safetensors")):
             return folder
     raise UserError(
         f"--sae {name}: no such folder, nor a name in {PREPARED}/ or {TRAINED}/ (there: "
@@ -350,7 +341,9 @@ def _on_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     sae = dl.read_checkpoint(weights, config) if name == dl.WEIGHTS_FILE else load_sae(weights.parent)
     parts = weights.parts
     revision = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision)
+    licence = reach(lambda: licence_of(repo_id), repo_id, repo_id)
+    print(f"{repo_id}/{filename}: {said_of(licence)}", flush=True)
+    return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision, licence=licence or None)
 
 
 def download(repo_id: str, filename: str) -> Path:

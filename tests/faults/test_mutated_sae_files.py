@@ -22,7 +22,7 @@ import yaml
 from sae_research.runtime.errors import UserError
 from sae_research.saes import save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
-from sae_research.saes.sources import open_folder
+from sae_research.saes.layouts import open_place
 from tests.helpers.mutations import changed_mapping
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
@@ -139,7 +139,7 @@ FOLDERS: dict[str, Folder] = {
 
 
 def read(folder: Path) -> tuple[torch.Tensor, ...]:
-    (sae,) = open_folder(folder).values()
+    (sae,) = open_place(folder).values()
     z = sae.encode(X)
     return z, sae.decode(z), torch.tensor(sae.cfg.hook_layer)
 
