@@ -62,8 +62,8 @@ def memory_line(record: Path) -> str:
         return "Not measured yet."
     few, many = (json.loads(record.read_text())["peak_bytes"][str(number)] for number in (FEW, MANY))
     return (
-        f"A worker that scores core of {MANY} SAEs of {WIDE:,} latents in one unit takes {many / 1e9:.2f} GB at its peak, of "
-        f"{FEW} {few / 1e9:.2f} GB: {many / few:.2f} times."
+        f"A worker that scores core of {MANY} SAEs of {WIDE:,} latents in one unit takes {many / 1e9:.2f} GB at its peak, "
+        f"of {FEW} {few / 1e9:.2f} GB: {many / few:.2f} times."
     )
 
 

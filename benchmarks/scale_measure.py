@@ -42,7 +42,7 @@ from sae_research.planning.work import phases
 from sae_research.runtime.files import read_json, round_significant, write_json
 from sae_research.runtime.stages import StageFolder
 from sae_research.runtime.workers import Job, Outcome, Unit, by_cost, worker
-from sae_research.saes import SAEConfig, form_class, save_sae
+from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, save_sae
 from sae_research.saes.sources import PREPARED
 from sae_research.setup.controls import random_rows
 from sae_research.setup.stage import make_manifest
@@ -146,6 +146,18 @@ class TimedWorkers:
         pass
 
 
+def random_sae(number: int, width: int, d_in: int = D_IN, model: str = MODEL, hook: str = HOOK) -> SparseAutoencoder:
+    """A TopK SAE over a random dictionary, the same for the same number."""
+    rows = random_rows(width, d_in, number)
+    tensors = {
+        "W_enc": rows.T.contiguous(),
+        "W_dec": rows,
+        "b_enc": torch.zeros(width),
+        "b_dec": torch.zeros(d_in),
+    }
+    return form_class("topk")(SAEConfig("topk", d_in, width, model, hook, options={"k": 32}), **tensors, k=32)
+
+
 def parameters(evaluation: str, settings: dict[str, Any]) -> Params:
     section = "core_eval" if evaluation == "core" else evaluation
     values = {
@@ -170,15 +182,7 @@ def prepared_project(width: int, n_saes: int = SAES) -> Generator[None]:
         try:
             described = {}
             for number in range(n_saes):
-                rows = random_rows(width, D_IN, number)
-                cfg = SAEConfig("topk", D_IN, width, MODEL, HOOK, options={"k": 32})
-                tensors = {
-                    "W_enc": rows.T.contiguous(),
-                    "W_dec": rows,
-                    "b_enc": torch.zeros(width),
-                    "b_dec": torch.zeros(D_IN),
-                }
-                name, sae = f"sae_{number}", form_class("topk")(cfg, **tensors, k=32)
+                name, sae = f"sae_{number}", random_sae(number, width)
                 save_sae(sae, PREPARED / name)
                 described |= make_manifest({name: sae})["saes"]
             write_json(PREPARED / "manifest.json", {"order": list(described), "saes": described})
