@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -280,8 +281,7 @@ def from_release(release: str, sae_id: str) -> SparseAutoencoder:
     if plan.read is None:
         raise UserError(f"{where}: {plan.reason}")
     sae = plan.read(_fetched(entry.repo_id, plan))
-    licence = licence_of(entry.repo_id)
-    print(f"{where}: {entry.repo_id}, {said_of(licence)}", flush=True)
+    licence = shown_licence(entry.repo_id)
     sae.cfg = sae.cfg.replace(
         provenance={
             **sae.cfg.provenance,
@@ -329,6 +329,9 @@ def licence_of(repo_id: str) -> str:
     return " ".join(" ".join(str(one).split()) for one in flat)[:200]
 
 
-def said_of(licence: str) -> str:
-    """The licence as it is shown."""
-    return f"licence: {licence}" if licence else "which names no licence: ask its authors before you pass anything on"
+def shown_licence(repo_id: str) -> str:
+    """`licence_of`, having said it on the error stream, which no command writes results to."""
+    licence = licence_of(repo_id)
+    said = f"licence {licence}" if licence else "no licence named; ask its authors before you pass anything on"
+    print(f"{repo_id}: {said}", file=sys.stderr, flush=True)
+    return licence

@@ -31,7 +31,7 @@ from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
 from sae_research.saes.foreign import adapt
 from sae_research.saes.formats import dictionary_learning as dl
 from sae_research.saes.layouts import open_place
-from sae_research.saes.releases import from_release, licence_of, said_of
+from sae_research.saes.releases import from_release, shown_licence
 from sae_research.text.hub import offline_if_silent, one_line
 
 
@@ -341,8 +341,7 @@ def _on_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     sae = dl.read_checkpoint(weights, config) if name == dl.WEIGHTS_FILE else load_sae(weights.parent)
     parts = weights.parts
     revision = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    licence = reach(lambda: licence_of(repo_id), repo_id, repo_id)
-    print(f"{repo_id}/{filename}: {said_of(licence)}", flush=True)
+    licence = reach(lambda: shown_licence(repo_id), repo_id, repo_id)
     return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision, licence=licence or None)
 
 

@@ -30,7 +30,7 @@ from sae_research.saes.releases import (
     plan_of,
     release_directory,
     released_saes,
-    said_of,
+    shown_licence,
 )
 from sae_research.saes.sources import same_model
 from tests.helpers.hub_server import hub_env, serve_hub
@@ -325,7 +325,8 @@ for wanted in json.loads(sys.argv[1]):
 """
 
 
-def fetch(url: str, home: Path, *wanted: str) -> list[str]:
+def fetch(url: str, home: Path, *wanted: str) -> tuple[list[str], str]:
+    """(a line for each, what was said beside them)."""
     done = subprocess.run(
         [sys.executable, "-c", FETCH, json.dumps(wanted)],
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)} | hub_env(url, home),
@@ -333,7 +334,7 @@ def fetch(url: str, home: Path, *wanted: str) -> list[str]:
         text=True,
         check=True,
     )
-    return done.stdout.splitlines()
+    return done.stdout.splitlines(), done.stderr
 
 
 @pytest.mark.slow
@@ -355,20 +356,21 @@ def test_releases_come_from_the_hub_with_their_licence(tmp_path: Path) -> None:
     wanted = [*(f"sae_lens:{release}:{sae_id}" for release, sae_id in released), "sae_lens:org/mine:a/b"]
     requests: list[str] = []
     with serve_hub({"models": folders}, requests) as url:
-        lines = fetch(url, tmp_path / "home", *wanted, f"sae_lens:{CLT}:layer_5", "sae_lens:org/mine:a/c")
-    assert lines[0].endswith("google/gemma-scope-2b-pt-transcoders, licence: cc-by-4.0 mine")
-    hooks, provenance = json.loads(lines[1])
+        lines, said = fetch(url, tmp_path / "home", *wanted, f"sae_lens:{CLT}:layer_5", "sae_lens:org/mine:a/c")
+    assert "google/gemma-scope-2b-pt-transcoders: licence cc-by-4.0 mine\n" in said
+    assert said.count("mwhanna/qwen3-4b-transcoders: no licence named; ask its authors before you pass anything on") == 1
+    hooks, provenance = json.loads(lines[0])
     assert hooks == "blocks.0.ln2.hook_normalized -> blocks.0.hook_mlp_out"
     assert provenance["licence"] == "cc-by-4.0 mine" and provenance["held_out"] == {"l0": 76.0}
-    assert lines[2].endswith("which names no licence: ask its authors before you pass anything on")
-    assert json.loads(lines[3])[0] == "blocks.2.mlp.hook_in -> blocks.2.hook_mlp_out"
-    assert "licence" not in json.loads(lines[3])[1] and json.loads(lines[5])[1]["release"] == "org/mine"
-    assert "cross-layer" in lines[6] and "no such file in the repository" in lines[7]
+    assert json.loads(lines[1])[0] == "blocks.2.mlp.hook_in -> blocks.2.hook_mlp_out"
+    assert "licence" not in json.loads(lines[1])[1] and json.loads(lines[2])[1]["release"] == "org/mine"
+    assert "cross-layer" in lines[3] and "no such file in the repository" in lines[4]
     assert not any("mntss" in line for line in requests)
-    assert fetch(url, tmp_path / "home", *wanted)[:6] == lines[:6]
+    again, said = fetch(url, tmp_path / "home", *wanted)
+    assert again == lines[:3] and "licence cc-by-4.0 mine" in said
 
 
-def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import huggingface_hub
 
     path = tmp_path / "README.md"
@@ -382,7 +384,9 @@ def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ):
         path.write_text(text)
         assert licence_of("org/x") == licence
-    assert said_of("mit") == "licence: mit"
+    path.write_text("---\nlicense: mit\n---\n")
+    assert shown_licence("org/x") == "mit"
+    assert capsys.readouterr() == ("", "org/x: licence mit\n")
 
 
 def test_ours_in_a_repository(tmp_path: Path) -> None:
