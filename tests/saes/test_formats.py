@@ -107,8 +107,12 @@ def test_gemma_scope_of_the_embedding(tmp_path: Path) -> None:
 
 
 def gemma_scope_2(root: Path, skip: bool = True, name: str = "params.safetensors", **config: Any) -> Path:
-    t = matrices() | {"threshold": drawn(t=(D_SAE,))["t"].abs()}
     folder = root / "gemma-scope-2-1b-it/transcoder_all" / f"layer_4_width_16k_l0_big{'_affine' * skip}"
+    return gemma_scope_2_folder(folder, skip, name, **config)
+
+
+def gemma_scope_2_folder(folder: Path, skip: bool = True, name: str = "params.safetensors", **config: Any) -> Path:
+    t = matrices() | {"threshold": drawn(t=(D_SAE,))["t"].abs()}
     spelt = {key.replace("W_", "w_"): tensor for key, tensor in t.items()}
     save(folder / name, spelt | (drawn(affine_skip_connection=(D_IN, D_IN)) if skip else {}))
     values = {
