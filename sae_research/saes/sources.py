@@ -27,11 +27,10 @@ from sae_research.lm.load import folder_fingerprint
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, fingerprint, read_json, slugify, user_path
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
-from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
+from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.foreign import adapt
-from sae_research.saes.formats import dictionary_learning as dl
 from sae_research.saes.layouts import open_place
-from sae_research.saes.releases import from_release, shown_licence
+from sae_research.saes.releases import fetched, from_release, plan_of_file, shown_licence
 from sae_research.text.hub import offline_if_silent, one_line
 
 
@@ -330,17 +329,15 @@ def _of_class(place: str, baseline: SparseAutoencoder) -> SparseAutoencoder:
 
 def _on_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     """An SAE file of a hub repository with the configuration beside it; kept in the hub's own cache."""
-    beside = {dl.WEIGHTS_FILE: dl.CONFIG_FILE, WEIGHTS_FILE: CONFIG_FILE}
-    folder, _, name = filename.rpartition("/")
-    if name not in beside:
-        raise UserError(f"baseline_sae.filename: {filename!r} must end with {' or '.join(beside)}")
     for part in filename.split("/"):
         checked_name(part, "baseline_sae.filename", "name a file inside the repository")
-    config = download(repo_id, f"{folder}/{beside[name]}".lstrip("/"))
-    weights = download(repo_id, filename)
-    sae = dl.read_checkpoint(weights, config) if name == dl.WEIGHTS_FILE else load_sae(weights.parent)
-    parts = weights.parts
-    revision = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    plan = plan_of_file(repo_id, filename)
+    assert plan.read is not None  # `plan_of_file` refuses what is not read
+    for name in plan.files:
+        download(repo_id, name)  # each that is missing is named
+    root = reach(lambda: fetched(repo_id, plan), f"{repo_id}/{filename}", repo_id)
+    sae = plan.read(root)
+    revision = root.name if root.parent.name == "snapshots" else None
     licence = reach(lambda: shown_licence(repo_id), repo_id, repo_id)
     return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision, licence=licence or None)
 

@@ -62,6 +62,13 @@ def files_of(layer: int) -> tuple[str, str]:
     return f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors"
 
 
+def files_with(path: str) -> tuple[str, ...]:
+    """A file of a repository, and of a cross-layer transcoder both of its layer. Raises as `files_of`."""
+    folder, slash, name = path.rpartition("/")
+    match = _CROSS.fullmatch(name)
+    return tuple(f"{folder}{slash}{part}" for part in (files_of(int(match[2])) if match else (name,)))
+
+
 def load_circuit_tracer(path: str | Path, names: Sequence[str]) -> SparseAutoencoder:
     """Read the transcoder of one layer: `layer_L.safetensors`, or of a cross-layer one either file of layer 0. names: of the
     folders that lead to it (`reading.names_on_path`), by which a set without `config.yaml` is known."""
