@@ -163,7 +163,7 @@ LAYOUTS = (
         _llamascopium,
         _one(llamascopium.load_llamascopium),
         "",
-        "SAELens' loaders and classes; plain references",
+        "Llamascopium's class where it is installed; SAELens' loaders and classes; plain references",
     ),
     Layout(
         "OpenAI",

@@ -330,6 +330,39 @@ def test_llamascopium(act_fn: str, by_norm: bool, norms: tuple[float, ...], tmp_
     assert sae.cfg.is_transcoder == (len(norms) == 2)
 
 
+@pytest.mark.parametrize("by_norm", [True, False])
+@pytest.mark.parametrize("act_fn", ["relu", "jumprelu", "topk"])
+@torch.no_grad()
+def test_llamascopium_itself(act_fn: str, by_norm: bool, tmp_path: Path) -> None:
+    """The library's own object, its own files, and its own scaling of what it reads and writes."""
+    theirs = pytest.importorskip("llamascopium.models.sae")
+    read, written = "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"
+    config = theirs.SAEConfig(
+        d_model=D_IN,
+        expansion_factor=3,
+        hook_point_in=read,
+        hook_point_out=written,
+        act_fn=act_fn,
+        top_k=5,
+        sparsity_include_decoder_norm=by_norm,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    sae, x = theirs.SparseAutoEncoder(config), random_activations()
+    for name, parameter in sae.named_parameters():
+        drawing = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        parameter.copy_(drawing / 2 - 2 * ("threshold" in name))
+    sae.set_dataset_average_activation_norm({read: 3.0, written: 0.5})
+    sae.save_pretrained(tmp_path)
+    config.save_hyperparameters(tmp_path)
+    batch, factors = sae.normalize_activations({read: x, written: x}, return_scale_factor=True)
+    expected = sae.denormalize_activations({written: sae(batch[read])}, factors)[written]
+    ours = only(tmp_path)
+    torch.testing.assert_close(ours.reconstruct(x), expected, **LEVEL)
+    assert torch.equal(ours.encode(x) > 0, sae.encode(batch[read]) > 0)
+    assert (ours.cfg.hook_name, ours.cfg.hook_out) == (read, written)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
