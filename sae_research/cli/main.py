@@ -11,7 +11,7 @@ from sae_research.cli import experiments, plan
 from sae_research.cli.analyze import add_verb as add_analyze
 from sae_research.reporting import shapes
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import user_path
+from sae_research.runtime.files import replaced_folder, round_significant, user_path
 from sae_research.runtime.workspace import prepare
 
 
@@ -59,6 +59,19 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     pareto.add_argument("--metric", default="loss_recovered", help="or variance_explained, fraction_alive")
     pareto.set_defaults(run=_pareto)
 
+    finetune = verbs.add_parser(
+        "finetune",
+        help="fine-tune a finished SAE or transcoder on the model's predictions (KL and MSE)",
+        description="Example: python -m sae_research finetune topk finetuned/topk --tokens 2e5; then "
+        "comparison_saes.folders: [finetuned/*]",
+    )
+    finetune.add_argument("sae", help="a folder, the name of a trained or prepared SAE, or sae_lens:RELEASE:ID")
+    finetune.add_argument("output", type=user_path, help="folder of the fine-tuned SAE; replaced where it is one")
+    finetune.add_argument("--tokens", type=float, default=2e5)
+    finetune.add_argument("--learning_rate", type=float, default=3e-3, help="relative to each tensor's size (0.003)")
+    finetune.add_argument("--tensors", choices=["auto", "all", "decoder"], default="auto", help="what learns (auto)")
+    finetune.set_defaults(run=_finetune)
+
     extract = verbs.add_parser(
         "extract",
         help="write the training text's activations in shards, from as many workers as there are",
@@ -94,6 +107,32 @@ def _upload(options: argparse.Namespace) -> int:
     from sae_research.saes.exchange import upload
 
     print(upload(options.folders, options.hf_repo_id, private=options.private))
+    return 0
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from sae_research.config.params import load_params
+    from sae_research.lm import load_configured
+    from sae_research.saes import save_sae
+    from sae_research.saes.sources import check_fits, open_sae
+    from sae_research.training.end_to_end import finetune
+
+    if options.tokens < 1 or options.learning_rate <= 0:
+        raise UserError("--tokens and --learning_rate must be above 0")
+    params = load_params()
+    sae = open_sae(options.sae)
+    lm = load_configured(params.model)
+    check_fits(options.sae, sae, lm, params.model.same_as)
+    sae = sae.to(lm.device)
+    result = finetune(sae, lm, params, int(options.tokens), options.learning_rate, options.tensors)
+    about = {"tokens": int(options.tokens), "learning_rate": options.learning_rate, "tensors": result.trained}
+    held_out = {"before": result.before._asdict(), "after": result.after._asdict()}
+    provenance = {**sae.cfg.provenance, "finetuned": round_significant({**about, "held_out": held_out})}
+    provenance.pop("recipe_id", None)  # it is no longer a seed of that recipe
+    sae.cfg = sae.cfg.replace(provenance=provenance, role="comparison", base=None)
+    with replaced_folder(options.output) as folder:
+        save_sae(sae, folder)
+    print(options.output)
     return 0
 
 

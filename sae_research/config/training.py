@@ -51,6 +51,8 @@ class SAERecipe(Section):
 
     sparsity: ClassVar[tuple[str, Literal["raises", "lowers"]] | None] = None
     """The setting that decides how sparse the SAE becomes, and what a larger value does to L0."""
+    few_active: ClassVar[bool] = False
+    """Few latents are active from the first step on: on a CPU its steps compute those alone."""
 
     recipe: Name
     """How the SAE is trained: a name of `training.RECIPES`."""
@@ -211,6 +213,7 @@ class TanhJumpReLURecipe(SAERecipe):
 class KRecipe(SAERecipe):
     """The TopK family."""
 
+    few_active = True
     sparsity = ("k", "raises")
     k: Positive
     """Active latents a token."""

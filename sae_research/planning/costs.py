@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sae_research.config.evaluation_params import EXACT_WIDTH
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES
+from sae_research.config.training import FLOAT_BYTES, recipe_model
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.devices import Device
 from sae_research.planning.saes import PURSUIT, PlannedSAE
@@ -34,8 +34,6 @@ REFIT_SIZE = 10
 """Greedy steps after which refitting an orthogonal pursuit costs as much as choosing."""
 OPENED = 2
 """How often an SAE is opened for a part: to look at it, and to score it."""
-SPARSE_RECIPES = ("top_k", "abs_top_k", "batch_top_k", "matryoshka_batch_top_k")
-"""Recipes that go the sparse way on a CPU: one dense product in place of five."""
 
 
 class UnitCosts(Protocol):
@@ -172,7 +170,7 @@ def training_step(sae: PlannedSAE, recipe: str, batch: int, sparse: bool) -> tup
 
     sparse: whether the recipe may go the sparse way.
     """
-    products = 1 if recipe == "matching_pursuit" or sparse and recipe in SPARSE_RECIPES else 5
+    products = 1 if recipe == "matching_pursuit" or sparse and recipe_model(recipe).few_active else 5
     flops = products * 2.0 * sae.d_in * sae.d_sae
     parameters = 2 * sae.d_in * sae.d_sae * FLOAT_BYTES * PARAMETER_READS / batch
     latents = LATENT_READS * sae.d_sae * FLOAT_BYTES
