@@ -216,7 +216,7 @@ def _of_llama_scope(entry: ReleasedSAE) -> Plan:
     return Plan(
         llamascopium.LIBRARY,
         _inside(entry, *(names if first else (llamascopium.CONFIG_FILE, llamascopium.WEIGHTS_FILES[0]))),
-        lambda root: llamascopium.load_llamascopium(root / entry.path, entry.model_name, entry.factor),
+        lambda root: llamascopium.load_llamascopium(root / entry.path, entry.model_name, entry.factor, published=True),
     )
 
 

@@ -19,6 +19,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae
 from sae_research.saes.exchange import export_saes, import_saes
+from sae_research.saes.formats.llamascopium import PRESENT_KEYS
 from sae_research.saes.layouts import LAYOUTS, open_place, table
 from sae_research.saes.sources import open_sae
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
@@ -348,6 +349,7 @@ def test_llamascopium_itself(act_fn: str, by_norm: bool, tmp_path: Path) -> None
         device="cpu",
         dtype=torch.float32,
     )
+    assert set(theirs.SAEConfig.model_fields) == PRESENT_KEYS
     sae, x = theirs.SparseAutoEncoder(config), random_activations()
     for name, parameter in sae.named_parameters():
         drawing = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
@@ -368,6 +370,7 @@ def test_llamascopium_itself(act_fn: str, by_norm: bool, tmp_path: Path) -> None
     [
         ({"sae_type": "crosscoder"}, "sae_type 'crosscoder' is not read"),
         ({"use_glu_encoder": True}, "use_glu_encoder is not read"),
+        ({"gate_temperature": 0.5}, "holds gate_temperature, which is not known"),
         ({"act_fn": "batchtopk"}, "act_fn 'batchtopk' is not read: .*save it as JumpReLU in Llamascopium"),
         ({"norm_activation": "token-wise"}, "norm_activation 'token-wise' cannot be folded into the weights: every token"),
         (
@@ -506,7 +509,7 @@ def test_circuit_tracer(threshold: tuple[int, ...] | None, skip: bool, tmp_path:
 def test_layer_0_of_a_cross_layer_transcoder_is_exact(tmp_path: Path) -> None:
     """What it writes at layer 0 is a sum of one term."""
     t, x = matrices(), random_activations()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name": "org/tiny", "feature_input_hook": "hook_mlp_in"}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name": "org/tiny", "feature_input_hook": "hook_resid_mid"}))
     for layer in (0, 1):
         encoder = {f"{name}_{layer}": t[name] for name in ("b_enc", "b_dec")} | {f"W_enc_{layer}": t["W_enc"].T}
         save(tmp_path / f"W_enc_{layer}.safetensors", encoder)
@@ -515,6 +518,7 @@ def test_layer_0_of_a_cross_layer_transcoder_is_exact(tmp_path: Path) -> None:
     sae = only(tmp_path / "W_enc_0.safetensors")
     expected = torch.relu(x @ t["W_enc"] + t["b_enc"]) @ t["W_dec"] + t["b_dec"]
     torch.testing.assert_close(sae.reconstruct(x), expected, **LEVEL)
+    assert sae.cfg.hooks == "blocks.0.hook_mlp_in -> blocks.0.hook_mlp_out"
     refused(tmp_path / "W_dec_1.safetensors", "a sum over all layers up to it, and alone stands for nothing")
     (tmp_path / "W_dec_0.safetensors").unlink()
     refused(tmp_path / "W_enc_0.safetensors", r"W_dec_0\.safetensors: no such file")

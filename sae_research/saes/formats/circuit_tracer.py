@@ -111,8 +111,10 @@ def _described(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def _kind(values: dict[str, Any], key: str, usual: str, path: Path) -> str:
-    """The kind of hook: names of it may begin with `blocks.{layer}.`."""
-    return (text(values.get(key), key, path) or usual).removeprefix("blocks.{layer}.")
+    """The kind of hook: names of it may begin with `blocks.{layer}.`. `hook_resid_mid`, the stream between attention and
+    MLP, is what the MLP's branch takes."""
+    kind = (text(values.get(key), key, path) or usual).removeprefix("blocks.{layer}.")
+    return "hook_mlp_in" if kind == "hook_resid_mid" else kind
 
 
 def read(tensors: dict[str, Tensor], layer: int, about: dict[str, str], where: str) -> SparseAutoencoder:
