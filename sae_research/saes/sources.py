@@ -29,7 +29,7 @@ from sae_research.runtime.files import checked_name, fingerprint, read_json, slu
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.foreign import adapt
-from sae_research.saes.layouts import open_place
+from sae_research.saes.layouts import layouts_of, open_place
 from sae_research.saes.releases import fetched, from_release, plan_of_file, shown_licence
 from sae_research.text.hub import offline_if_silent, one_line
 
@@ -276,8 +276,10 @@ def _named_folder(name: str) -> Path:
 
 
 def matching_folders(pattern: str) -> list[Path]:
-    """Folders a glob stands for, in alphabetical order. Raises `UserError` when there are none."""
-    found = sorted(Path(path) for path in glob.glob(str(user_path(pattern)), recursive=True) if Path(path).is_dir())
+    """Folders a glob stands for, in alphabetical order; where it matches none, files that hold a dictionary each. Raises
+    `UserError` when there are none of these either."""
+    paths = sorted(Path(path) for path in glob.glob(str(user_path(pattern)), recursive=True))
+    found = [path for path in paths if path.is_dir()] or [path for path in paths if layouts_of(path)]
     if not found:
         raise UserError(f"comparison_saes.folders: {pattern!r} matches no folder")
     return found
@@ -286,7 +288,8 @@ def matching_folders(pattern: str) -> list[Path]:
 def folder_names(patterns: Sequence[str]) -> dict[Path, str]:
     """The folders that globs stand for, each once, and what their SAEs are called: the folder's own name, with as many of
     the folders above it as tell it apart from the others (`runs/a/trainer_0` -> `a_trainer_0`)."""
-    folders = {path.resolve(): path for pattern in patterns for path in matching_folders(pattern)}
+    paths = [path for pattern in patterns for path in matching_folders(pattern)]
+    folders = {(path.with_suffix("") if path.is_file() else path).resolve(): path for path in paths}
     parts = dict.fromkeys(folders, 1)
     while True:
         names = {place: slugify("_".join(place.parts[-count:])) for place, count in parts.items()}

@@ -21,7 +21,7 @@ from sae_research.saes import SparseAutoencoder, load_sae, save_sae
 from sae_research.saes.exchange import export_saes, import_saes
 from sae_research.saes.formats.llamascopium import PRESENT_KEYS
 from sae_research.saes.layouts import LAYOUTS, open_place, table
-from sae_research.saes.sources import open_sae
+from sae_research.saes.sources import folder_names, open_sae
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 LEVEL = {"atol": 1e-5, "rtol": 1e-4}
@@ -519,7 +519,7 @@ def test_layer_0_of_a_cross_layer_transcoder_is_exact(tmp_path: Path) -> None:
     expected = torch.relu(x @ t["W_enc"] + t["b_enc"]) @ t["W_dec"] + t["b_dec"]
     torch.testing.assert_close(sae.reconstruct(x), expected, **LEVEL)
     assert sae.cfg.hooks == "blocks.0.hook_mlp_in -> blocks.0.hook_mlp_out"
-    refused(tmp_path / "W_dec_1.safetensors", "a sum over all layers up to it, and alone stands for nothing")
+    refused(tmp_path / "W_enc_1.safetensors", "a sum over all layers up to it, and alone stands for nothing")
     (tmp_path / "W_dec_0.safetensors").unlink()
     refused(tmp_path / "W_enc_0.safetensors", r"W_dec_0\.safetensors: no such file")
 
@@ -588,6 +588,21 @@ def test_all_are_imported_from_one_place(tmp_path: Path) -> None:
     (tmp_path / "all" / "config.json").unlink()
     written = import_saes(tmp_path / "all", tmp_path / "ours")
     assert len(written) == 2 and all(load_sae(folder).cfg.is_transcoder for folder in written)
+
+
+def test_files_of_one_folder_are_several(tmp_path: Path) -> None:
+    t = matrices()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump({"model_name": "org/tiny"}))
+    for layer in (0, 1):
+        save(tmp_path / "set" / f"layer_{layer}.safetensors", t | {"W_enc": t["W_enc"].T})
+    written = import_saes(tmp_path / "set", tmp_path / "ours")
+    assert [folder.name for folder in written] == ["layer_0", "layer_1"]
+    assert [load_sae(folder).cfg.hook_layer for folder in written] == [0, 1]
+    names = folder_names([str(tmp_path / "set" / "layer_*.safetensors")])
+    assert sorted(names.values()) == ["layer_0", "layer_1"]
+    assert len(import_saes(tmp_path / "set" / "layer_1.safetensors", tmp_path / "one")) == 1
+    assert load_sae(tmp_path / "one").cfg.hook_layer == 1
 
 
 def test_the_table_of_formats() -> None:

@@ -60,7 +60,7 @@ def test_files_of_any_repository() -> None:
     for name, files in (
         ("a/b/ae.pt", ("a/b/config.json", "a/b/ae.pt")),
         ("layers.3/sae.safetensors", ("layers.3/cfg.json", "layers.3/sae.safetensors")),
-        ("W_dec_0.safetensors", ("W_enc_0.safetensors", "W_dec_0.safetensors")),
+        ("W_enc_0.safetensors", ("W_enc_0.safetensors", "W_dec_0.safetensors")),
         ("Llama-3.1-8B-Instruct-SAE-l19.pth", ("Llama-3.1-8B-Instruct-SAE-l19.pth",)),
     ):
         assert plan_of_file("org/mine", name).files == files

@@ -51,8 +51,9 @@ ONE_OF_MANY = (
 
 
 def is_transcoder_file(path: Path) -> bool:
-    """Whether a file is named as one of these."""
-    return bool(_FILE.fullmatch(path.name) or _CROSS.fullmatch(path.name))
+    """Whether a file is named as one of these; of the two of a cross-layer layer the encoder's stands for both."""
+    match = _CROSS.fullmatch(path.name)
+    return bool(_FILE.fullmatch(path.name)) or (match is not None and match[1] == "enc")
 
 
 def files_of(layer: int) -> tuple[str, str]:
