@@ -158,7 +158,7 @@ def parameters(evaluation: str, settings: dict[str, Any]) -> Params:
 
 
 @contextmanager
-def prepared_project(width: int) -> Generator[None]:
+def prepared_project(width: int, n_saes: int = SAES) -> Generator[None]:
     """A project of its own with random TopK SAEs of `width` latents prepared, and the packaged model."""
     models, before = packaged_folder(MODEL).parent.resolve(), Path.cwd()
     kept = {key: os.environ.get(key) for key in ("DVC_ROOT", "SAE_RESEARCH_NO_CACHE")}
@@ -168,8 +168,8 @@ def prepared_project(width: int) -> Generator[None]:
         Path(".cache").mkdir()
         Path(".cache/models").symlink_to(models)
         try:
-            saes = {}
-            for number in range(SAES):
+            described = {}
+            for number in range(n_saes):
                 rows = random_rows(width, D_IN, number)
                 cfg = SAEConfig("topk", D_IN, width, MODEL, HOOK, options={"k": 32})
                 tensors = {
@@ -178,9 +178,10 @@ def prepared_project(width: int) -> Generator[None]:
                     "b_enc": torch.zeros(width),
                     "b_dec": torch.zeros(D_IN),
                 }
-                saes[f"sae_{number}"] = form_class("topk")(cfg, **tensors, k=32)
-                save_sae(saes[f"sae_{number}"], PREPARED / f"sae_{number}")
-            write_json(PREPARED / "manifest.json", make_manifest(saes))
+                name, sae = f"sae_{number}", form_class("topk")(cfg, **tensors, k=32)
+                save_sae(sae, PREPARED / name)
+                described |= make_manifest({name: sae})["saes"]
+            write_json(PREPARED / "manifest.json", {"order": list(described), "saes": described})
             yield
         finally:
             os.chdir(before)
@@ -194,9 +195,10 @@ def run_whole(evaluation: str, params: Params, lm: LanguageModel, workers: Timed
     began = clock()
     with delegated(None if workers is None else Distribution(workers, "cpu")):
         stage = StageFolder(Path(os.devnull))
-        scored = [name for name, _ in evaluate(PreparedSAEs(PREPARED, lm), lm, params, stage)]
-    if len(scored) < SAES:
-        raise RuntimeError(f"{evaluation}: {len(scored)} of {SAES} SAEs were scored: {stage.skipped}")
+        saes = PreparedSAEs(PREPARED, lm)
+        scored = [name for name, _ in evaluate(saes, lm, params, stage)]
+    if len(scored) < len(saes):
+        raise RuntimeError(f"{evaluation}: {len(scored)} of {len(saes)} SAEs were scored: {stage.skipped}")
     return clock() - began
 
 
