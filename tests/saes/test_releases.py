@@ -326,6 +326,8 @@ def test_sae_lens_loads_the_same(
     assert torch.equal(ours.encode(x)[..., : fires.shape[-1]] != 0, fires) and fires.any() and not fires.all()
     about = theirs.cfg.metadata
     assert same_model(ours.cfg.model_name, entry.model_name)
+    if about.context_size and entry.layout not in ("mwhanna_transcoder", "llama_scope_r1_distill"):
+        assert ours.cfg.context_size == about.context_size
     if entry.layout != "gemma_3":  # SAELens calls `hook_mlp_in` what the norm puts out
         assert (ours.cfg.hook_name, ours.cfg.hook_out) == (about.hook_name, about.hook_name_out or about.hook_name)
 
