@@ -29,11 +29,17 @@ def sae_folders(folder: Path) -> list[Path]:
             return [folder]
         raise UserError(f"{folder}: no such folder")
     if layouts_of(folder):
-        return [folder]
-    found = sorted(path for path in folder.rglob("*") if path.is_dir() and layouts_of(path))
+        return _single(folder)
+    found = sorted(one for path in folder.rglob("*") if path.is_dir() and layouts_of(path) for one in _single(path))
     if not found:
         open_place(folder)  # says what was expected
     return found
+
+
+def _single(folder: Path) -> list[Path]:
+    """The folder; in its place its files, where each of several holds a dictionary (`layer_0.safetensors`, ...)."""
+    files = [folder / name for layout in layouts_of(folder) for name in layout.marks(folder)]
+    return files if len(files) > 1 and all(layouts_of(file) for file in files) else [folder]
 
 
 def import_saes(source: Path, output: Path) -> list[Path]:
@@ -86,6 +92,7 @@ def _read_all(source: Path) -> dict[Path, tuple[Path, SparseAutoencoder]]:
         saes = open_place(folder)
         for name, sae in saes.items():
             place = folder.relative_to(source)
+            place = place.with_suffix("") if folder.is_file() and place.name else place
             found[place / name if len(saes) > 1 else place] = folder, sae
     return found
 

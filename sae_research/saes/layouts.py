@@ -163,7 +163,7 @@ LAYOUTS = (
         _llamascopium,
         _one(llamascopium.load_llamascopium),
         "",
-        "SAELens' loaders and classes; plain references",
+        "Llamascopium's class where it is installed; SAELens' loaders and classes; plain references",
     ),
     Layout(
         "OpenAI",
@@ -217,8 +217,8 @@ def open_place(path: Path) -> dict[str, SparseAutoencoder]:
         raise UserError(f"{path}: only an unfinished download is there ({unfinished[0]}); fetch it again")
     if not found:
         raise UserError(
-            f"{path}: no SAE there; expected one of: "
-            + "; ".join(f"{layout.name}: {layout.files.replace('`', '')}" for layout in LAYOUTS)
+            f"{path}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, or what docs/formats.md lists of "
+            f"{', '.join(layout.name for layout in LAYOUTS[1:])}"
         )
     if len(found) > 1:
         seen = "; ".join(f"{layout.name}: {', '.join(layout.marks(path)[:3])}" for layout in found)

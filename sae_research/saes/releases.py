@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -132,7 +133,7 @@ class Plan(NamedTuple):
 
     layout: str
     files: tuple[str, ...] = ()
-    """Paths inside the repository."""
+    """Paths inside the repository, settings before weights."""
     read: Callable[[Path], SparseAutoencoder] | None = None
     """Takes the folder that the repository's files are in."""
     optional: tuple[str, ...] = ()
@@ -183,7 +184,7 @@ def _lens_folder(folder: Path, entry: ReleasedSAE) -> SparseAutoencoder:
 def _of_dictionary_learning(entry: ReleasedSAE) -> Plan:
     return Plan(
         "dictionary_learning",
-        _inside(entry, dl.WEIGHTS_FILE, dl.CONFIG_FILE),
+        _inside(entry, dl.CONFIG_FILE, dl.WEIGHTS_FILE),
         lambda root: dl.load_dictionary_learning(root / entry.path),
     )
 
@@ -204,7 +205,7 @@ def _of_checkpoint(entry: ReleasedSAE) -> Plan:
     beside = entry.path.removesuffix(".pt") + checkpoints.CONFIG_ENDING
     return Plan(
         place.publisher.library,
-        (entry.path, beside) if place.publisher.library == "kissane" else (entry.path,),
+        (beside, entry.path) if place.publisher.library == "kissane" else (entry.path,),
         lambda root: checkpoints.load_published(root / entry.path, _names(entry)),
     )
 
@@ -215,7 +216,7 @@ def _of_llama_scope(entry: ReleasedSAE) -> Plan:
     return Plan(
         llamascopium.LIBRARY,
         _inside(entry, *(names if first else (llamascopium.CONFIG_FILE, llamascopium.WEIGHTS_FILES[0]))),
-        lambda root: llamascopium.load_llamascopium(root / entry.path, entry.model_name, entry.factor),
+        lambda root: llamascopium.load_llamascopium(root / entry.path, entry.model_name, entry.factor, published=True),
     )
 
 
@@ -230,7 +231,7 @@ def _of_sparsify(entry: ReleasedSAE) -> Plan:
 
 def _of_circuit_tracer(entry: ReleasedSAE) -> Plan:
     cross = entry.layout == "mntss_clt_layer_transcoder"
-    files = circuit_tracer.files_of(int(entry.path)) if cross else (entry.path,)
+    files = circuit_tracer.files_of(int(entry.path)) if cross else circuit_tracer.files_with(entry.path)
     return Plan(
         circuit_tracer.LIBRARY,
         files,
@@ -268,6 +269,36 @@ _PLANS: dict[str, Callable[[ReleasedSAE], Plan]] = {
 """SAELens' name of a loader -> how its releases are read here."""
 
 
+_LAYOUT_OF_FILE = {
+    dl.WEIGHTS_FILE: "dictionary_learning_1",
+    WEIGHTS_FILE: "sae_lens",
+    sparsify.WEIGHTS_FILE: "sparsify",
+    **dict(zip(gemma_scope.WEIGHTS_FILES, ("gemma_2", "gemma_3"), strict=True)),
+    temporal_saes.WEIGHTS_FILE: "temporal",
+}
+"""Name of a weights file -> the loader for the folder that it is in."""
+
+
+def plan_of_file(repo_id: str, filename: str) -> Plan:
+    """How a weights file of any repository is read. Raises `UserError` for a name that no layout has."""
+    path = PurePosixPath(filename)
+    if path.name in _LAYOUT_OF_FILE:
+        entry = ReleasedSAE(repo_id, filename, repo_id, {}, str(path.parent), _LAYOUT_OF_FILE[path.name])
+    elif checkpoints.is_checkpoint(Path(filename)):
+        entry = ReleasedSAE(repo_id, filename, repo_id, {}, filename, "goodfire")
+    elif circuit_tracer.is_transcoder_file(Path(filename)):
+        entry = ReleasedSAE(repo_id, filename, repo_id, {}, filename, "mwhanna_transcoder")
+    else:
+        raise UserError(
+            f"baseline_sae.filename: {filename!r} must end with {', '.join(_LAYOUT_OF_FILE)}, or be a checkpoint under its "
+            "published name (docs/formats.md)"
+        )
+    plan = plan_of(entry)
+    if plan.read is None:
+        raise UserError(f"{repo_id}/{filename}: {plan.reason}")
+    return plan
+
+
 # --- fetching --------------------------------------------------------------------------------
 
 
@@ -279,9 +310,8 @@ def from_release(release: str, sae_id: str) -> SparseAutoencoder:
     where = f"SAELens {release} / {sae_id}"
     if plan.read is None:
         raise UserError(f"{where}: {plan.reason}")
-    sae = plan.read(_fetched(entry.repo_id, plan))
-    licence = licence_of(entry.repo_id)
-    print(f"{where}: {entry.repo_id}, {said_of(licence)}", flush=True)
+    sae = plan.read(fetched(entry.repo_id, plan))
+    licence = shown_licence(entry.repo_id)
     sae.cfg = sae.cfg.replace(
         provenance={
             **sae.cfg.provenance,
@@ -294,17 +324,17 @@ def from_release(release: str, sae_id: str) -> SparseAutoencoder:
     return sae
 
 
-def _fetched(repo_id: str, plan: Plan) -> Path:
+def fetched(repo_id: str, plan: Plan) -> Path:
     """The folder of the hub's cache that the plan's files are in."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    places = [Path(hf_hub_download(repo_id, name)) for name in plan.files]
     for name in plan.optional:
         try:
             hf_hub_download(repo_id, name)
         except EntryNotFoundError:  # not there, or not in the cache: it is used where it is
             continue
-    places = [Path(hf_hub_download(repo_id, name)) for name in plan.files]
     return places[0].parents[len(PurePosixPath(plan.files[0]).parts) - 1]
 
 
@@ -329,6 +359,9 @@ def licence_of(repo_id: str) -> str:
     return " ".join(" ".join(str(one).split()) for one in flat)[:200]
 
 
-def said_of(licence: str) -> str:
-    """The licence as it is shown."""
-    return f"licence: {licence}" if licence else "which names no licence: ask its authors before you pass anything on"
+def shown_licence(repo_id: str) -> str:
+    """`licence_of`, having said it on the error stream, which no command writes results to."""
+    licence = licence_of(repo_id)
+    said = f"licence {licence}" if licence else "no licence named; ask its authors before you pass anything on"
+    print(f"{repo_id}: {said}", file=sys.stderr, flush=True)
+    return licence

@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sae_lens_temporal": {"k": 5, "heads": 2, "epsilon": 1e-6},
     "ihtp": {"k": 2},
     "matching_pursuit": {"s": 4},
+    "mapped_matching_pursuit": {"s": 4},
     "nonnegative_matching_pursuit": {"s": 4},
     "omp": {"s": 4},
     "nonnegative_omp": {"s": 4},
@@ -57,6 +58,7 @@ def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> Spar
         "W_enc": torch.randn(D_IN, D_SAE, generator=g),
         "W_dec": W_dec,
         "b_dec": torch.randn(D_IN, generator=g) / 3,
+        "b_in": torch.zeros(D_IN),
         "threshold": torch.rand(D_SAE, generator=g),
         **{name: torch.randn(D_SAE, generator=g) / 2 for name in ("b_enc", "b_gate", "b_mag", "r_mag")},
         "W_gate": torch.randn(D_IN, D_SAE, generator=g),
@@ -67,6 +69,8 @@ def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> Spar
             for kind in ("weight", "bias")
         },
     }
+    if form == "mapped_matching_pursuit":  # its atoms are the columns of W_enc
+        pool["W_enc"] = torch.nn.functional.normalize(pool["W_enc"], dim=0)
     cls = form_class(form)
     cfg = SAEConfig(
         form=form,

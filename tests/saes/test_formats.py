@@ -19,8 +19,9 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae
 from sae_research.saes.exchange import export_saes, import_saes
+from sae_research.saes.formats.llamascopium import PRESENT_KEYS
 from sae_research.saes.layouts import LAYOUTS, open_place, table
-from sae_research.saes.sources import open_sae
+from sae_research.saes.sources import folder_names, open_sae
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 LEVEL = {"atol": 1e-5, "rtol": 1e-4}
@@ -107,8 +108,12 @@ def test_gemma_scope_of_the_embedding(tmp_path: Path) -> None:
 
 
 def gemma_scope_2(root: Path, skip: bool = True, name: str = "params.safetensors", **config: Any) -> Path:
-    t = matrices() | {"threshold": drawn(t=(D_SAE,))["t"].abs()}
     folder = root / "gemma-scope-2-1b-it/transcoder_all" / f"layer_4_width_16k_l0_big{'_affine' * skip}"
+    return gemma_scope_2_folder(folder, skip, name, **config)
+
+
+def gemma_scope_2_folder(folder: Path, skip: bool = True, name: str = "params.safetensors", **config: Any) -> Path:
+    t = matrices() | {"threshold": drawn(t=(D_SAE,))["t"].abs()}
     spelt = {key.replace("W_", "w_"): tensor for key, tensor in t.items()}
     save(folder / name, spelt | (drawn(affine_skip_connection=(D_IN, D_IN)) if skip else {}))
     values = {
@@ -326,11 +331,46 @@ def test_llamascopium(act_fn: str, by_norm: bool, norms: tuple[float, ...], tmp_
     assert sae.cfg.is_transcoder == (len(norms) == 2)
 
 
+@pytest.mark.parametrize("by_norm", [True, False])
+@pytest.mark.parametrize("act_fn", ["relu", "jumprelu", "topk"])
+@torch.no_grad()
+def test_llamascopium_itself(act_fn: str, by_norm: bool, tmp_path: Path) -> None:
+    """The library's own object, its own files, and its own scaling of what it reads and writes."""
+    theirs = pytest.importorskip("llamascopium.models.sae")
+    read, written = "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"
+    config = theirs.SAEConfig(
+        d_model=D_IN,
+        expansion_factor=3,
+        hook_point_in=read,
+        hook_point_out=written,
+        act_fn=act_fn,
+        top_k=5,
+        sparsity_include_decoder_norm=by_norm,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    assert set(theirs.SAEConfig.model_fields) == PRESENT_KEYS
+    sae, x = theirs.SparseAutoEncoder(config), random_activations()
+    for name, parameter in sae.named_parameters():
+        drawing = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        parameter.copy_(drawing / 2 - 2 * ("threshold" in name))
+    sae.set_dataset_average_activation_norm({read: 3.0, written: 0.5})
+    sae.save_pretrained(tmp_path)
+    config.save_hyperparameters(tmp_path)
+    batch, factors = sae.normalize_activations({read: x, written: x}, return_scale_factor=True)
+    expected = sae.denormalize_activations({written: sae(batch[read])}, factors)[written]
+    ours = only(tmp_path)
+    torch.testing.assert_close(ours.reconstruct(x), expected, **LEVEL)
+    assert torch.equal(ours.encode(x) > 0, sae.encode(batch[read]) > 0)
+    assert (ours.cfg.hook_name, ours.cfg.hook_out) == (read, written)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"sae_type": "crosscoder"}, "sae_type 'crosscoder' is not read"),
         ({"use_glu_encoder": True}, "use_glu_encoder is not read"),
+        ({"gate_temperature": 0.5}, "holds gate_temperature, which is not known"),
         ({"act_fn": "batchtopk"}, "act_fn 'batchtopk' is not read: .*save it as JumpReLU in Llamascopium"),
         ({"norm_activation": "token-wise"}, "norm_activation 'token-wise' cannot be folded into the weights: every token"),
         (
@@ -469,7 +509,7 @@ def test_circuit_tracer(threshold: tuple[int, ...] | None, skip: bool, tmp_path:
 def test_layer_0_of_a_cross_layer_transcoder_is_exact(tmp_path: Path) -> None:
     """What it writes at layer 0 is a sum of one term."""
     t, x = matrices(), random_activations()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name": "org/tiny", "feature_input_hook": "hook_mlp_in"}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name": "org/tiny", "feature_input_hook": "hook_resid_mid"}))
     for layer in (0, 1):
         encoder = {f"{name}_{layer}": t[name] for name in ("b_enc", "b_dec")} | {f"W_enc_{layer}": t["W_enc"].T}
         save(tmp_path / f"W_enc_{layer}.safetensors", encoder)
@@ -478,7 +518,8 @@ def test_layer_0_of_a_cross_layer_transcoder_is_exact(tmp_path: Path) -> None:
     sae = only(tmp_path / "W_enc_0.safetensors")
     expected = torch.relu(x @ t["W_enc"] + t["b_enc"]) @ t["W_dec"] + t["b_dec"]
     torch.testing.assert_close(sae.reconstruct(x), expected, **LEVEL)
-    refused(tmp_path / "W_dec_1.safetensors", "a sum over all layers up to it, and alone stands for nothing")
+    assert sae.cfg.hooks == "blocks.0.hook_mlp_in -> blocks.0.hook_mlp_out"
+    refused(tmp_path / "W_enc_1.safetensors", "a sum over all layers up to it, and alone stands for nothing")
     (tmp_path / "W_dec_0.safetensors").unlink()
     refused(tmp_path / "W_enc_0.safetensors", r"W_dec_0\.safetensors: no such file")
 
@@ -547,6 +588,21 @@ def test_all_are_imported_from_one_place(tmp_path: Path) -> None:
     (tmp_path / "all" / "config.json").unlink()
     written = import_saes(tmp_path / "all", tmp_path / "ours")
     assert len(written) == 2 and all(load_sae(folder).cfg.is_transcoder for folder in written)
+
+
+def test_files_of_one_folder_are_several(tmp_path: Path) -> None:
+    t = matrices()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump({"model_name": "org/tiny"}))
+    for layer in (0, 1):
+        save(tmp_path / "set" / f"layer_{layer}.safetensors", t | {"W_enc": t["W_enc"].T})
+    written = import_saes(tmp_path / "set", tmp_path / "ours")
+    assert [folder.name for folder in written] == ["layer_0", "layer_1"]
+    assert [load_sae(folder).cfg.hook_layer for folder in written] == [0, 1]
+    names = folder_names([str(tmp_path / "set" / "layer_*.safetensors")])
+    assert sorted(names.values()) == ["layer_0", "layer_1"]
+    assert len(import_saes(tmp_path / "set" / "layer_1.safetensors", tmp_path / "one")) == 1
+    assert load_sae(tmp_path / "one").cfg.hook_layer == 1
 
 
 def test_the_table_of_formats() -> None:

@@ -28,13 +28,15 @@ from sae_research.saes.releases import (
     from_release,
     licence_of,
     plan_of,
+    plan_of_file,
     release_directory,
     released_saes,
-    said_of,
+    shown_licence,
 )
 from sae_research.saes.sources import same_model
 from tests.helpers.hub_server import hub_env, serve_hub
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
+from tests.saes.test_formats import sparsify_folder
 
 loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
 CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
@@ -52,6 +54,24 @@ def test_every_entry_is_recognised() -> None:
         assert bool(plan.files) == (plan.read is not None) and all(not name.startswith("/") for name in plan.files), key
     layouts = Counter(plan.layout for plan in plans.values())
     assert set(layouts) >= {"sae_lens", "gemma_scope", "dictionary_learning", "llamascopium", "circuit_tracer"}
+
+
+def test_files_of_any_repository() -> None:
+    for name, files in (
+        ("a/b/ae.pt", ("a/b/config.json", "a/b/ae.pt")),
+        ("layers.3/sae.safetensors", ("layers.3/cfg.json", "layers.3/sae.safetensors")),
+        ("W_enc_0.safetensors", ("W_enc_0.safetensors", "W_dec_0.safetensors")),
+        ("Llama-3.1-8B-Instruct-SAE-l19.pth", ("Llama-3.1-8B-Instruct-SAE-l19.pth",)),
+    ):
+        assert plan_of_file("org/mine", name).files == files
+    for repo_id, name, message in (
+        ("org/mine", "weights.bin", "'weights.bin' must end with ae.pt"),
+        ("org/mine", "layer_3/params.npz", "keep the repository's own names"),
+        ("org/mine", "W_enc_4.safetensors", "a sum over all layers up to it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_of_file(repo_id, name)
+    assert plan_of_file("google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_7/params.npz").files
 
 
 def test_what_is_not_known_has_a_reason_to_act_on() -> None:
@@ -306,6 +326,8 @@ def test_sae_lens_loads_the_same(
     assert torch.equal(ours.encode(x)[..., : fires.shape[-1]] != 0, fires) and fires.any() and not fires.all()
     about = theirs.cfg.metadata
     assert same_model(ours.cfg.model_name, entry.model_name)
+    if about.context_size and entry.layout not in ("mwhanna_transcoder", "llama_scope_r1_distill"):
+        assert ours.cfg.context_size == about.context_size
     if entry.layout != "gemma_3":  # SAELens calls `hook_mlp_in` what the norm puts out
         assert (ours.cfg.hook_name, ours.cfg.hook_out) == (about.hook_name, about.hook_name_out or about.hook_name)
 
@@ -325,7 +347,8 @@ for wanted in json.loads(sys.argv[1]):
 """
 
 
-def fetch(url: str, home: Path, *wanted: str) -> list[str]:
+def fetch(url: str, home: Path, *wanted: str) -> tuple[list[str], str]:
+    """(a line for each, what was said beside them)."""
     done = subprocess.run(
         [sys.executable, "-c", FETCH, json.dumps(wanted)],
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)} | hub_env(url, home),
@@ -333,7 +356,7 @@ def fetch(url: str, home: Path, *wanted: str) -> list[str]:
         text=True,
         check=True,
     )
-    return done.stdout.splitlines()
+    return done.stdout.splitlines(), done.stderr
 
 
 @pytest.mark.slow
@@ -351,24 +374,33 @@ def test_releases_come_from_the_hub_with_their_licence(tmp_path: Path) -> None:
     card = "---\nlicense: cc-by-4.0\nlicense_name: mine\n---\n# Transcoders\n"
     (tmp_path / released[0][0] / "README.md").write_text(card)
     save_sae(make_sae("topk"), tmp_path / "mine" / "a" / "b")
+    sparsify_folder(tmp_path / "mine" / "layers.3.mlp", skip=True)
     folders["org/mine"] = tmp_path / "mine"
-    wanted = [*(f"sae_lens:{release}:{sae_id}" for release, sae_id in released), "sae_lens:org/mine:a/b"]
+    wanted = [
+        *(f"sae_lens:{release}:{sae_id}" for release, sae_id in released),
+        "sae_lens:org/mine:a/b",
+        "hub:org/mine:layers.3.mlp/sae.safetensors",
+        "hub:mwhanna/qwen3-4b-transcoders:layer_2.safetensors",
+    ]
     requests: list[str] = []
     with serve_hub({"models": folders}, requests) as url:
-        lines = fetch(url, tmp_path / "home", *wanted, f"sae_lens:{CLT}:layer_5", "sae_lens:org/mine:a/c")
-    assert lines[0].endswith("google/gemma-scope-2b-pt-transcoders, licence: cc-by-4.0 mine")
-    hooks, provenance = json.loads(lines[1])
+        lines, said = fetch(url, tmp_path / "home", *wanted, f"sae_lens:{CLT}:layer_5", "sae_lens:org/mine:a/c")
+    assert "google/gemma-scope-2b-pt-transcoders: licence cc-by-4.0 mine\n" in said
+    assert "mwhanna/qwen3-4b-transcoders: no licence named; ask its authors before you pass anything on" in said
+    hooks, provenance = json.loads(lines[0])
     assert hooks == "blocks.0.ln2.hook_normalized -> blocks.0.hook_mlp_out"
     assert provenance["licence"] == "cc-by-4.0 mine" and provenance["held_out"] == {"l0": 76.0}
-    assert lines[2].endswith("which names no licence: ask its authors before you pass anything on")
-    assert json.loads(lines[3])[0] == "blocks.2.mlp.hook_in -> blocks.2.hook_mlp_out"
-    assert "licence" not in json.loads(lines[3])[1] and json.loads(lines[5])[1]["release"] == "org/mine"
-    assert "cross-layer" in lines[6] and "no such file in the repository" in lines[7]
+    assert json.loads(lines[1])[0] == "blocks.2.mlp.hook_in -> blocks.2.hook_mlp_out"
+    assert "licence" not in json.loads(lines[1])[1] and json.loads(lines[2])[1]["release"] == "org/mine"
+    assert json.loads(lines[3])[0] == "blocks.3.mlp.hook_in -> blocks.3.hook_mlp_out"
+    assert json.loads(lines[4])[0] == json.loads(lines[1])[0]
+    assert "cross-layer" in lines[5] and "no such file in the repository" in lines[6]
     assert not any("mntss" in line for line in requests)
-    assert fetch(url, tmp_path / "home", *wanted)[:6] == lines[:6]
+    again, said = fetch(url, tmp_path / "home", *wanted)
+    assert again == lines[:5] and "licence cc-by-4.0 mine" in said
 
 
-def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import huggingface_hub
 
     path = tmp_path / "README.md"
@@ -382,7 +414,9 @@ def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ):
         path.write_text(text)
         assert licence_of("org/x") == licence
-    assert said_of("mit") == "licence: mit"
+    path.write_text("---\nlicense: mit\n---\n")
+    assert shown_licence("org/x") == "mit"
+    assert capsys.readouterr() == ("", "org/x: licence mit\n")
 
 
 def test_ours_in_a_repository(tmp_path: Path) -> None:

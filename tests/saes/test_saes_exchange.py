@@ -190,7 +190,7 @@ def test_what_cannot_go_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown format 'gguf'"):
         export_saes(tmp_path / "omp", tmp_path / "x", "gguf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no SAE there; expected one of: SAELens: cfg.json"):
+    with pytest.raises(UserError, match="no SAE there; expected cfg.json"):
         import_saes(tmp_path / "empty", tmp_path / "x")
     with pytest.raises(UserError, match="no such folder"):
         import_saes(tmp_path / "nowhere", tmp_path / "x")

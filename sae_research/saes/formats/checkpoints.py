@@ -39,6 +39,8 @@ class Publisher(NamedTuple):
     example: str
     repository: re.Pattern[str] | None = None
     """Where the repository's name has more: with groups `model`, `width` (in 1024) and `k`."""
+    context_size: int | None = 1024
+    """Tokens of a training context; None where nobody says."""
 
 
 _LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "decoder.bias": "b_dec"}
@@ -50,6 +52,7 @@ PUBLISHERS = (
         re.compile(r"(?P<model>Llama-[\w.-]+?)-SAE-l(?P<layer>[0-9]{1,3})\.pth?"),
         "meta-llama",
         "Llama-3.1-8B-Instruct-SAE-l19.pth",
+        context_size=None,
     ),
     Publisher(
         "qresearch",
@@ -72,6 +75,7 @@ PUBLISHERS = (
         re.compile(r"(?P<model>gpt2-small)_L(?P<layer>[0-9]{1,3})_Hcat_z_.+\.pt"),
         "",
         "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.80e+00_ds24576_v9.pt",
+        context_size=128,
     ),
 )
 
@@ -124,7 +128,7 @@ def load_published(path: str | Path, names: Sequence[str]) -> SparseAutoencoder:
         hook, keys["apply_b_dec_to_input"] = _of_kissane(config, state, place, path), True
     if place.k is not None:
         keys["k"] = place.k
-    metadata = {"model_name": place.model_name, "hook_name": hook, "context_size": 1024}
+    metadata = {"model_name": place.model_name, "hook_name": hook, "context_size": place.publisher.context_size}
     architecture = "standard" if place.k is None else "topk"
     return from_parts(place.publisher.library, architecture, state, metadata, str(path), **keys)
 

@@ -51,8 +51,9 @@ ONE_OF_MANY = (
 
 
 def is_transcoder_file(path: Path) -> bool:
-    """Whether a file is named as one of these."""
-    return bool(_FILE.fullmatch(path.name) or _CROSS.fullmatch(path.name))
+    """Whether a file is named as one of these; of the two of a cross-layer layer the encoder's stands for both."""
+    match = _CROSS.fullmatch(path.name)
+    return bool(_FILE.fullmatch(path.name)) or (match is not None and match[1] == "enc")
 
 
 def files_of(layer: int) -> tuple[str, str]:
@@ -60,6 +61,13 @@ def files_of(layer: int) -> tuple[str, str]:
     if layer:
         raise UserError(ONE_OF_MANY)
     return f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors"
+
+
+def files_with(path: str) -> tuple[str, ...]:
+    """A file of a repository, and of a cross-layer transcoder both of its layer. Raises as `files_of`."""
+    folder, slash, name = path.rpartition("/")
+    match = _CROSS.fullmatch(name)
+    return tuple(f"{folder}{slash}{part}" for part in (files_of(int(match[2])) if match else (name,)))
 
 
 def load_circuit_tracer(path: str | Path, names: Sequence[str]) -> SparseAutoencoder:
@@ -104,8 +112,10 @@ def _described(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def _kind(values: dict[str, Any], key: str, usual: str, path: Path) -> str:
-    """The kind of hook: names of it may begin with `blocks.{layer}.`."""
-    return (text(values.get(key), key, path) or usual).removeprefix("blocks.{layer}.")
+    """The kind of hook: names of it may begin with `blocks.{layer}.`. `hook_resid_mid`, the stream between attention and
+    MLP, is what the MLP's branch takes."""
+    kind = (text(values.get(key), key, path) or usual).removeprefix("blocks.{layer}.")
+    return "hook_mlp_in" if kind == "hook_resid_mid" else kind
 
 
 def read(tensors: dict[str, Tensor], layer: int, about: dict[str, str], where: str) -> SparseAutoencoder:

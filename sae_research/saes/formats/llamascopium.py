@@ -69,22 +69,38 @@ _FIRST_NAMES = {
     "log_jumprelu_threshold": "log_threshold",
 }
 _FORMS = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
+PRESENT_KEYS = frozenset(
+    "sae_type d_model expansion_factor use_decoder_bias act_fn norm_activation sparsity_include_decoder_norm top_k "
+    "use_triton_kernel sparsity_threshold_for_triton_spmm_kernel jumprelu_threshold_window hook_point_in hook_point_out "
+    "use_glu_encoder device dtype".split()
+)
+"""What a configuration of the present version holds."""
+_REFUSED = ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder", "apply_decoder_bias_to_pre_encoder_post_norm")
+_EARLIER = frozenset({"d_sae", "jump_relu_threshold", _NORM, *_REFUSED})
 _UNREAD = {
     "token-wise": "every token is scaled by its own norm",
     "batch-wise": "activations are scaled by the norms of the batch they stand in",
 }
 
 
-def load_llamascopium(folder: str | Path, model_name: str = "", factor: float | None = None) -> SparseAutoencoder:
+def load_llamascopium(
+    folder: str | Path, model_name: str = "", factor: float | None = None, published: bool = False
+) -> SparseAutoencoder:
     """Read one folder of either version. model_name: which its files do not say; factor: f_in, for weights that do not hold
-    it. Raises `UserError` for a missing or damaged file, and for what cannot be reproduced."""
+    it; published: of a release, whose settings of training are those of its day. Raises `UserError` for a missing or damaged
+    file, for what cannot be reproduced, and for a setting that is not known."""
     folder = Path(folder)
     path = folder / (FIRST_CONFIG if (folder / FIRST_CONFIG).exists() else CONFIG_FILE)
     values = read_settings(path)
     kind = text(values.get("sae_type"), "sae_type", path) or "sae"
     if kind != "sae":
         raise UserError(f"{path}: sae_type {shown(kind)} is not read: it is no SAE and no transcoder of one layer")
-    for key in ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder", "apply_decoder_bias_to_pre_encoder_post_norm"):
+    unknown = sorted(
+        key for key, value in values.items() if key not in PRESENT_KEYS | _EARLIER and value not in (None, False)
+    )
+    if unknown and not published and path.name != FIRST_CONFIG:
+        raise UserError(f"{path}: holds {', '.join(unknown)[:120]}, which is not known; remove what changes no activation")
+    for key in _REFUSED:
         if flag(values.get(key) or False, key, path):
             raise UserError(f"{path}: {key} is not read; ask for it with such a file")
     weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
