@@ -65,6 +65,8 @@ class AnalysisContext:
         for name, sae in adapted.items():
             fill_in(sae, lm.name, hook or params.train.hook_name)
             check_fits(name, sae, lm, params.model.same_as)
+            if sae.cfg.is_crosscoder:
+                sae.cfg.check_one_hook("the analysis of latents")
             sae.to(lm.device)
         return cls(lm, adapted, params)
 

@@ -68,6 +68,9 @@ class Evaluation:
     one_hook: str = ""
     """Why it means nothing for a transcoder, which writes another hook than it reads; empty where it means something."""
 
+    crosscoders: bool = False
+    """Whether it takes crosscoders, which read and write several hooks."""
+
     def __post_init__(self) -> None:
         for field in ("section_name", "result_type"):
             object.__setattr__(self, field, getattr(self, field) or self.name)
@@ -85,6 +88,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             on=True,
             headline=True,
             section_name="core_eval",
+            crosscoders=True,
         ),
         Evaluation(
             "sparse_probing",

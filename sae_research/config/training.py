@@ -49,6 +49,9 @@ class Tracking(Section):
 class SAERecipe(Section):
     """What every recipe has."""
 
+    crosscoders: ClassVar[bool] = False
+    """Whether it weighs sparsity by decoder norms of several hooks."""
+
     sparsity: ClassVar[tuple[str, Literal["raises", "lowers"]] | None] = None
     """The setting that decides how sparse the SAE becomes, and what a larger value does to L0."""
     few_active: ClassVar[bool] = False
@@ -73,6 +76,25 @@ class SAERecipe(Section):
     blocks.8.mlp.hook_in reads. Null: the hook it reads."""
     skip: bool | None = None
     """true gives a transcoder a linear skip, learned with the rest from zero."""
+    hook_names: Annotated[list[Name], Field(min_length=1)] | None = None
+    """A crosscoder's: the hooks of one width that it reads and writes together. In place of `hook_name`; recipes
+    `standard_new` (L1) and `batch_top_k`."""
+
+    @model_validator(mode="after")
+    def _crosscoder(self) -> SAERecipe:
+        names = self.hook_names
+        if names is None:
+            return self
+        if len(names) == 1:
+            raise ValueError(f"hook_names: a crosscoder has several hooks; for one write hook_name: {names[0]}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"hook_names: {', '.join(twice)} stands there twice")
+        for key in ("hook_name", "hook_out"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"hook_names and {key} exclude each other: a crosscoder reads and writes its hook_names")
+        if not self.crosscoders:
+            raise ValueError(f"hook_names: {self.recipe} trains no crosscoders; standard_new (L1) and batch_top_k do")
+        return self
 
     @model_validator(mode="after")
     def _transcoder(self) -> SAERecipe:
@@ -98,6 +120,10 @@ class L1Recipe(SAERecipe):
             raise ValueError(
                 "resample_every belongs to SAEs: what is left of a transcoder's output is no encoder's direction"
             )
+        if self.hook_names is not None and self.resample_every:
+            raise ValueError(
+                "resample_every belongs to SAEs: it gives rows unit norm, a crosscoder's share one between hooks"
+            )
         return self
 
 
@@ -106,6 +132,7 @@ class StandardRecipe(L1Recipe):
 
 
 class StandardNewRecipe(L1Recipe):
+    crosscoders = True
     recipe: Literal["standard_new"]
 
 
@@ -239,6 +266,7 @@ class AbsTopKRecipe(KRecipe):
 
 
 class BatchTopKRecipe(KRecipe):
+    crosscoders = True
     recipe: Literal["batch_top_k"]
     inference: Literal["threshold"] = "threshold"
 
@@ -315,6 +343,13 @@ SHARED = {
 
 ARROW = " -> "
 """Between the hooks of a transcoder."""
+PLUS = " + "
+"""Between those of a crosscoder."""
+
+
+def hooks_at(place: str) -> list[str]:
+    """The hooks of a place (`Train.place_of`), in the order in which their activations lie side by side."""
+    return place.split(PLUS if PLUS in place else ARROW)
 
 
 class Train(Section):
@@ -392,11 +427,17 @@ class Train(Section):
         return self
 
     def hook_of(self, name: str) -> str:
-        """The hook that an SAE of `saes` is trained at."""
-        return self.saes[name].hook_name or self.hook_name
+        """The hook that an SAE of `saes` reads; of a crosscoder all of them, `A + B`."""
+        sae = self.saes[name]
+        return PLUS.join(sae.hook_names) if sae.hook_names else sae.hook_name or self.hook_name
+
+    def width_of(self, name: str, widths: Mapping[str, int]) -> int:
+        """Dimensions that an SAE of `saes` reads. widths: by hook."""
+        return sum(widths[hook] for hook in self.hook_of(name).split(PLUS))
 
     def place_of(self, name: str) -> str:
-        """The hook that an SAE reads, or `READ -> WRITTEN` of a transcoder: SAEs of one place get the same batches."""
+        """The hook that an SAE reads, `READ -> WRITTEN` of a transcoder, `A + B` of a crosscoder: SAEs of one place get the
+        same batches."""
         written = self.saes[name].hook_out
         return self.hook_of(name) if written is None else f"{self.hook_of(name)}{ARROW}{written}"
 
@@ -408,18 +449,20 @@ class Train(Section):
     @property
     def hooks(self) -> list[str]:
         """Every hook that an SAE reads or writes, in order of first use."""
-        return list(dict.fromkeys(hook for place in self.places for hook in place.split(ARROW)))
+        return list(dict.fromkeys(hook for place in self.places for hook in hooks_at(place)))
 
     def hyper_parameters(self, name: str) -> dict[str, Any]:
         """What shaped one SAE's training: its own settings, and those of the run that all SAEs share."""
         return {
-            **self.saes[name].model_dump(exclude={"recipe", "seed", "hook_name", "hook_out"}, exclude_none=True),
+            **self.saes[name].model_dump(
+                exclude={"recipe", "seed", "hook_name", "hook_out", "hook_names"}, exclude_none=True
+            ),
             **self.model_dump(include=SHARED),
         }
 
     def weight_bytes(self, widths: Mapping[str, int]) -> int:
-        """Of all SAEs. widths: d_in by hook."""
-        return sum(2 * widths[self.hook_of(name)] * sae.d_sae * FLOAT_BYTES for name, sae in self.saes.items())
+        """Of all SAEs. widths: by hook."""
+        return sum(2 * self.width_of(name, widths) * sae.d_sae * FLOAT_BYTES for name, sae in self.saes.items())
 
     def output_bytes(self, widths: Mapping[str, int]) -> int:
         """In `trained_saes/`, with the checkpoints that are kept there."""
@@ -430,5 +473,5 @@ class Train(Section):
         rows = max(self.buffer_tokens, 2 * self.batch_size)
         return (
             STATE_COPIES * self.weight_bytes(widths)
-            + sum(widths[hook] for place in self.places for hook in place.split(ARROW)) * rows * itemsize
+            + sum(widths[hook] for place in self.places for hook in hooks_at(place)) * rows * itemsize
         )

@@ -120,19 +120,30 @@ def by_hook(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
 
 
 def by_read_hook(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
-    """SAEs grouped by the hook they read, wherever they write: for evaluations of latents alone."""
+    """SAEs grouped by the hook they read, wherever they write: for evaluations of latents alone. Raises `UserError` for one
+    that reads several (a crosscoder)."""
+    _refuse_crosscoders(saes)
     infos: dict[str, dict[str, SAEInfo]] = {}
     for name, info in infos_of(saes).items():
         infos.setdefault(info.cfg.hook_name, {})[name] = info
     return [Group(hook, members, saes) for hook, members in infos.items()]
 
 
+def _refuse_crosscoders(saes: Mapping[str, SparseAutoencoder]) -> None:
+    for name, info in infos_of(saes).items():
+        if info.cfg.is_crosscoder:
+            raise UserError(f"SAE {name} reads and writes {info.cfg.hooks}; what takes activations of one hook cannot")
+
+
 def by_hooks(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
-    """SAEs grouped by the hook they read and the hook they write."""
+    """SAEs grouped by the hook they read and the hook they write; of crosscoders (`A + B`) by all of them."""
     infos: dict[tuple[str, str], dict[str, SAEInfo]] = {}
     for name, info in infos_of(saes).items():
         infos.setdefault((info.cfg.hook_name, info.cfg.hook_out), {})[name] = info
     return [Group(hook, members, saes, hook_out) for (hook, hook_out), members in infos.items()]
+
+
+_SEVERAL = "it takes the activations of one hook, and a crosscoder has several"
 
 
 def of_one_hook(
@@ -142,16 +153,27 @@ def of_one_hook(
     lm: LanguageModel,
     params: Params,
     stage: StageFolder,
+    crosscoders: bool = False,
 ) -> Iterator[tuple[str, Any]]:
-    """`evaluate` on the SAEs that write the hook they read; the others are skipped. reason: why it means nothing for those.
-    Raises `NotApplicable` where there is none."""
+    """`evaluate` on the SAEs that it means something for; the others are skipped. reason: why it means nothing for
+    transcoders, empty where it does. crosscoders: whether it takes them. Raises `NotApplicable` where none is left."""
     infos = infos_of(saes)
-    left_out = {name: info.cfg.hooks for name, info in infos.items() if info.cfg.is_transcoder}
+    left_out = {
+        name: (kind, why)
+        for name, info in infos.items()
+        for kind, why, concerned in (
+            ("transcoder", reason, bool(reason) and info.cfg.is_transcoder),
+            ("crosscoder", _SEVERAL, not crosscoders and info.cfg.is_crosscoder),
+        )
+        if concerned
+    }
     kept = [name for name in infos if name not in left_out]
     if not kept:
-        raise NotApplicable(f"{reason}: these are transcoders ({', '.join(dict.fromkeys(left_out.values()))})")
-    for name, hooks in left_out.items():
-        stage.skip(name, f"not applicable to a transcoder ({hooks}): {reason}")
+        kinds = dict.fromkeys(left_out.values())
+        hooks = {of: dict.fromkeys(infos[name].cfg.hooks for name in infos if left_out[name] == of) for of in kinds}
+        raise NotApplicable("; ".join(f"{why}: these are {kind}s ({', '.join(hooks[kind, why])})" for kind, why in kinds))
+    for name, (kind, why) in left_out.items():
+        stage.skip(name, f"not applicable to a {kind} ({infos[name].cfg.hooks}): {why}")
     some = saes.only(kept) if isinstance(saes, PreparedSAEs) else {name: saes[name] for name in kept}
     yield from evaluate(some if left_out else saes, lm, params, stage)
 

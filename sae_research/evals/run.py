@@ -33,12 +33,9 @@ def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str
         raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
     module, _, function = str(OF_SAES[name].evaluate).partition(":")
     evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
-    reason = OF_SAES[name].one_hook
-    if not reason:
-        return evaluate
     from sae_research.evals.harness import of_one_hook
 
-    return partial(of_one_hook, evaluate, reason)
+    return partial(of_one_hook, evaluate, OF_SAES[name].one_hook, crosscoders=OF_SAES[name].crosscoders)
 
 
 def run_evaluation(name: str, params: Params) -> None:

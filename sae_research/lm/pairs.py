@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
+from sae_research.config.training import PLUS
 from sae_research.lm.activations import ActivationPool, HookActivations, collect_hooks
 from sae_research.lm.model import LanguageModel
 
@@ -33,10 +35,11 @@ class PairedBatch(NamedTuple):
 
 
 class PairedActivations(HookActivations):
-    """Activations at `hook`, which is read, and at `hook_out`, which is written; the two may be one.
+    """Activations at `hook`, which is read, and at `hook_out`, which is written; the two may be one. A crosscoder's `hook`
+    is `A + B`, and so is its `hook_out`: its activations are those of all, side by side.
 
-    In our definitions a token counts where neither the one nor the other is an outlier by its norm: what is read after a
-    norm has none. Other arguments as for `HookActivations`.
+    In our definitions a token counts where at no hook it is an outlier by its norm: what is read after a norm has none.
+    Other arguments as for `HookActivations`.
     """
 
     def __init__(
@@ -50,6 +53,11 @@ class PairedActivations(HookActivations):
     ) -> None:
         super().__init__(lm, hook, tokens, params, counted)
         self.hook_out = hook_out
+        self.hooks = hook.split(PLUS)
+        """What is read."""
+        self._sides = (
+            [HookActivations(lm, one, tokens, params, counted) for one in self.hooks] if len(self.hooks) > 1 else []
+        )
         self.written = self if hook_out == hook else HookActivations(lm, hook_out, tokens, params, counted)
         self._stream = None if hook_out == hook or not lm.can_resume else lm.added_to(hook_out)
 
@@ -59,6 +67,8 @@ class PairedActivations(HookActivations):
 
     def shown(self, index: Sequence[int], resumed: bool = False) -> PairedBatch:
         """The sequences `index`. resumed: the model is to resume from them, so that `rest` is wanted."""
+        if self._sides:
+            return self._side_by_side(index)
         batch = self.pool.batch(index)
         lab, bench = self.lab_mask(batch), self.sae_bench_mask(batch)
         if self.written is self:
@@ -69,10 +79,20 @@ class PairedActivations(HookActivations):
         lab = lab & self.written.lab_mask(written)
         return PairedBatch(batch.index, batch.tokens, batch.acts, written.acts, rest, lab, bench)
 
+    def _side_by_side(self, index: Sequence[int]) -> PairedBatch:
+        pools = self._pools
+        batches = [pools[hook].batch(index) for hook in self.hooks]
+        first, acts = batches[0], torch.cat([batch.acts for batch in batches], dim=-1)
+        lab, bench = self._sides[0].lab_mask(first), self._sides[0].sae_bench_mask(first)
+        for side, batch in zip(self._sides[1:], batches[1:], strict=True):
+            lab = lab & side.lab_mask(batch)
+        return PairedBatch(first.index, first.tokens, acts, acts, None, lab, bench)
+
     @cached_property
     def _pools(self) -> dict[str, ActivationPool]:
         """By hook, from one pass: what is read, what is written, and the stream that holds the latter."""
-        hooks = dict.fromkeys([self.hook, self.hook_out, *([] if self._stream is None else [self._stream])])
+        written = [] if self._sides else [self.hook_out]
+        hooks = dict.fromkeys([*self.hooks, *written, *([] if self._stream is None else [self._stream])])
         pools = collect_hooks(
             self.lm,
             list(hooks),
@@ -81,6 +101,8 @@ class PairedActivations(HookActivations):
             self.params.activation_caching,
             "activations",
         )
+        for side in self._sides:
+            side.pool = pools[side.hook]
         if self.written is not self:
             self.written.pool = pools[self.hook_out]
         return pools

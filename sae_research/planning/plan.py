@@ -105,11 +105,10 @@ def make_plan(
 
 def _training(params: Params, shape: ModelShape, device: Device, devices: int, done: bool) -> Row:
     train = params.train
-    saes = [
-        trained_sae(name, config, train.hook_of(name), shape.width(train.hook_of(name)))
-        for name, config in train.saes.items()
-    ]
     widths = {hook: shape.width(hook) for hook in train.hooks}
+    saes = [
+        trained_sae(name, config, train.hook_of(name), train.width_of(name, widths)) for name, config in train.saes.items()
+    ]
     seconds = training_seconds(shape, params, device, saes).on(devices)
     counted = training_seconds(shape, params, COUNTING, saes, measured_factors=False)
     disk = train.output_bytes(widths) + train.checkpoint_bytes(widths, PRECISION_BYTES[train.llm_dtype])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES, SAERecipe
+from sae_research.config.training import FLOAT_BYTES, SAERecipe, hooks_at
 from sae_research.runtime.files import read_json, slugify
 from sae_research.saes.base import SAEInfo
 from sae_research.saes.pursuit.encoders import (
@@ -69,7 +69,7 @@ def described(name: str, info: SAEInfo) -> PlannedSAE:
         cfg.form,
         cfg.d_in,
         cfg.d_sae,
-        cfg.hook_name,
+        cfg.hook_names[-1],
         size,
         cfg.role != "variant",
         "",
@@ -98,10 +98,10 @@ def variant_name(baseline: str, label: str, size: int) -> str:
 
 
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
-    """An SAE of `train.saes`."""
+    """An SAE of `train.saes`. A crosscoder stands at its last hook, with the width of all."""
     pursuit = config.recipe == "matching_pursuit"
     size = getattr(config, "s", 0) if pursuit else 0
-    return PlannedSAE(name, config.recipe, width, config.d_sae, hook, size, written=config.hook_out or "")
+    return PlannedSAE(name, config.recipe, width, config.d_sae, hooks_at(hook)[-1], size, written=config.hook_out or "")
 
 
 def _baseline(params: Params, width: int) -> PlannedSAE:
@@ -125,7 +125,8 @@ def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
     names = [name for name in train.saes if name != baseline.name] if chosen.trained == ["all"] else chosen.trained
     for name in names:
         if name in train.saes:
-            yield trained_sae(name, train.saes[name], train.hook_of(name), baseline.d_in)
+            width = baseline.d_in * len(train.saes[name].hook_names or [""])
+            yield trained_sae(name, train.saes[name], train.hook_of(name), width)
         else:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for path, name in folder_names(chosen.folders).items():

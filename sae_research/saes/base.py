@@ -209,6 +209,7 @@ class SparseAutoencoder(nn.Module):
                     sorted(self.options().items()),
                     self.cfg.apply_b_dec_to_input,
                     self.cfg.center_input,
+                    *([self.cfg.hook_scales] if self.cfg.is_crosscoder else []),
                 )
             ).encode()
         )

@@ -6,12 +6,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae_research.config.training import PLUS
 from sae_research.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an SAE was made for and how it is to be fed."""
+    """What an SAE was made for and how it is to be fed.
+
+    A *crosscoder* reads and writes several hooks of one model: `hook_name` is their names joined by `PLUS`, its activations
+    those of the hooks side by side, in that order, so that d_in is the sum of their (equal) widths.
+    """
 
     form: str
     """Inference form: a key of `sae_research.saes.registry`."""
@@ -41,11 +46,15 @@ class SAEConfig:
     """The hook that its reconstruction stands for; `hook_name`, which it reads, where empty."""
     d_out: int = 0
     """Width at `hook_out`; `d_in` where 0."""
+    hook_scales: tuple[float, ...] = ()
+    """Of a crosscoder: the factor by which each hook's activations were normalised in training. Norms of its decoders are
+    compared in those units (`saes.crosscoders`)."""
 
     def __post_init__(self) -> None:
         for name, value in (("architecture", self.form), ("hook_out", self.hook_name), ("d_out", self.d_in)):
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
+        self._check_crosscoder()
         if not self.is_transcoder:
             if self.d_out != self.d_in:
                 raise UserError(f"d_in is {self.d_in} and d_out {self.d_out}, but no hook_out says where it writes")
@@ -58,6 +67,35 @@ class SAEConfig:
                 f"{named} must be false where a dictionary reads {self.hook_name} and writes {self.hook_out}: what belongs "
                 "to the one does not belong to the other"
             )
+
+    def _check_crosscoder(self) -> None:
+        if not self.is_crosscoder:
+            if self.hook_scales:
+                raise UserError(
+                    f"hook_scales belong to a crosscoder, which reads several hooks; this reads {self.hook_name}"
+                )
+            return
+        names = self.hook_names
+        if self.is_transcoder:
+            raise UserError(f"a crosscoder writes the hooks that it reads ({self.hook_name}), not {self.hook_out}")
+        if len(set(names)) < len(names) or not all(names):
+            raise UserError(f"a crosscoder's hooks must be named, each once: {self.hook_name}")
+        if self.d_in % len(names):
+            raise UserError(f"{self.d_in} dimensions do not divide into those of {len(names)} hooks ({self.hook_name})")
+        if self.center_input:
+            raise UserError(f"center_input must be false for a crosscoder ({self.hook_name}): each hook has its own mean")
+        if len(self.hook_scales) != len(names) or not all(0 < scale < float("inf") for scale in self.hook_scales):
+            raise UserError(f"a crosscoder of {len(names)} hooks needs as many positive hook_scales")
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """What it reads: several hooks of a crosscoder, one of anything else."""
+        return tuple(self.hook_name.split(PLUS))
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether it reads and writes several hooks."""
+        return PLUS in self.hook_name
 
     @property
     def is_transcoder(self) -> bool:
@@ -75,7 +113,9 @@ class SAEConfig:
         return not self.hook_out.endswith(("hook_z", ".hook_in", ".hook_normalized"))
 
     def check_one_hook(self, what: str) -> None:
-        """Raises `UserError` for a transcoder. what: that takes none, at the start of a sentence."""
+        """Raises `UserError` for a transcoder or crosscoder. what: that takes none, at the start of a sentence."""
+        if self.is_crosscoder:
+            raise UserError(f"{what} takes SAEs, which read and write one hook; a crosscoder has several ({self.hooks})")
         if self.is_transcoder:
             raise UserError(f"{what} edits the activations that an SAE reads; a transcoder ({self.hooks}) writes others")
 
@@ -87,7 +127,7 @@ class SAEConfig:
 
     @property
     def hook_layer(self) -> int:
-        """Layer number inside `hook_name`. Raises `UserError` if it names none."""
+        """Layer number inside `hook_name`, of a crosscoder's first hook. Raises `UserError` if it names none."""
         digits = [part for part in self.hook_name.split(".") if part.isdigit()]
         if not digits:
             raise UserError(f"hook {self.hook_name!r} names no layer; expected e.g. blocks.8.hook_resid_post")

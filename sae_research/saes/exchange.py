@@ -64,6 +64,8 @@ def export_saes(source: Path, output: Path, layout: str, dict_class: str | None 
     for place, (origin, sae) in _read_all(source).items():
         try:
             if layout == "dictionary_learning":
+                if sae.cfg.is_crosscoder:
+                    raise UserError(f"dictionary_learning's layout has one hook; a crosscoder has several ({sae.cfg.hooks})")
                 note = export_dictionary_learning(sae, output / place, dict_class, origin / EVAL_FILE)
                 if not sae.cfg.hook_name.endswith("hook_resid_post"):
                     note += "; SAE Bench's loaders would put it at hook_resid_post of its layer"

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from sae_research.config.training import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, file_sha256, read_settings, write_bytes, write_json
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
@@ -71,17 +72,20 @@ def sae_lens_lacks(sae: SparseAutoencoder) -> str:
     name, _ = _as_sae_lens_has_it(sae.cfg, sae.options(), sae.W_skip is not None)
     if name in SAE_LENS_FORMS:
         return ""
-    kind = " as a transcoder" if sae.cfg.is_transcoder else ""
+    kind = " as a transcoder" if sae.cfg.is_transcoder else " as a crosscoder" if sae.cfg.is_crosscoder else ""
     return f"SAELens {SAE_LENS_VERSION} has no form {sae.cfg.form}{kind}; sae_research alone reads it"
 
 
 def _as_sae_lens_has_it(cfg: SAEConfig, options: dict[str, Any], skip: bool) -> tuple[str, dict[str, Any]]:
-    """(architecture, options) under which SAELens computes the same; a name it refuses where it cannot.
+    """(architecture, options) under which SAELens computes the same; a name it refuses where it cannot: it knows no
+    crosscoders.
 
     Its matching pursuit takes positive correlations only, as our non-negative one; read as that, our signed one would
     give other latents without a word.
     """
     form = cfg.form
+    if cfg.is_crosscoder:
+        return f"{form}_crosscoder", {}
     if cfg.is_transcoder:
         kind = _SKIP if skip else "transcoder"
         return (kind if form == "standard" else f"{form}_{kind}"), {}
@@ -219,6 +223,7 @@ def _to_json(cfg: SAEConfig, options: dict[str, Any], skip: bool) -> dict[str, A
                 "center_input": cfg.center_input,
                 "provenance": cfg.provenance,
                 **({"hook_out": cfg.hook_out} if cfg.is_transcoder else {}),
+                **({"hook_scales": list(cfg.hook_scales)} if cfg.is_crosscoder else {}),
                 **({} if architecture == cfg.form else {"form": cfg.form}),
             },
         },
@@ -249,6 +254,7 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
             role=text(ours["role"], "role", path),
             base=text(ours["base"], "base", path) or None,
             provenance=section(ours["provenance"], "provenance", path),
+            hook_scales=_scales(ours.get("hook_scales"), path),
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing") from None
@@ -261,7 +267,14 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
     weights_from = section(ours.get("weights_from"), "weights_from", path) or None
     sha256 = text(ours.get("weights_sha256"), "weights_sha256", path) or None
     written = {"hook_out": hook_of(cfg.hook_out, path)} if cfg.is_transcoder else {}
-    return cfg.replace(hook_name=hook_of(cfg.hook_name, path), **written), weights_from, sha256
+    read = PLUS.join(hook_of(name, path) for name in cfg.hook_names)
+    return cfg.replace(hook_name=read, **written), weights_from, sha256
+
+
+def _scales(value: Any, path: Path) -> tuple[float, ...]:
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"{path}: hook_scales must be a list of numbers, not {shown(value)}")
+    return tuple(number(scale, "hook_scales", path) for scale in value or ())
 
 
 def _has_skip(values: dict[str, Any]) -> bool:

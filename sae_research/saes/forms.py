@@ -34,10 +34,13 @@ def fold_decoder_norms(form: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
     """
     norms_F = tensors["W_dec"].norm(dim=1)
     norms_F = torch.where(norms_F > 0, norms_F, torch.ones_like(norms_F))
-    if (norms_F - 1).abs().max() <= UNIT_TOLERANCE:
-        return tensors
-    scaled = {name: tensors[name] * norms_F for name in ENCODER_SCALES[form]}
-    return {**tensors, **scaled, "W_dec": tensors["W_dec"] / norms_F[:, None]}
+    return tensors if (norms_F - 1).abs().max() <= UNIT_TOLERANCE else scale_latents(form, tensors, norms_F)
+
+
+def scale_latents(form: str, tensors: dict[str, Tensor], factors_F: Tensor) -> dict[str, Tensor]:
+    """The same SAE with activations times positive factors [d_sae], and decoder rows divided by them."""
+    scaled = {name: tensors[name] * factors_F for name in ENCODER_SCALES[form]}
+    return {**tensors, **scaled, "W_dec": tensors["W_dec"] / factors_F[:, None]}
 
 
 def as_subtracting(sae: SparseAutoencoder, theirs: bool) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
 def check_widths(name: str, cfg: SAEConfig, lm: LanguageModel) -> None:
     """Raises `UserError` when the SAE reads or writes another width than the model has there, a hook the model lacks, or two
     hooks that do not belong together."""
-    sides = [("reads", cfg.d_in, cfg.hook_name)]
+    sides = [("reads", cfg.d_in // len(cfg.hook_names), hook) for hook in cfg.hook_names]
     if cfg.is_transcoder:
         try:
             check_pair(cfg.hook_name, cfg.hook_out)

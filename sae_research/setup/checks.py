@@ -24,6 +24,7 @@ from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import duration
 from sae_research.saes import SAEConfig, SparseAutoencoder, encode_each
 from sae_research.saes.base import OPEN_BYTES, Family, Guard, SAEInfo, check_finite
+from sae_research.saes.crosscoders import normalised
 from sae_research.setup.evaluated import NOTED, Evaluated, ModelIdentity
 from sae_research.stats.reconstruction import ReconstructionStats
 from sae_research.text.tokens import Contexts, TextRunsOut, token_contexts
@@ -124,7 +125,7 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
 
 def _collected(cfg: SAEConfig, lm: LanguageModel) -> list[tuple[str, int]]:
     """Hooks whose activations evaluations keep for an SAE, and their widths (`lm.pairs`)."""
-    hooks = [(cfg.hook_name, cfg.d_in)]
+    hooks = [(hook, cfg.d_in // len(cfg.hook_names)) for hook in cfg.hook_names]
     if cfg.is_transcoder:
         stream = lm.added_to(cfg.hook_out)
         hooks += [(cfg.hook_out, cfg.d_out), *([] if stream is None else [(stream, lm.d_model)])]
@@ -138,7 +139,8 @@ BATCH_CONTEXTS = 8
 
 
 class Sample(NamedTuple):
-    """Contexts of the core evaluation's split at one hook, or at those that a transcoder reads and writes."""
+    """Contexts of the core evaluation's split at one hook, at those that a transcoder reads and writes, or at a crosscoder's
+    side by side."""
 
     acts: Tensor
     """[contexts, seq, d_in], on the model's device"""
@@ -233,7 +235,8 @@ def measure(
                 name, z = item
                 hat = saes[name].reconstruct(x, mask, z)
                 spent += time.perf_counter() - start  # the statistics are not the evaluation's work
-                stats[name].update(saes[name].target(x, written), hat, z, mask)
+                target, hat = (normalised(part, saes[name].cfg) for part in (saes[name].target(x, written), hat))
+                stats[name].update(target, hat, z, mask)
                 start = time.perf_counter()
         for name in names:
             values = stats[name].metrics()
@@ -263,7 +266,7 @@ def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list
 
 def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Params) -> Sample:
     tokens, counted = contexts.tokens, contexts.counted
-    hooks = list(dict.fromkeys([cfg.hook_name, cfg.hook_out]))
+    hooks = list(dict.fromkeys([*cfg.hook_names, *([cfg.hook_out] if cfg.is_transcoder else [])]))
     pools = collect_hooks(lm, hooks, tokens, params.model.llm_batch_size, params.activation_caching)
     found, medians, mask = {}, {}, torch.ones_like(tokens, dtype=torch.bool)
     for hook in hooks:
@@ -281,8 +284,9 @@ def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Param
                 f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or "
                 "float32"
             )
-    norms = found[cfg.hook_name][mask].norm(dim=1)
-    acts, written = (found[hook].to(lm.device) for hook in (cfg.hook_name, cfg.hook_out))
+    read = found[cfg.hook_name] if cfg.hook_name in found else torch.cat([found[hook] for hook in hooks], dim=-1)
+    norms, acts = read[mask].norm(dim=1), read.to(lm.device)
+    written = found[cfg.hook_out].to(lm.device) if cfg.is_transcoder else acts
     return Sample(acts, written, mask.to(lm.device), float(norms.median()), float(norms.mean()))
 
 

@@ -276,6 +276,11 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
         f"{setup.name}: {line}"
         for line in fill_in(baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")
     ]
+    if baseline.cfg.is_crosscoder:
+        raise UserError(
+            f"baseline_sae: {setup.name} is a crosscoder ({baseline.cfg.hooks}): controls and variants are made of a "
+            "baseline of one hook; compare it in comparison_saes"
+        )
     _check_layer(params, baseline)
     check_fits(setup.name, baseline, lm, params.model.same_as)
     baseline.cfg = baseline.cfg.replace(role="baseline", base=None)

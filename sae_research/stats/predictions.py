@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_research.lm import LanguageModel
+
 CHUNK_ELEMENTS = 4_000_000
 """Logits per step: small enough that a step's temporaries stay in the processor's caches."""
 RECOVERED = {"zero": "loss_recovered", "mean": "loss_recovered_mean_ablation"}
@@ -68,6 +70,16 @@ class CleanPredictions:
     def _chunks(self) -> list[slice]:
         step = max(1, CHUNK_ELEMENTS // self.log_p_NV.shape[1])
         return [slice(start, start + step) for start in range(0, len(self.log_p_NV), step)]
+
+
+def replaced_logits(lm: LanguageModel, tokens: Tensor, sides: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """Logits [batch, seq, vocab] of one run with these activations [batch, seq, d_hook] at their hooks, where `mask`
+    [batch, seq] holds; other tokens stay as that run has them."""
+
+    def putting(put: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda own: put.to(own.dtype) if mask is None else torch.where(mask[..., None], put.to(own.dtype), own)
+
+    return lm.edited_logits(tokens, {hook: putting(side) for hook, side in sides.items()})
 
 
 def total(values: Tensor, mask: Tensor) -> float:

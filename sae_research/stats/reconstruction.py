@@ -77,6 +77,13 @@ class ReconstructionStats:
         """Fraction of counted tokens on which each latent fires [d_sae]."""
         return (self.firing_F / max(self.tokens, 1)).float().cpu()
 
+    def variance_explained_by_part(self, n_parts: int) -> list[float]:
+        """`variance_explained` of every n-th of the dimensions: of a crosscoder hook by hook. NaN where a part has no
+        variance."""
+        total_D = self.sum_squares_D - self.sum_D.square() / max(self.tokens, 1)
+        residuals, totals = (values.unflatten(0, (n_parts, -1)).sum(1) for values in (self.residual_D, total_D))
+        return torch.where(totals > 0, 1 - residuals / totals, torch.nan).tolist()
+
     def metrics(self) -> dict[str, float]:
         """Every value above, as plain floats; empty when no token counted. A 0/0 is left out, never NaN."""
         if self.tokens == 0:

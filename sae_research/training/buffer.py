@@ -1,7 +1,7 @@
 """A place's share of the activation stream: shuffled rows in a bounded buffer, normalised, and their principal components.
 
-A place is a hook, or the two hooks of a transcoder (`Train.place_of`). What a linear code of n components explains of what
-is to be reconstructed is the reference for an SAE.
+A place is a hook, the two hooks of a transcoder, or all of a crosscoder (`Train.place_of`). What a linear code of n
+components explains of what is to be reconstructed is the reference for an SAE.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask
-from sae_research.config.training import ARROW
+from sae_research.config.training import ARROW, hooks_at
 from sae_research.lm import LanguageModel, median_activation_norm, token_mask
 from sae_research.lm.hooks import check_pair
 from sae_research.runtime.errors import UserError
@@ -77,22 +77,32 @@ class Calibration(NamedTuple):
     dictionary_learning, whose L1 coefficients therefore carry over)."""
     mean_norm: float
     """Mean norm of the chunk's counted activations, model units."""
-    median_norm_out: float | None = None
-    """Of what a transcoder writes, as is the next; the others are then of what it reads."""
-    scale_out: float | None = None
+    further: Sequence[Sequence[float]] = ()
+    """(median norm, factor) of what a transcoder writes, or at a crosscoder's further hooks; the first two fields are then
+    those of the first hook, and `mean_norm` of all that is read."""
+
+    @property
+    def median_norms(self) -> list[float]:
+        """What the norm rule compares with, hook by hook."""
+        return [self.median_norm, *(median for median, _ in self.further)]
+
+    @property
+    def scales(self) -> list[float]:
+        """Factors to normalised activations, hook by hook."""
+        return [self.scale, *(scale for _, scale in self.further)]
 
 
 class StreamBatch(NamedTuple):
     acts: Tensor
     """Normalised activations of counted tokens [batch_size, d_in], float32; of a transcoder what it reads and beside it what
-    it writes [batch_size, 2 d_in]."""
+    it writes [batch_size, 2 d_in], of a crosscoder what it has at its hooks, side by side."""
     progress: float
     """Fraction of the run done at the middle of this batch: above 0, below 1, so no step has a zero rate."""
 
 
 class HookBuffer:
-    """One hook's activations, shuffled: each counted token once, deterministic from `params.random_seed`. Of a transcoder's
-    two hooks the activations lie side by side, and a token counts where it does at both.
+    """One hook's activations, shuffled: each counted token once, deterministic from `params.random_seed`. Of several
+    hooks the activations lie side by side, and a token counts where it does at all of them.
 
     It knows nothing of other hooks, so that an SAE's batches are those of a run with its hook alone. Which tokens
     count is decided by this hook's own norms. How many tokens that rule drops is only known at the end, so progress is
@@ -110,11 +120,13 @@ class HookBuffer:
         device: torch.device,
     ) -> None:
         self.lm, self.hook, self.params, self.device = lm, hook, params, device
-        self.hooks = hook.split(ARROW)
-        self.d_in, self.n_tokens = lm.d_in(self.hooks[0]), tokens.numel()
-        self.width = self.d_in * len(self.hooks)
+        self.hooks = hooks_at(hook)
+        self.d_hook, self.n_tokens = lm.d_in(self.hooks[0]), tokens.numel()
+        self.width = self.d_hook * len(self.hooks)
         """Of a row."""
-        _check_hooks(lm, self.hooks)
+        self.d_in = self.d_hook if ARROW in hook else self.width
+        """What a dictionary reads of a row, and what it writes."""
+        _check_hooks(lm, hook)
         self.tokens_read = self.rows_read = self.rows_served = self.held = 0
         self.order: Tensor | None = None
         """The permutation of the rows held that is being served: `cursor` of `served_of_order` rows so far."""
@@ -146,14 +158,14 @@ class HookBuffer:
         tokens = tokens.to(acts.device)
         if not token_mask(self.lm, tokens, acts, TokenMask(outlier_norm_multiple=None), counted=counted).any():
             raise UserError("train.tokens: no token of the first contexts counts; give more text or longer contexts")
-        sides = acts.split(self.d_in, dim=-1)
+        sides = acts.split(self.d_hook, dim=-1)
         medians = [median_activation_norm(self.lm, tokens, side, counted) for side in sides]
         kept = counted_at(self.lm, tokens, sides, self.params.token_mask, medians, counted)
         rows = acts[kept].to(self.device).float()
-        scales = [self._scale(hook, own) for hook, own in zip(self.hooks, rows.split(self.d_in, dim=1), strict=True)]
+        scales = [self._scale(hook, own) for hook, own in zip(self.hooks, rows.split(self.d_hook, dim=1), strict=True)]
         norm = float(rows[:, : self.d_in].norm(dim=1).mean())
-        of_written = (medians[1], scales[1]) if len(sides) > 1 else ()
-        self.calibration = Calibration(medians[0], scales[0], norm, *of_written)
+        further = list(zip(medians[1:], scales[1:], strict=True))
+        self.calibration = Calibration(medians[0], scales[0], norm, further)
         return self._normalised(rows)
 
     @staticmethod
@@ -168,11 +180,15 @@ class HookBuffer:
 
     def _normalised(self, rows: Tensor) -> Tensor:
         """float32 rows in the model's units, normalised in place."""
-        if self.calibration.scale_out is None:
-            return rows.mul_(self.calibration.scale)
-        rows[:, : self.d_in].mul_(self.calibration.scale)
-        rows[:, self.d_in :].mul_(self.calibration.scale_out)
+        for side, scale in zip(rows.split(self.d_hook, dim=1), self.calibration.scales, strict=True):
+            side.mul_(scale)
         return rows
+
+    def written(self, rows: Tensor) -> Tensor:
+        """What is to be reconstructed of rows in the model's units [n, width], normalised [n, d_in]."""
+        sides = rows[:, -self.d_in :].split(self.d_hook, dim=1)
+        scales = self.calibration.scales[-len(sides) :]
+        return side_by_side([side * scale for side, scale in zip(sides, scales, strict=True)])
 
     def feed(self, tokens: Tensor, acts: Tensor, of_roles: Tensor | None = None) -> None:
         """Take in a chunk: tokens [n, context_size], activations [n, context_size, d_in] in the model's units, and where
@@ -182,8 +198,8 @@ class HookBuffer:
     def counted(self, tokens: Tensor, acts: Tensor, of_roles: Tensor | None = None) -> Tensor:
         """Activations of the tokens that count [rows, d_in], of a chunk as in `feed`. Changes nothing here."""
         tokens = tokens.to(acts.device)
-        sides, rule = acts.split(self.d_in, dim=-1), self.params.token_mask
-        return acts[counted_at(self.lm, tokens, sides, rule, median_norms(self.calibration), of_roles)]
+        sides, rule = acts.split(self.d_hook, dim=-1), self.params.token_mask
+        return acts[counted_at(self.lm, tokens, sides, rule, self.calibration.median_norms, of_roles)]
 
     def take(self, n_tokens: int, rows: Tensor) -> None:
         """Take in a chunk of `n_tokens` whose counted activations are `rows`."""
@@ -254,29 +270,24 @@ class HookBuffer:
         self.pca.products_DD.copy_(tensors["pca_products_DD"])
 
 
-def _check_hooks(lm: LanguageModel, hooks: Sequence[str]) -> None:
-    """Raises `UserError` for two hooks that are no transcoder's, or of two widths."""
-    if len(hooks) == 1:
-        return
-    try:
-        check_pair(*hooks)
-    except UserError as error:
-        raise UserError(f"train.saes: hook_out: {error}") from None
-    widths = [lm.d_in(hook) for hook in hooks]
-    if widths[0] != widths[1]:
-        raise UserError(
-            f"train.saes: hook_out: {hooks[0]} has {widths[0]} dimensions, {hooks[1]} {widths[1]}; only equal ones"
-        )
+def _check_hooks(lm: LanguageModel, place: str) -> None:
+    """Raises `UserError` for two hooks that are no transcoder's, or hooks of several widths."""
+    hooks, key = hooks_at(place), "hook_out" if ARROW in place else "hook_names"
+    if ARROW in place:
+        try:
+            check_pair(*hooks)
+        except UserError as error:
+            raise UserError(f"train.saes: hook_out: {error}") from None
+    for hook in hooks[1:]:
+        if lm.d_in(hook) != lm.d_in(hooks[0]):
+            raise UserError(
+                f"train.saes: {key}: {hooks[0]} has {lm.d_in(hooks[0])} dimensions, {hook} {lm.d_in(hook)}; only equal ones"
+            )
 
 
 def side_by_side(acts: Sequence[Tensor]) -> Tensor:
-    """Activations at a transcoder's hooks as one tensor [..., 2 d_in]; of one hook as they are."""
+    """Activations at several hooks as one tensor [..., n d_hook]; of one hook as they are."""
     return acts[0] if len(acts) == 1 else torch.cat([*acts], dim=-1)
-
-
-def median_norms(calibration: Calibration) -> list[float]:
-    """What the norm rule compares with at the hook, or at both."""
-    return [norm for norm in (calibration.median_norm, calibration.median_norm_out) if norm is not None]
 
 
 def counted_at(
@@ -289,4 +300,7 @@ def counted_at(
 ) -> Tensor:
     """Where tokens count at every hook, bool [n, context_size]. sides: activations by hook [n, context_size, d_in]."""
     masks = [token_mask(lm, tokens, acts, rule, median, counted) for acts, median in zip(sides, medians, strict=True)]
-    return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    kept = masks[0]
+    for mask in masks[1:]:
+        kept = kept & mask
+    return kept

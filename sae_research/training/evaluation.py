@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, Text
-from sae_research.config.training import ARROW
+from sae_research.config.training import ARROW, hooks_at
 from sae_research.lm import LanguageModel, collect_hooks
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import ABSENT, number, text_table
 from sae_research.saes import SparseAutoencoder, encode_each
+from sae_research.saes.crosscoders import normalised
 from sae_research.saes.files import sae_lens_lacks
 from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums
 from sae_research.stats.reconstruction import ReconstructionStats, density_histogram
 from sae_research.text.tokens import Contexts, token_contexts
-from sae_research.training import diagnose
-from sae_research.training.buffer import counted_at, median_norms, pca_variance_explained, side_by_side
+from sae_research.training import crosscoders, diagnose
+from sae_research.training.buffer import counted_at, pca_variance_explained, side_by_side
 from sae_research.training.diagnose import CurvePoint, Finding, TrainingSummary
 from sae_research.training.stream import ActivationStream
 from sae_research.training.training_sae import TrainingSAE
@@ -50,8 +51,8 @@ class HeldOut(NamedTuple):
     tokens: Tensor
     """[contexts, context_size]"""
     acts: dict[str, Tensor]
-    """By hook [contexts, context_size, d_in], on the CPU; may be memory-mapped. Of a transcoder (`Train.place_of`) what it
-    reads and beside it what it writes [contexts, context_size, 2 d_in]."""
+    """By hook [contexts, context_size, d_in], on the CPU; may be memory-mapped. Of several (`Train.place_of`),
+    what a transcoder reads and writes or what a crosscoder reads, side by side [contexts, context_size, n d_hook]."""
     mask: dict[str, Tensor]
     """By hook, or both of a transcoder, True where a token counts [contexts, context_size]."""
 
@@ -66,11 +67,11 @@ def read_held_out(lm: LanguageModel, params: Params, contexts: Contexts, medians
     Raises `UserError` when no token of them counts.
     """
     tokens, counted = contexts.tokens, contexts.counted
-    hooks = list(dict.fromkeys(hook for place in medians for hook in place.split(ARROW)))
+    hooks = list(dict.fromkeys(hook for place in medians for hook in hooks_at(place)))
     pools = collect_hooks(lm, hooks, tokens, params.model.llm_batch_size, params.activation_caching)
     acts, mask = {}, {}
     for place, norms in medians.items():
-        sides = [pools[hook].flat.view(*tokens.shape, -1) for hook in place.split(ARROW)]
+        sides = [pools[hook].flat.view(*tokens.shape, -1) for hook in hooks_at(place)]
         mask[place] = counted_at(lm, tokens, sides, params.token_mask, norms, counted)
         acts[place] = side_by_side(sides)
     if not all(part.any() for part in mask.values()):
@@ -80,19 +81,20 @@ def read_held_out(lm: LanguageModel, params: Params, contexts: Contexts, medians
 
 @torch.no_grad()
 def held_out_stats(saes: dict[str, SparseAutoencoder], rows_ND: Tensor) -> dict[str, ReconstructionStats]:
-    """Statistics of every SAE on rows in the model's units."""
+    """Statistics of every SAE on rows in the model's units; of crosscoders in units in which all hooks count alike."""
     place = next(iter(saes.values())).cfg.hooks
     stats = {name: ReconstructionStats(sae.cfg.d_out, sae.cfg.d_sae, rows_ND.device) for name, sae in saes.items()}
     for x_BD in rows_ND.split(BATCH):
         x, written = _sides(place, x_BD[None])
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for name, z in encode_each(saes, x, mask):
-            stats[name].update(written, saes[name].reconstruct(x, mask, z), z, mask)
+            x_hat, cfg = saes[name].reconstruct(x, mask, z), saes[name].cfg
+            stats[name].update(normalised(written, cfg), normalised(x_hat, cfg), z, mask)
     return stats
 
 
 def _sides(place: str, acts: Tensor) -> tuple[Tensor, Tensor]:
-    """What is read, and what is written, of a place's activations as `HeldOut` has them."""
+    """What is read, and what is written, of a place's activations as `HeldOut` has them; a crosscoder's are one."""
     if ARROW not in place:
         return acts, acts
     read, written = acts.chunk(2, dim=-1)
@@ -118,7 +120,7 @@ def evaluate(
     """Add every SAE's held-out metrics to the report, PCA's at every hook, and what they show; returns what
     `eval_results.json` of each SAE holds."""
     held_out = read_held_out(
-        lm, params, held_out_contexts, {hook: median_norms(b.calibration) for hook, b in stream.buffers.items()}
+        lm, params, held_out_contexts, {hook: b.calibration.median_norms for hook, b in stream.buffers.items()}
     )
     stats: dict[str, ReconstructionStats] = {}
     for hook, buffer in stream.buffers.items():
@@ -135,8 +137,9 @@ def evaluate(
                 "fraction_silent_at_end": sae.fraction_silent,
                 "held_out": {key: value for key, value in stats[sae.name].metrics().items() if key in REPORTED},
             }
-        scale = buffer.calibration.scale if buffer.calibration.scale_out is None else buffer.calibration.scale_out
-        explained = pca_variance_explained(buffer.pca, rows_ND[:, -buffer.d_in :] * scale, PCA_COMPONENTS)
+            if (trained := saes[sae.name]).cfg.is_crosscoder:
+                report["saes"][sae.name]["by_hook"] = crosscoders.hooks_of(trained, stats[sae.name])
+        explained = pca_variance_explained(buffer.pca, buffer.written(rows_ND), PCA_COMPONENTS)
         report["hooks"][hook] = {
             "fraction_tokens_kept": buffer.fraction_kept,
             "pca_reference": {str(n): value for n, value in explained.items()},
@@ -188,34 +191,42 @@ def finding_lines(report: Report) -> dict[str, list[str]]:
 @torch.no_grad()
 def loss_recovered(
     saes: Mapping[str, SparseAutoencoder], held_out: HeldOut, lm: LanguageModel, params: Params
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """What the language model loses with each SAE's reconstruction in place of the tokens that count.
 
     On `train.evaluate_tokens` held-out tokens in whole contexts, spread evenly over the split. Per predicted token, in
     nats, as core evaluation's own definition (lab_v1): `ce_clean`, `ce_zero_ablated`, `ce_patched`, `ce_delta`, `kl`;
     `loss_recovered` is `(ce_zero - ce_patched) / (ce_zero - ce_clean)`, left out where that is 0/0. One clean pass
     serves all SAEs, one ablated pass all SAEs of a hook. Empty when `train.evaluate_tokens` is 0.
+
+    Of a crosscoder these are with all hooks replaced; `by_hook` has them with one replaced alone.
     """
     n = min(len(held_out.tokens), -(-params.train.evaluate_tokens // held_out.tokens.shape[1]))
     if n == 0:
         return {}
     index = torch.linspace(0, len(held_out.tokens) - 1, n).round().long()
-    sums: dict[str, dict[str, float]] = {name: {} for name in saes}
+    sums: dict[str, dict[str, dict[str, float]]] = {name: {"": {}} for name in saes}
     of_place = {place: {name: sae for name, sae in saes.items() if sae.cfg.hooks == place} for place in held_out.acts}
     deepest = max(held_out.acts, key=_layer)  # the fewest layers are left to run from there
     for chosen in index.split(_contexts_at_once(lm, held_out.tokens.shape[1], params)):
         tokens = held_out.tokens[chosen].to(lm.device)
-        acts = _sides(deepest, held_out.acts[deepest][chosen])[1].to(lm.device)
-        clean = CleanPredictions(lm.resume(deepest.split(ARROW)[-1], acts, tokens), tokens)
+        acts = held_out.acts[deepest][chosen].chunk(len(hooks_at(deepest)), dim=-1)[-1].to(lm.device)
+        clean = CleanPredictions(lm.resume(hooks_at(deepest)[-1], acts, tokens), tokens)
         for hook in held_out.acts:
-            for name, own in _sums_at(hook, of_place[hook], held_out, chosen, clean, lm):
-                sums[name] = {key: sums[name].get(key, 0.0) + value for key, value in own.items()}
-    return {
-        name: {key: value for key, value in losses(own).items() if not math.isnan(value)}
-        | {"prediction_tokens": own["ce_tokens"]}
-        for name, own in sums.items()
-        if own.get("ce_tokens")
+            for name, replaced, own in _sums_at(hook, of_place[hook], held_out, chosen, clean, lm):
+                before = sums[name].get(replaced, {})
+                sums[name][replaced] = {key: before.get(key, 0.0) + value for key, value in own.items()}
+    return {name: _losses(own) for name, own in sums.items() if own[""].get("ce_tokens")}
+
+
+def _losses(sums: Mapping[str, dict[str, float]]) -> dict[str, Any]:
+    """The metrics from sums over all contexts, by which hook alone is replaced, "" for all that it writes."""
+    found = {
+        replaced: {key: value for key, value in losses(own).items() if not math.isnan(value)}
+        for replaced, own in sums.items()
     }
+    whole = found.pop("") | {"prediction_tokens": sums[""]["ce_tokens"]}
+    return whole | ({"by_hook": found} if found else {})
 
 
 def _sums_at(
@@ -225,8 +236,9 @@ def _sums_at(
     chosen: Tensor,
     clean: CleanPredictions,
     lm: LanguageModel,
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one place."""
+) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(name, "", sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one place; of a crosscoder also
+    (name, hook, sums) with that hook alone replaced."""
     tokens = held_out.tokens[chosen].to(lm.device)
     mask = held_out.mask[place][chosen].to(lm.device)
     acts, written = _sides(place, held_out.acts[place][chosen].to(lm.device).float())
@@ -234,12 +246,19 @@ def _sums_at(
     def run(put: Tensor | float) -> tuple[Tensor, Tensor]:
         return clean.compare(lm.resume(place.split(ARROW)[-1], torch.where(mask[..., None], put, written), tokens))
 
+    first = next(iter(saes.values()))
+    x, counted = acts.to(first.W_dec.device), mask.to(first.W_dec.device)
+    if first.cfg.is_crosscoder:
+        zero = crosscoders.zeroed(acts, first, mask, tokens, clean, lm)
+        for name, z in encode_each(saes, x, counted):
+            x_hat = saes[name].reconstruct(x, counted, z).to(lm.device, acts.dtype)
+            for replaced, sums in crosscoders.replaced_sums(saes[name], x_hat, mask, tokens, clean, lm, zero):
+                yield name, replaced, sums
+        return
     shared = {"clean": (clean.ce, None), "zero": run(0.0)}
-    device = next(iter(saes.values())).W_dec.device
-    x, counted = acts.to(device), mask.to(device)
     for name, z in encode_each(saes, x, counted):
         x_hat = saes[name].reconstruct(x, counted, z).to(lm.device, acts.dtype)
-        yield name, prediction_sums(mask, {**shared, "patched": run(x_hat)})
+        yield name, "", prediction_sums(mask, {**shared, "patched": run(x_hat)})
 
 
 def _contexts_at_once(lm: LanguageModel, context_size: int, params: Params) -> int:
@@ -247,8 +266,8 @@ def _contexts_at_once(lm: LanguageModel, context_size: int, params: Params) -> i
     return max(1, min(params.model.llm_batch_size, LOGITS // (context_size * lm.vocab_size)))
 
 
-def _layer(hook: str) -> int:
-    return next(int(part) for part in hook.split(".") if part.isdigit())
+def _layer(place: str) -> int:
+    return next(int(part) for part in hooks_at(place)[-1].split(".") if part.isdigit())
 
 
 def _ce_elsewhere(lm: LanguageModel, params: Params) -> float | None:
@@ -273,9 +292,13 @@ def _ce_elsewhere(lm: LanguageModel, params: Params) -> float | None:
 
 
 def _result(
-    entry: dict[str, Any], stats: ReconstructionStats, sae: SparseAutoencoder, predictions: Mapping[str, float]
+    entry: dict[str, Any], stats: ReconstructionStats, sae: SparseAutoencoder, predictions: Mapping[str, Any]
 ) -> dict[str, Any]:
     provenance = sae.cfg.provenance
+    figures = dict(predictions)
+    if sae.cfg.is_crosscoder:
+        lost = figures.pop("by_hook", {})
+        figures["by_hook"] = {hook: of_hook | lost.get(hook, {}) for hook, of_hook in entry["by_hook"].items()}
     return round_significant(
         {
             "recipe": entry["recipe"],
@@ -283,6 +306,7 @@ def _result(
             "architecture": sae.cfg.architecture,
             "model_name": sae.cfg.model_name,
             "hook_name": sae.cfg.hook_name,
+            **({"decoder_norm_ratios": crosscoders.ratios_by_hook(sae)} if sae.cfg.is_crosscoder else {}),
             **({"hook_out": sae.cfg.hook_out} if sae.cfg.is_transcoder else {}),
             "d_in": sae.cfg.d_in,
             "d_sae": sae.cfg.d_sae,
@@ -291,7 +315,7 @@ def _result(
             "text": provenance.get("text"),
             "split": HELD_OUT_SPLIT,
             **stats.metrics(),
-            **predictions,
+            **figures,
             "density_histogram": density_histogram(stats.density),
             "hyper_parameters": entry["hyper_parameters"],
         }
@@ -335,6 +359,8 @@ def held_out_table(report: Report) -> str:
         pca = at_hook["pca_reference"].items()
         rows += [[f"PCA, {n} components", n, number(value), ABSENT] for n, value in pca]
         parts.append(text_table([(hook, "L0", "variance explained", "alive"), *rows]))
+    if by_hook := crosscoders.table(report):
+        parts.append(by_hook)
     return "\n".join(parts)
 
 

@@ -238,7 +238,12 @@ def check_comparison(params: Params, lm: LanguageModel) -> None:
     name = params.baseline_sae.name
     if params.baseline_sae.source == "trained" and name in params.train.saes:
         config = params.train.saes[name]
-        check_sizes(params, lm.d_in(params.train.hook_of(name)), config.d_sae, config.hook_out is not None)
+        if config.hook_names is not None:
+            raise UserError(
+                f"baseline_sae.name: {name} is a crosscoder; controls and variants are made of a baseline of one hook"
+            )
+        width = lm.d_in(params.train.hook_of(name))
+        check_sizes(params, width, config.d_sae, config.hook_out is not None)
 
 
 def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
@@ -295,6 +300,7 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
         model_name=params.model.name,
         hook_name=params.train.hook_of(sae.name),
         hook_out=config.hook_out or "",
+        hook_scales=tuple(buffer.calibration.scales) if config.hook_names else (),
         apply_b_dec_to_input=sae.recipe.reads_b_dec,
         context_size=params.text.context_size,
         options=sae.recipe.options(),
@@ -306,10 +312,10 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
             "activation_norm": round_significant(buffer.calibration.mean_norm),
         },
     )
-    calibration = buffer.calibration
-    if calibration.scale_out is None:
-        return sae.recipe.export(calibration.scale, cfg)
-    return sae.recipe.export(calibration.scale_out, cfg, calibration.scale)
+    if cfg.is_transcoder:
+        read_scale, scale = buffer.calibration.scales
+        return sae.recipe.export(scale, cfg, read_scale)
+    return sae.recipe.export(buffer.calibration.scale, cfg)
 
 
 def curve_tsv(curve: list[CurveRow]) -> str:

@@ -5,6 +5,9 @@ token that is not BOS, EOS or padding. Ours (`lab_v1`) neither counts nor patche
 
 All is about what a dictionary writes: a transcoder's reconstruction is compared with the activations at its `hook_out`, put
 in their place there, and measured against zeros and the mean activation in that place. For an SAE that is the hook it reads.
+A crosscoder's hooks are all replaced at once; `by_hook` holds what it explains at each, and what the model loses with that
+one alone replaced. Its activations are compared in units in which all hooks count alike (`saes.crosscoders`), and a token
+that does not count stays as the run has it.
 
 Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
 together; the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
@@ -39,8 +42,9 @@ from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import Family, Guard, SAEInfo, check_finite
+from sae_research.saes.crosscoders import normalised
 from sae_research.setup.evaluated import Evaluated
-from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums, total
+from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums, replaced_logits, total
 from sae_research.stats.reconstruction import (
     Clusters,
     ReconstructionStats,
@@ -197,12 +201,13 @@ def _sparsity_of(saes: dict[str, SparseAutoencoder], group: _Group, bar: tqdm) -
         x, mask = batch.acts, batch.lab_mask
         for name, z_all, z_lab in _encodings(saes, x, mask if group.lab else None):
             state, sae = states[name], saes[name]
-            target, x_hat = sae.target(x, batch.written), sae.reconstruct(x, z=z_all)
-            state.sae_bench.update(target, x_hat, z_all, batch.sae_bench_mask)
+            target, x_hat = normalised(sae.target(x, batch.written), sae.cfg), sae.reconstruct(x, z=z_all)
+            state.sae_bench.update(target, normalised(x_hat, sae.cfg), z_all, batch.sae_bench_mask)
             if z_lab is not None:
-                x_hat, mean = _lab_reconstruction(sae, batch, x_hat, z_lab), group.mean_activation
+                x_hat, mean = normalised(_lab_reconstruction(sae, batch, x_hat, z_lab), sae.cfg), group.mean_activation
                 state.lab.update(target, x_hat, z_lab, mask)
-                state.by_cluster.update(batch.index, target, x_hat, z_lab, mask, sae.target(mean, mean))
+                mean = normalised(sae.target(mean, mean), sae.cfg)
+                state.by_cluster.update(batch.index, target, x_hat, z_lab, mask, mean)
                 _count_support(state, sae, z_lab, mask)
             bar.update()
     return {name: _sparsity_result(state, saes[name]) for name, state in states.items()}
@@ -264,7 +269,14 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
         "clusters": state.by_cluster.as_lists(),
         "interpolating_fraction": state.interpolating / (max(state.kept, 1) if sae.per_token else sequences),
         "density_histogram": density_histogram(density),
+        **({"explained_by_hook": _explained_by_hook(state, sae)} if sae.cfg.is_crosscoder else {}),
     }
+
+
+def _explained_by_hook(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, float]:
+    hooks = sae.cfg.hook_names
+    explained = zip(hooks, state.lab.variance_explained_by_part(len(hooks)), strict=True)
+    return {hook: value for hook, value in explained if math.isfinite(value)}
 
 
 # --- predictions -----------------------------------------------------------------------------
@@ -301,12 +313,18 @@ class _Predictions(NamedTuple):
     sums: Sums
     """Clean, zero-ablated and mean-ablated, in both definitions."""
 
-    def run(self, written: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions with this [batch, seq, d_out] in place of what the model has at the written hook."""
-        return self.clean.compare(_resumed(self.group, self.batch, written))
+    def run(self, put: Tensor, mask: Tensor | None = None, hook: str = "") -> tuple[Tensor, Tensor]:
+        """Predictions with `put` [batch, seq, d_out] in place of what the model has at the written hook, where `mask`
+        [batch, seq] holds; everywhere without one. hook: of a crosscoder's that one alone."""
+        return self.clean.compare(_resumed(self.group, self.batch, put, mask, hook))
 
 
-def _resumed(group: _Group, batch: PairedBatch, written: Tensor) -> Tensor:
+def _resumed(group: _Group, batch: PairedBatch, put: Tensor, mask: Tensor | None = None, hook: str = "") -> Tensor:
+    if len(group.hooks) > 1:
+        sides = put.expand_as(batch.written).chunk(len(group.hooks), dim=-1)
+        chosen = {name: side for name, side in zip(group.hooks, sides, strict=True) if hook in ("", name)}
+        return replaced_logits(group.lm, batch.tokens, chosen, mask)
+    written = put if mask is None else torch.where(mask[..., None], put, batch.written)
     return group.lm.resume(group.hook_out, written, batch.tokens, rest=batch.rest)
 
 
@@ -332,25 +350,27 @@ class _SharedPredictions:
         zeroed = self._zeroed(batch, made)
         made.sums.update(_sums(group, batch, {"sae_bench": batch.sae_bench_mask}, ablated=zeroed, clean=(clean.ce, None)))
         if group.lab:
-            lab_mask = batch.lab_mask
-            kept = lab_mask[..., None]
+            lab_mask, zero, mean = batch.lab_mask, torch.zeros_like(x), group.mean_activation
             made.sums.update(
                 _sums(
                     group,
                     batch,
                     {"lab": lab_mask, "cluster": lab_mask},
-                    zero=made.run(torch.where(kept, 0.0, x)),
+                    zero=made.run(zero, lab_mask),
                     clean=(clean.ce, None),
-                    mean=made.run(torch.where(kept, group.mean_activation, x)),
+                    mean=made.run(mean, lab_mask),
                 )
             )
+            for hook in group.hooks if len(group.hooks) > 1 else ():
+                runs = {"zero": made.run(zero, lab_mask, hook), "mean": made.run(mean, lab_mask, hook)}
+                made.sums.update(_sums(group, batch, {hook: lab_mask}, clean=(clean.ce, None), **runs))
         return made
 
     def _zeroed(self, batch: PairedBatch, made: _Predictions) -> tuple[Tensor, Tensor]:
         """Predictions with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
         one sequence [1, seq, vocab] stands for all of all batches; elsewhere each batch needs its own."""
         group = self._group
-        if not (group.lm.can_resume and "hook_resid" in group.hook_out):
+        if not (group.lm.can_resume and "hook_resid" in group.hook_out and len(group.hooks) == 1):
             return made.run(torch.zeros_like(batch.written))
         if self._zero_logits is None:
             self._zero_logits = group.lm.resume(group.hook_out, torch.zeros_like(batch.written[:1]), batch.tokens[:1])
@@ -368,8 +388,9 @@ def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]
         sums = shared.sums | _sums(group, batch, {"sae_bench": batch.sae_bench_mask}, patched=shared.run(x_hat))
         if z_lab is not None:
             x_hat = _lab_reconstruction(sae, batch, x_hat, z_lab).to(own.dtype)
-            patched = shared.run(torch.where(mask[..., None], x_hat, own))
-            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=patched)
+            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=shared.run(x_hat, mask))
+            for hook in group.hooks if len(group.hooks) > 1 else ():
+                sums |= _sums(group, batch, {hook: mask}, patched=shared.run(x_hat, mask, hook))
         check_finite(sums)
         yield name, sums
 
@@ -388,6 +409,16 @@ def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: t
 
 
 # --- results ---------------------------------------------------------------------------------
+
+
+def _by_hook(info: SAEInfo, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
+    """Of a crosscoder what it explains at each hook, and what the model loses with that one alone replaced."""
+    found = {}
+    for hook in info.cfg.hook_names if info.cfg.is_crosscoder else ():
+        own, explained = sums_of(sums, hook), sparsity["explained_by_hook"]
+        lost = {key: value for key, value in losses(own).items() if math.isfinite(value)} if own else {}
+        found[hook] = ({"variance_explained": explained[hook]} if hook in explained else {}) | lost
+    return {"by_hook": found} if found else {}
 
 
 def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
@@ -409,6 +440,7 @@ def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], s
             "interpolating": sparsity["interpolating_fraction"] >= 0.5,
             "interpolating_fraction": sparsity["interpolating_fraction"],
             "density_histogram": sparsity["density_histogram"],
+            **_by_hook(info, sparsity, sums),
             **(
                 evidence(
                     sparsity["clusters"], sums, group.text.sparsity.about, group.text.predictions.about, params.random_seed

@@ -163,7 +163,7 @@ def _has_skip(architecture: str) -> bool:
     return architecture.endswith("skip_transcoder")
 
 
-def _hooks(values: dict[str, Any], where: str) -> dict[str, str]:
+def _hooks(values: dict[str, Any], where: str) -> dict[str, Any]:
     """`hook_name`, and a transcoder's `hook_out`.
 
     SAELens calls what Gemma Scope 2's transcoders read `hook_mlp_in`, which in TransformerLens is the stream before the
@@ -188,7 +188,7 @@ def _hooks(values: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def _config(
-    cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[str, Any], hooks: dict[str, str], where: str
+    cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[str, Any], hooks: dict[str, Any], where: str
 ) -> SAEConfig:
     metadata = values["metadata"]
     dataset = {"text": metadata["dataset_path"]} if metadata.get("dataset_path") else {}

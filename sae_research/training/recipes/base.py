@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from sae_research.config.params import Train
 from sae_research.config.training import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
+from sae_research.saes.crosscoders import hook_norms
+from sae_research.saes.forms import scale_latents
 from sae_research.training import products
 from sae_research.training.products import MAX_DENSITY, Support, decode_at, encode_at, products_at
 
@@ -65,6 +67,10 @@ class Recipe(nn.Module):
     A transcoder's batch holds what is read and beside it what is written, each normalised by itself [B, 2 D]: `read` and
     `target` tell them apart, and give an SAE its batch. It encodes what it reads, without `b_dec`.
 
+    A crosscoder is an SAE of the activations of its hooks side by side [B, D], D = n_hooks * d_hook, each hook's normalised
+    by itself; its squared error is the sum over hooks. What a recipe weighs by decoder norms it weighs by their sum over
+    hooks (`norm_sums`).
+
     `forward` is a function of the parameters, the batch and `draw_noise`'s numbers alone: what a recipe remembers changes in
     `prepare` and `track`. So one call can serve a whole stack of SAEs (`training.stack`).
     """
@@ -90,6 +96,7 @@ class Recipe(nn.Module):
         self.d_in, self.is_transcoder = d_in, config.hook_out is not None
         if self.is_transcoder:
             self.reads_b_dec = False  # ty: ignore[invalid-attribute-access]
+        self.n_hooks = len(config.hook_names or [""])
         self.config, self.train_config = config, train
         self.in_stack = False
         """This is a stack's template: `forward` sees many SAEs at once."""
@@ -302,6 +309,13 @@ class Recipe(nn.Module):
         """Whether this fraction of active latents is small enough for the sparse path."""
         return density <= MAX_DENSITY
 
+    def norm_sums(self) -> Tensor:
+        """Of every latent the sum over hooks of its decoders' norms [F], with a graph; its row's norm where the hook is
+        one."""
+        if self.n_hooks == 1:
+            return torch.linalg.vector_norm(self.W_dec, dim=1)
+        return hook_norms(self.W_dec, self.n_hooks).sum(0)
+
     # --- unit rows ---
 
     @torch.no_grad()
@@ -351,13 +365,31 @@ class Recipe(nn.Module):
     @torch.no_grad()
     def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
         """The SAE in the model's own units; `scale` is the factor its training data were normalised by. read_scale: that of
-        what a transcoder reads, `scale` then being that of what it writes."""
+        what a transcoder reads, `scale` then being that of what it writes. A crosscoder's are `cfg.hook_scales`."""
+        if cfg.is_crosscoder:
+            return self._export_crosscoder(cfg)
         own = self.own_tensors(scale)
         if self.W_skip is not None:
             own["W_skip"] = self.W_skip
         if read_scale is not None:  # it read `scale * (read_scale / scale) x`
             own |= {name: own[name] * (read_scale / scale) for name in ("W_enc", "W_gate", "W_skip") if name in own}
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in own.items()}
+        cfg = cfg.replace(form=self.form, options=self.options(), apply_b_dec_to_input=self.reads_b_dec)
+        return form_class(self.form)(cfg=cfg, **tensors, **self.options())
+
+    def _export_crosscoder(self, cfg: SAEConfig) -> SparseAutoencoder:
+        """Activations come out in the units in which sparsity is weighed: on normalised activations the sum over hooks of a
+        latent's decoder norms is 1."""
+        scale_D = torch.tensor(cfg.hook_scales).repeat_interleave(self.d_in // self.n_hooks)
+        own = {name: tensor.detach().cpu().clone() for name, tensor in self.own_tensors(1.0).items()}
+        sums_F = self.norm_sums().detach().cpu()
+        own = scale_latents(self.form, own, torch.where(sums_F > 0, sums_F, 1.0))
+        own |= {
+            "W_enc": own["W_enc"] * scale_D[:, None],
+            "W_dec": own["W_dec"] / scale_D,
+            "b_dec": own["b_dec"] / scale_D,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in own.items()}
         cfg = cfg.replace(form=self.form, options=self.options(), apply_b_dec_to_input=self.reads_b_dec)
         return form_class(self.form)(cfg=cfg, **tensors, **self.options())
 

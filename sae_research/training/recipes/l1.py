@@ -50,8 +50,9 @@ class L1Family(Recipe):
         return self.config.l1_coefficient * self.sparsity_warmup(progress)
 
     def row_norms(self, code: Reconstruction) -> Tensor:
-        """Norm of the decoder row behind every entry of `code.activations`, with a graph."""
-        norms_F = torch.linalg.vector_norm(self.W_dec, dim=1)
+        """Norm of the decoder row behind every entry of `code.activations`, with a graph; of a crosscoder's the sum over
+        hooks."""
+        norms_F = self.norm_sums()
         return norms_F if code.support is None else norms_F[code.support.col]
 
     # --- resampling ---
@@ -116,6 +117,9 @@ class StandardNew(L1Family):
 
     Rows are not constrained: shrinking activations while growing rows gains nothing. They are folded to unit norm in
     the SAE that comes out, which computes the same.
+
+    A crosscoder minimises `mean over tokens of sum_h |x_h - x_hat_h|^2 + l1 * sum_i z_i sum_h |W_dec,h,i|` over its hooks h
+    (Lindsey et al. 2024): norms are added over hooks, not taken of all hooks together.
     """
 
     form = "standard"
@@ -132,6 +136,8 @@ class StandardNew(L1Family):
     @torch.no_grad()
     def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
         sae = super().export(scale, cfg, read_scale)
+        if cfg.is_crosscoder:
+            return sae
         return form_class(self.form)(cfg=sae.cfg, **fold_decoder_norms(self.form, sae.tensors()))
 
 

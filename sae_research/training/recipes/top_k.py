@@ -157,7 +157,10 @@ class TopK(Recipe):
         tensors = super().own_tensors(scale)
         if self.form != "jumprelu":
             return tensors
-        return {**tensors, "threshold": torch.full_like(self.b_enc, float(self.threshold.clamp_min(0))) / scale}
+        threshold_F = torch.full_like(self.b_enc, float(self.threshold.clamp_min(0)))
+        if self.n_hooks > 1:  # it was taken of weighted activations
+            threshold_F = threshold_F / self.norm_sums()
+        return {**tensors, "threshold": threshold_F / scale}
 
     def export(self, scale: float, cfg: SAEConfig, read_scale: float | None = None) -> SparseAutoencoder:
         # tables name it by how it was trained, not by the form it is written in
@@ -169,6 +172,11 @@ class BatchTopK(TopK):
 
     At inference tokens must not depend on one another: the SAE that comes out has one threshold, the average of
     recent batches' smallest active activation.
+
+    A crosscoder chooses by activations times the sum over hooks of their decoder norms, as Minder et al. 2025 (arXiv
+    2504.02922) do, and weighs them so in its threshold. Its rows have unit norm over all hooks together, which fixes a scale
+    that neither the choice nor the reconstruction depends on. Of dead latents the auxiliary loss takes the most active
+    without such weights, which lie between 1 and the root of the number of hooks.
     """
 
     def select(self, pre_BF: Tensor) -> Support | None:
@@ -181,6 +189,8 @@ class BatchTopK(TopK):
 
     def active(self, pre_BF: Tensor) -> Tensor:
         """The k * B largest positive entries of a batch; among equals at the limit all count."""
+        if self.n_hooks > 1:
+            pre_BF = pre_BF * self.norm_sums().detach()
         self.limit = self.batch_limit(pre_BF)
         return (pre_BF >= self.limit) & (pre_BF > 0)
 
