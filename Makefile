@@ -18,7 +18,7 @@ help:
 	@echo "make check      format, lint, types, import contracts, dependencies of stages, links (seconds)"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  slow tests too (tens of minutes): fixtures from SAE Bench made afresh"
-	@echo "make bench      speed against other libraries, as ratios (about ten minutes; trains SAEs first where there are none)"
+	@echo "make bench      speed against other libraries, as ratios (twenty minutes; trains SAEs first where there are none)"
 	@echo "make gpu        on one GPU: the tests marked gpu, speed and memory; writes docs/gpu/record.json and docs/gpu.md"
 	@echo "make clean-cache  remove .cache: costs time, never correctness"
 

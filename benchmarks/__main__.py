@@ -1,9 +1,10 @@
 """Every speed that this project claims, against what exists, both sides in one run on the same inputs.
 
-    make bench                                             # all parts, eleven minutes on 2 cores
+    make bench                                             # all parts, twenty minutes on 2 cores
     python -m benchmarks core_probing scr_tpp --saes 8     # some, on more SAEs
 
-Where the pipeline has prepared no SAEs yet, it trains and prepares them first. Both sides compute everything afresh; neither
+`growth` has no other side: it prints what one more SAE costs in each evaluation beside its arithmetic floor. Where the
+pipeline has prepared no SAEs yet, it trains and prepares them first. Both sides compute everything afresh; neither
 loading models nor imports are counted. What else is counted stands in the docstring of each part's `compare`.
 """
 
@@ -36,6 +37,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "analysis": {"tokens": 8192, "latents": 2},
     "dashboards": {},
     "pursuit": {},
+    "growth": {},
 }
 """Modules of this package, each with `compare(saes, lm, model, params, **sizes) -> {row: (our seconds, theirs)}`, and sizes
 that keep the whole short; docs/speed.md holds larger runs."""
@@ -71,9 +73,11 @@ def main() -> None:
     rows: dict[str, tuple[float, float]] = {}
     for part in options.parts or PARTS:
         found = importlib.import_module(f"benchmarks.{part}").compare(saes, lm, model, params, **PARTS[part])
-        print(table(found), flush=True)
+        if found:
+            print(table(found), flush=True)
         rows |= found
-    print(f"\n{table(rows)}")
+    if rows:
+        print(f"\n{table(rows)}")
 
 
 def prepare_saes(root: Path) -> None:

@@ -1,10 +1,13 @@
 """Evaluations on a Ray cluster against one process: time, and whether the bytes are the same.
 
-    python -m benchmarks.cluster        # writes docs/cluster.json and the table of docs/cluster.md
+    python -m benchmarks.cluster        # writes docs/cluster.json and the tables of docs/cluster.md
 
-One process on two cores, one worker on two cores, and two loopback nodes of one core each. Every run starts from empty
+Time: one process on two cores, one worker on two cores, and two loopback nodes of one core each. Every run starts from empty
 result and activation caches, in a process of its own whose start counts; the cluster is up before. The SAEs are those that
 the pipeline prepared.
+
+Memory: the largest resident size of one worker that scores core of `FEW` and of `MANY` SAEs with random weights, all in
+one unit.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ RECORD, PAGE = Path("docs/cluster.json"), Path("docs/cluster.md")
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 EVALUATIONS = {"core": "run_core_eval", "sparse_probing": "run_sparse_probing", "scr": "run_optional_evals scr"}
 N_SAES = 16
+FEW, MANY, WIDE = 8, 64, 16_384
+"""SAEs and latents of the comparison of memory."""
+BEGIN_MEMORY = "<!-- memory -->"
 WAYS = {"one process, 2 threads": None, "one worker, 2 threads": (2,), "two nodes of one core": (1, 1)}
 
 
@@ -40,10 +46,52 @@ def main() -> None:
     for evaluation in EVALUATIONS:
         rows[evaluation] = {way: _run(root, evaluation, nodes) for way, nodes in WAYS.items()}
         print(evaluation, {way: row["seconds"] for way, row in rows[evaluation].items()}, flush=True)
-    write_json(root / RECORD, {"saes": N_SAES, "cores": os.cpu_count(), "evaluations": rows})
+    peaks = {str(number): _peak(number) for number in (FEW, MANY)}
+    print("peak bytes", peaks, flush=True)
+    write_json(root / RECORD, {"saes": N_SAES, "cores": os.cpu_count(), "evaluations": rows, "peak_bytes": peaks})
     text = (root / PAGE).read_text()
-    before, _, rest = text.partition(BEGIN)
-    write_text(root / PAGE, f"{before}{BEGIN}\n\n{table(root / RECORD)}\n{END}{rest.partition(END)[2]}")
+    for begin, part in ((BEGIN, table(root / RECORD)), (BEGIN_MEMORY, memory_line(root / RECORD))):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{part}\n{END}{rest.partition(END)[2]}"
+    write_text(root / PAGE, text)
+
+
+def memory_line(record: Path) -> str:
+    """What the page says of memory."""
+    if not record.exists():
+        return "Not measured yet."
+    few, many = (json.loads(record.read_text())["peak_bytes"][str(number)] for number in (FEW, MANY))
+    return (
+        f"A worker that scores core of {MANY} SAEs of {WIDE:,} latents in one unit takes {many / 1e9:.2f} GB at its peak, "
+        f"of {FEW} {few / 1e9:.2f} GB: {many / few:.2f} times."
+    )
+
+
+def _peak(number: int) -> int:
+    """Largest resident bytes of a process that scores one unit of so many SAEs."""
+    code = "import sys; from benchmarks.cluster import score_unit; score_unit(int(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(number)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return int(done.stdout.split()[-1])
+
+
+def score_unit(number: int) -> None:
+    """Prepare SAEs one by one, score them in one unit, print the peak of this process in bytes."""
+    import resource
+
+    from benchmarks.scale_measure import MODEL, TimedWorkers, parameters, prepared_project, run_whole
+    from sae_research.lm import load_language_model
+
+    sizes = {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 4}
+    params = parameters("core", sizes)
+    with prepared_project(WIDE, number):
+        workers = TimedWorkers(params, "core", 1)
+        run_whole("core", params, load_language_model(MODEL, "cpu"), workers)
+        if {unit["saes"] for unit in workers.units} != {number}:
+            raise RuntimeError(f"units of other sizes: {workers.units}")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def table(record: Path) -> str:

@@ -10,7 +10,8 @@ from benchmarks import stock_ravel
 from sae_research.config.params import Params
 from sae_research.evals.harness import by_hook
 from sae_research.evals.ravel.evaluation import findings_of, mean_scores, sae_bench_scores
-from sae_research.evals.ravel.patches import PromptActivations, Swap, build_tasks
+from sae_research.evals.ravel.pairs import build_tasks
+from sae_research.evals.ravel.patches import PromptActivations, Swap
 from sae_research.evals.ravel.prompts import known_prompts
 from sae_research.lm import LanguageModel
 from sae_research.lm.load import packaged_folder

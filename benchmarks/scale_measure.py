@@ -42,7 +42,7 @@ from sae_research.planning.work import phases
 from sae_research.runtime.files import read_json, round_significant, write_json
 from sae_research.runtime.stages import StageFolder
 from sae_research.runtime.workers import Job, Outcome, Unit, by_cost, worker
-from sae_research.saes import SAEConfig, form_class, save_sae
+from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, save_sae
 from sae_research.saes.sources import PREPARED
 from sae_research.setup.controls import random_rows
 from sae_research.setup.stage import make_manifest
@@ -146,6 +146,18 @@ class TimedWorkers:
         pass
 
 
+def random_sae(number: int, width: int, d_in: int = D_IN, model: str = MODEL, hook: str = HOOK) -> SparseAutoencoder:
+    """A TopK SAE over a random dictionary, the same for the same number."""
+    rows = random_rows(width, d_in, number)
+    tensors = {
+        "W_enc": rows.T.contiguous(),
+        "W_dec": rows,
+        "b_enc": torch.zeros(width),
+        "b_dec": torch.zeros(d_in),
+    }
+    return form_class("topk")(SAEConfig("topk", d_in, width, model, hook, options={"k": 32}), **tensors, k=32)
+
+
 def parameters(evaluation: str, settings: dict[str, Any]) -> Params:
     section = "core_eval" if evaluation == "core" else evaluation
     values = {
@@ -158,7 +170,7 @@ def parameters(evaluation: str, settings: dict[str, Any]) -> Params:
 
 
 @contextmanager
-def prepared_project(width: int) -> Generator[None]:
+def prepared_project(width: int, n_saes: int = SAES) -> Generator[None]:
     """A project of its own with random TopK SAEs of `width` latents prepared, and the packaged model."""
     models, before = packaged_folder(MODEL).parent.resolve(), Path.cwd()
     kept = {key: os.environ.get(key) for key in ("DVC_ROOT", "SAE_RESEARCH_NO_CACHE")}
@@ -168,19 +180,12 @@ def prepared_project(width: int) -> Generator[None]:
         Path(".cache").mkdir()
         Path(".cache/models").symlink_to(models)
         try:
-            saes = {}
-            for number in range(SAES):
-                rows = random_rows(width, D_IN, number)
-                cfg = SAEConfig("topk", D_IN, width, MODEL, HOOK, options={"k": 32})
-                tensors = {
-                    "W_enc": rows.T.contiguous(),
-                    "W_dec": rows,
-                    "b_enc": torch.zeros(width),
-                    "b_dec": torch.zeros(D_IN),
-                }
-                saes[f"sae_{number}"] = form_class("topk")(cfg, **tensors, k=32)
-                save_sae(saes[f"sae_{number}"], PREPARED / f"sae_{number}")
-            write_json(PREPARED / "manifest.json", make_manifest(saes))
+            described = {}
+            for number in range(n_saes):
+                name, sae = f"sae_{number}", random_sae(number, width)
+                save_sae(sae, PREPARED / name)
+                described |= make_manifest({name: sae})["saes"]
+            write_json(PREPARED / "manifest.json", {"order": list(described), "saes": described})
             yield
         finally:
             os.chdir(before)
@@ -194,9 +199,10 @@ def run_whole(evaluation: str, params: Params, lm: LanguageModel, workers: Timed
     began = clock()
     with delegated(None if workers is None else Distribution(workers, "cpu")):
         stage = StageFolder(Path(os.devnull))
-        scored = [name for name, _ in evaluate(PreparedSAEs(PREPARED, lm), lm, params, stage)]
-    if len(scored) < SAES:
-        raise RuntimeError(f"{evaluation}: {len(scored)} of {SAES} SAEs were scored: {stage.skipped}")
+        saes = PreparedSAEs(PREPARED, lm)
+        scored = [name for name, _ in evaluate(saes, lm, params, stage)]
+    if len(scored) < len(saes):
+        raise RuntimeError(f"{evaluation}: {len(scored)} of {len(saes)} SAEs were scored: {stage.skipped}")
     return clock() - began
 
 

@@ -21,7 +21,7 @@ from sae_research.runtime.endpoints import (
 )
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_json
-from sae_research.saes.formats.sae_lens import release_directory
+from sae_research.saes.releases import release_directory
 from sae_research.saes.sources import PREPARED, TRAINED, open_sae, sae_name
 
 EMBED = "?embed=true&embedexplanation=true&embedplots=true&embedtest=true&height=300"

@@ -19,18 +19,20 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Register the verbs; each sets `run`, a function of the parsed options that returns the exit code."""
     export = verbs.add_parser(
         "export",
-        help="write SAEs for dictionary_learning and SAE Bench, or for SAELens",
+        help="write SAEs for dictionary_learning and SAE Bench, SAELens, sparsify or SAE-Interpretability",
         description="Example: python -m sae_research export trained_saes exported --format dictionary_learning",
     )
     export.add_argument("source", type=user_path, help="a folder with an SAE, or with folders of SAEs")
     export.add_argument("output", type=user_path)
-    export.add_argument("--format", default="dictionary_learning", help="dictionary_learning or sae_lens")
+    export.add_argument(
+        "--format", default="dictionary_learning", help="dictionary_learning, sae_lens, sparsify or sae_interpretability"
+    )
     export.add_argument("--dict_class", help="a class of dictionary_learning other than the usual one (docs/training.md)")
     export.set_defaults(run=_export)
 
     bring_in = verbs.add_parser(
         "import",
-        help="read SAEs of dictionary_learning, SAELens or SAE-Interpretability",
+        help="read SAEs of other libraries (docs/formats.md)",
         description="Example: python -m sae_research import output/relu_lr_1e-3_2025-07-20 my_saes",
     )
     bring_in.add_argument("source", type=user_path, help="a folder with an SAE, or with folders of SAEs")

@@ -264,6 +264,9 @@ class _Kept(PreparedSAEs):
         if earlier:
             self._open = {name: sae for name, sae in earlier._open.items() if name in names}
         super().__init__(PREPARED, lm, names)
+        if sum(info.nbytes for info in self.infos.values()) > self._room:
+            # each would be asked for again only after the others: to keep some costs their memory for little
+            self._open, self._room = {}, 0
 
     def describe(self, name: str) -> SAEInfo:
         if name not in self._described:

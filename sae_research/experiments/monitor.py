@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from sae_research.experiments.job_process import why_it_failed
 from sae_research.runtime import processes
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_json
@@ -25,7 +26,7 @@ class Row(NamedTuple):
 
     name: str
     state: str
-    """`queued`, `running`, `done`, `failed`, or `ended`: a run whose process is gone without a word."""
+    """`queued`, `running`, `done`, `failed`, or `ended`: its process is gone, and nobody waited for how it ended."""
     device: str
     progress: dict[str, Any]
     """As in `training.progress`; empty before training starts."""
@@ -85,7 +86,11 @@ def _job_row(name: str, given: dict[str, Any], job: processes.Record | None, swe
         return None
     log = Path(job.log) if job and (begun or process) else None
     progress = _progress(given["progress"]) if state != "queued" else {}
-    said = {"running": processes.last_line(log), "failed": given["reason"].partition("\n")[0]}.get(state, "")
+    said = {
+        "running": processes.last_line(log),
+        "failed": given["reason"].partition("\n")[0],
+        "ended": why_it_failed(log),
+    }.get(state, "")
     device = job.device if job and state == "running" else ""
     return Row(name, state, device, progress, log, said, processes.in_session(process.pid) if process else [])
 

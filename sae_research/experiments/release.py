@@ -27,7 +27,7 @@ from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import ROOT_VARIABLE, fingerprint, project_root, read_json, slugify, write_json
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes.files import WEIGHTS_FILE, save_sae
-from sae_research.saes.formats.sae_lens import ReleasedSAE, release_directory, released_saes
+from sae_research.saes.releases import ReleasedSAE, release_directory, released_saes
 from sae_research.saes.sources import PREPARED, open_sae, same_model
 from sae_research.setup.stage import make_manifest
 
@@ -163,12 +163,17 @@ class Work:
         if batch is None or (batch.model, batch.hooks) != (model, hooks) or len(batch.rows) >= BATCH:
             self._score(batch)
             batch = Batch(self._new_folder(model, hooks), model, hooks, {})
-        name = slugify(entry.sae_id)
+        name = self._name(entry.sae_id)
         save_sae(sae, batch.folder / PREPARED / name)
         batch.rows |= make_manifest({name: sae})["saes"]
         self.index[entry.sae_id] = Place(str(batch.folder.relative_to(self.root)), name)
         write_json(self.root / INDEX, {sae_id: place._asdict() for sae_id, place in self.index.items()})
         return batch
+
+    def _name(self, sae_id: str) -> str:
+        """A dictionary's name in tables; two ids that differ in punctuation alone get different ones."""
+        name, others = slugify(sae_id), {place.name for other, place in self.index.items() if other != sae_id}
+        return name if name not in others else f"{name}_{fingerprint(sae_id)[:6]}"
 
     def _new_folder(self, model: str, hooks: tuple[str, str]) -> Path:
         """A folder for dictionaries of these hooks in which no batch is finished, empty."""

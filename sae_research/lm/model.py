@@ -1,8 +1,4 @@
-"""The language model under study: activations at a hook, logits, and logits from edited activations.
-
-On the CPU its dense float32 products go through oneDNN: torch's build multiplies with MKL, which on AMD's processors leaves
-speed unused (measured there: 78 to 94 GFLOP/s a core with MKL, 103 to 107 with oneDNN, on shapes of a 576-wide model).
-"""
+"""The language model under study: activations at a hook, logits, and logits from edited activations."""
 
 from __future__ import annotations
 
@@ -17,36 +13,10 @@ from torch import Tensor, nn
 
 from sae_research.lm.hooks import HookPoint, find_layers, locate
 from sae_research.lm.parts import MLPInput, Parts, find_mlp_input, find_parts
-from sae_research.lm.placement import change_class, in_parts, main_device
+from sae_research.lm.past import Past
+from sae_research.lm.placement import in_parts, main_device
+from sae_research.lm.products import use_onednn
 from sae_research.runtime.errors import UserError
-
-MIN_ROWS = 64
-"""Fewer rows than these stay with MKL: oneDNN rearranges the weights for every product."""
-
-
-class _Linear(nn.Linear):
-    """`nn.Linear` by oneDNN where nothing is to be differentiated."""
-
-    def forward(self, x: Tensor) -> Tensor:  # ty: ignore[lost-keyword-for-regular-parameter]
-        if (
-            x.device.type != "cpu"
-            or x.dtype != torch.float32
-            or self.weight.dtype != torch.float32
-            or x.numel() < MIN_ROWS * x.shape[-1]
-            or torch.is_grad_enabled()
-            and (x.requires_grad or self.weight.requires_grad)
-        ):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of `model` multiply with oneDNN where this torch has it. Weights stay where they are, so
-    that what changes them later needs to know nothing of this."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                change_class(module, _Linear)
 
 
 class _Stop(Exception):
@@ -109,7 +79,8 @@ class LanguageModel:
         self._shape = torch.Size(())  # [batch, seq] of the pass under way
         self._returns_tuple, self.can_resume = False, True
         self._keeps_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._in_parts = in_parts(model)
+        self.in_parts = in_parts(model)
+        """Whether layers lie on several devices, or on disk."""
         self._check_runs()
 
     @property
@@ -137,6 +108,13 @@ class LanguageModel:
             weight: Any = module.weight
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
         return self.d_model
+
+    def is_output_of(self, module: str, hook: str) -> bool:
+        """Whether what a hook has is what that part of its layer (`mlp`) puts out, neither normed nor scaled after. Raises
+        `UserError` for a hook the model lacks."""
+        point = self._point(hook)
+        own = getattr(self.layers[point.layer], module, None)
+        return own is point.module and not point.before and point.scale == 1.0
 
     # --- what it does ---
 
@@ -216,6 +194,11 @@ class LanguageModel:
                 stack.enter_context(self._counted_edit(hook, edit))
             return self._forward(tokens, past, positions)
 
+    @torch.no_grad()
+    def continued(self, tokens: Tensor, past: Past) -> Tensor:
+        """Logits [batch, seq, vocab] of tokens that come after `past`, to which this run adds."""
+        return self._forward(tokens, past)
+
     def resume(
         self,
         hook: str,
@@ -223,13 +206,15 @@ class LanguageModel:
         tokens: Tensor,
         positions: Tensor | None = None,
         rest: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Logits [batch, seq, vocab] as if the model had computed `activations` [batch, seq, d_in] at `hook`.
 
-        `positions` [n]: only their logits are wanted [batch, n, vocab]. Gradients reach `activations` where those
-        require them. At residual hooks the layers before do not run; elsewhere, and for architectures whose check at
-        load failed, this is a full run with the activations patched in. rest: where `hook` is what the MLP adds, the stream
-        leaving the layer (`added_to`) less that [batch, seq, d_model]; the layers before then do not run either.
+        `positions` [n]: only their logits are wanted [batch, n, vocab]. past: what comes before `tokens`. Gradients reach
+        `activations` where those require them. At residual hooks the layers before do not run; elsewhere, and for
+        architectures whose check at load failed, this is a full run with the activations patched in. rest: where `hook` is
+        what the MLP adds, the stream leaving the layer (`added_to`) less that [batch, seq, d_model]; the layers before then
+        do not run either.
         """
         if rest is not None and self.can_resume and (after := self.added_to(hook)) is not None:
             hook, activations = after, rest + activations
@@ -238,9 +223,9 @@ class LanguageModel:
         with torch.set_grad_enabled(torch.is_grad_enabled() and activations.requires_grad):
             if not self.can_resume or last < 0 or not point.kind.startswith("hook_resid"):
                 with self._counted_edit(hook, lambda _: activations):
-                    return self._forward(tokens, positions=positions)
+                    return self._forward(tokens, past, positions)
             with self._stand_ins(last, activations.to(self.dtype)) as final:
-                logits = self._forward(tokens, positions=positions)
+                logits = self._forward(tokens, past, positions)
         if final.calls != 1:
             raise UserError(f"resuming at {hook}: layer {last} ran {final.calls} times, expected once")
         return logits
@@ -253,21 +238,33 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, n_tokens: int, hook: str | None = None, edit: Callable[[Tensor], Tensor] | None = None
+        self,
+        tokens: Tensor,
+        n_tokens: int,
+        hook: str | None = None,
+        edit: Callable[[Tensor], Tensor] | None = None,
+        past: Past | None = None,
     ) -> Tensor:
-        """Greedy continuation [batch, n_tokens] of prompts of one length [batch, seq], without padding.
+        """Greedy continuation [batch, n_tokens] of prompts of one length [batch, seq], without padding; with `past` of
+        prompts' ends of one length.
 
         `edit` replaces the prompt's activations at `hook` [batch, seq, d_in]; generated tokens' stay the model's own.
         What follows an end-of-text token means nothing: the caller cuts there.
         """
-        self._check_length(tokens.shape[1] + n_tokens - 1)
+        seq = tokens.shape[1]
+        self._check_length(seq + n_tokens - 1 + (0 if past is None else past.get_seq_length()))
         with nullcontext() if hook is None or edit is None else self._counted_edit(hook, edit):
             last = {"logits_to_keep": 1} if self._keeps_positions else {}
             self._shape = tokens.shape
-            out = self.model(input_ids=tokens.to(self.device), use_cache=True, **last)
+            options = {"use_cache": True} if past is None else past.options(seq)
+            out = self.model(input_ids=tokens.to(self.device), **options, **last)
         ids = [out.logits[:, -1].argmax(-1)]
         while len(ids) < n_tokens:
-            out = self.model(input_ids=ids[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+            if past is None:
+                options = {"use_cache": True, "past_key_values": out.past_key_values}
+            else:
+                options = past.options(1, seq + len(ids) - 1)
+            out = self.model(input_ids=ids[-1][:, None], **options)
             ids.append(out.logits[:, -1].argmax(-1))
         return torch.stack(ids, dim=1)
 
@@ -304,11 +301,13 @@ class LanguageModel:
         """Logits [batch, seq, vocab], or those of `positions` [batch, n, vocab]; `past` is added to."""
         self._check_length(tokens.shape[1] + (past.get_seq_length() if past is not None else 0))
         options: dict[str, Any] = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+        if isinstance(past, Past):
+            options = past.options(tokens.shape[1])
         self._shape = tokens.shape
         if positions is None or not self._keeps_positions:
             logits = self.model(input_ids=tokens.to(self.device), **options).logits
             return logits if positions is None else logits[:, positions.to(self.device)]
-        if not self._in_parts:
+        if not self.in_parts:
             return self.model(input_ids=tokens.to(self.device), **options, logits_to_keep=positions.to(self.device)).logits
         with self._kept(positions):  # the last layer may lie on another device than the positions
             return self.model(input_ids=tokens.to(self.device), **options).logits

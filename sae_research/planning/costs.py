@@ -119,11 +119,19 @@ class PlannedCosts:
     """On a device, from its rates, for SAEs of one hook."""
 
     def __init__(
-        self, shape: ModelShape, hook: str, params: Params, device: Device, saes: Iterable[PlannedSAE], measured: bool = True
+        self,
+        shape: ModelShape,
+        hook: str,
+        params: Params,
+        device: Device,
+        saes: Iterable[PlannedSAE],
+        measured: bool = True,
+        least: bool = False,
     ) -> None:
-        """measured: whether what `unit_costs.json` holds counts: the host's seconds, and factors."""
+        """measured: whether what `unit_costs.json` holds counts: the host's seconds, and factors. least: whether only what
+        no implementation can avoid does (`encoding`; a meta-SAE's steps go the sparse way)."""
         context, rate = params.text.context_size, device.rate(params.model.torch_dtype)
-        self._measured = measured
+        self._measured, self._least = measured, least
         self._device, self._context, self._saes = device, context, {sae.name: sae for sae in saes}
         self._batch = params.meta_sae.train_batch_size
         self._width_ratio = params.meta_sae.width_ratio
@@ -132,7 +140,7 @@ class PlannedCosts:
         self.above = shape.above_flops(hook, context) / rate + logits
 
     def encode(self, sae: str) -> float:
-        flops, read = encoding(self._saes[sae], self._context)
+        flops, read = encoding(self._saes[sae], self._context, self._least)
         return flops / self._device.float32 + read / self._device.bandwidth
 
     def start(self, kind: str) -> float:
@@ -140,22 +148,23 @@ class PlannedCosts:
 
     def host(self, kind: str, sae: str, work: Work) -> float:
         one = self._saes[sae]
-        geometry = work.geometry * 2.0 * one.d_in * one.d_sae * min(one.d_sae, EXACT_WIDTH)
+        geometry = work.geometry * 2.0 * one.d_in * min(one.d_sae, EXACT_WIDTH) ** 2
         seconds = geometry / self._device.float32
         if self._measured:
             seconds += host_seconds(kind) * work.texts * one.d_sae + OPENED * one.nbytes * opening_seconds()
         if work.meta_rows and one.own_weights:
             meta = one._replace(form="standard", d_sae=max(1, int(one.d_sae * self._width_ratio)))
-            flops, read = training_step(meta, "standard", self._batch, sparse=False)
+            flops, read = training_step(meta, "batch_top_k" if self._least else "standard", self._batch, self._least)
             seconds += work.meta_rows * (flops / self._device.float32 + read / self._device.bandwidth)
         return seconds
 
 
-def encoding(sae: PlannedSAE, context: int) -> tuple[float, float]:
-    """(FLOPs, bytes read and written) of encoding and decoding a token."""
+def encoding(sae: PlannedSAE, context: int, least: bool = False) -> tuple[float, float]:
+    """(FLOPs, bytes read and written) of encoding and decoding a token. least: decoding an encoder's few latents counts as
+    nothing; it reads their rows alone."""
     product, latents = 2.0 * sae.d_in * sae.d_sae, LATENT_READS * sae.d_sae * FLOAT_BYTES
     if sae.form not in PURSUIT:
-        return 2 * product, latents
+        return (1 if least else 2) * product, latents
     if sae.form in ("ihtp", "topk_refit"):  # least squares on a support, of a sequence or a token
         tokens = context if sae.form == "ihtp" else 1
         support = min(sae.size * tokens, sae.d_sae, sae.d_in)

@@ -255,12 +255,16 @@ class SparseAutoencoder(nn.Module):
         return _identity([own, tensors, list(self.named_children()), own_data(self)])
 
     def _check_shapes(self) -> None:
-        check_shapes(self.tensors(), self.cfg.d_in, self.cfg.d_sae, self.form, self.cfg.d_out)
+        self._check_own(self.tensors())
+
+    def _check_own(self, tensors: dict[str, Tensor]) -> None:
+        """Shapes by name, and no NaN; a skip only where there is somewhere to go."""
+        check_shapes(tensors, self.cfg.d_in, self.cfg.d_sae, self.form, self.cfg.d_out)
         if self.W_skip is not None and not self.cfg.is_transcoder:
             raise UserError(
                 f"{self.form}: W_skip from a hook to itself is no dictionary; say which hook it writes (hook_out)"
             )
-        for name, tensor in self.tensors().items():
+        for name, tensor in tensors.items():
             if not all_finite(tensor.detach()):
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or diverged")
 

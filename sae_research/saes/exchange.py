@@ -13,26 +13,33 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json
 from sae_research.runtime.formatting import markdown_table, number
 from sae_research.saes.base import SparseAutoencoder
-from sae_research.saes.files import CONFIG_FILE, sae_lens_lacks, save_sae
-from sae_research.saes.formats import dictionary_learning as dl
+from sae_research.saes.files import sae_lens_lacks, save_sae
 from sae_research.saes.formats import sae_interpretability as si
+from sae_research.saes.formats import sparsify
 from sae_research.saes.formats.dictionary_learning import EVAL_FILE, export_dictionary_learning
-from sae_research.saes.sources import open_folder
+from sae_research.saes.layouts import layouts_of, open_place
 
-FORMATS = ("dictionary_learning", "sae_lens")
+FORMATS = ("dictionary_learning", "sae_lens", "sparsify", "sae_interpretability")
 
 
 def sae_folders(folder: Path) -> list[Path]:
     """The folder itself where it holds an SAE, else those below it that do, in alphabetical order."""
-    marks = (CONFIG_FILE, dl.WEIGHTS_FILE, si.CONFIG_FILE)
     if not folder.is_dir():
+        if folder.is_file():
+            return [folder]
         raise UserError(f"{folder}: no such folder")
-    if any((folder / mark).is_file() for mark in marks):
-        return [folder]
-    found = sorted({path.parent for mark in marks for path in folder.rglob(mark)})
+    if layouts_of(folder):
+        return _single(folder)
+    found = sorted(one for path in folder.rglob("*") if path.is_dir() and layouts_of(path) for one in _single(path))
     if not found:
-        open_folder(folder)  # says what was expected
+        open_place(folder)  # says what was expected
     return found
+
+
+def _single(folder: Path) -> list[Path]:
+    """The folder; in its place its files, where each of several holds a dictionary (`layer_0.safetensors`, ...)."""
+    files = [folder / name for layout in layouts_of(folder) for name in layout.marks(folder)]
+    return files if len(files) > 1 and all(layouts_of(file) for file in files) else [folder]
 
 
 def import_saes(source: Path, output: Path) -> list[Path]:
@@ -62,6 +69,10 @@ def export_saes(source: Path, output: Path, layout: str, dict_class: str | None 
                 note = export_dictionary_learning(sae, output / place, dict_class, origin / EVAL_FILE)
                 if not sae.cfg.hook_name.endswith("hook_resid_post"):
                     note += "; SAE Bench's loaders would put it at hook_resid_post of its layer"
+            elif layout == "sparsify":
+                note = sparsify.write_sparsify(sae, output / place).name
+            elif layout == "sae_interpretability":
+                note = si.write_run(sae, output / place)
             elif note := sae_lens_lacks(sae):
                 raise UserError(note)
             else:
@@ -80,9 +91,10 @@ def _read_all(source: Path) -> dict[Path, tuple[Path, SparseAutoencoder]]:
     """(folder, SAE) by place below `source`; SAEs of one folder stand below it by name."""
     found = {}
     for folder in sae_folders(source):
-        saes = open_folder(folder)
+        saes = open_place(folder)
         for name, sae in saes.items():
             place = folder.relative_to(source)
+            place = place.with_suffix("") if folder.is_file() and place.name else place
             found[place / name if len(saes) > 1 else place] = folder, sae
     return found
 

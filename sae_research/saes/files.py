@@ -40,6 +40,7 @@ SAE_LENS_FORMS = (
     "gated",
     "jumprelu",
     "topk",
+    "abstopk",
     "matching_pursuit",
     "transcoder",
     "skip_transcoder",
@@ -88,8 +89,8 @@ def _as_sae_lens_has_it(cfg: SAEConfig, options: dict[str, Any], skip: bool) -> 
     if cfg.is_transcoder:
         kind = _SKIP if skip else "transcoder"
         return (kind if form == "standard" else f"{form}_{kind}"), {}
-    if form == "topk":  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
-        return form, {"rescale_acts_by_decoder_norm": False}
+    if form in ("topk", "abs_topk"):  # unit decoder rows are folded in: SAELens must not weigh activations by norms again
+        return form.replace("_", ""), {"rescale_acts_by_decoder_norm": False}
     if form == "sae_lens_matching_pursuit":
         return "matching_pursuit", {}
     if form == "nonnegative_matching_pursuit" and set(options) == {"s"}:
@@ -121,7 +122,8 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SparseAutoencoder:
     what cfg.json says."""
     folder = Path(folder)
     values = read_settings(folder / CONFIG_FILE)
-    _refuse_sparsify(folder, values)
+    if "num_latents" in values and "d_sae" not in values:
+        raise UserError(f"{folder / CONFIG_FILE}: of an SAE of sparsify, whose weights are sae.safetensors; fetch both")
     metadata = values.get("metadata")
     if not (isinstance(metadata, dict) and "sae_research" in metadata):
         return convert(values, load_safetensors(folder / WEIGHTS_FILE), str(folder), _scaling_factor(folder)).to(device)
@@ -149,12 +151,6 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SparseAutoencoder:
         if json.dumps(used) != json.dumps(value):
             raise UserError(f"{folder / CONFIG_FILE}: the option {name} = {value!r} does not fit the form {cfg.form}")
     return sae.to(device)
-
-
-def _refuse_sparsify(folder: Path, values: dict[str, Any]) -> None:
-    """Names an SAE of EleutherAI's sparsify, whose configuration has the same file name."""
-    if (folder / "sae.safetensors").exists() or ("num_latents" in values and "d_sae" not in values):
-        raise UserError(f"{folder}: a sparsify SAE: not read yet; its own library or SAELens can save it in SAELens' layout")
 
 
 def _own_weights(path: Path, sha256: str | None, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-"""Inference forms of SAEs with an encoder of their own: ReLU, gated, JumpReLU, TopK, linear, hard concrete, and SAELens'
-rescaled and matching-pursuit forms. Each class names the paper or library that defines it."""
+"""Inference forms of SAEs with an encoder of their own: ReLU, gated, JumpReLU, TopK and its kin, linear, hard concrete, and
+SAELens' matching pursuit. Those that scale each token are in `token_scaled.py`. Each class names the paper or library that
+defines it."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from sae_research.saes.reading import flag, number, whole
 ENCODER_SCALES: dict[str, tuple[str, ...]] = {
     "standard": ("W_enc", "b_enc"),
     "topk": ("W_enc", "b_enc"),
+    "abs_topk": ("W_enc", "b_enc"),
     "jumprelu": ("W_enc", "b_enc", "threshold"),
     "gated": ("W_enc", "b_gate", "b_mag"),
 }
@@ -39,6 +41,26 @@ def scale_latents(form: str, tensors: dict[str, Tensor], factors_F: Tensor) -> d
     """The same SAE with activations times positive factors [d_sae], and decoder rows divided by them."""
     scaled = {name: tensors[name] * factors_F for name in ENCODER_SCALES[form]}
     return {**tensors, **scaled, "W_dec": tensors["W_dec"] / factors_F[:, None]}
+
+
+def as_subtracting(sae: SparseAutoencoder, theirs: bool) -> dict[str, Tensor]:
+    """Tensors on the CPU in float32, with biases for a library that subtracts `b_dec` before encoding (`theirs`), or does
+    not."""
+    tensors = {name: tensor.detach().cpu().float() for name, tensor in sae.tensors().items()}
+    if sae.cfg.apply_b_dec_to_input == theirs:
+        return tensors
+    sign = 1 if theirs else -1
+    shift_F = sign * (tensors["b_dec"] @ tensors["W_enc"])
+    moved = {}
+    if "b_enc" in tensors:
+        moved["b_enc"] = tensors["b_enc"] + shift_F
+    if "b_mag" in tensors:
+        moved["b_mag"] = tensors["b_mag"] + shift_F * tensors["r_mag"].exp()
+    if "W_gate" in tensors:
+        moved["b_gate"] = tensors["b_gate"] + sign * (tensors["b_dec"] @ tensors["W_gate"])
+    elif "b_gate" in tensors:
+        moved["b_gate"] = tensors["b_gate"] + shift_F * tensors.get("sharpness", torch.ones(()))
+    return {**tensors, **moved}
 
 
 class StandardSAE(SparseAutoencoder):
@@ -95,7 +117,8 @@ class TopKSAE(SparseAutoencoder):
 
 
 class AbsTopKSAE(TopKSAE):
-    """`z` keeps the k entries of largest absolute value of `(x - b_dec) W_enc + b_enc` (arXiv 2510.00404)."""
+    """`z` keeps the k entries of largest absolute value of `(x - b_dec) W_enc + b_enc` (arXiv 2510.00404; SAELens'
+    `abstopk`, sparsify's `signed`)."""
 
     form = "abs_topk"
     signed = True
@@ -106,6 +129,33 @@ class AbsTopKSAE(TopKSAE):
         return self.keep(torch.zeros_like(pre).scatter_(-1, indices, pre.gather(-1, indices)), mask)
 
 
+class GroupMaxSAE(TopKSAE):
+    """Latents stand in k groups of neighbours; of each group `z = ReLU((x - b_dec) W_enc + b_enc)` keeps the largest, the
+    first of equals (sparsify's `groupmax`)."""
+
+    form = "groupmax"
+
+    def __init__(self, cfg: SAEConfig | None = None, *, k: int, **tensors: Tensor) -> None:
+        super().__init__(cfg, k=k, **tensors)
+        if self.cfg.d_sae % k:
+            raise UserError(f"groupmax: d_sae = {self.cfg.d_sae} latents do not make k = {k} groups of one size")
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        groups = torch.relu(self.centred(x) @ self.W_enc + self.b_enc).unflatten(-1, (self.k, -1))
+        values, indices = groups.max(dim=-1, keepdim=True)
+        return self.keep(torch.zeros_like(groups).scatter_(-1, indices, values).flatten(-2), mask)
+
+
+class TanhReLUSAE(SparseAutoencoder):
+    """`z = tanh(ReLU((x - b_dec) W_enc + b_enc))` (SAELens before version 6). Activations stay below 1, so that decoder rows
+    keep their norms."""
+
+    form = "tanh_relu"
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.keep(torch.tanh(torch.relu(self.centred(x) @ self.W_enc + self.b_enc)), mask)
+
+
 class LinearSAE(SparseAutoencoder):
     """`z = (x - b_dec) W_enc + b_enc`; activations are signed and dense."""
 
@@ -114,35 +164,6 @@ class LinearSAE(SparseAutoencoder):
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.keep(self.centred(x) @ self.W_enc + self.b_enc, mask)
-
-
-class NormRescaledSAE(SparseAutoencoder):
-    """With s = |x| / sqrt(d_in): `z = s ReLU((x / s - b) W_enc + b_enc)`, `x_hat = z W_dec + s b`.
-
-    The decoder's bias grows with the token, so it is a latent here: the last, whose decoder row is b and whose activation is
-    s on every token. L0 counts it, its density is 1; `b_dec` itself is zero, and the last column of `W_enc` too.
-    """
-
-    form = "standard_norm_rescaled"
-
-    @classmethod
-    def widened(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of this form from a plain ReLU SAE's: one latent more."""
-        W_enc, b_enc, W_dec, b_dec = (tensors[name] for name in cls.tensor_names)
-        return {
-            "W_enc": torch.cat([W_enc, W_enc.new_zeros(len(W_enc), 1)], 1),
-            "b_enc": torch.cat([b_enc, b_enc.new_zeros(1)]),
-            "W_dec": torch.cat([W_dec, b_dec[None]]),
-            "b_dec": torch.zeros_like(b_dec),
-        }
-
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.read(x)
-        size = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / x.shape[-1] ** 0.5
-        read = x / size - (self.W_dec[-1] if self.cfg.apply_b_dec_to_input else 0)
-        z = torch.relu(read @ self.W_enc + self.b_enc) * size
-        z[..., -1:] = size
-        return self.keep(z, mask)
 
 
 def stretched_gate(logits: Tensor, beta: Tensor | float, stretch: Sequence[float]) -> Tensor:

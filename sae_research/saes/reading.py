@@ -9,9 +9,11 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -96,9 +98,50 @@ def shown(value: Any) -> str:
 # --- weights ---------------------------------------------------------------------------------
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+
+
+def unfinished_in(folder: Path) -> list[str]:
+    """Names of files in a folder, or in what the hub's client keeps there, that a download has left unfinished."""
+    places = (folder, folder / ".cache" / "huggingface" / "download")
+    inside = (path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path.name for path in inside if path.suffix in _UNFINISHED)
+
+
+def weights_file(path: Path) -> Path:
+    """The path of weights that are there in full. Raises `UserError` for a file that is missing or no plain one, for what
+    Git has in the place of a large file that was not fetched, and where only an unfinished download of it is there."""
+    unfinished = unfinished_in(path.parent) if not path.exists() else []
+    if unfinished:
+        raise UserError(f"{path}: not there, but an unfinished download is ({unfinished[0]}); fetch it again")
+    with regular_file(path).open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull` there, or fetch the file")
+    return path
+
+
+def names_on_path(path: Path) -> list[str]:
+    """Names of the folders that lead to a file or folder, and its own; `org/name` for a repository in the hub's cache."""
+    return [
+        part.removeprefix("models--").replace("--", "/") if part.startswith("models--") else part
+        for part in path.absolute().parts[1:]
+    ]
+
+
+def load_npz(path: Path) -> dict[str, Tensor]:
+    """Arrays of a NumPy archive. Raises `UserError` for one that is missing, damaged, or holds Python objects."""
+    weights_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
+    except (*DAMAGED, OSError) as error:
+        raise UserError(f"{path}: damaged weights ({_reason(error)}); fetch them again") from None
+
+
 def load_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file. Raises `UserError` for one that is missing, damaged or no plain file."""
-    regular_file(path)
+    weights_file(path)
     try:
         return safetensors.torch.load_file(path)
     except (*DAMAGED, OSError) as error:  # an offset outside the file arrives as an OSError
@@ -110,7 +153,15 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
     Raises `UserError` for one that is missing, damaged, no plain file, or holds more than tensors.
     """
-    regular_file(path)
+    state = load_checkpoint(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state dict of tensors")
+    return state
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a `.pt` file holds by name: tensors, numbers, texts, and dicts of them; read as `load_state` reads it."""
+    weights_file(path)
     try:
         whole_file = zipfile.is_zipfile(path)
         damaged = _damaged_record(path) if whole_file else None
@@ -122,11 +173,30 @@ def load_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged weights ({_reason(error)}); fetch them again") from None
     if damaged:
         raise UserError(f"{path}: damaged weights ({damaged} does not fit its checksum); fetch them again")
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: not a state dict of tensors")
     return state
+
+
+def renamed(
+    tensors: dict[str, Tensor], names: Mapping[str, str], where: object, optional: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors by our names. names: theirs -> ours; a name of ours that ends with `.T` stands for the transpose. Raises
+    `UserError` for one that is missing, and for one that `names` does not have: nothing in a file is ignored."""
+    missing = sorted(set(names) - set(tensors) - set(optional))
+    unknown = sorted(set(tensors) - set(names))
+    if missing or unknown:
+        parts = [f"lack {', '.join(missing)}"] * bool(missing) + [f"also hold {', '.join(unknown)[:120]}"] * bool(unknown)
+        mend = "fetch them again" if missing else "another format, or more than is read: ask for it with such a file"
+        raise UserError(f"{where}: the weights {' and '.join(parts)}; {mend}")
+    found = {}
+    for theirs, ours in names.items():
+        if theirs not in tensors:
+            continue
+        if ours.endswith(".T") and tensors[theirs].dim() != 2:
+            raise UserError(f"{where}: {theirs} is no matrix (shape {tuple(tensors[theirs].shape)})")
+        found[ours.removesuffix(".T")] = tensors[theirs].T if ours.endswith(".T") else tensors[theirs]
+    return found
 
 
 def _damaged_record(path: Path) -> str | None:
@@ -181,7 +251,7 @@ def _reason(error: BaseException) -> str:
 
 # --- hooks -----------------------------------------------------------------------------------
 
-_OWN = re.compile(r"blocks\.[0-9]{1,6}\.[A-Za-z_.]+")
+_OWN = re.compile(r"blocks\.[0-9]{1,6}\.[A-Za-z_][A-Za-z0-9_.]*")
 _MODULE = re.compile(r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.([0-9]{1,6})")
 
 

@@ -12,7 +12,11 @@ from sae_research.saes.base import SparseAutoencoder
 
 _PLACES = {
     "standard": "sae_research.saes.forms:StandardSAE",
-    "standard_norm_rescaled": "sae_research.saes.forms:NormRescaledSAE",
+    "standard_norm_rescaled": "sae_research.saes.token_scaled:NormRescaledSAE",
+    "layer_norm": "sae_research.saes.token_scaled:LayerNormSAE",
+    "groupmax": "sae_research.saes.forms:GroupMaxSAE",
+    "tanh_relu": "sae_research.saes.forms:TanhReLUSAE",
+    "sae_lens_temporal": "sae_research.saes.temporal:TemporalSAE",
     "linear": "sae_research.saes.forms:LinearSAE",
     "topk": "sae_research.saes.forms:TopKSAE",
     "jumprelu": "sae_research.saes.forms:JumpReLUSAE",

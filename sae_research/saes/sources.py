@@ -27,11 +27,10 @@ from sae_research.lm.load import folder_fingerprint
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, fingerprint, read_json, slugify, user_path
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
-from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
+from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.foreign import adapt
-from sae_research.saes.formats import dictionary_learning as dl
-from sae_research.saes.formats import sae_interpretability as si
-from sae_research.saes.formats.sae_lens import from_release
+from sae_research.saes.layouts import layouts_of, open_place
+from sae_research.saes.releases import fetched, from_release, plan_of_file, shown_licence
 from sae_research.text.hub import offline_if_silent, one_line
 
 
@@ -114,6 +113,12 @@ def check_fits(name: str, sae: SparseAutoencoder, lm: LanguageModel, same_as: Se
             flush=True,
         )
     check_widths(name, cfg, lm)
+    module = cfg.provenance.get("module")
+    if module and not lm.is_output_of(module, cfg.hook_out):
+        raise UserError(
+            f"SAE {name} stands for what {module} puts out; {lm.name} norms or scales it before {cfg.hook_out}, "
+            "or has no such part: no hook here has it"
+        )
     if cfg.center_input and not any(isinstance(module, nn.LayerNorm) for module in lm.model.modules()):
         raise UserError(
             f"SAE {name} was trained with center_writing_weights, which a model without "
@@ -250,23 +255,8 @@ def _prepared(name: str) -> SparseAutoencoder:
 # --- folders ---------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> dict[str, SparseAutoencoder]:
-    """The SAEs of one folder by name: ours or SAELens', dictionary_learning's, or a run of SAE-Interpretability, which
-    has one for each hook. Raises `UserError` where there is none."""
-    if (folder / CONFIG_FILE).is_file():
-        return {folder.name: load_sae(folder)}
-    if (folder / dl.WEIGHTS_FILE).is_file():
-        return {folder.name: dl.load_dictionary_learning(folder)}
-    if (folder / si.CONFIG_FILE).is_file():
-        return {slugify(hook): sae for hook, sae in si.load_run(folder).items()}
-    raise UserError(
-        f"{folder}: no SAE there; expected {CONFIG_FILE} with {WEIGHTS_FILE}, {dl.WEIGHTS_FILE} with "
-        f"{dl.CONFIG_FILE}, or {si.CONFIG_FILE} with samples_<N>.pt"
-    )
-
-
 def _in_folder(folder: Path) -> SparseAutoencoder:
-    saes = open_folder(folder)
+    saes = open_place(folder)
     if len(saes) > 1:
         raise UserError(
             f"{folder}: holds {len(saes)} SAEs ({', '.join(saes)}); split it with "
@@ -277,7 +267,7 @@ def _in_folder(folder: Path) -> SparseAutoencoder:
 
 def _named_folder(name: str) -> Path:
     for folder in (user_path(name), PREPARED / name, TRAINED / name):
-        if folder.is_dir():
+        if folder.is_dir() or (folder.is_file() and folder.suffix in (".pt", ".pth", ".safetensors")):
             return folder
     raise UserError(
         f"--sae {name}: no such folder, nor a name in {PREPARED}/ or {TRAINED}/ (there: "
@@ -286,8 +276,10 @@ def _named_folder(name: str) -> Path:
 
 
 def matching_folders(pattern: str) -> list[Path]:
-    """Folders a glob stands for, in alphabetical order. Raises `UserError` when there are none."""
-    found = sorted(Path(path) for path in glob.glob(str(user_path(pattern)), recursive=True) if Path(path).is_dir())
+    """Folders a glob stands for, in alphabetical order; where it matches none, files that hold a dictionary each. Raises
+    `UserError` when there are none of these either."""
+    paths = sorted(Path(path) for path in glob.glob(str(user_path(pattern)), recursive=True))
+    found = [path for path in paths if path.is_dir()] or [path for path in paths if layouts_of(path)]
     if not found:
         raise UserError(f"comparison_saes.folders: {pattern!r} matches no folder")
     return found
@@ -296,7 +288,8 @@ def matching_folders(pattern: str) -> list[Path]:
 def folder_names(patterns: Sequence[str]) -> dict[Path, str]:
     """The folders that globs stand for, each once, and what their SAEs are called: the folder's own name, with as many of
     the folders above it as tell it apart from the others (`runs/a/trainer_0` -> `a_trainer_0`)."""
-    folders = {path.resolve(): path for pattern in patterns for path in matching_folders(pattern)}
+    paths = [path for pattern in patterns for path in matching_folders(pattern)]
+    folders = {(path.with_suffix("") if path.is_file() else path).resolve(): path for path in paths}
     parts = dict.fromkeys(folders, 1)
     while True:
         names = {place: slugify("_".join(place.parts[-count:])) for place, count in parts.items()}
@@ -339,18 +332,17 @@ def _of_class(place: str, baseline: SparseAutoencoder) -> SparseAutoencoder:
 
 def _on_hub(repo_id: str, filename: str) -> SparseAutoencoder:
     """An SAE file of a hub repository with the configuration beside it; kept in the hub's own cache."""
-    beside = {dl.WEIGHTS_FILE: dl.CONFIG_FILE, WEIGHTS_FILE: CONFIG_FILE}
-    folder, _, name = filename.rpartition("/")
-    if name not in beside:
-        raise UserError(f"baseline_sae.filename: {filename!r} must end with {' or '.join(beside)}")
     for part in filename.split("/"):
         checked_name(part, "baseline_sae.filename", "name a file inside the repository")
-    config = download(repo_id, f"{folder}/{beside[name]}".lstrip("/"))
-    weights = download(repo_id, filename)
-    sae = dl.read_checkpoint(weights, config) if name == dl.WEIGHTS_FILE else load_sae(weights.parent)
-    parts = weights.parts
-    revision = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision)
+    plan = plan_of_file(repo_id, filename)
+    assert plan.read is not None  # `plan_of_file` refuses what is not read
+    for name in plan.files:
+        download(repo_id, name)  # each that is missing is named
+    root = reach(lambda: fetched(repo_id, plan), f"{repo_id}/{filename}", repo_id)
+    sae = plan.read(root)
+    revision = root.name if root.parent.name == "snapshots" else None
+    licence = reach(lambda: shown_licence(repo_id), repo_id, repo_id)
+    return _from(sae, source="hub", repo_id=repo_id, filename=filename, revision=revision, licence=licence or None)
 
 
 def download(repo_id: str, filename: str) -> Path:

@@ -20,8 +20,8 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
-from sae_research.saes.formats.sae_lens import matching_saes
 from sae_research.saes.pursuit.dictionary import check_atoms
+from sae_research.saes.releases import matching_saes
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
 from sae_research.setup import controls
 from sae_research.setup.checks import disk_lines, preflight, preflight_contexts, time_lines

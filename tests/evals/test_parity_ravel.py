@@ -18,7 +18,8 @@ import torch
 
 from sae_research.evals.ravel import patches
 from sae_research.evals.ravel.evaluation import sae_bench_scores
-from sae_research.evals.ravel.patches import Plan, Problem, PromptActivations, Swap, learn, sae_bench_plan, temperatures
+from sae_research.evals.ravel.pairs import Plan, sae_bench_plan
+from sae_research.evals.ravel.patches import Problem, PromptActivations, Swap, learn, temperatures
 from sae_research.evals.ravel.prompts import Known
 from sae_research.lm import LanguageModel, load_language_model
 from tests.fixtures import make_ravel as fixture

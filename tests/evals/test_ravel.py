@@ -17,7 +17,7 @@ import torch
 import tests.helpers.ravel_world as world
 from sae_research.config.params import Params
 from sae_research.evals import ravel
-from sae_research.evals.ravel import evaluation, patches, prompts
+from sae_research.evals.ravel import evaluation, pairs, patches, prompts
 from sae_research.evals.ravel.prompts import right, right_sae_bench
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import NotApplicable, UserError
@@ -151,7 +151,7 @@ def test_a_latent_that_carries_an_attribute_is_found(town_lm: LanguageModel, tow
 def test_held_out_entities_are_scored_and_not_learnt_from(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     stage = StageFolder(tmp_path)
     facts = prompts.known_prompts(town_lm, town_params(), stage)
-    for task in patches.build_tasks(facts, range(len(facts)), town_params(), stage):
+    for task in pairs.build_tasks(facts, range(len(facts)), town_params(), stage):
         for part, held_out in ((task.lab.train, False), (task.lab.test, True)):
             assert {facts[row].prompt.held_out for pair in part for row in pair[:2]} == {held_out}
             assert sum(pair.cause for pair in part) == len(part) / 2 == 6
@@ -208,6 +208,24 @@ def test_padding_changes_no_loss(town_lm: LanguageModel, town_params: Any, tmp_p
     assert gradient.abs().max() > 0
 
 
+def test_passes_from_the_entity_on_are_those_of_whole_prompts(
+    town_lm: LanguageModel, town_params: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    group, tasks = _group(town_lm, town_params(), tmp_path)
+    some = [pair for task in tasks for pair in task.lab.test]
+    assert group.beginnings.usable and len({group.length(pair) for pair in some}) > 1
+    assert len(list(group._parts(some))) > 1
+    patched = group.entity[[pair.source for pair in some]].requires_grad_()
+    losses, whole = group.loss(some, patched), group._whole_loss(some, patched)
+    torch.testing.assert_close(losses, whole, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(found.sum(), patched)[0] for found in (losses, whole)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    answers = group.answers(some, patched.detach())
+    monkeypatch.setitem(group.beginnings.__dict__, "usable", False)
+    assert group.answers(some, patched.detach()) == answers
+    assert group.loss(some, patched).tolist() == whole.tolist()
+
+
 def test_an_empty_mask_with_the_error_kept_changes_nothing(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     group, tasks = _group(town_lm, town_params(), tmp_path)
     some = tasks[0].lab.test
@@ -241,7 +259,7 @@ def _group(lm: LanguageModel, params: Params, folder: Path) -> tuple[patches.Pro
     stage = StageFolder(folder)
     facts = prompts.known_prompts(lm, params, stage)
     group = patches.PromptActivations(lm, world.HOOK, facts, params)
-    return group, patches.build_tasks(facts, group.usable, params, stage)
+    return group, pairs.build_tasks(facts, group.usable, params, stage)
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -424,7 +442,7 @@ def test_figures_are_means_of_means_and_intervals_draw_entities(
 def test_pairs_depend_on_the_seed_alone(town_lm: LanguageModel, town_params: Any, tmp_path: Path) -> None:
     facts = prompts.known_prompts(town_lm, town_params(), StageFolder(tmp_path))
     plans = [
-        patches.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
+        pairs.lab_plan(random.Random(seed), [one.prompt for one in facts], range(64), "Country", ["Language"], 12, 0.5)
         for seed in (1, 1, 2)
     ]
     assert plans[0] == plans[1] != plans[2]

@@ -201,6 +201,9 @@ def test_a_worker_opens_the_saes_of_its_units_once(
     monkeypatch.setattr(units, "OPEN_BYTES", 1)
     narrow = units._Kept(lm, ["a"], None)
     assert narrow["a"] is not narrow["a"], "nothing is kept that does not fit"
+    monkeypatch.setattr(units, "OPEN_BYTES", first.infos["a"].nbytes)
+    several = units._Kept(lm, ["a", "b"], None)
+    assert several["a"] is not several["a"], "nor one of those that do not fit together"
 
 
 @pytest.mark.slow

@@ -29,11 +29,11 @@ IDS = ("l0_relu", "l0_topk", "l0_jumprelu", "l0_transcoder", "l1_relu", "l1_topk
 MORE_TEXT = ["-S", "core_eval.n_eval_reconstruction_batches=8", "-S", "core_eval.n_eval_sparsity_variance_batches=8"]
 COMMAND = """
 import json, sys
-from sae_research.saes.formats import sae_lens
 from sae_research.experiments import release
-directory = {"lab/six": {"model": "tiny", "repo_id": "lab/six", "saes": [{"id": name} for name in %s]}}
-sae_lens.release_directory = release.release_directory = lambda: directory
-sae_lens.released_saes.cache_clear()
+from sae_research.saes import releases
+directory = {"lab/six": {"model": "tiny", "repo_id": "lab/six", "saes": [{"id": name, "path": name} for name in %s]}}
+releases.release_directory = release.release_directory = lambda: directory
+releases.released_saes.cache_clear()
 from sae_research.__main__ import main
 from sae_research.runtime.errors import run_main
 sys.argv = ["sae-research", "evaluate-release", "lab/six", *sys.argv[1:]]

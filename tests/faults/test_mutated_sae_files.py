@@ -22,9 +22,10 @@ import yaml
 from sae_research.runtime.errors import UserError
 from sae_research.saes import save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
-from sae_research.saes.sources import open_folder
+from sae_research.saes.layouts import open_place
 from tests.helpers.mutations import changed_mapping
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
+from tests.saes.test_formats import gemma_scope_2_folder, llamascopium_folder, sparsify_folder
 
 KEYS = [
     "threshold",
@@ -135,13 +136,18 @@ FOLDERS: dict[str, Folder] = {
         f"own_{form}": lambda folder, form=form: save_sae(make_sae(form), folder)
         for form in ("standard", "topk", "jumprelu", "matching_pursuit")
     },
+    "sparsify": sparsify_folder,
+    "llamascopium": llamascopium_folder,
+    "gemma_scope_2": gemma_scope_2_folder,
 }
+PLACES = {"sparsify": "layers.1", "gemma_scope_2": "gemma-scope-2-1b-it/transcoder/layer_4_width_16k_l0_big_affine"}
+"""Names of folders from which a reader takes what no file says."""
 
 
 def read(folder: Path) -> tuple[torch.Tensor, ...]:
-    (sae,) = open_folder(folder).values()
+    (sae,) = open_place(folder).values()
     z = sae.encode(X)
-    return z, sae.decode(z), torch.tensor(sae.cfg.hook_layer)
+    return z, sae.reconstruct(X, z=z), torch.tensor(sae.cfg.hook_layer)
 
 
 def mutate_config(path: Path, rng: random.Random) -> str:
@@ -198,9 +204,10 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
     root = tmp_path_factory.mktemp("originals")
+    places = {name: root / name / PLACES.get(name, "a") for name in FOLDERS}
     for name, write in FOLDERS.items():
-        write(root / name)
-    return {name: (root / name, read(root / name)) for name in FOLDERS}
+        write(places[name])
+    return {name: (place, read(place)) for name, place in places.items()}
 
 
 def means_something_else(change: str) -> bool:
@@ -224,6 +231,13 @@ def means_something_else(change: str) -> bool:
             "normalize_activations = ",
             "delete metadata.hook_name",
             "delete hook_point",
+            "top_k = ",
+            "transcode = ",  # an SAE of the same module, by right
+            "activation = ",
+            "signed = ",
+            "act_fn = ",
+            "sparsity_include_decoder_norm",
+            "norm_activation = ",
         )
     )
 
@@ -234,13 +248,14 @@ def campaign(originals: Originals, folder: Path, count: int, seed: int) -> dict[
         name = sorted(FOLDERS)[number % len(FOLDERS)]
         original, expected = originals[name]
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(original, folder)
-        files = sorted(path for path in folder.iterdir() if path.name != "eval_results.json")
+        place = folder / PLACES.get(name, "a")
+        shutil.copytree(original, place)
+        files = sorted(path for path in place.iterdir() if path.name != "eval_results.json")
         path = rng.choice([path for path in files for _ in range(1 if path.suffix in (".pt", ".safetensors") else 2)])
         is_config = path.suffix in (".json", ".yaml")
         change = (mutate_config if is_config else mutate_weights)(path, rng)
         try:
-            found = read(folder)
+            found = read(place)
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 900, (name, change, str(error))
             seen["refused"] += 1

@@ -11,8 +11,13 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 D_IN, D_SAE = 12, 40
 OPTIONS: dict[str, dict[str, Any]] = {
     "topk": {"k": 5},
+    "abs_topk": {"k": 5},
+    "groupmax": {"k": 5},
+    "layer_norm": {"k": 5},
+    "sae_lens_temporal": {"k": 5, "heads": 2, "epsilon": 1e-6},
     "ihtp": {"k": 2},
     "matching_pursuit": {"s": 4},
+    "mapped_matching_pursuit": {"s": 4},
     "nonnegative_matching_pursuit": {"s": 4},
     "omp": {"s": 4},
     "nonnegative_omp": {"s": 4},
@@ -27,6 +32,11 @@ OWN_FORMS = (
     "standard",
     "linear",
     "topk",
+    "abs_topk",
+    "groupmax",
+    "tanh_relu",
+    "layer_norm",
+    "sae_lens_temporal",
     "jumprelu",
     "gated",
     "ihtp",
@@ -48,11 +58,19 @@ def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> Spar
         "W_enc": torch.randn(D_IN, D_SAE, generator=g),
         "W_dec": W_dec,
         "b_dec": torch.randn(D_IN, generator=g) / 3,
+        "b_in": torch.zeros(D_IN),
         "threshold": torch.rand(D_SAE, generator=g),
         **{name: torch.randn(D_SAE, generator=g) / 2 for name in ("b_enc", "b_gate", "b_mag", "r_mag")},
         "W_gate": torch.randn(D_IN, D_SAE, generator=g),
         "sharpness": torch.rand(D_SAE, generator=g) + 0.5,
+        **{
+            f"{part}_{kind}": torch.randn(2, out, *(D_SAE,) * (kind == "weight"), generator=g) / 4
+            for part, out in (("key", 8), ("query", 8), ("value", D_SAE), ("out", D_SAE))
+            for kind in ("weight", "bias")
+        },
     }
+    if form == "mapped_matching_pursuit":  # its atoms are the columns of W_enc
+        pool["W_enc"] = torch.nn.functional.normalize(pool["W_enc"], dim=0)
     cls = form_class(form)
     cfg = SAEConfig(
         form=form,

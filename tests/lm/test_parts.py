@@ -189,3 +189,22 @@ def test_models_that_are_no_causal_stack_of_layers_are_refused(family: str, matc
     values = {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "n_words": 97} if family == "xlm" else SMALL
     with pytest.raises(UserError, match=match):
         LanguageModel(Auto.from_config(CONFIG_MAPPING[family](**values)), TOKENIZER, family, family)
+
+
+@pytest.mark.parametrize(
+    ("family", "mlp", "attention"),
+    [
+        ("llama", True, "self_attn"),
+        ("gpt_neox", True, "attention"),
+        ("gpt2", True, "attn"),
+        ("gemma2", False, "self_attn"),
+        ("granite", False, "self_attn"),
+    ],
+)
+def test_whose_output_a_hook_has(family: str, mlp: bool, attention: str) -> None:
+    """Gemma 2 norms what its MLP puts out, Granite scales it, before it is added to the stream."""
+    lm = make(family)
+    assert lm.is_output_of("mlp", "blocks.1.hook_mlp_out") == mlp
+    assert lm.is_output_of(attention, "blocks.1.hook_attn_out") == mlp
+    assert not lm.is_output_of("mlp", "blocks.1.hook_attn_out") and not lm.is_output_of("mlp", "blocks.1.mlp.hook_in")
+    assert not lm.is_output_of("nothing", "blocks.1.hook_mlp_out")

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same products, to rounding, wherever nothing is differentiated."""
+"""Linear layers by oneDNN: the same products, to rounding, wherever weights are not differentiated."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from sae_research.lm import model
+from sae_research.lm import products
 
 
 @pytest.fixture
 def layer() -> nn.Linear:
     torch.manual_seed(0)
     layer = nn.Linear(48, 40).requires_grad_(False)
-    model.use_onednn(layer)
+    products.use_onednn(layer)
     return layer
 
 
@@ -33,9 +33,18 @@ def test_onednn_is_used(layer: nn.Linear, monkeypatch) -> None:
 
 
 def test_gradients_reach_the_input(layer: nn.Linear) -> None:
-    x = torch.randn(128, 48, requires_grad=True)
+    x, weights = torch.randn(128, 48, requires_grad=True), torch.randn(128, 40)
+    y = layer(x)
+    (y * weights).sum().backward()
+    torch.testing.assert_close(y, linear(x, layer.weight, layer.bias), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(x.grad, weights @ layer.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_weights_that_learn_get_their_gradients(layer: nn.Linear) -> None:
+    layer.requires_grad_(True)
+    x = torch.randn(128, 48)
     layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(128, 48))
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(40, 48), atol=1e-5, rtol=1e-5)
 
 
 def test_weights_may_change_and_be_copied(layer: nn.Linear) -> None:

@@ -17,7 +17,7 @@ from sae_research.saes import load_sae, save_sae
 from sae_research.saes.exchange import export_saes, import_saes
 from sae_research.saes.formats.dictionary_learning import load_dictionary_learning
 from sae_research.saes.formats.sae_interpretability import load_run
-from sae_research.saes.sources import open_folder
+from sae_research.saes.layouts import open_place
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.4.hook_resid_pre")
@@ -195,4 +195,4 @@ def test_what_cannot_go_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         import_saes(tmp_path / "nowhere", tmp_path / "x")
     with pytest.raises(UserError, match="no SAE there"):
-        open_folder(tmp_path)
+        open_place(tmp_path)

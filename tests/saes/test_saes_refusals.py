@@ -18,8 +18,8 @@ from sae_research.saes import load_sae, save_sae, save_variant
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning, hook_name, load_dictionary_learning
 from sae_research.saes.formats.sae_lens import from_sae_lens
 from sae_research.saes.formats.sae_lens_settings import OF_ALL, OF_ARCHITECTURE, TRAINING_ONLY, settings
+from sae_research.saes.layouts import open_place
 from sae_research.saes.reading import hook_of, load_state
-from sae_research.saes.sources import open_folder
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 
@@ -238,10 +238,10 @@ def test_dictionary_learning_says_what_its_weights_say(change: dict[str, Any], m
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"trainer": values["trainer"] | change}))
     with pytest.raises(UserError, match=message):
-        open_folder(tmp_path)
+        open_place(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values | {"buffer": {"io": "in"}}))
     with pytest.raises(UserError, match=r"buffer\.io is 'in'"):
-        open_folder(tmp_path)
+        open_place(tmp_path)
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
@@ -315,8 +315,8 @@ def test_sparsify_is_named(tmp_path: Path) -> None:
         json.dumps({"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32, "d_in": 8})
     )
     (tmp_path / "sae.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="a sparsify SAE: not read yet"):
-        open_folder(tmp_path)
+    with pytest.raises(UserError, match=r"sae\.safetensors: damaged weights"):
+        open_place(tmp_path)
 
 
 def test_one_latent_is_an_sae(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import sae_lens_lacks
-from sae_research.saes.formats.sae_lens import centres_input, convert, from_sae_lens, matching_saes, released_saes
+from sae_research.saes.formats.sae_lens import centres_input, convert, from_sae_lens
+from sae_research.saes.releases import matching_saes, released_saes
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 sae_lens = pytest.importorskip("sae_lens")
@@ -140,7 +141,7 @@ def test_normalisation_is_folded_or_refused(tmp_path: Path) -> None:
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 3.0}')
     sae = load_sae(tmp_path)
     torch.testing.assert_close(sae.decode(sae.encode(x)), expected, atol=1e-4, rtol=1e-4)
-    for form, other in (("standard", "layer_norm"), ("topk", "constant_norm_rescale"), ("standard", "covariance_whitening")):
+    for form, other in (("jumprelu", "layer_norm"), ("topk", "constant_norm_rescale"), ("standard", "covariance_whitening")):
         with pytest.raises(UserError, match=f"{other} cannot be folded"):
             from_sae_lens(lens_sae(form, normalize_activations=other))
 
@@ -182,7 +183,7 @@ def test_other_refusals(tmp_path: Path) -> None:
     theirs = lens_sae("standard")
     values, tensors = theirs.cfg.to_dict(), dict(theirs.state_dict())
     for change, message in [
-        ({"architecture": "temporal"}, "architecture 'temporal' is not supported; known: standard"),
+        ({"architecture": "crosscoder"}, "architecture 'crosscoder' is not supported; known: standard"),
         ({"architecture": "jumprelu"}, "weights lack threshold"),
         ({"d_in": 13}, r"shape \(12, 40\), expected \(13, 40\)"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),

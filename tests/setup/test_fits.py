@@ -70,6 +70,8 @@ def test_a_folder_is_the_model_that_its_path_weights_or_the_user_say(
     check_fits("a", _SAE("gpt2-small"), lm, ["gpt2"])
     check_fits("a", _SAE("gpt2-small", model_fingerprint=lm.fingerprint), lm)
     check_fits("a", _SAE(str(tiny_inputs / "tiny")), lm)  # another folder with the same weights
+    with pytest.raises(UserError, match="stands for what mlp puts out; .* no hook here has it"):
+        check_fits("a", _SAE(str(tiny_inputs / "tiny"), module="mlp"), lm)  # the stream is another thing
     other = make_tiny_model(tmp_path / "0123abc", seed=1)
     with pytest.raises(UserError, match="was trained on"):
         check_fits("a", _SAE(str(other)), lm)  # a folder of the same name with others

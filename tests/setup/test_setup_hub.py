@@ -77,7 +77,7 @@ def test_hub(tmp_path: Path) -> None:
         assert "not valid JSON" in client.ask("org/sae", "bad/sae_weights.safetensors")
         for name in ("../ae.pt", "/etc/ae.pt", "a/../../ae.pt", "a//ae.pt"):
             assert "baseline_sae.filename: " in client.ask("org/sae", name)
-        assert "must end with ae.pt or sae_weights.safetensors" in client.ask("org/sae", "weights.bin")
+        assert "must end with ae.pt, sae_weights.safetensors" in client.ask("org/sae", "weights.bin")
     # the server is gone: what is cached still works, what is not says how to go on without
     assert client.ask("org/sae", "ours/sae_weights.safetensors") == ours
     assert client.ask("org/sae", "new/ae.pt").endswith(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,16 +29,8 @@ from torch import Tensor
 from sae_research.config.params import Params
 from sae_research.evals import harness
 from sae_research.evals.harness import Group, by_hook, made_once, model_key
-from sae_research.evals.ravel.patches import (
-    Pair,
-    Problem,
-    PromptActivations,
-    Swap,
-    Task,
-    build_tasks,
-    learn,
-    seems_isolation,
-)
+from sae_research.evals.ravel.pairs import Pair, Task, build_tasks, seems_isolation
+from sae_research.evals.ravel.patches import Problem, PromptActivations, Swap, learn
 from sae_research.evals.ravel.prompts import Known, known_prompts, right, right_sae_bench
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import NotApplicable
@@ -296,13 +289,11 @@ def findings_of(
     plans = [task.lab if definition == harness.LAB else task.sae_bench for task, definition in asked]
     problems = [Problem(plan.train, definition == harness.LAB) for plan, (_, definition) in zip(plans, asked, strict=True)]
     findings: Findings = {task.name: {} for task in tasks}
-    learnt = learn(problems, swap, params)
-    for (task, definition), plan, problem, numbers in zip(asked, plans, problems, learnt, strict=True):
-        taken = numbers > 0
-        findings[task.name][definition] = {
-            "latents": int(taken.sum()),
-            "answers": _ask(swap.group, plan.test, partial(_mix, swap, taken, problem.keeps_error), params),
-        }
+    masks = [numbers > 0 for numbers in learn(problems, swap, params)]
+    patches = [partial(_mix, swap, taken, problem.keeps_error) for taken, problem in zip(masks, problems, strict=True)]
+    answers = _ask(swap.group, [(plan.test, patch) for plan, patch in zip(plans, patches, strict=True)], params)
+    for (task, definition), taken, answer in zip(asked, masks, answers, strict=True):
+        findings[task.name][definition] = {"latents": int(taken.sum()), "answers": answer}
     return findings
 
 
@@ -315,23 +306,25 @@ def _mix(swap: Swap, taken: Tensor, keeps_error: bool, part: Sequence[Pair]) -> 
 def _whole_activation(group: PromptActivations, tasks: list[Task], params: Params) -> dict[str, list[str]]:
     """Answers to every task's held-out pairs when the source's whole activation is put in; kept in the cache."""
     key = model_key(group.lm, ["whole", group.hook, _inputs(group.known, params)], __name__)
-    return made_once(
-        "ravel",
-        key,
-        lambda: {
-            task.name: _ask(group, task.lab.test, lambda part: group.entity[[pair.source for pair in part]], params)
-            for task in tasks
-        },
-    )
+
+    def answered() -> dict[str, list[str]]:
+        asked = [(task.lab.test, lambda part: group.entity[[pair.source for pair in part]]) for task in tasks]
+        return {task.name: answers for task, answers in zip(tasks, _ask(group, asked, params), strict=True)}
+
+    return made_once("ravel", key, answered)
 
 
 def _ask(
-    group: PromptActivations, asked: list[Pair], patch: Callable[[Sequence[Pair]], Tensor], params: Params
-) -> list[str]:
-    """Answers to every pair's base, patched; a part at a time, for latents of many pairs are large."""
+    group: PromptActivations,
+    asked: Sequence[tuple[list[Pair], Callable[[Sequence[Pair]], Tensor]]],
+    params: Params,
+) -> list[list[str]]:
+    """Answers to every pair's base, patched, of each list of pairs. All are asked together, because one pass over many rows
+    is faster than many over few; patches are made a part at a time, for latents of many pairs are large."""
     size = params.model.llm_batch_size
-    patched = torch.cat([patch(asked[start : start + size]) for start in range(0, len(asked), size)])
-    return group.answers(asked, patched)
+    parts = [patch(pairs[start : start + size]) for pairs, patch in asked for start in range(0, len(pairs), size)]
+    answers = iter(group.answers([pair for pairs, _ in asked for pair in pairs], torch.cat(parts)))
+    return [list(islice(answers, len(pairs))) for pairs, _ in asked]
 
 
 def _inputs(facts: Sequence[Known], params: Params) -> list[Any]:

@@ -1,8 +1,4 @@
-"""Patching an entity's token with another entity's latents: the pairs of prompts, the mask over latents, the patched runs.
-
-For attribute A, cause pairs ask A of two entities that differ in it: the source's answer should take the place of the
-base's. Isolation pairs ask another attribute B of two entities that differ in B: patching what carries A should leave B
-alone.
+"""Patching an entity's token with another entity's latents: the mask over latents, the patched runs.
 
 The mask is a differential binary mask (MDBM), as in SAE Bench 0.6.0: one number per latent, from 0; sigmoid of it over a
 temperature that falls from 1 to 1e-4 in equal ratios, step by step; Adam; cross-entropy of the target answer's first token
@@ -12,167 +8,20 @@ last batch; here it is used.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_research.config.evaluation_params import Ravel as Config
 from sae_research.config.params import Params
-from sae_research.evals.ravel.prompts import Known, Prompt, answer_text, by_length, names, rows_at_once
+from sae_research.evals.ravel.pairs import Pair
+from sae_research.evals.ravel.prompts import Known, answer_text, by_length, rows_at_once
 from sae_research.lm import LanguageModel
 from sae_research.lm.activations import HookActivations
-from sae_research.runtime.stages import StageFolder
+from sae_research.lm.past import Beginnings, Past
 from sae_research.saes import SparseAutoencoder, encode_each
-
-
-class Pair(NamedTuple):
-    """Two prompts about the same attribute, by their rows among the known ones."""
-
-    base: int
-    source: int
-    cause: bool
-
-    @property
-    def target(self) -> int:
-        """The prompt whose answer is right after patching."""
-        return self.source if self.cause else self.base
-
-
-class Plan(NamedTuple):
-    """What a mask is learnt on, and what it is scored on."""
-
-    train: list[Pair]
-    test: list[Pair]
-
-
-class Task(NamedTuple):
-    """One attribute whose latents are sought, in both definitions."""
-
-    entity_class: str
-    attribute: str
-    sae_bench: Plan
-    lab: Plan
-
-    @property
-    def name(self) -> str:
-        """As SAE Bench keys it."""
-        return f"{self.entity_class}_{self.attribute}"
-
-
-Differ = Callable[[Prompt, Prompt], bool]
-
-
-def build_tasks(known: Sequence[Known], rows: Sequence[int], params: Params, stage: StageFolder) -> list[Task]:
-    """A task for every attribute among `rows` of the known prompts; those without pairs of both kinds to learn from
-    and to score are skipped with that reason."""
-    tasks, config = [], params.ravel
-    for entity_class, attribute in dict.fromkeys(
-        (known[row].prompt.entity_class, known[row].prompt.attribute) for row in rows
-    ):
-        mine = [row for row in rows if known[row].prompt.entity_class == entity_class]
-        others = list(dict.fromkeys(known[row].prompt.attribute for row in mine))
-        others.remove(attribute)
-        prompts = [one.prompt for one in known]
-        sizes = config.num_pairs_per_attribute, config.train_test_split
-        seed = f"{params.random_seed} {entity_class} {attribute}"
-        task = Task(
-            entity_class,
-            attribute,
-            sae_bench_plan(random.Random(seed), prompts, mine, attribute, others, *sizes),
-            lab_plan(random.Random(f"{seed} lab"), prompts, mine, attribute, others, *sizes),
-        )
-        if _scorable(task, known):
-            tasks.append(task)
-        else:
-            stage.skip(f"{entity_class}/{attribute}", "too few pairs of prompts to learn from and to score")
-    return tasks
-
-
-def seems_isolation(known: Sequence[Known], pair: Pair) -> bool:
-    """How SAE Bench tells the kinds apart when it scores: by the target's first token being the base's. A cause pair
-    whose values begin alike, South Africa and South Korea say, counts as isolation there."""
-    return known[pair.base].first == known[pair.target].first
-
-
-def sae_bench_plan(
-    rng: random.Random,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    attribute: str,
-    others: Sequence[str],
-    n_pairs: int,
-    train_share: float,
-) -> Plan:
-    """SAE Bench's pairs, drawn in its order, split at random: an entity, even a prompt, may stand on both sides."""
-    pairs = _draw(rng, prompts, rows, attribute, others, n_pairs, lambda a, b: a.label != b.label)
-    n_train = int(len(pairs) * train_share)
-    return Plan(pairs[:n_train], pairs[n_train:])
-
-
-def lab_plan(
-    rng: random.Random,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    attribute: str,
-    others: Sequence[str],
-    n_pairs: int,
-    train_share: float,
-) -> Plan:
-    """As many pairs, those to learn from and those to score about different entities."""
-    n_train = max(1, int(n_pairs * train_share))
-    parts = []
-    for held_out, size in ((False, n_train), (True, max(1, n_pairs - n_train))):
-        part = [row for row in rows if prompts[row].held_out == held_out]
-        parts.append(_draw(rng, prompts, part, attribute, others, size, lambda a, b: not names(a.label) & names(b.label)))
-    return Plan(*parts)
-
-
-def _draw(
-    rng: random.Random,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    attribute: str,
-    others: Sequence[str],
-    n_pairs: int,
-    differ: Differ,
-) -> list[Pair]:
-    """`n_pairs` cause pairs and as many isolation pairs, spread over the other attributes, shuffled."""
-    cause = _pairs(rng, prompts, rows, attribute, n_pairs, differ, True)
-    isolation = [pair for other in others for pair in _pairs(rng, prompts, rows, other, n_pairs, differ, False)]
-    rng.shuffle(isolation)
-    pairs = cause + isolation[: len(cause)]
-    rng.shuffle(pairs)
-    return pairs
-
-
-def _pairs(
-    rng: random.Random,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    attribute: str,
-    n_pairs: int,
-    differ: Differ,
-    cause: bool,
-) -> list[Pair]:
-    """Prompts about `attribute`, none of them twice as base, each with a source of another value."""
-    mine = [row for row in rows if prompts[row].attribute == attribute]
-    bases = mine if len(mine) < n_pairs else rng.sample(mine, n_pairs)
-    pairs = []
-    for base in bases:
-        sources = [row for row in mine if differ(prompts[base], prompts[row])]
-        if sources:
-            pairs.append(Pair(base, rng.choice(sources), cause))
-    return pairs
-
-
-def _scorable(task: Task, known: Sequence[Known]) -> bool:
-    kinds = [{pair.cause for pair in part} for part in (task.sae_bench.train, *task.lab)]
-    kinds.append({not seems_isolation(known, pair) for pair in task.sae_bench.test})
-    return all(kind == {True, False} for kind in kinds)
-
 
 HOT, COLD = 1.0, 1e-4
 
@@ -252,6 +101,10 @@ def _like_length(rows: list[_Row], swap: Swap, params: Params) -> Iterator[list[
         yield ordered[start : start + size]
 
 
+MOST_UNLIKE = 1.5
+"""Most that the tokens from the entity on differ in one pass, as a ratio: those of fewer are run with some before them."""
+
+
 class PromptActivations(HookActivations):
     """The known prompts at one hook, and where their entities stand."""
 
@@ -267,6 +120,9 @@ class PromptActivations(HookActivations):
             rows, at = torch.arange(len(batch.index)), self.position[batch.index]
             self.entity[batch.index] = batch.acts[rows, at]
             counts[batch.index] = self.lab_mask(batch)[rows, at].cpu()
+        texts = [one.prompt for one in known]
+        self.beginnings = Beginnings(lm, [text.ids for text in texts], [text.position for text in texts])
+        """Of the prompts, up to their entities' last tokens: no patch changes these."""
         self.usable: list[int] = counts.nonzero()[:, 0].tolist()
         """Prompts whose entity token counts: a masked one has no latents to patch."""
 
@@ -287,31 +143,97 @@ class PromptActivations(HookActivations):
     def loss(self, rows: Sequence[Pair], patched: Tensor) -> Tensor:
         """Cross-entropy of every pair's target answer's first token [pairs], with `patched` [pairs, d_in] in place of
         the bases' entity tokens. Differentiable in `patched`."""
+        if not self.beginnings.usable:
+            return self._whole_loss(rows, patched)
+        order: list[int] = []
+        losses = []
+        for part in self._parts(rows):
+            ends = self._ends(part, rows)
+            acts = ends.activations.index_put(ends.entity, patched[part].to(ends.activations.dtype))
+            logits = self.lm.resume(self.hook, acts, ends.tokens, torch.tensor([acts.shape[1] - 1]), past=ends.past)[:, -1]
+            losses.append(self._cross_entropy(logits, [rows[i] for i in part]))
+            order += part
+        return torch.cat(losses)[torch.tensor(order, device=self.lm.device).argsort()]
+
+    def _whole_loss(self, rows: Sequence[Pair], patched: Tensor) -> Tensor:
+        """`loss` by passes over whole prompts."""
         bases = [pair.base for pair in rows]
         batch = self.pool.batch(bases)
         index = torch.arange(len(bases), device=self.lm.device)
         acts = batch.acts.index_put((index, self.position[bases]), patched.to(batch.acts.dtype))
         last, which = (batch.real.sum(1) - 1).unique(return_inverse=True)
-        logits = self.lm.resume(self.hook, acts, batch.tokens, last)[index, which]
+        return self._cross_entropy(self.lm.resume(self.hook, acts, batch.tokens, last)[index, which], rows)
+
+    def _cross_entropy(self, logits: Tensor, rows: Sequence[Pair]) -> Tensor:
         targets = self.first[[pair.target for pair in rows]]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     def answers(self, rows: Sequence[Pair], patched: Tensor) -> list[str]:
         """Greedy answers to the bases with `patched` [pairs, d_in] in place of their entity tokens."""
         texts = [""] * len(rows)
-        for chosen in by_length([self.length(pair) for pair in rows], self.params):
-            bases = [rows[i].base for i in chosen]
-            tokens = torch.stack([self.known[base].prompt.tokens for base in bases])
-            index, at = torch.arange(len(bases), device=self.lm.device), self.position[bases]
-            values = patched[chosen]
+        after = self.beginnings.usable
+        for chosen in self._parts(rows) if after else by_length([self.length(pair) for pair in rows], self.params):
+            if after:
+                tokens, entity, past, _ = self._ends(chosen, rows)
+            else:
+                bases, past = [rows[i].base for i in chosen], None
+                tokens = torch.stack([self.known[base].prompt.tokens for base in bases])
+                entity = torch.arange(len(bases)), self.position[bases]
 
-            def edit(acts: Tensor, index: Tensor = index, at: Tensor = at, values: Tensor = values) -> Tensor:
-                return acts.index_put((index, at), values.to(acts.dtype))
+            def edit(acts: Tensor, entity: Any = entity, values: Tensor = patched[chosen]) -> Tensor:
+                return acts.index_put(entity, values.to(acts.dtype))
 
-            generated = self.lm.generate(tokens, self.params.ravel.n_generated_tokens, self.hook, edit)
+            generated = self.lm.generate(tokens, self.params.ravel.n_generated_tokens, self.hook, edit, past)
             for i, ids in zip(chosen, generated.tolist(), strict=True):
                 texts[i] = answer_text(self.lm, ids)
         return texts
+
+    def _after(self, pair: Pair) -> int:
+        """Tokens of a pair's base prompt from its entity's last one on."""
+        return self.length(pair) - self.known[pair.base].prompt.position
+
+    def _parts(self, rows: Sequence[Pair]) -> Iterator[list[int]]:
+        """Rows in parts that fit one pass, about as many tokens from the entity on in each."""
+        part: list[int] = []
+        for i in sorted(range(len(rows)), key=lambda i: self._after(rows[i])):
+            after, members = self._after(rows[i]), [rows[j] for j in (*part, i)]
+            size = rows_at_once(self.params, max(map(self.length, members)))
+            # a shorter prompt's tokens before its entity are run again, and at least one must come before those that run
+            unlike = after > MOST_UNLIKE * self._after(members[0]) or after >= min(map(self.length, members))
+            if part and (unlike or len(part) >= size):
+                yield part
+                part = []
+            part.append(i)
+        if part:
+            yield part
+
+    def _ends(self, part: Sequence[int], rows: Sequence[Pair]) -> _Ends:
+        """The last tokens of these rows' bases, from the entity on, as many of each."""
+        bases = [rows[i].base for i in part]
+        n_tokens = max(self._after(rows[i]) for i in part)
+        ids = [self.known[base].prompt.ids for base in bases]
+        lengths = torch.tensor([len(text) for text in ids], device=self.lm.device)
+        batch, index = self.pool.batch(bases), torch.arange(len(bases), device=self.lm.device)
+        places = lengths[:, None] - n_tokens + torch.arange(n_tokens, device=self.lm.device)
+        return _Ends(
+            torch.tensor([text[-n_tokens:] for text in ids]),
+            (index, self.position[bases] - lengths + n_tokens),
+            self.beginnings.past(bases, [len(text) - n_tokens for text in ids]),
+            batch.acts[index[:, None], places],
+        )
+
+
+class _Ends(NamedTuple):
+    """What passes run that start at entities."""
+
+    tokens: Tensor
+    """[rows, n]"""
+    entity: tuple[Tensor, Tensor]
+    """Where the entities' last tokens stand in it."""
+    past: Past
+    """What comes before."""
+    activations: Tensor
+    """At the hook [rows, n, d_in]."""
 
 
 class Latents:

@@ -45,7 +45,7 @@ from torch import Tensor
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, read_settings, round_significant, write_bytes, write_json
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
-from sae_research.saes.forms import fold_decoder_norms
+from sae_research.saes.forms import as_subtracting, fold_decoder_norms
 from sae_research.saes.reading import check_shapes, floats, hook_of, load_state, section, shown, text, whole
 from sae_research.saes.registry import form_class
 
@@ -304,7 +304,7 @@ def export_dictionary_learning(
     folder = Path(folder)
     name = _chosen_class(sae, dict_class)
     layout = LAYOUTS[name]
-    tensors = _as_they_subtract(sae, layout.subtracts_b_dec)
+    tensors = as_subtracting(sae, layout.subtracts_b_dec)
     if sae.cfg.form == "jumprelu" and name != "JumpReluAutoEncoder":
         tensors["threshold"] = _one_threshold(tensors["threshold"], name)
     state = {
@@ -383,21 +383,6 @@ def _group_sizes(sae: SparseAutoencoder) -> list[int]:
     inner = [int(fraction * width) for fraction in fractions[:-1]]
     bounds = [0, *accumulate(inner), width]
     return [end - start for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
-
-
-def _as_they_subtract(sae: SparseAutoencoder, theirs: bool) -> dict[str, Tensor]:
-    """Tensors on the CPU, with encoder biases for a class that subtracts `b_dec` before encoding, or does not."""
-    tensors = {name: tensor.detach().cpu().float() for name, tensor in sae.tensors().items()}
-    if sae.cfg.apply_b_dec_to_input == theirs:
-        return tensors
-    shift_F = (tensors["b_dec"] @ tensors["W_enc"]) * (1 if theirs else -1)
-    if sae.cfg.form == "gated":
-        return {
-            **tensors,
-            "b_gate": tensors["b_gate"] + shift_F,
-            "b_mag": tensors["b_mag"] + shift_F * tensors["r_mag"].exp(),
-        }
-    return {**tensors, "b_enc": tensors["b_enc"] + shift_F}
 
 
 def _config(sae: SparseAutoencoder, dict_class: str, further: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Runs of SAE-Interpretability: `output/<run>/{final_config.yaml, samples_<N>.pt}`, one SAE for each hook point.
+"""Runs of SAE-Interpretability: `output/<run>/{final_config.yaml, samples_<N>.pt}`, one SAE for each hook point; read, and
+written with one SAE (`write_run`).
 
 | sae_type | becomes | note |
 |---|---|---|
@@ -13,6 +14,7 @@ the one it trained with, so that these SAEs compute here what they computed ther
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ import yaml
 from torch import Tensor
 
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import regular_file
+from sae_research.runtime.files import regular_file, write_bytes, write_text
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
-from sae_research.saes.forms import fold_decoder_norms
+from sae_research.saes.forms import as_subtracting, fold_decoder_norms
 from sae_research.saes.reading import (
     check_shapes,
     flag,
@@ -251,3 +253,69 @@ def _folded_beside_gates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "b_mag": tensors["b_mag"] * norms_F,
         "r_mag": tensors["r_mag"] + norms_F.log(),
     }
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def write_run(sae: SparseAutoencoder, folder: str | Path) -> str:
+    """Write a run with this one SAE, `final_config.yaml` and `samples_0.pt`; returns its `sae_type`. The same SAE gives the
+    same bytes. Raises `UserError` for what its classes do not have."""
+    folder, cfg = Path(folder), sae.cfg
+    kind = next((kind for kind, form in FORMS.items() if form == cfg.form), None)
+    if kind is None:
+        raise UserError(f"SAE-Interpretability has no class for the form {cfg.form}; it has {', '.join(FORMS.values())}")
+    if cfg.is_transcoder or cfg.center_input:
+        raise UserError("SAE-Interpretability has no transcoders and no centred input; export it as sae_lens")
+    tensors = _as_theirs(kind, sae)
+    position = cfg.hook_name.replace(".", "-")
+    state = {
+        f"{position}.{key}": (tensors[name].T if name.startswith("W_") else tensors[name]).contiguous().clone()
+        for name, key in _KEYS[kind].items()
+    }
+    if "hard_concrete" in kind:
+        state[f"{position}.beta"] = torch.tensor(EVALUATION_BETA)
+    config: dict[str, Any] = {
+        "tlens_model_name": cfg.model_name,
+        "saes": {
+            "sae_type": kind,
+            "sae_positions": [cfg.hook_name],
+            "dict_size_to_input_ratio": cfg.d_sae / cfg.d_in,
+            **({"hard_concrete_stretch_limits": list(sae.options()["stretch"])} if "hard_concrete" in kind else {}),
+            **({"input_dependent_gates": True} if kind == "hard_concrete" else {}),
+        },
+        "data": {"context_length": cfg.context_size},
+        **({"seed": cfg.provenance["seed"]} if isinstance(cfg.provenance.get("seed"), int) else {}),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(folder / "samples_0.pt", buffer.getvalue())
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    return kind
+
+
+def _as_theirs(kind: str, sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """Our tensors, of an SAE that computes the same in their class: rows as it norms them, gates at the temperature of its
+    evaluation."""
+    s = as_subtracting(sae, theirs=kind.startswith("gated"))
+    if kind in ("relu", "hard_concrete"):
+        off = (s["W_dec"].norm(dim=1) - 1).abs().max()
+        if kind == "relu":
+            s = fold_decoder_norms("standard", s)
+        elif off > 1e-5:  # its gates do not scale with the magnitudes
+            norms_F = s["W_dec"].norm(dim=1)
+            norms_F = torch.where(norms_F > 0, norms_F, torch.ones_like(norms_F))
+            s |= {"W_dec": s["W_dec"] / norms_F[:, None], "W_enc": s["W_enc"] * norms_F, "b_enc": s["b_enc"] * norms_F}
+    if "hard_concrete" not in kind:
+        return s
+    beta = sae.options()["beta"] / EVALUATION_BETA
+    if kind == "hard_concrete":
+        gates = {"W_enc": s["W_gate"] / beta, "b_enc": s["b_gate"] / beta}
+        return {**s, **{name: torch.cat([gates[name], s[name]], dim=-1) for name in gates}}
+    sharpness = s["sharpness"] / beta
+    if not (sharpness > 0).all():
+        raise UserError(
+            "SAE-Interpretability's gated_hard_concrete opens its gates with its magnitudes; this SAE closes some"
+        )
+    # logits are pi + b_gate there: the encoder takes the sharpness, and r_mag gives it back to the magnitudes
+    return {**s, "W_enc": s["W_enc"] * sharpness, "b_gate": s["b_gate"] / beta, "r_mag": s["r_mag"] - sharpness.log()}

@@ -1,26 +1,20 @@
-"""SAEs of SAELens: its folders, its objects and its directory of releases, converted to our forms.
-
-`sae_lens` itself takes many seconds to import; only `from_release` does, when something is to be downloaded.
-"""
+"""SAEs of SAELens: its folders and its objects, converted to our forms. Readers of other layouts that SAELens converts as
+well give theirs its names (`from_parts`), so that what is folded or refused is so in one place."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.formats.sae_lens_settings import settings
-from sae_research.saes.forms import UNIT_TOLERANCE, LensPursuitSAE, NormRescaledSAE, fold_decoder_norms
+from sae_research.saes.formats.sae_lens_temporal import temporal
+from sae_research.saes.forms import UNIT_TOLERANCE, LensPursuitSAE, fold_decoder_norms
 from sae_research.saes.reading import (
-    DAMAGED,
     check_shapes,
     floats,
     hook_of,
@@ -28,15 +22,19 @@ from sae_research.saes.reading import (
     whole,
 )
 from sae_research.saes.registry import form_class
+from sae_research.saes.token_scaled import LayerNormSAE, NormRescaledSAE
 
 FORMS = {
     "standard": "standard",
+    "tanh_relu": "tanh_relu",
     "topk": "topk",
+    "abstopk": "abs_topk",
     "jumprelu": "jumprelu",
     "gated": "gated",
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
     "matching_pursuit": "sae_lens_matching_pursuit",
+    "temporal": "sae_lens_temporal",
     "transcoder": "standard",
     "skip_transcoder": "standard",
     "jumprelu_transcoder": "jumprelu",
@@ -45,8 +43,9 @@ FORMS = {
 """SAELens architecture -> our form. The BatchTopK pair are training classes; at inference they have a
 threshold. Of a transcoder the form is what its encoder is."""
 _UNFOLDABLE = {
-    "layer_norm": "every token is scaled by its own norm",
+    "layer_norm": "every token is scaled by its own deviation, which is supported for standard and topk SAEs alone",
     "constant_norm_rescale": "every token is scaled by its own norm, which is supported for standard SAEs alone",
+    "constant_scalar_rescale": "SAELens has it for its temporal architecture alone",
     "covariance_whitening": "SAELens folds its whitening when it saves for inference; save it so",
     "expected_average_only_in": "the factor it multiplied activations by is not recorded with the weights",
 }
@@ -83,7 +82,11 @@ def convert(
     weights alone would not reproduce.
     """
     values = settings(values, where)
+    if values["architecture"] == "temporal":
+        options, state = temporal(values, tensors, where)
+        return _made(form_class("sae_lens_temporal"), values, options, state, where)
     _refuse_unsupported(values, where, scaling_factor)
+    factor, tensors = _factor(values, tensors, where)
     state = _used(values["architecture"], tensors, where)
     check_shapes(
         {name: tensor for name, tensor in state.items() if name != "topk_threshold"},
@@ -93,20 +96,61 @@ def convert(
         values.get("d_out"),
     )
     state = {name: tensor.clone() for name, tensor in floats(state, where).items()}
+    if factor is not None:
+        state["W_dec"] = state["W_dec"] * factor[:, None]
     if values["architecture"] == "matching_pursuit":
         cls, state, options = _pursuit(values, state, where, scaling_factor)
     else:
         cls, state = form_class(FORMS[values["architecture"]]), _folded(values, state, where, scaling_factor)
-        if _rescales_tokens(values):
-            cls, state = NormRescaledSAE, NormRescaledSAE.widened(state)
         options = {name: whole(values.get(name), name, where) for name in cls.option_names}
+        scaled = _scales_tokens(values)
+        if scaled is not None:
+            cls, state = scaled, scaled.widened(state)
+            options = {name: options.get(name, 0) for name in cls.option_names}
+    return _made(cls, values, options, state, where)
+
+
+def from_parts(
+    library: str,
+    architecture: str,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    where: str,
+    scaling_factor: float | None = None,
+    **keys: Any,
+) -> SparseAutoencoder:
+    """An SAE of another layout, whose reader has given everything SAELens' names; sizes are those of the matrices.
+
+    library: the layout, for `provenance`; metadata, keys: of the configuration; scaling_factor: as for `convert`. Raises
+    `UserError`, naming `where`, as `convert` does, and for matrices that are missing or none.
+    """
+    missing = [name for name in ("W_enc", "W_dec") if name not in tensors]
+    if missing:
+        raise UserError(f"{where}: weights lack {' and '.join(missing)}; fetch them again")
+    for name in ("W_enc", "W_dec"):
+        if tensors[name].dim() != 2:
+            raise UserError(f"{where}: {name} is no matrix (shape {tuple(tensors[name].shape)})")
+    (d_in, _), (d_sae, d_out) = tensors["W_enc"].shape, tensors["W_dec"].shape
+    sizes = {"d_in": d_in, "d_sae": d_sae, **({"d_out": d_out} if architecture.endswith("transcoder") else {})}
+    if scaling_factor is not None:
+        keys["normalize_activations"] = "expected_average_only_in"
+    values = {"architecture": architecture, **sizes, "metadata": metadata, **keys}
+    sae = convert(values, tensors, where, scaling_factor)
+    sae.cfg = sae.cfg.replace(provenance={**sae.cfg.provenance, "format": library})
+    return sae
+
+
+def _made(
+    cls: type[SparseAutoencoder], values: dict[str, Any], options: dict[str, Any], state: dict[str, Tensor], where: str
+) -> SparseAutoencoder:
     names = (*cls.tensor_names, *_SKIP[: _has_skip(values["architecture"])])
     missing = [name for name in names if name not in state]
     if missing:
         raise UserError(f"{where}: weights lack {', '.join(missing)} for the architecture {values['architecture']}")
     hooks = _hooks(values, where)
     try:
-        return cls.from_tensors(_config(cls, values, options, hooks, where), {name: state[name] for name in names})
+        cfg = _config(cls, {**values, "d_sae": len(state["W_dec"])}, options, hooks, where)
+        return cls.from_tensors(cfg, {name: state[name] for name in names})
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
@@ -151,7 +195,7 @@ def _config(
     return SAEConfig(
         form=cls.form,
         d_in=values["d_in"],
-        d_sae=values["d_sae"] + _rescales_tokens(values),
+        d_sae=values["d_sae"],
         model_name=model_name(metadata),
         **hooks,
         d_out=values.get("d_out", 0) if "hook_out" in hooks else 0,
@@ -217,6 +261,33 @@ _BESIDE = {
 """Tensors that checkpoints of training may hold beside those of the form, or in the place of one."""
 
 
+_FACTORS = ("finetuning_scaling_factor", "scaling_factor")
+
+
+def _factor(values: dict[str, Any], tensors: dict[str, Tensor], where: str) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(what each latent is multiplied by before it is decoded [d_sae], the other tensors): factors of a finetuning, which
+    SAELens had before version 6. Ones may stand there without a word in the configuration."""
+    wanted = bool(values.get("finetuning_scaling_factor"))
+    found = [name for name in _FACTORS if name in tensors]
+    if not found:
+        if wanted:
+            raise UserError(
+                f"{where}: the configuration says finetuning_scaling_factor, the weights lack it; fetch them again"
+            )
+        return None, tensors
+    if len(found) > 1:
+        raise UserError(f"{where}: the weights hold both {' and '.join(found)}; remove the one that is not meant")
+    factor = floats({found[0]: tensors[found[0]]}, where)[found[0]]
+    if tuple(factor.shape) != (values["d_sae"],):
+        raise UserError(f"{where}: {found[0]} has shape {tuple(factor.shape)}, expected {(values['d_sae'],)}")
+    if not wanted and (factor != 1).any():
+        raise UserError(
+            f"{where}: the weights hold {found[0]}, and the configuration does not say finetuning_scaling_factor: true; "
+            "say it there, or remove the factors"
+        )
+    return factor if wanted else None, {name: tensor for name, tensor in tensors.items() if name != found[0]}
+
+
 def _used(architecture: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors, all of which the architecture uses. Raises `UserError` for one that it does not: a `threshold` beside a
     plain ReLU says that one of the two is wrong."""
@@ -264,8 +335,12 @@ def _pursuit(
     )
 
 
-def _rescales_tokens(values: dict[str, Any]) -> bool:
-    return values.get("normalize_activations") == "constant_norm_rescale" and values["architecture"] == "standard"
+def _scales_tokens(values: dict[str, Any]) -> type[NormRescaledSAE] | type[LayerNormSAE] | None:
+    """The form of an SAE that scales every token by something of its own."""
+    normalisation, architecture = values.get("normalize_activations"), values["architecture"]
+    if normalisation == "constant_norm_rescale" and architecture == "standard":
+        return NormRescaledSAE
+    return LayerNormSAE if normalisation == "layer_norm" and architecture in ("standard", "topk") else None
 
 
 def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: float | None) -> None:
@@ -277,7 +352,7 @@ def _refuse_unsupported(values: dict[str, Any], where: str, scaling_factor: floa
         )
     if (
         normalisation != "none"
-        and not _rescales_tokens(values)
+        and _scales_tokens(values) is None
         and not (normalisation == "expected_average_only_in" and scaling_factor)
     ):
         why = _UNFOLDABLE.get(normalisation, "unknown")
@@ -291,7 +366,7 @@ def _folded(
 ) -> dict[str, Tensor]:
     """Input scale and decoder norms folded into the weights; BatchTopK's one threshold spread over the
     latents."""
-    architecture, form = values["architecture"], FORMS[values["architecture"]]
+    form = FORMS[values["architecture"]]
     ranks_by_norm = bool(values.get("rescale_acts_by_decoder_norm"))
     if scaling_factor and values.get("normalize_activations") == "expected_average_only_in":
         tensors["W_enc"] = tensors["W_enc"] * scaling_factor
@@ -305,96 +380,6 @@ def _folded(
         tensors["threshold"] = tensors["topk_threshold"].expand(tensors["b_enc"].shape).clone()
     needed = [name for name in form_class(form).tensor_names if name not in tensors]
     # without norms in its ranking, a TopK SAE with rescaled rows would choose other latents
-    if needed or (architecture == "topk" and not ranks_by_norm):
+    if needed or form == "tanh_relu" or (form in ("topk", "abs_topk") and not ranks_by_norm):
         return tensors
     return fold_decoder_norms(form, tensors)
-
-
-# --- the directory of releases ---------------------------------------------------------------
-
-
-class ReleasedSAE(NamedTuple):
-    """One entry of SAELens' directory. `card` holds the metrics it publishes: l0, variance_explained."""
-
-    release: str
-    sae_id: str
-    repo_id: str
-    card: dict[str, float]
-
-
-@cache
-def release_directory() -> dict[str, dict[str, Any]]:
-    """SAELens' list of releases as its package holds it: model, repo_id and saes (id, path; where known neuronpedia, l0,
-    variance_explained) by release."""
-    spec = importlib.util.find_spec("sae_lens")  # located, not imported
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("sae_lens is not installed; run `make setup`")
-    with (Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml").open("rb") as stream:
-        return yaml.load(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-@cache
-def released_saes() -> tuple[ReleasedSAE, ...]:
-    """Every SAE that SAELens knows by release and id."""
-    return tuple(
-        ReleasedSAE(release, str(entry["id"]), value["repo_id"], _card(entry))
-        for release, value in release_directory().items()
-        for entry in value["saes"]
-    )
-
-
-def _card(entry: dict[str, Any]) -> dict[str, float]:
-    return {key: float(entry[key]) for key in ("l0", "variance_explained") if isinstance(entry.get(key), int | float)}
-
-
-def matching_saes(release_pattern: str, id_pattern: str) -> list[ReleasedSAE]:
-    """Releases and ids that both patterns match in full, as SAE Bench's `get_saes_from_regex` selects them.
-
-    Raises `UserError` for a pattern that is no regular expression, and when nothing matches.
-    """
-    try:
-        release, sae_id = re.compile(release_pattern), re.compile(id_pattern)
-    except re.error as error:
-        raise UserError(f"comparison_saes: {error.pattern!r} is not a regular expression ({error})") from None
-    found = [sae for sae in released_saes() if release.fullmatch(sae.release) and sae_id.fullmatch(sae.sae_id)]
-    if not found:
-        releases = sum(1 for name in {sae.release for sae in released_saes()} if release.fullmatch(name))
-        raise UserError(
-            f"comparison_saes: no SAE of SAELens' directory matches {release_pattern!r} and "
-            f"{id_pattern!r} "
-            f"in full ({releases} releases match the first)"
-        )
-    return found
-
-
-_ONE_LAYER_OF_MANY = "mntss_clt_layer_transcoder"
-
-
-def from_release(release: str, sae_id: str) -> SparseAutoencoder:
-    """Download an SAE by release and id (or hub repository and folder) and convert it. Needs the hub or its
-    cache."""
-    if release_directory().get(release, {}).get("conversion_func") == _ONE_LAYER_OF_MANY:
-        raise UserError(
-            f"SAELens {release} / {sae_id}: one layer of a cross-layer transcoder, whose reconstruction alone stands for "
-            "nothing; only whole ones could be evaluated"
-        )
-    try:
-        from sae_lens import SAE
-
-        sae = SAE.from_pretrained(release, sae_id, device="cpu")
-    except UserError:
-        raise
-    except DAMAGED as error:
-        reason = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
-        raise UserError(f"SAELens {release} / {sae_id}: {reason}") from None
-    converted = from_sae_lens(sae, f"SAELens {release} / {sae_id}")
-    card = next((item.card for item in released_saes() if (item.release, item.sae_id) == (release, sae_id)), {})
-    converted.cfg = converted.cfg.replace(
-        provenance={
-            **converted.cfg.provenance,
-            "release": release,
-            "sae_id": sae_id,
-            **({"held_out": card} if card else {}),
-        }
-    )
-    return converted

@@ -28,16 +28,31 @@ OF_ALL = frozenset(
         "metadata",
     }
 )
+_FACTOR = "finetuning_scaling_factor"
+"""Whether the weights hold a factor for each latent by which it is decoded; written before version 6."""
 _OF_TOPK = frozenset({"k", "rescale_acts_by_decoder_norm"})
 _OF_TRANSCODER = frozenset({"d_out"})
 OF_ARCHITECTURE: dict[str, frozenset[str]] = {
     "standard": frozenset(),
     "gated": frozenset(),
     "jumprelu": frozenset(),
+    "tanh_relu": frozenset(),  # "tanh-relu" before version 6, which itself takes it for a ReLU
     "topk": _OF_TOPK,
+    "abstopk": _OF_TOPK,
     "batchtopk": _OF_TOPK,
     "matryoshka_batchtopk": _OF_TOPK,
     "matching_pursuit": frozenset({"residual_threshold", "max_iterations", "stop_on_duplicate_support"}),
+    "temporal": frozenset(
+        {
+            "n_heads",
+            "n_attn_layers",
+            "bottleneck_factor",
+            "sae_diff_type",
+            "kval_topk",
+            "tied_weights",
+            "activation_normalization_factor",
+        }
+    ),
     "transcoder": _OF_TRANSCODER,
     "skip_transcoder": _OF_TRANSCODER,
     "jumprelu_transcoder": _OF_TRANSCODER,
@@ -105,7 +120,7 @@ def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     unknown = sorted(
         key
         for key, value in known.items()
-        if value is not None and key not in OF_ALL | OF_ARCHITECTURE[architecture] | TRAINING_ONLY
+        if value is not None and key not in OF_ALL | OF_ARCHITECTURE[architecture] | TRAINING_ONLY | {_FACTOR}
     )
     if unknown:
         raise UserError(
@@ -116,13 +131,29 @@ def settings(values: dict[str, Any], where: str) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"{where}: the configuration lacks '{key}'")
         known[key] = whole(known[key], key, where)
-    for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "stop_on_duplicate_support"):
+    for key in (
+        "apply_b_dec_to_input",
+        "rescale_acts_by_decoder_norm",
+        "stop_on_duplicate_support",
+        "tied_weights",
+        _FACTOR,
+    ):
         if key in known:
             flag(known[key], key, where)
     text(known.get("normalize_activations"), "normalize_activations", where)
     precision(known.get("dtype", "float32"), "dtype", where)
     _check_metadata(known, where)
     return known
+
+
+def without_unknown(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of a release in SAELens' directory without the keys that this module does not know. Versions before 6
+    wrote whatever their trainer was told; SAELens leaves out what it does not know as well."""
+    if "metadata" in values:
+        return values
+    known = OF_ALL | TRAINING_ONLY | {_FACTOR, "activation_fn_kwargs", "activation_fn", "hook_name_out", *_SPELLINGS}
+    known = known.union(*OF_ARCHITECTURE.values())
+    return {key: value for key, value in values.items() if key in known or _OLD_RUNNER.fullmatch(key)}
 
 
 def _one_level_up(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -143,6 +174,8 @@ def _one_level_up(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: activation_fn_kwargs holds {', '.join(unused)}, which is not known")
     if flat.get("activation_fn") == "topk" and flat.get("architecture", "standard") in ("standard", "topk"):
         flat |= {"architecture": "topk", "k": kwargs.get("k", flat.get("k"))}
+    if flat.get("activation_fn") == "tanh-relu" and flat.get("architecture", "standard") == "standard":
+        flat |= {"architecture": "tanh_relu", "activation_fn": None}
     normalisation = flat.get("normalize_activations")
     if isinstance(normalisation, bool):
         normalisation = "expected_average_only_in" if normalisation else "none"
@@ -167,10 +200,9 @@ def _check_activation(known: dict[str, Any], where: str) -> None:
         for key in ("hook_head_index", "hook_head_index_out"):
             if values.get(key) is not None:
                 raise UserError(f"{where}: reads one attention head only ({key}); hooks give all heads")
-        if values.get("finetuning_scaling_factor"):
-            raise UserError(f"{where}: finetuning_scaling_factor is not supported")
-    for key in ("hook_head_index", "finetuning_scaling_factor"):
-        known.pop(key, None)
+    known.pop("hook_head_index", None)
+    if known.get(_FACTOR) is None:
+        known.pop(_FACTOR, None)
     reshaped = known.get("reshape_activations") or "none"
     if reshaped != "none" and not (reshaped == "hook_z" and str(known["metadata"].get("hook_name")).endswith("hook_z")):
         raise UserError(
