@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_research.config.evaluation_params import EXACT_WIDTH
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.crosscoders import normalised
 
 CHUNK_ROWS = 2048
 
@@ -81,9 +82,11 @@ def _nearest(directions_FD: Tensor) -> Tensor:
 @torch.no_grad()
 def latent_weights(sae: SparseAutoencoder) -> LatentWeights:
     """Encoder norm and bias, cosine of encoder and decoder, and nearest neighbours of both. A transcoder's encoder and
-    decoder have no cosine: they lie at different hooks."""
+    decoder have no cosine: they lie at different hooks. A crosscoder's are those of normalised activations."""
     W_enc, b_enc = sae.encoder_weights()
-    encoder_FD, decoder_FD = W_enc.T.float(), sae.W_dec.float()
+    encoder_FD, decoder_FD = W_enc.T.float(), normalised(sae.W_dec.float(), sae.cfg)
+    if sae.cfg.is_crosscoder:  # what reads x reads scale * x with its weights divided
+        encoder_FD = encoder_FD / normalised(torch.ones_like(encoder_FD[:1]), sae.cfg)
     apart = torch.full((len(decoder_FD),), torch.nan)
     return LatentWeights(
         *(

@@ -121,6 +121,22 @@ def test_a_transcoder_has_controls_of_its_kind_and_no_variants(project: Params) 
     assert planned[0] == trained_sae("one", params.train.saes["one"], hooks["hook_name"], 256)
 
 
+def test_a_crosscoder_is_as_wide_as_its_hooks_together(project: Params) -> None:
+    hooks = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+    one = {"recipe": "batch_top_k", "d_sae": 64, "k": 4, "learning_rate": 0.003}
+    found = {}
+    for entry in ({**one, "hook_names": hooks}, {**one, "hook_name": hooks[1]}):
+        saes = {"standard": {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1}, "one": entry}
+        changes = {"train": {"saes": saes}, "comparison_saes": {"trained": ["all"]}}
+        params = Params.model_validate(project.model_dump() | changes)
+        planned = {sae.name: sae for sae in planned_saes(params, 256)}["one"]
+        shape = model_shape("m", model_config(params.model.name))
+        rows = {row.stage: row for row in make_plan(params, shape, planned_saes(params, 256), device_by_name("L4"), 1).rows}
+        found[planned.d_in] = rows["train"].flops
+        assert planned.hook == hooks[1]
+    assert set(found) == {256, 512} and found[512] > found[256]
+
+
 def test_what_fits_does_fit(project: Params) -> None:
     """The parameter that a plan names, set as it says, makes the stage fit."""
     shape, saes = model_shape("m", model_config(project.model.name)), planned_saes(project, 256)

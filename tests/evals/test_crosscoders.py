@@ -21,6 +21,7 @@ from sae_research.runtime.files import write_json
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.setup.stage import make_manifest
+from sae_research.stats.sae_bench import latent_weights
 from sae_research.text.tokens import reorder_evenly, token_contexts
 from sae_research.training.end_to_end import finetune
 from tests.evals.test_core_eval import lab, run
@@ -205,3 +206,12 @@ def test_a_token_counts_where_it_does_at_every_hook(lm: LanguageModel, make_para
     assert 0 < together.sum() < min(mask.sum() for mask in each)
     got = lab(run({"sae": random_crosscoder()}, lm, params)["sae"])
     assert got["fraction_tokens_kept"] == pytest.approx(float(together.float().mean()))
+
+
+def test_weights_are_measured_on_normalised_activations() -> None:
+    sae = random_crosscoder()
+    scale = torch.tensor(SCALES).repeat_interleave(D)
+    encoder, decoder = sae.W_enc.T / scale, sae.W_dec * scale
+    found = latent_weights(sae)
+    torch.testing.assert_close(found[1], encoder.norm(dim=1))
+    torch.testing.assert_close(found[2], torch.cosine_similarity(encoder, decoder, dim=1))

@@ -255,7 +255,8 @@ def test_a_stopped_run_goes_on_with_other_numbers_of_ranks(number, make_params, 
 @pytest.mark.slow
 def test_ranks_with_every_recipe_as_processes_of_their_own(make_params, tmp_path):
     """Started as a user starts them."""
-    params = make_params(saes={**CONFIGS, "other": TWO_HOOKS["other"]}, tokens=1536)
+    cross = {**CONFIGS["batch_top_k"], "hook_names": ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]}
+    params = make_params(saes={**CONFIGS, "other": TWO_HOOKS["other"], "cross": cross}, tokens=1536)
     stage.train(params, tmp_path / "alone")
     stage.train(with_ranks(params, 2), tmp_path / "together")
     assert files(tmp_path / "together") == files(tmp_path / "alone")
