@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -117,8 +118,9 @@ def _finetune(options: argparse.Namespace) -> int:
     from sae_research.saes.sources import check_fits, open_sae
     from sae_research.training.end_to_end import finetune
 
-    if options.tokens < 1 or options.learning_rate <= 0:
-        raise UserError("--tokens and --learning_rate must be above 0")
+    if not (1 <= options.tokens < math.inf and 0 < options.learning_rate < math.inf):
+        raise UserError("--tokens and --learning_rate must be numbers above 0")
+    _check_sae_folder(options.output)
     params = load_params()
     sae = open_sae(options.sae)
     lm = load_configured(params.model)
@@ -134,6 +136,17 @@ def _finetune(options: argparse.Namespace) -> int:
         save_sae(sae, folder)
     print(options.output)
     return 0
+
+
+def _check_sae_folder(folder: Path) -> None:
+    """Raises `UserError` where an SAE would take the place of anything but an SAE."""
+    from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE
+
+    if not folder.exists():
+        return
+    inside = {file.name for file in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if not inside <= {CONFIG_FILE, WEIGHTS_FILE}:
+        raise UserError(f"{folder}: holds something else than an SAE ({sorted(inside)[0]}); name a new folder")
 
 
 def _extract(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ from sae_research.runtime.errors import UserError, did_you_mean
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
 """What an experiment's metrics depend on beside its parameters."""
+REPLACED = "refs/exps/apply/stash"
+"""Where DVC keeps the uncommitted changes that an applied experiment replaces."""
 METRICS = "metrics/core.json"
 
 
@@ -51,16 +54,15 @@ def keep(root: Path, bundle: bytes) -> None:
 
 
 class Experiment(NamedTuple):
-    """A finished experiment on the last commit."""
+    """A finished experiment."""
 
     name: str
     revision: str
 
 
-def experiments(root: Path) -> list[Experiment]:
-    """Finished experiments on HEAD, from git alone."""
-    head = git(root, "rev-parse", "HEAD").stdout.strip()
-    prefix = f"refs/exps/{head[:2]}/{head[2:]}/"
+def experiments(root: Path, commit: str) -> list[Experiment]:
+    """Finished experiments on a commit, from git alone."""
+    prefix = f"refs/exps/{commit[:2]}/{commit[2:]}/"
     lines = git(root, "for-each-ref", prefix, "--format=%(refname) %(objectname)").stdout.splitlines()
     return [Experiment(line.split()[0].removeprefix(prefix), line.split()[1]) for line in lines]
 
@@ -71,9 +73,14 @@ def file_at(root: Path, revision: str, path: str) -> str | None:
     return None if shown.returncode else shown.stdout
 
 
-def same_code(root: Path, revision: str, paths: Iterable[str]) -> bool:
-    """Whether an experiment ran with the workspace's present code."""
-    return git(root, "diff", "--quiet", revision, "--", *paths).returncode == 0
+def same_code(root: Path, revision: str, base: Base, paths: Iterable[str]) -> bool:
+    """Whether an experiment ran with the code of `base`."""
+    return git(root, "diff", "--quiet", revision, base.changes or base.commit, "--", *paths).returncode == 0
+
+
+def untracked_code(root: Path) -> list[str]:
+    """Files of code that git does not know, which an experiment therefore lacks."""
+    return git(root, "ls-files", "--others", "--exclude-standard", "--", *CODE).stdout.splitlines()
 
 
 def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,12 +94,12 @@ class Finished(NamedTuple):
     figures: dict[str, Any]
 
 
-def finished_saes(root: Path) -> dict[str, Finished]:
-    """By `grid.sae_keys`: what the experiments on the last commit hold. Experiments whose parameters no longer make sense
-    to this code, or that other code made, hold nothing."""
+def finished_saes(root: Path, base: Base) -> dict[str, Finished]:
+    """By `grid.sae_keys`: what the experiments on the commit of `base` hold. Experiments whose parameters no longer make
+    sense to this code, or that other code made, hold nothing."""
     found: dict[str, Finished] = {}
-    for experiment in experiments(root):
-        if not same_code(root, experiment.revision, CODE):
+    for experiment in experiments(root, base.commit):
+        if not same_code(root, experiment.revision, base, CODE):
             continue
         figures, keys = _figures(root, experiment), _keys(root, experiment)
         found |= {key: Finished(experiment.name, figures[name]) for name, key in keys.items() if name in figures}
@@ -129,7 +136,10 @@ def apply_experiment(root: Path, name: str) -> list[str]:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()), Repo(str(root)) as repo:
+            before = git(root, "rev-parse", "--verify", "-q", REPLACED).stdout
             repo.experiments.apply(name, allow_missing=True)
+            if git(root, "rev-parse", "--verify", "-q", REPLACED).stdout != before:
+                print(f"uncommitted changes are kept: git stash apply {REPLACED}", file=sys.stderr)
             return sorted(
                 os.path.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs if out.use_cache and not out.exists
             )

@@ -36,7 +36,9 @@ def why_it_failed(log: Path | None) -> str:
     """The error that a job printed, else its last line."""
     lines = [line.strip() for line in processes.tail(log).replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("error:", "interrupted:"))]
-    return (errors or [line for line in lines if "Error" in line] or lines or ["it ended before it said anything"])[-1]
+    for said in ("ERROR:", "Error"):  # DVC's own, and Python's
+        errors = errors or [line for line in lines if said in line]
+    return (errors or lines or ["it ended before it said anything"])[-1]
 
 
 # --- in the worker -------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ def run_experiment(task: Mapping[str, Any]) -> None:
             reference = f"refs/exps/{task['commit'][:2]}/{task['commit'][2:]}/{name}"
             _run(work, "git", "bundle", "create", "--quiet", task["bundle"], reference, f"^{task['commit']}")
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to do takes a moment
             if clone.exists():
                 shutil.rmtree(clone)
 

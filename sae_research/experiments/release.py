@@ -60,6 +60,8 @@ class Batch:
 def evaluate_release(options: argparse.Namespace) -> int:
     """The command of this name. Returns 1 where a dictionary could not be opened or an evaluation failed."""
     evaluations = list(dict.fromkeys(part.strip() for part in options.evaluations.split(",") if part.strip()))
+    if not evaluations:
+        raise UserError(f"--evaluations names none; known: {', '.join(OF_SAES)}")
     for name in evaluations:
         if name not in OF_SAES:
             raise UserError(f"--evaluations: unknown evaluation {name}{did_you_mean(name, OF_SAES)}")
@@ -71,8 +73,8 @@ def evaluate_release(options: argparse.Namespace) -> int:
     root = (options.output_dir or Path("releases") / slugify(options.release)).absolute()
     root.mkdir(parents=True, exist_ok=True)
     work = Work(root, options.overrides, evaluations, options.discard)
+    published = published_rows(options.published, evaluations) if options.published else []  # before hours are spent
     folders = work.run(chosen)
-    published = published_rows(options.published, evaluations) if options.published else []
     names = {work.index[entry.sae_id].name: entry.sae_id for entry in chosen if entry.sae_id in work.index}
     text = write_board(root, options.release, folders, names, work.refused, evaluations, published)
     print(f"\n{text}\n{root / BOARD}, {CSV}; {len(work.refused)} of {len(chosen)} dictionaries could not be opened")
@@ -109,6 +111,7 @@ class Work:
         base = check_params(read_params(given), str(given)) if given.is_file() else Params()
         types = {f"eval_types.{name}": name in evaluations for name in OF_SAES}
         self.values = over(base.model_dump(mode="json"), {**changes, **types})
+        check_params(self.values, "params.yaml with -S")
         self.model = str(changes["model.name"]) if "model.name" in changes else None
         code = [
             sources_fingerprint(f"sae_research.evals.{str(OF_SAES[name].evaluate).partition(':')[0]}")
@@ -121,6 +124,8 @@ class Work:
         )
         self.refused: dict[str, str] = {}
         self.failures: list[str] = []
+        self._made: set[Path] = set()
+        """Folders of this call's batches."""
 
     def run(self, chosen: Sequence[ReleasedSAE]) -> list[Path]:
         """Open and score what is not finished; returns the folders of all batches that hold chosen dictionaries."""
@@ -154,7 +159,7 @@ class Work:
         model = self.model or cfg.model_name
         if not (cfg.model_name and cfg.hook_name):
             raise UserError(f"{entry.sae_id} does not say which model and which hook it reads")
-        if not any(same_model(cfg.model_name, name) for name in (model, *self.values["model"]["same_as"])):
+        if not any(same_model(cfg.model_name, name) for name in (model, *(self.values["model"]["same_as"] or ()))):
             raise UserError(
                 f"{entry.sae_id} was trained on {cfg.model_name}, -S model.name is {model}; if that is the same model, add "
                 f"-S model.same_as=[{cfg.model_name}]"
@@ -181,10 +186,10 @@ class Work:
         for number in itertools.count(1):
             folder = self.root / slugify(model) / (stem if number == 1 else f"{stem}_{number}")
             done = read_json(folder / DONE) if (folder / DONE).is_file() else {}
-            if done.get("key") != self.key:
-                if (folder / PREPARED).is_dir():
-                    shutil.rmtree(folder / PREPARED)
-                (folder / DONE).unlink(missing_ok=True)
+            if done.get("key") != self.key and folder not in self._made:
+                if folder.is_dir():  # of other parameters, or not finished: what it computed is in the result cache
+                    shutil.rmtree(folder)
+                self._made.add(folder)
                 return folder
         raise AssertionError("unreachable")
 

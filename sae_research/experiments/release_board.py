@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def write_board(
         lines += ["", "## Not scored", "", *(f"- {line}" for line in missing)]
     text = "\n".join(lines) + "\n"
     write_text(root / BOARD, text)
-    write_text(root / CSV, _csv([*rows, *published], ids))
+    write_text(root / CSV, _csv([*rows, *published], evaluations, ids))
     return text
 
 
@@ -82,21 +83,26 @@ def columns(rows: Sequence[Row], evaluations: Sequence[str]) -> list[Metric]:
 
 def board_table(rows: Sequence[Row], evaluations: Sequence[str], ids: Mapping[str, str]) -> str:
     """Markdown, a line a dictionary."""
-    metrics, best = columns(rows, evaluations), front(rows)
-    body = [
-        [
-            f"`{ids.get(row.name, row.name)}`{' *' if row.name in best else ''}",
-            PUBLISHED if row.role == PUBLISHED else row.architecture,
-            f"{row.cfg.get('d_sae', 0):,}",
-            row.hooks or "",
-            *(
-                with_interval(row.value(metric.key, metric.eval), row.interval(metric.key, metric.eval))
-                for metric in metrics
-            ),
+    metrics, best = columns(rows, evaluations), front(row for row in rows if row.role != PUBLISHED)
+    models = len({row.cfg.get("model_name") for row in rows}) > 1
+    body = []
+    for row in rows:
+        values = [
+            with_interval(row.value(metric.key, metric.eval), row.interval(metric.key, metric.eval)) for metric in metrics
         ]
-        for row in rows
+        model = [str(row.cfg.get("model_name") or "")] if models else []
+        name = f"`{_title(row, ids)}`{' *' if row.name in best else ''}"
+        kind = PUBLISHED if row.role == PUBLISHED else row.architecture
+        body.append([name, kind, f"{row.cfg.get('d_sae', 0):,}", *model, row.hooks or "", *values])
+    named = [
+        text if metric.version == LAB else f"SAE Bench: {text}"
+        for metric, text in zip(metrics, headings(metrics), strict=True)
     ]
-    return markdown_table(["dictionary", "architecture", "latents", "hook", *headings(metrics)], body)
+    return markdown_table(["dictionary", "architecture", "latents", *(["model"] if models else []), "hook", *named], body)
+
+
+def _title(row: Row, ids: Mapping[str, str]) -> str:
+    return row.cfg.get("published_as") or ids.get(row.name, row.name)
 
 
 def front(rows: Iterable[Row]) -> set[str]:
@@ -108,6 +114,7 @@ def front(rows: Iterable[Row]) -> set[str]:
         assert l0 is not None and recovered is not None
         return any(
             other.hooks == row.hooks
+            and other.cfg.get("model_name") == row.cfg.get("model_name")
             and other is not row
             and (other.value("l0") or 0.0) <= l0
             and (other.value("loss_recovered") or 0.0) > recovered
@@ -121,6 +128,10 @@ def _not_scored(
     rows: Sequence[Row], evaluations: Sequence[str], ids: Mapping[str, str], refused: Mapping[str, str]
 ) -> list[str]:
     found = [f"`{sae_id}`: {why}" for sae_id, why in refused.items()]
+    there = {row.name for row in rows}
+    found += [
+        f"`{sae_id}`: it was not scored" for name, sae_id in ids.items() if name not in there and sae_id not in refused
+    ]
     for row in rows:
         for name in evaluations:
             record = row.evals.get(name, {})
@@ -129,16 +140,19 @@ def _not_scored(
     return found
 
 
-def _csv(rows: Sequence[Row], ids: Mapping[str, str]) -> str:
+def _csv(rows: Sequence[Row], evaluations: Sequence[str], ids: Mapping[str, str]) -> str:
     """Every metric in the long form: one line a dictionary and metric."""
     body = []
     for row in rows:
-        for name, record in row.evals.items():
-            for key in sort_keys(record.get("metrics", {}), name):
+        kind = row.role if row.role == PUBLISHED else row.architecture
+        about = [kind, row.cfg.get("d_sae", ""), row.cfg.get("model_name", ""), row.hooks or ""]
+        for name in evaluations:
+            metrics = row.evals.get(name, {}).get("metrics", {})
+            for key in sort_keys(metrics, name):
                 low, high = row.interval(key, name) or ("", "")
-                about = [row.role if row.role == PUBLISHED else row.architecture, row.cfg.get("d_sae", ""), row.hooks or ""]
-                body.append([ids.get(row.name, row.name), *about, name, key, record["metrics"][key], low, high])
-    return csv_text(["dictionary", "architecture", "d_sae", "hook", "evaluation", "metric", "value", "low", "high"], body)
+                body.append([_title(row, ids), *about, name, key, metrics[key], low, high])
+    columns_ = ["dictionary", "architecture", "d_sae", "model", "hook", "evaluation", "metric", "value", "low", "high"]
+    return csv_text(columns_, body)
 
 
 # --- published results ---------------------------------------------------------------------------
@@ -147,19 +161,27 @@ def _csv(rows: Sequence[Row], ids: Mapping[str, str]) -> str:
 def published_rows(place: str, evaluations: Sequence[str]) -> list[Row]:
     """SAE Bench's result files (`*_eval_results.json`) below a folder, or in a data set of the hub, as rows. Raises
     `UserError` where there is none."""
-    folder = find_local(place) or _fetched(place)
+    folder = find_local(place)
+    if folder is None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+            raise UserError(f"--published {place}: no such folder, and no data set of the hub (ORGANISATION/NAME)")
+        folder = _fetched(place)
     types = {str(record.result_type): name for name, record in EVALUATIONS.items()}
     found: dict[str, Row] = {}
     for path in sorted(folder.rglob("*_eval_results.json")):
-        result = read_json(path)
+        result = read_json(path, "take it out of the folder, or fetch it again")
         if not isinstance(result, dict) or "eval_type_id" not in result:
             raise UserError(f"{path}: not a result of SAE Bench; --published: name a folder of its files")
         name = types.get(str(result["eval_type_id"]))
         if name is None or name not in evaluations:
             continue
         sae = "/".join(str(result.get(key, "")) for key in ("sae_lens_release_id", "sae_lens_id")).strip("/") or path.stem
-        row = found.setdefault(sae, Row(slugify(f"published {sae}"), {"role": PUBLISHED, **_known(result)}, {}))
-        row.evals[name] = {"status": "ok", "metrics": round_significant(EXTRACTORS[name](result))}
+        metrics = {key: value for key, value in EXTRACTORS[name](result).items() if metric_named(key, name).version != LAB}
+        if not metrics:
+            raise UserError(f"{path}: holds no metric of SAE Bench's {name}; take it out of the folder, or fetch it again")
+        known = {"role": PUBLISHED, "published_as": sae, **_known(result)}
+        row = found.setdefault(sae, Row(slugify(f"published {sae}"), known, {}))
+        row.evals[name] = {"status": "ok", "metrics": round_significant(metrics)}
     if not found:
         raise UserError(f"--published {place}: no results of {', '.join(evaluations)} below it (*_eval_results.json)")
     return [row for _, row in sorted(found.items())]

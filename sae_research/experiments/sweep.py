@@ -20,7 +20,7 @@ from sae_research.config.yaml_files import read_mapping
 from sae_research.experiments.config_files import PARAMS, Values, write_yaml
 from sae_research.experiments.devices import Slot, parse_devices
 from sae_research.experiments.grid import Job, expand, make_jobs, sae_keys, set_params, without, write_wandb_sweep
-from sae_research.experiments.history import Finished, base_of, finished_saes, keep
+from sae_research.experiments.history import Finished, base_of, finished_saes, keep, untracked_code
 from sae_research.experiments.job_process import Base, experiment_job, log_path
 from sae_research.experiments.sae_interpretability import Changes
 from sae_research.experiments.single import scales_over
@@ -70,17 +70,20 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         return 0
     stages = list(dict.fromkeys(["core", *(part.strip() for part in options.stages.split(",") if part.strip())]))
     jobs = make_jobs(grid.points, stages, name, where[1], options.saes_per_run)
-    finished = finished_saes(root)
+    base_state = _base(root, options.dry_run)
+    finished = finished_saes(root, base_state)
     left = remaining(jobs, finished, stages, name)
     where_to = f"the Ray cluster {cluster.address}" if cluster else ", ".join(slot.device for slot in slots)
     _say(grid.total, len(grid.points), jobs, left, where_to)
+    for path in untracked_code(root)[:3]:
+        print(f"note: {path} is not in git, and so not in the experiments; git add it if they need it")
     if options.dry_run:
         return 0
     if options.output_dir:
         _make(options.output_dir)
     workers = _workers(name, left, slots, cluster, check_params(params_yaml, str(PARAMS)).cluster.max_retries)
-    outcome = Runner(name, left, workers, options.sequential).run() if left else None
-    finished = finished_saes(root)
+    outcome = Runner(name, left, base_state, workers, options.sequential).run() if left else None
+    finished = finished_saes(root, base_state)
     print(f"\n{results_table(jobs, finished)}")
     if options.output_dir:
         write_copies(options.output_dir, left or jobs, finished, outcome)
@@ -94,6 +97,15 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         "experiment's SAEs into trained_saes/"
     )
     return 0
+
+
+def _base(root: Path, dry_run: bool) -> Base:
+    try:
+        return base_of(root)
+    except UserError:
+        if not dry_run:  # a plan needs no repository
+            raise
+        return Base("", "")
 
 
 def _cluster(params_yaml: Values, options: argparse.Namespace) -> Cluster | None:
@@ -163,21 +175,22 @@ def remaining(jobs: list[Job], finished: dict[str, Finished], stages: list[str],
 class Runner:
     """Runs jobs on workers and keeps what they find."""
 
-    def __init__(self, name: str, jobs: list[Job], workers: Callable[[Base], Workers], follow_logs: bool = False) -> None:
-        """workers: makes them, for jobs that start from a commit."""
-        self.name, self.jobs, self.follow_logs, self._workers = name, jobs, follow_logs, workers
+    def __init__(
+        self, name: str, jobs: list[Job], base: Base, workers: Callable[[Base], Workers], follow_logs: bool = False
+    ) -> None:
+        """base: what jobs start from; workers: makes them."""
+        self.name, self.jobs, self.base, self.follow_logs, self._workers = name, jobs, base, follow_logs, workers
         self.root = project_root()
 
     def run(self) -> Ended:
         """On Ctrl-C or an error the jobs at work are stopped, which keep checkpoints: the same call goes on where this one
         ended."""
         self._refuse_what_is_at_work()
-        base = base_of(self.root)
         workspace = read_params(self.root / PARAMS)
         units = [self._unit(job, workspace) for job in self.jobs]
         with _terminated_as_interrupted():
             record = self._on_record()
-            workers = self._workers(base)
+            workers = self._workers(self.base)
             ended = threading.Event()
             teller = threading.Thread(target=self._tell, args=(record, ended), daemon=True)
             teller.start()

@@ -118,7 +118,7 @@ def finetune(
 
 def _scale(tensor: Tensor) -> float:
     """Root mean square of a tensor's entries: a step of Adam moves an entry by the learning rate, whatever its size."""
-    return max(float(tensor.square().mean().sqrt()), 1e-8)
+    return max(float(tensor.detach().square().mean().sqrt()), 1e-8)
 
 
 def _losses(sae: SparseAutoencoder, lm: LanguageModel, batch: PairedBatch) -> tuple[Tensor, Tensor]:

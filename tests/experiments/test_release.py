@@ -75,8 +75,6 @@ def run(project: Path, url: str, *arguments: str) -> subprocess.CompletedProcess
     env = {**os.environ, **hub_env(url, project), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     given = [
         "-S",
-        "model.same_as=[tiny]",
-        "-S",
         f"model.name={json.loads((project / 'model').read_text())}",
         *MORE_TEXT,
         *arguments,

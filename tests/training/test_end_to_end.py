@@ -103,7 +103,9 @@ def test_the_command_writes_an_sae(in_project: Path, params: Params) -> None:
     assert done.returncode == 0 and "KL" in done.stdout, done.stderr
     written = load_sae(in_project / "out/mine")
     assert written.cfg.provenance["finetuned"]["tokens"] == 1000 and not torch.equal(written.W_dec, sae.W_dec)
-    refused = subprocess.run(
-        [*command[:4], "nothing", "out"], cwd=in_project, env=ENV, capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr and refused.stderr.count("\n") == 1
+    for arguments in (["nothing", "out"], ["mine", "."], ["mine", "out"], ["mine", "out/new", "--tokens", "nan"]):
+        refused = subprocess.run(
+            [*command[:4], *arguments], cwd=in_project, env=ENV, capture_output=True, text=True, check=False
+        )
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+    assert (in_project / "params.yaml").is_file() and (in_project / "out/mine/cfg.json").is_file()
