@@ -38,12 +38,13 @@ def at(values: dict[str, Any] | None, *path: str) -> Any:
 def crosscoder_metrics(found: dict[str, Any] | None) -> dict[str, Any]:
     """Nothing where none was trained."""
     values = {f"crosscoder_{key}": at(found, key) for key in ("l0", "dead")}
+    values["crosscoder_kl_base"] = at(found, "ablations", "kl_base")
     for model in MODELS:
         values[f"crosscoder_variance_explained_{model}"] = at(found, "models", model, "variance_explained")
     for name in CLASSES:
         values[f"crosscoder_{name}"] = at(found, "classes", name, "latents")
     for name in GROUPS:
-        for key in ("kl", "kl_matched", "kl_direction"):
+        for key in ("kl", "kl_matched", "kl_direction", "kl_patched_base", "kl_patched_base_matched"):
             values[f"crosscoder_{name}_{key}"] = at(found, "ablations", "groups", name, key)
     return values
 
@@ -85,6 +86,8 @@ def _ablation_table(groups: Mapping[str, dict[str, Any]]) -> str:
         "kl": "KL",
         "kl_matched": "random shared latent",
         "kl_direction": "random direction",
+        "kl_patched_base": "base patched",
+        "kl_patched_base_matched": "base patched, random shared",
     }
     body = [
         [

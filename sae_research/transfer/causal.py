@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_research.saes import SparseAutoencoder
-from sae_research.stats.predictions import CleanPredictions
+from sae_research.stats.predictions import CleanPredictions, total
 from sae_research.transfer.crosscoder import LatentSums, MatchedRows, latent_frame, matched, summary, trained
 from sae_research.transfer.loading import Pair
 from sae_research.transfer.losses import Runs
@@ -64,7 +64,8 @@ def ablations(pair: Pair, sae: SparseAutoencoder, frame: pd.DataFrame, limit: fl
     finetune's own text; `kl_matched` of a random shared latent of about equal contribution, `kl_direction` of equal
     activations on the same tokens along a random direction as long as the decoder. Means over a group's latents, and each.
 
-    frame: of `latent_frame`. Only latents that fire on this text are taken: of a class those that contribute most."""
+    Of a group also what `Patches` gives. frame: of `latent_frame`. Only latents that fire on this text are taken: of a class
+    those that contribute most."""
     config, params = pair.params.transfer.crosscoder, pair.params
     assert config is not None
     source = own_text(pair)
@@ -81,15 +82,21 @@ def ablations(pair: Pair, sae: SparseAutoencoder, frame: pd.DataFrame, limit: fl
     groups = chosen(frame, energy, config.checked)
     checks = _checks(sae, frame, energy, groups, params.random_seed)
     sums: dict[int, Tensor] = {latent: torch.zeros(3, dtype=torch.float64) for latent in checks}
+    patches = Patches(pair, sae, groups, checks)
     tokens = 0
     for found in text("crosscoder: ablations"):
         tokens += len(found.index[1])
-        _add(pair, sae, found, checks, sums)
+        runs, z = _runs(pair, found), sae.encode(found.rows[None])[0]
+        _add(sae, runs, found, z, checks, sums)
+        patches.add(runs, found, z)
     rows = {latent: _row(latent, frame, checks[latent], sums[latent] / max(tokens, 1)) for latent in checks}
     return {
         "text": source.kind or "the text at hand",
         "tokens": tokens,
-        "groups": {name: _group([rows[latent] for latent in latents]) for name, latents in groups.items()},
+        **patches.clean(tokens),
+        "groups": {
+            name: _group([rows[latent] for latent in latents]) | patches.of(name, tokens) for name, latents in groups.items()
+        },
         "latents": [rows[latent] for latent in sorted(rows)],
     }
 
@@ -124,13 +131,25 @@ def _checks(
     return checks
 
 
-def _add(pair: Pair, sae: SparseAutoencoder, found: MatchedRows, checks: dict[int, Check], sums: dict[int, Tensor]) -> None:
-    """The sums of KL over tokens that count: of each latent, of its matched latent, along its random direction."""
+def _runs(pair: Pair, found: MatchedRows) -> Runs:
+    """The finetuned model on a batch; the tokens that count are those that both models read."""
     lm, tokens, acts = pair.finetuned, found.batch.finetuned.tokens, found.acts["finetuned"]
     counted = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     counted.view(-1)[found.index[1]] = True
-    runs = Runs(lm, pair.hook, tokens, acts, CleanPredictions(lm.resume(pair.hook, acts, tokens), tokens), counted, counted)
-    z, decoders = sae.encode(found.rows[None])[0], sae.W_dec.chunk(2, dim=1)[1]
+    clean = CleanPredictions(lm.resume(pair.hook, acts, tokens), tokens)
+    return Runs(lm, pair.hook, tokens, acts, clean, counted, counted)
+
+
+def _add(
+    sae: SparseAutoencoder,
+    runs: Runs,
+    found: MatchedRows,
+    z: Tensor,
+    checks: dict[int, Check],
+    sums: dict[int, Tensor],
+) -> None:
+    """The sums of KL over tokens that count: of each latent, of its matched latent, along its random direction."""
+    decoders = sae.W_dec.chunk(2, dim=1)[1]
     for latent, check in checks.items():
         edits = [(latent, decoders[latent]), (latent, check.direction)]
         if check.matched is not None:
@@ -153,7 +172,52 @@ def _kl_without(runs: Runs, index: Tensor, activations: Tensor, direction: Tenso
     put.view(-1, put.shape[-1])[index] -= activations[:, None].to(put) * direction.to(put)
     part = runs.part(rows)
     _, kl = part.run(put[rows], part.counted)
-    return float(kl[part.counted].double().sum() if kl.device.type != "mps" else kl[part.counted].sum())
+    return total(kl, part.counted)
+
+
+class Patches:
+    """Does a group of latents carry the finetune? The base model's stream gets what they write in the finetuned model in
+    place of what they write in its own, `sum f (W_dec_finetuned - W_dec_base)`, all of the group together.
+
+    `kl_base`: KL(finetuned || base) without that, `kl_patched_base` with it, `kl_patched_base_matched` with the latents
+    matched to the group's instead; nats a counted token. Only where both models read the same ids and predict the same ones.
+    """
+
+    def __init__(self, pair: Pair, sae: SparseAutoencoder, groups: dict[str, list[int]], checks: dict[int, Check]) -> None:
+        self.pair, self.groups = pair, {name: latents for name, latents in groups.items() if latents}
+        self.possible = not pair.source.own and pair.base.vocab_size == pair.finetuned.vocab_size
+        base, finetuned = sae.W_dec.chunk(2, dim=1)
+        self.difference = finetuned - base
+        self.matched = {
+            name: sorted({other for latent in latents if (other := checks[latent].matched) is not None})
+            for name, latents in self.groups.items()
+        }
+        self.base, self.sums = 0.0, {name: [0.0, 0.0] for name in self.groups}
+
+    def add(self, runs: Runs, found: MatchedRows, z: Tensor) -> None:
+        """z: latents of the matched tokens [n, d_sae]."""
+        if not self.possible:
+            return
+        self.base += self._kl(runs, found, z, [])
+        for name, latents in self.groups.items():
+            for place, patched in enumerate((latents, self.matched[name])):
+                self.sums[name][place] += self._kl(runs, found, z, patched)
+
+    def _kl(self, runs: Runs, found: MatchedRows, z: Tensor, latents: list[int]) -> float:
+        put = found.acts["base"].clone()
+        put.view(-1, put.shape[-1])[found.index[0]] += (z[:, latents] @ self.difference[latents]).to(put)
+        return total(runs.clean.compare(self.pair.base.resume(self.pair.hook, put, runs.tokens))[1], runs.counted)
+
+    def clean(self, tokens: int) -> dict[str, float]:
+        """`kl_base`, where it is defined."""
+        return {"kl_base": self.base / max(tokens, 1)} if self.possible else {}
+
+    def of(self, name: str, tokens: int) -> dict[str, float]:
+        """The values of a group; nothing for one without latents."""
+        if not self.possible or name not in self.groups:
+            return {}
+        found = {"kl_patched_base": self.sums[name][0] / max(tokens, 1)}
+        return found | ({"kl_patched_base_matched": self.sums[name][1] / max(tokens, 1)} if self.matched[name] else {})
 
 
 def _row(latent: int, frame: pd.DataFrame, check: Check, kl: Tensor) -> dict[str, Any]:

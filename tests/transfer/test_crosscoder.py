@@ -187,6 +187,27 @@ def test_ablations_equal_a_plain_loop(make_pair: Any) -> None:
         assert row["kl"] > 0 and row["kl_direction"] > 0
     group = found["groups"]["finetuned_end"]
     assert group["latents"] == chosen(frame, torch.ones(24), 2)["finetuned_end"]
+    check_patches(pair, sae, text, found)
+
+
+def check_patches(pair: Any, sae: SparseAutoencoder, text: list[Any], found: dict[str, Any]) -> None:
+    """Against token after token."""
+    latents = found["groups"]["base_end"]["latents"]
+    total = {"without": 0.0, "with": 0.0}
+    for part in text:
+        tokens, acts = part.batch.finetuned.tokens, part.acts["base"]
+        clean = torch.log_softmax(pair.finetuned.logits(tokens).double(), -1)
+        edited = acts.clone().flatten(0, 1)
+        for place, x in zip(part.index[0].tolist(), part.rows, strict=True):
+            z = sae.encode(x[None, None])[0, 0]
+            for latent in latents:
+                edited[place] += z[latent] * (sae.W_dec[latent, 32:] - sae.W_dec[latent, :32])
+        for key, put in (("without", acts), ("with", edited.view_as(acts))):
+            log_q = torch.log_softmax(pair.base.edited_logits(tokens, {pair.hook: lambda _, put=put: put}).double(), -1)
+            kl = (clean.exp() * (clean - log_q)).sum(-1)
+            total[key] += float(kl.flatten()[part.index[1]].sum())
+    assert found["kl_base"] == pytest.approx(total["without"] / found["tokens"], rel=2e-3)
+    assert found["groups"]["base_end"]["kl_patched_base"] == pytest.approx(total["with"] / found["tokens"], rel=2e-3)
 
 
 def test_controls_of_an_ablation() -> None:
