@@ -13,7 +13,7 @@ from sae_research.config.params import Train
 from sae_research.config.transfer import PairCrosscoder
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
-from sae_research.transfer.causal import _checks, ablations, chosen
+from sae_research.transfer.causal import _checks, ablations, chosen, crosscoder_report
 from sae_research.transfer.crosscoder import (
     LatentSums,
     Made,
@@ -208,6 +208,20 @@ def check_patches(pair: Any, sae: SparseAutoencoder, text: list[Any], found: dic
             total[key] += float(kl.flatten()[part.index[1]].sum())
     assert found["kl_base"] == pytest.approx(total["without"] / found["tokens"], rel=2e-3)
     assert found["groups"]["base_end"]["kl_patched_base"] == pytest.approx(total["with"] / found["tokens"], rel=2e-3)
+
+
+def test_each_model_with_its_own_tokenizer(make_pair: Any) -> None:
+    """Only tokens that both read are trained on; ids differ, so nothing is patched from model to model."""
+    sizes = {"d_sae": 48, "k": 4, "tokens": 2400, "batch_size": 64, "held_out_tokens": 240}
+    pair = make_pair("other_tokenizer", own=True, crosscoder={**sizes, "checked": 1, "checked_tokens": 96})
+    text = list(matched(pair, float("inf"), 96, pair.source, 4))
+    assert all(len(part.rows) < part.batch.base.real.sum() for part in text)
+    found = crosscoder_report(pair, float("inf"))
+    again = crosscoder_report(pair, float("inf"))
+    assert found == again, "equal runs give equal results"
+    ablated = found["result"]["ablations"]
+    assert ablated["tokens"] == sum(len(part.rows) for part in text) and "kl_base" not in ablated
+    assert ablated["groups"]["finetuned_end"]["kl"] > 0
 
 
 def test_controls_of_an_ablation() -> None:
