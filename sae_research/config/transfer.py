@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sae_research.config.section import (
     Above0,
@@ -13,10 +13,13 @@ from sae_research.config.section import (
     FromOneSource,
     LocalName,
     Name,
+    NonNegative,
     Positive,
     Section,
     Tokens,
+    Width,
 )
+from sae_research.config.training import BatchTopKRecipe, SAERecipe, StandardNewRecipe
 
 Control = Literal["self", "perturbed"]
 
@@ -86,6 +89,46 @@ class Repair(Section):
     learning_rate: Above0 = 3.0e-4
 
 
+class PairCrosscoder(Section):
+    """A crosscoder of both models at the SAE's hook."""
+
+    recipe: Literal["batch_top_k", "standard_new"] = "batch_top_k"
+    """batch_top_k takes `k`, standard_new (L1) `l1_coefficient`; the schedules are those of `train`."""
+    d_sae: Width = 2304
+    k: Positive | None = None
+    """Active latents a token."""
+    l1_coefficient: NonNegative | None = None
+    """Weight of an activation times the sum of its decoders' norms in both models."""
+    learning_rate: Above0 = 3.0e-3
+    tokens: Tokens = 131_072
+    """Read by both models, of text that SAEs are trained on."""
+    batch_size: Positive = 512
+    held_out_tokens: Positive = 16_384
+    """For variance explained and latent scaling."""
+    checked: Positive = 8
+    """Latents of each kind that are ablated."""
+    checked_tokens: Positive = 1024
+    """Of the text that they are ablated on."""
+
+    @model_validator(mode="after")
+    def _one_sparsity(self) -> PairCrosscoder:
+        needed, other = ("k", "l1_coefficient") if self.recipe == "batch_top_k" else ("l1_coefficient", "k")
+        if getattr(self, needed) is None or getattr(self, other) is not None:
+            raise ValueError(f"{self.recipe} needs {needed} and takes no {other}")
+        if self.k is not None and self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} exceeds d_sae = {self.d_sae}")
+        if self.batch_size > self.tokens:
+            raise ValueError(f"batch_size {self.batch_size:,} exceeds tokens {self.tokens:,}: not one step could be taken")
+        return self
+
+    def training_recipe(self, names: list[str]) -> SAERecipe:
+        """As the train stage has it. names: of the two sides."""
+        shared = {"d_sae": self.d_sae, "learning_rate": self.learning_rate, "hook_names": names}
+        if self.recipe == "batch_top_k":
+            return BatchTopKRecipe.model_validate({**shared, "recipe": "batch_top_k", "k": self.k})
+        return StandardNewRecipe.model_validate({**shared, "recipe": "standard_new", "l1_coefficient": self.l1_coefficient})
+
+
 class Controls(Section):
     """Pairs whose difference is known."""
 
@@ -134,3 +177,5 @@ class Transfer(Section):
     controls: Controls = Controls()
     sampling: Sampling = Sampling()
     repair: Repair = Repair()
+    crosscoder: PairCrosscoder | None = None
+    """A crosscoder of both models at the SAE's hook; null trains none."""

@@ -4,8 +4,7 @@ with one flat set of values for every pair, and the section of METRICS.md.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sae_research.reporting.results import STATUS_KEY, Metrics, is_number
 from sae_research.reporting.shapes import evaluation_status, transfer_results
 from sae_research.reporting.tables import render
+from sae_research.reporting.transfer_crosscoder import MODELS, at, crosscoder_metrics, crosscoder_section, numbers
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json
 from sae_research.runtime.formatting import ABSENT, markdown_table, number, percent, with_interval
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 FOLDER = Path("eval_results/transfer")
 MAIN = "finetuned"
 NAMES = {MAIN: "finetuned", "control_self": "control: itself", "control_perturbed": "control: perturbed"}
-MODELS = ("base", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,6 @@ def read_transfer(root: Path = Path(".")) -> TransferRun | None:
         return None
     order = [MAIN, *sorted((name for name in found if name != MAIN), reverse=True)]
     return TransferRun(status, {name: found[name] for name in order}, folder)
-
-
-def at(values: dict[str, Any] | None, *path: str) -> Any:
-    """The value at a path of keys; None where any part is missing or the value is not finite."""
-    found: Any = values
-    for key in path:
-        if not isinstance(found, dict) or key not in found:
-            return None
-        found = found[key]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 QUALITY = ("variance_explained", "r2_flattened", "l0", "fraction_dead", "mse")
@@ -136,6 +125,7 @@ def pair_metrics(result: dict[str, Any]) -> Metrics:
         f"repair_{key}": at(result, "repair", key)
         for key in ("gap", "gap_closed", "tokens_to_half", "gap_after_equal_training")
     }
+    found |= crosscoder_metrics(at(result, "crosscoder"))
     return {key: round_significant(float(value)) for key, value in found.items() if is_number(value)}
 
 
@@ -240,6 +230,7 @@ def transfer(root: Path = Path(".")) -> str:
         repair={"gap_closed": None, "tokens_to_half": None, **repair} if repair.get("status") == "ok" else None,
         repair_table=_repair_table(repair["curves"]) if repair.get("status") == "ok" else "",
         repair_message=repair.get("message"),
+        crosscoder=crosscoder_section(main.get("crosscoder")),
         captions=[(name, *caption) for name, caption in CAPTIONS.items()],
     )
 
@@ -277,7 +268,7 @@ def _similarity_table(run: TransferRun) -> str:
         [
             NAMES.get(name, name),
             f"`{hook}`",
-            *_numbers(values["kept"], columns),
+            *numbers(values["kept"], columns),
             percent(values["fraction_removed"]),
             number(at(values, "all", "cosine")),
         ]
@@ -285,10 +276,6 @@ def _similarity_table(run: TransferRun) -> str:
         for hook, values in result["similarity"].items()
     ]
     return markdown_table(["Pair", "Hook", *columns.values(), "outliers", "cosine with outliers"], body, left=2)
-
-
-def _numbers(values: dict[str, Any] | None, keys: Iterable[str]) -> list[str]:
-    return [number(at(values, key)) for key in keys]
 
 
 def _outlier_table(listed: Sequence[Mapping[str, Any]]) -> str:
@@ -363,7 +350,7 @@ def _latent_table(found: dict[str, Any], role: str) -> str:
         "logit_correlation_median": "logit correlation",
     }
     body = [
-        [title, f"{found[name]['latents']:,}", *_numbers(found[name], columns)]
+        [title, f"{found[name]['latents']:,}", *numbers(found[name], columns)]
         for name, title in INTERVALS.items()
         if name in found
     ]
@@ -378,7 +365,7 @@ def _pair_table(run: TransferRun) -> str:
         "logit_correlation_median": "logit correlation",
     }
     body = [
-        [NAMES.get(name, name), *_numbers(at(result, "latents", "base", "by_interval", "alive"), columns)]
+        [NAMES.get(name, name), *numbers(at(result, "latents", "base", "by_interval", "alive"), columns)]
         for name, result in run.results.items()
     ]
     return markdown_table(["Pair, latents that fire in both", *columns.values()], body)
@@ -394,7 +381,7 @@ def _sample_table(samples: dict[str, Any]) -> str:
         [
             name.replace("_", " "),
             *(f"{part[key]:,}" for key in ("drawn_from", "latents", "with_pearson")),
-            *_numbers(part, columns),
+            *numbers(part, columns),
         ]
         for name, part in samples.items()
     ]
@@ -407,7 +394,7 @@ def _repair_table(curves: dict[str, Any], rows: int = 8) -> str:
     header = ["Tokens", "VE on finetuned", "own L0", "VE on base", "own L0", "control: VE on base", "own L0"]
     keys = [f"{key}_on_{model}" for model in ("finetuned", "base") for key in ("variance_explained", "l0")]
     body = [
-        [f"{one['tokens']:,}", *_numbers(one, keys), *_numbers(two, keys[2:])]
+        [f"{one['tokens']:,}", *numbers(one, keys), *numbers(two, keys[2:])]
         for one, two in zip(curves["finetuned"], curves["base"], strict=True)
     ]
     step = max(1, -(-(len(body) - 1) // rows))

@@ -77,7 +77,7 @@ def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | 
                 if model == "finetuned" and not pair.source.own:
                     _compare_models(clean["base"], logits, found, shared)
                 clean[model] = CleanPredictions(logits, tokens)
-                runs = _Runs(lm, pair.hook, tokens, acts[model], clean[model], found.kept[model], found.counted[model])
+                runs = Runs(lm, pair.hook, tokens, acts[model], clean[model], found.kept[model], found.counted[model])
                 _add(runs, pair, sides[model].real, first.means[model], batch.text_bytes, totals[model])
             read += batch.n_tokens
             bar.update(batch.n_tokens)
@@ -88,7 +88,7 @@ def patched_losses(pair: Pair, first: FirstPass, n_tokens: int, progress: str | 
     return _present({"models": figures, "ablate_every": config.ablate_every, "clean_kl": clean_kl})
 
 
-class _Runs(NamedTuple):
+class Runs(NamedTuple):
     """Some contexts through the layers above the hook."""
 
     lm: LanguageModel
@@ -99,32 +99,33 @@ class _Runs(NamedTuple):
     kept: Tensor
     counted: Tensor
 
-    def part(self, rows: Tensor) -> _Runs:
+    def part(self, rows: Tensor) -> Runs:
         """Some of the contexts."""
         clean = copy.copy(self.clean)
         clean.batch = len(rows)
         clean.log_p_NV = self.clean.log_p_NV.view(self.clean.batch, self.clean.seq, -1)[rows].flatten(0, 1)
         clean.targets_N = self.clean.targets_N.view(self.clean.batch, self.clean.seq)[rows].flatten()
-        return _Runs(self.lm, self.hook, self.tokens[rows], self.acts[rows], clean, self.kept[rows], self.counted[rows])
+        return Runs(self.lm, self.hook, self.tokens[rows], self.acts[rows], clean, self.kept[rows], self.counted[rows])
 
     def both(self, put: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """(cross-entropy [rows, seq - 1], KL [rows, seq]) with `put` [rows, seq, d_in] in place at kept tokens, and at all
         that count; contexts in which these are the same tokens run once."""
-        found = {"kept": self._run(put, self.kept)}
+        found = {"kept": self.run(put, self.kept)}
         rows = (self.kept != self.counted).any(dim=1).nonzero()[:, 0]
         ce, kl = (value.clone() for value in found["kept"])
         if len(rows):
             part = self.part(rows) if len(rows) < len(self.tokens) else self
-            ce[rows], kl[rows] = part._run(put[rows], part.counted)
+            ce[rows], kl[rows] = part.run(put[rows], part.counted)
         return found | {"all": (ce, kl)}
 
-    def _run(self, put: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, put: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross-entropy [rows, seq - 1], KL [rows, seq]) with `put` in place where `mask` [rows, seq] holds."""
         acts = torch.where(mask[..., None], put, self.acts)
         return self.clean.compare(self.lm.resume(self.hook, acts, self.tokens))
 
 
 @torch.no_grad()
-def _add(runs: _Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
+def _add(runs: Runs, pair: Pair, real: Tensor, mean: Tensor, text_bytes: Tensor | None, totals: _Totals) -> None:
     results: dict[str, dict[str, Run]] = {"clean": {name: (runs.clean.ce, None) for name in FILTERS}}
     for role, sae in pair.saes.items():
         results[f"patched_{role}"] = runs.both(sae.decode(sae.encode(runs.acts, runs.counted)).to(runs.acts.dtype))  # ty: ignore[invalid-assignment]

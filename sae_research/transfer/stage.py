@@ -1,7 +1,7 @@
 """The stage `transfer_eval`: writes `eval_results/transfer/`, one result for the pair and one for every control.
 
-Every part of a result (statistics, patched losses, how far the model moved, repair) is kept in the result cache when it is
-done: a run that was stopped, or that changes one part's settings, computes only what is missing.
+Every part of a result (statistics, patched losses, how far the model moved, repair, crosscoder) is kept in the result cache
+when it is done: a run that was stopped, or that changes one part's settings, computes only what is missing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sae_research.saes.base import Guard
 from sae_research.saes.registry import code_fingerprint
 from sae_research.stats.reconstruction import ReconstructionStats, together
 from sae_research.text.corpus import text_fingerprint
+from sae_research.transfer.causal import crosscoder_report
 from sae_research.transfer.finetune import outputs_moved, perturbed_model, weights_moved
 from sae_research.transfer.loading import DIGITS, MODELS, Models, Pair, hooks, load
 from sae_research.transfer.losses import logit_similarity, patched_losses
@@ -181,6 +182,20 @@ def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple
             lambda: _moved(pair, models, full),
         ),
     }
+    tables = dict(read["tables"])
+    if full and config.crosscoder is not None:
+        found = part(
+            "crosscoder",
+            [
+                config.crosscoder.model_dump(),
+                pair.params.train.model_dump(),
+                first.limit,
+                [config.own_finetune.source, config.finetuned_model, config.patched_batch_size],
+            ],
+            lambda: crosscoder_report(pair, first.limit, f"{name}: crosscoder"),
+        )
+        result["crosscoder"] = found["result"]
+        tables["crosscoder_latents.tsv"] = found["table"]
     if full:
         result["tokenizers"] = models.tokenizers.report()
         result["repair"] = (
@@ -192,7 +207,7 @@ def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple
                 lambda: repair(pair, first.limit),
             )
         )
-    return round_significant(result, DIGITS), read["tables"]
+    return round_significant(result, DIGITS), tables
 
 
 def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:

@@ -144,6 +144,43 @@ def test_own_sae_of_the_finetuned_model(make_params: Any, in_project: Path, mode
     assert "Latents of the finetuned model's SAE" in transfer(in_project)
 
 
+def test_crosscoder_of_the_pair(make_params: Any, in_project: Path, models_folder: Path) -> None:
+    def ran(crosscoder: dict[str, Any] | None) -> dict[str, Any]:
+        run_stage(
+            make_params(
+                finetuned_model=str(models_folder / "near"),
+                controls={"names": []},
+                repair={"enabled": False},
+                tokens=480,
+                patched_tokens=96,
+                crosscoder=crosscoder,
+            )
+        )
+        return read(in_project / RESULTS / "finetuned_eval_results.json")
+
+    without = ran(None)
+    assert "crosscoder" not in without and "crosscoder of both" not in transfer(in_project)
+    sizes = {"d_sae": 48, "k": 4, "tokens": 4800, "batch_size": 64, "held_out_tokens": 480}
+    found = ran({**sizes, "checked": 2, "checked_tokens": 96})
+    crosscoder = found.pop("crosscoder")
+    assert found == without, "the rest is as it was"
+    assert min(side["variance_explained"] for side in crosscoder["models"].values()) > 0.3
+    with (in_project / RESULTS / "crosscoder_latents.tsv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    fire = [row for row in rows if int(row["firings"])]
+    counts = {name: sum(row["class"] == name for row in fire) for name in crosscoder["classes"]}
+    assert counts == {name: part["latents"] for name, part in crosscoder["classes"].items()} and len(rows) == 48
+    assert sum(counts.values()) == len(fire) == 48 - crosscoder["dead"]
+    ends = [crosscoder["ablations"]["groups"][name] for name in ("base_end", "finetuned_end")]
+    assert ends[0]["finetuned_share"] < ends[1]["finetuned_share"] and min(end["kl"] for end in ends) > 0
+    assert ran({**sizes, "checked": 2, "checked_tokens": 96})["crosscoder"] == crosscoder
+    text = transfer(in_project)
+    assert "A crosscoder of both models" in text and "leans to the finetuned model" in text
+    extract_transfer(in_project / RESULTS, in_project / "metrics/transfer.json")
+    figures = read(in_project / "metrics/transfer.json")["finetuned"]
+    assert figures["crosscoder_finetuned_end_kl"] == pytest.approx(ends[1]["kl"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_other_tokenizer_end_to_end(make_params: Any, in_project: Path, models_folder: Path) -> None:
     run_stage(
