@@ -60,7 +60,10 @@ def memory_line(record: Path) -> str:
     """What the page says of memory."""
     if not record.exists():
         return "Not measured yet."
-    few, many = (json.loads(record.read_text())["peak_bytes"][str(number)] for number in (FEW, MANY))
+    peaks = json.loads(record.read_text()).get("peak_bytes")
+    if peaks is None:
+        return "Not measured yet."
+    few, many = (peaks[str(number)] for number in (FEW, MANY))
     return (
         f"A worker that scores core of {MANY} SAEs of {WIDE:,} latents in one unit takes {many / 1e9:.2f} GB at its peak, "
         f"of {FEW} {few / 1e9:.2f} GB: {many / few:.2f} times."
