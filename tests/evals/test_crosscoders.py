@@ -22,9 +22,9 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.setup.stage import make_manifest
 from sae_research.stats.sae_bench import latent_weights
-from sae_research.text.tokens import reorder_evenly, token_contexts
 from sae_research.training.end_to_end import finetune
 from tests.evals.test_core_eval import lab, run
+from tests.helpers.core_reference import counted, texts
 from tests.helpers.crosscoders import HOOKS, SCALES, D, random_crosscoder, writing
 from tests.helpers.evals_saes import everything, small_sections
 from tests.helpers.transcoders import READ, WRITTEN, random_transcoder
@@ -92,21 +92,10 @@ def test_hooks_that_the_model_has_otherwise(changes: Any, match: str, lm: Langua
         PreparedSAEs(tmp_path, lm)
 
 
-def texts(lm: LanguageModel, params: Params) -> torch.Tensor:
-    """Contexts of the core evaluation [15, 24]: 6 for predictions, 9 for reconstruction."""
-    return reorder_evenly(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 15 * 24), 6).tokens[:15]
-
-
 @pytest.fixture
 def params(make_params: Any) -> Params:
     """Without the rule of norms: which tokens count is told by their ids."""
     return make_params(token_mask={"outlier_norm_multiple": None})
-
-
-def counted(lm: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
-    mask = ~torch.isin(tokens, lm.special_ids)
-    mask[:, 0] = False
-    return mask
 
 
 def hooks_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -24,27 +24,16 @@ from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.saes.forms import StandardSAE
 from sae_research.setup.stage import make_manifest
-from sae_research.text.tokens import reorder_evenly, token_contexts
 from tests.evals.test_core_eval import lab, run
+from tests.helpers.core_reference import counted, texts
 from tests.helpers.evals_saes import everything, small_sections
 from tests.helpers.transcoders import READ, WRITTEN, D, TheMLP, random_transcoder, writing
-
-
-def texts(lm: LanguageModel, params: Params) -> torch.Tensor:
-    """Contexts of the core evaluation [15, 24]: 6 for predictions, 9 for reconstruction."""
-    return reorder_evenly(token_contexts(lm.tokenizer, lm.separator_id, params.text, "core_eval", 15 * 24), 6).tokens[:15]
 
 
 @pytest.fixture
 def params(make_params: Any) -> Params:
     """Without the rule of norms: which tokens count is told by their ids."""
     return make_params(token_mask={"outlier_norm_multiple": None})
-
-
-def counted(lm: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
-    mask = ~torch.isin(tokens, lm.special_ids)
-    mask[:, 0] = False
-    return mask
 
 
 def test_the_mlp_itself(lm: LanguageModel, params: Params) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from pydantic import TypeAdapter
 
 from sae_research.config.params import Train
 from sae_research.config.training import TrainedSAE
+from sae_research.training import stage
 from sae_research.training.buffer import StreamBatch
+from sae_research.training.loop import Stop
 from sae_research.training.training_sae import TrainingSAE, train_step
 
 HOOK = "blocks.1.hook_resid_post"
@@ -46,3 +50,25 @@ def trained(recipe: Any, rows: torch.Tensor, steps: int = 200, batch: int = 128)
         x = rows[torch.randint(len(rows), (batch,), generator=generator)]
         train_step(member, StreamBatch(x, (step + 0.5) / steps))
     return recipe
+
+
+def train_with_a_stop(params: Any, folder: Path, calls_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train into `folder/rest` with caches of its own: Ctrl-C after so many calls between steps, then once more."""
+    (folder / "other").mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(folder / "other"))
+    calls, real = [], stage.Trainer.run
+
+    def run(self: Any) -> None:
+        def stop(fraction: float) -> None:
+            calls.append(fraction)
+            if len(calls) == calls_before:
+                self.signals.received = 2
+
+        self.at_step = stop
+        real(self)
+
+    monkeypatch.setattr(stage.Trainer, "run", run)
+    with pytest.raises((Stop, KeyboardInterrupt)):
+        stage.train(params, folder / "rest")
+    monkeypatch.setattr(stage.Trainer, "run", real)
+    stage.train(params, folder / "rest")

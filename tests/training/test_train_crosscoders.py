@@ -23,11 +23,10 @@ from sae_research.saes.forms import LinearSAE
 from sae_research.training import evaluation, stack, stage
 from sae_research.training.buffer import StreamBatch
 from sae_research.training.evaluation import HeldOut, held_out_table
-from sae_research.training.loop import Stop
 from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
-from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of
+from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of, train_with_a_stop
 
 A, B, C = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
 NAMES = ["standard_new", "batch_top_k"]
@@ -263,24 +262,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     params = make_params(saes={"one": settings("batch_top_k", 3)}, checkpoint_steps=20)
     stage.train(params, tmp_path / "whole")
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "other"))
-    (tmp_path / "other").mkdir()
-    calls, real = [], stage.Trainer.run
-
-    def run(self: Any) -> None:
-        def stop(fraction: float) -> None:
-            calls.append(fraction)
-            if len(calls) == 50:
-                self.signals.received = 2
-
-        self.at_step = stop
-        real(self)
-
-    monkeypatch.setattr(stage.Trainer, "run", run)
-    with pytest.raises((Stop, KeyboardInterrupt)):
-        stage.train(params, tmp_path / "rest")
-    monkeypatch.setattr(stage.Trainer, "run", real)
-    stage.train(params, tmp_path / "rest")
+    train_with_a_stop(params, tmp_path, 50, monkeypatch)
     assert files(tmp_path / "whole") == files(tmp_path / "rest")
 
 

@@ -20,11 +20,10 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, load_sae
 from sae_research.training import stack, stage
 from sae_research.training.buffer import StreamBatch
-from sae_research.training.loop import Stop
 from sae_research.training.recipes import RECIPES
 from sae_research.training.stack import Stack, in_stacks
 from sae_research.training.training_sae import new_training_sae, start, train_step
-from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of
+from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of, train_with_a_stop
 
 READ, WRITTEN = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 NAMES = [name for name in CONFIGS if name != "matching_pursuit"]
@@ -186,24 +185,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     params = make_params(saes={"one": settings("top_k", skip=True)}, checkpoint_steps=20)
     stage.train(params, tmp_path / "whole")
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "other"))
-    (tmp_path / "other").mkdir()
-    calls, real = [], stage.Trainer.run
-
-    def run(self: Any) -> None:
-        def stop(fraction: float) -> None:
-            calls.append(fraction)
-            if len(calls) == 50:
-                self.signals.received = 2
-
-        self.at_step = stop
-        real(self)
-
-    monkeypatch.setattr(stage.Trainer, "run", run)
-    with pytest.raises((Stop, KeyboardInterrupt)):
-        stage.train(params, tmp_path / "rest")
-    monkeypatch.setattr(stage.Trainer, "run", real)
-    stage.train(params, tmp_path / "rest")
+    train_with_a_stop(params, tmp_path, 50, monkeypatch)
     assert files(tmp_path / "whole") == files(tmp_path / "rest")
 
 
