@@ -156,8 +156,10 @@ class NonNegativeOMP(OMP):
 
 
 class Variants(Section):
-    """Pursuit encoders over the baseline's dictionary (docs/pursuit.md)."""
+    """Pursuit encoders over the baseline's dictionary, and over others (docs/pursuit.md)."""
 
+    dictionaries: list[Name] = []
+    """Names of compared SAEs whose dictionaries every encoder reads too."""
     normalise: Literal["note", "refuse"] = "note"
     """Atoms not of unit norm: note (scale them and say so) or refuse."""
     ihtp: IHTP = IHTP()
