@@ -64,6 +64,8 @@ class Text(Section):
     held_out_characters: Positive = 20_000_000
     """Most that core evaluation can read; training text near it is left out. 20 million are some 5 million tokens. They are
     read and indexed before training starts; ten times as much is then streamed of a hub's data, once."""
+    training_passes: Positive = 1
+    """How often training reads its split of the text before the text counts as ended."""
 
 
 class TokenMask(Section):
