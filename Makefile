@@ -1,6 +1,6 @@
 # make repro: set up and run the pipeline · make test: set up and run the tests · make help: all targets
 .DEFAULT_GOAL := help
-.PHONY: help setup repro check test test-slow bench gpu lint clean-cache
+.PHONY: help setup repro check test test-slow bench docs gpu lint clean-cache
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -19,6 +19,7 @@ help:
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  slow tests too (tens of minutes): fixtures from SAE Bench made afresh"
 	@echo "make bench      speed against other libraries, as ratios (twenty minutes; trains SAEs first where there are none)"
+	@echo "make docs       the documentation as a site, site/index.html"
 	@echo "make gpu        on one GPU: the tests marked gpu, speed and memory; writes docs/gpu/record.json and docs/gpu.md"
 	@echo "make clean-cache  remove .cache: costs time, never correctness"
 
@@ -50,6 +51,9 @@ test-slow: setup
 
 bench: setup
 	@python -m benchmarks
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet && echo "open site/index.html"
 
 gpu: setup
 	@python -m benchmarks.gpu
