@@ -84,7 +84,7 @@ def evaluations() -> str:
         "# Evaluations",
         GENERATED,
         "Switch one on in `params.yaml` (`eval_types`), or for one run: `dvc exp run -S eval_types.scr=true`. The cost is "
-        "that of one SAE more, of 2,304 latents, in seconds of two cores ([speed](../speed.md)). What each metric means: "
+        "that of one SAE more, of 2,304 latents, in seconds of one CPU core ([speed](../speed.md)). What metrics mean: "
         "[metrics](metrics.md). Tables of controls at the default sizes: "
         "[optional evaluations](../optional_evaluations.md).",
     ]
