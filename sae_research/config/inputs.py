@@ -91,13 +91,19 @@ class ActivationCaching(Section):
 class BaselineSAE(FromOneSource):
     """The SAE whose dictionary the pursuit variants read; keys of sources not chosen are null."""
 
-    NEEDS: ClassVar = {"trained": (), "hub": ("repo_id", "filename"), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
+    NEEDS: ClassVar = {
+        "trained": (),
+        "packaged": (),
+        "hub": ("repo_id", "filename"),
+        "sae_lens": ("release", "sae_id"),
+        "folder": ("path",),
+    }
     may_be_left_out: ClassVar = frozenset({"source", "name", "repo_id", "filename", "release", "sae_id", "path"})
 
-    source: Literal["trained", "hub", "sae_lens", "folder"] = "trained"
-    """trained, hub (repo_id, filename), sae_lens (release, sae_id) or folder (path)."""
+    source: Literal["trained", "packaged", "hub", "sae_lens", "folder"] = "trained"
+    """trained, packaged, hub (repo_id, filename), sae_lens (release, sae_id) or folder (path)."""
     name: Slug = "standard"
-    """Its name in every table; with `source: trained`, also its folder in trained_saes/."""
+    """Its name in every table, by which trained and packaged ones (smollm2_135m_l8) are found."""
     repo_id: Name | None = None
     filename: Name | None = None
     release: Name | None = None
