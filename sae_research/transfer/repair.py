@@ -28,6 +28,8 @@ from sae_research.transfer.text import batches, token_bar
 
 TRAIN_SPLIT = "sae_train"
 FORMS = ("standard", "topk")
+UNIT_ROWS = 1e-3
+"""Decoder rows' norms this near to 1 count as unit."""
 NO_GAP = 0.005
 """Differences in variance explained below this are no gap to close."""
 EVAL_ROWS = 1024
@@ -65,6 +67,11 @@ def repair(pair: Pair, limit: float) -> dict[str, Any]:
         return {
             "status": "not_applicable",
             "message": f"the form {sae.form} cannot be trained further here; {' and '.join(FORMS)} can",
+        }
+    if sae.form == "topk" and (sae.W_dec.norm(dim=1) - 1).abs().max() > UNIT_ROWS:
+        return {
+            "status": "not_applicable",
+            "message": "a topk SAE is trained further with decoder rows of unit norm, which would change its latents here",
         }
     held_out = {
         model: torch.cat(rows) for model, rows in _gathered(pair, limit, config.held_out_tokens, pair.source.split).items()
