@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from sae_research.reporting.results import STATUS_KEY, Metrics, is_number
 from sae_research.reporting.shapes import evaluation_status, transfer_results
 from sae_research.reporting.tables import render
-from sae_research.reporting.transfer_crosscoder import MODELS, at, crosscoder_metrics, crosscoder_section, numbers
+from sae_research.reporting.transfer_crosscoder import (
+    MODELS,
+    at,
+    bounded,
+    crosscoder_metrics,
+    crosscoder_section,
+    numbers,
+)
+from sae_research.reporting.transfer_separate import separate_metrics, separate_section
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json
 from sae_research.runtime.formatting import ABSENT, markdown_table, number, percent, with_interval
@@ -125,7 +133,7 @@ def pair_metrics(result: dict[str, Any]) -> Metrics:
         f"repair_{key}": at(result, "repair", key)
         for key in ("gap", "gap_closed", "tokens_to_half", "gap_after_equal_training")
     }
-    found |= crosscoder_metrics(at(result, "crosscoder"))
+    found |= crosscoder_metrics(at(result, "crosscoder")) | separate_metrics(at(result, "separate"))
     return {key: round_significant(float(value)) for key, value in found.items() if is_number(value)}
 
 
@@ -162,6 +170,19 @@ CAPTIONS = {
     "repair": ("Repair", "Held-out text. Left: with the L0 that the base SAE has on its own model."),
 }
 """Title and caption of every picture."""
+OPTIONAL = {
+    "crosscoder": (
+        "crosscoder_shares",
+        "Latents of the crosscoder",
+        "Those that fire on held-out text; dotted: the limits of the classes.",
+    ),
+    "separate": (
+        "separate_matches",
+        "Latents of separate SAEs",
+        "Those that fire; the best of the other SAE's latents. Dotted: the limits of the classes.",
+    ),
+}
+"""By the part of a result that it shows: name, title and caption of a picture that not every run has."""
 TOKENIZER_ROWS = (
     "Base Tokenizer Size",
     "Fine-tune Tokenizer Size",
@@ -231,8 +252,15 @@ def transfer(root: Path = Path(".")) -> str:
         repair_table=_repair_table(repair["curves"]) if repair.get("status") == "ok" else "",
         repair_message=repair.get("message"),
         crosscoder=crosscoder_section(main.get("crosscoder")),
-        captions=[(name, *caption) for name, caption in CAPTIONS.items()],
+        separate=separate_section(main.get("separate")),
+        captions=[(name, *caption) for name, caption in CAPTIONS.items()]
+        + [OPTIONAL[part] for part in optional_parts(main)],
     )
+
+
+def optional_parts(result: dict[str, Any]) -> list[str]:
+    """The parts of `OPTIONAL` that a result has."""
+    return [part for part in OPTIONAL if part in result and at(result, part, "status") in (None, "ok")]
 
 
 def _hooks(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -325,17 +353,11 @@ def _quality(result: dict[str, Any], role: str, model: str, kind: str) -> dict[s
         "CE patched": number(at(sae, "ce_patched", "value")),
         "CE zero": number(at(losses, "ce_zero", "value")),
         "CE mean": number(at(losses, "ce_mean", "value")),
-        "loss recovered": _bounded(at(sae, "loss_recovered")),
-        "KL": _bounded(at(sae, "kl")),
+        "loss recovered": bounded(at(sae, "loss_recovered")),
+        "KL": bounded(at(sae, "kl")),
         BITS[0]: number(at(losses, "bits_per_byte_clean", "value")),
         BITS[1]: number(at(sae, "bits_per_byte_patched", "value")),
     }
-
-
-def _bounded(found: dict[str, Any] | None) -> str:
-    if not found:
-        return ABSENT
-    return with_interval(found["value"], (found["low"], found["high"]) if found.get("low") is not None else None)
 
 
 def _latent_table(found: dict[str, Any], role: str) -> str:

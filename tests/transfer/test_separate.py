@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_research.config.reporting import Visualization
+from sae_research.reporting import transfer_figures, transfer_separate
+from sae_research.reporting.transfer import extract_transfer, transfer
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.transfer import separate
@@ -257,3 +261,36 @@ def test_the_stage(make_params: Any, in_project: Path, models_folder: Path) -> N
         assert counts == found["saes"][model]["classes"] and sum(counts.values()) == found["saes"][model]["fire"]
         assert found["ablations"][model]["groups"][f"{model}_end"]["kl"] >= 0
     assert set(found["control"]) == {"base", "finetuned"} and found["finetuned_sae"].startswith("the base SAE")
+    text = transfer(in_project)
+    kept = found["saes"]["base"]["classes"]["kept"]
+    row = next(line for line in text.splitlines() if line.startswith("| base model's SAE"))
+    assert [cell.strip() for cell in row.split("|")[2:4]] == [str(found["saes"]["base"]["fire"]), str(kept)]
+    assert "images/transfer/separate_matches.png" in text and "crosscoder_shares" not in text
+    extract_transfer(folder, in_project / "metrics/transfer.json")
+    figures = json.loads((in_project / "metrics/transfer.json").read_text())["finetuned"]
+    assert figures["separate_base_kept"] == kept and "separate_control_base_kept" in figures
+    pictures = {path.stem for path in transfer_figures.draw_transfer(Visualization(), in_project)}
+    assert pictures == {*transfer_figures.FIGURES, "separate_matches"}
+
+
+def result_with(lost: int, low: float | None, control: int | None = None) -> dict[str, Any]:
+    """What `_claims` reads, of SAEs whose base side lost some latents."""
+    sides = {"base": {"classes": {"lost": lost}, "fire": 10}, "finetuned": {"classes": {"made": 0}, "fire": 9}}
+    group = {} if low is None else {"over_matched": {"value": low + 1, "low": low, "high": low + 2}}
+    found: dict[str, Any] = {"saes": sides, "ablations": {"base": {"groups": {"lost": group}}}}
+    return found if control is None else {**found, "control": {"base": {"classes": {"lost": control}}}}
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (result_with(0, None), "No latent of the base model's SAE is lost"),
+        (result_with(3, 0.1, 1), r"3 of 10 latents .* are lost \(the control: 1\)\. Ablated, they matter more"),
+        (result_with(3, -5.0), r"are lost\. Ablated, they matter less"),
+        (result_with(3, -1.0), "the text is too short to say"),
+        (result_with(3, None), "None of them could be set against a kept latent"),
+    ],
+)
+def test_claims_are_no_stronger_than_their_intervals(found: dict[str, Any], match: str) -> None:
+    said = " ".join(transfer_separate._claims(found))
+    assert re.search(match, said) and "No latent of the finetuned model's SAE is made" in said

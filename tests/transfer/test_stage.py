@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sae_research.config.params import Params
+from sae_research.config.reporting import Visualization
 from sae_research.lm import load_language_model
 from sae_research.reporting import transfer_figures
 from sae_research.reporting.transfer import extract_transfer, transfer
@@ -181,6 +182,12 @@ def test_crosscoder_of_the_pair(
     assert ends[0]["finetuned_share"] < ends[1]["finetuned_share"] and min(end["kl"] for end in ends) > 0
     assert ran({**sizes, "checked": 2, "checked_tokens": 96})["crosscoder"] == crosscoder
     text = transfer(in_project)
+    assert "by decoder norms the finetune made none and lost none" in text or any(
+        crosscoder["classes"][name]["latents"] for name in ("base_only", "finetuned_only")
+    )
+    pictures = {path.stem for path in transfer_figures.draw_transfer(Visualization(), in_project)}
+    assert pictures == {*transfer_figures.FIGURES, "crosscoder_shares"} and "crosscoder_shares.png" in text
+    assert sum(crosscoder["share_histogram"]["counts"]) == len(fire)
     assert "A crosscoder of both models" in text and "leans to the finetuned model" in text
     extract_transfer(in_project / RESULTS, in_project / "metrics/transfer.json")
     figures = read(in_project / "metrics/transfer.json")["finetuned"]
