@@ -185,8 +185,10 @@ def test_crosscoder_of_the_pair(
     assert "by decoder norms the finetune made none and lost none" in text or any(
         crosscoder["classes"][name]["latents"] for name in ("base_only", "finetuned_only")
     )
-    pictures = {path.stem for path in transfer_figures.draw_transfer(Visualization(), in_project)}
-    assert pictures == {*transfer_figures.FIGURES, "crosscoder_shares"} and "crosscoder_shares.png" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_figures, "FIGURES", {})
+        assert [path.stem for path in transfer_figures.draw_transfer(Visualization(), in_project)] == ["crosscoder_shares"]
+    assert "crosscoder_shares.png" in text
     assert sum(crosscoder["share_histogram"]["counts"]) == len(fire)
     assert "A crosscoder of both models" in text and "leans to the finetuned model" in text
     extract_transfer(in_project / RESULTS, in_project / "metrics/transfer.json")
