@@ -22,6 +22,7 @@ from sae_research.training.buffer import StreamBatch
 from sae_research.training.stack import in_stacks
 from sae_research.training.training_sae import TrainingSAE, new_training_sae, start, train_step
 from sae_research.training.whitening import SHRINKAGE, Whitening
+from tests.helpers.cuda import DEVICES, cuda
 from tests.helpers.training import CONFIGS, HOOK, STANDARD, TOP_K, train_with_a_stop
 
 NAMES = [name for name in CONFIGS if name != "matching_pursuit"]
@@ -235,3 +236,20 @@ def test_activations_that_give_no_covariance() -> None:
         Whitening(16).fit(torch.randn(16, 16))
     with pytest.raises(UserError, match="all equal"):
         Whitening(16).fit(torch.ones(20, 16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_a_device_it_is_what_it_is_on_the_cpu(device: str, planted_rows: Tensor) -> None:
+    train = Train(saes={"one": {**STANDARD, "whiten": True}}, precision="float32", batch_size=64)
+
+    def losses(place: str) -> list[float]:
+        rows, sae = planted_rows.to(place), new_training_sae("one", train, 16, place)
+        start(sae, rows, 0)
+        found = [float(train_step(sae, StreamBatch(rows[64 * i :][:64], (i + 0.5) / 4)).loss) for i in range(4)]
+        exported = sae.recipe.export(2.0, SAEConfig("standard", 16, 64, hook_name=HOOK)).tensors()
+        assert {tensor.device.type for tensor in exported.values()} == {"cpu"}
+        return found
+
+    here = losses("cpu")
+    with cuda(device):
+        assert losses("cuda") == pytest.approx(here, rel=2e-3)
