@@ -41,6 +41,7 @@ def separate_matches(run: TransferRun, style: Visualization) -> Figure:
             _line(axes, found["saes"][model]["histograms"][key], f"{model} model's SAE", COLORS[model], "-")
         if "control" in found:
             _line(axes, found["control"]["base"]["histograms"][key], "control: trained on, base model", CONTROL, "--")
+        axes.set_xlim(min(0.0, _lowest([found["saes"][model]["histograms"][key] for model in MODELS])) - 0.03, 1.03)
         for limit in found["limits"].values():
             axes.axvline(limit, color=MUTED, linewidth=0.8, linestyle=":")
         _counts(axes)
@@ -50,6 +51,11 @@ def separate_matches(run: TransferRun, style: Visualization) -> Figure:
 
 def _line(axes: Axes, histogram: dict[str, Any], label: str, color: str, line: str) -> None:
     axes.stairs(histogram["counts"], histogram["edges"], label=label, color=color, linestyle=line, linewidth=1.3)
+
+
+def _lowest(histograms: list[dict[str, Any]]) -> float:
+    """Where the first latent stands."""
+    return min((h["edges"][i] for h in histograms for i, count in enumerate(h["counts"]) if count), default=0.0)
 
 
 def _counts(axes: Axes) -> None:
