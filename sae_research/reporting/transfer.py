@@ -21,7 +21,7 @@ from sae_research.reporting.transfer_crosscoder import (
     crosscoder_section,
     numbers,
 )
-from sae_research.reporting.transfer_separate import separate_metrics, separate_section
+from sae_research.reporting.transfer_separate import OPTIONAL, optional_parts, separate_metrics, separate_section
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json
 from sae_research.runtime.formatting import ABSENT, markdown_table, number, percent, with_interval
@@ -170,19 +170,6 @@ CAPTIONS = {
     "repair": ("Repair", "Held-out text. Left: with the L0 that the base SAE has on its own model."),
 }
 """Title and caption of every picture."""
-OPTIONAL = {
-    "crosscoder": (
-        "crosscoder_shares",
-        "Latents of the crosscoder",
-        "Those that fire on held-out text; dotted: the limits of the classes.",
-    ),
-    "separate": (
-        "separate_matches",
-        "Latents of separate SAEs",
-        "Those that fire; the best of the other SAE's latents. Dotted: the limits of the classes.",
-    ),
-}
-"""By the part of a result that it shows: name, title and caption of a picture that not every run has."""
 TOKENIZER_ROWS = (
     "Base Tokenizer Size",
     "Fine-tune Tokenizer Size",
@@ -256,11 +243,6 @@ def transfer(root: Path = Path(".")) -> str:
         captions=[(name, *caption) for name, caption in CAPTIONS.items()]
         + [OPTIONAL[part] for part in optional_parts(main)],
     )
-
-
-def optional_parts(result: dict[str, Any]) -> list[str]:
-    """The parts of `OPTIONAL` that a result has."""
-    return [part for part in OPTIONAL if part in result and at(result, part, "status") in (None, "ok")]
 
 
 def _hooks(pair: Mapping[str, Any]) -> list[dict[str, Any]]:

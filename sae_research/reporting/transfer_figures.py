@@ -15,7 +15,8 @@ from matplotlib.ticker import NullFormatter
 from sae_research.config.reporting import Visualization
 from sae_research.plotting.axes import INK, MUTED, SMALL, legend_below, panel, panels, say, write_images
 from sae_research.reporting import transfer_difference_figures
-from sae_research.reporting.transfer import MAIN, MODELS, NAMES, OPTIONAL, TransferRun, at, optional_parts, read_transfer
+from sae_research.reporting.transfer import MAIN, MODELS, NAMES, TransferRun, at, read_transfer
+from sae_research.reporting.transfer_separate import OPTIONAL, optional_parts
 
 
 def legend(axes: Axes, **options: Any) -> None:

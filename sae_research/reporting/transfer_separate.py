@@ -1,4 +1,5 @@
-"""What the report says of separate SAEs of either model (`transfer.separate`), and the metrics of it."""
+"""What the report says of separate SAEs of either model (`transfer.separate`), the metrics of it, and which pictures of
+whose latents are whose a run has."""
 
 from __future__ import annotations
 
@@ -15,6 +16,25 @@ GROUPS = {
     "finetuned": {"made": "made", "kept": "kept", "finetuned_end": "least matched, finetuned SAE"},
 }
 FIGURES = ("kl", "kl_other", "kl_matched", "kl_direction", "kl_patched_base", "kl_patched_base_matched")
+
+OPTIONAL = {
+    "crosscoder": (
+        "crosscoder_shares",
+        "Latents of the crosscoder",
+        "Those that fire on held-out text; dotted: the limits of the classes.",
+    ),
+    "separate": (
+        "separate_matches",
+        "Latents of separate SAEs",
+        "Those that fire; the best of the other SAE's latents. Dotted: the limits of the classes.",
+    ),
+}
+"""By the part of a result that it shows: name, title and caption of a picture that not every run has."""
+
+
+def optional_parts(result: dict[str, Any]) -> list[str]:
+    """The parts of `OPTIONAL` that a result has."""
+    return [part for part in OPTIONAL if part in result and at(result, part, "status") in (None, "ok")]
 
 
 def separate_metrics(found: dict[str, Any] | None) -> dict[str, Any]:
