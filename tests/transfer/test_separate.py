@@ -213,6 +213,18 @@ def test_equal_models_make_and_lose_nothing(make_pair: Any) -> None:
         assert result["ablations"][model]["groups"][alone] == {"latents": []}
 
 
+def test_each_model_with_its_own_tokenizer(make_pair: Any) -> None:
+    """Tokens that both read are compared; ids differ, so nothing is patched from model to model."""
+    pair = make_pair("other_tokenizer", own=True, separate={"tokens": 240, "checked": 1, "checked_tokens": 96})
+    result = separate_report(pair, tiny_sae("topk", seed=5), tiny_sae("topk", seed=6), NO_LIMIT)["result"]
+    text = list(matched(pair, NO_LIMIT, 240, pair.source, 8))
+    assert result["tokens"] == sum(len(part.rows) for part in text) < sum(int(part.batch.base.real.sum()) for part in text)
+    for model in ("base", "finetuned"):
+        ablated = result["ablations"][model]
+        assert "kl_base" not in ablated and ablated["groups"][f"{model}_end"]["kl"] > 0
+        assert result["control"][model]["fire"] > 0
+
+
 def test_further_training_ends_where_repair_does(make_pair: Any) -> None:
     pair = make_pair("near", form="standard")
     saes = further_trained(pair, NO_LIMIT)
