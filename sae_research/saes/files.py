@@ -50,6 +50,8 @@ SAE_LENS_FORMS = (
     "jumprelu_skip_transcoder",
 )
 """Architectures that this version reads as we mean them."""
+OF_MODELS = ("base", "finetuned")
+"""Before the hooks of a crosscoder of two models (`transfer.crosscoder`)."""
 _SKIP = "skip_transcoder"
 ROLES = ("baseline", "variant", "comparison", "control")
 
@@ -274,8 +276,14 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
     weights_from = section(ours.get("weights_from"), "weights_from", path) or None
     sha256 = text(ours.get("weights_sha256"), "weights_sha256", path) or None
     written = {"hook_out": hook_of(cfg.hook_out, path)} if cfg.is_transcoder else {}
-    read = PLUS.join(hook_of(name, path) for name in cfg.hook_names)
+    read = PLUS.join(_hook_read(name, path) for name in cfg.hook_names)
     return cfg.replace(hook_name=read, **written), weights_from, sha256
+
+
+def _hook_read(name: str, path: Path) -> str:
+    """A hook's name, which a crosscoder of two models has behind the word for the model (`OF_MODELS`)."""
+    model, _, hook = name.rpartition(" ")
+    return f"{model} {hook_of(hook, path)}" if model in OF_MODELS else hook_of(name, path)
 
 
 def _scales(value: Any, path: Path) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cluster, default_run, growth
+from benchmarks import cluster, default_run, growth, model_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,8 +20,15 @@ ROOT = Path(__file__).parents[2]
         (default_run.RECORD, default_run.PAGE, default_run.BEGIN, default_run.END, default_run.table),
         (cluster.RECORD, cluster.PAGE, cluster.BEGIN, cluster.END, cluster.table),
         (growth.RECORD, growth.PAGE, growth.BEGIN, growth.END, growth.table),
+        (
+            model_difference.RECORD,
+            model_difference.PAGE,
+            model_difference.BEGIN,
+            model_difference.END,
+            model_difference.table,
+        ),
     ],
-    ids=["default_run", "cluster", "growth"],
+    ids=["default_run", "cluster", "growth", "model_difference"],
 )
 def test_a_table_is_that_of_its_record(record: Path, page: Path, begin: str, end: str, table: Callable[[Path], str]) -> None:
     shown = (ROOT / page).read_text().split(begin)[1].split(end)[0].strip()
