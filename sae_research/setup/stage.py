@@ -299,9 +299,8 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     print(sae_table(manifest, result.report["saes"]))
     for line in warnings:
         print(f"warning: {line}")
-    hook = baseline.cfg.hook_name
     for line in (
-        *time_lines(params, lm, hook, saes, result.seconds_per_token),
+        *time_lines(params, lm, saes, result.seconds_per_token),
         *disk_lines(params, lm, saes, baseline.cfg.d_sae),
     ):
         print(line, flush=True)
