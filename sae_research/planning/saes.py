@@ -22,6 +22,7 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
+from sae_research.saes.releases import saes_of
 from sae_research.saes.sources import folder_names
 
 VARIANTS: dict[str, type[PursuitSAE]] = {
@@ -159,6 +160,9 @@ def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for place in chosen.python:
         yield baseline._replace(name=place, form="standard", size=0, own_weights=True)
+    if chosen.release is not None:
+        for item in saes_of(chosen.release, chosen.match, "comparison_saes.match"):
+            yield _assumed(slugify(f"{item.release}_{item.sae_id}"), baseline.hook, baseline.d_in)
     if chosen.sae_regex_pattern is not None:
         yield _assumed(f"SAEs of {chosen.sae_regex_pattern} (counted as one)", baseline.hook, baseline.d_in)
 
