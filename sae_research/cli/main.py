@@ -8,7 +8,7 @@ import math
 import subprocess
 from pathlib import Path
 
-from sae_research.cli import experiments, plan
+from sae_research.cli import experiments, plan, results
 from sae_research.cli.analyze import add_verb as add_analyze
 from sae_research.reporting import shapes
 from sae_research.runtime.errors import UserError
@@ -191,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     repro.add_argument("--preset", default="", help="a file of presets/, one -S override a line")
     verbs.add_parser("check", help="say what failed in the last run", description="Example: python -m sae_research check")
     add_verbs(verbs)
+    results.add_verbs(verbs)
     experiments.add_verbs(verbs)
     add_analyze(verbs)
     plan.add_verb(verbs, read_preset)

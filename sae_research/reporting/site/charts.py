@@ -10,13 +10,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sae_research.reporting.ground_truth import LABELS, OWN, SCOPES, TRUTHS, GroundTruthRun, Line
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.results import Run
 from sae_research.reporting.site.marks import mark
-from sae_research.reporting.style import COLORS, DICTIONARY_COLORS, ENCODER_MARKERS, MarkerStyle, marker_styles, short_names
-from sae_research.reporting.tables import curve_rows, points, residual_baseline
-from sae_research.runtime.formatting import amount, number, percent, with_interval
+from sae_research.reporting.style import MarkerStyle, marker_styles, short_names
+from sae_research.reporting.tables import points, residual_baseline
+from sae_research.runtime.formatting import number, with_interval
 
 Spec = dict[str, Any]
 Marks = Mapping[str, Mapping[str, Any]]
@@ -26,8 +25,6 @@ MARKER_AREA = 90.0
 HEIGHT = 300
 FIT = {"type": "fit-x", "contains": "padding"}
 L0_TITLE = "L0 (latents per token, log scale)"
-DENSITIES = 40
-"""Histograms in one chart."""
 
 
 class Chart(NamedTuple):
@@ -130,13 +127,13 @@ def against_l0(run: Run, key: str, marks: Marks) -> Chart:
 
 def _layers(key: str, label: str, x: Spec, y: Spec, marks: Marks, rows: Sequence[Mapping[str, Any]]) -> list[Spec]:
     """What lies on the axes, those alone that have something to draw among the rows."""
-    color = _scale("color", marks)
+    color = scale("color", marks)
     areas = ", ".join(f"{json.dumps(name)}: {MARKER_AREA * one['scale'] ** 2:.2f}" for name, one in marks.items())
     sized = {"calculate": f"({{{areas}}})[datum.group]", "as": "area"}
     dots = {
         "x": x,
         "y": y,
-        "shape": _scale("path", marks),
+        "shape": scale("path", marks),
         "size": {"field": "area", "type": "quantitative", "scale": None},
         "tooltip": [
             {"field": "sae", "title": "SAE"},
@@ -187,7 +184,8 @@ def _layers(key: str, label: str, x: Spec, y: Spec, marks: Marks, rows: Sequence
     return [layer for layer, drawn in layers if drawn]
 
 
-def _scale(what: str, marks: Marks) -> Spec:
+def scale(what: str, marks: Marks) -> Spec:
+    """The channel `color` or `path` (a shape) of the marks, by architecture."""
     return {
         "field": "group",
         "type": "nominal",
@@ -227,294 +225,3 @@ def ticks(values: Iterable[float]) -> list[float]:
     every = [float(f"{step}e{power}") for power in range(-12, 13) for step in steps]
     inside = [tick for tick in every if low / 2.5 <= tick <= high * 2.5]
     return [int(tick) if tick >= 1 else tick for tick in inside]
-
-
-# --- training and densities ----------------------------------------------------------------------
-
-CURVES = {"loss": "Training loss", "l0": "L0", "variance_explained": "Variance explained"}
-
-
-def curve_data(run: Run) -> list[dict[str, Any]]:
-    """The data set `curves`: the rows of `metrics/plots/training_curves.json`."""
-    return [{**row, "at": amount(row["tokens"])} for curve in run.curves for row in curve_rows(curve) if "tokens" in row]
-
-
-def curve_colors(run: Run, chosen: Mapping[str, MarkerStyle]) -> dict[str, str]:
-    """Of every trained SAE: its architecture's, or a spare one where no result names it."""
-    groups = {row.name: row.group for row in run.rows}
-    known = marker_styles((row.group for row in run.rows), chosen)
-    spare = marker_styles((curve.name for curve in run.curves if curve.name not in groups), known)
-    styles = {curve.name: known[groups[curve.name]] if curve.name in groups else spare[curve.name] for curve in run.curves}
-    return {name: mark(style)["color"] for name, style in styles.items()}
-
-
-def training(run: Run, chosen: Mapping[str, MarkerStyle]) -> list[Chart]:
-    """Loss, L0 and variance explained against training tokens; none where nothing was trained."""
-    colors = curve_colors(run, chosen)
-    shown = [column for column in CURVES if any(column in curve.columns for curve in run.curves)]
-    color = {
-        "field": "sae",
-        "type": "nominal",
-        "title": None,
-        "scale": {"domain": list(colors), "range": list(colors.values())},
-        "legend": {"orient": "bottom", "columns": 3, "symbolType": "stroke", "symbolStrokeWidth": 3},
-    }
-    return [
-        Chart(
-            f"training_{column}",
-            CURVES[column],
-            {
-                "data": {"name": "curves"},
-                "transform": [{"filter": f"isValid(datum['{column}'])"}],
-                "height": HEIGHT - 60,
-                "width": "container",
-                "autosize": FIT,
-                "mark": {"type": "line", "strokeWidth": 1.8, "point": {"size": 60, "opacity": 0}},
-                "encoding": {
-                    "x": {"field": "tokens", "type": "quantitative", "title": "Training tokens", "axis": {"format": "~s"}},
-                    "y": {
-                        "field": column,
-                        "type": "quantitative",
-                        "title": CURVES[column] + (" (log scale)" if _spans(run, column) else ""),
-                        "scale": {"type": "log"} if _spans(run, column) else {"zero": False},
-                        "axis": {"format": "~g"},
-                    },
-                    "color": color,
-                    "tooltip": [
-                        {"field": "sae", "title": "SAE"},
-                        {"field": "at", "title": "tokens"},
-                        {"field": column, "title": CURVES[column], "format": ".4~g"},
-                    ],
-                },
-            },
-            f"{CURVES[column]} of {len(run.curves)} SAEs while they were trained.",
-        )
-        for column in shown
-    ]
-
-
-def _spans(run: Run, column: str) -> bool:
-    """Whether a logarithmic axis shows more, as in the figure."""
-    if column == "variance_explained":
-        return False
-    values = [value for curve in run.curves for value in curve.columns.get(column, []) if value == value]
-    return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
-
-
-def density_data(run: Run) -> list[dict[str, Any]]:
-    """The data set `densities`: one row a bar of every SAE's histogram."""
-    rows = []
-    for row in run.rows:
-        histogram = row.evals.get("core", {}).get("density_histogram")
-        if histogram:
-            edges, counts = histogram["log10_edges"], histogram["counts"]
-            tallest, total = max(counts, default=0) or 1, sum(counts) + histogram["dead"]
-            share = {"sae": row.name, "group": row.group, "dead": percent(histogram["dead"] / total) if total else "–"}
-            rows += [
-                {**share, "from": low, "to": high, "latents": count, "height": round(count / tallest, 4)}
-                for low, high, count in zip(edges, edges[1:], counts, strict=False)
-                if count
-            ]
-    return rows
-
-
-def densities(run: Run, marks: Marks) -> list[Chart]:
-    """How often latents fire: a histogram for each SAE, `DENSITIES` of them in a chart."""
-    names = list(dict.fromkeys(row["sae"] for row in density_data(run)))
-    edges = [edge for row in density_data(run) for edge in (row["from"], row["to"])]
-    charts = []
-    for start in range(0, len(names), DENSITIES):
-        part = names[start : start + DENSITIES]
-        which = "" if len(names) <= DENSITIES else f", {part[0]} to {part[-1]}"
-        says = f"Histograms of how often latents fire, of {len(part)} SAEs{which}; fraction alive stands in the table of results."
-        charts.append(
-            Chart(f"density_{start}", f"Density of latents{which}", _density(part, edges, marks), says, wide=True)
-        )
-    return charts
-
-
-def _density(names: Sequence[str], edges: Sequence[float], marks: Marks) -> Spec:
-    """One histogram above the other on one axis, as in the figure."""
-    above = len(names) - 1
-    y: Spec = {
-        "field": "foot",
-        "type": "quantitative",
-        "title": None,
-        "scale": {"domain": [-0.1, len(names)], "nice": False},
-        "axis": {
-            "values": list(range(len(names))),
-            "labelExpr": f"{json.dumps(list(names))}[{above} - datum.value]",
-            "labelLimit": 150,
-            "labelOverlap": False,
-            "labelBaseline": "bottom",
-            "grid": True,
-            "ticks": False,
-            "domain": False,
-        },
-    }
-    x: Spec = {
-        "field": "from",
-        "type": "quantitative",
-        "title": "log10 of the fraction of tokens",
-        "scale": {"domain": [min(edges), max(edges)], "nice": False},
-        "axis": {"grid": False},
-    }
-    return {
-        "data": {"name": "densities"},
-        "transform": [
-            {"filter": {"field": "sae", "oneOf": list(names)}},
-            {"calculate": f"{above} - indexof({json.dumps(list(names))}, datum.sae)", "as": "foot"},
-            {"calculate": "datum.foot + 0.9 * datum.height", "as": "top"},
-        ],
-        "height": 28 * len(names),
-        "width": "container",
-        "autosize": FIT,
-        "mark": {"type": "rect", "opacity": 0.75},
-        "encoding": {
-            "x": x,
-            "x2": {"field": "to"},
-            "y": y,
-            "y2": {"field": "top"},
-            "color": _scale("color", marks),
-            "tooltip": [
-                {"field": "sae", "title": "SAE"},
-                {"field": "latents", "title": "latents"},
-                {"field": "from", "title": "log10 density from"},
-                {"field": "to", "title": "to"},
-                {"field": "dead", "title": "dead latents of this SAE"},
-            ],
-        },
-    }
-
-
-# --- ground truth --------------------------------------------------------------------------------
-
-_FOUND = ("variance_explained", "mcc", "latent_f1")
-_PURSUED = ("variance_explained", "latent_f1", "top_1_probing")
-_ZERO: Spec = {"x": {"datum": 0, "type": "quantitative"}, "y": None, "yOffset": None, "color": None}
-
-
-def truth_data(found: GroundTruthRun) -> list[dict[str, Any]]:
-    """The data set `truth`: means over seeds and their intervals, one row a method and sparsity."""
-    rows = []
-    for line in found.lines:
-        values: dict[str, Any] = {"method": line.method.replace("_", " "), "name": line.name.replace("_", " ")}
-        values["own"] = line.encoder == OWN
-        for key in ("l0", *_FOUND, *_PURSUED):
-            mean, bounds = line.mean(key), line.interval(key)
-            if mean is not None:
-                values |= {key: mean, f"{key}_text": with_interval(mean, bounds)}
-                values |= {f"{key}_low": bounds[0], f"{key}_high": bounds[1]} if bounds else {}
-        rows.append(values)
-    return rows
-
-
-def truth(found: GroundTruthRun) -> list[Chart]:
-    """What was found of known features against L0, and which metric follows it."""
-    trained = [line for line in found.lines if line.encoder == OWN]
-    pursuit = [line for line in found.lines if " over " in line.method]
-    methods = dict.fromkeys(line.method.replace("_", " ") for line in trained)
-    styles = {
-        name: mark(MarkerStyle("o", color)) for name, color in zip(methods, COLORS * len(methods), strict=False)
-    }
-    over = {
-        line.method.replace("_", " "): mark(
-            MarkerStyle(ENCODER_MARKERS[line.encoder], DICTIONARY_COLORS[line.dictionary])
-        )
-        for line in pursuit
-    }
-    charts = [_truth_chart("recipes", key, trained, styles, "Trained SAEs") for key in _FOUND if trained]
-    charts += [_truth_chart("pursuit", key, pursuit, over, "Pursuit") for key in _PURSUED if pursuit]
-    return charts + [_follow(found, scope) for scope in SCOPES if found.follow(scope)["correlations"]]
-
-
-def _truth_chart(part: str, key: str, lines: Sequence[Line], marks: Marks, title: str) -> Chart:
-    legend = {"orient": "bottom", "columns": 2, "symbolLimit": 0, "labelLimit": 220}
-    color = {**_scale("color", marks), "field": "method", "legend": legend, "title": None}
-    shape = {**_scale("path", marks), "field": "method", "legend": legend, "title": None}
-    x: Spec = {
-        "field": "l0",
-        "type": "quantitative",
-        "title": "L0 (log scale)",
-        "scale": {"type": "log", "nice": False, "padding": 10},
-        "axis": {"values": ticks([value for line in lines if (value := line.mean("l0"))]), "format": "~g"},
-    }
-    y: Spec = {"field": key, "type": "quantitative", "title": LABELS[key], "scale": {"zero": False}}
-    spec = {
-        "data": {"name": "truth"},
-        "transform": [{"filter": f"{'' if part == 'recipes' else '!'}datum.own && isValid(datum['{key}']) && datum.l0 > 0"}],
-        "height": HEIGHT - 60,
-        "width": "container",
-        "autosize": FIT,
-        "encoding": {"x": x, "color": color},
-        "layer": [
-            {
-                "mark": {"type": "rule", "opacity": 0.6},
-                "transform": [{"filter": f"isValid(datum['{key}_low'])"}],
-                "encoding": {"y": {**y, "field": f"{key}_low"}, "y2": {"field": f"{key}_high"}},
-            },
-            {"mark": {"type": "line", "strokeWidth": 1.2}, "encoding": {"y": y}},
-            {
-                "mark": {"type": "point", "filled": True, "size": 55, "opacity": 1},
-                "encoding": {
-                    "y": y,
-                    "shape": shape,
-                    "tooltip": [
-                        {"field": "name", "title": "method"},
-                        {"field": "l0_text", "title": "L0"},
-                        {"field": f"{key}_text", "title": LABELS[key]},
-                    ],
-                },
-            },
-        ],
-    }
-    says = f"{title}: {LABELS[key]} against L0, {len(lines)} points; the tables of ground truth hold the values."
-    return Chart(f"truth_{part}_{key}", f"{title}: {LABELS[key]}", spec, says)
-
-
-def _follow(found: GroundTruthRun, scope: str) -> Chart:
-    """Rank correlation of every metric with the truth, with its interval."""
-    correlations = found.follow(scope)["correlations"]
-    rows = [
-        {"metric": LABELS[metric], "truth": label, "rho": values["spearman"]}
-        | dict(zip(("low", "high"), values.get("interval", ()), strict=False))
-        | {"text": with_interval(values["spearman"], values.get("interval"))}
-        for metric, truths in correlations.items()
-        for key, label in TRUTHS.items()
-        if "spearman" in (values := truths.get(key, {}))
-    ]
-    x: Spec = {"type": "quantitative", "title": "Spearman's rank correlation", "scale": {"domain": [-1, 1]}}
-    spec = {
-        "data": {"values": rows},
-        "height": {"step": 16},
-        "width": "container",
-        "autosize": FIT,
-        "encoding": {
-            "y": {"field": "metric", "type": "nominal", "sort": None, "title": None},
-            "yOffset": {"field": "truth", "type": "nominal"},
-            "color": {
-                "field": "truth",
-                "type": "nominal",
-                "title": None,
-                "scale": {"domain": list(TRUTHS.values()), "range": list(COLORS[: len(TRUTHS)])},
-                "legend": {"orient": "bottom"},
-            },
-        },
-        "layer": [
-            {"data": {"values": [{}]}, "mark": {"type": "rule", "style": "reference"}, "encoding": _ZERO},
-            {"mark": {"type": "rule", "strokeWidth": 1.6}, "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}}},
-            {
-                "mark": {"type": "point", "filled": True, "size": 45, "opacity": 1},
-                "encoding": {
-                    "x": {**x, "field": "rho"},
-                    "tooltip": [
-                        {"field": "metric", "title": "metric"},
-                        {"field": "truth", "title": "with"},
-                        {"field": "text", "title": "rank correlation"},
-                    ],
-                },
-            },
-        ],
-    }
-    title = f"Which metric follows the truth: {SCOPES[scope][0].lower()}{SCOPES[scope][1:]}"
-    return Chart(f"truth_follow_{scope}", title, spec, f"{title}: rank correlations; the table below holds the values.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_research.config.evaluations import EVALUATIONS
-from sae_research.reporting.comparisons import RESIDUAL, Comparison, grids
+from sae_research.reporting.comparisons import RESIDUAL, SAME, Comparison, grids
 from sae_research.reporting.metrics import EVALS, SAE_BENCH_SUFFIX, Metric, headline, metric_named, residual_key, sort_keys
 from sae_research.reporting.results import Row, Run
 from sae_research.runtime.formatting import number, signed
@@ -41,7 +41,9 @@ def results_table(run: Run) -> Table:
     ]
     measured.sort(key=lambda metric: metric.key not in shown)  # stable: the first table's own columns first
     return {
-        "columns": [column(metric, metric.key in shown and metric.eval in ("core", "sparse_probing")) for metric in measured],
+        "columns": [
+            column(metric, metric.key in shown and metric.eval in ("core", "sparse_probing")) for metric in measured
+        ],
         "rows": [
             {
                 **sae(row),
@@ -78,12 +80,10 @@ def task_tables(run: Run) -> list[Table]:
     keys = {key for _, record in records.values() for values in record["tasks"].values() for key in values}
     tables = []
     for metric in (headline(key) for key in sort_keys(keys, "sparse_probing") if key.startswith("sae_")):
-        rows = [
-            {**sae(row), "cells": _task_cells(record, tasks, metric.key)} for row, record in records.values()
-        ]
+        rows = [{**sae(row), "cells": _task_cells(record, tasks, metric.key)} for row, record in records.values()]
         reference = residual_key(metric.key)
         raw = next((record for _, record in records.values()), {})
-        if reference in keys:
+        if reference is not None and reference in keys:
             about = {"name": RESIDUAL, "kind": "", "group": "", "role": "reference", "flags": []}
             rows.append({**about, "cells": _task_cells(raw, tasks, reference)})
         columns = [
@@ -106,42 +106,39 @@ def _task_cells(record: dict[str, Any], tasks: Sequence[str], key: str) -> list[
 def reading(run: Run) -> dict[str, Any]:
     """Measured points of every architecture's sparsity grid, between which the page reads values at one L0."""
     metrics = [metric for key in run.headline if (metric := headline(key)).better]
-    lines = [
-        {
-            "label": grid.label,
-            "group": grid.group,
-            "curves": {metric.key: grid.curve(metric) for metric in metrics},
-        }
-        for grid in grids(run, controls=True)
-    ]
-    measured = [x for line in lines for curve in line["curves"].values() for x, _ in curve]
+    found = [(grid, {metric.key: grid.curve(metric) for metric in metrics}) for grid in grids(run, controls=True)]
+    lines = [{"label": grid.label, "group": grid.group, "curves": curves} for grid, curves in found]
+    measured = [x for _, curves in found for curve in curves.values() for x, _ in curve]
     return {
         "columns": [column(metric) for metric in metrics],
         "lines": lines,
         "range": [min(measured), max(measured)] if measured else [],
+        "same": SAME,
     }
 
 
 # --- differences ---------------------------------------------------------------------------------
 
 
-def matrices(found: Sequence[Comparison]) -> list[dict[str, Any]]:
+def matrices(run: Run, found: Sequence[Comparison]) -> list[dict[str, Any]]:
     """A matrix for each tested metric: rows and columns are architectures (or sizes of one), a cell holds row minus column
     at every L0 where they meet."""
+    order = [*(grid.label for grid in grids(run, controls=True)), RESIDUAL]
     return [
-        _matrix(metric, [item for item in found if item.metric == metric])
+        _matrix(metric, [item for item in found if item.metric == metric], order)
         for metric in dict.fromkeys(item.metric for item in found)
     ]
 
 
-def _matrix(metric: Metric, items: Sequence[Comparison]) -> dict[str, Any]:
+def _matrix(metric: Metric, items: Sequence[Comparison], order: Sequence[str]) -> dict[str, Any]:
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for item in items:
         one, other = item.one.grid.label, item.other.grid.label if item.other else RESIDUAL
         cells.setdefault((one, other), []).append(_entry(item, 1))
         if other != one:
             cells.setdefault((other, one), []).append(_entry(item, -1))
-    names = sorted(dict.fromkeys(name for pair in cells for name in pair), key=lambda name: name == RESIDUAL)
+    tested = {name for pair in cells for name in pair}
+    names = [name for name in order if name in tested]
     return {
         "metric": metric,
         "exceeding": sum(item.exceeds_noise for item in items),

@@ -14,10 +14,10 @@ from markupsafe import Markup
 from sae_research.config.reporting import Visualization
 from sae_research.reporting import report
 from sae_research.reporting.comparisons import DIFFERENCES_CSV, Comparison
-from sae_research.reporting.ground_truth import ground_truth, read_ground_truth
+from sae_research.reporting.ground_truth import GroundTruthRun, ground_truth, read_ground_truth
 from sae_research.reporting.results import Run
 from sae_research.reporting.sections import controls, differences, equal_l0, optional, seeds
-from sae_research.reporting.site import charts, content, text
+from sae_research.reporting.site import charts, content, histories, text, truth
 from sae_research.reporting.style import chosen_styles
 from sae_research.reporting.tables import RESULTS_CSV
 from sae_research.reporting.transfer import transfer
@@ -37,16 +37,17 @@ def write_site(run: Run, found: Sequence[Comparison], style: Visualization, root
     """
     tables = {path.name: (root / path).read_text() for path in (RESULTS_CSV, DIFFERENCES_CSV)}
     with replaced_folder(root / SITE) as folder:
-        write_page(folder, "index", **site_parts(run, found, style, root))
+        write_page(folder, "results", **site_parts(run, found, style, root))
         for name, table in tables.items():
             write_text(folder / name, table)
 
 
 def write_page(folder: Path, template: str, **parts: Any) -> None:
     """`index.html` from a template, with what every page needs beside it."""
-    page = _environment().get_template(f"{template}.html.j2").render(parts)
+    script = f"{template}.js"
+    page = _environment().get_template(f"{template}.html.j2").render(parts, script=script)
     write_text(folder / "index.html", page)
-    for name in ("style.css", "table.js", "charts.js", "page.js"):
+    for name in ("style.css", "shared.js", "table.js", "charts.js", script):
         write_text(folder / name, (PARTS / "static" / name).read_text())
     write_text(folder / VEGA, vega())
 
@@ -56,8 +57,11 @@ def vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, with their licence."""
     import vl_convert  # 30 MB that only this needs
 
-    licence = "/* Vega, Vega-Lite and Vega-Embed (BSD-3-Clause, University of Washington Interactive Data Lab), from vl-convert */\n"
-    return licence + vl_convert.javascript_bundle() + "\n"
+    return (
+        "/* Vega, Vega-Lite and Vega-Embed; BSD-3-Clause, University of Washington Interactive Data Lab */\n"
+        + vl_convert.javascript_bundle()
+        + "\n"
+    )
 
 
 @cache
@@ -82,9 +86,9 @@ def as_json(value: Any) -> Markup:
 
 
 def site_parts(run: Run, found: Sequence[Comparison], style: Visualization, root: Path) -> dict[str, Any]:
-    """What `index.html.j2` shows."""
+    """What `results.html.j2` shows."""
     chosen = chosen_styles(style)
-    marks, truth = charts.run_marks(run, chosen), read_ground_truth(root)
+    marks, known = charts.run_marks(run, chosen), read_ground_truth(root)
     tokens = run.training.get("tokens")
     return {
         "smoke_tokens": tokens if tokens and tokens < report.FIELD_TOKENS else None,
@@ -96,32 +100,32 @@ def site_parts(run: Run, found: Sequence[Comparison], style: Visualization, root
         "unavailable": run.unavailable("core"),
         "reading": content.reading(run),
         "equal_l0": _html(equal_l0(run)),
-        "matrices": content.matrices(found),
+        "matrices": content.matrices(run, found),
         "differences": _html(_before_tables(differences(run, found))),
         "controls": _html(controls(run)),
         "seeds": _html(seeds(run)),
         "tasks": content.task_tables(run),
-        "training": charts.training(run, chosen),
+        "training": histories.training(run, chosen),
         "findings": _html(report.training(run)),
-        "densities": charts.densities(run, marks),
-        "truth_charts": charts.truth(truth) if truth else [],
+        "densities": histories.densities(run, marks),
+        "truth_charts": truth.truth(known) if known else [],
         "truth": _html(ground_truth(root)),
         "transfer": _html(transfer(root)),
         "optional": [(text.title(part), _html(part)) for part in _sections(optional(run))],
         "latents": [(row, _dashboard(row.name, root)) for row in run.rows],
         "statuses": _html(report.statuses(run, root)),
         "definitions": _html(report.definitions(run)),
-        "datasets": _datasets(run, truth),
+        "datasets": _datasets(run, known),
     }
 
 
-def _datasets(run: Run, truth: Any) -> Mapping[str, list[dict[str, Any]]]:
+def _datasets(run: Run, known: GroundTruthRun | None) -> Mapping[str, list[dict[str, Any]]]:
     """Rows that several charts share, by the name under which their specifications ask for them."""
     return {
         "saes": charts.sae_rows(run),
-        "curves": charts.curve_data(run),
-        "densities": charts.density_data(run),
-        "truth": charts.truth_data(truth) if truth else [],
+        "curves": histories.curve_data(run),
+        "densities": histories.density_data(run),
+        "truth": truth.truth_data(known) if known else [],
     }
 
 

@@ -2,25 +2,6 @@
 // Draws each chart when it comes near the screen, in the colours of the page's light or dark ground.
 
 const charts = { views: new Map(), values: {}, datasets: {} };
-const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const dark = matchMedia("(prefers-color-scheme: dark)");
-
-function luminance(color) {
-  const parts = color.match(/[0-9a-f]{2}/gi).map(part => parseInt(part, 16) / 255);
-  const [r, g, b] = parts.map(part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-}
-
-// The same colour, lightened on a dark ground until it can be told from it (a contrast of 3 to 1).
-function readable(color) {
-  if (!dark.matches) return color;
-  const ground = luminance(style("--ground"));
-  for (let step = 0; step <= 20; step++) {
-    const mixed = "#" + color.match(/[0-9a-f]{2}/gi).map(part => Math.round(parseInt(part, 16) + (255 - parseInt(part, 16)) * step / 20).toString(16).padStart(2, "0")).join("");
-    if ((luminance(mixed) + 0.05) / (ground + 0.05) >= 3) return mixed;
-  }
-  return "#ffffff";
-}
 
 function appearance() {
   const ink = style("--ink"), muted = style("--muted"), line = style("--line"), font = "system-ui, sans-serif";

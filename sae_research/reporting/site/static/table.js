@@ -15,6 +15,7 @@ function resultsTable(table, data, options = {}) {
   const values = (row, column) => column < 0 ? row.name : row.cells[column][0];
   let order = { column: null, down: true }, intervals = false, roles = new Set(data.rows.map(row => row.role));
   const head = node("thead"), body = node("tbody");
+  table.querySelectorAll("thead, tbody").forEach(part => part.remove());
   table.append(head, body);
   let lines = [];
 
@@ -28,10 +29,8 @@ function resultsTable(table, data, options = {}) {
     }), ...(options.flags ? [node("th", { scope: "col", className: "words" }, "Flags")] : [])));
     const spans = options.heat && shown.map(([, index]) => span(index));
     lines = data.rows.map(row => {
-      const name = node("th", { scope: "row" });
-      if (data.marks?.[row.group]) name.append(icon(data.marks[row.group]));
-      name.append(row.name);
-      const line = node("tr", { className: row.role }, name);
+      const mark = data.marks?.[row.group], name = node("span", { className: "named" }, ...(mark ? [icon(mark)] : []), node("span", {}, row.name));
+      const line = node("tr", { className: row.role }, node("th", { scope: "row" }, name));
       shown.forEach(([, index], place) => {
         const [value, text, bounds] = row.cells[index];
         const cell = node("td", {}, text ?? "–");
@@ -99,7 +98,6 @@ function resultsTable(table, data, options = {}) {
       left += stays;
     });
     status.textContent = left === data.rows.length ? `${left} rows` : `${left} of ${data.rows.length} rows`;
-    options.filtered?.(new Set(data.rows.filter((_, place) => !lines[place].hidden).map(row => row.name)));
   }
   search.oninput = filter;
 
@@ -125,16 +123,4 @@ function resultsTable(table, data, options = {}) {
     }
   }
   draw();
-}
-
-function icon(mark) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", "svg"), path = document.createElementNS(made.namespaceURI, "path");
-  made.setAttribute("viewBox", "-1.6 -1.6 3.2 3.2");
-  made.setAttribute("class", "mark");
-  made.setAttribute("aria-hidden", "true");
-  path.setAttribute("d", mark.path);
-  path.setAttribute("transform", `scale(${mark.scale})`);
-  path.style.fill = readable(mark.color);
-  made.append(path);
-  return made;
 }

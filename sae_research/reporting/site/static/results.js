@@ -1,36 +1,30 @@
 "use strict";
 // The page of results: hands data to tables and charts, and reads all architectures at one L0.
 
-const given = name => { const found = document.getElementById(`data-${name}`); return found ? JSON.parse(found.textContent) : null; };
-
 function number(value) {
   const size = Math.abs(value);
   if (size >= 100 || value === 0) return value.toFixed(0);
   return size >= 10 ? value.toFixed(1) : size >= 0.01 ? value.toFixed(3) : String(Number(value.toPrecision(2)));
 }
 
-// The value at an L0, linear in log L0 between the points beside it; undefined outside them.
-function at(curve, l0) {
-  for (let place = 0; place < curve.length; place++) {
-    const [x, y] = curve[place];
-    if (Math.abs(x - l0) <= 1e-6 * x) return y;
-    if (x > l0) {
-      if (place === 0) return undefined;
-      const [x0, y0] = curve[place - 1];
-      return y0 + (y - y0) * Math.log(l0 / x0) / Math.log(x / x0);
-    }
-  }
-  return undefined;
+// The value at an L0: that of a measured point where one is equal (the larger at most `same` times the smaller), else linear in
+// log L0 between the points beside it; undefined outside them.
+function at(curve, l0, same) {
+  const near = curve.filter(([x]) => Math.max(x, l0) <= same * Math.min(x, l0));
+  if (near.length) return near.reduce((best, point) => Math.abs(Math.log(point[0] / l0)) < Math.abs(Math.log(best[0] / l0)) ? point : best)[1];
+  const place = curve.findIndex(([x]) => x > l0);
+  if (place < 1) return undefined;
+  const [[x0, y0], [x1, y1]] = [curve[place - 1], curve[place]];
+  return y0 + (y1 - y0) * Math.log(l0 / x0) / Math.log(x1 / x0);
 }
 
 function showReading(reading, marks) {
   const table = document.getElementById("reading-table"), field = document.getElementById("read-l0"), slide = document.getElementById("slide-l0");
   if (!table || !reading.range.length) return;
   const [low, high] = reading.range.map(Math.log), show = l0 => {
-    table.querySelectorAll("thead, tbody").forEach(part => part.remove());
     const rows = reading.lines.map(line => ({
       name: line.label, kind: "", group: line.group, role: line.group === "control" ? "control" : "", flags: [],
-      cells: reading.columns.map(column => { const value = at(line.curves[column.key] ?? [], l0); return value === undefined ? [] : [value, number(value)]; }),
+      cells: reading.columns.map(column => { const value = at(line.curves[column.key] ?? [], l0, reading.same); return value === undefined ? [] : [value, number(value)]; }),
     }));
     resultsTable(table, { columns: reading.columns, rows, marks });
     setCharts("read_at", l0);
@@ -47,13 +41,8 @@ function showReading(reading, marks) {
 // The measured L0 at which most architectures can be read.
 function mostRead(reading) {
   const curves = reading.lines.map(line => Object.values(line.curves)[0] ?? []).filter(curve => curve.length);
-  const covered = l0 => curves.filter(curve => at(curve, l0) !== undefined).length;
+  const covered = l0 => curves.filter(curve => at(curve, l0, reading.same) !== undefined).length;
   return curves.flatMap(curve => curve.map(point => point[0])).reduce((best, l0) => covered(l0) > covered(best) ? l0 : best);
-}
-
-function choose(id, show) {
-  const choice = document.getElementById(id);
-  if (choice) { choice.onchange = () => show(Number(choice.value)); show(Number(choice.value)); }
 }
 
 function start() {
@@ -61,16 +50,14 @@ function start() {
   const named = document.getElementById("results-table");
   resultsTable(named, { ...results, marks }, { choose: true, flags: true });
   document.body.dataset.ready = "table";
-  document.querySelectorAll(".legend .mark path").forEach(path => { path.style.fill = readable(getComputedStyle(path.ownerSVGElement).getPropertyValue("--mark").trim()); });
+  colorIcons();
   watchCharts(given("datasets"), results.rows.length > 200);
   showReading(given("reading"), marks);
   const legend = document.getElementById("legend");
   if (legend) legend.onchange = () => setCharts("shown", [...legend.querySelectorAll("input:checked")].map(box => box.value));
   choose("matrix-choice", index => document.querySelectorAll("[data-matrix]").forEach(one => { one.hidden = Number(one.dataset.matrix) !== index; }));
   choose("task-choice", index => {
-    const table = document.getElementById("task-table");
-    table.querySelectorAll("thead, tbody").forEach(part => part.remove());
-    resultsTable(table, { ...tasks[index], marks }, { heat: true });
+    resultsTable(document.getElementById("task-table"), { ...tasks[index], marks }, { heat: true });
   });
   document.body.dataset.ready = "yes";
 }
