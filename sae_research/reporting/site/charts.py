@@ -79,8 +79,11 @@ def sae_rows(run: Run) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def against_l0(run: Run, key: str, marks: Marks) -> Chart:
-    """One metric against L0: markers, 95 % intervals, families over one dictionary, and a line at the L0 that is read."""
+def against_l0(run: Run, key: str, marks: Marks, saes: Sequence[Mapping[str, Any]]) -> Chart:
+    """One metric against L0: markers, 95 % intervals, families over one dictionary, and a line at the L0 that is read.
+
+    saes: `sae_rows` of the run.
+    """
     metric = headline(key)
     drawn = [point for point in points(run, key) if not metric.log or point.y > 0]
     unit = " (nats, log scale)" if metric.log else ""
@@ -104,7 +107,7 @@ def against_l0(run: Run, key: str, marks: Marks) -> Chart:
         "scale": y_scale,
         "axis": y_axis,
     }
-    rows = [row for row in sae_rows(run) if key in row]
+    rows = [row for row in saes if key in row]
     layer = _layers(key, metric.label, x, y, marks, rows)
     baseline = residual_baseline(run, key)
     if baseline is not None:

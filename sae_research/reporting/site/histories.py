@@ -107,26 +107,33 @@ def _curve_scale(run: Run, column: str) -> Spec:
 
 
 def density_data(run: Run) -> list[dict[str, Any]]:
-    """The data set `densities`: one row a bar of every SAE's histogram."""
+    """The data set `densities`: one row an SAE, its bars as lists (log10 density `from` and `to`, `latents`, `height`)."""
     rows = []
     for row in run.rows:
         histogram = row.evals.get("core", {}).get("density_histogram")
         if histogram:
             edges, counts = histogram["log10_edges"], histogram["counts"]
             tallest, total = max(counts, default=0) or 1, sum(counts) + histogram["dead"]
-            share = {"sae": row.name, "group": row.group, "dead": percent(histogram["dead"] / total) if total else ABSENT}
-            rows += [
-                {**share, "from": low, "to": high, "latents": count, "height": round(count / tallest, 4)}
-                for low, high, count in zip(edges, edges[1:], counts, strict=False)
-                if count
-            ]
+            bars = [bar for bar in zip(edges, edges[1:], counts, strict=False) if bar[2]]
+            rows.append(
+                {
+                    "sae": row.name,
+                    "group": row.group,
+                    "dead": percent(histogram["dead"] / total) if total else ABSENT,
+                    "from": [low for low, _, _ in bars],
+                    "to": [high for _, high, _ in bars],
+                    "latents": [count for _, _, count in bars],
+                    "height": [round(count / tallest, 3) for _, _, count in bars],
+                }
+            )
     return rows
 
 
 def densities(run: Run, marks: Marks) -> list[Chart]:
     """How often latents fire: a histogram for each SAE, `DENSITIES` of them in a chart."""
-    names = list(dict.fromkeys(row["sae"] for row in density_data(run)))
-    edges = [edge for row in density_data(run) for edge in (row["from"], row["to"])]
+    rows = density_data(run)
+    names = [row["sae"] for row in rows]
+    edges = [edge for row in rows for edge in (*row["from"], *row["to"])]
     charts = []
     for start in range(0, len(names), DENSITIES):
         part = names[start : start + DENSITIES]
@@ -159,13 +166,14 @@ def _density(names: Sequence[str], edges: Sequence[float], marks: Marks) -> Spec
         "field": "from",
         "type": "quantitative",
         "title": "log10 of the fraction of tokens",
-        "scale": {"domain": [min(edges), max(edges)], "nice": False},
+        "scale": {"domain": [min(edges, default=-6), max(edges, default=0)], "nice": False},
         "axis": {"grid": False, "format": "~g", "tickCount": 6},
     }
     return {
         "data": {"name": "densities"},
         "transform": [
             {"filter": {"field": "sae", "oneOf": list(names)}},
+            {"flatten": ["from", "to", "latents", "height"]},
             {"calculate": f"{above} - indexof({json.dumps(list(names))}, datum.sae)", "as": "foot"},
             {"calculate": "datum.foot + 0.9 * datum.height", "as": "top"},
         ],

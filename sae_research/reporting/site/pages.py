@@ -15,6 +15,7 @@ from sae_research.config.reporting import Visualization
 from sae_research.reporting import report
 from sae_research.reporting.comparisons import DIFFERENCES_CSV, Comparison
 from sae_research.reporting.ground_truth import GroundTruthRun, ground_truth, read_ground_truth
+from sae_research.reporting.metrics import headline
 from sae_research.reporting.results import Run
 from sae_research.reporting.sections import controls, differences, equal_l0, optional, seeds
 from sae_research.reporting.site import charts, content, histories, text, truth
@@ -89,15 +90,16 @@ def site_parts(run: Run, found: Sequence[Comparison], style: Visualization, root
     """What `results.html.j2` shows."""
     chosen = chosen_styles(style)
     marks, known = charts.run_marks(run, chosen), read_ground_truth(root)
-    tokens = run.training.get("tokens")
+    tokens, saes = run.training.get("tokens"), charts.sae_rows(run)
+    drawn = [key for key in run.plotted if any(key in row for row in saes)]
     return {
         "smoke_tokens": tokens if tokens and tokens < report.FIELD_TOKENS else None,
         "summary": _html(report.summary(run, found)),
         "setting": _html(report.what_ran(run)),
         "marks": marks,
         "results": content.results_table(run),
-        "pareto": [charts.against_l0(run, key, marks) for key in run.plotted],
-        "unavailable": run.unavailable("core"),
+        "pareto": [charts.against_l0(run, key, marks, saes) for key in drawn],
+        "not_drawn": [_why_not(run, key) for key in run.plotted if key not in drawn],
         "reading": content.reading(run),
         "equal_l0": _html(equal_l0(run)),
         "matrices": content.matrices(run, found),
@@ -115,18 +117,24 @@ def site_parts(run: Run, found: Sequence[Comparison], style: Visualization, root
         "latents": [(row, _dashboard(row.name, root)) for row in run.rows],
         "statuses": _html(report.statuses(run, root)),
         "definitions": _html(report.definitions(run)),
-        "datasets": _datasets(run, known),
+        "datasets": {"saes": saes, **_datasets(run, known)},
     }
 
 
 def _datasets(run: Run, known: GroundTruthRun | None) -> Mapping[str, list[dict[str, Any]]]:
     """Rows that several charts share, by the name under which their specifications ask for them."""
     return {
-        "saes": charts.sae_rows(run),
         "curves": histories.curve_data(run),
         "densities": histories.density_data(run),
         "truth": truth.truth_data(known) if known else [],
     }
+
+
+def _why_not(run: Run, key: str) -> str:
+    """Why a metric has no chart, as its figure says it."""
+    metric = headline(key)
+    why = run.unavailable("core") or run.unavailable(metric.eval) or "was not measured"
+    return f"{metric.label}: {why}"
 
 
 PLACES = ("#which-differences-exceed-noise", "#ground-truth")

@@ -119,7 +119,7 @@ def _follow(found: GroundTruthRun, scope: str) -> Chart:
         if "spearman" in (values := truths.get(key, {}))
     ]
     x: Spec = {"type": "quantitative", "title": "Spearman's rank correlation"}
-    x |= {"scale": {"domain": [-1, 1]}, "axis": {"values": [-1, -0.5, 0, 0.5, 1], "format": "~g"}}
+    x |= {"scale": {"domain": [-1.03, 1.03], "nice": False}, "axis": {"values": [-1, -0.5, 0, 0.5, 1], "format": "~g"}}
     spec = {
         "data": {"values": rows},
         "height": 34 * len(correlations),

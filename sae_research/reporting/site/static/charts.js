@@ -8,7 +8,7 @@ function appearance() {
   const words = { labelColor: muted, titleColor: ink, labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal", labelFont: font, titleFont: font };
   return {
     background: style("--ground"), font, view: { stroke: null }, text: { color: ink },
-    axis: { ...words, gridColor: line, domainColor: muted, tickColor: line }, legend: { ...words, labelColor: ink },
+    axis: { ...words, gridColor: line, domainColor: muted, tickColor: line }, legend: { ...words, labelColor: ink, symbolBaseFillColor: ink, symbolBaseStrokeColor: ink, layout: { bottom: { direction: "vertical", anchor: "start", margin: 6 } } },
     style: { reading: { color: style("--accent") }, reference: { color: muted }, "reference-name": { color: muted, fontSize: 10 } },
   };
 }

@@ -8,12 +8,14 @@ function node(tag, properties = {}, ...children) {
   return made;
 }
 
+const LIMIT = 100;  // rows drawn at first: laying out thousands of cells takes longer than a key press should
+
 function resultsTable(table, data, options = {}) {
   const tools = document.querySelector(`[data-tools="${table.id}"]`);
   const columns = data.columns.map(one => ({ ...one }));
   const words = data.rows.map(row => [row.name, row.kind, row.role, ...row.flags].join(" ").toLowerCase());
   const values = (row, column) => column < 0 ? row.name : row.cells[column][0];
-  let order = { column: null, down: true }, intervals = false, roles = new Set(data.rows.map(row => row.role));
+  let order = { column: null, down: true }, intervals = false, limit = LIMIT, roles = new Set(data.rows.map(row => row.role));
   const head = node("thead"), body = node("tbody");
   table.querySelectorAll("thead, tbody").forEach(part => part.remove());
   table.append(head, body);
@@ -28,15 +30,15 @@ function resultsTable(table, data, options = {}) {
       return cell;
     }), ...(options.flags ? [node("th", { scope: "col", className: "words" }, "Flags")] : [])));
     const spans = options.heat && shown.map(([, index]) => span(index));
-    lines = data.rows.map(row => {
-      const mark = data.marks?.[row.group], name = node("span", { className: "named" }, ...(mark ? [icon(mark)] : []), node("span", {}, row.name));
-      const line = node("tr", { className: row.role }, node("th", { scope: "row" }, name));
-      shown.forEach(([, index], place) => {
+    lines = data.rows.map((row, place) => {
+      const mark = data.marks?.[row.group], name = node("span", { className: "named" }, ...(mark ? [icon(mark)] : []), node("span", {}, ...row.name.split(/(?<=_)/).flatMap(part => [part, node("wbr")])));
+      const line = node("tr", { className: row.role, hidden: true, place }, node("th", { scope: "row" }, name));
+      shown.forEach(([, index], column) => {
         const [value, text, bounds] = row.cells[index];
         const cell = node("td", {}, text ?? "–");
         if (intervals && bounds) cell.append(node("span", { className: "interval" }, bounds));
         else if (bounds) cell.title = `95 % interval ${bounds}`;
-        if (spans && value !== undefined) cell.style.setProperty("--share", spans[place](value));
+        if (spans && value !== undefined) cell.style.setProperty("--share", spans[column](value));
         line.append(cell);
       });
       if (options.flags) line.append(node("td", { className: "words" }, row.flags.join(", ")));
@@ -92,13 +94,17 @@ function resultsTable(table, data, options = {}) {
       return place => { const value = data.rows[place].cells[index][0]; return sign === "<" ? value < Number(limit) : value > Number(limit); };
     });
     let left = 0;
-    data.rows.forEach((row, place) => {
-      const stays = roles.has(row.role) && terms.every(holds => holds(place));
-      lines[place].hidden = !stays;
+    for (const line of body.rows) {
+      const place = line.place, stays = roles.has(data.rows[place].role) && terms.every(holds => holds(place));
       left += stays;
-    });
-    status.textContent = left === data.rows.length ? `${left} rows` : `${left} of ${data.rows.length} rows`;
+      line.hidden = !stays || left > limit;
+    }
+    const hidden = Math.max(0, left - limit);
+    status.replaceChildren(left === data.rows.length ? `${left} rows` : `${left} of ${data.rows.length} rows`, ...(hidden ? [", ", more] : []));
+    more.textContent = `show ${hidden} more`;
   }
+  const more = node("button", { type: "button" });
+  more.onclick = () => { limit = Infinity; filter(); };
   search.oninput = filter;
 
   function check(label, checked, change) {
