@@ -38,7 +38,7 @@ img { max-width: 100%; height: auto; }
 </style>
 </head>
 <body>
-<p>The same charts with tables, tests of differences and intervals at equal L0: <a href="../report/index.html">results site</a>.</p>
+<p>With tables and tests of differences: <a href="../report/index.html">the results site</a>.</p>
 {plot_divs}
 </body>
 </html>
