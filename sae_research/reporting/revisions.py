@@ -122,8 +122,10 @@ def fitted(rows: Sequence[Sequence[str]], width: int, left: int = 1) -> str:
 
     rows: the header is the first, its words below each other where a column is narrow; the first `left` columns are words.
     """
-    (header, *body), limit = rows, max(12, width // 2)
-    cells = [[shortened(cell, limit) for cell in row] for row in body]
+    (header, *body), half = rows, max(12, width // 2)
+    widest = max((len(shortened(cell, half)) for row in rows for cell in row[1:]), default=0)
+    first = max(12, min(half, width - widest - 2))
+    cells = [[shortened(cell, half if place else first) for place, cell in enumerate(row)] for row in body]
     heads = [_wrapped(head, [row[place] for row in cells]) for place, head in enumerate(header)]
     widths = [max(map(len, [*head, *(row[place] for row in cells)])) for place, head in enumerate(heads)]
     blocks: list[list[int]] = [[0]]

@@ -8,7 +8,7 @@ function node(tag, properties = {}, ...children) {
   return made;
 }
 
-const LIMIT = 100;  // rows drawn at first: laying out thousands of cells takes longer than a key press should
+const LIMIT = 60;  // rows drawn at first: laying out thousands of cells takes longer than a key press should
 
 function resultsTable(table, data, options = {}) {
   const tools = document.querySelector(`[data-tools="${table.id}"]`);
