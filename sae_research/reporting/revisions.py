@@ -114,7 +114,7 @@ def metrics_table(run: Run, metrics: Sequence[Metric], width: int, intervals: bo
         ]
         for row in run.rows
     ]
-    return fitted([["SAE", *(metric.label + metric.arrow for metric in metrics)], *body], width)
+    return fitted([["SAE", *(metric.full_label + metric.arrow for metric in metrics)], *body], width)
 
 
 def fitted(rows: Sequence[Sequence[str]], width: int, left: int = 1) -> str:
@@ -189,7 +189,7 @@ def comparison_table(one: Snapshot, other: Snapshot, metrics: Sequence[Metric], 
         [here.name, *(_change(here.value(m.key, m.eval), there.value(m.key, m.eval)) for m in metrics)]
         for here, there in shared(one, other)
     ]
-    return fitted([["SAE", *(metric.label + metric.arrow for metric in metrics)], *body], width)
+    return fitted([["SAE", *(metric.full_label + metric.arrow for metric in metrics)], *body], width)
 
 
 def _change(before: float | None, after: float | None) -> str:

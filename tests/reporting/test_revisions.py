@@ -92,7 +92,9 @@ def test_the_terminal_s_tables(project: Lab, capsys: pytest.CaptureFixture[str],
     assert [line.split() for line in shown.splitlines()][-1] == ["random_seed", "43"]
     assert shown.count("→") == 1
     assert main(["metrics", "--eval", "sparse_probing"]) == 0
-    assert "Residual stream" in " ".join(capsys.readouterr().out.split())
+    heading, first = capsys.readouterr().out.split("\nstandard ")
+    assert heading.count("Residual") == 8 and heading.count("Bench)") == 8  # ours and SAE Bench's of four probes each
+    assert first.split("\n")[0].split()[0] == "0.742"
 
 
 def test_the_pages(project: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +152,7 @@ def test_wide_tables_are_cut_into_several() -> None:
     rows = [["SAE", "Variance explained ↑", "L0"], ["a_very_long_name_of_an_sae_seed1", "0.5", "1"]]
     assert fitted(rows, 200).splitlines()[0] == "                                     Variance"
     parts = fitted(rows, 26).split("\n\n")
-    assert len(parts) == 2 and all(part.splitlines()[-1].startswith("a_very…_seed1") for part in parts)
+    assert len(parts) == 2 and all(part.splitlines()[-1].startswith("a_very…seed1") for part in parts)
 
 
 def test_the_command_runs_without_torch(project: Lab) -> None:

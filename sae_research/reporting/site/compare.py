@@ -63,7 +63,7 @@ def _table(metric: Metric, pairs: Sequence[tuple[Row, Row]], one: str, other: st
         {"key": key, "label": label, "arrow": "", "about": about.get(key, ""), "part": "", "shown": True}
         for key, label in labels.items()
     ]
-    return {"title": metric.label + metric.arrow, "about": metric.definition, "columns": columns, "rows": rows}
+    return {"title": metric.full_label + metric.arrow, "about": metric.definition, "columns": columns, "rows": rows}
 
 
 def _cells(metric: Metric, here: Row, there: Row) -> list[Cell]:

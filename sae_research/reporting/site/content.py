@@ -56,10 +56,9 @@ def results_table(run: Run) -> Table:
 
 def column(metric: Metric, shown: bool = True) -> dict[str, Any]:
     """A column of a table: its heading, what it means, which way is better, and the evaluation it comes from."""
-    whose = " (SAE Bench's definition)" if metric.key.endswith(SAE_BENCH_SUFFIX) else ""
     return {
         "key": metric.key,
-        "label": metric.label + whose,
+        "label": metric.full_label,
         "arrow": metric.arrow.strip(),
         "about": " ".join(filter(None, (metric.definition, DIRECTIONS[metric.better]))),
         "part": EVALUATIONS[metric.eval].title if metric.eval in EVALUATIONS else metric.eval,
