@@ -60,7 +60,7 @@ def vega() -> str:
 
     return (
         "/* Vega, Vega-Lite and Vega-Embed; BSD-3-Clause, University of Washington Interactive Data Lab */\n"
-        + vl_convert.javascript_bundle()
+        + vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
         + "\n"
     )
 
