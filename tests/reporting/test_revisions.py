@@ -17,7 +17,7 @@ from sae_research.reporting.revisions import changed_params, chosen_metrics, fit
 from sae_research.reporting.tables import write_plot_data, write_results_csv
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.formatting import number
-from tests.helpers.results import INTERPOLATING, Lab, build
+from tests.helpers.results import INTERPOLATING, Lab, build, complete
 
 IDENTITY = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
 
@@ -27,9 +27,10 @@ def git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture
-def project(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A repository whose first commit has a worse `topk` and no `control_pca`; an experiment stands beside."""
+    lab = complete(tmp_path_factory.mktemp("revisions"))
     run = build(lab)
     write_results_csv(run, lab.root)
     write_plot_data(run, lab.root)
@@ -48,9 +49,14 @@ def project(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
     lab.write("params.yaml", (lab.root / "params.yaml").read_text() + "random_seed: 43\n")
     git(lab.root, "commit", "-qam", "two")
     git(lab.root, "update-ref", f"refs/exps/{first[:2]}/{first[2:]}/sweep-1a", first)
-    monkeypatch.chdir(lab.root)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
     return lab
+
+
+@pytest.fixture
+def project(repository: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.chdir(repository.root)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return repository
 
 
 def test_results_are_read_back_as_they_were(project: Lab) -> None:

@@ -13,39 +13,40 @@ from sae_research.config.reporting import Visualization
 from sae_research.reporting.comparisons import RESIDUAL, comparisons
 from sae_research.reporting.dvc_plots import templates
 from sae_research.reporting.metrics import SAE_BENCH_SUFFIX, headline
+from sae_research.reporting.results import read_run
 from sae_research.reporting.site import content, histories, marks, text
 from sae_research.reporting.site.charts import run_marks
 from sae_research.reporting.style import KNOWN, chosen_styles
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.formatting import number
-from tests.helpers.results import SAES, Lab, build
-from tests.helpers.sites import METHODS, ground_truth, held, many, specs, written_site
+from tests.helpers.results import SAES, Lab
+from tests.helpers.sites import METHODS, held, many, specs, written_site
 
 vl_convert = pytest.importorskip("vl_convert", reason="vl-convert-python is not installed: `make setup`")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def site(lab: Lab) -> Path:
-    ground_truth(lab)
-    return written_site(lab)
+@pytest.fixture(scope="module")
+def page(site_lab: Lab) -> Path:
+    return site_lab.root / "report/index.html"
 
 
-def test_equal_results_give_equal_bytes_and_nothing_is_asked_of_the_network(lab: Lab, site: Path) -> None:
+def test_equal_results_give_equal_bytes_and_nothing_is_asked_of_the_network(site_lab: Lab) -> None:
+    site = site_lab.root / "report"
     before = {path.name: path.read_bytes() for path in site.iterdir()}
-    written_site(lab)
+    written_site(site_lab)
     assert {path.name: path.read_bytes() for path in site.iterdir()} == before
     assert sum(map(len, before.values())) < 3e6
     addresses = re.findall(r'(?:src|href)="([^"#]+)"', before["index.html"].decode())
     assert addresses and all(address == "data:," or (site / address).is_file() for address in addresses)
     assert not re.search(r"url\(|@import", before["style.css"].decode())
     for name in ("results", "differences"):
-        assert before[f"{name}.csv"] == (lab.root / f"metrics/{name}.csv").read_bytes()
+        assert before[f"{name}.csv"] == (site_lab.root / f"metrics/{name}.csv").read_bytes()
 
 
-def test_the_table_holds_every_value_of_results_csv(lab: Lab, site: Path) -> None:
-    table = held(site / "index.html", "results")
-    assert [row["name"] for row in table["rows"]] == [row.name for row in build(lab).rows]
+def test_the_table_holds_every_value_of_results_csv(site_lab: Lab, page: Path) -> None:
+    table = held(page, "results")
+    assert [row["name"] for row in table["rows"]] == [row.name for row in read_run(site_lab.root).rows]
     keys = [column["key"] for column in table["columns"]]
     shown = {
         (row["name"], keys[place].removesuffix(SAE_BENCH_SUFFIX), keys[place].endswith(SAE_BENCH_SUFFIX)): cell
@@ -53,7 +54,7 @@ def test_the_table_holds_every_value_of_results_csv(lab: Lab, site: Path) -> Non
         for place, cell in enumerate(row["cells"])
         if cell
     }
-    with (lab.root / "metrics/results.csv").open() as handle:
+    with (site_lab.root / "metrics/results.csv").open() as handle:
         lines = list(csv.DictReader(handle))
     assert len(lines) == len(shown) > 200
     for line in lines:
@@ -64,22 +65,22 @@ def test_the_table_holds_every_value_of_results_csv(lab: Lab, site: Path) -> Non
         bounds = f"[{number(float(line['low']))}, {number(float(line['high']))}]" if line["low"] else None
         assert (cell[2] if len(cell) > 2 else None) == bounds
     first = [column["key"] for column in table["columns"] if column["shown"]]
-    assert first == list(build(lab).headline)
+    assert first == list(read_run(site_lab.root).headline)
 
 
-def test_conclusions_come_first_and_in_the_report_s_words(lab: Lab, site: Path) -> None:
-    page, report = (site / "index.html").read_text(), (lab.root / "METRICS.md").read_text()
+def test_conclusions_come_first_and_in_the_report_s_words(site_lab: Lab, page: Path) -> None:
+    shown, report = page.read_text(), (site_lab.root / "METRICS.md").read_text()
     sentences = re.search(r"## In short\n\n(.*?)\n\n## ", report, re.S)
     assert sentences
     plain = (
-        re.sub(r"<[^>]+>", "", page[page.index("<h1>") : page.index("<h2>")]).replace("&quot;", '"').replace("&#39;", "'")
+        re.sub(r"<[^>]+>", "", shown[shown.index("<h1>") : shown.index("<h2>")]).replace("&quot;", '"').replace("&#39;", "'")
     )
     for sentence in sentences[1].splitlines():
         assert sentence.removeprefix("- ").replace("`", "") in plain
 
 
-def test_the_matrix_says_what_the_comparisons_say(lab: Lab) -> None:
-    run = build(lab)
+def test_the_matrix_says_what_the_comparisons_say(site_lab: Lab) -> None:
+    run = read_run(site_lab.root)
     found = comparisons(run)
     made = {matrix["metric"]: matrix for matrix in content.matrices(run, found)}
     assert sum(matrix["tests"] for matrix in made.values()) == len(found) > 20
@@ -100,10 +101,9 @@ def test_the_matrix_says_what_the_comparisons_say(lab: Lab) -> None:
     assert all(cell["verdict"] == "untested" for _, row in made[headline("kl")]["rows"] for cell in row if not cell["tests"])
 
 
-def test_every_chart_draws_its_rows(lab: Lab, site: Path) -> None:
+def test_every_chart_draws_its_rows(site_lab: Lab, page: Path) -> None:
     """Compiled and drawn by Vega itself: a marker for each SAE, in the figures' colours and outlines."""
-    charts = specs(site / "index.html")
-    run = build(lab)
+    charts, run = specs(page), read_run(site_lab.root)
     assert set(run.plotted) < set(charts) and {"training_loss", "density_0", "truth_recipes_mcc", "truth_follow_all"} < set(
         charts
     )
@@ -114,7 +114,7 @@ def test_every_chart_draws_its_rows(lab: Lab, site: Path) -> None:
             assert color.lower() in drawn[key].lower()
         assert len(re.findall(r'aria-roledescription="point"', drawn[key])) == len(run.rows)
     assert len(re.findall(r'aria-roledescription="point"', drawn["truth_pursuit_latent_f1"])) == 4
-    assert len([row for row in held(site / "index.html", "datasets")["truth"] if row["part"] == "recipes"]) == 4
+    assert len([row for row in held(page, "datasets")["truth"] if row["part"] == "recipes"]) == 4
     assert all(method.replace("_", " ") in drawn["truth_recipes_mcc"] for method in METHODS if "over" not in method)
     assert drawn["density_0"].count('aria-roledescription="rect mark"') > 5 * len(SAES)
 
@@ -134,8 +134,8 @@ def test_an_unknown_marker_or_colour_is_one_line() -> None:
         chosen_styles(Visualization(architectures={"mine": {"marker": "P", "color": "tael"}}))
 
 
-def test_tasks_stand_beside_the_raw_residual_stream(lab: Lab) -> None:
-    tables = content.task_tables(build(lab))
+def test_tasks_stand_beside_the_raw_residual_stream(site_lab: Lab) -> None:
+    tables = content.task_tables(read_run(site_lab.root))
     assert [table["title"] for table in tables] == [
         "Probing top-1",
         "Probing top-2",
@@ -174,8 +174,8 @@ def test_a_metric_without_values_has_a_reason_in_place_of_its_chart(lab: Lab) ->
     assert {"variance_explained", "kl"} < set(specs(page)) and "sae_top_1_accuracy" not in specs(page)
 
 
-def test_many_histograms_are_split(lab: Lab) -> None:
-    run = many(build(lab), 2 * histories.DENSITIES + 1)
+def test_many_histograms_are_split(site_lab: Lab) -> None:
+    run = many(read_run(site_lab.root), 2 * histories.DENSITIES + 1)
     charts = histories.densities(run, run_marks(run, {}))
     assert [len(chart.spec["transform"][0]["filter"]["oneOf"]) for chart in charts] == [40, 40, 1]
 
