@@ -140,8 +140,12 @@ def test_architectures_are_read_at_one_l0_as_comparisons_read_them(site: Path, b
                 expected.append([grid.label, number(value)])
             assert shown == expected
             assert page.evaluate("charts.views.get('variance_explained').view.signal('read_at')") == l0
+        page.locator("#reading-table").get_by_role("button", name="Variance").click()
         page.locator("#slide-l0").focus()
         page.keyboard.press("Home")
+        assert (
+            page.locator("#reading-table th[aria-sort=descending]").inner_text().startswith("Variance")
+        )  # as it was sorted
         lowest = min(x for grid in grids(run, controls=True) for x, _ in grid.curve(metric))
         assert math.isclose(float(page.locator("#read-l0").input_value()), lowest, rel_tol=0.01)
 
@@ -170,6 +174,10 @@ def test_charts_answer(site: Path, browser: sync_api.Browser, run: Run) -> None:
             box.locator("summary").click()
             box.get_by_text("Save as PNG").click()
         assert saved.value.path().read_bytes()[:4] == b"\x89PNG"
+        page.emulate_media(color_scheme="dark")  # night falls while the page is open
+        page.wait_for_function(
+            "charts.views.get('kl').view.background() === style('--ground') && style('--ground') !== '#ffffff'"
+        )
         page.locator("#matrix-choice").select_option(index=1)
         assert page.locator("[data-matrix]:visible").get_attribute("data-matrix") == "1"
         cell = page.locator("[data-matrix]:visible details").first

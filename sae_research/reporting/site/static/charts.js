@@ -21,7 +21,7 @@ async function drawChart(box) {
   spec.params = [...(spec.params ?? []).map(one => one.name in charts.values ? { ...one, value: charts.values[one.name] } : one), { name: "ground", value: style("--ground") }];
   charts.views.get(key)?.finalize();
   const { view, finalize } = await vegaEmbed(box, spec, {
-    mode: "vega-lite", renderer: charts.many ? "canvas" : "svg", config: appearance(), downloadFileName: key,
+    mode: "vega-lite", renderer: charts.many ? "canvas" : "svg", config: appearance(), downloadFileName: key, scaleFactor: 2,
     actions: { export: true, source: false, compiled: false, editor: false }, tooltip: { theme: "custom", disableDefaultStyle: false },
   });
   charts.views.set(key, { view, finalize });

@@ -15,7 +15,9 @@ function resultsTable(table, data, options = {}) {
   const columns = data.columns.map(one => ({ ...one }));
   const words = data.rows.map(row => [row.name, row.kind, row.role, ...row.flags].join(" ").toLowerCase());
   const values = (row, column) => column < 0 ? row.name : row.cells[column][0];
-  let order = { column: null, down: true }, intervals = false, limit = LIMIT, roles = new Set(data.rows.map(row => row.role));
+  const filtered = table.dataset.filter === "yes";
+  let order = table.order ?? { column: null }, intervals = false, limit = filtered ? LIMIT : Infinity;
+  const roles = new Set(data.rows.map(row => row.role));
   const head = node("thead"), body = node("tbody");
   table.querySelectorAll("thead, tbody").forEach(part => part.remove());
   table.append(head, body);
@@ -31,7 +33,8 @@ function resultsTable(table, data, options = {}) {
     }), ...(options.flags ? [node("th", { scope: "col", className: "words" }, "Flags")] : [])));
     const spans = options.heat && shown.map(([, index]) => span(index));
     lines = data.rows.map((row, place) => {
-      const mark = data.marks?.[row.group], name = node("span", { className: "named" }, ...(mark ? [icon(mark)] : []), node("span", {}, ...row.name.split(/(?<=_)/).flatMap(part => [part, node("wbr")])));
+      const mark = data.marks?.[row.group], parts = row.name.split(/(?<=_)/).flatMap(part => [part, node("wbr")]);
+      const name = node("span", { className: "named" }, ...(mark ? [icon(mark)] : []), node("span", {}, ...parts));
       const line = node("tr", { className: row.role, hidden: true, place }, node("th", { scope: "row" }, name));
       shown.forEach(([, index], column) => {
         const [value, text, bounds] = row.cells[index];
@@ -59,6 +62,7 @@ function resultsTable(table, data, options = {}) {
     button.onclick = () => {
       const numbers = index >= 0, again = order.column === index;
       order = again && order.down !== numbers ? { column: null } : { column: index, down: again ? !order.down : numbers };
+      table.order = order;  // stays when the table is drawn from other data
       sort();
       filter();
       head.querySelectorAll("button")[index < 0 ? 0 : 1 + columns.slice(0, index).filter(one => one.shown).length].focus();
@@ -113,7 +117,7 @@ function resultsTable(table, data, options = {}) {
     return node("label", {}, box, label);
   }
 
-  if (table.dataset.filter === "yes") {
+  if (filtered) {
     const kinds = [...roles];
     tools.replaceChildren(search);
     if (kinds.length > 1) tools.append(node("fieldset", {}, node("legend", { className: "hidden" }, "Roles"),
