@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from sae_research.cli import experiments, plan
+from sae_research.cli import experiments, plan, results
 from sae_research.cli.analyze import add_verb as add_analyze
 from sae_research.cli.pipeline import read_preset, run_pipeline, unfinished_stages
 from sae_research.reporting import shapes
@@ -186,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     repro.add_argument("--preset", default="", help="a file of presets/, one -S override a line")
     verbs.add_parser("check", help="say what failed in the last run", description="Example: python -m sae_research check")
     add_verbs(verbs)
+    results.add_verbs(verbs)
     experiments.add_verbs(verbs)
     add_analyze(verbs)
     plan.add_verb(verbs, read_preset)
