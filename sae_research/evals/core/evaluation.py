@@ -8,6 +8,9 @@ in their place there, and measured against zeros and the mean activation in that
 A crosscoder's hooks are all replaced at once; `by_hook` holds what it explains at each, and what the model loses with that
 one alone replaced. Its activations are compared in units in which all hooks count alike (`saes.crosscoders`), and a token
 that does not count stays as the run has it.
+A cross-layer transcoder's MLP outputs are all replaced in one run, in which each layer's encoder reads what that run gives it:
+the replacement model of circuit tracing. In `by_hook` each layer's output is replaced alone, by what latents of the clean run
+make of it.
 
 Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
 together; the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
@@ -42,9 +45,17 @@ from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import Family, Guard, SAEInfo, check_finite
+from sae_research.saes.cross_layer import CrossLayerTranscoder
 from sae_research.saes.crosscoders import normalised
 from sae_research.setup.evaluated import Evaluated
-from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums, replaced_logits, total
+from sae_research.stats.predictions import (
+    CleanPredictions,
+    losses,
+    prediction_sums,
+    replaced_logits,
+    replacement_logits,
+    total,
+)
 from sae_research.stats.reconstruction import (
     Clusters,
     ReconstructionStats,
@@ -269,12 +280,12 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
         "clusters": state.by_cluster.as_lists(),
         "interpolating_fraction": state.interpolating / (max(state.kept, 1) if sae.per_token else sequences),
         "density_histogram": density_histogram(density),
-        **({"explained_by_hook": _explained_by_hook(state, sae)} if sae.cfg.is_crosscoder else {}),
+        **({"explained_by_hook": _explained_by_hook(state, sae)} if len(sae.cfg.hooks_out) > 1 else {}),
     }
 
 
 def _explained_by_hook(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, float]:
-    hooks = sae.cfg.hook_names
+    hooks = sae.cfg.hooks_out
     explained = zip(hooks, state.lab.variance_explained_by_part(len(hooks)), strict=True)
     return {hook: value for hook, value in explained if math.isfinite(value)}
 
@@ -315,14 +326,14 @@ class _Predictions(NamedTuple):
 
     def run(self, put: Tensor, mask: Tensor | None = None, hook: str = "") -> tuple[Tensor, Tensor]:
         """Predictions with `put` [batch, seq, d_out] in place of what the model has at the written hook, where `mask`
-        [batch, seq] holds; everywhere without one. hook: of a crosscoder's that one alone."""
+        [batch, seq] holds; everywhere without one. hook: of several that one alone."""
         return self.clean.compare(_resumed(self.group, self.batch, put, mask, hook))
 
 
 def _resumed(group: _Group, batch: PairedBatch, put: Tensor, mask: Tensor | None = None, hook: str = "") -> Tensor:
-    if len(group.hooks) > 1:
-        sides = put.expand_as(batch.written).chunk(len(group.hooks), dim=-1)
-        chosen = {name: side for name, side in zip(group.hooks, sides, strict=True) if hook in ("", name)}
+    if len(group.hooks_out) > 1:
+        sides = put.expand_as(batch.written).chunk(len(group.hooks_out), dim=-1)
+        chosen = {name: side for name, side in zip(group.hooks_out, sides, strict=True) if hook in ("", name)}
         return replaced_logits(group.lm, batch.tokens, chosen, mask)
     written = put if mask is None else torch.where(mask[..., None], put, batch.written)
     return group.lm.resume(group.hook_out, written, batch.tokens, rest=batch.rest)
@@ -361,7 +372,7 @@ class _SharedPredictions:
                     mean=made.run(mean, lab_mask),
                 )
             )
-            for hook in group.hooks if len(group.hooks) > 1 else ():
+            for hook in group.hooks_out if len(group.hooks_out) > 1 else ():
                 runs = {"zero": made.run(zero, lab_mask, hook), "mean": made.run(mean, lab_mask, hook)}
                 made.sums.update(_sums(group, batch, {hook: lab_mask}, clean=(clean.ce, None), **runs))
         return made
@@ -370,7 +381,7 @@ class _SharedPredictions:
         """Predictions with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
         one sequence [1, seq, vocab] stands for all of all batches; elsewhere each batch needs its own."""
         group = self._group
-        if not (group.lm.can_resume and "hook_resid" in group.hook_out and len(group.hooks) == 1):
+        if not (group.lm.can_resume and "hook_resid" in group.hook_out and len(group.hooks_out) == 1):
             return made.run(torch.zeros_like(batch.written))
         if self._zero_logits is None:
             self._zero_logits = group.lm.resume(group.hook_out, torch.zeros_like(batch.written[:1]), batch.tokens[:1])
@@ -385,14 +396,22 @@ def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]
     for name, z_all, z_lab in _encodings(family, batch.acts, mask if group.lab else None):
         sae = family[name]
         x_hat = sae.reconstruct(batch.acts, z=z_all)
-        sums = shared.sums | _sums(group, batch, {"sae_bench": batch.sae_bench_mask}, patched=shared.run(x_hat))
+        replaced = _replaced(shared, sae, x_hat, None)
+        sums = shared.sums | _sums(group, batch, {"sae_bench": batch.sae_bench_mask}, patched=replaced)
         if z_lab is not None:
             x_hat = _lab_reconstruction(sae, batch, x_hat, z_lab).to(own.dtype)
-            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=shared.run(x_hat, mask))
-            for hook in group.hooks if len(group.hooks) > 1 else ():
+            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=_replaced(shared, sae, x_hat, mask))
+            for hook in group.hooks_out if len(group.hooks_out) > 1 else ():
                 sums |= _sums(group, batch, {hook: mask}, patched=shared.run(x_hat, mask, hook))
         check_finite(sums)
         yield name, sums
+
+
+def _replaced(shared: _Predictions, sae: SparseAutoencoder, x_hat: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Predictions with all that an SAE writes replaced; x_hat: its reconstruction, from the clean run."""
+    if isinstance(sae, CrossLayerTranscoder) and sae.cfg.is_cross_layer:
+        return shared.clean.compare(replacement_logits(shared.group.lm, shared.batch.tokens, sae, mask))
+    return shared.run(x_hat, mask)
 
 
 def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:
@@ -412,9 +431,9 @@ def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: t
 
 
 def _by_hook(info: SAEInfo, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
-    """Of a crosscoder what it explains at each hook, and what the model loses with that one alone replaced."""
+    """Of what writes several hooks what it explains at each, and what the model loses with that one alone replaced."""
     found = {}
-    for hook in info.cfg.hook_names if info.cfg.is_crosscoder else ():
+    for hook in info.cfg.hooks_out if len(info.cfg.hooks_out) > 1 else ():
         own, explained = sums_of(sums, hook), sparsity["explained_by_hook"]
         lost = {key: value for key, value in losses(own).items() if math.isfinite(value)} if own else {}
         found[hook] = ({"variance_explained": explained[hook]} if hook in explained else {}) | lost
