@@ -15,14 +15,16 @@ whole; what it decodes is its own share of sums over all layers, and stands for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sae_research.config.training import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.config import SAEConfig
+from sae_research.saes.reading import floats
 
 
 class CrossLayerTranscoder(SparseAutoencoder):
@@ -117,8 +119,10 @@ class CrossLayerTranscoder(SparseAutoencoder):
         return z[..., : len(rows)] @ rows + bias
 
     def written_hook(self, number: int, z: Tensor, x: Tensor | None) -> Tensor:
-        """What stands for what one hook has [..., d_written]: `decode_hook`, and what the skip makes of what its layer reads,
-        x [..., d_in of a hook]; None where a part does not read that layer."""
+        """What stands for what one hook has [..., d_written]: `decode_hook`, and what a skip makes of x.
+
+        x: what its layer reads [..., d_in of a hook]; None where a part does not read that layer.
+        """
         decoded = self.decode_hook(number, z)
         if self.W_skip is None or x is None:
             return decoded
@@ -148,7 +152,78 @@ class CrossLayerTranscoder(SparseAutoencoder):
         self._check_finite(self.tensors())
 
 
-def packed(by_source: Sequence[Sequence[Tensor]]) -> Tensor:
-    """`W_dec` [pairs * F, d_written] of decoders [F, d_written] by source layer l, and by written hook from l on."""
-    n = len(by_source)
-    return torch.cat([by_source[layer][written - layer] for written in range(n) for layer in range(written + 1)])
+class LayerWeights(NamedTuple):
+    """One layer of a cross-layer transcoder, as files have them."""
+
+    W_enc: Tensor
+    """[d_in of a hook, F]"""
+    b_enc: Tensor
+    """[F]"""
+    decoders: Sequence[Tensor]
+    """Into its own layer and each later one [F, d_written]."""
+    b_dec: Tensor
+    """Of what its own layer writes [d_written]."""
+    threshold: Tensor | None = None
+    """[F]; None for a ReLU."""
+    W_skip: Tensor | None = None
+    """[d_written, d_in of a hook]"""
+
+
+def of_layers(
+    layers: Sequence[LayerWeights],
+    hooks: Sequence[tuple[str, str]],
+    where: object,
+    model_name: str,
+    library: str,
+    k: int | None = None,
+    part: bool = False,
+    context_size: int = 128,
+) -> CrossLayerTranscoder:
+    """A cross-layer transcoder of its layers; as a `part` one of them alone, `hooks` then being its own layer's and the
+    later ones'. hooks: (read, written) by layer; where: for messages; library: whose files they are. Raises `UserError` for
+    layers that do not fit together."""
+    n = len(hooks)
+    for number, layer in enumerate(layers):
+        _check_layer(layer, layers[0], n - number, f"{where}: layer {number} of {n}")
+    into = [torch.cat([layer.decoders[m - number] for number, layer in enumerate(layers[: m + 1])]) for m in range(n)]
+    skips = [layer.W_skip for layer in layers if layer.W_skip is not None]
+    tensors = {
+        "W_enc": torch.cat([layer.W_enc for layer in layers], dim=1),
+        "b_enc": torch.cat([layer.b_enc for layer in layers]),
+        "W_dec": torch.cat(into),
+        "b_dec": torch.cat([layer.b_dec for layer in layers] + [torch.zeros_like(layers[0].b_dec)] * (n - len(layers))),
+        "threshold": torch.cat([torch.zeros_like(one.b_enc) if one.threshold is None else one.threshold for one in layers]),
+        **({"W_skip": torch.cat(skips)} if skips else {}),
+    }
+    kind = "topk" if k else "relu" if layers[0].threshold is None else "jumprelu"
+    try:
+        cfg = SAEConfig(
+            form=CrossLayerTranscoder.form,
+            d_in=layers[0].W_enc.shape[0] * len(layers),
+            d_sae=tensors["b_enc"].numel(),
+            d_out=tensors["b_dec"].numel(),
+            model_name=model_name,
+            hook_name=PLUS.join(read for read, _ in hooks[: len(layers)]),
+            hook_out=PLUS.join(written for _, written in hooks),
+            context_size=context_size,
+            apply_b_dec_to_input=False,
+            architecture=f"{kind}_cross_layer",
+            options={"part": True} if part else {},
+            provenance={"format": library},
+        )
+        return CrossLayerTranscoder(cfg, k=k, part=part, **floats(tensors, where))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _check_layer(layer: LayerWeights, first: LayerWeights, n_decoders: int, where: str) -> None:
+    if len(layer.decoders) != n_decoders:
+        raise UserError(f"{where} has {len(layer.decoders)} decoders, expected {n_decoders}; fetch it again")
+    for name in ("W_enc", "b_enc", "b_dec", "threshold", "W_skip"):
+        shape, expected = (None if one is None else tuple(one.shape) for one in (getattr(layer, name), getattr(first, name)))
+        if shape != expected:
+            raise UserError(f"{where}: {name} has shape {shape}, layer 0's {expected}; do they belong together?")
+    if {tuple(rows.shape) for rows in layer.decoders} != {(*layer.b_enc.shape, *layer.b_dec.shape)}:
+        raise UserError(f"{where}: its decoders have other shapes than its biases")
+    if layer.threshold is not None and bool((layer.threshold < 0).any()):
+        raise UserError(f"{where}: thresholds below 0 would make activations negative; a JumpReLU's are not")

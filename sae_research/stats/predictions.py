@@ -92,7 +92,7 @@ def replacement_logits(lm: LanguageModel, tokens: Tensor, sae: CrossLayerTransco
 
     def reading(number: int) -> Callable[[Tensor], Tensor]:
         def read(own: Tensor) -> Tensor:
-            given.append(own.float())
+            given.append(own.float().clone())  # some families add to it in place
             found.append(sae.encode_hook(number, given[-1], mask))
             return own
 

@@ -8,9 +8,9 @@ in their place there, and measured against zeros and the mean activation in that
 A crosscoder's hooks are all replaced at once; `by_hook` holds what it explains at each, and what the model loses with that
 one alone replaced. Its activations are compared in units in which all hooks count alike (`saes.crosscoders`), and a token
 that does not count stays as the run has it.
-A cross-layer transcoder's MLP outputs are all replaced in one run, in which each layer's encoder reads what that run gives it:
-the replacement model of circuit tracing. In `by_hook` each layer's output is replaced alone, by what latents of the clean run
-make of it.
+A cross-layer transcoder's MLP outputs are all replaced in one run, in which each layer's encoder reads what that run gives
+it: the replacement model of circuit tracing. In `by_hook` each layer's output is replaced alone, by what latents of the
+clean run make of it.
 
 Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
 together; the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of

@@ -10,7 +10,8 @@ With f the factor sqrt(d_in) / (mean norm of the data) that activations are mult
 `sparsity_include_decoder_norm` says so. The factors stand with the weights, or in `hyperparams.json`; they are folded in. Of
 the first version `jump_relu_threshold` is in units of the activations themselves, without f_in, as SAELens reads it.
 
-Crosscoders, cross-layer transcoders and its other types are refused: they are no SAE and no transcoder of one layer.
+Cross-layer transcoders are read by `llamascopium_cross_layer.py`. Crosscoders and its other types are refused: they are no
+SAE and no transcoder of one layer.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ WEIGHTS_FILES = (
 """In the order in which the library itself looks for them."""
 LIBRARY = "llamascopium"
 _NORM = "dataset_average_activation_norm"
-_NAMES = {
+NAMES = {
     "W_E": "W_enc",
     "b_E": "b_enc",
     "W_D": "W_dec",
@@ -103,14 +104,19 @@ def load_llamascopium(
     for key in _REFUSED:
         if flag(values.get(key) or False, key, path):
             raise UserError(f"{path}: {key} is not read; ask for it with such a file")
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
-    loaded = load_safetensors(weights) if weights.suffix == ".safetensors" else _in_checkpoint(weights)
+    weights, norms, state = loaded_weights(folder)
     hooks = [hook_of(text(values.get(key), key, path), path) for key in ("hook_point_in", "hook_point_out")]
     if not hooks[0]:
         raise UserError(f"{path}: hook_point_in is missing; add the hook that it reads")
-    norms, state = _split(loaded, weights)
-    factors = _factors(values, norms, hooks, factor, path, weights)
-    return _built(values, state, hooks, factors, model_name, path, weights)
+    scales = factors(values, norms, hooks, factor, path, weights)
+    return _built(values, state, hooks, scales, model_name, path, weights)
+
+
+def loaded_weights(folder: Path) -> tuple[Path, dict[str, float], dict[str, Tensor]]:
+    """(the weights file of a folder, norms of the data by hook, its other tensors)."""
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
+    loaded = load_safetensors(weights) if weights.suffix == ".safetensors" else _in_checkpoint(weights)
+    return weights, *_split(loaded, weights)
 
 
 def _in_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -131,7 +137,7 @@ def _split(loaded: dict[str, Tensor], weights: Path) -> tuple[dict[str, float], 
     return norms, {name: tensor for name, tensor in loaded.items() if not name.startswith(f"{_NORM}.")}
 
 
-def _factors(
+def factors(
     values: dict[str, Any],
     norms: dict[str, float],
     hooks: list[str],
@@ -139,7 +145,7 @@ def _factors(
     path: Path,
     weights: Path,
 ) -> tuple[float, float]:
-    """(f_in, f_out): 1 where activations are read as they are."""
+    """(f_in, f_out) of one layer's hooks, read and written: 1 where activations are read as they are."""
     kind = text(values.get("norm_activation"), "norm_activation", path) or "dataset-wise"
     if kind in ("inference", "no-norm"):
         return 1.0, 1.0
@@ -176,7 +182,7 @@ def _built(
         mend = "; save it as JumpReLU in Llamascopium" if "batch" in act else ""
         raise UserError(f"{path}: act_fn {shown(act)} is not read: known are {', '.join(_FORMS)}{mend}")
     form, (f_in, f_out) = _FORMS[act], factors
-    names = _FIRST_NAMES if "encoder.weight" in loaded else _NAMES
+    names = _FIRST_NAMES if "encoder.weight" in loaded else NAMES
     bias = flag(values.get("use_decoder_bias", True), "use_decoder_bias", path)
     left_out = {"log_threshold"} | ({"b_dec"} if not bias else set())
     optional = [theirs for theirs, ours in names.items() if ours in left_out]
