@@ -98,10 +98,10 @@ def variant_name(baseline: str, label: str, size: int) -> str:
 
 
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
-    """An SAE of `train.saes`. A crosscoder stands at its last hook, with the width of all."""
+    """An SAE of `train.saes`. What has several hooks stands at the last one, with the width of all."""
     pursuit = config.recipe == "matching_pursuit"
     size = getattr(config, "s", 0) if pursuit else 0
-    return PlannedSAE(name, config.recipe, width, config.d_sae, hooks_at(hook)[-1], size, written=config.hook_out or "")
+    return PlannedSAE(name, config.recipe, width, config.d_sae, hooks_at(hook)[-1], size, written=config.written or "")
 
 
 def _baseline(params: Params, width: int) -> PlannedSAE:

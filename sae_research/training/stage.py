@@ -44,6 +44,7 @@ from sae_research.training.group import OtherRanks, RankLost
 from sae_research.training.loop import Snapshots, Stop, StopSignals, Trainer
 from sae_research.training.products import pass_dtype
 from sae_research.training.ranks import number_of_ranks, other_ranks, shared_contexts
+from sae_research.training.recipes.cross_layer import CrossLayer
 from sae_research.training.session import load_model, open_session, training_seed, training_text
 from sae_research.training.stream import ActivationStream
 from sae_research.training.tracking import Tracker, tracked
@@ -299,8 +300,9 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
         d_sae=config.d_sae,
         model_name=params.model.name,
         hook_name=params.train.hook_of(sae.name),
-        hook_out=config.hook_out or "",
-        hook_scales=tuple(buffer.calibration.scales) if config.hook_names else (),
+        hook_out=config.written or "",
+        d_out=buffer.d_in,
+        hook_scales=tuple(buffer.calibration.scales) if config.hook_names and not config.written else (),
         apply_b_dec_to_input=sae.recipe.reads_b_dec,
         context_size=params.text.context_size,
         options=sae.recipe.options(),
@@ -312,6 +314,9 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
             "activation_norm": round_significant(buffer.calibration.mean_norm),
         },
     )
+    if cfg.is_cross_layer:
+        assert isinstance(sae.recipe, CrossLayer)  # no other recipe takes `hook_outs`
+        return sae.recipe.export_layers(buffer.calibration.scales, cfg)
     if cfg.is_transcoder:
         read_scale, scale = buffer.calibration.scales
         return sae.recipe.export(scale, cfg, read_scale)
