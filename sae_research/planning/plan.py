@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from sae_research.config.params import Params
+from sae_research.config.training import PLUS
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.costs import (
     PlannedCosts,
@@ -91,7 +92,9 @@ def make_plan(
     itemsize = PRECISION_BYTES[params.model.torch_dtype]
     widths = {sae.hook: sae.d_in for sae in saes}
     for written in {sae.written for sae in saes} - {""}:  # core evaluation keeps the stream that holds it too
-        widths |= dict.fromkeys((written, f"{written} in the stream"), shape.width(written))
+        hooks = written.split(PLUS)
+        stream = [f"{written} in the stream"] if len(hooks) == 1 else []
+        widths |= dict.fromkeys((*hooks, *stream), shape.width(hooks[0]))
     cache = (
         activation_cache_bytes(params, stages, widths, itemsize, saes[0].d_sae) if params.activation_caching.enabled else 0.0
     )

@@ -89,7 +89,7 @@ def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
         for size in getattr(section, f"{encoder.size_name}_values") if section.enabled and not baseline.written else ():
             name = variant_name(baseline.name, label, size)
             found.append(baseline._replace(name=name, form=encoder.form, size=size, own_weights=False, assumed=""))
-    return found + list(_comparisons(params, baseline)) + list(_controls(params, baseline))
+    return found + list(_comparisons(params, baseline, width)) + list(_controls(params, baseline))
 
 
 def variant_name(baseline: str, label: str, size: int) -> str:
@@ -108,7 +108,8 @@ def _baseline(params: Params, width: int) -> PlannedSAE:
     block = params.baseline_sae
     hook = f"blocks.{block.hook_layer}.hook_resid_post"
     if block.source == "trained" and block.name in params.train.saes:
-        return trained_sae(block.name, params.train.saes[block.name], params.train.hook_of(block.name), width)
+        config = params.train.saes[block.name]
+        return trained_sae(block.name, config, params.train.hook_of(block.name), width * len(config.hook_names or [""]))
     told = re.search(r"width_(\d+)(k|m)", block.sae_id or "")
     if told:
         return PlannedSAE(block.name, "standard", width, int(told[1]) * (2**10 if told[2] == "k" else 2**20), hook)
@@ -120,13 +121,12 @@ def _assumed(name: str, hook: str, width: int) -> PlannedSAE:
     return PlannedSAE(name, "standard", width, wide, hook, assumed=f"{name}: taken to have {wide:,} latents")
 
 
-def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
+def _comparisons(params: Params, baseline: PlannedSAE, width: int) -> Iterator[PlannedSAE]:
     chosen, train = params.comparison_saes, params.train
     names = [name for name in train.saes if name != baseline.name] if chosen.trained == ["all"] else chosen.trained
     for name in names:
         if name in train.saes:
-            width = baseline.d_in * len(train.saes[name].hook_names or [""])
-            yield trained_sae(name, train.saes[name], train.hook_of(name), width)
+            yield trained_sae(name, train.saes[name], train.hook_of(name), width * len(train.saes[name].hook_names or [""]))
         else:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for path, name in folder_names(chosen.folders).items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sae_research.config.params import Params, TokenMask, check_sizes
+from sae_research.config.training import PLUS
 from sae_research.lm import LanguageModel, pick_device, token_mask
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
@@ -239,12 +240,13 @@ def check_comparison(params: Params, lm: LanguageModel) -> None:
     name = params.baseline_sae.name
     if params.baseline_sae.source == "trained" and name in params.train.saes:
         config = params.train.saes[name]
-        if config.hook_names is not None:
+        if config.hook_names is not None and config.written is None:
             raise UserError(
                 f"baseline_sae.name: {name} is a crosscoder; controls and variants are made of a baseline of one hook"
             )
-        width = lm.d_in(params.train.hook_of(name))
-        check_sizes(params, width, config.d_sae, config.hook_out is not None)
+        hooks = params.train.hook_of(name).split(PLUS)
+        layers = len(hooks) if config.written is not None else 1
+        check_sizes(params, lm.d_in(hooks[0]), config.d_sae // layers, config.written is not None)
 
 
 def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
