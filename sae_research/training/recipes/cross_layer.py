@@ -36,8 +36,9 @@ class CrossLayer(TanhJumpReLU):
     config: CrossLayerRecipe  # ty: ignore[incompatible-mutable-override]
 
     def __init__(self, d_in: int, config: CrossLayerRecipe, train: Train) -> None:
-        super().__init__(d_in, config, train)  # ty: ignore[invalid-argument-type]
-        n, self.d_hook, self.width = self.n_hooks, d_in // self.n_hooks, config.d_sae // self.n_hooks
+        super().__init__(d_in, config, train)
+        n = self.n_hooks
+        self.d_hook, self.width = d_in // n, config.d_sae // n
         """Dimensions of a hook, and latents of a layer."""
         if n == 1:
             return
