@@ -29,7 +29,7 @@ from sae_research.runtime.files import regular_file
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.cross_layer import LayerWeights, of_layers
 from sae_research.saes.formats.sae_lens import from_parts
-from sae_research.saes.reading import load_safetensors, renamed, text
+from sae_research.saes.reading import floats, load_safetensors, renamed, text
 
 CONFIG_FILE = "config.yaml"
 LIBRARY = "circuit_tracer"
@@ -115,10 +115,17 @@ def _of_layer(folder: Path, layer: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in files_of(layer):
         tensors |= load_safetensors(folder / name)
+    others = sorted(name for name in tensors if not name.endswith(f"_{layer}"))
+    if others:
+        raise UserError(
+            f"{folder}: files of layer {layer} also hold {', '.join(others)[:120]}, which is no tensor of that layer"
+        )
     bare = {name.removesuffix(f"_{layer}"): tensor for name, tensor in tensors.items()}
     if "threshold" in bare:
         bare[_THRESHOLD] = bare.pop("threshold").reshape(-1)
-    if "W_dec" in bare and bare["W_dec"].dim() != 3:
+    if "W_dec" not in bare:
+        raise UserError(f"{folder / files_of(layer)[1]}: the weights lack W_dec_{layer}; fetch them again")
+    if bare["W_dec"].dim() != 3:
         raise UserError(
             f"{folder / files_of(layer)[1]}: W_dec_{layer} has shape {tuple(bare['W_dec'].shape)}, expected [d_sae, layers "
             f"from {layer} on, d_out]"
@@ -127,7 +134,7 @@ def _of_layer(folder: Path, layer: int) -> dict[str, Tensor]:
 
 
 def _layer_weights(bare: dict[str, Tensor], where: Path) -> LayerWeights:
-    state = renamed(bare, _NAMES, where, optional=("W_skip", _THRESHOLD))
+    state = floats(renamed(bare, _NAMES, where, optional=("W_skip", _THRESHOLD)), where)
     decoders = state["W_dec"].unbind(1)
     return LayerWeights(
         state["W_enc"], state["b_enc"], decoders, state["b_dec"], state.get("threshold"), state.get("W_skip")

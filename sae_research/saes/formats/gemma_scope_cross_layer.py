@@ -24,7 +24,7 @@ from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.cross_layer import LayerWeights, of_layers
 from sae_research.saes.formats.gemma_scope import CLT, CONFIG_FILE, LIBRARY, NAMES, SKIP, Place, checked, place_of, read
-from sae_research.saes.reading import load_safetensors, renamed
+from sae_research.saes.reading import floats, load_safetensors, renamed
 
 _FILE = re.compile(r"params_layer_(0|[1-9][0-9]{0,2})\.safetensors")
 
@@ -71,7 +71,7 @@ def _layer(path: Path, number: int, place: Place) -> LayerWeights:
     if (path.parent / CONFIG_FILE).exists():
         checked(read_settings(path.parent / CONFIG_FILE), place, SKIP in tensors, path.parent / CONFIG_FILE)
     names = {"w_enc": "W_enc", "w_dec": "W_dec"} | {name: name for name in NAMES if not name.startswith("W_")}
-    state = renamed(tensors, {**names, SKIP: "W_skip.T"}, path, optional=(SKIP,))
+    state = floats(renamed(tensors, {**names, SKIP: "W_skip.T"}, path, optional=(SKIP,)), path)
     decoders: Tensor = state["W_dec"]
     if decoders.dim() != 3 or decoders.shape[1] <= number:
         raise UserError(f"{path}: w_dec has shape {tuple(decoders.shape)}, expected [d_sae, layers, d_out]")
