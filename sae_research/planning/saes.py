@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES, SAERecipe, hooks_at
+from sae_research.config.training import FLOAT_BYTES, PLUS, SAERecipe, hooks_at
 from sae_research.runtime.files import read_json, slugify
 from sae_research.saes.base import SAEInfo
 from sae_research.saes.pursuit.encoders import (
@@ -143,6 +143,8 @@ def _comparisons(params: Params, baseline: PlannedSAE, width: int) -> Iterator[P
 
 def _controls(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
     for name, kind, size in control_names(params.controls):
+        if kind == "pca" and PLUS in baseline.written:  # a cross-layer transcoder has none
+            continue
         sae = baseline._replace(name=name, own_weights=True, assumed="")
         yield (
             sae._replace(form="linear", d_sae=size, size=0)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+import sae_research
+from sae_research.analysis.context import AnalysisContext
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.evals.run import evaluation_function
@@ -21,11 +23,12 @@ from sae_research.saes.cross_layer import CrossLayerTranscoder
 from sae_research.saes.forms import JumpReLUSAE
 from sae_research.saes.sources import check_widths
 from sae_research.stats.sae_bench import latent_weights
+from sae_research.training.end_to_end import finetune
 from tests.evals.test_core_eval import lab, run
 from tests.evals.test_crosscoders import hooks_of
 from tests.helpers.core_reference import counted, texts
 from tests.helpers.cross_layer import LAYERS, PAIRS, READ, WRITTEN, D, F, TheMLPs, config, random_clt, writing
-from tests.helpers.evals_saes import everything
+from tests.helpers.evals_saes import everything, small_sections
 from tests.helpers.transcoders import random_transcoder
 
 FIGURES = ("variance_explained", "ce_delta", "kl", "loss_recovered", "loss_recovered_mean_ablation")
@@ -160,6 +163,15 @@ def test_beside_others_in_one_call(lm: LanguageModel, make_params: Any) -> None:
         assert run({name: mixed[name]}, lm, params)[name] == together[name]
 
 
+def test_clean_and_ablated_passes_are_shared(lm: LanguageModel, params: Params, monkeypatch: Any) -> None:
+    passes, real = [], LanguageModel.edited_logits
+    monkeypatch.setattr(LanguageModel, "edited_logits", lambda *args, **kwargs: passes.append(1) or real(*args, **kwargs))
+    saes = {f"clt{seed}": random_clt(seed) for seed in range(2)}
+    run(saes, lm, params)
+    shared, own = 4 + 2 * LAYERS, 2 + LAYERS
+    assert len(passes) == 2 * (shared + own * len(saes)), "clean, zero twice, mean; each layer's zeros and means; each alone"
+
+
 def part(**changes: Any) -> CrossLayerTranscoder:
     """Layer 1 of `random_clt`, without the others."""
     whole = random_clt()
@@ -192,6 +204,31 @@ def test_a_layer_alone_is_read_for_its_latents(lm: LanguageModel, make_params: A
     for name in set(OF_SAES) - set(taken):
         with pytest.raises(NotApplicable, match=r"these are cross-layer transcoder's layers"):
             list(evaluation_function(name)({"one": own}, lm, make_params(), StageFolder(Path("out"))))
+
+
+def test_probing_a_layer_alone_sees_its_latents(lm: LanguageModel, make_params: Any, tasks: str) -> None:
+    """Those of an SAE-like transcoder with the same encoder."""
+    own = part()
+    about = {"hook_name": READ[1], "hook_out": WRITTEN[1], "apply_b_dec_to_input": False}
+    same = {name: getattr(own, name) for name in ("W_enc", "b_enc", "threshold")}
+    transcoder = JumpReLUSAE(SAEConfig("jumprelu", D, F, **about), **same, W_dec=own.decoder(0), b_dec=torch.zeros(D))
+    params = make_params(sparse_probing=small_sections(tasks)["sparse_probing"])
+    score = evaluation_function("sparse_probing")
+    found = dict(score({"part": own, "transcoder": transcoder}, lm, params, StageFolder(Path("out"))))
+    assert found["part"]["eval_result_metrics"] == found["transcoder"]["eval_result_metrics"]
+
+
+def test_objects_in_memory_and_what_refuses_them(lm: LanguageModel, make_params: Any) -> None:
+    params = make_params()
+    for sae in (random_clt(model_name=lm.name), part(model_name=lm.name)):
+        if not sae.cfg.is_part:
+            assert sae_research.evaluate({"one": sae}, lm, params)["one"]["core"]["l0"] > 0
+        analysis = AnalysisContext.of({"one": sae}, lm, params)
+        refusal = "which read and write one hook; a cross-layer transcoder.* has several"
+        with pytest.raises(UserError, match=refusal):
+            analysis.stats("one")
+        with pytest.raises(UserError, match=refusal):
+            finetune(sae, lm, params, 1000, 1e-3)
 
 
 def test_weights_are_compared_within_a_layer() -> None:
