@@ -1,6 +1,6 @@
 # make repro: set up and run the pipeline · make test: set up and run the tests · make help: all targets
 .DEFAULT_GOAL := help
-.PHONY: help setup repro check test test-slow bench gpu lint clean-cache
+.PHONY: help setup repro check test test-slow bench docs gpu lint clean-cache
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -19,6 +19,7 @@ help:
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  slow tests too (tens of minutes): fixtures from SAE Bench made afresh"
 	@echo "make bench      speed against other libraries, as ratios (twenty minutes; trains SAEs first where there are none)"
+	@echo "make docs       the documentation as a site, site/index.html"
 	@echo "make gpu        on one GPU: the tests marked gpu, speed and memory; writes docs/gpu/record.json and docs/gpu.md"
 	@echo "make clean-cache  remove .cache: costs time, never correctness"
 
@@ -26,10 +27,12 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(f"error: Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=python3.11" if v[:2] not in ((3, 11), (3, 12)) else 0)'
-	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
-	test -x "$(BIN)/uv" || "$(BIN)/python" -m pip install --quiet uv
-	"$(BIN)/uv" pip install --python "$(BIN)/python" --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	@echo "setup: the environment in .venv, 4 GB with torch (CPU build), a minute or more by the connection"
+	@test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
+	@test -x "$(BIN)/uv" || "$(BIN)/python" -m pip install --quiet uv
+	@"$(BIN)/uv" pip install --python "$(BIN)/python" --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "setup: done. Next: make repro (the pipeline), or source .venv/bin/activate and sae-research --help"
 
 repro: setup
 	@python -m sae_research repro --preset "$(PRESET)"
@@ -50,6 +53,9 @@ test-slow: setup
 
 bench: setup
 	@python -m benchmarks
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet && echo "open site/index.html"
 
 gpu: setup
 	@python -m benchmarks.gpu

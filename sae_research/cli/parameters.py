@@ -33,12 +33,18 @@ COLUMN, WIDTH = 32, 125
 
 
 def described(section: type[Section], key: str) -> str:
-    """The first sentence about a parameter: of the text below it (of `Field(description=...)` where a section is made from
-    records), else of the section that it holds; empty without."""
+    """The first sentence of `whole_description`."""
+    whole = whole_description(section, key)
+    return re.split(r"(?<=[^.][^.])\.(?:\s|$)", whole, maxsplit=1)[0]
+
+
+def whole_description(section: type[Section], key: str) -> str:
+    """What is said of a parameter: the text below it (`Field(description=...)` where a section is made from records), else
+    that of the section that it holds; empty without."""
     own = next((text for cls in section.__mro__ if (text := _descriptions(cls).get(key))), None)
     field, inner = section.model_fields.get(key), section_of(section, key)
     whole = own or (field and field.description) or (inner and inner.__dict__.get("__doc__")) or ""
-    return re.split(r"(?<=[^.][^.])\.(?:\s|$)", " ".join(whole.split()), maxsplit=1)[0]  # ty: ignore[missing-union-attribute]
+    return " ".join(whole.split())  # ty: ignore[missing-union-attribute]
 
 
 def section_of(section: type[Section], key: str) -> type[Section] | None:

@@ -51,6 +51,12 @@ class Evaluation:
     """What `params.yaml` says of it, under `section_name`."""
     measures: str
     """In a few words, with what it needs beyond the packaged data."""
+    asks: str
+    """Its question, a sentence of the documentation."""
+    chance: str
+    """What is reached without an SAE that is of use, a sentence of the documentation."""
+    trust: str
+    """How far its answer carries, a sentence or two of the documentation."""
     evaluate: str | None = None
     """`module:function` below `sae_research.evals`, called with (saes, lm, params, stage); it yields (name, result) of every
     SAE it can score. None where a stage script of its own computes other than one result per SAE of the comparison."""
@@ -87,6 +93,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Core",
             CoreEval,
             "reconstruction, sparsity, loss recovered, KL",
+            "How much of the activations is kept, with how few latents, and does the model still predict as before?",
+            "The mean explains 0 of the variance; zeros in place recover 0 of the loss, the clean model 1.",
+            "High for what it measures; of meaning it says nothing. Untrained rows under a good encoder come close.",
             "core:evaluate",
             on=True,
             headline=True,
@@ -99,6 +108,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Sparse probing",
             SparseProbing,
             "classes separated by one, two or five latents",
+            "Can a linear probe on one, two or five latents tell one class of texts from the others?",
+            "0.5: both classes of a task have as many texts.",
+            "Fair: intervals hold test texts and the draw of training texts. Small differences need more texts.",
             "sparse_probing:evaluate",
             on=True,
             headline=True,
@@ -108,6 +120,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Spurious correlation removal",
             SCR,
             "a spurious concept removed by ablating latents",
+            "Does ablating the latents of a spurious concept make a biased classifier use the intended one?",
+            "0: ablating nothing changes nothing.",
+            "Low: in the literature it does not follow the quality of an SAE at its usual settings (arXiv 2605.18229).",
             "scr_tpp:evaluate_scr",
             caution=_UNRELIABLE,
             one_hook=_PROBED,
@@ -117,6 +132,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Targeted probe perturbation",
             TPP,
             "one class removed by ablating latents, the others kept",
+            "Does ablating the latents of one class spoil the probe of that class and of no other?",
+            "0: ablating nothing changes nothing.",
+            "Low: in the literature it does not follow the quality of an SAE at its usual settings (arXiv 2605.18229).",
             "scr_tpp:evaluate_tpp",
             caution=_UNRELIABLE,
             one_hook=_PROBED,
@@ -126,6 +144,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Feature absorption",
             Absorption,
             "first letters that other latents have absorbed",
+            "Do more specific latents take over a first letter from the latents that should stand for it?",
+            "0: no letter is absorbed. Controls show what latents of no meaning have.",
+            "Fair where the model knows the letters: those whose probe is poor are skipped, and the number left is said.",
             "absorption:evaluate",
             result_type="absorption_first_letter",
             one_hook="it compares what latents write with probes of what they are read from",
@@ -135,6 +156,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Unlearning",
             Unlearning,
             "one field forgotten by clamping latents, the rest kept",
+            "Does clamping the latents of one field make the model fail its questions and answer the others as before?",
+            "0: clamping nothing forgets nothing.",
+            "Low at the default sizes: of a few dozen questions a single answer decides.",
             "unlearning:evaluate",
             caution=_STAND_IN,
             one_hook="it clamps latents in the activations that they are read from",
@@ -144,6 +168,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "k-sparse probing on the tasks of sae-probes",
             SparseProbingSaeProbes,
             "binary tasks of sae-probes solved from the last token",
+            "Can a probe on one, two or five latents of a text's last token solve binary tasks?",
+            "0.5: both classes of a task have as many texts.",
+            "Good: of the probing metrics the literature finds it the most reliable (arXiv 2605.18229).",
             "sae_probes:evaluate",
         ),
         Evaluation(
@@ -151,6 +178,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Meta-SAE",
             MetaSAE,
             "decoder rows explained by a smaller SAE",
+            "How far are decoder rows combinations of fewer common directions?",
+            "None; the controls' rows are what to compare with.",
+            "A description, not a score: neither a high nor a low value is a virtue. Compare with the controls.",
             "meta_sae:evaluate",
             result_type="meta_structure_decoder_variance",
             parts="it compares decoder rows, of which each of its latents has one for every later layer",
@@ -160,6 +190,9 @@ EVALUATIONS: dict[str, Evaluation] = {
             "Automatic interpretation",
             Autointerp,
             "explanations written and scored by a language model; needs an OpenAI-compatible endpoint",
+            "Can a language model explain a latent, and tell from the explanation where it fires?",
+            "0.5 of the balanced score: guessing.",
+            "As good as the judge. Read the balanced score: the plain one rewards saying that nothing fires.",
             "autointerp:evaluate",
         ),
         Evaluation(
@@ -167,15 +200,29 @@ EVALUATIONS: dict[str, Evaluation] = {
             "RAVEL",
             Ravel,
             "one attribute of an entity changed, the others kept",
+            "Do latents hold one attribute of an entity apart from its other attributes?",
+            "0.5: a mask that changes nothing keeps all attributes and changes none.",
+            "Low with the packaged model, where no SAE lies above a mask that changes nothing.",
             "ravel:evaluate",
             one_hook="it exchanges latents in the activations that they are read from",
         ),
-        Evaluation("transfer", "Transfer to a finetuned model", Transfer, "whether the SAE serves a finetune of its model"),
+        Evaluation(
+            "transfer",
+            "Transfer to a finetuned model",
+            Transfer,
+            "whether the SAE serves a finetune of its model",
+            "Does an SAE of a base model still serve a finetune of it, and which latents change?",
+            "Two pairs of known difference: the model with itself, and with noise on its weights.",
+            "Good: two controls of known difference stand beside every pair.",
+        ),
         Evaluation(
             "ground_truth",
             "Ground truth",
             GroundTruth,
             "SAEs on synthetic activations whose true features are known; needs no language model",
+            "Does a recipe find features that are known, and which other metric follows that?",
+            "What untrained rows reach, in every table.",
+            "Exact for synthetic activations, whose features are linear and sparse; those of text need not be.",
             on=True,
         ),
     )

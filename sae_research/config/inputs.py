@@ -64,6 +64,8 @@ class Text(Section):
     held_out_characters: Positive = 20_000_000
     """Most that core evaluation can read; training text near it is left out. 20 million are some 5 million tokens. They are
     read and indexed before training starts; ten times as much is then streamed of a hub's data, once."""
+    training_passes: Positive = 1
+    """How often training reads its split of the text before the text counts as ended."""
 
 
 class TokenMask(Section):
@@ -89,13 +91,19 @@ class ActivationCaching(Section):
 class BaselineSAE(FromOneSource):
     """The SAE whose dictionary the pursuit variants read; keys of sources not chosen are null."""
 
-    NEEDS: ClassVar = {"trained": (), "hub": ("repo_id", "filename"), "sae_lens": ("release", "sae_id"), "folder": ("path",)}
+    NEEDS: ClassVar = {
+        "trained": (),
+        "packaged": (),
+        "hub": ("repo_id", "filename"),
+        "sae_lens": ("release", "sae_id"),
+        "folder": ("path",),
+    }
     may_be_left_out: ClassVar = frozenset({"source", "name", "repo_id", "filename", "release", "sae_id", "path"})
 
-    source: Literal["trained", "hub", "sae_lens", "folder"] = "trained"
-    """trained, hub (repo_id, filename), sae_lens (release, sae_id) or folder (path)."""
+    source: Literal["trained", "packaged", "hub", "sae_lens", "folder"] = "trained"
+    """trained, packaged, hub (repo_id, filename), sae_lens (release, sae_id) or folder (path)."""
     name: Slug = "standard"
-    """Its name in every table; with `source: trained`, also its folder in trained_saes/."""
+    """Its name in every table, by which trained and packaged ones (smollm2_135m_l8) are found."""
     repo_id: Name | None = None
     filename: Name | None = None
     release: Name | None = None
@@ -156,8 +164,10 @@ class NonNegativeOMP(OMP):
 
 
 class Variants(Section):
-    """Pursuit encoders over the baseline's dictionary (docs/pursuit.md)."""
+    """Pursuit encoders over the baseline's dictionary, and over others (docs/pursuit.md)."""
 
+    dictionaries: list[Name] = []
+    """Names of compared SAEs whose dictionaries every encoder reads too."""
     normalise: Literal["note", "refuse"] = "note"
     """Atoms not of unit norm: note (scale them and say so) or refuse."""
     ihtp: IHTP = IHTP()

@@ -200,12 +200,12 @@ SIZES = ("k_values", "s_values")
 """Keys of the sections of `sae_variants` that count latents of a token or sequence."""
 
 
-def check_sizes(params: Params, d_in: int, d_sae: int, transcoder: bool = False) -> None:
-    """Raises `UserError` where a control or a pursuit variant would need more latents than the baseline has, or more
-    components than its activations have dimensions. A transcoder has no variants."""
+def check_sizes(params: Params, d_in: int, d_sae: int, transcoder: bool = False, name: str = "the baseline") -> None:
+    """Raises `UserError` where a control or a pursuit variant would need more latents than the SAE called `name` has, or
+    more components than its activations have dimensions. A transcoder has no variants."""
     controls = params.controls
     if {"random", "data_rows"} & set(controls.names) and max(controls.s) > d_sae:
-        raise UserError(f"controls.s = {max(controls.s)} is larger than the baseline's d_sae = {d_sae}")
+        raise UserError(f"controls.s = {max(controls.s)} is larger than {name}'s d_sae = {d_sae}")
     if "pca" in controls.names and max(controls.pca_components) > d_in:
         raise UserError(
             f"controls.pca_components = {max(controls.pca_components)} is larger than the activations' width {d_in}"
@@ -214,4 +214,4 @@ def check_sizes(params: Params, d_in: int, d_sae: int, transcoder: bool = False)
         for key in SIZES:
             sizes: list[int] = getattr(section, key, []) if getattr(section, "enabled", False) else []
             if max(sizes, default=0) > d_sae:
-                raise UserError(f"sae_variants.{label}.{key}: {max(sizes)} is larger than the baseline's d_sae = {d_sae}")
+                raise UserError(f"sae_variants.{label}.{key}: {max(sizes)} is larger than {name}'s d_sae = {d_sae}")

@@ -220,6 +220,8 @@ def training_seconds(
     for sae in saes:
         recipe = train.saes[sae.name].recipe
         flops, read = training_step(sae, recipe, train.batch_size // train.accumulation_steps, sparse=device.kind == "cpu")
+        if train.saes[sae.name].whiten:
+            flops += 2.0 * sae.d_in**2
         encode, latents = encoding(sae._replace(form="standard"), params.text.context_size)
         by_sae[sae.name] = (
             train.tokens * (flops / precise + read / device.bandwidth) * (recipe_factor(recipe) if measured_factors else 1.0)

@@ -30,7 +30,7 @@ VARIANTS: dict[str, type[PursuitSAE]] = {
     "nn_mpsae": NonNegativeMPSAE,
     "nn_omp": NonNegativeOMPSAE,
 }
-"""Sections of `sae_variants` and the encoders they make over the baseline's dictionary."""
+"""Sections of `sae_variants` and the encoders they make over the baseline's dictionary and those of `dictionaries`."""
 PURSUIT = tuple(encoder.form for encoder in VARIANTS.values())
 ASSUMED_WIDTH = 8
 """Latents for each dimension of an SAE from elsewhere whose name does not tell."""
@@ -83,18 +83,29 @@ def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
     width: d_in at the baseline's hook.
     """
     baseline = _baseline(params, width)
-    found = [baseline]
+    compared = list(_comparisons(params, baseline, width))
+    named = {sae.name: sae for sae in compared}
+    others = [named[name] for name in params.sae_variants.dictionaries if name in named]
+    return [
+        baseline,
+        *_variants(params, baseline),
+        *compared,
+        *(variant for other in others for variant in _variants(params, other)),
+        *_controls(params, baseline),
+    ]
+
+
+def _variants(params: Params, dictionary: PlannedSAE) -> Iterator[PlannedSAE]:
     for label, encoder in VARIANTS.items():
         section = getattr(params.sae_variants, label)
-        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled and not baseline.written else ():
-            name = variant_name(baseline.name, label, size)
-            found.append(baseline._replace(name=name, form=encoder.form, size=size, own_weights=False, assumed=""))
-    return found + list(_comparisons(params, baseline, width)) + list(_controls(params, baseline))
+        for size in getattr(section, f"{encoder.size_name}_values") if section.enabled and not dictionary.written else ():
+            name = variant_name(dictionary.name, label, size)
+            yield dictionary._replace(name=name, form=encoder.form, size=size, own_weights=False, assumed="")
 
 
-def variant_name(baseline: str, label: str, size: int) -> str:
-    """Of a pursuit encoder over the baseline's dictionary; label: its section of `sae_variants`."""
-    return slugify(f"{baseline}_{label}_{VARIANTS[label].size_name}{size}")
+def variant_name(dictionary: str, label: str, size: int) -> str:
+    """Of a pursuit encoder over an SAE's dictionary; label: its section of `sae_variants`."""
+    return slugify(f"{dictionary}_{label}_{VARIANTS[label].size_name}{size}")
 
 
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:

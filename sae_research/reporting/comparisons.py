@@ -363,6 +363,27 @@ def comparisons(run: Run) -> list[Comparison]:
     return [replace(item, adjusted=p) for item, p in zip(found, adjusted, strict=True)]
 
 
+def comparisons_at(run: Run, l0: float, metrics: Sequence[Metric] | None = None) -> list[Comparison]:
+    """Every pair of grids that covers one L0, read there (linear in log L0 between two measured points), p-values corrected
+    over all of them.
+
+    metrics: None for those of `tested_metrics`. Where both neighbours of a side have several training seeds, the spread
+    between seeds joins the error.
+    """
+    met = [
+        (one, other)
+        for one, other in ((point(mine, l0), point(theirs, l0)) for mine, theirs in _pairs(run))
+        if one is not None and other is not None
+    ]
+    found = []
+    for metric in tested_metrics(run) if metrics is None else metrics:
+        seed = int(run.evals[metric.eval].get("notes", {}).get("random_seed", 0))
+        for one, other in met:
+            found += _compare(one, other, metric, _all_evidence(one, metric), _all_evidence(other, metric), seed)
+    adjusted = holm([item.found.p for item in found])
+    return [replace(item, adjusted=p) for item, p in zip(found, adjusted, strict=True)]
+
+
 def unmatched(run: Run) -> list[tuple[Grid, Grid]]:
     """Pairs of grids that share no L0 and so are not compared; no two controls."""
     return [pair for pair in _pairs(run) if not meetings(*pair)]

@@ -99,6 +99,7 @@ def summary(run: Run, found: Sequence[Comparison]) -> str:
         "summary",
         trained=[row for role in ("baseline", "comparison") for row in run.rows if row.role == role],
         variants=sum(row.role == "variant" for row in run.rows),
+        dictionaries=[row for row in run.rows if row.name in {v.cfg.get("base") for v in run.rows if v.role == "variant"}],
         controls=sum(row.is_control for row in run.rows),
         exceeding=sum(item.exceeds_noise for item in found),
         tests=len(found),

@@ -39,7 +39,7 @@ from sae_research.stats.intervals import RESAMPLES
 
 GROUPS = {
     "baseline": "Baseline",
-    "variant": "Variants of the baseline's dictionary",
+    "variant": "Pursuit encoders over trained dictionaries",
     "comparison": "Comparison",
     "control": "Controls",
 }

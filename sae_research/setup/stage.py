@@ -131,13 +131,14 @@ class Setup:
     def plan(self) -> list[Planned]:
         """Everything the comparison holds, in table order. Raises `UserError` where two SAEs claim one
         name."""
-        self._check_dictionary()
+        self._check_dictionary(self.name, self.baseline)
         cfg = self.baseline.cfg
         check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae // layers_of(cfg), cfg.is_transcoder)
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
-            *self._variants(),
+            *self._variants(self.name),
             *self._comparisons(),
+            *(item for name in self.params.sae_variants.dictionaries for item in self._variants(name)),
             *self._controls(),
         ]
         taken: dict[str, str] = {}
@@ -145,6 +146,13 @@ class Setup:
             if name in taken:
                 raise UserError(f"two SAEs would be called {name}: {taken[name]} and {origin}; rename one")
             taken[name] = origin
+        compared = [item.name for item in self._comparisons()]
+        for name in self.params.sae_variants.dictionaries:
+            if name not in compared:
+                raise UserError(
+                    f"sae_variants.dictionaries: {name} is no SAE of the comparison "
+                    f"({', '.join(compared) or 'comparison_saes names none'}); the baseline's dictionary is always read"
+                )
         return planned
 
     # --- baseline and what is made of it ---
@@ -152,10 +160,11 @@ class Setup:
     def _write_baseline(self, folder: Path) -> None:
         save_sae(self.baseline, folder)
 
-    def _variants(self) -> Iterator[Planned]:
+    def _variants(self, base: str) -> Iterator[Planned]:
+        """Every encoder over one SAE's dictionary."""
         variants = self.params.sae_variants
         enabled = [label for label in VARIANTS if getattr(variants, label).enabled]
-        if enabled and self.baseline.cfg.is_transcoder:
+        if base == self.name and enabled and self.baseline.cfg.is_transcoder:
             self.warnings.append(
                 f"no variants ({', '.join(enabled)}): the decoder of {self.name} is no dictionary of what it reads"
             )
@@ -171,30 +180,47 @@ class Setup:
             for size in sizes:
                 key = f"sae_variants.{label}.{cls.size_name}_values"
                 yield Planned(
-                    variant_name(self.name, label, size),
-                    f"{key} ({size})",
-                    self._variant_writer(cls.form, label, {cls.size_name: size} | further),
+                    variant_name(base, label, size),
+                    f"{key} ({size}) of {base}",
+                    self._variant_writer(base, cls.form, label, {cls.size_name: size} | further),
                 )
 
-    def _check_dictionary(self) -> None:
-        """What pursuit had to assume of the baseline's atoms becomes a warning. Raises `UserError` where
-        params.yaml would rather have them refused."""
+    def _check_dictionary(self, name: str, sae: SparseAutoencoder) -> None:
+        """What pursuit had to assume of an SAE's atoms becomes a warning. Raises `UserError` where params.yaml would rather
+        have them refused, or sizes are larger than the dictionary."""
         variants = self.params.sae_variants
-        if any(getattr(variants, label).enabled for label in VARIANTS) and not self.baseline.cfg.is_transcoder:
-            notes = check_atoms(self.baseline.W_dec, variants.normalise).notes
-            self.warnings += [f"{self.name}, as a dictionary for pursuit: {note}" for note in notes]
+        if any(getattr(variants, label).enabled for label in VARIANTS) and not sae.cfg.is_transcoder:
+            notes = check_atoms(sae.W_dec, variants.normalise).notes
+            lines = (f"{name}, as a dictionary for pursuit: {note}" for note in notes)
+            self.warnings += [line for line in lines if line not in self.warnings]
 
-    def _variant_writer(self, form: str, architecture: str, options: dict[str, Any]) -> Callable[[Path], None]:
-        cfg = self.baseline.cfg.replace(
-            form=form,
-            architecture=architecture,
-            role="variant",
-            base=self.name,
-            options=options,
-            apply_b_dec_to_input=True,
-            provenance={"source": "variant"},
-        )
-        return lambda folder: save_variant(cfg, options, folder, folder.parent / self.name)
+    def _variant_writer(self, base: str, form: str, architecture: str, options: dict[str, Any]) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            source = folder.parent / base
+            cfg = self.baseline.cfg if base == self.name else self._dictionary(source).cfg
+            cfg = cfg.replace(
+                form=form,
+                architecture=architecture,
+                role="variant",
+                base=base,
+                options=options,
+                apply_b_dec_to_input=True,
+                provenance={"source": "variant"},
+            )
+            save_variant(cfg, options, folder, source)
+
+        return write
+
+    def _dictionary(self, source: Path) -> SparseAutoencoder:
+        """A compared SAE as pursuit's dictionary. Raises `UserError` where it is none, or too small."""
+        sae = load_sae(source)
+        if sae.cfg.is_crosscoder or sae.cfg.is_transcoder:
+            raise UserError(
+                f"sae_variants.dictionaries: the decoder of {source.name} is no dictionary of the activations it reads"
+            )
+        check_sizes(self.params, sae.cfg.d_in, sae.cfg.d_sae, name=source.name)
+        self._check_dictionary(source.name, sae)
+        return sae
 
     def _controls(self) -> Iterator[Planned]:
         for name, kind, size in control_names(self.params.controls):

@@ -126,7 +126,8 @@ def documents(text: Text, split: str, reader: Reader | None = None) -> Documents
     The packaged sources take turns; local files come in order of their names, hub rows as the hub streams
     them. The iterator ends when the text does: `stream.token_contexts` is the caller that says when that was
     too soon. `core_eval` also ends at `text.held_out_characters`; it is indexed before the first document of `sae_train`
-    is given, so that near copies of it (`text.near_copies`) are left out there.
+    is given, so that near copies of it (`text.near_copies`) are left out there. `sae_train` is read `text.training_passes`
+    times, in the same order: what a pass leaves of a context the next fills, so that contexts are cut elsewhere.
 
     Raises `UserError` at the first document asked for: no such folder, no readable file, no such column, hub
     out of reach; and at the end if the data set held no document in any split. Where the column holds lists of token
@@ -148,7 +149,7 @@ class Documents(Iterator[Document]):
         """Training documents left out so far, near copies of held-out ones."""
         self.limited = False
         """Whether held-out text went on after `text.held_out_characters`."""
-        self._found = {TRAINING: self._apart, HELD_OUT: self._first}.get(split, self._all)()
+        self._found = {TRAINING: self._passes, HELD_OUT: self._first}.get(split, self._all)()
 
     def __next__(self) -> Document:
         return next(self._found)
@@ -181,6 +182,11 @@ class Documents(Iterator[Document]):
                 return
             characters += len(document.compared)
             yield document
+
+    def _passes(self) -> Iterator[Document]:
+        for _ in range(self.text.training_passes):
+            self.near_copies = 0
+            yield from self._apart()
 
     def _apart(self) -> Iterator[Document]:
         index, found = None, self._all()
@@ -246,6 +252,7 @@ def text_fingerprint(text: Text, split: str) -> str:
             "shares": SHARES,
             "held_out": [text.held_out_characters, *DEFINITION],
             **({} if text.roles is None else {"roles": sorted(text.roles)}),
+            **({"passes": text.training_passes} if split == TRAINING and text.training_passes > 1 else {}),
         }
     )
 

@@ -26,7 +26,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.text.chat import Ranges, Reader
-from sae_research.text.corpus import Document, Documents, documents
+from sae_research.text.corpus import TRAINING, Document, Documents, documents
 from sae_research.text.local import listed
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -220,7 +220,8 @@ def _runs_out(texts: Documents, wanted: int, found: int, n_documents: int) -> Te
             f"{ends}: its {found:,} tokens do not fill one context; lower text.context_size "
             f"({text.context_size:,}) or give more text"
         )
-    return TextRunsOut(f"{ends}; ask for fewer tokens or give more text")
+    again = f", or raise text.training_passes ({text.training_passes})" if texts.split == TRAINING else ""
+    return TextRunsOut(f"{ends}; ask for fewer tokens or give more text{again}")
 
 
 def _token_stream(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from sae_research.cli.main import read_preset
+from sae_research.cli.pipeline import read_preset
 from sae_research.config.params import Params, load_params
 from sae_research.config.reporting import load_visualization
 from sae_research.runtime.errors import UserError

@@ -97,7 +97,7 @@ def test_every_sae_has_a_row_under_its_group(lab: Lab):
     table = text[text.index("## Results") : text.index("## Controls")]
     order = [
         table.index(f"*{title}*")
-        for title in ("Baseline", "Variants of the baseline's dictionary", "Comparison", "Controls")
+        for title in ("Baseline", "Pursuit encoders over trained dictionaries", "Comparison", "Controls")
     ]
     assert order == sorted(order)
     assert all(f"| `{name}` |" in table for name in SAES)

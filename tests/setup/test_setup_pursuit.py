@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae, save_sae
@@ -50,6 +51,28 @@ def test_every_section_becomes_saes_with_its_options(project: Path, make_params:
     }
     assert [name for name in found if not rows[name]["signed"]] == ["standard", "standard_nn_mpsae_s3", "standard_nn_omp_s2"]
     assert [name for name in found if not rows[name]["per_token"]] == ["standard_ihtp_k2"]
+
+
+def test_other_dictionaries_are_read_too(project: Path, make_params: Any) -> None:
+    save_sae(tiny_sae(seed=5), project / "trained_saes" / "other")
+    settings = {"controls": {"names": []}, "comparison_saes": {"trained": ["other"]}}
+    manifest = run_setup(make_params(sae_variants={"dictionaries": ["other"], "mpsae": {"s_values": [3]}}, **settings))
+    order = manifest["order"]
+    assert order.index("other") < order.index("other_mpsae_s3")
+    assert manifest["saes"]["other_mpsae_s3"]["base"] == "other"
+    assert manifest["saes"]["standard_mpsae_s3"]["base"] == "standard"
+    found = {name: load_sae(project / "downloaded_saes" / name) for name in ("standard", "other", "other_mpsae_s3")}
+    directions = torch.nn.functional.normalize(found["other"].W_dec, dim=-1)
+    read = torch.nn.functional.normalize(found["other_mpsae_s3"].W_dec, dim=-1)
+    assert torch.allclose(read, directions) and not torch.allclose(found["other"].W_dec, found["standard"].W_dec)
+    with pytest.raises(UserError, match=r"sae_variants.dictionaries: absent is no SAE of the comparison \(other\)"):
+        run_setup(make_params(sae_variants={"dictionaries": ["absent"], "mpsae": {"s_values": [3]}}, **settings))
+    small = tiny_sae(seed=5)
+    small.W_enc, small.b_enc, small.W_dec = small.W_enc[:, :32].clone(), small.b_enc[:32].clone(), small.W_dec[:32].clone()
+    small.cfg = small.cfg.replace(d_sae=32)
+    save_sae(small, project / "trained_saes" / "other")
+    with pytest.raises(UserError, match="s_values: 40 is larger than other's d_sae = 32"):
+        run_setup(make_params(sae_variants={"dictionaries": ["other"], "mpsae": {"s_values": [40]}}, **settings))
 
 
 def test_a_poor_dictionary_is_noted_or_refused(project: Path, make_params: Any, capsys: pytest.CaptureFixture[str]) -> None:

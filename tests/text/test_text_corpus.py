@@ -129,6 +129,15 @@ def test_local_files(tmp_path: Path, kind: str) -> None:
         assert all(split_of(document.text) == split for document in documents(text, split))
 
 
+def test_training_reads_its_split_as_often_as_it_is_told(tmp_path: Path) -> None:
+    folder = str(write_rows(tmp_path / "mine", "txt", ROWS))
+    once, twice = Text(dataset=folder), Text(dataset=folder, training_passes=2)
+    assert list(documents(twice, "sae_train")) == 2 * list(documents(once, "sae_train"))
+    assert list(documents(twice, "core_eval")) == list(documents(once, "core_eval"))
+    same = {split: text_fingerprint(once, split) == text_fingerprint(twice, split) for split in SPLITS}
+    assert same == {split: split != "sae_train" for split in SPLITS}
+
+
 def test_local_file_column_and_subfolders(tmp_path: Path) -> None:
     write_rows(tmp_path / "deep", "csv", ROWS, column="body")
     write_rows(tmp_path / ".hidden", "csv", ["never read"], column="body")

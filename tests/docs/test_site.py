@@ -1,0 +1,82 @@
+"""The documentation as a site: it builds without a warning, and its pages, opened from disk with the network cut, load
+nothing from elsewhere, fit a phone and find things. Its reference pages are what the records say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sae_research.cli import reference
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+in_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM"
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_reference_pages_are_what_the_records_say(name: str) -> None:
+    assert (reference.FOLDER / f"{name}.md").read_text() == reference.PAGES[name](), "python -m sae_research.cli.reference"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built strictly: a dead link, a page outside the navigation or a name that the interface lacks would end it."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(
+        command, cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@in_browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_every_page_opens_from_disk_and_fits(site: Path, browser: sync_api.Browser, scheme: str, width: int) -> None:
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 844}, offline=True)
+    page = context.new_page()
+    trouble: list[str] = []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else trouble.append(request.url),
+    )
+    for path in sorted(site.rglob("*.html")):
+        if path.name != "404.html":
+            page.goto(path.as_uri())
+            assert page.locator("h1").first.inner_text(), path
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+            missing = page.evaluate(
+                "[...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt).map(i => i.src)"
+            )
+            assert not missing, (path, missing)
+    assert not trouble
+    context.close()
+
+
+@in_browser
+def test_the_search_finds_a_metric(site: Path, browser: sync_api.Browser) -> None:
+    page = browser.new_page(offline=True)
+    page.goto((site / "index.html").as_uri())
+    page.locator("input.md-search__input").fill("loss recovered")
+    found = page.locator(".md-search-result__item a")
+    found.first.wait_for(state="attached", timeout=20_000)
+    assert any("reference/metrics" in (link.get_attribute("href") or "") for link in found.all())
+    page.close()
