@@ -36,7 +36,8 @@ def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str
     evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
     from sae_research.evals.harness import of_one_hook
 
-    return partial(of_one_hook, evaluate, OF_SAES[name].one_hook, crosscoders=OF_SAES[name].crosscoders)
+    record = OF_SAES[name]
+    return partial(of_one_hook, evaluate, record.one_hook, crosscoders=record.crosscoders, parts=record.parts)
 
 
 def run_evaluation(name: str, params: Params) -> None:

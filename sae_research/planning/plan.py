@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from sae_research.config.params import Params
+from sae_research.config.training import PLUS
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.costs import (
     PlannedCosts,
@@ -26,7 +27,7 @@ from sae_research.planning.resources import (
     training_memory,
     what_fits,
 )
-from sae_research.planning.saes import PlannedSAE, place_in, trained_sae
+from sae_research.planning.saes import PlannedSAE, deepest, place_in, trained_sae
 from sae_research.planning.work import Phase, Work, phases, sample_size, takes
 from sae_research.runtime.formatting import duration, gigabytes, text_table
 from sae_research.saes.base import OPEN_BYTES
@@ -91,7 +92,9 @@ def make_plan(
     itemsize = PRECISION_BYTES[params.model.torch_dtype]
     widths = {hook: sae.d_in // len(sae.at.read) for sae in saes for hook in sae.at.read}
     for written in {sae.written for sae in saes} - {""}:  # core evaluation keeps the stream that holds it too
-        widths |= dict.fromkeys((written, f"{written} in the stream"), shape.width(written))
+        hooks = written.split(PLUS)
+        stream = [f"{written} in the stream"] if len(hooks) == 1 else []
+        widths |= dict.fromkeys((*hooks, *stream), shape.width(hooks[0]))
     cache = (
         activation_cache_bytes(params, stages, widths, itemsize, saes[0].d_sae) if params.activation_caching.enabled else 0.0
     )
@@ -152,7 +155,7 @@ def _evaluation(
     lacking = 0
     for at in dict.fromkeys(place_in(name, sae) for sae in saes):
         group = [sae for sae in saes if place_in(name, sae) == at]
-        hook, names = at.written or group[0].hook, [sae.name for sae in group]
+        hook, names = deepest(at.written.split(PLUS)) if at.written else group[0].hook, [sae.name for sae in group]
         stage = phases(name, params, at) or []
         todo = all_left(stage, names) if left is None else left(name, stage, names)
         openings = max(1, math.ceil(sum(sae.nbytes for sae in group) / OPEN_BYTES))

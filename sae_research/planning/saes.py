@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES, SAERecipe, hooks_at
+from sae_research.config.training import FLOAT_BYTES, PLUS, SAERecipe, hooks_at
 from sae_research.lm.hooks import parse_hook
 from sae_research.planning.work import Hooks
 from sae_research.runtime.files import read_json, slugify
@@ -57,7 +57,7 @@ class PlannedSAE(NamedTuple):
     written: str = ""
     """The hook that a transcoder writes."""
     hooks: tuple[str, ...] = ()
-    """A crosscoder's; `hook` is the last of them that the model reaches."""
+    """Those that it reads, where they are several; `hook` is the last of them that the model reaches."""
 
     @property
     def at(self) -> Hooks:
@@ -83,7 +83,7 @@ def described(name: str, info: SAEInfo) -> PlannedSAE:
         cfg.role != "variant",
         "",
         cfg.hook_out if cfg.is_transcoder else "",
-        cfg.hook_names if cfg.is_crosscoder else (),
+        cfg.hook_names if len(cfg.hook_names) > 1 else (),
     )
 
 
@@ -104,7 +104,7 @@ def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
     width: d_in at the baseline's hook.
     """
     baseline = _baseline(params, width)
-    compared = list(_comparisons(params, baseline))
+    compared = list(_comparisons(params, baseline, width))
     named = {sae.name: sae for sae in compared}
     others = [named[name] for name in params.sae_variants.dictionaries if name in named]
     return [
@@ -130,11 +130,11 @@ def variant_name(dictionary: str, label: str, size: int) -> str:
 
 
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
-    """An SAE of `train.saes`. A crosscoder has the width of all its hooks."""
+    """An SAE of `train.saes`. What has several hooks has the width of all of them."""
     pursuit = config.recipe == "matching_pursuit"
     size = getattr(config, "s", 0) if pursuit else 0
     hooks = hooks_at(hook)
-    sae = PlannedSAE(name, config.recipe, width, config.d_sae, deepest(hooks), size, written=config.hook_out or "")
+    sae = PlannedSAE(name, config.recipe, width, config.d_sae, deepest(hooks), size, written=config.written or "")
     return sae._replace(hooks=tuple(hooks)) if len(hooks) > 1 else sae
 
 
@@ -142,7 +142,8 @@ def _baseline(params: Params, width: int) -> PlannedSAE:
     block = params.baseline_sae
     hook = f"blocks.{block.hook_layer}.hook_resid_post"
     if block.source == "trained" and block.name in params.train.saes:
-        return trained_sae(block.name, params.train.saes[block.name], params.train.hook_of(block.name), width)
+        config = params.train.saes[block.name]
+        return trained_sae(block.name, config, params.train.hook_of(block.name), width * len(config.hook_names or [""]))
     told = re.search(r"width_(\d+)(k|m)", block.sae_id or "")
     if told:
         return PlannedSAE(block.name, "standard", width, int(told[1]) * (2**10 if told[2] == "k" else 2**20), hook)
@@ -154,13 +155,12 @@ def _assumed(name: str, hook: str, width: int) -> PlannedSAE:
     return PlannedSAE(name, "standard", width, wide, hook, assumed=f"{name}: taken to have {wide:,} latents")
 
 
-def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
+def _comparisons(params: Params, baseline: PlannedSAE, width: int) -> Iterator[PlannedSAE]:
     chosen, train = params.comparison_saes, params.train
     names = [name for name in train.saes if name != baseline.name] if chosen.trained == ["all"] else chosen.trained
     for name in names:
         if name in train.saes:
-            width = baseline.d_in * len(train.saes[name].hook_names or [""])
-            yield trained_sae(name, train.saes[name], train.hook_of(name), width)
+            yield trained_sae(name, train.saes[name], train.hook_of(name), width * len(train.saes[name].hook_names or [""]))
         else:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for path, name in folder_names(chosen.folders).items():
@@ -180,6 +180,8 @@ def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
 
 def _controls(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
     for name, kind, size in control_names(params.controls):
+        if kind == "pca" and PLUS in baseline.written:  # a cross-layer transcoder has none
+            continue
         sae = baseline._replace(name=name, own_weights=True, assumed="")
         yield (
             sae._replace(form="linear", d_sae=size, size=0)

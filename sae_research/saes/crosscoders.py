@@ -61,8 +61,8 @@ def hook_by_hook(tensors: dict[str, Tensor], n_hooks: int) -> dict[str, Tensor]:
 
 
 def by_hook(acts: Tensor, cfg: SAEConfig) -> dict[str, Tensor]:
-    """Activations side by side [..., n * d_hook] by hook [..., d_hook]."""
-    return dict(zip(cfg.hook_names, acts.chunk(len(cfg.hook_names), dim=-1), strict=True))
+    """Activations at what is written, side by side [..., n * d_hook], by hook [..., d_hook]."""
+    return dict(zip(cfg.hooks_out, acts.chunk(len(cfg.hooks_out), dim=-1), strict=True))
 
 
 def normalised(acts: Tensor, cfg: SAEConfig) -> Tensor:

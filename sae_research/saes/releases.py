@@ -22,6 +22,7 @@ from sae_research.saes.formats import (
     checkpoints,
     circuit_tracer,
     gemma_scope,
+    gemma_scope_cross_layer,
     llamascopium,
     sparsify,
     temporal_saes,
@@ -304,7 +305,15 @@ def plan_of_file(repo_id: str, filename: str) -> Plan:
         entry = ReleasedSAE(repo_id, filename, repo_id, {}, str(path.parent), _LAYOUT_OF_FILE[path.name])
     elif checkpoints.is_checkpoint(Path(filename)):
         entry = ReleasedSAE(repo_id, filename, repo_id, {}, filename, "goodfire")
-    elif circuit_tracer.is_transcoder_file(Path(filename)):
+    elif gemma_scope_cross_layer.is_cross_layer_file(Path(filename)):
+        names = [repo_id, *path.parts]
+        return Plan(
+            gemma_scope.LIBRARY,
+            (filename,),
+            lambda root: gemma_scope_cross_layer.load_cross_layer(root / filename, names),
+            (str(path.parent / gemma_scope.CONFIG_FILE),),
+        )
+    elif circuit_tracer.is_transcoder_file(Path(filename)) or circuit_tracer.is_cross_layer_file(Path(filename)):
         entry = ReleasedSAE(repo_id, filename, repo_id, {}, filename, "mwhanna_transcoder")
     else:
         raise UserError(

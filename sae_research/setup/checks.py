@@ -151,7 +151,9 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
 def _collected(cfg: SAEConfig, lm: LanguageModel) -> list[tuple[str, int]]:
     """Hooks whose activations evaluations keep for an SAE, and their widths (`lm.pairs`)."""
     hooks = [(hook, cfg.d_in // len(cfg.hook_names)) for hook in cfg.hook_names]
-    if cfg.is_transcoder:
+    if cfg.is_cross_layer:
+        hooks += [(hook, cfg.d_out // len(cfg.hooks_out)) for hook in cfg.hooks_out]
+    elif cfg.is_transcoder:
         stream = lm.added_to(cfg.hook_out)
         hooks += [(cfg.hook_out, cfg.d_out), *([] if stream is None else [(stream, lm.d_model)])]
     return hooks
@@ -164,8 +166,8 @@ BATCH_CONTEXTS = 8
 
 
 class Sample(NamedTuple):
-    """Contexts of the core evaluation's split at one hook, at those that a transcoder reads and writes, or at a crosscoder's
-    side by side."""
+    """Contexts of the core evaluation's split at one hook, at those that a transcoder reads and writes, or at several side
+    by side."""
 
     acts: Tensor
     """[contexts, seq, d_in], on the model's device"""
@@ -291,7 +293,7 @@ def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list
 
 def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Params) -> Sample:
     tokens, counted = contexts.tokens, contexts.counted
-    hooks = list(dict.fromkeys([*cfg.hook_names, *([cfg.hook_out] if cfg.is_transcoder else [])]))
+    hooks = list(dict.fromkeys([*cfg.hook_names, *cfg.hooks_out]))
     pools = collect_hooks(lm, hooks, tokens, params.model.llm_batch_size, params.activation_caching)
     found, medians, mask = {}, {}, torch.ones_like(tokens, dtype=torch.bool)
     for hook in hooks:
@@ -309,10 +311,13 @@ def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Param
                 f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or "
                 "float32"
             )
-    read = found[cfg.hook_name] if cfg.hook_name in found else torch.cat([found[hook] for hook in hooks], dim=-1)
+    read, written = (
+        found[side[0]] if len(side) == 1 else torch.cat([found[hook] for hook in side], dim=-1)
+        for side in (cfg.hook_names, cfg.hooks_out)
+    )
     norms, acts = read[mask].norm(dim=1), read.to(lm.device)
-    written = found[cfg.hook_out].to(lm.device) if cfg.is_transcoder else acts
-    return Sample(acts, written, mask.to(lm.device), float(norms.median()), float(norms.mean()))
+    target = written.to(lm.device) if cfg.is_transcoder else acts
+    return Sample(acts, target, mask.to(lm.device), float(norms.median()), float(norms.mean()))
 
 
 def _norm_ratio(name: str, sae: SparseAutoencoder, sample: Sample, params: Params) -> float | None:

@@ -19,11 +19,11 @@ from sae_research.planning.work import sample_size
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
-from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
+from sae_research.saes import SAEConfig, SparseAutoencoder, load_sae, save_sae, save_variant, sources
 from sae_research.saes.pursuit.dictionary import check_atoms
 from sae_research.saes.releases import matching_saes, saes_of
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
-from sae_research.setup import controls
+from sae_research.setup import controls, cross_layer_controls
 from sae_research.setup.checks import disk_lines, preflight, preflight_contexts, time_lines
 from sae_research.text.crossed_tasks import CROSSED_TASKS, HUB_TASKS, LOCAL_COLUMNS, unknown_crossed_task
 from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, local_files, looks_local, read_rows
@@ -135,7 +135,7 @@ class Setup:
         name."""
         self._check_dictionary(self.name, self.baseline)
         cfg = self.baseline.cfg
-        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae, cfg.is_transcoder)
+        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae // layers_of(cfg), cfg.is_transcoder)
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
             *self._variants(self.name),
@@ -226,6 +226,9 @@ class Setup:
 
     def _controls(self) -> Iterator[Planned]:
         for name, kind, size in control_names(self.params.controls):
+            if self.baseline.cfg.is_cross_layer and kind not in cross_layer_controls.KINDS:
+                self.warnings.append(f"no control {name}: a cross-layer transcoder has none of its kind")
+                continue
             yield Planned(name, f"controls.names ({kind}, {size})", self._control_writer(kind, size))
         if self.baseline.cfg.is_transcoder and self.params.controls.names:
             kinds = ["linear_map", *([] if self.baseline.W_skip is None else ["skip"])]
@@ -236,6 +239,9 @@ class Setup:
         def write(folder: Path) -> None:
             x, y = self.sample()
             cfg, skip = self.baseline.cfg, self.baseline.W_skip
+            if cfg.is_cross_layer:
+                save_sae(cross_layer_controls.make_cross_layer_control(kind, size, x, y, cfg, self.params, skip), folder)
+                return
             written = y if cfg.is_transcoder else None
             save_sae(controls.make_control(kind, size, x, cfg, self.params, written, skip), folder)
 
@@ -323,10 +329,10 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
         f"{setup.name}: {line}"
         for line in fill_in(baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")
     ]
-    if baseline.cfg.is_crosscoder:
+    if baseline.cfg.is_crosscoder or baseline.cfg.is_part:
         raise UserError(
-            f"baseline_sae: {setup.name} is a crosscoder ({baseline.cfg.hooks}): controls and variants are made of a "
-            "baseline of one hook; compare it in comparison_saes"
+            f"baseline_sae: {setup.name} is a {baseline.cfg.kind} ({baseline.cfg.hooks}): controls and variants are made of "
+            "a baseline of one hook; compare it in comparison_saes"
         )
     _check_layer(params, baseline)
     check_fits(setup.name, baseline, lm, params.model.same_as)
@@ -350,6 +356,11 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     ):
         print(line, flush=True)
     return manifest
+
+
+def layers_of(cfg: SAEConfig) -> int:
+    """Of a cross-layer transcoder the number of its layers; 1 of anything else."""
+    return len(cfg.hook_names) if cfg.is_cross_layer else 1
 
 
 def make_manifest(saes: dict[str, SparseAutoencoder]) -> dict[str, Any]:

@@ -102,8 +102,9 @@ def params(make_params: Any) -> Params:
 def hooks_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Metrics by hook, each as `lab` has them of all hooks."""
     metrics = result["eval_result_unstructured"]["lab_v1"]["metrics"]
+    hooks = dict.fromkeys(key.partition("@")[2] for key in metrics if "@" in key)
     return {
-        hook: {key.partition("@")[0]: value for key, value in metrics.items() if key.endswith(f"@{hook}")} for hook in HOOKS
+        hook: {key.partition("@")[0]: value for key, value in metrics.items() if key.endswith(f"@{hook}")} for hook in hooks
     }
 
 

@@ -8,6 +8,9 @@ in their place there, and measured against zeros and the mean activation in that
 A crosscoder's hooks are all replaced at once; `kl@blocks.3.hook_resid_post` and the like are of one hook, with that one
 alone replaced. Its activations are compared in units in which all hooks count alike (`saes.crosscoders`), and a token
 that does not count stays as the run has it.
+A cross-layer transcoder's MLP outputs are all replaced in one run, in which each layer's encoder reads what that run gives
+it: the replacement model of circuit tracing. Its values at one hook are of that layer's output replaced alone, by what the
+clean run's latents make of it.
 
 Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
 together; the patched passes resume at the hook. Finished pieces are kept in the result cache, one per SAE and batch of
@@ -43,9 +46,17 @@ from sae_research.runtime.files import fingerprint
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.saes.base import Family, Guard, SAEInfo, check_finite
+from sae_research.saes.cross_layer import CrossLayerTranscoder
 from sae_research.saes.crosscoders import normalised
 from sae_research.setup.evaluated import Evaluated
-from sae_research.stats.predictions import CleanPredictions, losses, prediction_sums, replaced_logits, total
+from sae_research.stats.predictions import (
+    CleanPredictions,
+    losses,
+    prediction_sums,
+    replaced_logits,
+    replacement_logits,
+    total,
+)
 from sae_research.stats.reconstruction import (
     Clusters,
     ReconstructionStats,
@@ -189,7 +200,7 @@ class _SparsityState:
     def __init__(self, sae: SparseAutoencoder, clusters: Clusters, device: torch.device) -> None:
         self.sae_bench = SaeBenchStats(sae.cfg.d_sae, device)
         self.lab = ReconstructionStats(sae.cfg.d_out, sae.cfg.d_sae, device)
-        self.by_cluster = ReconstructionSums(clusters, len(sae.cfg.hook_names) if sae.cfg.is_crosscoder else 1)
+        self.by_cluster = ReconstructionSums(clusters, len(sae.cfg.hooks_out))
         self.support = self.interpolating = self.kept = self.total = self.sequences = 0
 
 
@@ -275,7 +286,7 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
 
 
 def _explained_by_hook(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, float]:
-    hooks = sae.cfg.hook_names if sae.cfg.is_crosscoder else ()
+    hooks = sae.cfg.hooks_out if len(sae.cfg.hooks_out) > 1 else ()
     explained = zip(hooks, state.lab.variance_explained_by_part(len(hooks)) if hooks else (), strict=True)
     return {at_hook("variance_explained", hook): value for hook, value in explained if math.isfinite(value)}
 
@@ -316,14 +327,14 @@ class _Predictions(NamedTuple):
 
     def run(self, put: Tensor, mask: Tensor | None = None, hook: str = "") -> tuple[Tensor, Tensor]:
         """Predictions with `put` [batch, seq, d_out] in place of what the model has at the written hook, where `mask`
-        [batch, seq] holds; everywhere without one. hook: of a crosscoder's that one alone."""
+        [batch, seq] holds; everywhere without one. hook: of several that one alone."""
         return self.clean.compare(_resumed(self.group, self.batch, put, mask, hook))
 
 
 def _resumed(group: _Group, batch: PairedBatch, put: Tensor, mask: Tensor | None = None, hook: str = "") -> Tensor:
-    if len(group.hooks) > 1:
-        sides = put.expand_as(batch.written).chunk(len(group.hooks), dim=-1)
-        chosen = {name: side for name, side in zip(group.hooks, sides, strict=True) if hook in ("", name)}
+    if len(group.hooks_out) > 1:
+        sides = put.expand_as(batch.written).chunk(len(group.hooks_out), dim=-1)
+        chosen = {name: side for name, side in zip(group.hooks_out, sides, strict=True) if hook in ("", name)}
         return replaced_logits(group.lm, batch.tokens, chosen, mask)
     written = put if mask is None else torch.where(mask[..., None], put, batch.written)
     return group.lm.resume(group.hook_out, written, batch.tokens, rest=batch.rest)
@@ -362,7 +373,7 @@ class _SharedPredictions:
                     mean=made.run(mean, lab_mask),
                 )
             )
-            for hook in group.hooks if len(group.hooks) > 1 else ():
+            for hook in group.hooks_out if len(group.hooks_out) > 1 else ():
                 runs = {"zero": made.run(zero, lab_mask, hook), "mean": made.run(mean, lab_mask, hook)}
                 made.sums.update(_sums(group, batch, _at(hook, lab_mask), clean=(clean.ce, None), **runs))
         return made
@@ -371,7 +382,7 @@ class _SharedPredictions:
         """Predictions with every activation zeroed. Resumed at a residual hook the model sees no tokens any more, so that
         one sequence [1, seq, vocab] stands for all of all batches; elsewhere each batch needs its own."""
         group = self._group
-        if not (group.lm.can_resume and "hook_resid" in group.hook_out and len(group.hooks) == 1):
+        if not (group.lm.can_resume and "hook_resid" in group.hook_out and len(group.hooks_out) == 1):
             return made.run(torch.zeros_like(batch.written))
         if self._zero_logits is None:
             self._zero_logits = group.lm.resume(group.hook_out, torch.zeros_like(batch.written[:1]), batch.tokens[:1])
@@ -386,11 +397,12 @@ def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]
     for name, z_all, z_lab in _encodings(family, batch.acts, mask if group.lab else None):
         sae = family[name]
         x_hat = sae.reconstruct(batch.acts, z=z_all)
-        sums = shared.sums | _sums(group, batch, {"sae_bench": batch.sae_bench_mask}, patched=shared.run(x_hat))
+        replaced = _replaced(shared, sae, x_hat, None)
+        sums = shared.sums | _sums(group, batch, {"sae_bench": batch.sae_bench_mask}, patched=replaced)
         if z_lab is not None:
             x_hat = _lab_reconstruction(sae, batch, x_hat, z_lab).to(own.dtype)
-            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=shared.run(x_hat, mask))
-            for hook in group.hooks if len(group.hooks) > 1 else ():
+            sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=_replaced(shared, sae, x_hat, mask))
+            for hook in group.hooks_out if len(group.hooks_out) > 1 else ():
                 sums |= _sums(group, batch, _at(hook, mask), patched=shared.run(x_hat, mask, hook))
         check_finite(sums)
         yield name, sums
@@ -398,6 +410,13 @@ def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]
 
 def _at(hook: str, mask: Tensor) -> dict[str, Tensor]:
     return {at_hook(name, hook): mask for name in ("lab", "cluster")}
+
+
+def _replaced(shared: _Predictions, sae: SparseAutoencoder, x_hat: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Predictions with all that an SAE writes replaced; x_hat: its reconstruction, from the clean run."""
+    if isinstance(sae, CrossLayerTranscoder) and sae.cfg.is_cross_layer:
+        return shared.clean.compare(replacement_logits(shared.group.lm, shared.batch.tokens, sae, mask))
+    return shared.run(x_hat, mask)
 
 
 def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:
@@ -435,7 +454,7 @@ def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], s
             "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches,
         },
     }
-    hooks = info.cfg.hook_names if info.cfg.is_crosscoder else ()
+    hooks = info.cfg.hooks_out if len(info.cfg.hooks_out) > 1 else ()
     figures = {**sparsity["lab"], **_lab_losses(hooks, sums)} if group.lab else {}
     lab = {key: value for key, value in figures.items() if math.isfinite(value)}
     unstructured = {

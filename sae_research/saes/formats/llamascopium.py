@@ -15,7 +15,8 @@ up), `W_D` [n_hooks, d_sae, d_model], `b_D` [n_hooks, d_model], one factor a hoo
 against the threshold by itself, so that a latent may fire at one hook and not at another: it is read as one latent a hook,
 which is encoded from all and writes that one. TopK chooses k latents at each hook, which no form here does.
 
-Cross-layer transcoders and its other types are refused: they are no SAE and no transcoder of one layer.
+Cross-layer transcoders are read by `llamascopium_cross_layer.py`. Its other types are refused: they are no SAE and no
+transcoder of one layer.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ WEIGHTS_FILES = (
 """In the order in which the library itself looks for them."""
 LIBRARY = "llamascopium"
 _NORM = "dataset_average_activation_norm"
-_NAMES = {
+NAMES = {
     "W_E": "W_enc",
     "b_E": "b_enc",
     "W_D": "W_dec",
@@ -109,24 +110,25 @@ def load_llamascopium(
     for key in _REFUSED:
         if flag(values.get(key) or False, key, path):
             raise UserError(f"{path}: {key} is not read; ask for it with such a file")
-    weights, loaded = _weights(folder)
+    weights, norms, state = loaded_weights(folder)
     hooks = [hook_of(text(values.get(key), key, path), path) for key in ("hook_point_in", "hook_point_out")]
     if not hooks[0]:
         raise UserError(f"{path}: hook_point_in is missing; add the hook that it reads")
-    norms, state = _split(loaded, weights)
-    factors = _factors(values, norms, hooks, factor, path, weights)
-    return _built(values, state, hooks, factors, model_name, path, weights)
+    scales = factors(values, norms, hooks, factor, path, weights)
+    return _built(values, state, hooks, scales, model_name, path, weights)
+
+
+def loaded_weights(folder: Path) -> tuple[Path, dict[str, float], dict[str, Tensor]]:
+    """(the weights file of a folder, norms of the data by hook, its other tensors)."""
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
+    loaded = load_safetensors(weights) if weights.suffix == ".safetensors" else _in_checkpoint(weights)
+    return weights, *_split(loaded, weights)
 
 
 def _check_keys(values: dict[str, Any], known: frozenset[str], path: Path) -> None:
     unknown = sorted(key for key, value in values.items() if key not in known and value not in (None, False))
     if unknown:
         raise UserError(f"{path}: holds {', '.join(unknown)[:120]}, which is not known; remove what changes no activation")
-
-
-def _weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
-    return weights, load_safetensors(weights) if weights.suffix == ".safetensors" else _in_checkpoint(weights)
 
 
 def _in_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ def _split(loaded: dict[str, Tensor], weights: Path) -> tuple[dict[str, float], 
     return norms, {name: tensor for name, tensor in loaded.items() if not name.startswith(f"{_NORM}.")}
 
 
-def _factors(
+def factors(
     values: dict[str, Any],
     norms: dict[str, float],
     hooks: list[str],
@@ -155,7 +157,7 @@ def _factors(
     path: Path,
     weights: Path,
 ) -> tuple[float, float]:
-    """(f_in, f_out): 1 where activations are read as they are."""
+    """(f_in, f_out) of one layer's hooks, read and written: 1 where activations are read as they are."""
     kind = text(values.get("norm_activation"), "norm_activation", path) or "dataset-wise"
     if kind in ("inference", "no-norm"):
         return 1.0, 1.0
@@ -192,7 +194,7 @@ def _built(
         mend = "; save it as JumpReLU in Llamascopium" if "batch" in act else ""
         raise UserError(f"{path}: act_fn {shown(act)} is not read: known are {', '.join(_FORMS)}{mend}")
     form, (f_in, f_out) = _FORMS[act], factors
-    names = _FIRST_NAMES if "encoder.weight" in loaded else _NAMES
+    names = _FIRST_NAMES if "encoder.weight" in loaded else NAMES
     bias = flag(values.get("use_decoder_bias", True), "use_decoder_bias", path)
     left_out = {"log_threshold"} | ({"b_dec"} if not bias else set())
     optional = [theirs for theirs, ours in names.items() if ours in left_out]
@@ -277,9 +279,8 @@ def _crosscoder(values: dict[str, Any], model_name: str, folder: Path, path: Pat
     if not isinstance(points, list) or len(points) < 2:
         raise UserError(f"{path}: hook_points must be a list of two or more hooks, not {shown(points)}")
     hooks = [hook_of(text(point, "hook_points", path), path) for point in points]
-    weights, loaded = _weights(folder)
-    norms, loaded = _split(loaded, weights)
-    names = {theirs: ours for theirs, ours in _NAMES.items() if act == "jumprelu" or ours != "log_threshold"}
+    weights, norms, loaded = loaded_weights(folder)
+    names = {theirs: ours for theirs, ours in NAMES.items() if act == "jumprelu" or ours != "log_threshold"}
     state = floats(renamed(loaded, names, weights), weights)
     d_hook = whole(values.get("d_model"), "d_model", path)
     d_sae = int(d_hook * number(values.get("expansion_factor"), "expansion_factor", path))
@@ -288,9 +289,9 @@ def _crosscoder(values: dict[str, Any], model_name: str, folder: Path, path: Pat
     for name, shape in {**shapes, "log_threshold": (d_sae,)}.items():
         if name in state and state[name].shape != shape:
             raise UserError(f"{weights}: {name} has shape {tuple(state[name].shape)}, expected {shape} for {n} hooks")
-    scales = tuple(_factors(values, norms, [hook, ""], None, path, weights)[0] for hook in hooks)
-    factors = torch.tensor(scales)[:, None, None]
-    tensors = side_by_side(state["W_enc"] * factors, state["W_dec"] / factors, state["b_dec"] / factors[:, 0])
+    scales = tuple(factors(values, norms, [hook, ""], None, path, weights)[0] for hook in hooks)
+    scale_H11 = torch.tensor(scales)[:, None, None]
+    tensors = side_by_side(state["W_enc"] * scale_H11, state["W_dec"] / scale_H11, state["b_dec"] / scale_H11[:, 0])
     tensors["b_enc"] = state["b_enc"].sum(0)
     form = "standard"
     if act == "jumprelu":

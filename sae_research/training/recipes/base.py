@@ -94,7 +94,7 @@ class Recipe(nn.Module):
 
     def __init__(self, d_in: int, config: SAERecipe, train: Train) -> None:
         super().__init__()
-        self.d_in, self.is_transcoder = d_in, config.hook_out is not None
+        self.d_in, self.is_transcoder = d_in, config.written is not None
         if self.is_transcoder:
             self.reads_b_dec = False  # ty: ignore[invalid-attribute-access]
         self.n_hooks = len(config.hook_names or [""])
