@@ -27,10 +27,12 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(f"error: Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=python3.11" if v[:2] not in ((3, 11), (3, 12)) else 0)'
-	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
-	test -x "$(BIN)/uv" || "$(BIN)/python" -m pip install --quiet uv
-	"$(BIN)/uv" pip install --python "$(BIN)/python" --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	@echo "setup: the environment in .venv, 4 GB with torch (CPU build), a minute or more by the connection"
+	@test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
+	@test -x "$(BIN)/uv" || "$(BIN)/python" -m pip install --quiet uv
+	@"$(BIN)/uv" pip install --python "$(BIN)/python" --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "setup: done. Next: make repro (the pipeline), or source .venv/bin/activate and sae-research --help"
 
 repro: setup
 	@python -m sae_research repro --preset "$(PRESET)"

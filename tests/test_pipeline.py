@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from sae_research.cli.main import PRESETS, read_preset
+from sae_research.cli.pipeline import PRESETS, read_preset
 from sae_research.config.params import load_params
 from sae_research.runtime.errors import run_main
 from tests.helpers.dvc_project import ENV, ROOT, SAES, make_project, read, run, set_params

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
 from pathlib import Path
 
 from sae_research.cli import experiments, plan
 from sae_research.cli.analyze import add_verb as add_analyze
+from sae_research.cli.pipeline import read_preset, run_pipeline, unfinished_stages
 from sae_research.reporting import shapes
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import replaced_folder, round_significant, user_path
-from sae_research.runtime.workspace import prepare
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -176,9 +174,6 @@ def _pareto(options: argparse.Namespace) -> int:
     return 0
 
 
-PRESETS = Path("presets")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="sae-research", description=__doc__)
@@ -200,45 +195,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verb == "check":
         return shapes.report(compare=True, unfinished=unfinished_stages)
     return run_pipeline(options.preset)
-
-
-def run_pipeline(preset: str) -> int:
-    """`dvc repro --ignore-errors` (or `dvc exp run` with a preset's overrides), then the check.
-
-    An evaluation that fails does not stop the others; its status says so and the exit code is 1. Files of DVC that a
-    killed run left damaged are mended first. Raises `UserError` where another DVC process is at work in the workspace.
-    """
-    for line in prepare(Path.cwd()):
-        print(line, flush=True)
-    if preset:
-        command = ["dvc", "exp", "run", "--ignore-errors"]
-        for override in read_preset(preset):
-            command += ["-S", override]
-    else:
-        command = ["dvc", "repro", "--ignore-errors"]
-    code = subprocess.run(command, check=False).returncode
-    unchanged = (
-        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], check=False, capture_output=True).returncode
-        == 0
-    )
-    return shapes.report(compare=unchanged and not preset, unfinished=unfinished_stages) or code
-
-
-def unfinished_stages() -> list[str]:
-    """One line for each stage that DVC would run again: one that was killed, and what follows from it. With --ignore-errors
-    DVC itself counts such a run as done."""
-    done = subprocess.run(["dvc", "status", "--json"], check=False, capture_output=True, text=True)
-    if done.returncode:
-        return [f"dvc status: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}"]
-    changed = {name: why for name, why in json.loads(done.stdout).items() if why != ["always changed"]}
-    return [f"{name}: it was killed, or follows from a stage that was; run it again (dvc repro)" for name in changed]
-
-
-def read_preset(name: str) -> list[str]:
-    """The overrides of a preset, without comments and blank lines. Raises `UserError` naming those there are."""
-    path = PRESETS / f"{name}.txt"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.txt")))
-        raise UserError(f"no preset {name!r}; known: {known}")
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    return [line for line in lines if line]

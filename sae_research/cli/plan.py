@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
     from sae_research.config.params import Params
     from sae_research.planning.devices import Device
-    from sae_research.planning.plan import Left
+    from sae_research.planning.plan import Left, Plan
 
 MOST_BYTES = 4e9
 """Prepared SAEs of more than this together are not opened to look up their results."""
 LOCK, PARAMS = Path("dvc.lock"), Path("params.yaml")
-_STAGES = {"core": "core_eval"}
 
 
 def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], overrides_of: Callable[[str], list[str]]) -> None:
@@ -72,11 +71,24 @@ def read_with(overrides: Sequence[str]) -> tuple[Params, dict[str, Any]]:
     return check_params(values, f"{PARAMS} with the overrides"), values
 
 
-def planned(params: Params, values: Mapping[str, Any], gpu: str | None, devices: int) -> str:
-    """The plan as text."""
+def stage_of(evaluation: str) -> str:
+    """The stage of `dvc.yaml` that computes an evaluation."""
+    return f"{evaluation}_eval"
+
+
+class Planned(NamedTuple):
+    """A plan, and what it is of."""
+
+    plan: Plan
+    device: Device
+    notes: list[str]
+    head: str
+
+
+def plan_of(params: Params, values: Mapping[str, Any], gpu: str | None = None, devices: int = 1) -> Planned:
+    """The plan of a run. Raises `UserError` where the model's configuration or the device cannot be had."""
     from sae_research.lm.shape import model_config, model_shape
-    from sae_research.planning.plan import make_plan, plan_text
-    from sae_research.planning.resources import cache_lines
+    from sae_research.planning.plan import make_plan
     from sae_research.planning.saes import planned_saes
     from sae_research.runtime.formatting import amount
 
@@ -91,6 +103,15 @@ def planned(params: Params, values: Mapping[str, Any], gpu: str | None, devices:
         f"{shape.name} ({amount(shape.parameters)} parameters, {shape.n_layers} layers), {len(saes)} SAEs at {hooks}, on "
         f"{devices} x {device.name}"
     )
+    return Planned(plan, device, notes, head)
+
+
+def planned(params: Params, values: Mapping[str, Any], gpu: str | None, devices: int) -> str:
+    """The plan as text."""
+    from sae_research.planning.plan import plan_text
+    from sae_research.planning.resources import cache_lines
+
+    plan, device, notes, head = plan_of(params, values, gpu, devices)
     cached = cache_lines(plan.cache, params) if plan.cache else []
     return "\n".join([head, "", plan_text(plan, device), *cached, *notes])
 
@@ -117,7 +138,7 @@ def in_place(values: Mapping[str, Any]) -> dict[str, bool]:
     from sae_research.config.yaml_files import read_mapping
 
     stages = read_mapping(LOCK).get("stages", {}) if LOCK.is_file() else {}
-    names = {"train": "train", "setup": "setup", **{name: _STAGES.get(name, f"{name}_eval") for name in OF_SAES}}
+    names = {"train": "train", "setup": "setup", **{name: stage_of(name) for name in OF_SAES}}
     same = {name: _same(stages.get(stage), values) for name, stage in names.items()}
     for name in names:
         if name != "train":  # what comes before it would run again

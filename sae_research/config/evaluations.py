@@ -224,6 +224,9 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 """By name, in the order of every table."""
 
+AT_HOOK = "@"
+"""`kl@blocks.3.hook_resid_post`: a crosscoder's metric at one of its hooks."""
+
 OF_SAES = {name: one for name, one in EVALUATIONS.items() if one.evaluate is not None}
 """Those that give one result per SAE of the comparison."""
 

@@ -56,6 +56,8 @@ class SAERecipe(Section):
     """The setting that decides how sparse the SAE becomes, and what a larger value does to L0."""
     few_active: ClassVar[bool] = False
     """Few latents are active from the first step on: on a CPU its steps compute those alone."""
+    whitens: ClassVar[bool] = True
+    """Whether it has an encoder that a linear map of the input can go into."""
 
     recipe: Name
     """How the SAE is trained: a name of `training.RECIPES`."""
@@ -76,6 +78,9 @@ class SAERecipe(Section):
     blocks.8.mlp.hook_in reads. Null: the hook it reads."""
     skip: bool | None = None
     """true gives a transcoder a linear skip, learned with the rest from zero."""
+    whiten: bool | None = None
+    """true trains on whitened activations: of equal variance in all directions, and uncorrelated (arXiv 2511.13981). The SAE
+    that comes out reads plain ones."""
     hook_names: Annotated[list[Name], Field(min_length=1)] | None = None
     """A crosscoder's: the hooks of one width that it reads and writes together. In place of `hook_name`; recipes
     `standard_new` (L1) and `batch_top_k`."""
@@ -100,6 +105,18 @@ class SAERecipe(Section):
     def _transcoder(self) -> SAERecipe:
         if self.skip and self.hook_out is None:
             raise ValueError("skip: true belongs to a transcoder: say which hook it writes (hook_out)")
+        return self
+
+    @model_validator(mode="after")
+    def _whitened(self) -> SAERecipe:
+        if not self.whiten:
+            return self
+        if not self.whitens:
+            raise ValueError(
+                f"whiten: {self.recipe} has no encoder: atoms chosen in whitened activations are others in plain ones"
+            )
+        if self.hook_out is not None or self.hook_names is not None:
+            raise ValueError("whiten: true belongs to SAEs, which write the hook they read")
         return self
 
 
@@ -285,6 +302,7 @@ class MatryoshkaRecipe(KRecipe):
 
 
 class MatchingPursuitRecipe(SAERecipe):
+    whitens = False
     sparsity = ("s", "raises")
     recipe: Literal["matching_pursuit"]
     s: Positive
@@ -473,5 +491,6 @@ class Train(Section):
         rows = max(self.buffer_tokens, 2 * self.batch_size)
         return (
             STATE_COPIES * self.weight_bytes(widths)
+            + sum(2 * self.width_of(name, widths) ** 2 * FLOAT_BYTES for name, sae in self.saes.items() if sae.whiten)
             + sum(widths[hook] for place in self.places for hook in hooks_at(place)) * rows * itemsize
         )

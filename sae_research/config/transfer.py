@@ -129,6 +129,17 @@ class PairCrosscoder(Section):
         return StandardNewRecipe.model_validate({**shared, "recipe": "standard_new", "l1_coefficient": self.l1_coefficient})
 
 
+class SeparateSAEs(Section):
+    """Latents of the base model's SAE matched with those of the finetuned model's."""
+
+    tokens: Positive = 16_384
+    """Held-out ones, on which activations are correlated."""
+    checked: Positive = 8
+    """Latents of each kind that are ablated."""
+    checked_tokens: Positive = 1024
+    """Of the text that they are ablated on."""
+
+
 class Controls(Section):
     """Pairs whose difference is known."""
 
@@ -179,3 +190,6 @@ class Transfer(Section):
     repair: Repair = Repair()
     crosscoder: PairCrosscoder | None = None
     """A crosscoder of both models at the SAE's hook; null trains none."""
+    separate: SeparateSAEs | None = None
+    """Matches latents of `sae` with those of the finetuned model's SAE; null does not, {} does. That SAE is
+    `finetuned_sae`, or `sae` as `repair` trains it on."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
 from sae_research.config.training import FLOAT_BYTES, SAERecipe, hooks_at
+from sae_research.lm.hooks import parse_hook
+from sae_research.planning.work import Hooks
 from sae_research.runtime.files import read_json, slugify
 from sae_research.saes.base import SAEInfo
 from sae_research.saes.pursuit.encoders import (
@@ -20,6 +22,7 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
+from sae_research.saes.releases import saes_of
 from sae_research.saes.sources import folder_names
 
 VARIANTS: dict[str, type[PursuitSAE]] = {
@@ -53,6 +56,12 @@ class PlannedSAE(NamedTuple):
     """What had to be assumed of it."""
     written: str = ""
     """The hook that a transcoder writes."""
+    hooks: tuple[str, ...] = ()
+    """A crosscoder's; `hook` is the last of them that the model reaches."""
+
+    @property
+    def at(self) -> Hooks:
+        return Hooks(self.hooks or (self.hook,), self.written)
 
     @property
     def nbytes(self) -> int:
@@ -69,12 +78,24 @@ def described(name: str, info: SAEInfo) -> PlannedSAE:
         cfg.form,
         cfg.d_in,
         cfg.d_sae,
-        cfg.hook_names[-1],
+        deepest(cfg.hook_names),
         size,
         cfg.role != "variant",
         "",
         cfg.hook_out if cfg.is_transcoder else "",
+        cfg.hook_names if cfg.is_crosscoder else (),
     )
+
+
+def deepest(hooks: Sequence[str]) -> str:
+    """The one that a pass of the model reaches last."""
+    return max(hooks, key=lambda hook: parse_hook(hook)[0])
+
+
+def place_in(evaluation: str, sae: PlannedSAE) -> Hooks:
+    """Where that stands which it is scored together with: in core what reads and writes the same hooks, elsewhere what reads
+    one."""
+    return sae.at if evaluation == "core" else Hooks(sae.at.read)
 
 
 def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
@@ -109,10 +130,12 @@ def variant_name(dictionary: str, label: str, size: int) -> str:
 
 
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
-    """An SAE of `train.saes`. A crosscoder stands at its last hook, with the width of all."""
+    """An SAE of `train.saes`. A crosscoder has the width of all its hooks."""
     pursuit = config.recipe == "matching_pursuit"
     size = getattr(config, "s", 0) if pursuit else 0
-    return PlannedSAE(name, config.recipe, width, config.d_sae, hooks_at(hook)[-1], size, written=config.hook_out or "")
+    hooks = hooks_at(hook)
+    sae = PlannedSAE(name, config.recipe, width, config.d_sae, deepest(hooks), size, written=config.hook_out or "")
+    return sae._replace(hooks=tuple(hooks)) if len(hooks) > 1 else sae
 
 
 def _baseline(params: Params, width: int) -> PlannedSAE:
@@ -148,6 +171,9 @@ def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for place in chosen.python:
         yield baseline._replace(name=place, form="standard", size=0, own_weights=True)
+    if chosen.release is not None:
+        for item in saes_of(chosen.release, chosen.match, "comparison_saes.match"):
+            yield _assumed(slugify(f"{item.release}_{item.sae_id}"), baseline.hook, baseline.d_in)
     if chosen.sae_regex_pattern is not None:
         yield _assumed(f"SAEs of {chosen.sae_regex_pattern} (counted as one)", baseline.hook, baseline.d_in)
 

@@ -302,6 +302,12 @@ class Row:
         return read if read is not None and PLUS in read else self.hook_out
 
     @property
+    def crosscoder_hooks(self) -> list[str]:
+        """The hooks of a crosscoder; none of anything else."""
+        read = str(self.cfg.get("hook_name") or "")
+        return read.split(PLUS) if PLUS in read else []
+
+    @property
     def hooks(self) -> str | None:
         """The hook it reads, and the one that a transcoder writes; None where its result does not say."""
         read = self.cfg.get("hook_name")

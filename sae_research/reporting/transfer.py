@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from sae_research.reporting.results import STATUS_KEY, Metrics, is_number
 from sae_research.reporting.shapes import evaluation_status, transfer_results
 from sae_research.reporting.tables import render
-from sae_research.reporting.transfer_crosscoder import MODELS, at, crosscoder_metrics, crosscoder_section, numbers
+from sae_research.reporting.transfer_crosscoder import (
+    MODELS,
+    at,
+    bounded,
+    crosscoder_metrics,
+    crosscoder_section,
+    numbers,
+)
+from sae_research.reporting.transfer_separate import OPTIONAL, optional_parts, separate_metrics, separate_section
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json
 from sae_research.runtime.formatting import ABSENT, markdown_table, number, percent, with_interval
@@ -125,7 +133,7 @@ def pair_metrics(result: dict[str, Any]) -> Metrics:
         f"repair_{key}": at(result, "repair", key)
         for key in ("gap", "gap_closed", "tokens_to_half", "gap_after_equal_training")
     }
-    found |= crosscoder_metrics(at(result, "crosscoder"))
+    found |= crosscoder_metrics(at(result, "crosscoder")) | separate_metrics(at(result, "separate"))
     return {key: round_significant(float(value)) for key, value in found.items() if is_number(value)}
 
 
@@ -231,7 +239,9 @@ def transfer(root: Path = Path(".")) -> str:
         repair_table=_repair_table(repair["curves"]) if repair.get("status") == "ok" else "",
         repair_message=repair.get("message"),
         crosscoder=crosscoder_section(main.get("crosscoder")),
-        captions=[(name, *caption) for name, caption in CAPTIONS.items()],
+        separate=separate_section(main.get("separate")),
+        captions=[(name, *caption) for name, caption in CAPTIONS.items()]
+        + [OPTIONAL[part] for part in optional_parts(main)],
     )
 
 
@@ -325,17 +335,11 @@ def _quality(result: dict[str, Any], role: str, model: str, kind: str) -> dict[s
         "CE patched": number(at(sae, "ce_patched", "value")),
         "CE zero": number(at(losses, "ce_zero", "value")),
         "CE mean": number(at(losses, "ce_mean", "value")),
-        "loss recovered": _bounded(at(sae, "loss_recovered")),
-        "KL": _bounded(at(sae, "kl")),
+        "loss recovered": bounded(at(sae, "loss_recovered")),
+        "KL": bounded(at(sae, "kl")),
         BITS[0]: number(at(losses, "bits_per_byte_clean", "value")),
         BITS[1]: number(at(sae, "bits_per_byte_patched", "value")),
     }
-
-
-def _bounded(found: dict[str, Any] | None) -> str:
-    if not found:
-        return ABSENT
-    return with_interval(found["value"], (found["low"], found["high"]) if found.get("low") is not None else None)
 
 
 def _latent_table(found: dict[str, Any], role: str) -> str:

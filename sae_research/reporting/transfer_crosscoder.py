@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sae_research.runtime.formatting import ABSENT, markdown_table, number
+from sae_research.runtime.formatting import ABSENT, markdown_table, number, with_interval
 
 MODELS = ("base", "finetuned")
 CLASSES = {
@@ -53,8 +53,10 @@ def crosscoder_section(found: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the template reads; None where none was trained."""
     if found is None:
         return None
+    alone = sum(found["classes"][name]["latents"] for name in ("base_only", "finetuned_only"))
     return {
         **found,
+        "alone": alone,
         "class_table": _class_table(found["classes"]),
         "ablation_table": _ablation_table(found["ablations"]["groups"]),
     }
@@ -89,17 +91,27 @@ def _ablation_table(groups: Mapping[str, dict[str, Any]]) -> str:
         "kl_patched_base": "base patched",
         "kl_patched_base_matched": "base patched, random shared",
     }
+    bounds = {"over_matched": "KL over the latent's [95 %]", "patch_gain": "KL taken off by patching [95 %]"}
     body = [
         [
             title,
             str(len(groups[name]["latents"])),
             *numbers(groups[name], columns),
+            *(bounded(groups[name].get(key)) for key in bounds),
             *(str(groups[name].get(key, ABSENT)) for key in ("above_matched", "above_direction")),
         ]
         for name, title in GROUPS.items()
     ]
-    return markdown_table(["Ablated", "latents", *columns.values(), "above the latent", "above the direction"], body)
+    header = ["Ablated", "latents", *columns.values(), *bounds.values(), "above the latent", "above the direction"]
+    return markdown_table(header, body)
 
 
 def numbers(values: dict[str, Any] | None, keys: Iterable[str]) -> list[str]:
     return [number(at(values, key)) for key in keys]
+
+
+def bounded(found: dict[str, Any] | None) -> str:
+    """A value with its interval, where it has one."""
+    if not found:
+        return ABSENT
+    return with_interval(found["value"], (found["low"], found["high"]) if found.get("low") is not None else None)

@@ -14,7 +14,9 @@ from matplotlib.ticker import NullFormatter
 
 from sae_research.config.reporting import Visualization
 from sae_research.plotting.axes import INK, MUTED, SMALL, legend_below, panel, panels, say, write_images
+from sae_research.reporting import transfer_difference_figures
 from sae_research.reporting.transfer import MAIN, MODELS, NAMES, TransferRun, at, read_transfer
+from sae_research.reporting.transfer_separate import OPTIONAL, optional_parts
 
 
 def legend(axes: Axes, **options: Any) -> None:
@@ -68,8 +70,10 @@ EQUAL = 1e-5
 def draw_transfer(style: Visualization, root: Path = Path(".")) -> list[Path]:
     """Write every picture of a finished run and delete those of an earlier one. Returns what was written."""
     run = read_transfer(root)
-    draw = {} if run is None else {name: partial(drawn, run, style) for name, drawn in FIGURES.items()}
-    return write_images(root / IMAGES, draw)
+    if run is None:
+        return write_images(root / IMAGES, {})
+    own = {OPTIONAL[part][0]: transfer_difference_figures.FIGURES[part] for part in optional_parts(run.main)}
+    return write_images(root / IMAGES, {name: partial(drawn, run, style) for name, drawn in (FIGURES | own).items()})
 
 
 # --- activations -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from sae_research.config.training import PLUS
@@ -17,6 +18,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, file_sha256, read_settings, write_bytes, write_json
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.formats.sae_lens import convert
+from sae_research.saes.packaged import PREFIX, packaged_place
 from sae_research.saes.reading import (
     flag,
     floats,
@@ -48,20 +50,26 @@ SAE_LENS_FORMS = (
     "jumprelu_skip_transcoder",
 )
 """Architectures that this version reads as we mean them."""
+OF_MODELS = ("base", "finetuned")
+"""Before the hooks of a crosscoder of two models (`transfer.crosscoder`)."""
 _SKIP = "skip_transcoder"
 ROLES = ("baseline", "variant", "comparison", "control")
 
 
-def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
-    """Write an SAE whose weights are its own; the same SAE gives the same bytes.
+def save_sae(sae: SparseAutoencoder, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write an SAE whose weights are its own, in `dtype`; the same SAE gives the same bytes.
 
     Where SAELens has the form, `SAE.load_from_disk(folder)` reads it; where not, it refuses the architecture's name and
     `sae_lens_lacks` says why.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sae.tensors().items()}
+    cfg = sae.cfg
+    if dtype != torch.float32:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        cfg = cfg.replace(dtype=str(dtype).removeprefix("torch."))
     weights = safetensors.torch.save(tensors)
-    values = _to_json(sae.cfg, sae.options(), sae.W_skip is not None)
+    values = _to_json(cfg, sae.options(), sae.W_skip is not None)
     values["metadata"]["sae_research"]["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     write_bytes(folder / WEIGHTS_FILE, weights)
     write_json(folder / CONFIG_FILE, values)
@@ -118,9 +126,10 @@ def save_variant(cfg: SAEConfig, options: dict[str, Any], folder: str | Path, we
 
 
 def load_sae(folder: str | Path, device: str = "cpu") -> SparseAutoencoder:
-    """Read an SAE folder, ours or SAELens' own. Raises `UserError` when files are missing, damaged, or not
-    what cfg.json says."""
-    folder = Path(folder)
+    """Read an SAE folder, ours or SAELens' own, or `packaged:NAME`. Raises `UserError` when files are missing, damaged, or
+    not what cfg.json says."""
+    named = isinstance(folder, str) and folder.startswith(PREFIX)
+    folder = packaged_place(str(folder).removeprefix(PREFIX)) if named else Path(folder)
     values = read_settings(folder / CONFIG_FILE)
     if "num_latents" in values and "d_sae" not in values:
         raise UserError(f"{folder / CONFIG_FILE}: of an SAE of sparsify, whose weights are sae.safetensors; fetch both")
@@ -267,8 +276,14 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
     weights_from = section(ours.get("weights_from"), "weights_from", path) or None
     sha256 = text(ours.get("weights_sha256"), "weights_sha256", path) or None
     written = {"hook_out": hook_of(cfg.hook_out, path)} if cfg.is_transcoder else {}
-    read = PLUS.join(hook_of(name, path) for name in cfg.hook_names)
+    read = PLUS.join(_hook_read(name, path) for name in cfg.hook_names)
     return cfg.replace(hook_name=read, **written), weights_from, sha256
+
+
+def _hook_read(name: str, path: Path) -> str:
+    """A hook's name, which a crosscoder of two models has behind the word for the model (`OF_MODELS`)."""
+    model, _, hook = name.rpartition(" ")
+    return f"{model} {hook_of(hook, path)}" if model in OF_MODELS else hook_of(name, path)
 
 
 def _scales(value: Any, path: Path) -> tuple[float, ...]:

@@ -19,8 +19,10 @@ ENCODER_SCALES: dict[str, tuple[str, ...]] = {
     "abs_topk": ("W_enc", "b_enc"),
     "jumprelu": ("W_enc", "b_enc", "threshold"),
     "gated": ("W_enc", "b_gate", "b_mag"),
+    "hard_concrete": ("W_enc", "b_enc"),
+    "gated_hard_concrete": ("W_enc", "b_mag"),
 }
-"""What grows with a latent's activation in each form. `r_mag` of gated SAEs multiplies and stays."""
+"""What grows with a latent's activation in each form. `r_mag` of gated SAEs multiplies and stays; `sharpness` shrinks."""
 UNIT_TOLERANCE = 1e-6
 
 
@@ -40,6 +42,8 @@ def fold_decoder_norms(form: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
 def scale_latents(form: str, tensors: dict[str, Tensor], factors_F: Tensor) -> dict[str, Tensor]:
     """The same SAE with activations times positive factors [d_sae], and decoder rows divided by them."""
     scaled = {name: tensors[name] * factors_F for name in ENCODER_SCALES[form]}
+    if "sharpness" in tensors:  # the gates' logits stay what they were
+        scaled["sharpness"] = tensors["sharpness"] / factors_F
     return {**tensors, **scaled, "W_dec": tensors["W_dec"] / factors_F[:, None]}
 
 

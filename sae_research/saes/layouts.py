@@ -18,7 +18,9 @@ from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
 from sae_research.saes.formats import (
     checkpoints,
     circuit_tracer,
+    dictionary_learning_crosscoders,
     gemma_scope,
+    gemma_scope_crosscoders,
     llamascopium,
     openai,
     sparsify,
@@ -84,6 +86,16 @@ def _llamascopium(path: Path) -> list[str]:
     return [llamascopium.CONFIG_FILE] if beside and own else []
 
 
+def _dictionary_learning(path: Path) -> list[str]:
+    return [] if _dictionary_learning_crosscoders(path) else _there(dl.WEIGHTS_FILE)(path)
+
+
+def _dictionary_learning_crosscoders(path: Path) -> list[str]:
+    if not dictionary_learning_crosscoders.is_crosscoder_config(path / dl.CONFIG_FILE):
+        return []
+    return _there(dl.WEIGHTS_FILE, dictionary_learning_crosscoders.HUB_WEIGHTS_FILE)(path)
+
+
 def _files(known: Callable[[Path], bool]) -> Callable[[Path], list[str]]:
     """Of layouts of one file each: the file itself, or the files of a folder."""
 
@@ -124,7 +136,7 @@ LAYOUTS = (
         "dictionary_learning",
         "`ae.pt`, `config.json`",
         "its seven classes of SAEs",
-        _there(dl.WEIGHTS_FILE),
+        _dictionary_learning,
         _one(dl.load_dictionary_learning),
         "`export --format dictionary_learning`",
         "plain references; SAE Bench's and SAELens' loaders",
@@ -159,7 +171,7 @@ LAYOUTS = (
     Layout(
         "Llamascopium, Llama Scope",
         "`config.json`, `sae_weights.safetensors`; `hyperparams.json`, `checkpoints/final.safetensors`",
-        "SAEs and transcoders: ReLU, JumpReLU, TopK, with the norms of their data",
+        "SAEs and transcoders: ReLU, JumpReLU, TopK; crosscoders: ReLU, JumpReLU; with the norms of their data",
         _llamascopium,
         _one(llamascopium.load_llamascopium),
         "",
@@ -191,6 +203,24 @@ LAYOUTS = (
         _only_file(_LAYERS, _placed(circuit_tracer.load_circuit_tracer)),
         "",
         "SAELens' loaders and classes; plain references",
+    ),
+    Layout(
+        "dictionary_learning, crosscoders",
+        "`ae.pt` or `model.safetensors`, `config.json`",
+        "`CrossCoder`, `BatchTopKCrossCoder`: of two models, or of the hooks that `hook_names` lists in `config.json`",
+        _dictionary_learning_crosscoders,
+        _one(dictionary_learning_crosscoders.load_crosscoder),
+        "",
+        "plain references",
+    ),
+    Layout(
+        "Gemma Scope 2, crosscoders",
+        "`params_layer_N.safetensors`, `config.json`, below a folder `crosscoder`",
+        "weakly causal crosscoders of several layers of the stream",
+        gemma_scope_crosscoders.files_in,
+        _placed(gemma_scope_crosscoders.load_crosscoder),
+        "",
+        "plain references",
     ),
     Layout(
         "Temporal SAEs",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
@@ -102,6 +102,24 @@ def matching_saes(release_pattern: str, id_pattern: str) -> list[ReleasedSAE]:
             f"{id_pattern!r} "
             f"in full ({releases} releases match the first)"
         )
+    return found
+
+
+def saes_of(release: str, match: str | None, what: str) -> list[ReleasedSAE]:
+    """The dictionaries of a release whose id the regular expression is found in, in the directory's order. what: names the
+    expression in messages. Raises `UserError` for an unknown release, a pattern that is none, and one that matches
+    nothing."""
+    known = release_directory()
+    if release not in known:
+        raise UserError(f"SAELens' directory has no release {release!r}{did_you_mean(release, known)}")
+    try:
+        pattern = re.compile(match or "")
+    except re.error as error:
+        raise UserError(f"{what}: {match!r} is not a regular expression ({error})") from None
+    found = [entry for entry in released_saes() if entry.release == release and pattern.search(entry.sae_id)]
+    if not found:
+        ids = [entry.sae_id for entry in released_saes() if entry.release == release]
+        raise UserError(f"{what} {match}: none of the {len(ids)} ids of {release} holds it; the first is {ids[0]}")
     return found
 
 

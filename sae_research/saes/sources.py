@@ -30,6 +30,7 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.foreign import adapt
 from sae_research.saes.layouts import layouts_of, open_place
+from sae_research.saes.packaged import packaged_place
 from sae_research.saes.releases import fetched, from_release, plan_of_file, shown_licence
 from sae_research.text.hub import offline_if_silent, one_line
 
@@ -166,6 +167,7 @@ def open_sae(
     wanted: a folder as a `Path`; a folder or the name of one in downloaded_saes/ or trained_saes/ as a user writes it; or
 
         trained:NAME            of the train stage
+        packaged:NAME           that comes with this package
         prepared:NAME           of the setup stage
         sae_lens:RELEASE:ID     of SAELens' directory
         hub:REPO_ID:FILENAME    of a hub repository, with the configuration beside it
@@ -182,6 +184,8 @@ def open_sae(
     first, _, second = rest.partition(":")
     if kind == "trained":
         return _trained(rest)
+    if kind == "packaged":
+        return load_sae(packaged_place(rest))
     if kind == "prepared":
         return _prepared(rest)
     if kind == "sae_lens":
@@ -204,7 +208,7 @@ def reference_of(block: BaselineSAE | TransferSAE) -> str | Path:
 def sae_name(wanted: str) -> str:
     """The name in tables of an SAE that a user names: of its folder, or of its release and id."""
     kind, _, rest = wanted.partition(":")
-    return slugify(rest) if kind in ("sae_lens", "hub") else slugify(_named_folder(wanted).resolve().name)
+    return slugify(rest) if kind in ("sae_lens", "hub", "packaged") else slugify(_named_folder(wanted).resolve().name)
 
 
 def local_names() -> list[str]:

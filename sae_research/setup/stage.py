@@ -21,7 +21,7 @@ from sae_research.runtime.files import check_writable, find_local, replaced_fold
 from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
 from sae_research.saes.pursuit.dictionary import check_atoms
-from sae_research.saes.releases import matching_saes
+from sae_research.saes.releases import matching_saes, saes_of
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
 from sae_research.setup import controls
 from sae_research.setup.checks import disk_lines, preflight, preflight_contexts, time_lines
@@ -108,6 +108,8 @@ class Planned(NamedTuple):
     name: str
     origin: str
     write: Callable[[Path], None]
+    optional: bool = False
+    """Left out with a warning where it cannot be had: one of a whole release."""
 
 
 class Setup:
@@ -142,10 +144,10 @@ class Setup:
             *self._controls(),
         ]
         taken: dict[str, str] = {}
-        for name, origin, _ in planned:
-            if name in taken:
-                raise UserError(f"two SAEs would be called {name}: {taken[name]} and {origin}; rename one")
-            taken[name] = origin
+        for item in planned:
+            if item.name in taken:
+                raise UserError(f"two SAEs would be called {item.name}: {taken[item.name]} and {item.origin}; rename one")
+            taken[item.name] = item.origin
         compared = [item.name for item in self._comparisons()]
         for name in self.params.sae_variants.dictionaries:
             if name not in compared:
@@ -262,6 +264,25 @@ class Setup:
                     f"SAELens {item.release} / {item.sae_id}",
                     f"sae_lens:{item.release}:{item.sae_id}",
                 )
+        if chosen.release is not None:
+            block = self.params.baseline_sae
+            for item in saes_of(chosen.release, chosen.match, "comparison_saes.match"):
+                if (block.source, block.release, block.sae_id) != ("sae_lens", item.release, item.sae_id):
+                    where = f"sae_lens:{item.release}:{item.sae_id}"
+                    yield self._compared(slugify(f"{item.release}_{item.sae_id}"), where, where)._replace(optional=True)
+
+    def write(self, planned: list[Planned], folder: Path) -> list[str]:
+        """Write all into a folder; names of those that are there."""
+        written = []
+        for item in planned:
+            try:
+                item.write(folder / item.name)
+                written.append(item.name)
+            except UserError as error:
+                if not item.optional:
+                    raise
+                self.warnings.append(f"{item.name} is left out: {error}")
+        return written
 
     def _trained_names(self) -> list[str]:
         names = self.params.comparison_saes.trained
@@ -314,9 +335,7 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     check_writable(output, [item.name for item in planned], "SAE names")
     contexts = preflight_contexts(lm, params)  # what the end needs is looked at first
     with replaced_folder(output) as folder:
-        for item in planned:
-            item.write(folder / item.name)
-        saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
+        saes = {name: load_sae(folder / name, str(lm.device)) for name in setup.write(planned, folder)}
         result = preflight(saes, setup.name, lm, params, contexts)
         warnings = setup.warnings + result.warnings
         manifest = make_manifest(saes)
@@ -325,9 +344,8 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     print(sae_table(manifest, result.report["saes"]))
     for line in warnings:
         print(f"warning: {line}")
-    hook = baseline.cfg.hook_name
     for line in (
-        *time_lines(params, lm, hook, saes, result.seconds_per_token),
+        *time_lines(params, lm, saes, result.seconds_per_token),
         *disk_lines(params, lm, saes, baseline.cfg.d_sae),
     ):
         print(line, flush=True)

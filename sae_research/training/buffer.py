@@ -38,10 +38,14 @@ class StreamingPCA:
         self.sum_D += x_ND.sum(0)
         self.products_DD += x_ND.T @ x_ND
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D], float64 on the CPU."""
+        mean_D = self.sum_D.cpu().double() / self.n
+        return mean_D, self.products_DD.cpu().double() / self.n - torch.outer(mean_D, mean_D)
+
     def components(self) -> tuple[Tensor, Tensor]:
         """Mean [D] and orthonormal rows [D, D], most variance first, float32."""
-        mean_D = self.sum_D.cpu().double() / self.n
-        covariance_DD = self.products_DD.cpu().double() / self.n - torch.outer(mean_D, mean_D)
+        mean_D, covariance_DD = self.moments()
         _, vectors_DD = torch.linalg.eigh(covariance_DD)
         return mean_D.float(), vectors_DD.flip(1).T.contiguous().float()
 

@@ -195,12 +195,14 @@ def row_is_due(sae: TrainingSAE, batch: StreamBatch) -> bool:
 
 
 def log_row(sae: TrainingSAE, output: StepOutput, batch: StreamBatch) -> None:
-    """Add a row to a sae's curve. Raises `UserError` when its loss was not finite."""
+    """Add a row to a sae's curve: its loss, and what is explained of plain activations. Raises `UserError` when its loss was
+    not finite."""
     raise_if_diverged([sae])
     acts = sae.recipe.written(batch.acts)
     variance = (acts - acts.mean(0)).square().sum()
     steps = sae.step - (sae.curve[-1].step if sae.curve else 0)
-    explained = 1 - output.residual.square().sum() / variance
+    residual = output.residual if sae.recipe.whitening is None else sae.recipe.whitening.undone(output.residual)
+    explained = 1 - residual.square().sum() / variance
     sae.curve.append(CurveRow(sae.step, sae.tokens, float(sae.loss_sum) / steps, float(output.l0), float(explained)))
     sae.loss_sum.zero_()
 

@@ -52,7 +52,7 @@ def in_stacks(saes: Iterable[TrainingSAE], train: Train) -> list[list[TrainingSA
     groups: dict[str, list[list[TrainingSAE]]] = {}
     for sae in saes:
         recipe = sae.recipe
-        wanted = recipe.stackable and recipe.W_dec.device.type in STACKED_ON
+        wanted = recipe.stackable and recipe.whitening is None and recipe.W_dec.device.type in STACKED_ON
         key = _kind(sae) if wanted else f"alone {sae.name}"
         entries = train.batch_size // train.accumulation_steps * recipe.config.d_sae
         same = groups.setdefault(key, [[]])

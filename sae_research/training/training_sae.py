@@ -103,6 +103,8 @@ def start(sae: TrainingSAE, rows_ND: Tensor, random_seed: int) -> None:
 
     Its randomness comes from `random_seed` and its own name, so that other SAEs in the run change nothing.
     """
+    if sae.recipe.whitening is not None:
+        rows_ND = sae.recipe.whitening.fit(rows_ND)
     sae.recipe.initialise(rows_ND, torch.Generator().manual_seed(sae_seed(sae.name, random_seed)))
 
 
@@ -113,6 +115,8 @@ def sae_seed(name: str, random_seed: int) -> int:
 def train_step(sae: TrainingSAE, batch: StreamBatch) -> StepOutput:
     """Loss, gradient, and an Adam step that keeps the decoder's rows at unit norm where the recipe asks for it."""
     recipe, optimiser = sae.recipe, sae.optimiser
+    if recipe.whitening is not None:
+        batch = batch._replace(acts=recipe.whitening(batch.acts))
     optimiser.param_groups[0]["lr"] = recipe.learning_rate(batch.progress)
     optimiser.zero_grad(set_to_none=True)
     output = _gradients(recipe, batch)

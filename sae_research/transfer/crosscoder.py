@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ CLASSES = ("base_only", "base_leaning", "shared", "finetuned_leaning", "finetune
 NU_ERROR, NU_RECONSTRUCTION = 0.2, 0.5
 """Above the first a latent of one model is `shrunk`, else above the second `decoupled`, else `specific`."""
 VERDICTS = ("specific", "shrunk", "decoupled")
+SHARE_EDGES = np.linspace(0, 1, 51)
 
 
 class MatchedRows(NamedTuple):
@@ -326,6 +328,10 @@ def summary(sums: LatentSums, frame: pd.DataFrame) -> dict[str, Any]:
         "dead": int((frame.firings == 0).sum()),
         "models": dict(zip(MODELS, sides, strict=True)),
         "limits": {"only": ONLY, "shared": SHARED, "nu_error": NU_ERROR, "nu_reconstruction": NU_RECONSTRUCTION},
+        "share_histogram": {
+            "edges": SHARE_EDGES.round(4).tolist(),
+            "counts": np.histogram(frame.finetuned_share[frame.firings > 0].dropna(), SHARE_EDGES)[0].tolist(),
+        },
         "classes": {name: _class(frame[(frame["class"] == name) & (frame.firings > 0)]) for name in CLASSES},
     }
 

@@ -28,6 +28,8 @@ from sae_research.transfer.text import batches, token_bar
 
 TRAIN_SPLIT = "sae_train"
 FORMS = ("standard", "topk")
+UNIT_ROWS = 1e-3
+"""Decoder rows' norms this near to 1 count as unit."""
 NO_GAP = 0.005
 """Differences in variance explained below this are no gap to close."""
 EVAL_ROWS = 1024
@@ -42,14 +44,14 @@ class HeldL0(Standard):
     coefficient was is seldom known, and variance explained compares at equal L0 only."""
 
     coefficient = _START_COEFFICIENT
-    target = 1.0
+    target_l0 = 1.0
 
     def penalty(self, progress: float) -> float:
         return self.coefficient
 
     def hold(self, l0: float) -> None:
         """Raise the coefficient where more latents than wanted were active, lower it where fewer."""
-        self.coefficient *= math.exp(_HOLD_RATE * max(-1.0, min(1.0, l0 / self.target - 1)))
+        self.coefficient *= math.exp(_HOLD_RATE * max(-1.0, min(1.0, l0 / self.target_l0 - 1)))
 
 
 def repair(pair: Pair, limit: float) -> dict[str, Any]:
@@ -61,30 +63,20 @@ def repair(pair: Pair, limit: float) -> dict[str, Any]:
     interpolated); None where that did not happen.
     """
     sae, config = pair.saes["base"], pair.params.transfer.repair
-    if sae.form not in FORMS:
-        return {
-            "status": "not_applicable",
-            "message": f"the form {sae.form} cannot be trained further here; {' and '.join(FORMS)} can",
-        }
+    if why := cannot_be_trained(sae):
+        return {"status": "not_applicable", "message": why}
     held_out = {
         model: torch.cat(rows) for model, rows in _gathered(pair, limit, config.held_out_tokens, pair.source.split).items()
     }
     target = figures(sae, held_out["base"], None)["l0"]
     before = {model: figures(sae, rows, target) for model, rows in held_out.items()}
-    arms: dict[str, _Arm] = {}
     curves: dict[str, list[dict[str, float]]] = {"finetuned": [_row(0, before, MODELS)], "base": [_row(0, before, ["base"])]}
-    generator, read = torch.Generator().manual_seed(pair.params.random_seed), 0
-    with token_bar(config.tokens, "repair") as bar:
-        for n_tokens, rows in _rows(pair, limit, config.tokens, TRAIN_SPLIT):
-            read += n_tokens
-            for model in ("finetuned", "base"):
-                if model not in arms:
-                    arms[model] = _Arm(sae, rows[model], pair, target)
-                arms[model].train(rows[model], generator, min(1.0, read / config.tokens))
-                shown = MODELS if model == "finetuned" else ("base",)
-                after = arms[model].export(sae)
-                curves[model].append(_row(read, {m: figures(after, held_out[m], target) for m in shown}, shown))
-            bar.update(n_tokens)
+    read = 0
+    for read, arms in _training(pair, limit, target, "repair"):
+        for model, arm in arms.items():
+            shown = MODELS if model == "finetuned" else ("base",)
+            after = arm.export(sae)
+            curves[model].append(_row(read, {m: figures(after, held_out[m], target) for m in shown}, shown))
     return {
         "status": "ok",
         "tokens": read,
@@ -92,6 +84,42 @@ def repair(pair: Pair, limit: float) -> dict[str, Any]:
         "curves": curves,
         **_gap(curves),
     }
+
+
+def cannot_be_trained(sae: SparseAutoencoder) -> str:
+    """Why an SAE cannot be trained further here, in a line; empty where it can."""
+    if sae.form not in FORMS:
+        return f"the form {sae.form} cannot be trained further here; {' and '.join(FORMS)} can"
+    if sae.form == "topk" and (sae.W_dec.norm(dim=1) - 1).abs().max() > UNIT_ROWS:
+        return "a topk SAE is trained further with decoder rows of unit norm, which would change its latents here"
+    return ""
+
+
+def further_trained(pair: Pair, limit: float, progress: str | None = None) -> dict[str, SparseAutoencoder]:
+    """The SAEs at the end of `repair`: `finetuned`, the base SAE trained on the finetuned model's activations, and `base`,
+    the control that was trained as long on the base model's. Raises `UserError` for one that `cannot_be_trained`."""
+    sae, config = pair.saes["base"], pair.params.transfer.repair
+    if why := cannot_be_trained(sae):
+        raise UserError(f"transfer.repair: {why}")
+    rows = torch.cat(_gathered(pair, limit, config.held_out_tokens, pair.source.split)["base"])
+    *_, (_, arms) = _training(pair, limit, figures(sae, rows, None)["l0"], progress)
+    return {model: arm.export(sae) for model, arm in arms.items()}
+
+
+def _training(pair: Pair, limit: float, target_l0: float, progress: str | None) -> Iterator[tuple[int, dict[str, _Arm]]]:
+    """(tokens read, both SAEs in training by the model they are trained on) after every batch of text."""
+    sae, config = pair.saes["base"], pair.params.transfer.repair
+    generator, read = torch.Generator().manual_seed(pair.params.random_seed), 0
+    arms: dict[str, _Arm] = {}
+    with token_bar(config.tokens, progress) as bar:
+        for n_tokens, rows in _rows(pair, limit, config.tokens, TRAIN_SPLIT):
+            read += n_tokens
+            for model in ("finetuned", "base"):
+                if model not in arms:
+                    arms[model] = _Arm(sae, rows[model], pair, target_l0)
+                arms[model].train(rows[model], generator, min(1.0, read / config.tokens))
+            yield read, arms
+            bar.update(n_tokens)
 
 
 def _row(tokens: int, figures: dict[str, dict[str, float]], shown: Any) -> dict[str, float]:
@@ -204,7 +232,7 @@ def _recipe(sae: SparseAutoencoder, scale: float, learning_rate: float, target_l
             StandardRecipe(recipe="standard", d_sae=d_sae, learning_rate=learning_rate, l1_coefficient=_START_COEFFICIENT),
             train,
         )
-        recipe.target = max(target_l0, 1e-3)
+        recipe.target_l0 = max(target_l0, 1e-3)
         known = sae.cfg.provenance.get("hyper_parameters") or {}
         recipe.coefficient = float(known.get("l1_coefficient") or _START_COEFFICIENT)
     norms = sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,7 +1,8 @@
 """The stage `transfer_eval`: writes `eval_results/transfer/`, one result for the pair and one for every control.
 
-Every part of a result (statistics, patched losses, how far the model moved, repair, crosscoder) is kept in the result cache
-when it is done: a run that was stopped, or that changes one part's settings, computes only what is missing.
+Every part of a result (statistics, patched losses, how far the model moved, repair, crosscoder, separate SAEs) is kept in
+the result cache when it is done: a run that was stopped, or that changes one part's settings, computes only what is missing.
+SAEs that the stage trains are kept beside them, and go into its folder.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import torch
 
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel
-from sae_research.runtime.cache import ResultCache
+from sae_research.runtime.cache import ResultCache, cache_dir, new_entry, prune, usable
 from sae_research.runtime.files import fingerprint, round_significant, write_text
 from sae_research.runtime.formatting import tsv_text
 from sae_research.runtime.stages import StageFolder, stage_folder
+from sae_research.saes import SparseAutoencoder, load_sae, save_sae
 from sae_research.saes.base import Guard
 from sae_research.saes.registry import code_fingerprint
 from sae_research.stats.reconstruction import ReconstructionStats, together
 from sae_research.text.corpus import text_fingerprint
 from sae_research.transfer.causal import crosscoder_report
+from sae_research.transfer.crosscoder import trained
 from sae_research.transfer.finetune import outputs_moved, perturbed_model, weights_moved
 from sae_research.transfer.loading import DIGITS, MODELS, Models, Pair, hooks, load
 from sae_research.transfer.losses import logit_similarity, patched_losses
-from sae_research.transfer.repair import repair
+from sae_research.transfer.repair import cannot_be_trained, further_trained, repair
+from sae_research.transfer.separate import separate_report
 from sae_research.transfer.statistics import ACTIVATION_EDGES, Similarity, known_values
 from sae_research.transfer.sweep import PROMPT_EDGES, FirstPass, HookStats, SaeStats, Statistics, sweep
 from sae_research.transfer.table import as_tsv, by_interval, by_sample, density_shift, latent_table, wilson
@@ -147,14 +151,22 @@ def run(params: Params, stage: StageFolder) -> None:
     cache = ResultCache("transfer")
     for name, pair in _pairs(models, params):
         with Guard(None if name == MAIN else stage.skip).on(name):
-            result, tables = evaluate(pair, name, models, cache)
+            result, tables, saes = evaluate(pair, name, models, cache)
             for file, table in tables.items():
                 write_text(stage.folder / file, table)
+            for folder, sae in saes.items():
+                save_sae(sae, stage.folder / folder)
             stage.write_result(name, result)
 
 
-def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple[dict[str, Any], dict[str, str]]:
-    """(result, tables by file name) of one pair. name: `finetuned`, or a control's."""
+Part = Callable[[str, Any, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""(name, settings, how it is computed) of a part of a result: the part, from the cache where it is there."""
+Found = tuple[dict[str, Any], dict[str, str], dict[str, SparseAutoencoder]]
+"""(result, tables by file name, trained SAEs by folder)."""
+
+
+def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> Found:
+    """All of one pair. name: `finetuned`, or a control's."""
     config, full, common = pair.params.transfer, name == MAIN, _key(pair, name)
 
     def part(what: str, settings: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -182,32 +194,84 @@ def evaluate(pair: Pair, name: str, models: Models, cache: ResultCache) -> tuple
             lambda: _moved(pair, models, full),
         ),
     }
-    tables = dict(read["tables"])
-    if full and config.crosscoder is not None:
-        found = part(
-            "crosscoder",
-            [
-                config.crosscoder.model_dump(),
-                pair.params.train.model_dump(),
-                first.limit,
-                [config.own_finetune.source, config.finetuned_model, config.patched_batch_size],
-            ],
-            lambda: crosscoder_report(pair, first.limit, f"{name}: crosscoder"),
-        )
-        result["crosscoder"] = found["result"]
-        tables["crosscoder_latents.tsv"] = found["table"]
+    tables, saes = dict(read["tables"]), {}
     if full:
         result["tokenizers"] = models.tokenizers.report()
         result["repair"] = (
             {"status": "disabled", "message": "switched off (transfer.repair.enabled)"}
             if not config.repair.enabled
-            else part(
-                "repair",
-                [config.repair.model_dump(), pair.params.train.model_dump(), first.limit],
-                lambda: repair(pair, first.limit),
-            )
+            else part("repair", _of_training(pair, first, config.repair.model_dump()), lambda: repair(pair, first.limit))
         )
-    return round_significant(result, DIGITS), tables
+        for key, about in (("crosscoder", _crosscoder), ("separate", _separate)):
+            if getattr(config, key) is not None:
+                result[key], own_tables, own_saes = about(pair, first, common, part)
+                tables |= own_tables
+                saes |= own_saes
+    return round_significant(result, DIGITS), tables, saes
+
+
+def _of_training(pair: Pair, first: FirstPass, *settings: Any) -> list[Any]:
+    """What SAEs that are trained here depend on besides what a pair's parts have in common."""
+    return [*settings, pair.params.train.model_dump(), first.limit]
+
+
+def _checked_on(pair: Pair) -> list[Any]:
+    """What ablations depend on besides."""
+    config = pair.params.transfer
+    return [config.own_finetune.source, config.finetuned_model, config.patched_batch_size]
+
+
+def _crosscoder(pair: Pair, first: FirstPass, common: str, part: Part) -> Found:
+    settings = pair.params.transfer.crosscoder
+    assert settings is not None
+    measuring = {"held_out_tokens", "checked", "checked_tokens"}
+    identity = _of_training(pair, first, "crosscoder", common, settings.model_dump(exclude=measuring))
+    saes = kept(identity, lambda: {"crosscoder": trained(pair, first.limit, "crosscoder")}, pair.base.device)
+    found = part(
+        "crosscoder",
+        _of_training(pair, first, settings.model_dump(), _checked_on(pair)),
+        lambda: crosscoder_report(pair, saes["crosscoder"], first.limit, "crosscoder"),
+    )
+    return found["result"], {"crosscoder_latents.tsv": found["table"]}, saes
+
+
+def _separate(pair: Pair, first: FirstPass, common: str, part: Part) -> Found:
+    """Where no SAE of the finetuned model is given, it is the base SAE as `repair` trains it on."""
+    config, base = pair.params.transfer, pair.saes["base"]
+    assert config.separate is not None
+    saes: dict[str, SparseAutoencoder] = {}
+    if "finetuned" not in pair.saes:
+        if why := cannot_be_trained(base):
+            return {"status": "not_applicable", "message": f"no transfer.finetuned_sae, and {why}"}, {}, {}
+        identity = _of_training(pair, first, "further trained", common, config.repair.model_dump(exclude={"enabled"}))
+        saes = kept(identity, lambda: further_trained(pair, first.limit, "separate SAEs"), pair.base.device)
+    found = part(
+        "separate",
+        _of_training(pair, first, config.separate.model_dump(), config.repair.model_dump(), _checked_on(pair)),
+        lambda: separate_report(
+            pair, pair.saes.get("finetuned") or saes["finetuned"], saes.get("base"), first.limit, "separate SAEs"
+        ),
+    )
+    trained_on = {f"sae_trained_on_{model}": sae for model, sae in saes.items()}
+    return found["result"], {"separate_latents.tsv": found["table"]}, trained_on
+
+
+KEPT_GB = 2.0
+"""SAEs that were trained here; the least recently used go first."""
+
+
+def kept(
+    identity: list[Any], make: Callable[[], dict[str, SparseAutoencoder]], device: torch.device
+) -> dict[str, SparseAutoencoder]:
+    """SAEs by name, made once and kept under `.cache/transfer_saes` by everything they depend on."""
+    folder = cache_dir("transfer_saes") / fingerprint(identity)[:24]
+    if not usable(folder):
+        saes = make()
+        with new_entry(folder) as temporary:
+            for name, sae in saes.items():
+                save_sae(sae, temporary / name)
+        prune(folder.parent, KEPT_GB, keep=[folder])
+    return {path.name: load_sae(path, str(device)) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
 def _statistics(pair: Pair, name: str, n_tokens: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from sae_research.cli.main import unfinished_stages
+from sae_research.cli.pipeline import unfinished_stages
 
 PIPELINE = """
 stages:

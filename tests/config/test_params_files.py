@@ -13,7 +13,7 @@ from dvc.utils.hydra import apply_overrides
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from sae_research.cli.main import read_preset
+from sae_research.cli.pipeline import read_preset
 from sae_research.config.params import Params, check_params, check_trained_names, load_params, read_params
 from sae_research.config.reporting import Style
 from sae_research.config.section import Section

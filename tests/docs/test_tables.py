@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cluster, default_run, growth
+from benchmarks import cluster, default_run, dictionaries, growth, model_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,9 +20,29 @@ ROOT = Path(__file__).parents[2]
         (default_run.RECORD, default_run.PAGE, default_run.BEGIN, default_run.END, default_run.table),
         (cluster.RECORD, cluster.PAGE, cluster.BEGIN, cluster.END, cluster.table),
         (growth.RECORD, growth.PAGE, growth.BEGIN, growth.END, growth.table),
+        (
+            model_difference.RECORD,
+            model_difference.PAGE,
+            model_difference.BEGIN,
+            model_difference.END,
+            model_difference.table,
+        ),
+        (dictionaries.RECORD, dictionaries.PAGE, dictionaries.BEGIN, dictionaries.END, dictionaries.table),
     ],
-    ids=["default_run", "cluster", "growth"],
+    ids=["default_run", "cluster", "growth", "model_difference", "dictionaries"],
 )
 def test_a_table_is_that_of_its_record(record: Path, page: Path, begin: str, end: str, table: Callable[[Path], str]) -> None:
     shown = (ROOT / page).read_text().split(begin)[1].split(end)[0].strip()
     assert shown == table(ROOT / record)
+
+
+def test_the_functions_of_analysis_stand_where_the_page_says() -> None:
+    """Rows `module, module | function, function` of the last table of docs/analysis.md."""
+    rows = re.findall(
+        r"^\| (`.+) \| (`.+) \|$", (ROOT / "docs/analysis.md").read_text().split("| functions |")[1], re.MULTILINE
+    )
+    assert len(rows) > 4
+    for modules, functions in rows:
+        found = [importlib.import_module(f"sae_research.analysis.{name}") for name in re.findall(r"`([\w.]+)`", modules)]
+        for function in re.findall(r"`(\w+)`", functions):
+            assert any(function in vars(module) for module in found), function

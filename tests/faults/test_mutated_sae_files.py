@@ -25,6 +25,7 @@ from sae_research.saes.formats.dictionary_learning import export_dictionary_lear
 from sae_research.saes.layouts import open_place
 from tests.helpers.mutations import changed_mapping
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
+from tests.saes import test_crosscoder_formats as crosscoders
 from tests.saes.test_formats import gemma_scope_2_folder, llamascopium_folder, sparsify_folder
 
 KEYS = [
@@ -139,8 +140,15 @@ FOLDERS: dict[str, Folder] = {
     "sparsify": sparsify_folder,
     "llamascopium": llamascopium_folder,
     "gemma_scope_2": gemma_scope_2_folder,
+    "llamascopium_crosscoder": crosscoders.llamascopium_folder,
+    "dl_crosscoder": lambda folder: crosscoders.dictionary_learning_folder(folder, "SAE", 3, hook_names=crosscoders.HOOKS),
+    "gemma_scope_2_crosscoder": crosscoders.gemma_scope_folder,
 }
-PLACES = {"sparsify": "layers.1", "gemma_scope_2": "gemma-scope-2-1b-it/transcoder/layer_4_width_16k_l0_big_affine"}
+PLACES = {
+    "sparsify": "layers.1",
+    "gemma_scope_2": "gemma-scope-2-1b-it/transcoder/layer_4_width_16k_l0_big_affine",
+    "gemma_scope_2_crosscoder": crosscoders.GEMMA,
+}
 """Names of folders from which a reader takes what no file says."""
 
 

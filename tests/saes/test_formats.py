@@ -146,7 +146,7 @@ def test_gemma_scope_2_transcoders(skip: bool, name: str, tmp_path: Path) -> Non
         ({"hf_hook_point_in": "model.layers.5.pre_feedforward_layernorm.output"}, "the folder's name says blocks.4"),
         ({"hf_hook_point_out": "model.layers.4.mlp.output"}, "hf_hook_point_out 'model.layers.4.mlp.output' is not known"),
         ({"architecture": "topk"}, "architecture 'topk' is not known"),
-        ({"model_name": "gemma-3-4b-it"}, "model_name is gemma-3-4b-it, the folder's name says gemma-3-1b-it"),
+        ({"model_name": "gemma-3-4b-it"}, "model_name is 'gemma-3-4b-it', the folder's name says gemma-3-1b-it"),
     ],
 )
 def test_gemma_scope_2_contradictions(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_llamascopium_itself(act_fn: str, by_norm: bool, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sae_type": "crosscoder"}, "sae_type 'crosscoder' is not read"),
+        ({"sae_type": "lorsa"}, "sae_type 'lorsa' is not read"),
         ({"use_glu_encoder": True}, "use_glu_encoder is not read"),
         ({"gate_temperature": 0.5}, "holds gate_temperature, which is not known"),
         ({"act_fn": "batchtopk"}, "act_fn 'batchtopk' is not read: .*save it as JumpReLU in Llamascopium"),

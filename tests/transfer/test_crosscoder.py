@@ -13,7 +13,7 @@ from sae_research.config.params import Train
 from sae_research.config.transfer import PairCrosscoder
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
-from sae_research.transfer.causal import _checks, ablations, chosen, crosscoder_report
+from sae_research.transfer.causal import Latents, ablations, checks_of, chosen, crosscoder_report
 from sae_research.transfer.crosscoder import (
     LatentSums,
     Made,
@@ -23,6 +23,7 @@ from sae_research.transfer.crosscoder import (
     latent_scaling,
     matched,
     train_crosscoder,
+    trained,
     verdict,
 )
 
@@ -216,8 +217,7 @@ def test_each_model_with_its_own_tokenizer(make_pair: Any) -> None:
     pair = make_pair("other_tokenizer", own=True, crosscoder={**sizes, "checked": 1, "checked_tokens": 96})
     text = list(matched(pair, float("inf"), 96, pair.source, 4))
     assert all(len(part.rows) < part.batch.base.real.sum() for part in text)
-    found = crosscoder_report(pair, float("inf"))
-    again = crosscoder_report(pair, float("inf"))
+    found, again = (crosscoder_report(pair, trained(pair, float("inf"), None), float("inf")) for _ in range(2))
     assert found == again, "equal runs give equal results"
     ablated = found["result"]["ablations"]
     assert ablated["tokens"] == sum(len(part.rows) for part in text) and "kl_base" not in ablated
@@ -232,7 +232,8 @@ def test_controls_of_an_ablation() -> None:
     groups = chosen(frame, energy, 3)
     shared = frame[frame["class"] == "shared"].latent.tolist()
     assert groups["shared"] == sorted(shared)[:-4:-1] and 0 not in sum(groups.values(), [])
-    checks = _checks(sae, frame, energy, groups, 0)
+    controls = torch.tensor((frame["class"] == "shared").to_numpy())
+    checks = checks_of(Latents(sae), controls, energy, groups, 0)
     assert sorted(checks) == sorted(set(sum(groups.values(), [])))
     for latent, check in checks.items():
         assert check.matched in shared and check.matched != latent

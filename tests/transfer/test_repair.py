@@ -20,8 +20,10 @@ def test_weights_survive_the_way_in_and_out(make_pair: Any, form: str) -> None:
     assert torch.allclose(again.decode(again.encode(x)), sae.decode(sae.encode(x)), atol=1e-5)
 
 
-def test_gap_closes_with_training(make_pair: Any) -> None:
-    pair = make_pair("near", repair={"tokens": 1920, "held_out_tokens": 480, "batch_size": 32, "learning_rate": 0.005})
+@pytest.mark.parametrize("form", ["standard", "topk"])
+def test_gap_closes_with_training(make_pair: Any, form: str) -> None:
+    settings = {"tokens": 1920, "held_out_tokens": 480, "batch_size": 32, "learning_rate": 0.005}
+    pair = make_pair("near", form=form, repair=settings)
     found = repair(pair, sweep(pair, 300).first.limit)
     curves = found["curves"]
     assert found["status"] == "ok" and curves["finetuned"][0]["tokens"] == 0
@@ -29,7 +31,7 @@ def test_gap_closes_with_training(make_pair: Any) -> None:
     for arm, model in (("finetuned", "finetuned"), ("base", "base")):
         key = f"variance_explained_on_{model}"
         assert curves[arm][-1][key] > curves[arm][0][key] + 0.02
-    assert all(row["l0_on_finetuned"] <= 4 for row in curves["finetuned"])
+    assert form != "topk" or all(row["l0_on_finetuned"] <= 4 for row in curves["finetuned"])
 
 
 def test_gap_in_figures() -> None:

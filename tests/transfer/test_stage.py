@@ -12,16 +12,21 @@ import pytest
 from PIL import Image
 
 from sae_research.config.params import Params
+from sae_research.config.reporting import Visualization
+from sae_research.lm import load_language_model
 from sae_research.reporting import transfer_figures
 from sae_research.reporting.transfer import extract_transfer, transfer
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import write_json
 from sae_research.runtime.stages import write_disabled
-from sae_research.saes import save_sae
+from sae_research.saes import load_sae, save_sae
+from sae_research.saes.crosscoders import decoder_norm_ratios
+from sae_research.saes.sources import check_fits
 from sae_research.transfer import stage
 from sae_research.transfer.stage import RESULTS, run_stage
 from tests.helpers.tiny_model import make_tiny_model
 from tests.helpers.tiny_saes import tiny_sae
+from tests.transfer.conftest import HOOK
 
 
 def read(path: Path) -> Any:
@@ -144,7 +149,9 @@ def test_own_sae_of_the_finetuned_model(make_params: Any, in_project: Path, mode
     assert "Latents of the finetuned model's SAE" in transfer(in_project)
 
 
-def test_crosscoder_of_the_pair(make_params: Any, in_project: Path, models_folder: Path) -> None:
+def test_crosscoder_of_the_pair(
+    make_params: Any, in_project: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ran(crosscoder: dict[str, Any] | None) -> dict[str, Any]:
         run_stage(
             make_params(
@@ -175,10 +182,27 @@ def test_crosscoder_of_the_pair(make_params: Any, in_project: Path, models_folde
     assert ends[0]["finetuned_share"] < ends[1]["finetuned_share"] and min(end["kl"] for end in ends) > 0
     assert ran({**sizes, "checked": 2, "checked_tokens": 96})["crosscoder"] == crosscoder
     text = transfer(in_project)
+    assert "by decoder norms the finetune made none and lost none" in text or any(
+        crosscoder["classes"][name]["latents"] for name in ("base_only", "finetuned_only")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_figures, "FIGURES", {})
+        assert [path.stem for path in transfer_figures.draw_transfer(Visualization(), in_project)] == ["crosscoder_shares"]
+    assert "crosscoder_shares.png" in text
+    assert sum(crosscoder["share_histogram"]["counts"]) == len(fire)
     assert "A crosscoder of both models" in text and "leans to the finetuned model" in text
     extract_transfer(in_project / RESULTS, in_project / "metrics/transfer.json")
     figures = read(in_project / "metrics/transfer.json")["finetuned"]
     assert figures["crosscoder_finetuned_end_kl"] == pytest.approx(ends[1]["kl"], rel=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "trained", lambda *_: pytest.fail("it was trained and kept"))
+        assert "kl" in ran({**sizes, "checked": 1, "checked_tokens": 96})["crosscoder"]["ablations"]["latents"][0]
+    saved = load_sae(in_project / RESULTS / "crosscoder")
+    assert saved.cfg.hook_names == (f"base {HOOK}", f"finetuned {HOOK}") and saved.cfg.d_sae == 48
+    shares = decoder_norm_ratios(saved)[1]
+    assert [float(row["finetuned_share"]) for row in rows] == pytest.approx(shares.tolist(), rel=1e-4)
+    with pytest.raises(UserError, match="unknown hook|is not known|trained on"):
+        check_fits("it", saved, load_language_model(make_params().model.name, "cpu"), [])
 
 
 @pytest.mark.slow

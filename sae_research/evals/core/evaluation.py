@@ -5,8 +5,8 @@ token that is not BOS, EOS or padding. Ours (`lab_v1`) neither counts nor patche
 
 All is about what a dictionary writes: a transcoder's reconstruction is compared with the activations at its `hook_out`, put
 in their place there, and measured against zeros and the mean activation in that place. For an SAE that is the hook it reads.
-A crosscoder's hooks are all replaced at once; `by_hook` holds what it explains at each, and what the model loses with that
-one alone replaced. Its activations are compared in units in which all hooks count alike (`saes.crosscoders`), and a token
+A crosscoder's hooks are all replaced at once; `kl@blocks.3.hook_resid_post` and the like are of one hook, with that one
+alone replaced. Its activations are compared in units in which all hooks count alike (`saes.crosscoders`), and a token
 that does not count stays as the run has it.
 
 Work is shared: activations are read from the pool; clean and ablated predictions are made once for all SAEs that are open
@@ -30,6 +30,7 @@ from sae_research.config.params import Params
 from sae_research.evals import harness
 from sae_research.evals.core.metrics import (
     about_mean,
+    at_hook,
     evidence,
     minus_one_for_nan,
     sae_bench_predictions,
@@ -188,7 +189,7 @@ class _SparsityState:
     def __init__(self, sae: SparseAutoencoder, clusters: Clusters, device: torch.device) -> None:
         self.sae_bench = SaeBenchStats(sae.cfg.d_sae, device)
         self.lab = ReconstructionStats(sae.cfg.d_out, sae.cfg.d_sae, device)
-        self.by_cluster = ReconstructionSums(clusters)
+        self.by_cluster = ReconstructionSums(clusters, len(sae.cfg.hook_names) if sae.cfg.is_crosscoder else 1)
         self.support = self.interpolating = self.kept = self.total = self.sequences = 0
 
 
@@ -263,20 +264,20 @@ def _sparsity_result(state: _SparsityState, sae: SparseAutoencoder) -> dict[str,
         "lab": {
             **state.lab.metrics(),
             **about_mean(state.by_cluster.as_lists()),
+            **_explained_by_hook(state, sae),
             "support": state.support / sequences,
             "fraction_tokens_kept": state.kept / max(state.total, 1),
         },
         "clusters": state.by_cluster.as_lists(),
         "interpolating_fraction": state.interpolating / (max(state.kept, 1) if sae.per_token else sequences),
         "density_histogram": density_histogram(density),
-        **({"explained_by_hook": _explained_by_hook(state, sae)} if sae.cfg.is_crosscoder else {}),
     }
 
 
 def _explained_by_hook(state: _SparsityState, sae: SparseAutoencoder) -> dict[str, float]:
-    hooks = sae.cfg.hook_names
-    explained = zip(hooks, state.lab.variance_explained_by_part(len(hooks)), strict=True)
-    return {hook: value for hook, value in explained if math.isfinite(value)}
+    hooks = sae.cfg.hook_names if sae.cfg.is_crosscoder else ()
+    explained = zip(hooks, state.lab.variance_explained_by_part(len(hooks)) if hooks else (), strict=True)
+    return {at_hook("variance_explained", hook): value for hook, value in explained if math.isfinite(value)}
 
 
 # --- predictions -----------------------------------------------------------------------------
@@ -363,7 +364,7 @@ class _SharedPredictions:
             )
             for hook in group.hooks if len(group.hooks) > 1 else ():
                 runs = {"zero": made.run(zero, lab_mask, hook), "mean": made.run(mean, lab_mask, hook)}
-                made.sums.update(_sums(group, batch, {hook: lab_mask}, clean=(clean.ce, None), **runs))
+                made.sums.update(_sums(group, batch, _at(hook, lab_mask), clean=(clean.ce, None), **runs))
         return made
 
     def _zeroed(self, batch: PairedBatch, made: _Predictions) -> tuple[Tensor, Tensor]:
@@ -390,13 +391,17 @@ def _patched(shared: _Predictions, family: Family) -> Iterator[tuple[str, Sums]]
             x_hat = _lab_reconstruction(sae, batch, x_hat, z_lab).to(own.dtype)
             sums |= _sums(group, batch, {"lab": mask, "cluster": mask}, patched=shared.run(x_hat, mask))
             for hook in group.hooks if len(group.hooks) > 1 else ():
-                sums |= _sums(group, batch, {hook: mask}, patched=shared.run(x_hat, mask, hook))
+                sums |= _sums(group, batch, _at(hook, mask), patched=shared.run(x_hat, mask, hook))
         check_finite(sums)
         yield name, sums
 
 
+def _at(hook: str, mask: Tensor) -> dict[str, Tensor]:
+    return {at_hook(name, hook): mask for name in ("lab", "cluster")}
+
+
 def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: tuple[Tensor, Tensor | None]) -> Sums:
-    """`prediction_sums` under each definition's mask, and by cluster of contexts under `cluster`."""
+    """`prediction_sums` under each definition's mask, and by cluster of contexts under `cluster`, at a hook too."""
 
     def by_cluster(values: Tensor, mask: Tensor) -> list[float]:
         return group.text.predictions.sums(batch.index, mask, values).tolist()
@@ -404,21 +409,19 @@ def _sums(group: _Group, batch: PairedBatch, masks: dict[str, Tensor], **runs: t
     return {
         f"{name}/{key}": value
         for name, mask in masks.items()
-        for key, value in prediction_sums(mask, runs, by_cluster if name == "cluster" else total).items()
+        for key, value in prediction_sums(mask, runs, by_cluster if name.startswith("cluster") else total).items()
     }
 
 
 # --- results ---------------------------------------------------------------------------------
 
 
-def _by_hook(info: SAEInfo, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
-    """Of a crosscoder what it explains at each hook, and what the model loses with that one alone replaced."""
-    found = {}
-    for hook in info.cfg.hook_names if info.cfg.is_crosscoder else ():
-        own, explained = sums_of(sums, hook), sparsity["explained_by_hook"]
-        lost = {key: value for key, value in losses(own).items() if math.isfinite(value)} if own else {}
-        found[hook] = ({"variance_explained": explained[hook]} if hook in explained else {}) | lost
-    return {"by_hook": found} if found else {}
+def _lab_losses(hooks: Sequence[str], sums: Sums) -> dict[str, float]:
+    """What the model loses, and at each of a crosscoder's hooks, with that one alone replaced."""
+    lost = losses(sums_of(sums, "lab"))
+    for hook in hooks:
+        lost |= {at_hook(key, hook): value for key, value in losses(sums_of(sums, at_hook("lab", hook))).items()}
+    return lost
 
 
 def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], sums: Sums) -> dict[str, Any]:
@@ -432,7 +435,8 @@ def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], s
             "total_tokens_eval_sparsity_variance": tokens * config.n_eval_sparsity_variance_batches,
         },
     }
-    figures = {**sparsity["lab"], **losses(sums_of(sums, "lab"))} if group.lab else {}
+    hooks = info.cfg.hook_names if info.cfg.is_crosscoder else ()
+    figures = {**sparsity["lab"], **_lab_losses(hooks, sums)} if group.lab else {}
     lab = {key: value for key, value in figures.items() if math.isfinite(value)}
     unstructured = {
         harness.LAB: {
@@ -440,10 +444,14 @@ def _result(name: str, info: SAEInfo, group: _Group, sparsity: dict[str, Any], s
             "interpolating": sparsity["interpolating_fraction"] >= 0.5,
             "interpolating_fraction": sparsity["interpolating_fraction"],
             "density_histogram": sparsity["density_histogram"],
-            **_by_hook(info, sparsity, sums),
             **(
                 evidence(
-                    sparsity["clusters"], sums, group.text.sparsity.about, group.text.predictions.about, params.random_seed
+                    sparsity["clusters"],
+                    sums,
+                    group.text.sparsity.about,
+                    group.text.predictions.about,
+                    params.random_seed,
+                    hooks,
                 )
                 if group.lab
                 else {}

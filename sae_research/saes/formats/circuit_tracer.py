@@ -20,14 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import regular_file
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.formats.sae_lens import from_parts
-from sae_research.saes.reading import load_safetensors, renamed, text
+from sae_research.saes.reading import load_safetensors, read_yaml, renamed, text
 
 CONFIG_FILE = "config.yaml"
 LIBRARY = "circuit_tracer"
@@ -94,14 +92,7 @@ def load_circuit_tracer(path: str | Path, names: Sequence[str]) -> SparseAutoenc
 
 def _described(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Model and hooks of the set; the hooks that circuit-tracer's sets have where its `config.yaml` names none."""
-    values: Any = {}
-    if path.exists():
-        try:
-            values = yaml.safe_load(regular_file(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:160]}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a section of settings")
+    values = read_yaml(path) if path.exists() else {}
     model = text(values.get("model_name"), "model_name", path)
     if not model:
         found = [match[1] for name in names if (match := _QWEN.fullmatch(name))]

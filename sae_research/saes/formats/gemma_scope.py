@@ -80,13 +80,10 @@ def place_of(names: Sequence[str], where: object) -> Place:
             if "embedding" in inside and site == "res":
                 return Place(model, "blocks.0.hook_resid_pre", embedding=True)
             return Place(model, *_hooks(site, inside, where))
-        if match := _SECOND.fullmatch(name):
-            size, kind = match.groups()
-            model = f"google/gemma-3-{size}" + ("" if (size, kind) == ("270m", "pt") else f"-{kind}")
+        if model := second_model(name):
             sites = [part.removesuffix("_all") for part in inside]
-            several = [part for part in sites if part in ("clt", "crosscoder")]
-            if several:
-                raise UserError(f"{where}: a {several[0]} of Gemma Scope 2 writes several layers, which is not read yet")
+            if "clt" in sites:
+                raise UserError(f"{where}: a clt of Gemma Scope 2 writes several layers, which is not read yet")
             found = [part for part in sites if part in _SITES]
             if found:
                 return Place(model, *_hooks(found[0], inside, where))
@@ -94,6 +91,15 @@ def place_of(names: Sequence[str], where: object) -> Place:
         f"{where}: weights as Gemma Scope has them, and no folder above them says of which model and hook; keep the "
         "repository's own names, such as gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
     )
+
+
+def second_model(name: str) -> str:
+    """The model of a repository of the second release, by the repository's name; empty for any other name."""
+    match = _SECOND.fullmatch(name)
+    if match is None:
+        return ""
+    size, kind = match.groups()
+    return f"google/gemma-3-{size}" + ("" if (size, kind) == ("270m", "pt") else f"-{kind}")
 
 
 def _hooks(site: str, inside: Sequence[str], where: object) -> tuple[str, str]:
@@ -160,9 +166,11 @@ def _checked(values: dict[str, Any], place: Place, has_skip: bool, path: Path) -
         if said and (match is None or match[2] not in _MODULES):
             raise UserError(f"{path}: {key} {shown(said)} is not known; known: model.layers.L. with {', '.join(_MODULES)}")
         if match and f"blocks.{int(match[1])}.{_MODULES[match[2]]}" != hook:
-            raise UserError(f"{path}: {key} is {said}, the folder's name says {hook}; correct the one that is wrong")
+            raise UserError(f"{path}: {key} is {shown(said)}, the folder's name says {hook}; correct the one that is wrong")
     name = text(values.get("model_name"), "model_name", path).rpartition("/")[2].replace("-v3", "-3")
     expected = place.model_name.rpartition("/")[2]
     if name and name.removesuffix("-pt") != expected.removesuffix("-pt"):
-        raise UserError(f"{path}: model_name is {name}, the folder's name says {expected}; correct the one that is wrong")
+        raise UserError(
+            f"{path}: model_name is {shown(name)}, the folder's name says {expected}; correct the one that is wrong"
+        )
     return place

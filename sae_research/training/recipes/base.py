@@ -25,6 +25,7 @@ from sae_research.saes.crosscoders import hook_norms
 from sae_research.saes.forms import scale_latents
 from sae_research.training import products
 from sae_research.training.products import MAX_DENSITY, Support, decode_at, encode_at, products_at
+from sae_research.training.whitening import Whitening
 
 
 class StepOutput(NamedTuple):
@@ -108,6 +109,8 @@ class Recipe(nn.Module):
         self.W_dec = nn.Parameter(torch.zeros(F, D))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.W_skip = nn.Parameter(torch.zeros(D, D)) if config.skip else None
+        self.whitening = Whitening(D) if config.whiten else None
+        """What its batches go through first: all that a recipe computes is of whitened activations then."""
         self.register_buffer("last_fired_F", torch.zeros(F))
         self.register_buffer("_scratch_FD", torch.empty(F, D), persistent=False)
 
@@ -368,14 +371,15 @@ class Recipe(nn.Module):
         what a transcoder reads, `scale` then being that of what it writes. A crosscoder's are `cfg.hook_scales`."""
         if cfg.is_crosscoder:
             return self._export_crosscoder(cfg)
-        own = self.own_tensors(scale)
+        own = self.own_tensors(scale if self.whitening is None else 1.0)
         if self.W_skip is not None:
             own["W_skip"] = self.W_skip
         if read_scale is not None:  # it read `scale * (read_scale / scale) x`
             own |= {name: own[name] * (read_scale / scale) for name in ("W_enc", "W_gate", "W_skip") if name in own}
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in own.items()}
         cfg = cfg.replace(form=self.form, options=self.options(), apply_b_dec_to_input=self.reads_b_dec)
-        return form_class(self.form)(cfg=cfg, **tensors, **self.options())
+        sae = form_class(self.form)(cfg=cfg, **tensors, **self.options())
+        return sae if self.whitening is None else self.whitening.folded(sae, scale)
 
     def _export_crosscoder(self, cfg: SAEConfig) -> SparseAutoencoder:
         """Activations come out in the units in which sparsity is weighed: on normalised activations the sum over hooks of a
