@@ -108,7 +108,7 @@ def _spans(page: str) -> Iterator[Command]:
     for at, line in enumerate(lines, 1):
         if at in inside:
             continue
-        table = line.startswith("|")
+        table = line.startswith("|") and not page.startswith("docs/reference/")  # descriptions, in tables that are generated
         marked = _MARKER.search(line) if table else None
         for span in _SPAN.findall(line):
             if _head(span) in HEADS and " " in span:

@@ -216,7 +216,7 @@ def run_python(page: str, project: Path) -> None:
         return
     text = smaller(PREPARED.get(page, "") + "\n".join(code), project)
     program = project.parent / "shown" / "page.py"
-    program.parent.mkdir()
+    program.parent.mkdir(exist_ok=True)
     program.write_text(text)
     code, out, errors = _done([sys.executable, str(program)], project, ENV | {"PYTHONPATH": str(project)})
     assert not code, f"{page}\n{text}\n{out[-1500:]}\n{errors[-2500:]}"
