@@ -64,7 +64,7 @@ SMALLER = (
 OWN = (
     ("--config_path FILE", "--config_path one.yaml"),
     ("--sweep_config FILE", "--sweep_config k.yaml"),
-    ("--base_config mine.yaml", "--base_config one.yaml"),
+    ("--base_config mine.yaml", "--base_config base.yaml"),
     ("apply NAME", "apply {experiment}"),
     ("--wandb_project NAME", "--wandb_project mine"),
     ("import SOURCE", "import exported"),
@@ -78,6 +78,7 @@ PARAMS: dict[str, Any] = {
     "absorption": {"icl_examples": 2, "icl_prompts": 2, "max_words": 100},
     "unlearning": {"dataset_size": 16, "seq_len": 32},
     "transfer": {
+        "hooks": ["blocks.0.hook_resid_post"],
         "tokens": 1000,
         "patched_tokens": 240,
         "own_finetune": {"source": None, "steps": 3},
@@ -86,6 +87,8 @@ PARAMS: dict[str, Any] = {
     },
 }
 """Of what the pages switch on, beside the tiny project's own."""
+FILES = {"base.yaml": "train:\n  saes:\n    topk: {recipe: top_k, d_sae: 64, k: 4}\n"}
+"""Files of the reader's own that `OWN` names and no page shows."""
 UNTIL_INTERRUPTED = "--watch"
 """An option of commands that go on until Ctrl-C, which comes after some seconds."""
 PREPARED = {
@@ -141,7 +144,9 @@ class _Looked(dict[str, str]):
 
 
 def write_shown_files(page: str, project: Path) -> None:
-    """Files that a page shows: a YAML block that begins with `# name.yaml`, and, without a name, `one.yaml`."""
+    """`FILES`, and those that a page shows: a YAML block that begins with `# name.yaml`, and, without a name, `one.yaml`."""
+    for name, text in FILES.items():
+        (project / name).write_text(text)
     for block in blocks(page):
         if block.language == "yaml":
             named = re.match(r"# (\w+\.yaml)", block.text)
