@@ -1,11 +1,13 @@
-"""Reference pages of the documentation, from the records of metrics, evaluations, parameters and
-models. `python -m sae_research.cli.reference` writes them into docs/reference/; a test holds the files to them.
+"""Reference pages of the documentation, from the records of metrics, evaluations, parameters and models, and the tables of
+docs/moving, from the records of other tools' names. `python -m sae_research.cli.reference` writes them; tests hold the files
+to them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, get_args
 
 from sae_research.cli.parameters import section_of, whole_description
@@ -14,7 +16,8 @@ from sae_research.config.params import Params
 from sae_research.config.section import Section
 from sae_research.config.training import AnyRecipe, SAERecipe
 from sae_research.reporting.metric_table import METRICS, Metric
-from sae_research.runtime.errors import run_main
+from sae_research.runtime import former_names
+from sae_research.runtime.errors import UserError, run_main
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number
 from sae_research.runtime.sources import PROJECT
@@ -32,11 +35,12 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    for name, make in PAGES.items():
-        path = FOLDER / f"{name}.md"
+    pages = {FOLDER / f"{name}.md": make for name, make in PAGES.items()}
+    pages |= {former_names.FOLDER / f"{tool.page}.md": partial(moving, tool) for tool in former_names.tools()}
+    for path, make in pages.items():
         before = path.read_text() if path.is_file() else None
         write_text(path, make())
-        print(f"docs/reference/{path.name}: {'as it was' if path.read_text() == before else 'written'}")
+        print(f"{path.relative_to(PROJECT)}: {'as it was' if path.read_text() == before else 'written'}")
 
 
 # --- metrics -------------------------------------------------------------------------------------
@@ -223,6 +227,22 @@ def _without(row: dict[str, Any]) -> str:
             reason = re.sub(r"^hook \S+: (layer \d+ \(\w+\) )?", "", line).partition("; use ")[0]
             reasons.setdefault(reason, []).append(_code(hook))
     return "; ".join(f"{', '.join(hooks)}: {_cell(reason)}" for reason, hooks in reasons.items())
+
+
+# --- names of other tools ------------------------------------------------------------------------
+
+_PLACE = re.compile(r"<!-- names: (.+?) -->.*?<!-- end of names -->", re.DOTALL)
+
+
+def moving(tool: former_names.Tool) -> str:
+    """The page of docs/moving about a tool, its tables as the record has them. Raises `UserError` where the page has no
+    place for a table, or one that the record lacks."""
+    path = former_names.FOLDER / f"{tool.page}.md"
+    tables = {table.title: _table(["There", "Here", "What differs"], table.rows) for table in tool.tables}
+    text = path.read_text()
+    if sorted(tables) != sorted(_PLACE.findall(text)):
+        raise UserError(f"{path}: has places for {_PLACE.findall(text)}, the record has {list(tables)}")
+    return _PLACE.sub(lambda place: f"<!-- names: {place[1]} -->\n\n{tables[place[1]]}\n\n<!-- end of names -->", text)
 
 
 PAGES: dict[str, Callable[[], str]] = {

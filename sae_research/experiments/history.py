@@ -69,6 +69,19 @@ def experiments(root: Path, commit: str) -> list[Experiment]:
     return [Experiment(line.split()[0].removeprefix(prefix), line.split()[1]) for line in lines]
 
 
+def revision(root: Path, name: str, what: str = "commit or experiment") -> str:
+    """The commit of an experiment, or of what git knows under a name. Raises `UserError` for neither, with the nearest
+    experiment."""
+    lines = git(root, "for-each-ref", "refs/exps/*/*/*", "--format=%(refname) %(objectname)").stdout.splitlines()
+    known = {reference.rpartition("/")[2]: commit for reference, commit in (line.split() for line in lines)}
+    if name in known:
+        return known[name]
+    found = git(root, "rev-parse", "--verify", "-q", f"{name}^{{commit}}")
+    if found.returncode:
+        raise UserError(f"no {what} {name!r}{did_you_mean(name, known) if known else '; there is none yet'}")
+    return found.stdout.strip()
+
+
 def file_at(root: Path, revision: str, path: str) -> str | None:
     """A file as an experiment left it; None where it has none."""
     shown = git(root, "show", f"{revision}:./{path}")
@@ -129,15 +142,12 @@ def apply_experiment(root: Path, name: str) -> list[str]:
     that no run made, as DVC would remove them, and what else DVC refuses.
     """
     base_of(root)
-    references = git(root, "for-each-ref", "refs/exps/*/*/*", "--format=%(refname)").stdout.split()
-    known = {reference.rpartition("/")[2] for reference in references}
     if own := _by_hand(root / TRAINED):
         raise UserError(
             f"{own[0]}: no run trained it here, and applying an experiment would remove it; move it out of {TRAINED}/ "
             "(comparison_saes.folders takes it from anywhere) and apply again"
         )
-    if name not in known and git(root, "rev-parse", "--verify", "-q", f"{name}^{{commit}}").returncode:
-        raise UserError(f"no experiment {name!r}{did_you_mean(name, known) if known else '; there is none yet'}")
+    revision(root, name, "experiment")
 
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

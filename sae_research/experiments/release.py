@@ -24,6 +24,7 @@ from sae_research.experiments.config_files import PARAMS, over, parse_overrides,
 from sae_research.experiments.release_board import BOARD, CSV, published_rows, write_board
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import ROOT_VARIABLE, fingerprint, project_root, read_json, slugify, write_json
+from sae_research.runtime.former_names import elsewhere
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes.files import WEIGHTS_FILE, save_sae
 from sae_research.saes.releases import ReleasedSAE, saes_of
@@ -63,7 +64,9 @@ def evaluate_release(options: argparse.Namespace) -> int:
         raise UserError(f"--evaluations names none; known: {', '.join(OF_SAES)}")
     for name in evaluations:
         if name not in OF_SAES:
-            raise UserError(f"--evaluations: unknown evaluation {name}{did_you_mean(name, OF_SAES)}")
+            raise UserError(
+                f"--evaluations: unknown evaluation {name}{elsewhere(name, 'value') or did_you_mean(name, OF_SAES)}"
+            )
     chosen = saes_of(options.release, options.match, "--match")
     if options.list:
         for entry in chosen:

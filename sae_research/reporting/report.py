@@ -50,9 +50,12 @@ KNOWN_FROM_SETTING = {"model", "hooks", "text"}
 """Notes of an evaluation that the section on the setting holds already."""
 
 
-def write_report(run: Run, root: Path = Path(".")) -> None:
-    """Write METRICS.md and metrics/differences.csv. The same results give the same bytes."""
-    found = comparisons(run)
+def write_report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".")) -> None:
+    """Write METRICS.md and metrics/differences.csv. The same results give the same bytes.
+
+    found: all comparisons of the run, made here unless given. root: the project's folder.
+    """
+    found = comparisons(run) if found is None else found
     write_text(root / REPORT, report(run, found, root))
     write_differences_csv(found, root)
 

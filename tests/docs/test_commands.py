@@ -39,7 +39,7 @@ def test_what_is_the_users_own_is_named_by_a_command() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sae-research", "analyse", "stats"], "invalid choice: 'analyse'"),
+        (["sae-research", "analyse", "stats"], "no verb analyse, did you mean analyze"),
         (["sae-research", "plan", "gemma-3"], "no preset 'gemma-3'"),
         (["python", "-m", "scripts.demo", "--save_dir", "x", "--architectures", "topk"], "invalid choice: 'topk'"),
         (["python", "-m", "scripts.run_everything"], "no module scripts.run_everything"),

@@ -36,6 +36,8 @@ USERS_OWN = {
     "OUT": "a new folder",
     "SOURCE": "another library's SAEs",
     "<url>": "where the repository lies",
+    "MODEL/SOURCE": "a model of Neuronpedia and one of its sets of latents",
+    "output/RUN": "a run of SAE-Interpretability",
     "path/to/sae_folder": "an SAE",
     "../before/trained_saes": "SAEs of another run",
     "k.yaml": "written as the page shows it",
@@ -62,6 +64,10 @@ ELSEWHERE = {
     "set_param",
 }
 """Options whose values are no files of this project even where they hold a slash."""
+
+
+_NAMED_ALONE = "are required|expected (one|2) argument"
+"""What a parser says of a command that a text names without what it needs."""
 
 
 class Invalid(AssertionError):
@@ -151,7 +157,7 @@ def _parsed(main: Any, name: str | None, arguments: Sequence[str], command: Comm
             _check(end.code in (0, None), f"ends with {end.code}")
             return None
         except Invalid as error:
-            if command.place != "block" and "arguments are required" in str(error):
+            if command.place != "block" and re.search(_NAMED_ALONE, str(error)):
                 return None
             raise
     raise Invalid("it ran without reading its options")
@@ -263,7 +269,7 @@ def _dvc_options(arguments: list[str], command: Command) -> argparse.Namespace |
         try:
             return _dvc_parser(get_main_parser).parse_args(arguments)
         except Invalid as wrong:
-            if command.place == "block" or not re.search("are required|expected one argument", str(wrong)):
+            if command.place == "block" or not re.search(_NAMED_ALONE, str(wrong)):
                 raise
             return None
 

@@ -21,6 +21,9 @@ _MARKER = re.compile(r"<!-- needs: ([\w, ]+) -->")
 _FENCE = re.compile(r"^( *)```(\w*)")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
+_ELSEWHERE = "docs/moving/"
+_TABLES_OF_NAMES = ("docs/reference/", _ELSEWHERE)
+"""Pages whose tables say what something is, command by command: what they name is read, not run."""
 _SHELLS = ("bash", "sh", "console")
 
 
@@ -108,10 +111,13 @@ def _spans(page: str) -> Iterator[Command]:
     for at, line in enumerate(lines, 1):
         if at in inside:
             continue
-        table = line.startswith("|") and not page.startswith("docs/reference/")  # descriptions, in tables that are generated
+        table = line.startswith("|") and not page.startswith(_TABLES_OF_NAMES)
+        if page.startswith(_ELSEWHERE) and line.startswith("|"):
+            line = line.split("|", 2)[2]  # the first column names what another tool has
         marked = _MARKER.search(line) if table else None
         for span in _SPAN.findall(line):
-            if _head(span) in HEADS and " " in span:
+            theirs = page.startswith(_ELSEWHERE) and re.match(r"python \S+\.py", span)  # another tool's script
+            if _head(span) in HEADS and " " in span and not theirs:
                 for words in _split(span.replace("\\|", "|") if table else span):
                     needs = _needs(marked[1]) if marked else frozenset[str]()
                     yield _command(page, at, words, needs, "table" if table else "prose")
