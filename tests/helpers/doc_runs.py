@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.helpers.doc_pages import Command, blocks, commands, python
 from tests.helpers.dvc_project import ENV, run
@@ -67,6 +68,8 @@ OWN = (
     ("--base_config mine.yaml", "--base_config base.yaml"),
     ("apply NAME", "apply {experiment}"),
     ("--wandb_project NAME", "--wandb_project mine"),
+    ('evaluations=["core"', 'params=load_params(), evaluations=["core"'),
+    ('"smollm2-135m-instruct", device', '"{model}", device'),
     ("import FOLDER OUTPUT", "import trained_saes imported"),
     ("--compare main sweep-1a2b3c4d", "--compare HEAD~1 HEAD"),
     ("import SOURCE", "import exported"),
@@ -94,9 +97,10 @@ FILES = {"base.yaml": "train:\n  saes:\n    topk: {recipe: top_k, d_sae: 64, k: 
 """Files of the reader's own that `OWN` names and no page shows."""
 UNTIL_INTERRUPTED = "--watch"
 """An option of commands that go on until Ctrl-C, which comes after some seconds."""
+_MODULE = "from sae_research import load_params, load_sae\nmy_module = load_sae('trained_saes/standard')\n"
 PREPARED = {
-    "README.md": "import torch\nfrom sae_research.saes import load_sae as load\nmy_module = load('trained_saes/standard')\n",
-    "docs/start/own_sae.md": "from sae_research.saes import load_sae as load\nmy_module = load('trained_saes/standard')\n",
+    "README.md": _MODULE,
+    "docs/start/own_sae.md": _MODULE,
     "docs/pursuit.md": "import torch\ntorch.manual_seed(0)\nW_dec, b_dec = torch.randn(64, 32), torch.zeros(32)\n"
     "x, mask = torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool)\n",
 }
@@ -128,15 +132,18 @@ class _Looked(dict[str, str]):
         self.project = project
 
     def __missing__(self, name: str) -> str:
-        return {"experiment": self._experiment, "latents": self._latents, "ground_truth_sae": self._ground_truth_sae}[name]()
+        return getattr(self, name)()
 
-    def _experiment(self) -> str:
+    def model(self) -> str:
+        return YAML(typ="safe").load((self.project / "params.yaml").read_text())["model"]["name"]
+
+    def experiment(self) -> str:
         return run(self.project, "dvc", "exp", "list", "--name-only").stdout.split()[-1]
 
-    def _latents(self) -> str:
+    def latents(self) -> str:
         return str(next((self.project / ".cache/latents").glob("*/about.json")).parent)
 
-    def _ground_truth_sae(self) -> str:
+    def ground_truth_sae(self) -> str:
         code = (
             "import torch; from pathlib import Path; from sae_research.saes import SAEConfig, form_class, save_sae; "
             "W = torch.randn(48, 24); save_sae(form_class('standard')(SAEConfig('standard', 24, 48), W_dec=W, "
