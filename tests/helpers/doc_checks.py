@@ -157,7 +157,7 @@ def _parsed(main: Any, name: str | None, arguments: Sequence[str], command: Comm
             _check(end.code in (0, None), f"ends with {end.code}")
             return None
         except Invalid as error:
-            if command.place != "block" and re.search(_NAMED_ALONE, str(error)):
+            if command.place == "prose" and re.search(_NAMED_ALONE, str(error)):
                 return None
             raise
     raise Invalid("it ran without reading its options")
@@ -269,7 +269,7 @@ def _dvc_options(arguments: list[str], command: Command) -> argparse.Namespace |
         try:
             return _dvc_parser(get_main_parser).parse_args(arguments)
         except Invalid as wrong:
-            if command.place == "block" or not re.search(_NAMED_ALONE, str(wrong)):
+            if command.place != "prose" or not re.search(_NAMED_ALONE, str(wrong)):
                 raise
             return None
 

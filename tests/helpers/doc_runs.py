@@ -93,8 +93,11 @@ PARAMS: dict[str, Any] = {
     },
 }
 """Of what the pages switch on, beside the tiny project's own."""
-FILES = {"base.yaml": "train:\n  saes:\n    topk: {recipe: top_k, d_sae: 64, k: 4}\n"}
-"""Files of the reader's own that `OWN` names and no page shows."""
+FILES = {
+    "base.yaml": "train:\n  saes:\n    topk: {recipe: top_k, d_sae: 64, k: 4}\n",
+    "k.yaml": "train.saes.topk.k: [2, 4]\n",
+}
+"""Files of the reader's own that a page names without showing them."""
 UNTIL_INTERRUPTED = "--watch"
 """An option of commands that go on until Ctrl-C, which comes after some seconds."""
 _MODULE = "from sae_research import load_params, load_sae\nmy_module = load_sae('trained_saes/standard')\n"
