@@ -43,6 +43,10 @@ def page(record: Record) -> str:
     )
 
 
+def _at(record: Record) -> str:
+    return f"{record['read_at']:g}"
+
+
 def spelled(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """`+0.012 [+0.008, +0.016]`, or the value alone."""
     if value is None:
@@ -81,7 +85,7 @@ def _recipes(record: Record, metric: str) -> Iterator[tuple[str, str]]:
     pairs = between_recipes(record, metric)
     if not pairs:
         return
-    label, l0 = record["labels"][metric][0].lower(), format(record["read_at"], "g")
+    label, l0 = record["labels"][metric][0].lower(), _at(record)
     beyond = [pair for pair in pairs if pair["p_holm"] < LEVEL]
     seeds = min(min(pair["seeds"]) for pair in pairs)
     if not beyond:
@@ -124,7 +128,7 @@ def _seeds(record: Record) -> Iterator[tuple[str, str]]:
         widest = max(spreads, key=lambda grid: spreads[grid])
         least = f"; the smallest difference that exceeds noise is {min(beyond):.4f}" if beyond else ""
         yield (
-            f"Training seeds move variance explained at L0 {format(record['read_at'], 'g')} by a standard deviation of at most "
+            f"Training seeds move variance explained at L0 {_at(record)} by a standard deviation of at most "
             f"{spreads[widest]:.4f} (`{name_of(record, widest)}`){least}.",
             "A recipe whose seeds differ more: three seeds bound a standard deviation loosely.",
         )
@@ -142,7 +146,7 @@ def _untrained(record: Record) -> Iterator[tuple[str, str]]:
         label = record["labels"][metric][0].lower()
         yield (
             f"Untrained activations as a dictionary, under matching pursuit, reach {control['value']:.3f} in {label} at L0 "
-            f"{format(record['read_at'], 'g')}: beyond noise above {_names(record, above)} and below {_names(record, below)} of "
+            f"{_at(record)}: beyond noise above {_names(record, above)} and below {_names(record, below)} of "
             f"{len(found)} trained recipes with their own encoders.",
             "A trained dictionary under the same encoder, which is the fair comparison: see the next lines.",
         )
@@ -185,7 +189,7 @@ def _pursuit(record: Record) -> Iterator[tuple[str, str]]:
         if parts:
             yield (
                 f"Matching pursuit over the dictionary of `{one['base']}`, against the recipe's own encoder at L0 "
-                f"{format(record['read_at'], 'g')}: {'; '.join(parts)}.",
+                f"{_at(record)}: {'; '.join(parts)}.",
                 "An encoder trained for the same dictionary as long again.",
             )
 
@@ -200,7 +204,7 @@ def _truth(record: Record) -> Iterator[tuple[str, str]]:
         ]
         truth = record["ground_truth"]
         yield (
-            f"Order of the {found[0]['recipes']} recipes on text at L0 {format(record['read_at'], 'g')} against known features "
+            f"Order of the {found[0]['recipes']} recipes on text at L0 {_at(record)} against known features "
             f"(L0 {format(truth['at'], 'g')}, {truth['seeds']} seeds, {truth['samples']:,} samples), Spearman: "
             f"{'; '.join(parts)}.",
             "With six recipes a correlation below 0.89 is within noise; other synthetic settings were not tried.",

@@ -76,7 +76,7 @@ def test_findings_follow_from_the_record(record: dict[str, Any]) -> None:
     assert "`batch_top_k` 0.820, `top_k` 0.800, `standard` 0.700" in text
     assert "`batch_top_k` minus `standard` +0.120 [+0.110, +0.130]" in text
     assert "In probing top-1 at L0 32 none of the 1 differences between two recipes exceeds noise" in text
-    assert "deviation of at most 0.0020 (`standard`); the smallest difference that exceeds noise is 0.1000" in text
+    assert "deviation of at most 0.0020 (`top_k`); the smallest difference that exceeds noise is 0.1000" in text
     assert "reach 0.750 in variance explained at L0 32: beyond noise above `standard` and below `top_k` of 2" in text
     assert (
         "dictionary of `topk_28`, against the recipe's own encoder at L0 32: variance explained +0.050 [+0.040, +0.060]."
