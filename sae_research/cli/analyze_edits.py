@@ -140,8 +140,9 @@ def attribute(options: argparse.Namespace) -> None:
                 "latents": float(s.reconstruction.sum()),
                 "error": float(s.error.sum()),
                 "bias and masked": float(s.bias.sum()),
-                "sum": float((s.reconstruction + s.error + s.bias).sum()),
+                "explained": s.explained,
                 "whole": s.total,
+                "metric": found.metric,
             }
             for name, s in found.saes.items()
         )
@@ -191,6 +192,7 @@ def attribute(options: argparse.Namespace) -> None:
                         "latents": s.reconstruction.tolist(),
                         "error": s.error.tolist(),
                         "bias": s.bias.tolist(),
+                        "explained": s.explained,
                         "whole": s.total,
                     }
                     for name, s in found.saes.items()

@@ -57,7 +57,7 @@ def test_stats_and_attribute(project: Path, capsys: pytest.CaptureFixture[str]) 
     assert "dead latents" in out and "[[" in out and "late: 64 latents" in out
     folder = project / "analysis_results/stats/late"
     rows = list(csv.DictReader((folder / "latents.csv").open()))
-    assert len(rows) == 64 and {row["kind"] for row in rows} >= {"dead", "dense"}
+    assert len(rows) == 64 and {row["kind"] for row in rows} >= {"dead", "between"}
     assert float(rows[60]["max"]) >= float(rows[60]["q99"]) >= float(rows[60]["q50"]) > 0
     assert json.loads((folder / "summary.json").read_text())["dead latents"] == sum(r["kind"] == "dead" for r in rows)
     assert all(Image.open(folder / name).size[0] > 300 for name in ("density.png", "density_cah.png"))
