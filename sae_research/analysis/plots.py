@@ -195,6 +195,7 @@ def subspace_scatter(found: Subspace, path: Path, most: int = len(PALETTE)) -> P
     figure.suptitle(f"Reconstructions at {len(found.token):,} tokens, by token", fontsize=TEXT + 1, color=INK)
     if space is not None:
         space.tick_params(labelsize=SMALL, colors=MUTED)
+        space.set_box_aspect(None, zoom=0.82)  # the layout leaves no room for the third axis' label
         for axis, number in zip((space.xaxis, space.yaxis, space.zaxis), (1, 2, 3), strict=True):
             axis.set_label_text(f"component {number}", fontsize=SMALL, color=INK)
     return _written(figure, path)

@@ -17,7 +17,7 @@
       {title: score.split(":")[0], name: "figure", sort: row => data.score[row] ?? -Infinity, value: row => number(data.score[row])},
       {title: `${one}: density`, name: "figure less", sort: row => data.density_one[row], value: row => number(data.density_one[row])},
       {title: `${other}: density`, name: "figure less", sort: row => data.density_other[row], value: row => number(data.density_other[row])},
-      {title: `${one} fires on`, name: "tokens", value: row => [data.labels_one[row], ...looked.hint(row)]},
+      {title: `${one} fires on`, name: "tokens", value: row => [...looked.hint(row), data.labels_one[row]]},
       {title: `${other} fires on`, name: "tokens less", value: row => data.labels_other[row]},
     ],
   });

@@ -108,10 +108,10 @@ lab.SearchField = class {
 
   rows() { return lab.search(this.texts, this.field.value, this.texts.length, row => this.within(row)); }
 
-  /** What stands beside a row's tokens. */
+  /** What stands before a row's tokens. */
   hint(row) {
     const found = this.within(row);
-    return found ? [" ", lab.el("span", {class: "muted"}, `· in ${found} context${found === 1 ? "" : "s"}`)] : [];
+    return found ? [lab.el("span", {class: "muted"}, `in ${found} context${found === 1 ? "" : "s"} · `)] : [];
   }
 
   /** What the page says where no row is left. */

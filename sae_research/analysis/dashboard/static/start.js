@@ -17,7 +17,7 @@
     address: row => `latent.html#latent=${row}${looked.query ? `&find=${encodeURIComponent(looked.query)}` : ""}`,
     columns: [
       {title: "Latent", name: "id", sort: row => row, value: row => String(row), ascending: true},
-      {title: "Fires on", name: "tokens", value: row => [labels[row], ...looked.hint(row)]},
+      {title: "Fires on", name: "tokens", value: row => [...looked.hint(row), labels[row]]},
       {title: "Density", name: "figure", ...figure("density")},
       {title: "Largest", name: "figure", ...figure("max")},
       {title: "Mean", name: "figure less", ...figure("mean")},

@@ -5,7 +5,7 @@
  * A row is a number. `open(row)` is called for Enter and clicks; `address(row)` makes rows links.
  */
 lab.Table = class {
-  constructor(box, {columns, label, rows, address, open = null, printed = 1000}) {
+  constructor(box, {columns, label, rows, address, open = null, printed = 500}) {
     Object.assign(this, {box, columns, address, open, printed, rows, order: rows, active: -1, sorted: null, down: true});
     const {el} = lab;
     this.heads = columns.map((column, i) => column.sort
