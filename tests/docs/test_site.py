@@ -60,6 +60,10 @@ def test_every_page_opens_from_disk_and_fits(site: Path, browser: sync_api.Brows
                 "[...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt).map(i => i.src)"
             )
             assert not missing, (path, missing)
+            blank = page.evaluate(
+                "[...document.querySelectorAll('thead')].filter(h => h.offsetHeight && !h.innerText.trim()).length"
+            )
+            assert not blank, (path, "a table with a blank first row")
     assert not trouble
     context.close()
 
