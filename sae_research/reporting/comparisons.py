@@ -123,7 +123,7 @@ def grids(run: Run, controls: bool = False) -> list[Grid]:
     for group in seed_groups(row for row in run.rows if not row.interpolating and (controls or not row.is_control)):
         row = group.rows[0]
         width = None if row.is_control else row.cfg.get("d_sae")  # as many as it has components, where it is linear
-        place = row.kind, row.cfg.get("base"), width, row.hooks
+        place = row.kind, row.cfg.get("base"), width, row.hooks, *row.training_options
         groups.setdefault(place, []).append(group)
     times = Counter(place[0] for place in groups)
     return [
@@ -133,8 +133,8 @@ def grids(run: Run, controls: bool = False) -> list[Grid]:
 
 
 def _distinct(place: tuple[object, ...]) -> str:
-    group, base, d_sae, hook = place
-    return f"{group} ({', '.join(str(part) for part in (base, d_sae, hook) if part is not None)})"
+    group, *parts = place
+    return f"{group} ({', '.join(str(part) for part in parts if part is not None)})"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def metric_named(key: str, eval_name: str) -> Metric:
     """
     if (hook := hook_of(key)) is not None:
         whole = metric_named(key.partition(AT_HOOK)[0], eval_name)
-        says = f"{whole.definition} At {hook}, with that hook of a crosscoder alone replaced."
+        says = f"{whole.definition} At {hook}, with that hook alone replaced."
         nowhere = {"table": False, "plot": 0, "stricter": False, "both": False}
         return replace(whole, key=key, label=f"{whole.label} at {hook}", definition=says, **nowhere)
     for metric in METRICS:

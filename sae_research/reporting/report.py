@@ -98,10 +98,13 @@ def summary(run: Run, found: Sequence[Comparison]) -> str:
     encoders = [item for item in found if item.other and not item.other.is_control and not item.one.is_control]
     largest = [item for item in encoders if item.metric.key == MAIN and item.exceeds_noise]
     metrics = dict.fromkeys(item.metric for item in encoders)
+    trained = [row for role in ("baseline", "comparison") for row in run.rows if row.role == role]
+    met = _compared(found)
     separated = {item.metric for item in encoders if item.exceeds_noise}
     return render(
         "summary",
-        trained=[row for role in ("baseline", "comparison") for row in run.rows if row.role == role],
+        trained=[row for row in trained if row.name in met],
+        alone=[row for row in trained if row.name not in met],
         variants=sum(row.role == "variant" for row in run.rows),
         dictionaries=[row for row in run.rows if row.name in {v.cfg.get("base") for v in run.rows if v.role == "variant"}],
         controls=sum(row.is_control for row in run.rows),
@@ -112,6 +115,12 @@ def summary(run: Run, found: Sequence[Comparison]) -> str:
         not_separated=[metric.label for metric in metrics if metric not in separated],
         fixed=_not_varied(run),
     )
+
+
+def _compared(found: Sequence[Comparison]) -> set[str]:
+    """Names of what was set against another row, not against the raw residual stream alone."""
+    points = [point for item in found if item.other is not None for point in (item.one, item.other)]
+    return {row.name for point in points for member in point.members for row in member.rows}
 
 
 def _against_untrained(found: Sequence[Comparison]) -> list[dict[str, Any]]:
@@ -191,7 +200,8 @@ def _probing_setting(config: dict[str, Any]) -> list[str]:
 
 
 def crosscoders(run: Run) -> str:
-    """What each crosscoder explains at every hook, and what the model loses with that one alone replaced."""
+    """What each crosscoder and cross-layer transcoder explains at every hook that it writes, and what the model loses with
+    that one alone replaced."""
     rows = [(row, hook) for row in run.rows for hook in row.crosscoder_hooks]
     at = {metric: [row.value(metric.key + AT_HOOK + hook, "core") for row, hook in rows] for metric in METRICS}
     shown = [metric for metric, values in at.items() if (metric.table or metric.stricter) and set(values) - {None}]

@@ -303,9 +303,22 @@ class Row:
 
     @property
     def crosscoder_hooks(self) -> list[str]:
-        """The hooks of a crosscoder; none of anything else."""
-        read = str(self.cfg.get("hook_name") or "")
-        return read.split(PLUS) if PLUS in read else []
+        """The hooks of a crosscoder, those that a cross-layer transcoder writes; none of anything else."""
+        stands_for = str(self.elsewhere or "")
+        return stands_for.split(PLUS) if PLUS in stands_for else []
+
+    @property
+    def hook_kind(self) -> str | None:
+        """What it is where its reconstruction is not of the one hook that it reads; None of an SAE."""
+        if not self.crosscoder_hooks:
+            return "transcoder" if self.hook_out else None
+        return "cross-layer transcoder" if self.hook_out else "crosscoder"
+
+    @property
+    def training_options(self) -> tuple[str, ...]:
+        """Switches of training that make another architecture of one name: points on either side are no curve."""
+        chosen = (self.cfg.get("provenance") or {}).get("hyper_parameters") or {}
+        return tuple(word for key, word in (("whiten", "whitened"), ("skip", "skip")) if chosen.get(key))
 
     @property
     def hooks(self) -> str | None:
@@ -340,7 +353,8 @@ class Row:
 
     @property
     def flags(self) -> list[str]:
-        flags = ["interpolating"] if self.interpolating else []
+        flags = [self.hook_kind] if self.hook_kind else []
+        flags += ["interpolating"] if self.interpolating else []
         flags += ["not causal"] if self.cfg.get("causal") is False else []
         return flags + (["signed"] if self.cfg.get("signed") else [])
 

@@ -67,6 +67,7 @@ def results(run: Run, root: Path = Path(".")) -> str:
     return render(
         "results",
         table=markdown_table(["SAE", "Architecture", *headings(metrics), "Flags"], body, left=2) if body else "",
+        elsewhere=any(row.hook_kind for row in run.rows),
         known_truth=[line for metric in AGAINST_TRUTH if (line := beside(metric, root))],
     )
 
@@ -104,12 +105,16 @@ def controls(run: Run) -> str:
 
 
 def better_controls(run: Run) -> list[dict[str, Any]]:
-    """Every column and control where the control has the better value at no higher an L0 than the rows named."""
+    """Every column and control where the control has the better value at no higher an L0 than the rows named. Rows that
+    reconstruct something else than the control are not compared with it."""
     found = []
     for metric in run.ranking:
         for control in (row for row in run.rows if row.is_control):
             rows = [
-                row for row in run.rows if row.may_be_marked and _better(control, row, metric) and _no_denser(control, row)
+                row
+                for row in run.rows
+                if row.may_be_marked and row.elsewhere == control.elsewhere
+                if _better(control, row, metric) and _no_denser(control, row)
             ]
             found += [{"metric": metric, "control": control, "rows": rows}] if rows else []
     return found

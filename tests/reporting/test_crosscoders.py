@@ -35,10 +35,17 @@ def test_from_the_result_to_the_tables(lab: Lab) -> None:
     lab.result("core", "topk", crosscoder())
     run = build(lab)
     text = report(run)
-    lines = [line for line in section(text, "Crosscoders, hook by hook").splitlines() if line.startswith("| `topk`")]
+    lines = [
+        line
+        for line in section(text, "Crosscoders and cross-layer transcoders, hook by hook").splitlines()
+        if line.startswith("| `topk`")
+    ]
     assert [line.split(" | ")[1] for line in lines] == [f"`{hook}`" for hook in HOOKS]
     assert "0.500 [0.375, 0.625] | 0.250 [0.125, 0.375]" in lines[0] and "0.600 [0.475, 0.725]" in lines[1]
-    assert "CE patched" not in section(text, "Crosscoders, hook by hook") and "`METRIC@HOOK` is the metric" in text
+    assert (
+        "CE patched" not in section(text, "Crosscoders and cross-layer transcoders, hook by hook")
+        and "`METRIC@HOOK` is the metric" in text
+    )
     assert section(text, "Intervals") == section(plain, "Intervals")
     write_results_csv(run, lab.root)
     rows = list(csv.DictReader((lab.root / "metrics/results.csv").open()))

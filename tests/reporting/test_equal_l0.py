@@ -70,6 +70,13 @@ def test_a_grid_is_one_architecture_over_one_dictionary_without_interpolating_ro
     assert found[0].curve(headline("variance_explained")) == [(10, 0.3), (40, 0.5)]
 
 
+def test_training_on_whitened_activations_is_another_architecture() -> None:
+    rows = [row("a", 40, 0.5), row("b", 10, 0.3)]
+    assert [grid.label for grid in grids(run(*rows))] == ["topk"]
+    rows[1].cfg["provenance"] = {"hyper_parameters": {"whiten": True, "skip": False}}
+    assert [grid.label for grid in grids(run(*rows))] == ["topk (64)", "topk (64, whitened)"]
+
+
 def test_only_what_writes_one_hook_is_compared() -> None:
     """SAEs of several hooks as ever; a transcoder with transcoders and controls of its written hook; a crosscoder with those
     of its hooks."""

@@ -161,3 +161,32 @@ def test_a_template_gets_all_its_values_and_its_paragraphs_are_one_line_each():
         render("stricter")
     title, text, header, row = (line for line in render("stricter", table="| a |\n| b |").splitlines() if line)
     assert title.startswith("## ") and len(text) > 300 and (header, row) == ("| a |", "| b |")
+
+
+def test_controls_are_set_against_what_reconstructs_the_same():
+    stream, mlp = "blocks.8.hook_resid_post", "blocks.8.hook_mlp_out"
+    rows = [row("a", variance_explained=0.4, l0=30.0), row("b", role="control", variance_explained=0.5, l0=30.0)]
+    for one in rows:
+        one.cfg.update(hook_name=stream, hook_out=stream)
+    assert [found["rows"] for found in better_controls(Run(rows, {}, {}, []))] == [[rows[0]]]
+    rows[0].cfg.update(hook_name="blocks.8.mlp.hook_in", hook_out=mlp)
+    assert better_controls(Run(rows, {}, {}, [])) == []
+    rows[1].cfg.update(hook_name="blocks.8.mlp.hook_in", hook_out=mlp)
+    assert [found["rows"] for found in better_controls(Run(rows, {}, {}, []))] == [[rows[0]]]
+
+
+def test_what_reconstructs_something_else_is_flagged():
+    read, written = "blocks.8.mlp.hook_in", "blocks.8.hook_mlp_out"
+    kinds = {
+        "transcoder": {"hook_name": read, "hook_out": written},
+        "crosscoder": {"hook_name": f"{read} + {written}", "hook_out": f"{read} + {written}"},
+        "cross-layer transcoder": {
+            "hook_name": f"blocks.7.mlp.hook_in + {read}",
+            "hook_out": f"blocks.7.hook_mlp_out + {written}",
+        },
+    }
+    for kind, hooks in kinds.items():
+        assert Row("a", hooks, {}).flags == [kind]
+    assert Row("a", {"hook_name": read, "hook_out": read}, {}).flags == []
+    assert Row("a", kinds["cross-layer transcoder"], {}).crosscoder_hooks == ["blocks.7.hook_mlp_out", written]
+    assert Row("a", kinds["crosscoder"], {}).crosscoder_hooks == [read, written]

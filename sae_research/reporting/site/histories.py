@@ -101,7 +101,7 @@ def _measured(run: Run, column: str) -> list[float]:
 
 def _curve_scale(run: Run, column: str) -> Spec:
     if not _spans(run, column):
-        return {"scale": {"zero": False}, "axis": {"format": "~g"}}
+        return {"scale": {"zero": False}, "axis": {"format": ".4~g"}}
     values = ticks(_measured(run, column))
     return {"scale": {"type": "log", "nice": False, "padding": 8}, "axis": {"format": "~g", "values": values}}
 

@@ -98,6 +98,8 @@ def site_parts(run: Run, found: Sequence[Comparison], style: Visualization, root
         "setting": _html(report.what_ran(run)),
         "marks": marks,
         "results": content.results_table(run),
+        "elsewhere": any(row.hook_kind for row in run.rows),
+        "crosscoders": _html(report.crosscoders(run)),
         "pareto": [charts.against_l0(run, key, marks, saes) for key in drawn],
         "not_drawn": [_why_not(run, key) for key in run.plotted if key not in drawn],
         "reading": content.reading(run),
