@@ -333,7 +333,10 @@ class Row:
     @property
     def group(self) -> str:
         """What its marker and colour stand for: controls look alike whatever they are made of."""
-        return "control" if self.is_control else self.architecture
+        if self.is_control:
+            return "control"
+        further = [word for word in (self.hook_kind, *self.training_options) if word]
+        return ", ".join([self.architecture, *further])
 
     @property
     def kind(self) -> str:

@@ -278,8 +278,9 @@ class Setup:
                     yield self._compared(slugify(f"{item.release}_{item.sae_id}"), where, where)._replace(optional=True)
 
     def write(self, planned: list[Planned], folder: Path) -> list[str]:
-        """Write all into a folder; names of those that are there."""
-        written = []
+        """Write all into a folder; names of those that are there. Raises `UserError` where none of a whole release can be
+        had."""
+        written, left_out = [], []
         for item in planned:
             try:
                 item.write(folder / item.name)
@@ -288,6 +289,12 @@ class Setup:
                 if not item.optional:
                     raise
                 self.warnings.append(f"{item.name} is left out: {error}")
+                left_out.append(error)
+        if left_out and len(left_out) == sum(item.optional for item in planned):
+            raise UserError(
+                f"comparison_saes.release: none of the {len(left_out)} dictionaries of {self.params.comparison_saes.release} "
+                f"could be had; the first: {left_out[0]}"
+            )
         return written
 
     def _trained_names(self) -> list[str]:
