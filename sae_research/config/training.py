@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from sae_research.config.section import (
     Above0,
+    Betas,
     Count,
     Fraction,
     Interval,
@@ -56,6 +57,8 @@ class SAERecipe(Section):
     """The setting that decides how sparse the SAE becomes, and what a larger value does to L0."""
     few_active: ClassVar[bool] = False
     """Few latents are active from the first step on: on a CPU its steps compute those alone."""
+    free_norms: ClassVar[bool] = False
+    """Whether its loss depends on the norms of decoder rows."""
     whitens: ClassVar[bool] = True
     """Whether it has an encoder that a linear map of the input can go into."""
 
@@ -68,8 +71,18 @@ class SAERecipe(Section):
     learning_rate: Above0 = 3.0e-3
     """Adam's at its height, in place of `train.learning_rate`. Some ten times the literature's: a run of minutes has some
     hundred steps."""
-    init: Literal["data_rows", "random"] = "data_rows"
-    """Decoder rows at the start: activations less their mean, or random directions."""
+    init: Literal["data_rows", "random", "orthogonal"] = "data_rows"
+    """Decoder rows at the start: activations less their mean, random directions, or those of a random matrix of
+    orthonormal columns."""
+    init_norm: Above0 | None = None
+    """Their norm; null: 1. Recipes that leave it free (`standard_new`)."""
+    betas: Betas | None = None
+    """Adam's two; null: the recipe's, (0, 0.999) of `gated_rajamanoharan` and `jump_relu`, else (0.9, 0.999)."""
+    lr_schedule: Literal["linear", "cosine", "constant"] | None = None
+    """How the learning rate falls over `train.decay_fraction`: along a line (null too), half a cosine, or not at all. A
+    cosine over the whole run after its warm-up takes decay_fraction = 1 - warmup_fraction."""
+    min_lr_factor: Fraction | None = None
+    """Where it ends, as a share of its height; null: 0."""
     seed: Seed | None = None
     """Null takes `random_seed`. Entries that differ in name and seed alone are one recipe, and the report gives their
     mean and spread; the text and its order are the run's."""
@@ -84,6 +97,19 @@ class SAERecipe(Section):
     hook_names: Annotated[list[Name], Field(min_length=1)] | None = None
     """A crosscoder's: the hooks of one width that it reads and writes together. In place of `hook_name`; recipes
     `standard_new` (L1) and `batch_top_k`."""
+
+    @property
+    def schedule(self) -> Literal["linear", "cosine", "constant"]:
+        """Of the learning rate."""
+        return self.lr_schedule or "linear"
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> SAERecipe:
+        if self.schedule == "constant" and self.min_lr_factor is not None:
+            raise ValueError("min_lr_factor belongs to a learning rate that falls: lr_schedule linear or cosine")
+        if self.init_norm is not None and not self.free_norms:
+            raise ValueError(f"init_norm: {self.recipe} keeps decoder rows at norm 1; standard_new leaves it free")
+        return self
 
     @model_validator(mode="after")
     def _crosscoder(self) -> SAERecipe:
@@ -149,7 +175,7 @@ class StandardRecipe(L1Recipe):
 
 
 class StandardNewRecipe(L1Recipe):
-    crosscoders = True
+    crosscoders = free_norms = True
     recipe: Literal["standard_new"]
 
 

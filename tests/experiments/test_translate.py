@@ -50,7 +50,7 @@ def test_the_published_example_becomes_parameters() -> None:
     sae = params.train.saes["relu_blocks_2_hook_resid_pre"]
     assert (sae.recipe, sae.d_sae, sae.learning_rate, sae.seed) == ("relu", 32 * 64, 1e-3, 42)
     assert sae.l1_coefficient == pytest.approx(0.1 / 10)
-    assert any("lr_schedule: cosine" in note for note in result.notes)
+    assert (sae.lr_schedule, sae.min_lr_factor) == ("cosine", 0.1)
 
 
 @pytest.mark.parametrize("sae_type", ["relu", "gated", "hard_concrete", "gated_hard_concrete"])
