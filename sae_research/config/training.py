@@ -45,6 +45,13 @@ class Tracking(Section):
     {d_sae} or {k}; empty where its recipe has none. One run for each SAE."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to wandb/ only; `wandb sync` sends it later. WANDB_MODE has the last word."""
+    log_every: Positive | None = None
+    """Optimiser steps between rows; null: the 60 rows of a training curve. SAEs of other ranks have those in any case."""
+    histogram_every: Positive | None = None
+    """Steps between histograms of latents by how often they fire; null: none. By the decimal logarithm of the fraction of
+    some thousand buffered tokens; the last one is of held-out tokens."""
+    checkpoints: bool = False
+    """Whether the SAEs of `train.saved_checkpoints`, and the trained ones, go there as artifacts."""
 
 
 class SAERecipe(Section):
