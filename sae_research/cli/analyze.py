@@ -24,7 +24,7 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def fill(parser: argparse.ArgumentParser) -> None:
     """Add the verbs to a parser."""
     verbs = parser.add_subparsers(dest="analysis", required=True)
-    for add in (_saes, _stats, _run, _steer, _ablate, _attribute, _subspace, _explain, _dashboard):
+    for add in (_saes, _stats, _run, _generate, _steer, _ablate, _attribute, _subspace, _explain, _dashboard):
         add(verbs)
 
 
@@ -68,6 +68,24 @@ def _run(verbs: Verbs) -> None:
     verb.add_argument("--top", type=int, default=5, help="latents shown of each token")
     verb.add_argument("--search-prompt", metavar="TEXT", help="latents that a text activates most")
     verb.add_argument("--search-promoted", metavar="TOKEN", nargs="+", help="latents that raise these tokens most")
+
+
+def _generate(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs,
+        "generate",
+        "sampled texts of the model, with and without SAEs in it, from equal seeds",
+        'generate --sae standard --prompt "The capital of France is" --temperature 0.7 --top-k 50 --seed 0',
+        several=True,
+        needed=False,
+    )
+    verb.add_argument("--prompt", required=True)
+    verb.add_argument("--length", type=int, default=40, help="tokens of a text")
+    verb.add_argument("--texts", type=int, default=4, help="of seeds in turn")
+    verb.add_argument("--seed", type=int, default=0, help="of the first")
+    verb.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    verb.add_argument("--top-k", type=int, help="the likeliest tokens that are drawn from (default: all)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="of these, those that make up so much of the probability")
 
 
 def _steer(verbs: Verbs) -> None:

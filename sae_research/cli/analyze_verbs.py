@@ -16,6 +16,7 @@ from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.site import core_figures, write_dashboard
 from sae_research.analysis.store import LatentStats, check_latents
 from sae_research.config.params import Params, load_params
+from sae_research.lm import load_configured
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json, write_text
 from sae_research.runtime.formatting import csv_text, text_table
@@ -60,7 +61,7 @@ SUMMARY_QUANTILES = (0.5, 0.99)
 
 
 def open_analysis(options: argparse.Namespace) -> AnalysisContext:
-    """The SAEs and model that the options name."""
+    """The SAEs and model that the options name; the model alone where a verb needs no SAE."""
     params = load_params() if Path("params.yaml").is_file() else Params()
     if options.model:
         params = params.model_copy(update={"model": params.model.model_copy(update={"name": options.model})})
@@ -68,6 +69,8 @@ def open_analysis(options: argparse.Namespace) -> AnalysisContext:
         if options.tokens < 1:
             raise UserError("--tokens must be at least 1")
         params = params.model_copy(update={"analysis": params.analysis.model_copy(update={"tokens": options.tokens})})
+    if options.sae is None:
+        return AnalysisContext(load_configured(params.model), {}, params)
     return AnalysisContext.open([options.sae] if isinstance(options.sae, str) else options.sae, params)
 
 

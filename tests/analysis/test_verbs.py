@@ -22,7 +22,7 @@ from sae_research.saes import save_sae
 from tests.helpers.analysis import EARLY, SIZE, biased
 
 PROMPT = "the time that people use water"
-VERBS = ("saes", "stats", "run", "steer", "ablate", "attribute", "subspace", "explain", "dashboard")
+VERBS = ("saes", "stats", "run", "generate", "steer", "ablate", "attribute", "subspace", "explain", "dashboard")
 
 
 @pytest.fixture
@@ -67,6 +67,17 @@ def test_stats_and_attribute(project: Path, capsys: pytest.CaptureFixture[str]) 
     rows = list(csv.DictReader((project / "analysis_results/attribute/attribution.csv").open()))
     whole = json.loads((project / "analysis_results/attribute/attribution.json").read_text())["saes"]["late"]["whole"]
     assert sum(float(row["share"]) for row in rows if row["sae"] == "late") == pytest.approx(whole, rel=1e-2, abs=1e-3)
+
+
+def test_generate(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--prompt", PROMPT, "--length", "6", "--texts", "2", "--seed", "5", "--top-k", "20")
+    out = said(capsys, "generate", "--sae", "late", "early", *more)
+    kept = json.loads((project / "analysis_results/generate/generation.json").read_text())
+    assert kept["saes"] == ["late", "early"] and [one["seed"] for one in kept["texts"]] == [5, 6]
+    assert all(repr(one[run]) in out for one in kept["texts"] for run in ("plain", "with_saes"))
+    assert "equal for" in out and "equal for" not in said(capsys, "generate", *more)
+    alone = json.loads((project / "analysis_results/generate/generation.json").read_text())
+    assert [one["plain"] for one in alone["texts"]] == [one["plain"] for one in kept["texts"]]
 
 
 @pytest.mark.slow
