@@ -54,12 +54,13 @@ def list_releases(pattern: str = "") -> list[dict[str, Any]]:
 
 
 def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
-    """One row an SAE of a release: id, path, Neuronpedia id, and the metrics its card gives. Raises `UserError` for an
-    unknown release, with those that look alike."""
-    known = release_directory()
-    if release not in known:
-        hint = did_you_mean(release, known, "; `analyze saes --search TEXT` finds releases")
-        raise UserError(f"SAELens has no release {release!r}{hint}")
+    """One row an SAE of a release: id, path, Neuronpedia id, the metrics its card gives, and every further value that the
+    directory has of an SAE. Raises `UserError` for an unknown release, with those that look alike."""
+    entries = _release(release)["saes"]
+    shown = ("id", "path", "neuronpedia", "l0", "variance_explained")
+    further = dict.fromkeys(
+        key for entry in entries for key, value in entry.items() if key not in shown and not isinstance(value, list | dict)
+    )
     return [
         {
             "sae_id": str(entry["id"]),
@@ -67,10 +68,38 @@ def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
             "neuronpedia": entry.get("neuronpedia"),
             "l0": entry.get("l0"),
             "variance_explained": entry.get("variance_explained"),
+            **{key: entry.get(key) for key in further},
         }
-        for entry in known[release]["saes"]
+        for entry in entries
         if re.search(pattern, str(entry["id"]), re.IGNORECASE)
     ]
+
+
+def describe_release(release: str) -> dict[str, Any]:
+    """Every field that the directory has of a release, those of sections under dotted names, its SAEs as their number. Raises
+    `UserError` for an unknown release, with those that look alike."""
+    value = _release(release)
+    fields = {"release": release}
+    for key, own in value.items():
+        if key != "saes":
+            fields |= flattened(own, key)
+    hosted = sum(bool(entry.get("neuronpedia")) for entry in value["saes"])
+    return {**fields, "saes": len(value["saes"]), "saes at Neuronpedia": hosted}
+
+
+def flattened(value: Any, key: str) -> dict[str, Any]:
+    """A value under its name; of a section every value under a dotted one."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {name: inner for own, part in value.items() for name, inner in flattened(part, f"{key}.{own}").items()}
+
+
+def _release(release: str) -> dict[str, Any]:
+    known = release_directory()
+    if release not in known:
+        hint = did_you_mean(release, known, "; `analyze saes --search TEXT` finds releases")
+        raise UserError(f"SAELens has no release {release!r}{hint}")
+    return known[release]
 
 
 def neuronpedia_source(release: str, sae_id: str) -> str:

@@ -40,7 +40,9 @@ def _saes(verbs: Verbs) -> None:
         sae=False,
     )
     verb.add_argument("--search", metavar="TEXT", help="releases whose name, model or repository match (regular expression)")
-    verb.add_argument("--describe", metavar="RELEASE or SAE", help="a release's SAEs, or everything about one SAE")
+    verb.add_argument(
+        "--describe", metavar="RELEASE or SAE", help="every field of a release and of its SAEs, or everything about one SAE"
+    )
     verb.add_argument("--local", action="store_true", help="only SAEs of this project")
 
 

@@ -99,6 +99,8 @@ def _describe(what: str) -> None:
     if what in local or Path(what).is_dir() or what.startswith("sae_lens:"):
         print(table([{"field": key, "value": value} for key, value in neuronpedia.describe(what).items()]))
         return
+    fields = neuronpedia.describe_release(what)
+    print(table([{"field": key, "value": value} for key, value in fields.items()]) + "\n")
     print(table(neuronpedia.list_saes(what)))
 
 

@@ -183,6 +183,41 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"Example: python -m sae_research analyze {verb} " in " ".join(capsys.readouterr().out.split())
 
 
+def test_every_field_of_a_release(monkeypatch: pytest.MonkeyPatch, in_project: Path, capsys: pytest.CaptureFixture) -> None:
+    release = {
+        "model": "gpt2-small",
+        "repo_id": "org/repo",
+        "conversion_func": None,
+        "config_overrides": {"model_from_pretrained_kwargs": {"center_writing_weights": True}, "note": {}},
+        "links": {"publication": "https://example.org/paper"},
+        "saes": [
+            {"id": "a", "path": 7, "neuronpedia": "gpt2-small/0-x", "l0": 10},
+            {"id": "b", "path": "b", "norm_scaling_factor": 1.5, "surplus": [1]},
+        ],
+    }
+    monkeypatch.setattr(neuronpedia, "release_directory", lambda: {"mine": release})
+    of_release, of_saes = (
+        [re.split(r"\s{2,}", line.strip()) for line in part.splitlines()]
+        for part in said(capsys, "saes", "--describe", "mine").split("\n\n")
+    )
+    assert of_release[1:] == [
+        ["release", "mine"],
+        ["model", "gpt2-small"],
+        ["repo_id", "org/repo"],
+        ["conversion_func", "-"],
+        ["config_overrides.model_from_pretrained_kwargs.center_writing_weights", "yes"],
+        ["config_overrides.note", "{}"],
+        ["links.publication", "https://example.org/paper"],
+        ["saes", "2"],
+        ["saes at Neuronpedia", "1"],
+    ]
+    assert of_saes == [
+        ["sae_id", "path", "neuronpedia", "l0", "variance_explained", "norm_scaling_factor"],
+        ["a", "7", "gpt2-small/0-x", "10", "-", "-"],
+        ["b", "b", "-", "-", "-", "1.5"],
+    ]
+
+
 @pytest.mark.slow
 def test_the_directory_of_releases(in_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Slow: the list in SAELens' package takes seconds to read."""
