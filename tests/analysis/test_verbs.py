@@ -22,7 +22,19 @@ from sae_research.saes import save_sae
 from tests.helpers.analysis import EARLY, SIZE, biased
 
 PROMPT = "the time that people use water"
-VERBS = ("saes", "stats", "run", "generate", "steer", "ablate", "attribute", "subspace", "explain", "dashboard")
+VERBS = (
+    "saes",
+    "stats",
+    "run",
+    "generate",
+    "steer",
+    "ablate",
+    "attribute",
+    "subspace",
+    "explain",
+    "neuronpedia",
+    "dashboard",
+)
 
 
 @pytest.fixture
