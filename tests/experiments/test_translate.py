@@ -186,7 +186,9 @@ def test_the_published_sweep_expands_in_the_file_s_order() -> None:
         expand(read(README_CONFIG), {"data": {"eval_batch_size": [1, 2]}}, params_yaml, Changes(), scales)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "tinystories").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_shipped_files_translate(path: Path) -> None:
     given = foreign.canonical(read(path.read_text()), path.name)
     result = translate(foreign.parse(given, path.name), given, Changes(), scales)
@@ -194,3 +196,9 @@ def test_shipped_files_translate(path: Path) -> None:
     params = check_params(values, path.name)
     assert {sae.recipe for sae in params.train.saes.values()} == {path.stem}
     assert params.train.tokens // params.train.batch_size == 1000
+    hooks = {"tinystories": (2, 4), "gpt2": (2, 6, 10)}[path.parent.name]
+    assert params.train.hooks == [f"blocks.{layer}.hook_resid_pre" for layer in hooks]
+    commands = [
+        line.split()[line.split().index("--config_path") + 1] for line in path.read_text().splitlines() if "--config" in line
+    ]
+    assert set(commands) == {path.relative_to(ROOT).as_posix()} and params.text.context_size == 1024
