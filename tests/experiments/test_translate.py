@@ -133,7 +133,11 @@ def test_a_shorter_run_keeps_its_steps_and_fractions() -> None:
     assert values["train.warmup_fraction"] == 0.2
     assert translated(Changes(tokens=30_000)).overrides["train.batch_size"] == 256
     linear = translated(**{"lr_schedule": "linear", "cooldown_samples": 25_000}).overrides
-    assert linear["train.decay_fraction"] == 0.25
+    assert linear["train.decay_fraction"] == 0.25 and "lr_schedule" not in next(iter(linear["train.saes"].values()))
+    notes = translated(**{"lr_schedule": "linear", "min_lr_factor": 0.2}).notes
+    assert "min_lr_factor: not used: a linear decay ends at 0, as there" in notes
+    orthogonal = translated(**{"saes.init_decoder_orthogonal": True}).overrides["train.saes"]
+    assert {sae["init"] for sae in orthogonal.values()} == {"orthogonal"}
 
 
 @pytest.mark.parametrize(

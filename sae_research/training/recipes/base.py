@@ -188,7 +188,8 @@ class Recipe(nn.Module):
         else:
             W_FD = self._random_rows(generator).to(rows_ND.device)
         self.W_dec.copy_(W_FD)
-        self._start_norms()
+        self.normalise_rows()
+        self._take_init_norm()
         self.W_enc.copy_(self.W_dec)
         self.fit_encoder(rows_ND[:4096])
 
@@ -209,7 +210,7 @@ class Recipe(nn.Module):
                 rows + (0.1 * rows.norm(dim=1, keepdim=True) * noise / self.d_in**0.5 if F > len(rows_ND) else 0)
             )
             unit_rows(parameter)
-        self._start_norms()
+        self._take_init_norm()
         self.b_enc.copy_(-(self.W_enc @ mean_D))
         self.fit_encoder(rows_ND[:4096])
 
@@ -222,8 +223,8 @@ class Recipe(nn.Module):
             rows_FD = basis if tall is rows_FD else basis.T
         return rows_FD
 
-    def _start_norms(self) -> None:
-        self.normalise_rows()
+    def _take_init_norm(self) -> None:
+        """Of decoder rows that have unit norm."""
         if self.config.init_norm is not None:
             self.W_dec.mul_(self.config.init_norm)
 
