@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make setup      the environment in .venv"
-	@echo "make repro      run the pipeline: metrics/, images/, METRICS.md   [PRESET=pythia-70m]"
+	@echo "make repro      run the pipeline: report/, METRICS.md, metrics/, images/   [PRESET=pythia-70m]"
 	@echo "make check      format, lint, types, import contracts, dependencies of stages, links (seconds)"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  slow tests too (tens of minutes): fixtures from SAE Bench made afresh"

@@ -33,6 +33,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "ravel": {},
     "autointerp": {},
     "training": {},
+    "transcoder_training": {},
     "transfer": {"n_tokens": 1024},
     "analysis": {"tokens": 8192, "latents": 2},
     "dashboards": {},

@@ -1,8 +1,9 @@
-"""Training steps of dictionary_learning 0.1.0 and SAELens 6, from given weights on given batches."""
+"""Training steps of dictionary_learning 0.1.0, SAELens 6 and sparsify 1.3.3, from given weights on given batches."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -17,8 +18,12 @@ from sae_research.training.recipes import Recipe
 
 FOLDER = Path("/tmp/dl")
 HOW_TO_GET_IT = f"uv pip install --no-deps --target {FOLDER} dictionary-learning==0.1.0"
+SPARSIFY = Path("/tmp/sparsify")
+HOW_TO_GET_SPARSIFY = (
+    f"uv pip install --no-deps --target {SPARSIFY} eai-sparsify==1.3.3 schedulefree simple-parsing natsort docstring-parser"
+)
 Step = Callable[[Tensor], float]
-"""One training step on a batch [B, D]; returns the loss before it."""
+"""One training step on a batch [B, D], of a transcoder [B, 2 D]; returns the loss before it."""
 
 
 def dictionary_learning(recipe: Recipe, n_steps: int) -> Step:
@@ -115,5 +120,61 @@ def sae_lens(recipe: Recipe, n_steps: int, batch_size: int) -> Step:
 
     def step(x_BD: Tensor) -> float:
         return float(trainer.step(x_BD).loss.detach())
+
+    return step
+
+
+def sparsify(recipe: Recipe, optimiser: str) -> Step:
+    """Its TopK transcoder, from our weights: what its `Trainer.fit` does of a step with the loss `fvu`, at our learning rate
+    with `adam`, at its own with `signum`, its default.
+
+    The loss is a fraction of the batch's variance there; given is the mean squared error, as ours is. Raises `UserError`
+    where the package is not there.
+    """
+    found = importlib.util.find_spec("sparsify")
+    if found is None or found.origin is None:  # a folder of that name is no package
+        if not (SPARSIFY / "sparsify").is_dir():
+            raise UserError(f"sparsify is not installed and not in {SPARSIFY}; get it with `{HOW_TO_GET_SPARSIFY}`")
+        sys.path.append(str(SPARSIFY))
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify import SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
+    from sparsify.sparse_coder import SparseCoder
+
+    config: Any = recipe.config
+    F, D = recipe.W_dec.shape
+    coder = SparseCoder(
+        D,
+        SparseCoderConfig(num_latents=F, k=config.k, transcode=True, skip_connection=bool(config.skip)),
+        dtype=torch.float32,
+    )
+    with torch.no_grad():
+        coder.encoder.weight.copy_(recipe.W_enc)
+        coder.encoder.bias.copy_(recipe.b_enc)
+        coder.W_dec.copy_(recipe.W_dec)
+        coder.b_dec.copy_(recipe.b_dec)
+    optimisers: Any = []
+    if optimiser == "adam":
+        optimisers = [torch.optim.Adam(coder.parameters(), lr=config.learning_rate)]
+    else:
+        rate = 5e-3 / (F / 2**14) ** 0.5
+        optimisers = [ScheduleFreeWrapper(SignSGD([{"params": coder.parameters(), "lr": rate}]), momentum=0.95)]
+        optimisers[0].train()
+    did_fire, since = torch.zeros(F, dtype=torch.bool), torch.zeros(F, dtype=torch.long)
+
+    def step(x_BD: Tensor) -> float:
+        inputs, outputs = x_BD.chunk(2, dim=1)
+        variance = (outputs - outputs.mean(0)).pow(2).sum()
+        out = coder(x=inputs, y=outputs, dead_mask=None, total_variance=variance)
+        did_fire[out.latent_indices.flatten()] = True
+        loss = float(out.fvu.detach() * variance / len(outputs))
+        (out.fvu + out.multi_topk_fvu / 8).backward()
+        for each in optimisers:
+            each.step()
+            each.zero_grad()
+        since.add_(len(outputs))
+        since[did_fire] = 0
+        did_fire.zero_()
+        return loss
 
     return step

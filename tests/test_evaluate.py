@@ -74,7 +74,7 @@ def test_a_module_scores_as_the_same_sae_of_ours(in_project: Path, lm: LanguageM
     assert found["mine"]["core"]["kl"] == pytest.approx(found["ours"]["core"]["kl"], rel=1e-3)
     assert found["mine"]["meta_sae"] and found["ours"]["meta_sae"]
     assert json.loads((in_project / "out/core/mine_eval_results.json").read_text())["eval_type_id"] == "core"
-    with pytest.raises(UserError, match="unknown evaluation 'cor'; known: core"):
+    with pytest.raises(UserError, match=r"unknown evaluation 'cor', did you mean core\?"):
         evaluate({"mine": Mine(W_enc, W_dec)}, lm, params, hook=HOOK, evaluations=["cor"])
     with pytest.raises(UserError, match="'My SAE' may hold only"):
         evaluate({"My SAE": Mine(W_enc, W_dec)}, lm, params, hook=HOOK)

@@ -48,7 +48,7 @@ def test_every_output_is_there(project: Path) -> None:
         assert 0 < metrics[sae]["core"]["l0"] <= 64
         assert (project / f"eval_results/merged/{sae}.json").is_file()
         assert not (project / f"downloaded_saes/{sae}/sae_weights.safetensors").exists() or "_k1" not in sae
-        assert sae in (project / "METRICS.md").read_text()
+        assert sae in (project / "METRICS.md").read_text() and sae in (project / "report/index.html").read_text()
     assert "NaN" not in (project / "metrics/all_metrics.json").read_text()
     assert len(list((project / "images").glob("*.png"))) >= 6
     assert (project / "metrics/results.csv").read_text().count("\n") > 100
@@ -57,7 +57,7 @@ def test_every_output_is_there(project: Path) -> None:
 
 def test_nothing_is_left_untracked_or_ignored_wrongly(project: Path) -> None:
     tracked = run(project, "git", "ls-files").stdout.split()
-    for name in ("dvc.lock", "METRICS.md", "metrics/core.json", "metrics/all_metrics.json", "images/overview.png"):
+    for name in ("dvc.lock", "METRICS.md", "metrics/core.json", "report/index.html", "images/overview.png"):
         assert name in tracked
     assert not [
         name for name in tracked if name.startswith(("eval_results/", "trained_saes/", "downloaded_saes/", ".cache/"))

@@ -71,7 +71,7 @@ def collect_stats(
     Raises `UserError` for SAEs of several hooks, a crosscoder, an encoder that returns NaN, and text that ends too soon.
     """
     for sae in saes.values():
-        if sae.cfg.is_crosscoder:
+        if sae.cfg.is_crosscoder or sae.cfg.is_cross_layer:
             sae.cfg.check_one_hook("the analysis of latents")
     hooks = {sae.cfg.hook_name for sae in saes.values()}
     if len(hooks) != 1:

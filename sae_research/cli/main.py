@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from sae_research.cli import experiments, plan
+from sae_research.cli import experiments, plan, results
 from sae_research.cli.analyze import add_verb as add_analyze
 from sae_research.cli.pipeline import read_preset, run_pipeline, unfinished_stages
 from sae_research.reporting import shapes
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import replaced_folder, round_significant, user_path
+from sae_research.runtime.former_names import elsewhere
+from sae_research.runtime.sources import PROJECT
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -175,7 +180,21 @@ def _pareto(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; returns the exit code."""
+    """Parse and run; returns the exit code. Raises `UserError` for a verb that there is none of."""
+    given = sys.argv[1:] if arguments is None else arguments
+    whole, verbs = parser()
+    if given and not given[0].startswith("-") and given[0] not in verbs:
+        raise UserError(f"no verb {given[0]}{_instead(given[0], verbs)}")
+    options = whole.parse_args(given)
+    if "run" in options:
+        return options.run(options)
+    if options.verb == "check":
+        return shapes.report(compare=True, unfinished=unfinished_stages)
+    return run_pipeline(options.preset)
+
+
+def parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The command's parser, and the names of its verbs."""
     parser = argparse.ArgumentParser(prog="sae-research", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     repro = verbs.add_parser(
@@ -186,12 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
     repro.add_argument("--preset", default="", help="a file of presets/, one -S override a line")
     verbs.add_parser("check", help="say what failed in the last run", description="Example: python -m sae_research check")
     add_verbs(verbs)
+    results.add_verbs(verbs)
     experiments.add_verbs(verbs)
     add_analyze(verbs)
     plan.add_verb(verbs, read_preset)
-    options = parser.parse_args(arguments)
-    if "run" in options:
-        return options.run(options)
-    if options.verb == "check":
-        return shapes.report(compare=True, unfinished=unfinished_stages)
-    return run_pipeline(options.preset)
+    return parser, verbs.choices
+
+
+def _instead(verb: str, verbs: Collection[str]) -> str:
+    """What does the work of a verb that there is none of: a stage of the pipeline, what another tool's command is called
+    here, or the nearest verb."""
+    pipeline = PROJECT / "dvc.yaml"
+    stages = re.findall(r"^  (\w+):$", pipeline.read_text(), re.MULTILINE) if pipeline.is_file() else []
+    named = [stage for stage in (verb, f"{verb}_eval") if stage in stages]
+    if named:
+        return f"; it is a stage of the pipeline: dvc repro {named[0]}"
+    return elsewhere(verb, "command", "file") or did_you_mean(verb, sorted(verbs))

@@ -15,6 +15,7 @@ from sae_research.config.yaml_files import read_mapping
 from sae_research.reporting import shapes
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.formatting import duration
+from sae_research.runtime.former_names import elsewhere
 from sae_research.runtime.workspace import prepare
 
 PRESETS = Path("presets")
@@ -129,6 +130,6 @@ def read_preset(name: str) -> list[str]:
     path = PRESETS / f"{name}.txt"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.txt")))
-        raise UserError(f"no preset {name!r}; known: {known}")
+        raise UserError(f"no preset {name!r}{elsewhere(name, 'file') or f'; known: {known}'}")
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     return [line for line in lines if line]

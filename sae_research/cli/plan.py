@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
+from sae_research.runtime.former_names import elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,24 @@ def read_with(overrides: Sequence[str]) -> tuple[Params, dict[str, Any]]:
         try:
             apply_overrides(path, list(overrides))
         except DvcException as error:
-            raise UserError(" ".join(str(error).split())) from None
+            raise UserError(_unknown(overrides) or " ".join(str(error).split())) from None
         values = read_params(path)
     return check_params(values, f"{PARAMS} with the overrides"), values
+
+
+def _unknown(overrides: Sequence[str]) -> str:
+    """The first override of a key that params.yaml lacks, with what it may mean; empty where none is. DVC says that a
+    value is invalid."""
+    from sae_research.config.params import read_params
+    from sae_research.experiments.config_files import flatten
+
+    known = flatten(read_params(PARAMS))
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("~")
+        if not (key.startswith("+") or any(f"{one}.".startswith(f"{key}.") for one in known)):
+            former = elsewhere(key, "parameter") or elsewhere(key.rpartition(".")[2], "parameter", "value")
+            return f"-S {override}: no parameter {key}{former or did_you_mean(key, sorted(known), otherwise='')}"
+    return ""
 
 
 def stage_of(evaluation: str) -> str:

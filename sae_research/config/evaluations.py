@@ -75,7 +75,10 @@ class Evaluation:
     """Why it means nothing for a transcoder, which writes another hook than it reads; empty where it means something."""
 
     crosscoders: bool = False
-    """Whether it takes crosscoders, which read and write several hooks."""
+    """Whether it takes crosscoders and cross-layer transcoders, which read and write several hooks."""
+
+    parts: str = ""
+    """Why it means nothing for one layer of a cross-layer transcoder; empty where it looks at latents alone."""
 
     def __post_init__(self) -> None:
         for field in ("section_name", "result_type"):
@@ -98,6 +101,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             headline=True,
             section_name="core_eval",
             crosscoders=True,
+            parts="what it reconstructs is its share of sums over the layers of the whole, and alone stands for nothing",
         ),
         Evaluation(
             "sparse_probing",
@@ -179,6 +183,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "A description, not a score: neither a high nor a low value is a virtue. Compare with the controls.",
             "meta_sae:evaluate",
             result_type="meta_structure_decoder_variance",
+            parts="it compares decoder rows, of which each of its latents has one for every later layer",
         ),
         Evaluation(
             "autointerp",
@@ -223,6 +228,9 @@ EVALUATIONS: dict[str, Evaluation] = {
     )
 }
 """By name, in the order of every table."""
+
+AT_HOOK = "@"
+"""`kl@blocks.3.hook_resid_post`: a crosscoder's metric at one of its hooks."""
 
 OF_SAES = {name: one for name, one in EVALUATIONS.items() if one.evaluate is not None}
 """Those that give one result per SAE of the comparison."""

@@ -191,12 +191,19 @@ class Comparison(Section):
     """SAELens releases to fetch, e.g. sae_bench_pythia70m_sweep_topk_ctx128_0730."""
     sae_block_pattern: Name | None = None
     """Their SAEs, e.g. blocks.4.hook_resid_post__trainer_(2|6|10)."""
+    release: Name | None = None
+    """A release of SAELens' directory, all of it, e.g. gpt2-small-res-jb. What of it cannot be opened, or does not fit the
+    model, is left out with a warning."""
+    match: Name | None = None
+    """Of `release` only the ids in which this regular expression is found."""
 
     @model_validator(mode="after")
     def _pair(self) -> Comparison:
         if (self.sae_regex_pattern is None) != (self.sae_block_pattern is None):
             raise ValueError("sae_regex_pattern and sae_block_pattern go together")
-        for key in ("sae_regex_pattern", "sae_block_pattern"):
+        if self.match is not None and self.release is None:
+            raise ValueError("match chooses among the ids of `release`, which is null")
+        for key in ("sae_regex_pattern", "sae_block_pattern", "match"):
             try:
                 re.compile(getattr(self, key) or "")
             except (re.error, RecursionError, OverflowError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from sae_research.config.section import Section, Seed
 from sae_research.config.training import Tracking, Train, recipe_model
 from sae_research.config.yaml_files import read_mapping
 from sae_research.runtime.errors import UserError, did_you_mean
+from sae_research.runtime.former_names import elsewhere
 
 
 class _General(Section):
@@ -172,6 +174,9 @@ def _explain(item: Mapping[str, Any]) -> str:
     """One pydantic complaint as a user would say it, with the nearest known key where one is misspelt."""
     in_recipe = item["loc"][:2] == ("train", "saes") and len(item["loc"]) > 3  # its fourth part names the recipe
     where = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (in_recipe and i == 3))
+    if item["type"] == "union_tag_invalid":
+        tag, known = item["ctx"]["tag"], re.findall(r"'(\w+)'", item["ctx"]["expected_tags"])
+        return f"{where}: unknown recipe {tag}{elsewhere(tag, 'value') or did_you_mean(tag, known)}"
     if item["type"] != "extra_forbidden":
         message = (
             item["msg"]
@@ -180,7 +185,9 @@ def _explain(item: Mapping[str, Any]) -> str:
         )
         return f"{where}: {message}{got(item)}"
     known = sorted(recipe_model(item["loc"][3]).model_fields) if in_recipe else _known_keys(item["loc"][:-1])
-    return f"unknown key {where}" + did_you_mean(str(item["loc"][-1]), known)
+    last = str(item["loc"][-1])
+    former = elsewhere(where, "parameter") or elsewhere(last, "parameter", "value")
+    return f"unknown key {where}{former or did_you_mean(last, known)}"
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:

@@ -65,7 +65,7 @@ class SAERecipe(Section):
     few_active: ClassVar[bool] = False
     """Few latents are active from the first step on: on a CPU its steps compute those alone."""
     free_norms: ClassVar[bool] = False
-    """Whether its loss depends on the norms of decoder rows."""
+    """Whether decoder rows may start at another norm than 1 (`init_norm`)."""
     whitens: ClassVar[bool] = True
     """Whether it has an encoder that a linear map of the input can go into."""
 
@@ -82,7 +82,7 @@ class SAERecipe(Section):
     """Decoder rows at the start: activations less their mean, random directions, or those of a random matrix of
     orthonormal columns."""
     init_norm: Above0 | None = None
-    """Their norm; null: 1. Recipes that leave it free (`standard_new`)."""
+    """Their norm; null: 1. Recipe `standard_new` alone."""
     betas: Betas | None = None
     """Adam's two; null: the recipe's, (0, 0.999) of `gated_rajamanoharan` and `jump_relu`, else (0.9, 0.999)."""
     lr_schedule: Literal["linear", "cosine", "constant"] | None = None
@@ -106,6 +106,15 @@ class SAERecipe(Section):
     `standard_new` (L1) and `batch_top_k`."""
 
     @property
+    def written(self) -> str | None:
+        """What its reconstruction stands for, several hooks joined by `PLUS`; None where that is what it reads."""
+        return self.hook_out
+
+    def n_weights(self, width: int) -> int:
+        """Of its encoder and decoder. width: dimensions that it reads."""
+        return 2 * width * self.d_sae
+
+    @property
     def schedule(self) -> Literal["linear", "cosine", "constant"]:
         """Of the learning rate."""
         return self.lr_schedule or "linear"
@@ -115,7 +124,9 @@ class SAERecipe(Section):
         if self.schedule == "constant" and self.min_lr_factor is not None:
             raise ValueError("min_lr_factor belongs to a learning rate that falls: lr_schedule linear or cosine")
         if self.init_norm is not None and not self.free_norms:
-            raise ValueError(f"init_norm: {self.recipe} keeps decoder rows at norm 1; standard_new leaves it free")
+            raise ValueError(
+                f"init_norm: {self.recipe} starts from decoder rows of norm 1; standard_new may start from others"
+            )
         return self
 
     @model_validator(mode="after")
@@ -136,7 +147,7 @@ class SAERecipe(Section):
 
     @model_validator(mode="after")
     def _transcoder(self) -> SAERecipe:
-        if self.skip and self.hook_out is None:
+        if self.skip and self.written is None:
             raise ValueError("skip: true belongs to a transcoder: say which hook it writes (hook_out)")
         return self
 
@@ -270,11 +281,10 @@ class JumpReLURecipe(SAERecipe):
         return self
 
 
-class TanhJumpReLURecipe(SAERecipe):
+class TanhPenaltyRecipe(SAERecipe):
     """In the source's units, in which a token's mean square norm is d_in."""
 
     sparsity = ("sparsity_coefficient", "lowers")
-    recipe: Literal["tanh_jump_relu"]
     sparsity_coefficient: NonNegative
     """Weight of the saturating penalty, reached at the end of the run."""
     tanh_scale: Above0 = 4.0
@@ -285,6 +295,39 @@ class TanhJumpReLURecipe(SAERecipe):
     """Width of the window in which pre-activations and thresholds move each other."""
     initial_threshold: Above0 = 0.1
     """Every latent's threshold at the start."""
+
+
+class TanhJumpReLURecipe(TanhPenaltyRecipe):
+    recipe: Literal["tanh_jump_relu"]
+
+
+class CrossLayerRecipe(TanhPenaltyRecipe):
+    """Across layers `hook_names` and `hook_outs` name what each layer's MLP reads and puts out."""
+
+    crosscoders = True
+    recipe: Literal["cross_layer"]
+    hook_outs: list[Name] | None = None
+    """A cross-layer transcoder's: the hooks that it writes, one for each of `hook_names`, in the order of layers. `d_sae`
+    counts the latents of all layers."""
+
+    @property
+    def written(self) -> str | None:
+        return self.hook_out if self.hook_outs is None else PLUS.join(self.hook_outs)
+
+    def n_weights(self, width: int) -> int:
+        n = len(self.hook_names or [""])
+        return self.d_sae * width // n * (n + 3) // 2
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> CrossLayerRecipe:
+        read, written = self.hook_names, self.hook_outs
+        if read is None and written is None:
+            return self
+        if read is None or written is None or len(read) != len(written):
+            raise ValueError("hook_names and hook_outs belong together, one hook that is written for each that is read")
+        if self.d_sae % len(read):
+            raise ValueError(f"d_sae = {self.d_sae} latents do not divide into equal parts of {len(read)} layers")
+        return self
 
 
 class KRecipe(SAERecipe):
@@ -359,6 +402,7 @@ AnyRecipe = (
     | HardConcreteRecipe
     | JumpReLURecipe
     | TanhJumpReLURecipe
+    | CrossLayerRecipe
     | TopKRecipe
     | AbsTopKRecipe
     | BatchTopKRecipe
@@ -395,12 +439,12 @@ SHARED = {
 ARROW = " -> "
 """Between the hooks of a transcoder."""
 PLUS = " + "
-"""Between those of a crosscoder."""
+"""Between those of a crosscoder, and those on either side of a cross-layer transcoder."""
 
 
 def hooks_at(place: str) -> list[str]:
     """The hooks of a place (`Train.place_of`), in the order in which their activations lie side by side."""
-    return place.split(PLUS if PLUS in place else ARROW)
+    return [hook for side in place.split(ARROW) for hook in side.split(PLUS)]
 
 
 class Train(Section):
@@ -478,7 +522,7 @@ class Train(Section):
         return self
 
     def hook_of(self, name: str) -> str:
-        """The hook that an SAE of `saes` reads; of a crosscoder all of them, `A + B`."""
+        """The hook that an SAE of `saes` reads; of several all of them, `A + B`."""
         sae = self.saes[name]
         return PLUS.join(sae.hook_names) if sae.hook_names else sae.hook_name or self.hook_name
 
@@ -487,9 +531,9 @@ class Train(Section):
         return sum(widths[hook] for hook in self.hook_of(name).split(PLUS))
 
     def place_of(self, name: str) -> str:
-        """The hook that an SAE reads, `READ -> WRITTEN` of a transcoder, `A + B` of a crosscoder: SAEs of one place get the
-        same batches."""
-        written = self.saes[name].hook_out
+        """The hook that an SAE reads, `READ -> WRITTEN` of a transcoder, `A + B` of a crosscoder, `A + B -> C + D` of a
+        cross-layer transcoder: SAEs of one place get the same batches."""
+        written = self.saes[name].written
         return self.hook_of(name) if written is None else f"{self.hook_of(name)}{ARROW}{written}"
 
     @property
@@ -506,14 +550,14 @@ class Train(Section):
         """What shaped one SAE's training: its own settings, and those of the run that all SAEs share."""
         return {
             **self.saes[name].model_dump(
-                exclude={"recipe", "seed", "hook_name", "hook_out", "hook_names"}, exclude_none=True
+                exclude={"recipe", "seed", "hook_name", "hook_out", "hook_names", "hook_outs"}, exclude_none=True
             ),
             **self.model_dump(include=SHARED),
         }
 
     def weight_bytes(self, widths: Mapping[str, int]) -> int:
         """Of all SAEs. widths: by hook."""
-        return sum(2 * self.width_of(name, widths) * sae.d_sae * FLOAT_BYTES for name, sae in self.saes.items())
+        return sum(sae.n_weights(self.width_of(name, widths)) * FLOAT_BYTES for name, sae in self.saes.items())
 
     def output_bytes(self, widths: Mapping[str, int]) -> int:
         """In `trained_saes/`, with the checkpoints that are kept there."""

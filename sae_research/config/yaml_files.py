@@ -12,6 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 from sae_research.runtime.errors import UserError
+from sae_research.runtime.former_names import elsewhere
 
 MAX_BYTES = 2 * 2**20
 MAX_ITEMS = 1_000_000
@@ -56,7 +57,7 @@ def parse(text: str, where: str) -> Any:
 def _text(path: Path) -> str:
     try:
         if not path.exists():
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file{elsewhere(path.name, 'file')}")
         if not path.is_file():
             raise UserError(f"{path}: not a file")
         if path.stat().st_size > MAX_BYTES:

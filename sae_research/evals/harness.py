@@ -131,7 +131,7 @@ def by_read_hook(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
 
 def _refuse_crosscoders(saes: Mapping[str, SparseAutoencoder]) -> None:
     for name, info in infos_of(saes).items():
-        if info.cfg.is_crosscoder:
+        if len(info.cfg.hook_names) > 1:
             raise UserError(f"SAE {name} reads and writes {info.cfg.hooks}; what takes activations of one hook cannot")
 
 
@@ -143,7 +143,7 @@ def by_hooks(saes: Mapping[str, SparseAutoencoder]) -> list[Group]:
     return [Group(hook, members, saes, hook_out) for (hook, hook_out), members in infos.items()]
 
 
-_SEVERAL = "it takes the activations of one hook, and a crosscoder has several"
+_SEVERAL = "it takes the activations of one hook, and a {} has several"
 
 
 def of_one_hook(
@@ -154,16 +154,19 @@ def of_one_hook(
     params: Params,
     stage: StageFolder,
     crosscoders: bool = False,
+    parts: str = "",
 ) -> Iterator[tuple[str, Any]]:
     """`evaluate` on the SAEs that it means something for; the others are skipped. reason: why it means nothing for
-    transcoders, empty where it does. crosscoders: whether it takes them. Raises `NotApplicable` where none is left."""
+    transcoders, empty where it does. crosscoders: whether it takes what reads several hooks. parts: why it means nothing for
+    one layer of a cross-layer transcoder. Raises `NotApplicable` where none is left."""
     infos = infos_of(saes)
     left_out = {
-        name: (kind, why)
+        name: (info.cfg.kind, why)
         for name, info in infos.items()
-        for kind, why, concerned in (
-            ("transcoder", reason, bool(reason) and info.cfg.is_transcoder),
-            ("crosscoder", _SEVERAL, not crosscoders and info.cfg.is_crosscoder),
+        for why, concerned in (
+            (parts, bool(parts) and info.cfg.is_part),
+            (reason, bool(reason) and info.cfg.is_transcoder),
+            (_SEVERAL.format(info.cfg.kind), not crosscoders and len(info.cfg.hook_names) > 1),
         )
         if concerned
     }

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
+from sae_research.runtime.former_names import elsewhere
 from sae_research.runtime.given_device import has_device_of_its_own
 from sae_research.runtime.stages import StageFolder, stage_folder
 
@@ -30,18 +31,19 @@ def evaluation_function(name: str) -> Callable[..., Iterator[tuple[str, dict[str
     """What computes an evaluation of `OF_SAES`, called with (saes, lm, params, stage). Raises `UserError` for another
     name."""
     if name not in OF_SAES:
-        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
+        raise UserError(f"unknown evaluation {name!r}{elsewhere(name, 'value') or did_you_mean(name, OF_SAES)}")
     module, _, function = str(OF_SAES[name].evaluate).partition(":")
     evaluate = getattr(importlib.import_module(f"sae_research.evals.{module}"), function)
     from sae_research.evals.harness import of_one_hook
 
-    return partial(of_one_hook, evaluate, OF_SAES[name].one_hook, crosscoders=OF_SAES[name].crosscoders)
+    record = OF_SAES[name]
+    return partial(of_one_hook, evaluate, record.one_hook, crosscoders=record.crosscoders, parts=record.parts)
 
 
 def run_evaluation(name: str, params: Params) -> None:
     """One stage: writes `eval_results/<name>/`. Raises `UserError` when nothing could be evaluated."""
     if name not in OF_SAES:
-        raise UserError(f"unknown evaluation {name!r}; known: {', '.join(OF_SAES)}")
+        raise UserError(f"unknown evaluation {name!r}{elsewhere(name, 'value') or did_you_mean(name, OF_SAES)}")
     with stage_folder(RESULTS / name, getattr(params.eval_types, name)) as stage:
         if stage is None:
             return

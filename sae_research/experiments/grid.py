@@ -22,6 +22,7 @@ from sae_research.experiments.config_files import Values, flatten, names_section
 from sae_research.experiments.sae_interpretability import NOTES, Changes, Measure, translate
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import fingerprint, slugify
+from sae_research.runtime.former_names import elsewhere
 from sae_research.training.checkpoints import OPERATIONAL
 
 LIMIT_KEY = "max_experiments"
@@ -157,7 +158,7 @@ def _our_axes(values: Values, sweep: Values, where: tuple[str, str]) -> dict[str
     known = flatten(Params.model_validate({}).model_dump()) | flatten(values)
     for key, listed in flatten(sweep).items():
         if key.split(".")[0] not in Params.model_fields:
-            raise UserError(f"{where[1]}: unknown key {key}{did_you_mean(key, known)}")
+            raise UserError(f"{where[1]}: unknown key {key}{elsewhere(key, 'parameter') or did_you_mean(key, known)}")
         axes[key] = _listed(key, listed, where[1], pairs=isinstance(known.get(key), list))
     return axes
 
@@ -271,7 +272,7 @@ def make_jobs(points: list[Point], stages: list[str], sweep_name: str, where: st
     known = set(EvalTypes.model_fields)
     for stage in stages:
         if stage not in known:
-            raise UserError(f"--stages: unknown evaluation {stage}{did_you_mean(stage, known)}")
+            raise UserError(f"--stages: unknown evaluation {stage}{elsewhere(stage, 'value') or did_you_mean(stage, known)}")
     groups: dict[str, tuple[dict[str, Any], list[Point]]] = {}
     for point in points:
         checked(point, where)

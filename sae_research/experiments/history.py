@@ -18,7 +18,9 @@ from sae_research.config.yaml_files import parse as parse_yaml
 from sae_research.experiments.config_files import PARAMS
 from sae_research.experiments.grid import sae_keys
 from sae_research.experiments.job_process import Base
+from sae_research.reporting.results import REPORT_FILE, TRAINED
 from sae_research.runtime.errors import UserError, did_you_mean
+from sae_research.runtime.files import read_json
 
 CODE = ("sae_research", "scripts", "custom_saes", "dvc.yaml")
 """What an experiment's metrics depend on beside its parameters."""
@@ -65,6 +67,19 @@ def experiments(root: Path, commit: str) -> list[Experiment]:
     prefix = f"refs/exps/{commit[:2]}/{commit[2:]}/"
     lines = git(root, "for-each-ref", prefix, "--format=%(refname) %(objectname)").stdout.splitlines()
     return [Experiment(line.split()[0].removeprefix(prefix), line.split()[1]) for line in lines]
+
+
+def revision(root: Path, name: str, what: str = "commit or experiment") -> str:
+    """The commit of an experiment, or of what git knows under a name. Raises `UserError` for neither, with the nearest
+    experiment."""
+    lines = git(root, "for-each-ref", "refs/exps/*/*/*", "--format=%(refname) %(objectname)").stdout.splitlines()
+    known = {reference.rpartition("/")[2]: commit for reference, commit in (line.split() for line in lines)}
+    if name in known:
+        return known[name]
+    found = git(root, "rev-parse", "--verify", "-q", f"{name}^{{commit}}")
+    if found.returncode:
+        raise UserError(f"no {what} {name!r}{did_you_mean(name, known) if known else '; there is none yet'}")
+    return found.stdout.strip()
 
 
 def file_at(root: Path, revision: str, path: str) -> str | None:
@@ -123,13 +138,16 @@ def apply_experiment(root: Path, name: str) -> list[str]:
     """Bring an experiment into the workspace; returns outputs that are in no cache here, whose folders are gone then.
 
     `dvc exp apply` ends with an error there, as an experiment names the outputs of all stages, those too that neither
-    it nor this clone has run. Raises `UserError` for an unknown name, with the names there are, and what else DVC refuses.
+    it nor this clone has run. Raises `UserError` for an unknown name, with the names there are, for SAEs in `trained_saes`
+    that no run made, as DVC would remove them, and what else DVC refuses.
     """
     base_of(root)
-    references = git(root, "for-each-ref", "refs/exps/*/*/*", "--format=%(refname)").stdout.split()
-    known = {reference.rpartition("/")[2] for reference in references}
-    if name not in known and git(root, "rev-parse", "--verify", "-q", f"{name}^{{commit}}").returncode:
-        raise UserError(f"no experiment {name!r}{did_you_mean(name, known) if known else '; there is none yet'}")
+    if own := _by_hand(root / TRAINED):
+        raise UserError(
+            f"{own[0]}: no run trained it here, and applying an experiment would remove it; move it out of {TRAINED}/ "
+            "(comparison_saes.folders takes it from anywhere) and apply again"
+        )
+    revision(root, name, "experiment")
 
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -145,6 +163,14 @@ def apply_experiment(root: Path, name: str) -> list[str]:
             )
     except DvcException as error:
         raise UserError(f"DVC: {_reasons(error)}") from error
+
+
+def _by_hand(trained: Path) -> list[Path]:
+    """Folders of `trained_saes` that the run which wrote the rest does not name."""
+    report = trained / REPORT_FILE
+    made = read_json(report).get("saes", {}) if report.is_file() else {}
+    folders = sorted(path for path in trained.iterdir() if path.is_dir()) if trained.is_dir() else []
+    return [path for path in folders if path.name not in made and not path.name.startswith(".")]
 
 
 def _reasons(error: BaseException | None) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,10 @@ from sae_research.experiments.config_files import PARAMS, over, parse_overrides,
 from sae_research.experiments.release_board import BOARD, CSV, published_rows, write_board
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import ROOT_VARIABLE, fingerprint, project_root, read_json, slugify, write_json
+from sae_research.runtime.former_names import elsewhere
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.saes.files import WEIGHTS_FILE, save_sae
-from sae_research.saes.releases import ReleasedSAE, release_directory, released_saes
+from sae_research.saes.releases import ReleasedSAE, saes_of
 from sae_research.saes.sources import PREPARED, open_sae, same_model
 from sae_research.setup.stage import make_manifest
 
@@ -64,8 +64,10 @@ def evaluate_release(options: argparse.Namespace) -> int:
         raise UserError(f"--evaluations names none; known: {', '.join(OF_SAES)}")
     for name in evaluations:
         if name not in OF_SAES:
-            raise UserError(f"--evaluations: unknown evaluation {name}{did_you_mean(name, OF_SAES)}")
-    chosen = entries(options.release, options.match)
+            raise UserError(
+                f"--evaluations: unknown evaluation {name}{elsewhere(name, 'value') or did_you_mean(name, OF_SAES)}"
+            )
+    chosen = saes_of(options.release, options.match, "--match")
     if options.list:
         for entry in chosen:
             print("  ".join([entry.sae_id, *(f"{key} {value:g}" for key, value in entry.card.items())]))
@@ -81,23 +83,6 @@ def evaluate_release(options: argparse.Namespace) -> int:
     for line in work.failures:
         print(f"failed: {line}")
     return int(bool(work.refused or work.failures))
-
-
-def entries(release: str, match: str | None) -> list[ReleasedSAE]:
-    """The dictionaries of a release whose id the regular expression is found in, in the directory's order. Raises
-    `UserError` for an unknown release, a pattern that is none, and one that matches nothing."""
-    known = release_directory()
-    if release not in known:
-        raise UserError(f"SAELens' directory has no release {release!r}{did_you_mean(release, known)}")
-    try:
-        pattern = re.compile(match or "")
-    except re.error as error:
-        raise UserError(f"--match: {match!r} is not a regular expression ({error})") from None
-    found = [entry for entry in released_saes() if entry.release == release and pattern.search(entry.sae_id)]
-    if not found:
-        ids = [entry.sae_id for entry in released_saes() if entry.release == release]
-        raise UserError(f"--match {match}: none of the {len(ids)} ids of {release} holds it; the first is {ids[0]}")
-    return found
 
 
 class Work:

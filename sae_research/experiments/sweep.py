@@ -70,6 +70,7 @@ def carry_out(options: argparse.Namespace, changes: Changes) -> int:
         return 0
     stages = list(dict.fromkeys(["core", *(part.strip() for part in options.stages.split(",") if part.strip())]))
     jobs = make_jobs(grid.points, stages, name, where[1], options.saes_per_run)
+    _check_hooks(jobs, where[1])
     base_state = _base(root, options.dry_run)
     finished = finished_saes(root, base_state)
     left = remaining(jobs, finished, stages, name)
@@ -106,6 +107,27 @@ def _base(root: Path, dry_run: bool) -> Base:
         if not dry_run:  # a plan needs no repository
             raise
         return Base("", "")
+
+
+def _check_hooks(jobs: Iterable[Job], where: str) -> None:
+    """Raises `UserError` for a hook of a layer that the model lacks. A model whose configuration cannot be had here is left
+    to its run."""
+    from sae_research.lm.hooks import parse_hook  # imports take seconds that --help need not wait
+    from sae_research.lm.shape import model_config
+
+    n_layers: dict[str, int | None] = {}
+    for job in jobs:
+        name = job.params.model.name
+        if name not in n_layers:
+            try:
+                n_layers[name] = model_config(name).get_text_config().num_hidden_layers
+            except UserError as error:
+                n_layers[name] = None
+                print(f"note: hooks are not checked: {error}")
+        for hook in job.params.train.hooks:
+            layer, _ = parse_hook(hook)
+            if (most := n_layers[name]) is not None and layer >= most:
+                raise UserError(f"{where}, {job.label}: hook {hook}: {name} has layers 0 to {most - 1}")
 
 
 def _cluster(params_yaml: Values, options: argparse.Namespace) -> Cluster | None:

@@ -57,6 +57,11 @@ class HookPoint(NamedTuple):
 def parse_hook(name: str) -> tuple[int, str]:
     """(layer, kind) of a hook name. Raises `UserError` for anything else."""
     match = _PATTERN.fullmatch(name)  # one spelling for a hook: SAEs at it are grouped by name
+    if match is None and _PATTERN.fullmatch(name.partition(" ")[2]):
+        raise UserError(
+            f"hook {name!r} is that of one of two models: a crosscoder of a base model and its finetune is not evaluated on "
+            "one model; transfer.crosscoder trains and studies such ones"
+        )
     if match is None:
         raise UserError(f"unknown hook {name!r}; known: {', '.join(f'blocks.L.{kind}' for kind in KINDS)}")
     return int(match[1]), match[2]

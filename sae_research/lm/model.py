@@ -18,6 +18,9 @@ from sae_research.lm.placement import in_parts, main_device
 from sae_research.lm.products import use_onednn
 from sae_research.runtime.errors import UserError
 
+_RAISED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What a model raises that does not run as it is asked to."""
+
 
 class _Stop(Exception):
     """Raised inside a hook once its activations are taken: later layers must not run."""
@@ -26,10 +29,11 @@ class _Stop(Exception):
 class _StandIn(nn.Module):
     """Takes the place of a layer: returns its input, or given activations, in the layer's own return shape."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool, activations: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, more: int | None, activations: Tensor | None = None) -> None:
+        """more: how many values the layer returns beside its output; None where it returns no tuple."""
         super().__init__()
         self.__dict__["layer"] = layer  # not registered: its attributes are read, it never runs
-        self.returns_tuple = returns_tuple
+        self.more = more
         self.activations = activations
         self.calls = 0
 
@@ -42,7 +46,7 @@ class _StandIn(nn.Module):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         self.calls += 1
         out = hidden_states if self.activations is None else self.activations
-        return (out,) if self.returns_tuple else out
+        return out if self.more is None else (out, *[None] * self.more)
 
 
 class LanguageModel:
@@ -77,7 +81,8 @@ class LanguageModel:
         self._parts: dict[int, Parts] = {}
         self._mlp_inputs: dict[int, MLPInput] = {}
         self._shape = torch.Size(())  # [batch, seq] of the pass under way
-        self._returns_tuple, self.can_resume = False, True
+        self._returned_beside: int | None = None
+        self.can_resume = True
         self._keeps_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.in_parts = in_parts(model)
         """Whether layers lie on several devices, or on disk."""
@@ -105,7 +110,11 @@ class LanguageModel:
             module: Any = point.module
             if hasattr(module, "in_features"):  # a quantised weight has another shape
                 return module.in_features
-            weight: Any = module.weight
+            weight: Any = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                raise UserError(
+                    f"hook {hook}: {type(module).__name__} after attention has no weight that says how wide it is"
+                )
             return weight.shape[0] if type(point.module).__name__ == "Conv1D" else weight.shape[1]
         return self.d_model
 
@@ -390,10 +399,10 @@ class LanguageModel:
         The model itself runs as ever, so masks, positions and embeddings stay its own.
         """
         originals = [self.layers[i] for i in range(last + 1)]
-        final = _StandIn(originals[-1], self._returns_tuple, activations)
+        final = _StandIn(originals[-1], self._returned_beside, activations)
         try:
             for i, layer in enumerate(originals):
-                self.layers[i] = final if i == last else _StandIn(layer, self._returns_tuple)
+                self.layers[i] = final if i == last else _StandIn(layer, self._returned_beside)
             yield final
         finally:
             for i, layer in enumerate(originals):
@@ -416,7 +425,7 @@ class LanguageModel:
         ]
         try:
             full, other = self._forward(tokens), self._forward(changed)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        except _RAISED as error:
             raise UserError(
                 f"{self.name} does not run on {tokens.numel()} tokens: {type(error).__name__}: "
                 f"{str(error).strip().partition(chr(10))[0]}"
@@ -427,24 +436,35 @@ class LanguageModel:
         if len(seen) != 2 * len(handles):
             raise UserError(f"{self.name}: layer {middle} never ran alone; this architecture is not supported")
         outputs = [out[0] if isinstance(out, tuple) else out for _, out in seen]
-        if len(handles) == 2 and not (isinstance(seen[1][0], Tensor) and torch.equal(outputs[0], seen[1][0])):
+        if len(handles) == 2 and not (
+            isinstance(outputs[0], Tensor) and isinstance(seen[1][0], Tensor) and torch.equal(outputs[0], seen[1][0])
+        ):
             raise UserError(
                 f"{self.name}: layer {middle} does not read what layer {middle - 1} returns; this architecture "
                 "is not supported"
+            )
+        if not (isinstance(outputs[-1], Tensor) and outputs[-1].shape == (*tokens.shape, self.d_model)):
+            shape = list(outputs[-1].shape) if isinstance(outputs[-1], Tensor) else type(outputs[-1]).__name__
+            raise UserError(
+                f"{self.name}: layer {middle} returns {shape} for {tokens.numel()} tokens, not one vector of {self.d_model} "
+                "a token; this architecture is not supported"
             )
         before, after = full[0, :-1].float(), other[0, :-1].float()
         rounding = 1e-4 if self.dtype == torch.float32 else 0.02
         if (after - before).norm() > rounding * before.norm():
             raise UserError(f"{self.name}: later tokens change what earlier ones predict; only causal models are supported")
-        self._returns_tuple = isinstance(seen[-1][1], tuple)
+        returned = seen[-1][1]
+        self._returned_beside = len(returned) - 1 if isinstance(returned, tuple) else None
         self.can_resume = self._resumes(tokens, full, f"blocks.{middle}.hook_resid_post")
 
     def _resumes(self, tokens: Tensor, full: Tensor, hook: str) -> bool:
         """Whether resuming gives the logits `full` of a full run; where it does not, `resume` always runs in full."""
         activations = self.activations(tokens, hook)
-        if activations.dim() != 3 or activations.shape[-1] != self.d_model:
+        try:
+            resumed = self.resume(hook, activations, tokens)
+        except _RAISED:  # the model reads more of its layers than their output
             return False
-        return torch.allclose(self.resume(hook, activations, tokens).float(), full.float(), atol=1e-4, rtol=1e-4)
+        return torch.allclose(resumed.float(), full.float(), atol=1e-4, rtol=1e-4)
 
 
 def _max_tokens(config: Any) -> int | None:

@@ -36,7 +36,8 @@ class PairedBatch(NamedTuple):
 
 class PairedActivations(HookActivations):
     """Activations at `hook`, which is read, and at `hook_out`, which is written; the two may be one. A crosscoder's `hook`
-    is `A + B`, and so is its `hook_out`: its activations are those of all, side by side.
+    is `A + B`, and so is its `hook_out`: its activations are those of all, side by side. A cross-layer transcoder's
+    `hook_out` is `C + D`.
 
     In our definitions a token counts where at no hook it is an outlier by its norm: what is read after a norm has none.
     Other arguments as for `HookActivations`.
@@ -55,11 +56,13 @@ class PairedActivations(HookActivations):
         self.hook_out = hook_out
         self.hooks = hook.split(PLUS)
         """What is read."""
-        self._sides = (
-            [HookActivations(lm, one, tokens, params, counted) for one in self.hooks] if len(self.hooks) > 1 else []
-        )
-        self.written = self if hook_out == hook else HookActivations(lm, hook_out, tokens, params, counted)
-        self._stream = None if hook_out == hook or not lm.can_resume else lm.added_to(hook_out)
+        self.hooks_out = hook_out.split(PLUS)
+        """What is written."""
+        several = len(self.hooks) > 1
+        every = dict.fromkeys([*self.hooks, *self.hooks_out]) if several else []
+        self._sides = {one: HookActivations(lm, one, tokens, params, counted) for one in every}
+        self.written = self if several or hook_out == hook else HookActivations(lm, hook_out, tokens, params, counted)
+        self._stream = None if self.written is self or not lm.can_resume else lm.added_to(hook_out)
 
     @cached_property
     def pool(self) -> ActivationPool:
@@ -81,17 +84,21 @@ class PairedActivations(HookActivations):
 
     def _side_by_side(self, index: Sequence[int]) -> PairedBatch:
         pools = self._pools
-        batches = [pools[hook].batch(index) for hook in self.hooks]
-        first, acts = batches[0], torch.cat([batch.acts for batch in batches], dim=-1)
-        lab, bench = self._sides[0].lab_mask(first), self._sides[0].sae_bench_mask(first)
-        for side, batch in zip(self._sides[1:], batches[1:], strict=True):
-            lab = lab & side.lab_mask(batch)
-        return PairedBatch(first.index, first.tokens, acts, acts, None, lab, bench)
+        batches = {hook: pools[hook].batch(index) for hook in self._sides}
+        first = batches[self.hooks[0]]
+        acts = torch.cat([batches[hook].acts for hook in self.hooks], dim=-1)
+        written = acts
+        if self.hooks_out != self.hooks:
+            written = torch.cat([batches[hook].acts for hook in self.hooks_out], dim=-1)
+        lab, bench = self._sides[self.hooks[0]].lab_mask(first), self._sides[self.hooks[0]].sae_bench_mask(first)
+        for hook, side in self._sides.items():
+            lab = lab & side.lab_mask(batches[hook])
+        return PairedBatch(first.index, first.tokens, acts, written, None, lab, bench)
 
     @cached_property
     def _pools(self) -> dict[str, ActivationPool]:
         """By hook, from one pass: what is read, what is written, and the stream that holds the latter."""
-        written = [] if self._sides else [self.hook_out]
+        written = self._sides or [self.hook_out]
         hooks = dict.fromkeys([*self.hooks, *written, *([] if self._stream is None else [self._stream])])
         pools = collect_hooks(
             self.lm,
@@ -101,8 +108,8 @@ class PairedActivations(HookActivations):
             self.params.activation_caching,
             "activations",
         )
-        for side in self._sides:
-            side.pool = pools[side.hook]
+        for hook, side in self._sides.items():
+            side.pool = pools[hook]
         if self.written is not self:
             self.written.pool = pools[self.hook_out]
         return pools

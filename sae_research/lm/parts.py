@@ -172,13 +172,15 @@ def _first(value: Any) -> Any:
     return value if isinstance(value, Tensor) else None
 
 
+def _kind(name: str, child: nn.Module) -> re.Pattern[str] | None:
+    """`_ATTENTION` or `_MLP`: by the child's own name, else by its class's. Classes of a family carry its name, so that
+    `Qwen3MoeAttention` would be both."""
+    return next((kind for text in (name, type(child).__name__) for kind in (_ATTENTION, _MLP) if kind.search(text)), None)
+
+
 def _group(run: _Run, layer: nn.Module, names: re.Pattern[str]) -> list[_Call]:
     """The layer's modules of one kind, then those that take over what these put out (norms), then those inside."""
-    children = [
-        name
-        for name, child in layer.named_children()
-        if not _NEITHER.search(name) and (names.search(name) or names.search(type(child).__name__))
-    ]
+    children = [name for name, child in layer.named_children() if not _NEITHER.search(name) and _kind(name, child) is names]
     roots = [call for call in run.calls if call.path in children]
     followers: list[_Call] = []
     for root in roots:

@@ -18,7 +18,7 @@ from sae_research.config.training import FLOAT_BYTES, recipe_model
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.devices import Device
 from sae_research.planning.saes import PURSUIT, PlannedSAE
-from sae_research.planning.work import Phase, Work, phases
+from sae_research.planning.work import Phase, Work, phases, takes
 from sae_research.runtime.files import read_json
 
 RECORD = Path(__file__).with_name("unit_costs.json")
@@ -65,12 +65,12 @@ class UnitCosts(Protocol):
 
 def shared_seconds(work: Work, costs: UnitCosts) -> float:
     """What a part takes once, however many SAEs."""
-    return work.prefix * costs.prefix + work.above * costs.above
+    return work.prefix * costs.prefix + work.above * costs.above + work.whole * (costs.prefix + costs.above)
 
 
 def sae_seconds(kind: str, work: Work, sae: str, costs: UnitCosts) -> float:
     """What a part takes for one SAE more."""
-    passes = (work.patched + 2 * work.backward) * costs.above
+    passes = (work.patched + 2 * work.backward) * costs.above + work.patched_whole * (costs.prefix + costs.above)
     return work.encoded * costs.encode(sae) + passes + costs.host(kind, sae, work)
 
 
@@ -99,7 +99,8 @@ def evaluation_seconds(
         taken[phase.kind] += phase.parts
         for todo in left[phase.kind][first : taken[phase.kind]]:
             if todo:
-                shared += shared_seconds(phase.work, costs) + (openings - 1) * phase.work.above * costs.above
+                again = phase.work._replace(prefix=0.0)
+                shared += shared_seconds(phase.work, costs) + (openings - 1) * shared_seconds(again, costs)
                 saes += sum(sae_seconds(phase.kind, phase.work, sae, costs) for sae in todo)
     return Seconds(shared, saes)
 
@@ -252,10 +253,11 @@ class UnitShares(NamedTuple):
 def unit_shares(
     evaluation: str, params: Params, shape: ModelShape, saes: Sequence[PlannedSAE], device: Device
 ) -> dict[str, UnitShares]:
-    """By kind, of the SAE of median size. Empty for an evaluation that cannot be foretold."""
-    middle = sorted(saes, key=lambda sae: sae.nbytes)[len(saes) // 2]
+    """By kind, of the SAE of median size among those that it takes. Empty for an evaluation that cannot be foretold."""
+    taken = [sae for sae in saes if takes(evaluation, sae.at)] or saes
+    middle = sorted(taken, key=lambda sae: sae.nbytes)[len(taken) // 2]
     costs, found = PlannedCosts(shape, middle.hook, params, device, [middle]), {}
-    for phase in phases(evaluation, params) or ():
+    for phase in phases(evaluation, params, middle.at) or ():
         once, each = unit_seconds(phase, middle.name, costs)
         opening = min(OPENED * middle.nbytes * opening_seconds(), each)
         scoring = each - opening

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from sae_research.config.params import Params
+from sae_research.config.training import PLUS
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.costs import (
     PlannedCosts,
@@ -26,8 +27,8 @@ from sae_research.planning.resources import (
     training_memory,
     what_fits,
 )
-from sae_research.planning.saes import PlannedSAE, trained_sae
-from sae_research.planning.work import Phase, Work, phases, sample_size
+from sae_research.planning.saes import PlannedSAE, deepest, place_in, trained_sae
+from sae_research.planning.work import Phase, Work, phases, sample_size, takes
 from sae_research.runtime.formatting import duration, gigabytes, text_table
 from sae_research.saes.base import OPEN_BYTES
 
@@ -86,12 +87,14 @@ def make_plan(
             rows.append(Row(name, None, 0.0, [], 0.0, "cannot be foretold"))
             continue
         stages.append(stage)
-        row = _evaluation(name, stage, params, shape, saes, device, devices, left)
+        row = _evaluation(name, params, shape, [sae for sae in saes if takes(name, sae.at)], device, devices, left)
         rows.append(row._replace(flops=0.0, seconds=0.0, note="in place") if done.get(name) else row)
     itemsize = PRECISION_BYTES[params.model.torch_dtype]
-    widths = {sae.hook: sae.d_in for sae in saes}
+    widths = {hook: sae.d_in // len(sae.at.read) for sae in saes for hook in sae.at.read}
     for written in {sae.written for sae in saes} - {""}:  # core evaluation keeps the stream that holds it too
-        widths |= dict.fromkeys((written, f"{written} in the stream"), shape.width(written))
+        hooks = written.split(PLUS)
+        stream = [f"{written} in the stream"] if len(hooks) == 1 else []
+        widths |= dict.fromkeys((*hooks, *stream), shape.width(hooks[0]))
     cache = (
         activation_cache_bytes(params, stages, widths, itemsize, saes[0].d_sae) if params.activation_caching.enabled else 0.0
     )
@@ -140,7 +143,6 @@ def _setup(params: Params, shape: ModelShape, saes: Sequence[PlannedSAE], device
 
 def _evaluation(
     name: str,
-    stage: Sequence[Phase],
     params: Params,
     shape: ModelShape,
     saes: Sequence[PlannedSAE],
@@ -148,11 +150,13 @@ def _evaluation(
     devices: int,
     left: Left | None,
 ) -> Row:
+    """saes: those that it takes."""
     flops = seconds = 0.0
     lacking = 0
-    for hook in dict.fromkeys(sae.hook for sae in saes):
-        group = [sae for sae in saes if sae.hook == hook]
-        names = [sae.name for sae in group]
+    for at in dict.fromkeys(place_in(name, sae) for sae in saes):
+        group = [sae for sae in saes if place_in(name, sae) == at]
+        hook, names = deepest(at.written.split(PLUS)) if at.written else group[0].hook, [sae.name for sae in group]
+        stage = phases(name, params, at) or []
         todo = all_left(stage, names) if left is None else left(name, stage, names)
         openings = max(1, math.ceil(sum(sae.nbytes for sae in group) / OPEN_BYTES))
         costs = PlannedCosts(shape, hook, params, device, group)
@@ -160,7 +164,7 @@ def _evaluation(
         seconds += evaluation_seconds(stage, todo, costs, openings).on(devices)
         flops += evaluation_seconds(stage, todo, counting, openings).on(1)
         lacking += len({one for parts in todo.values() for part in parts for one in part})
-    note = f"{lacking} of {len(saes)} SAEs" + ("" if lacking else ": all in the cache")
+    note = f"{lacking} of {len(saes)} SAEs" + ("" if lacking or not saes else ": all in the cache")
     return Row(name, flops, seconds, evaluation_memory(name, shape, params, saes), 0.0, note)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES, SAERecipe, hooks_at
+from sae_research.config.training import FLOAT_BYTES, PLUS, SAERecipe, hooks_at
+from sae_research.lm.hooks import parse_hook
+from sae_research.planning.work import Hooks
 from sae_research.runtime.files import read_json, slugify
 from sae_research.saes.base import SAEInfo
 from sae_research.saes.pursuit.encoders import (
@@ -20,6 +22,7 @@ from sae_research.saes.pursuit.encoders import (
     PursuitSAE,
     TopKRefitSAE,
 )
+from sae_research.saes.releases import saes_of
 from sae_research.saes.sources import folder_names
 
 VARIANTS: dict[str, type[PursuitSAE]] = {
@@ -53,6 +56,12 @@ class PlannedSAE(NamedTuple):
     """What had to be assumed of it."""
     written: str = ""
     """The hook that a transcoder writes."""
+    hooks: tuple[str, ...] = ()
+    """Those that it reads, where they are several; `hook` is the last of them that the model reaches."""
+
+    @property
+    def at(self) -> Hooks:
+        return Hooks(self.hooks or (self.hook,), self.written)
 
     @property
     def nbytes(self) -> int:
@@ -69,12 +78,24 @@ def described(name: str, info: SAEInfo) -> PlannedSAE:
         cfg.form,
         cfg.d_in,
         cfg.d_sae,
-        cfg.hook_names[-1],
+        deepest(cfg.hook_names),
         size,
         cfg.role != "variant",
         "",
         cfg.hook_out if cfg.is_transcoder else "",
+        cfg.hook_names if len(cfg.hook_names) > 1 else (),
     )
+
+
+def deepest(hooks: Sequence[str]) -> str:
+    """The one that a pass of the model reaches last."""
+    return max(hooks, key=lambda hook: parse_hook(hook)[0])
+
+
+def place_in(evaluation: str, sae: PlannedSAE) -> Hooks:
+    """Where that stands which it is scored together with: in core what reads and writes the same hooks, elsewhere what reads
+    one."""
+    return sae.at if evaluation == "core" else Hooks(sae.at.read)
 
 
 def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
@@ -83,7 +104,7 @@ def planned_saes(params: Params, width: int) -> list[PlannedSAE]:
     width: d_in at the baseline's hook.
     """
     baseline = _baseline(params, width)
-    compared = list(_comparisons(params, baseline))
+    compared = list(_comparisons(params, baseline, width))
     named = {sae.name: sae for sae in compared}
     others = [named[name] for name in params.sae_variants.dictionaries if name in named]
     return [
@@ -109,17 +130,20 @@ def variant_name(dictionary: str, label: str, size: int) -> str:
 
 
 def trained_sae(name: str, config: SAERecipe, hook: str, width: int) -> PlannedSAE:
-    """An SAE of `train.saes`. A crosscoder stands at its last hook, with the width of all."""
+    """An SAE of `train.saes`. What has several hooks has the width of all of them."""
     pursuit = config.recipe == "matching_pursuit"
     size = getattr(config, "s", 0) if pursuit else 0
-    return PlannedSAE(name, config.recipe, width, config.d_sae, hooks_at(hook)[-1], size, written=config.hook_out or "")
+    hooks = hooks_at(hook)
+    sae = PlannedSAE(name, config.recipe, width, config.d_sae, deepest(hooks), size, written=config.written or "")
+    return sae._replace(hooks=tuple(hooks)) if len(hooks) > 1 else sae
 
 
 def _baseline(params: Params, width: int) -> PlannedSAE:
     block = params.baseline_sae
     hook = f"blocks.{block.hook_layer}.hook_resid_post"
     if block.source == "trained" and block.name in params.train.saes:
-        return trained_sae(block.name, params.train.saes[block.name], params.train.hook_of(block.name), width)
+        config = params.train.saes[block.name]
+        return trained_sae(block.name, config, params.train.hook_of(block.name), width * len(config.hook_names or [""]))
     told = re.search(r"width_(\d+)(k|m)", block.sae_id or "")
     if told:
         return PlannedSAE(block.name, "standard", width, int(told[1]) * (2**10 if told[2] == "k" else 2**20), hook)
@@ -131,13 +155,12 @@ def _assumed(name: str, hook: str, width: int) -> PlannedSAE:
     return PlannedSAE(name, "standard", width, wide, hook, assumed=f"{name}: taken to have {wide:,} latents")
 
 
-def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
+def _comparisons(params: Params, baseline: PlannedSAE, width: int) -> Iterator[PlannedSAE]:
     chosen, train = params.comparison_saes, params.train
     names = [name for name in train.saes if name != baseline.name] if chosen.trained == ["all"] else chosen.trained
     for name in names:
         if name in train.saes:
-            width = baseline.d_in * len(train.saes[name].hook_names or [""])
-            yield trained_sae(name, train.saes[name], train.hook_of(name), width)
+            yield trained_sae(name, train.saes[name], train.hook_of(name), width * len(train.saes[name].hook_names or [""]))
         else:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for path, name in folder_names(chosen.folders).items():
@@ -148,12 +171,17 @@ def _comparisons(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
             yield _assumed(name, baseline.hook, baseline.d_in)
     for place in chosen.python:
         yield baseline._replace(name=place, form="standard", size=0, own_weights=True)
+    if chosen.release is not None:
+        for item in saes_of(chosen.release, chosen.match, "comparison_saes.match"):
+            yield _assumed(slugify(f"{item.release}_{item.sae_id}"), baseline.hook, baseline.d_in)
     if chosen.sae_regex_pattern is not None:
         yield _assumed(f"SAEs of {chosen.sae_regex_pattern} (counted as one)", baseline.hook, baseline.d_in)
 
 
 def _controls(params: Params, baseline: PlannedSAE) -> Iterator[PlannedSAE]:
     for name, kind, size in control_names(params.controls):
+        if kind == "pca" and PLUS in baseline.written:  # a cross-layer transcoder has none
+            continue
         sae = baseline._replace(name=name, own_weights=True, assumed="")
         yield (
             sae._replace(form="linear", d_sae=size, size=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
 from sae_research.text.tasks import SAE_BENCH_TASKS
 
@@ -46,6 +47,10 @@ class Work(NamedTuple):
     """That each SAE encodes and decodes."""
     patched: float = 0.0
     """Run from the hook to the logits for each SAE."""
+    whole: float = 0.0
+    """Run through all of the model, once for all SAEs."""
+    patched_whole: float = 0.0
+    """Run through all of the model for each SAE."""
     backward: float = 0.0
     """Whose gradients run from the logits back to the hook, for each SAE."""
     texts: float = 0.0
@@ -54,6 +59,25 @@ class Work(NamedTuple):
     """Times that the nearest neighbours of an SAE's decoder rows are looked for."""
     meta_rows: float = 0.0
     """Decoder rows that a meta-SAE is trained on, for each SAE with a dictionary of its own."""
+
+
+class Hooks(NamedTuple):
+    """Where a dictionary stands."""
+
+    read: tuple[str, ...] = ("blocks.0.hook_resid_post",)
+    """A crosscoder's are several."""
+    written: str = ""
+    """A transcoder's; empty where it is what is read."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether patched passes start at the written hook; the whole model runs elsewhere (`LanguageModel.resume`)."""
+        return self.in_stream or len(self.read) == 1 and self.written.endswith("hook_mlp_out")
+
+    @property
+    def in_stream(self) -> bool:
+        """Whether one hook of the stream is written."""
+        return len(self.read) == 1 and "hook_resid" in (self.written or self.read[0])
 
 
 class Phase(NamedTuple):
@@ -77,18 +101,39 @@ def sample_size(d_sae: int) -> int:
     return max(SAMPLE_TOKENS_PER_LATENT * d_sae, MIN_SAMPLE_TOKENS)
 
 
-def phases(evaluation: str, params: Params) -> list[Phase] | None:
-    """An evaluation's phases at one hook; None for one that cannot be foretold."""
+STREAM = Hooks()
+"""An SAE of the stream."""
+
+
+def phases(evaluation: str, params: Params, hooks: Hooks = STREAM) -> list[Phase] | None:
+    """An evaluation's phases for dictionaries of the same hooks; None for one that cannot be foretold."""
+    if evaluation == "core":
+        return _core(params, hooks)
     count = _COUNTS.get(evaluation)
     return None if count is None else count(params)
 
 
-def _core(params: Params) -> list[Phase]:
-    config = params.core_eval
+def takes(evaluation: str, hooks: Hooks) -> bool:
+    """Whether it scores dictionaries that stand there: transcoders, crosscoders are left out of some."""
+    one = OF_SAES.get(evaluation)
+    if one is None:
+        return True
+    return one.crosscoders if len(hooks.read) > 1 else not (one.one_hook and hooks.written)
+
+
+def _core(params: Params, hooks: Hooks) -> list[Phase]:
+    config, several = params.core_eval, len(hooks.read) if len(hooks.read) > 1 else 0
     batch = config.batch_size_prompts * params.text.context_size
     sparsity = config.n_eval_sparsity_variance_batches * batch
-    # clean, and ablated in our definition twice; SAE Bench's ablation is one sequence. Each SAE is patched in for either
-    predictions = Work(prefix=batch, above=3 * batch, encoded=batch, patched=2 * batch)
+    # Clean, and ablated in our definition twice; SAE Bench's ablation is one sequence in the stream. Each SAE is patched in
+    # for either definition. In ours each hook of a crosscoder is ablated and patched alone as well.
+    shared = (3 + (not hooks.in_stream) + 2 * several) * batch
+    patched = (2 + several) * batch
+    predictions = Work(prefix=batch, encoded=batch)
+    if hooks.resumed:
+        predictions = predictions._replace(above=shared, patched=patched)
+    else:
+        predictions = predictions._replace(whole=shared, patched_whole=patched)
     return [
         Phase("core_sparsity", 1, Work(prefix=sparsity, encoded=sparsity, geometry=1)),
         Phase("core_predictions", config.n_eval_reconstruction_batches, predictions),
@@ -182,7 +227,6 @@ def _ravel(params: Params) -> list[Phase]:
 
 
 _COUNTS: dict[str, Callable[[Any], list[Phase]]] = {
-    "core": _core,
     "sparse_probing": _probing,
     "scr": _scr,
     "tpp": _tpp,

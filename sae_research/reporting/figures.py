@@ -8,15 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.markers
 from matplotlib.axes import Axes
-from matplotlib.colors import is_color_like
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import IdentityTransform, blended_transform_factory
 
-from sae_research.config.reporting import Style, Visualization
+from sae_research.config.reporting import Visualization
 from sae_research.plotting.axes import (
     GRID,
     INK,
@@ -34,9 +32,8 @@ from sae_research.plotting.axes import (
 from sae_research.reporting.equal_l0_figure import equal_l0
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.results import Row, Run
-from sae_research.reporting.style import MarkerStyle, marker_size, marker_styles, short_names
+from sae_research.reporting.style import chosen_styles, marker_size, marker_styles, short_names
 from sae_research.reporting.tables import Point, points, residual_baseline
-from sae_research.runtime.errors import UserError
 
 IMAGES = Path("images")
 MARKER = 7.0
@@ -59,9 +56,8 @@ class RunFigures:
     """The figures of one run in one style. Panels are placed by hand, since names of points need their final places."""
 
     def __init__(self, run: Run, style: Visualization) -> None:
-        chosen = {name: _checked(name, one) for name, one in style.architectures.items()}
         self.run, self.style = run, style
-        self.markers = marker_styles((row.group for row in run.rows), chosen)
+        self.markers = marker_styles((row.group for row in run.rows), chosen_styles(style))
         self.names = short_names(run.rows)
 
     def against_l0(self, key: str) -> Figure:
@@ -337,13 +333,3 @@ def _facing_edge(box: Box, x: float) -> tuple[float, str]:
     if box.left + box.width < x:
         return box.left + box.width, "right"
     return box.middle[0], "center"
-
-
-def _checked(architecture: str, chosen: Style) -> MarkerStyle:
-    """The user's choice of a marker. Raises `UserError` where matplotlib does not know the marker or colour."""
-    key = f"visualization.architectures.{architecture}"
-    if chosen.marker not in matplotlib.markers.MarkerStyle.markers:
-        raise UserError(f"{key}: unknown marker {chosen.marker!r}; matplotlib's letters, such as o s ^ v D P X *")
-    if not is_color_like(chosen.color):
-        raise UserError(f"{key}: unknown color {chosen.color!r}; a name such as red, or #RRGGBB")
-    return MarkerStyle(chosen.marker, chosen.color)

@@ -25,11 +25,9 @@ from sae_research.plotting.axes import (
     write_images,
 )
 from sae_research.reporting.ground_truth import LABELS, OWN, SCOPES, TRUTHS, GroundTruthRun, Line, read_ground_truth
+from sae_research.reporting.style import COLORS, DICTIONARY_COLORS, ENCODER_MARKERS
 
 IMAGES = Path("images/ground_truth")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#7A5195", "#8C8C8C", "#444444")
-DICTIONARY_COLORS = {"truth": "#009E73", "trained": "#0072B2", "untrained": "#8C8C8C"}
-MARKERS = {"ihtp": "X", "mpsae": "s", "omp": "D", "topk_refit": "v", "nn_mpsae": "P", "nn_omp": "^"}
 
 
 def draw_ground_truth(style: Visualization, root: Path = Path(".")) -> list[Path]:
@@ -64,7 +62,7 @@ def pursuit(run: GroundTruthRun, style: Visualization) -> Figure:
         for name in dict.fromkeys(line.method for line in found):
             same = [line for line in found if line.method == name]
             encoder, dictionary = same[0].encoder, same[0].dictionary
-            _curve(axes, same, key, name.replace("_", " "), DICTIONARY_COLORS[dictionary], MARKERS[encoder])
+            _curve(axes, same, key, name.replace("_", " "), DICTIONARY_COLORS[dictionary], ENCODER_MARKERS[encoder])
         _log_l0(axes, found)
     legend_below(figure, grid[0], 4)
     return figure

@@ -65,6 +65,11 @@ class Metric:
         return self.key.removesuffix(SAE_BENCH_SUFFIX)
 
     @property
+    def full_label(self) -> str:
+        """The label, told from ours where it is SAE Bench's metric beside it."""
+        return self.label + (" (SAE Bench)" if self.key.endswith(SAE_BENCH_SUFFIX) else "")
+
+    @property
     def arrow(self) -> str:
         return {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
-from sae_research.config.evaluations import OF_SAES
+from sae_research.config.evaluations import AT_HOOK, OF_SAES
 
 # The records themselves stand in metric_table.py: add yours there.
 from sae_research.reporting.metric_table import LAB, METRICS, SAE_BENCH, SAE_BENCH_SUFFIX, Metric
@@ -31,6 +32,7 @@ __all__ = [
     "family_of",
     "headline",
     "home",
+    "hook_of",
     "leading_ks",
     "metric_named",
     "residual_key",
@@ -77,6 +79,11 @@ def residual_key(key: str) -> str | None:
     return "llm_" + key.removeprefix("sae_") if key.startswith("sae_") else None
 
 
+def hook_of(key: str) -> str | None:
+    """The hook of a crosscoder's metric at one of its hooks: `kl@blocks.3.hook_resid_post` -> `blocks.3.hook_resid_post`."""
+    return key.partition(AT_HOOK)[2] or None
+
+
 @cache
 def _pattern(key: str) -> re.Pattern[str]:
     return re.compile(re.escape(key).replace(r"\{k\}", r"(?P<k>\d+)"))
@@ -85,8 +92,14 @@ def _pattern(key: str) -> re.Pattern[str]:
 def metric_named(key: str, eval_name: str) -> Metric:
     """The record of a concrete key, `{k}` filled in: `sae_top_5_accuracy` -> label "Probing top-5".
 
-    A metric that an evaluation reports and the table does not know is described by its own name.
+    A crosscoder's metric at one hook has the metric's record, under the hook's name, and no place in tables and pictures of
+    the metric. A metric that an evaluation reports and the table does not know is described by its own name.
     """
+    if (hook := hook_of(key)) is not None:
+        whole = metric_named(key.partition(AT_HOOK)[0], eval_name)
+        says = f"{whole.definition} At {hook}, with that hook of a crosscoder alone replaced."
+        nowhere = {"table": False, "plot": 0, "stricter": False, "both": False}
+        return replace(whole, key=key, label=f"{whole.label} at {hook}", definition=says, **nowhere)
     for metric in METRICS:
         match = _pattern(metric.key).fullmatch(key) if metric.eval == eval_name else None
         if match:
@@ -124,14 +137,17 @@ def headline(key: str) -> Metric:
 
 
 def sort_keys(keys: Iterable[str], eval_name: str) -> list[str]:
-    """Keys in the table's order, `{k}` by number, unknown ones last: ours first, SAE Bench's after."""
+    """Keys in the table's order, `{k}` by number, unknown ones last: ours first, SAE Bench's after. Those at a
+    crosscoder's hooks come after all, hook by hook."""
     order = [metric.key for metric in METRICS if metric.eval == eval_name]
 
-    def rank(key: str) -> tuple[int, int, str]:
+    def rank(key: str) -> tuple[Any, ...]:
+        name, _, hook = key.partition(AT_HOOK)
+        layers = [int(number) for number in re.findall(r"\d+", hook)]
         for position, pattern in enumerate(order):
-            match = _pattern(pattern).fullmatch(key)
+            match = _pattern(pattern).fullmatch(name)
             if match:
-                return position, int(match.groupdict().get("k") or 0), key
-        return len(order), 0, key
+                return bool(hook), layers, hook, position, int(match.groupdict().get("k") or 0), key
+        return bool(hook), layers, hook, len(order), 0, key
 
     return sorted(keys, key=rank)

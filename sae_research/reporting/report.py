@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_research.config.evaluations import EVALUATIONS
+from sae_research.config.evaluations import AT_HOOK, EVALUATIONS
 from sae_research.reporting.comparisons import (
     SEEDS_FOR_A_CLAIM,
     Comparison,
@@ -34,10 +34,10 @@ from sae_research.reporting.sections import (
     side_by_side,
     stricter,
 )
-from sae_research.reporting.tables import one_line, render
+from sae_research.reporting.tables import headings, one_line, render
 from sae_research.reporting.transfer import transfer
 from sae_research.runtime.files import write_text
-from sae_research.runtime.formatting import ABSENT, amount, markdown_table, number
+from sae_research.runtime.formatting import ABSENT, amount, markdown_table, number, with_interval
 from sae_research.runtime.stages import read_status
 
 REPORT = Path("METRICS.md")
@@ -50,9 +50,12 @@ KNOWN_FROM_SETTING = {"model", "hooks", "text"}
 """Notes of an evaluation that the section on the setting holds already."""
 
 
-def write_report(run: Run, root: Path = Path(".")) -> None:
-    """Write METRICS.md and metrics/differences.csv. The same results give the same bytes."""
-    found = comparisons(run)
+def write_report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".")) -> None:
+    """Write METRICS.md and metrics/differences.csv. The same results give the same bytes.
+
+    found: all comparisons of the run, made here unless given. root: the project's folder.
+    """
+    found = comparisons(run) if found is None else found
     write_text(root / REPORT, report(run, found, root))
     write_differences_csv(found, root)
 
@@ -67,6 +70,7 @@ def report(run: Run, found: list[Comparison] | None = None, root: Path = Path(".
         what_ran(run),
         stricter(run),
         intervals(run),
+        crosscoders(run),
         seeds(run),
         differences(run, found),
         equal_l0(run),
@@ -186,6 +190,19 @@ def _probing_setting(config: dict[str, Any]) -> list[str]:
 # --- what else the run left ----------------------------------------------------------------------
 
 
+def crosscoders(run: Run) -> str:
+    """What each crosscoder explains at every hook, and what the model loses with that one alone replaced."""
+    rows = [(row, hook) for row in run.rows for hook in row.crosscoder_hooks]
+    at = {metric: [row.value(metric.key + AT_HOOK + hook, "core") for row, hook in rows] for metric in METRICS}
+    shown = [metric for metric, values in at.items() if (metric.table or metric.stricter) and set(values) - {None}]
+    body = []
+    for row, hook in rows:
+        keys = [metric.key + AT_HOOK + hook for metric in shown]
+        found = [with_interval(row.value(key, "core"), row.interval(key, "core")) for key in keys]
+        body.append([f"`{row.name}`", f"`{hook}`", *found])
+    return render("crosscoders", table=markdown_table(["SAE", "Hook", *headings(shown)], body, left=2)) if shown else ""
+
+
 def training(run: Run) -> str:
     """Findings of the train stage as a table; empty where nothing was trained or the stage is older than they."""
     diagnosed = run.training.get("diagnose")
@@ -239,7 +256,12 @@ def definitions(run: Run) -> str:
     metrics = [metric for metric in METRICS if metric.eval in ran]
     theirs = [metric for metric in metrics if metric.key.endswith(SAE_BENCH_SUFFIX)]
     ours = [metric for metric in metrics if metric not in theirs]
-    return render("definitions", ours=_definition_table(ours), sae_bench=_definition_table(theirs)) if ours else ""
+    at_hooks = AT_HOOK if any(row.crosscoder_hooks for row in run.rows) else ""
+    return (
+        render("definitions", ours=_definition_table(ours), sae_bench=_definition_table(theirs), at_hooks=at_hooks)
+        if ours
+        else ""
+    )
 
 
 def _definition_table(metrics: Iterable[Metric]) -> str:

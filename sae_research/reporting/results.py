@@ -297,9 +297,15 @@ class Row:
 
     @property
     def elsewhere(self) -> str | None:
-        """What it stands for, where not one hook that it reads: a transcoder's written hook, all of a crosscoder's."""
+        """What it stands for, where not one hook that it reads: what a transcoder writes, all of a crosscoder's hooks."""
         read = self.cfg.get("hook_name")
-        return read if read is not None and PLUS in read else self.hook_out
+        return self.hook_out if read is None or PLUS not in read else self.hook_out or read
+
+    @property
+    def crosscoder_hooks(self) -> list[str]:
+        """The hooks of a crosscoder; none of anything else."""
+        read = str(self.cfg.get("hook_name") or "")
+        return read.split(PLUS) if PLUS in read else []
 
     @property
     def hooks(self) -> str | None:

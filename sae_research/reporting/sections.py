@@ -28,6 +28,7 @@ from sae_research.reporting.metrics import (
     Metric,
     family_of,
     headline,
+    hook_of,
     metric_named,
     residual_key,
     sort_keys,
@@ -273,7 +274,7 @@ def _clusters(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for part, about in sorted(core["clusters"].items()):
         sums = {key: sums for key, sums in core["cluster_sums"].items() if sums["clusters"] == part}
         effective = _effective(next(iter(sums.values()))["denominator"])
-        labels = [headline(key).label for key in sums]
+        labels = [headline(key).label for key in sums if hook_of(key) is None]
         found.append(
             {**about, "labels": labels, "unit": about["level"], "effective": effective, "few": effective < FEW_CLUSTERS}
         )

@@ -225,5 +225,5 @@ def report(compare: bool, root: Path = Path("."), unfinished: Callable[[], list[
         if len(changed) > 20:
             print(f"  … and {len(changed) - 20} more (dvc metrics diff)")
     if not failed:
-        print("done: METRICS.md, metrics/, images/")
+        print("done: report/index.html (the results), METRICS.md, metrics/, images/")
     return 1 if failed else 0

@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import cycle
 from typing import NamedTuple
 
+from sae_research.config.reporting import Visualization
 from sae_research.reporting.results import Row
+from sae_research.runtime.errors import UserError
 
 
 class MarkerStyle(NamedTuple):
@@ -39,6 +41,11 @@ _SPARE_MARKERS = ("8", "d", "H")
 _SIZES = {"D": 0.85, "s": 0.92, "*": 1.5}
 """Markers that look larger or smaller than a circle of the same size."""
 
+# of ground truth: trained methods by turns, the dictionaries that pursuit encodes over, pursuit encoders
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#7A5195", "#8C8C8C", "#444444")
+DICTIONARY_COLORS = {"truth": "#009E73", "trained": "#0072B2", "untrained": "#8C8C8C"}
+ENCODER_MARKERS = {"ihtp": "X", "mpsae": "s", "omp": "D", "topk_refit": "v", "nn_mpsae": "P", "nn_omp": "^"}
+
 
 def marker_size(style: MarkerStyle, circle: float) -> float:
     """Points at which its marker appears as large as a circle of `circle` points."""
@@ -54,6 +61,22 @@ def marker_styles(architectures: Iterable[str], chosen: Mapping[str, MarkerStyle
     unknown = sorted(name for name in names if name not in chosen and name not in KNOWN)
     spare = dict(zip(unknown, cycle(_spare_styles({*KNOWN.values(), *chosen.values()})), strict=False))
     return {name: chosen.get(name) or KNOWN.get(name) or spare[name] for name in names}
+
+
+def chosen_styles(style: Visualization) -> dict[str, MarkerStyle]:
+    """The user's markers and colours. Raises `UserError` where matplotlib does not know one."""
+    if not style.architectures:
+        return {}
+    from matplotlib.colors import is_color_like  # only where there is something to check
+    from matplotlib.markers import MarkerStyle as Outline
+
+    for architecture, chosen in style.architectures.items():
+        key = f"visualization.architectures.{architecture}"
+        if chosen.marker not in Outline.markers:
+            raise UserError(f"{key}: unknown marker {chosen.marker!r}; matplotlib's letters, such as o s ^ v D P X *")
+        if not is_color_like(chosen.color):
+            raise UserError(f"{key}: unknown color {chosen.color!r}; a name such as red, or #RRGGBB")
+    return {name: MarkerStyle(chosen.marker, chosen.color) for name, chosen in style.architectures.items()}
 
 
 def _spare_styles(taken: Collection[MarkerStyle]) -> list[MarkerStyle]:

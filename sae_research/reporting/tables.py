@@ -158,7 +158,8 @@ def write_plot_data(run: Run, root: Path = Path(".")) -> None:
     ]
     for key in dict.fromkeys((*run.plotted, *named)):
         write_json(root / PLOTS / f"{key}.json", plot_rows(run, key))
-    rows = [row for curve in run.curves for row in curve_rows(curve)]
+    groups = {row.name: {"architecture": row.group} for row in run.rows}
+    rows = [{**row, **groups.get(curve.name, {})} for curve in run.curves for row in curve_rows(curve)]
     write_json(root / PLOTS / "training_curves.json", rows)
 
 

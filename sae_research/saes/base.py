@@ -264,6 +264,9 @@ class SparseAutoencoder(nn.Module):
             raise UserError(
                 f"{self.form}: W_skip from a hook to itself is no dictionary; say which hook it writes (hook_out)"
             )
+        self._check_finite(tensors)
+
+    def _check_finite(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if not all_finite(tensor.detach()):
                 raise UserError(f"{self.form}: {name} holds NaN or infinity; the weights are damaged or diverged")

@@ -43,9 +43,26 @@ def decoder_norm_ratios(sae: SparseAutoencoder) -> Tensor:
     return norms / norms.sum(0)
 
 
+def side_by_side(W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> dict[str, Tensor]:
+    """Tensors of a crosscoder from those of its hooks. W_enc: [n_hooks, d_hook, d_sae]; W_dec: [n_hooks, d_sae, d_hook];
+    b_dec: [n_hooks, d_hook]."""
+    return {"W_enc": W_enc.flatten(0, 1), "W_dec": W_dec.transpose(0, 1).flatten(1), "b_dec": b_dec.flatten()}
+
+
+def hook_by_hook(tensors: dict[str, Tensor], n_hooks: int) -> dict[str, Tensor]:
+    """The same crosscoder with each latent as `n_hooks` latents, hook after hook, that are encoded alike and write one hook
+    each: for those whose hooks have thresholds of their own. tensors: W_enc [n_hooks * d_hook, d_sae], b_enc [d_sae], W_dec
+    [d_sae, n_hooks * d_hook], b_dec."""
+    W_dec = tensors["W_dec"].new_zeros(n_hooks, *tensors["W_dec"].shape)
+    for hook, own in enumerate(tensors["W_dec"].chunk(n_hooks, dim=1)):
+        W_dec[hook].chunk(n_hooks, dim=1)[hook].copy_(own)
+    repeated = {"W_enc": tensors["W_enc"].repeat(1, n_hooks), "b_enc": tensors["b_enc"].repeat(n_hooks)}
+    return tensors | repeated | {"W_dec": W_dec.flatten(0, 1)}
+
+
 def by_hook(acts: Tensor, cfg: SAEConfig) -> dict[str, Tensor]:
-    """Activations side by side [..., n * d_hook] by hook [..., d_hook]."""
-    return dict(zip(cfg.hook_names, acts.chunk(len(cfg.hook_names), dim=-1), strict=True))
+    """Activations at what is written, side by side [..., n * d_hook], by hook [..., d_hook]."""
+    return dict(zip(cfg.hooks_out, acts.chunk(len(cfg.hooks_out), dim=-1), strict=True))
 
 
 def normalised(acts: Tensor, cfg: SAEConfig) -> Tensor:

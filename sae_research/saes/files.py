@@ -80,7 +80,7 @@ def sae_lens_lacks(sae: SparseAutoencoder) -> str:
     name, _ = _as_sae_lens_has_it(sae.cfg, sae.options(), sae.W_skip is not None)
     if name in SAE_LENS_FORMS:
         return ""
-    kind = " as a transcoder" if sae.cfg.is_transcoder else " as a crosscoder" if sae.cfg.is_crosscoder else ""
+    kind = f" as a {sae.cfg.kind}" if sae.cfg.kind != "SAE" else ""
     return f"SAELens {SAE_LENS_VERSION} has no form {sae.cfg.form}{kind}; sae_research alone reads it"
 
 
@@ -275,7 +275,7 @@ def _from_json(values: dict[str, Any], folder: Path) -> tuple[SAEConfig, dict[st
     _check_agrees(values, cfg, path)
     weights_from = section(ours.get("weights_from"), "weights_from", path) or None
     sha256 = text(ours.get("weights_sha256"), "weights_sha256", path) or None
-    written = {"hook_out": hook_of(cfg.hook_out, path)} if cfg.is_transcoder else {}
+    written = {"hook_out": PLUS.join(hook_of(name, path) for name in cfg.hooks_out)} if cfg.is_transcoder else {}
     read = PLUS.join(_hook_read(name, path) for name in cfg.hook_names)
     return cfg.replace(hook_name=read, **written), weights_from, sha256
 

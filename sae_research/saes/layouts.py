@@ -18,8 +18,12 @@ from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
 from sae_research.saes.formats import (
     checkpoints,
     circuit_tracer,
+    dictionary_learning_crosscoders,
     gemma_scope,
+    gemma_scope_cross_layer,
+    gemma_scope_crosscoders,
     llamascopium,
+    llamascopium_cross_layer,
     openai,
     sparsify,
     temporal_saes,
@@ -84,6 +88,16 @@ def _llamascopium(path: Path) -> list[str]:
     return [llamascopium.CONFIG_FILE] if beside and own else []
 
 
+def _dictionary_learning(path: Path) -> list[str]:
+    return [] if _dictionary_learning_crosscoders(path) else _there(dl.WEIGHTS_FILE)(path)
+
+
+def _dictionary_learning_crosscoders(path: Path) -> list[str]:
+    if not dictionary_learning_crosscoders.is_crosscoder_config(path / dl.CONFIG_FILE):
+        return []
+    return _there(dl.WEIGHTS_FILE, dictionary_learning_crosscoders.HUB_WEIGHTS_FILE)(path)
+
+
 def _files(known: Callable[[Path], bool]) -> Callable[[Path], list[str]]:
     """Of layouts of one file each: the file itself, or the files of a folder."""
 
@@ -93,6 +107,11 @@ def _files(known: Callable[[Path], bool]) -> Callable[[Path], list[str]]:
         return [path.name] if path.is_file() and known(path) else []
 
     return marks
+
+
+def _together(marks: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+    """Of layouts whose files, where a folder holds several, are one dictionary."""
+    return lambda path: marks(path)[:1]
 
 
 def _only_file(marks: Callable[[Path], list[str]], read: Callable[[Path], dict[str, SparseAutoencoder]]):  # noqa: ANN202
@@ -110,6 +129,8 @@ def _only_file(marks: Callable[[Path], list[str]], read: Callable[[Path], dict[s
 _PUBLISHED = _files(checkpoints.is_checkpoint)
 _OPENAI = _files(lambda path: path.suffix == ".pt" and path.stem.isdigit() and path.parent.name == "autoencoders")
 _LAYERS = _files(circuit_tracer.is_transcoder_file)
+_CROSS_LAYER = _together(_files(circuit_tracer.is_cross_layer_file))
+_GEMMA_CROSS_LAYER = _together(_files(gemma_scope_cross_layer.is_cross_layer_file))
 LAYOUTS = (
     Layout(
         "SAELens",
@@ -124,7 +145,7 @@ LAYOUTS = (
         "dictionary_learning",
         "`ae.pt`, `config.json`",
         "its seven classes of SAEs",
-        _there(dl.WEIGHTS_FILE),
+        _dictionary_learning,
         _one(dl.load_dictionary_learning),
         "`export --format dictionary_learning`",
         "plain references; SAE Bench's and SAELens' loaders",
@@ -159,9 +180,9 @@ LAYOUTS = (
     Layout(
         "Llamascopium, Llama Scope",
         "`config.json`, `sae_weights.safetensors`; `hyperparams.json`, `checkpoints/final.safetensors`",
-        "SAEs and transcoders: ReLU, JumpReLU, TopK, with the norms of their data",
+        "SAEs, transcoders, cross-layer transcoders: ReLU, JumpReLU, TopK; crosscoders: ReLU, JumpReLU; with norms of data",
         _llamascopium,
-        _one(llamascopium.load_llamascopium),
+        _one(llamascopium_cross_layer.load_any),
         "",
         "Llamascopium's class where it is installed; SAELens' loaders and classes; plain references",
     ),
@@ -185,12 +206,48 @@ LAYOUTS = (
     ),
     Layout(
         "circuit-tracer",
-        "`config.yaml`, `layer_L.safetensors`; `W_enc_0.safetensors`, `W_dec_0.safetensors`",
-        "transcoders: ReLU, JumpReLU, with a skip; layer 0 of cross-layer ones",
+        "`config.yaml`, `layer_L.safetensors`",
+        "transcoders: ReLU, JumpReLU, with a skip",
         _LAYERS,
         _only_file(_LAYERS, _placed(circuit_tracer.load_circuit_tracer)),
         "",
         "SAELens' loaders and classes; plain references",
+    ),
+    Layout(
+        "dictionary_learning, crosscoders",
+        "`ae.pt` or `model.safetensors`, `config.json`",
+        "`CrossCoder`, `BatchTopKCrossCoder`: of two models, or of the hooks that `hook_names` lists in `config.json`",
+        _dictionary_learning_crosscoders,
+        _one(dictionary_learning_crosscoders.load_crosscoder),
+        "",
+        "plain references",
+    ),
+    Layout(
+        "Gemma Scope 2, crosscoders",
+        "`params_layer_N.safetensors`, `config.json`, below a folder `crosscoder`",
+        "weakly causal crosscoders of several layers of the stream",
+        gemma_scope_crosscoders.files_in,
+        _placed(gemma_scope_crosscoders.load_crosscoder),
+        "",
+        "plain references",
+    ),
+    Layout(
+        "circuit-tracer, cross-layer",
+        "`config.yaml`, `W_enc_L.safetensors`, `W_dec_L.safetensors` of every layer L, or one layer of it",
+        "cross-layer transcoders: ReLU, JumpReLU; layer 0 as a transcoder, another layer alone for its latents",
+        _CROSS_LAYER,
+        _placed(circuit_tracer.load_circuit_tracer),
+        "",
+        "plain references; of one layer SAELens' loader",
+    ),
+    Layout(
+        "Gemma Scope 2, cross-layer",
+        "`params_layer_L.safetensors` of every layer L, or one layer of it",
+        "cross-layer transcoders: JumpReLU, with a skip; layer 0 as a transcoder, another layer alone for its latents",
+        _GEMMA_CROSS_LAYER,
+        _placed(gemma_scope_cross_layer.load_cross_layer),
+        "",
+        "plain references",
     ),
     Layout(
         "Temporal SAEs",

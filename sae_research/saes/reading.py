@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
 from sae_research.runtime.errors import UserError
@@ -93,6 +94,17 @@ def shown(value: Any) -> str:
     """The value as a message names it, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file of another library. Raises `UserError` for one that is missing, damaged or holds none."""
+    try:
+        values = yaml.safe_load(regular_file(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a section of settings")
+    return values
 
 
 # --- weights ---------------------------------------------------------------------------------

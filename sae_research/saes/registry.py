@@ -17,6 +17,7 @@ _PLACES = {
     "groupmax": "sae_research.saes.forms:GroupMaxSAE",
     "tanh_relu": "sae_research.saes.forms:TanhReLUSAE",
     "sae_lens_temporal": "sae_research.saes.temporal:TemporalSAE",
+    "cross_layer": "sae_research.saes.cross_layer:CrossLayerTranscoder",
     "linear": "sae_research.saes.forms:LinearSAE",
     "topk": "sae_research.saes.forms:TopKSAE",
     "jumprelu": "sae_research.saes.forms:JumpReLUSAE",

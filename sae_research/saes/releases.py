@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
@@ -22,6 +22,7 @@ from sae_research.saes.formats import (
     checkpoints,
     circuit_tracer,
     gemma_scope,
+    gemma_scope_cross_layer,
     llamascopium,
     sparsify,
     temporal_saes,
@@ -102,6 +103,24 @@ def matching_saes(release_pattern: str, id_pattern: str) -> list[ReleasedSAE]:
             f"{id_pattern!r} "
             f"in full ({releases} releases match the first)"
         )
+    return found
+
+
+def saes_of(release: str, match: str | None, what: str) -> list[ReleasedSAE]:
+    """The dictionaries of a release whose id the regular expression is found in, in the directory's order. what: names the
+    expression in messages. Raises `UserError` for an unknown release, a pattern that is none, and one that matches
+    nothing."""
+    known = release_directory()
+    if release not in known:
+        raise UserError(f"SAELens' directory has no release {release!r}{did_you_mean(release, known)}")
+    try:
+        pattern = re.compile(match or "")
+    except re.error as error:
+        raise UserError(f"{what}: {match!r} is not a regular expression ({error})") from None
+    found = [entry for entry in released_saes() if entry.release == release and pattern.search(entry.sae_id)]
+    if not found:
+        ids = [entry.sae_id for entry in released_saes() if entry.release == release]
+        raise UserError(f"{what} {match}: none of the {len(ids)} ids of {release} holds it; the first is {ids[0]}")
     return found
 
 
@@ -286,7 +305,15 @@ def plan_of_file(repo_id: str, filename: str) -> Plan:
         entry = ReleasedSAE(repo_id, filename, repo_id, {}, str(path.parent), _LAYOUT_OF_FILE[path.name])
     elif checkpoints.is_checkpoint(Path(filename)):
         entry = ReleasedSAE(repo_id, filename, repo_id, {}, filename, "goodfire")
-    elif circuit_tracer.is_transcoder_file(Path(filename)):
+    elif gemma_scope_cross_layer.is_cross_layer_file(Path(filename)):
+        names = [repo_id, *path.parts]
+        return Plan(
+            gemma_scope.LIBRARY,
+            (filename,),
+            lambda root: gemma_scope_cross_layer.load_cross_layer(root / filename, names),
+            (str(path.parent / gemma_scope.CONFIG_FILE),),
+        )
+    elif circuit_tracer.is_transcoder_file(Path(filename)) or circuit_tracer.is_cross_layer_file(Path(filename)):
         entry = ReleasedSAE(repo_id, filename, repo_id, {}, filename, "mwhanna_transcoder")
     else:
         raise UserError(

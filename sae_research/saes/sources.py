@@ -134,10 +134,11 @@ def check_widths(name: str, cfg: SAEConfig, lm: LanguageModel) -> None:
     sides = [("reads", cfg.d_in // len(cfg.hook_names), hook) for hook in cfg.hook_names]
     if cfg.is_transcoder:
         try:
-            check_pair(cfg.hook_name, cfg.hook_out)
+            for read, written in zip(cfg.hook_names, cfg.hooks_out, strict=False):  # a part writes later layers too
+                check_pair(read, written)
         except UserError as error:
             raise UserError(f"SAE {name}: {error}") from None
-        sides.append(("writes", cfg.d_out, cfg.hook_out))
+        sides += [("writes", cfg.d_out // len(cfg.hooks_out), hook) for hook in cfg.hooks_out]
     for does, width, hook in sides:
         if width != lm.d_in(hook):
             raise UserError(f"SAE {name} {does} {width} dimensions, {lm.name} has {lm.d_in(hook)} at {hook}")

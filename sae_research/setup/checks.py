@@ -18,7 +18,8 @@ from sae_research.config.params import Params
 from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.planning.costs import all_left, evaluation_seconds, host_seconds, start_seconds
 from sae_research.planning.resources import activation_cache_bytes, cache_lines
-from sae_research.planning.work import Phase, Work, phases
+from sae_research.planning.saes import PlannedSAE, described, place_in
+from sae_research.planning.work import Phase, Work, phases, takes
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant
 from sae_research.runtime.formatting import duration
@@ -65,23 +66,46 @@ class MeasuredCosts(NamedTuple):
 
 
 def time_lines(
-    params: Params, lm: LanguageModel, hook: str, saes: dict[str, SparseAutoencoder], seconds_per_token: dict[str, float]
+    params: Params, lm: LanguageModel, saes: dict[str, SparseAutoencoder], seconds_per_token: dict[str, float]
 ) -> list[str]:
     """One line per evaluation: the time it will take, at the speeds just measured, less what is in the cache."""
-    prefix, full = model_seconds(lm, hook, params.text.context_size)
-    costs = MeasuredCosts(prefix, full - prefix, seconds_per_token, {name: sae.cfg.d_sae for name, sae in saes.items()})
     infos = {name: sae.info() for name, sae in saes.items()}
-    openings = math.ceil(sum(info.nbytes for info in infos.values()) / OPEN_BYTES)
+    planned = {name: described(name, info) for name, info in infos.items()}
+    widths = {name: sae.d_sae for name, sae in planned.items()}
+    costs = {}
+    for hook in dict.fromkeys(sae.hook for sae in planned.values()):  # the written one of a transcoder is in the same layer
+        prefix, full = model_seconds(lm, hook, params.text.context_size)
+        costs[hook] = MeasuredCosts(prefix, full - prefix, seconds_per_token, widths)
     lines, rest = [], []
     for name, on in params.eval_types.model_dump().items():
-        stage = phases(name, params) if on and name != "meta_sae" else None  # its steps were not measured
-        if stage is not None:
-            left = left_to_score(name, stage, infos, lm, params)
-            seconds = evaluation_seconds(stage, left, costs, openings).on(1)
-            lines.append(f"{name}: {_amount(seconds, list(left.values()), len(saes), sum(phase.tokens for phase in stage))}")
-        elif on:
+        if on and (name == "meta_sae" or phases(name, params) is None):  # a meta-SAE's steps were not measured
             rest.append(name)
+        elif on:
+            lines.append(f"{name}: {_time_of(name, params, lm, infos, planned, costs)}")
     return lines + ([f"{', '.join(rest)}: not estimated"] if rest else [])
+
+
+def _time_of(
+    name: str,
+    params: Params,
+    lm: LanguageModel,
+    infos: dict[str, SAEInfo],
+    planned: dict[str, PlannedSAE],
+    costs: dict[str, MeasuredCosts],
+) -> str:
+    """Of one evaluation, summed over the places at which its SAEs stand. costs: by hook."""
+    taken = {sae: one for sae, one in planned.items() if takes(name, one.at)}
+    seconds, tokens, parts, asked = 0.0, 0, [], 0
+    for at in dict.fromkeys(place_in(name, one) for one in taken.values()):
+        group = {sae: infos[sae] for sae, one in taken.items() if place_in(name, one) == at}
+        stage = phases(name, params, at) or []
+        left = left_to_score(name, stage, group, lm, params)
+        openings = math.ceil(sum(info.nbytes for info in group.values()) / OPEN_BYTES)
+        seconds += evaluation_seconds(stage, left, costs[planned[next(iter(group))].hook], openings).on(1)
+        tokens = sum(phase.tokens for phase in stage)
+        parts += [todo for by_part in left.values() for todo in by_part]
+        asked += len(group) * sum(map(len, left.values()))
+    return _amount(seconds, parts, asked, len(taken), tokens)
 
 
 def left_to_score(
@@ -102,14 +126,15 @@ def left_to_score(
     }
 
 
-def _amount(seconds: float, left: list[list[Sequence[str]]], n_saes: int, tokens: int) -> str:
-    """left: by kind and part, the SAEs that are still to be scored on it."""
-    parts = [todo for by_part in left for todo in by_part]
+def _amount(seconds: float, parts: list[Sequence[str]], asked: int, n_saes: int, tokens: int) -> str:
+    """parts: the SAEs that are still to be scored on each. asked: how many are to be scored on all parts together."""
+    if not n_saes:
+        return "no SAE that it applies to"
     n_left = len({sae for todo in parts for sae in todo})
     if not n_left:
         return f"all {n_saes} SAEs are in the cache"
     lacking = sum(map(len, parts))
-    cached = "" if lacking == n_saes * len(parts) else f"; {1 - lacking / (n_saes * len(parts)):.0%} is in the cache"
+    cached = "" if lacking == asked else f"; {1 - lacking / asked:.0%} is in the cache"
     return f"up to {duration(seconds)} for {n_left} SAEs on {tokens:,} tokens{cached}"
 
 
@@ -126,7 +151,9 @@ def disk_lines(params: Params, lm: LanguageModel, saes: dict[str, SparseAutoenco
 def _collected(cfg: SAEConfig, lm: LanguageModel) -> list[tuple[str, int]]:
     """Hooks whose activations evaluations keep for an SAE, and their widths (`lm.pairs`)."""
     hooks = [(hook, cfg.d_in // len(cfg.hook_names)) for hook in cfg.hook_names]
-    if cfg.is_transcoder:
+    if cfg.is_cross_layer:
+        hooks += [(hook, cfg.d_out // len(cfg.hooks_out)) for hook in cfg.hooks_out]
+    elif cfg.is_transcoder:
         stream = lm.added_to(cfg.hook_out)
         hooks += [(cfg.hook_out, cfg.d_out), *([] if stream is None else [(stream, lm.d_model)])]
     return hooks
@@ -139,8 +166,8 @@ BATCH_CONTEXTS = 8
 
 
 class Sample(NamedTuple):
-    """Contexts of the core evaluation's split at one hook, at those that a transcoder reads and writes, or at a crosscoder's
-    side by side."""
+    """Contexts of the core evaluation's split at one hook, at those that a transcoder reads and writes, or at several side
+    by side."""
 
     acts: Tensor
     """[contexts, seq, d_in], on the model's device"""
@@ -266,7 +293,7 @@ def compare_with_card(figures: dict[str, float], card: dict[str, float]) -> list
 
 def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Params) -> Sample:
     tokens, counted = contexts.tokens, contexts.counted
-    hooks = list(dict.fromkeys([*cfg.hook_names, *([cfg.hook_out] if cfg.is_transcoder else [])]))
+    hooks = list(dict.fromkeys([*cfg.hook_names, *cfg.hooks_out]))
     pools = collect_hooks(lm, hooks, tokens, params.model.llm_batch_size, params.activation_caching)
     found, medians, mask = {}, {}, torch.ones_like(tokens, dtype=torch.bool)
     for hook in hooks:
@@ -284,10 +311,13 @@ def _sample(lm: LanguageModel, cfg: SAEConfig, contexts: Contexts, params: Param
                 f"preflight: {lm.name} gives NaN or infinity at {hook} in {lm.dtype}; set model.torch_dtype: bfloat16 or "
                 "float32"
             )
-    read = found[cfg.hook_name] if cfg.hook_name in found else torch.cat([found[hook] for hook in hooks], dim=-1)
+    read, written = (
+        found[side[0]] if len(side) == 1 else torch.cat([found[hook] for hook in side], dim=-1)
+        for side in (cfg.hook_names, cfg.hooks_out)
+    )
     norms, acts = read[mask].norm(dim=1), read.to(lm.device)
-    written = found[cfg.hook_out].to(lm.device) if cfg.is_transcoder else acts
-    return Sample(acts, written, mask.to(lm.device), float(norms.median()), float(norms.mean()))
+    target = written.to(lm.device) if cfg.is_transcoder else acts
+    return Sample(acts, target, mask.to(lm.device), float(norms.median()), float(norms.mean()))
 
 
 def _norm_ratio(name: str, sae: SparseAutoencoder, sample: Sample, params: Params) -> float | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
+from sae_research.config.training import PLUS
 from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder
@@ -37,17 +38,19 @@ def sample_activations(lm: LanguageModel, hook: str, params: Params, n_tokens: i
 
 
 def sample_pairs(lm: LanguageModel, read: str, written: str, params: Params, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """As `sample_activations`, of tokens that count at both hooks: [tokens, d_in] and [tokens, d_out]."""
+    """As `sample_activations`, of tokens that count at both hooks: [tokens, d_in] and [tokens, d_out]; several hooks joined
+    by `PLUS` lie side by side."""
     contexts = token_contexts(lm.tokenizer, lm.separator_id, params.text, "sae_train", n_tokens)
-    hooks = list(dict.fromkeys([read, written]))
+    sides = read.split(PLUS), written.split(PLUS)
+    hooks = list(dict.fromkeys([*sides[0], *sides[1]]))
     pools = collect_hooks(lm, hooks, contexts.tokens, params.model.llm_batch_size, params.activation_caching)
     mask, found = torch.ones_like(contexts.tokens, dtype=torch.bool), {}
     for hook in hooks:
         acts = found[hook] = pools[hook].flat.float().reshape(*contexts.tokens.shape, -1)
         median = median_activation_norm(lm, contexts.tokens, acts, contexts.counted)
         mask = mask & token_mask(lm, contexts.tokens, acts, params.token_mask, median, contexts.counted)
-    x_TD = found[read][mask]
-    return x_TD, x_TD if read == written else found[written][mask]
+    x_TD = torch.cat([found[hook][mask] for hook in sides[0]], dim=1)
+    return x_TD, x_TD if read == written else torch.cat([found[hook][mask] for hook in sides[1]], dim=1)
 
 
 def make_control(
@@ -69,20 +72,25 @@ def make_control(
         x_TD = x_TD - x_TD.mean(dim=1, keepdim=True)
     mean_D = x_TD.double().mean(dim=0).float()
     seed = params.random_seed
-    cfg = base.replace(
-        apply_b_dec_to_input=not base.is_transcoder,
-        architecture="control",
-        role="control",
-        base=None,
-        options={},
-        provenance={"source": "control", "kind": kind, "seed": seed, "sample_tokens": len(x_TD)},
-    )
+    cfg = control_config(kind, base, params, len(x_TD))
     if y_TO is not None:
         return _of_transcoder(kind, size, x_TD, y_TO, skip, cfg, seed)
     if kind == "pca":
         return pca(x_TD, mean_D, size, cfg)
     rows = _rows(kind, x_TD, mean_D, base, seed)
     return MPSAE(rows, mean_D, size, cfg.replace(form=MPSAE.form, options={"s": size}))
+
+
+def control_config(kind: str, base: SAEConfig, params: Params, n_tokens: int) -> SAEConfig:
+    """The baseline's configuration as a control's, made of a sample of so many tokens."""
+    return base.replace(
+        apply_b_dec_to_input=not base.is_transcoder,
+        architecture="control",
+        role="control",
+        base=None,
+        options={},
+        provenance={"source": "control", "kind": kind, "seed": params.random_seed, "sample_tokens": n_tokens},
+    )
 
 
 def _rows(kind: str, x_TD: Tensor, mean_D: Tensor, cfg: SAEConfig, seed: int) -> Tensor:

@@ -19,11 +19,11 @@ from sae_research.planning.work import sample_size
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
-from sae_research.saes import SparseAutoencoder, load_sae, save_sae, save_variant, sources
+from sae_research.saes import SAEConfig, SparseAutoencoder, load_sae, save_sae, save_variant, sources
 from sae_research.saes.pursuit.dictionary import check_atoms
-from sae_research.saes.releases import matching_saes
+from sae_research.saes.releases import matching_saes, saes_of
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
-from sae_research.setup import controls
+from sae_research.setup import controls, cross_layer_controls
 from sae_research.setup.checks import disk_lines, preflight, preflight_contexts, time_lines
 from sae_research.text.crossed_tasks import CROSSED_TASKS, HUB_TASKS, LOCAL_COLUMNS, unknown_crossed_task
 from sae_research.text.local import SUFFIXES, TABLE_SUFFIXES, local_files, looks_local, read_rows
@@ -108,6 +108,8 @@ class Planned(NamedTuple):
     name: str
     origin: str
     write: Callable[[Path], None]
+    optional: bool = False
+    """Left out with a warning where it cannot be had: one of a whole release."""
 
 
 class Setup:
@@ -133,7 +135,7 @@ class Setup:
         name."""
         self._check_dictionary(self.name, self.baseline)
         cfg = self.baseline.cfg
-        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae, cfg.is_transcoder)
+        check_sizes(self.params, min(cfg.d_in, cfg.d_out), cfg.d_sae // layers_of(cfg), cfg.is_transcoder)
         planned = [
             Planned(self.name, "baseline_sae", self._write_baseline),
             *self._variants(self.name),
@@ -142,10 +144,10 @@ class Setup:
             *self._controls(),
         ]
         taken: dict[str, str] = {}
-        for name, origin, _ in planned:
-            if name in taken:
-                raise UserError(f"two SAEs would be called {name}: {taken[name]} and {origin}; rename one")
-            taken[name] = origin
+        for item in planned:
+            if item.name in taken:
+                raise UserError(f"two SAEs would be called {item.name}: {taken[item.name]} and {item.origin}; rename one")
+            taken[item.name] = item.origin
         compared = [item.name for item in self._comparisons()]
         for name in self.params.sae_variants.dictionaries:
             if name not in compared:
@@ -224,6 +226,9 @@ class Setup:
 
     def _controls(self) -> Iterator[Planned]:
         for name, kind, size in control_names(self.params.controls):
+            if self.baseline.cfg.is_cross_layer and kind not in cross_layer_controls.KINDS:
+                self.warnings.append(f"no control {name}: a cross-layer transcoder has none of its kind")
+                continue
             yield Planned(name, f"controls.names ({kind}, {size})", self._control_writer(kind, size))
         if self.baseline.cfg.is_transcoder and self.params.controls.names:
             kinds = ["linear_map", *([] if self.baseline.W_skip is None else ["skip"])]
@@ -234,6 +239,9 @@ class Setup:
         def write(folder: Path) -> None:
             x, y = self.sample()
             cfg, skip = self.baseline.cfg, self.baseline.W_skip
+            if cfg.is_cross_layer:
+                save_sae(cross_layer_controls.make_cross_layer_control(kind, size, x, y, cfg, self.params, skip), folder)
+                return
             written = y if cfg.is_transcoder else None
             save_sae(controls.make_control(kind, size, x, cfg, self.params, written, skip), folder)
 
@@ -262,6 +270,25 @@ class Setup:
                     f"SAELens {item.release} / {item.sae_id}",
                     f"sae_lens:{item.release}:{item.sae_id}",
                 )
+        if chosen.release is not None:
+            block = self.params.baseline_sae
+            for item in saes_of(chosen.release, chosen.match, "comparison_saes.match"):
+                if (block.source, block.release, block.sae_id) != ("sae_lens", item.release, item.sae_id):
+                    where = f"sae_lens:{item.release}:{item.sae_id}"
+                    yield self._compared(slugify(f"{item.release}_{item.sae_id}"), where, where)._replace(optional=True)
+
+    def write(self, planned: list[Planned], folder: Path) -> list[str]:
+        """Write all into a folder; names of those that are there."""
+        written = []
+        for item in planned:
+            try:
+                item.write(folder / item.name)
+                written.append(item.name)
+            except UserError as error:
+                if not item.optional:
+                    raise
+                self.warnings.append(f"{item.name} is left out: {error}")
+        return written
 
     def _trained_names(self) -> list[str]:
         names = self.params.comparison_saes.trained
@@ -302,10 +329,10 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
         f"{setup.name}: {line}"
         for line in fill_in(baseline, lm.name, f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post")
     ]
-    if baseline.cfg.is_crosscoder:
+    if baseline.cfg.is_crosscoder or baseline.cfg.is_part:
         raise UserError(
-            f"baseline_sae: {setup.name} is a crosscoder ({baseline.cfg.hooks}): controls and variants are made of a "
-            "baseline of one hook; compare it in comparison_saes"
+            f"baseline_sae: {setup.name} is a {baseline.cfg.kind} ({baseline.cfg.hooks}): controls and variants are made of "
+            "a baseline of one hook; compare it in comparison_saes"
         )
     _check_layer(params, baseline)
     check_fits(setup.name, baseline, lm, params.model.same_as)
@@ -314,9 +341,7 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     check_writable(output, [item.name for item in planned], "SAE names")
     contexts = preflight_contexts(lm, params)  # what the end needs is looked at first
     with replaced_folder(output) as folder:
-        for item in planned:
-            item.write(folder / item.name)
-        saes = {item.name: load_sae(folder / item.name, str(lm.device)) for item in planned}
+        saes = {name: load_sae(folder / name, str(lm.device)) for name in setup.write(planned, folder)}
         result = preflight(saes, setup.name, lm, params, contexts)
         warnings = setup.warnings + result.warnings
         manifest = make_manifest(saes)
@@ -325,13 +350,17 @@ def run_setup(params: Params, output: Path = PREPARED) -> dict[str, Any]:
     print(sae_table(manifest, result.report["saes"]))
     for line in warnings:
         print(f"warning: {line}")
-    hook = baseline.cfg.hook_name
     for line in (
-        *time_lines(params, lm, hook, saes, result.seconds_per_token),
+        *time_lines(params, lm, saes, result.seconds_per_token),
         *disk_lines(params, lm, saes, baseline.cfg.d_sae),
     ):
         print(line, flush=True)
     return manifest
+
+
+def layers_of(cfg: SAEConfig) -> int:
+    """Of a cross-layer transcoder the number of its layers; 1 of anything else."""
+    return len(cfg.hook_names) if cfg.is_cross_layer else 1
 
 
 def make_manifest(saes: dict[str, SparseAutoencoder]) -> dict[str, Any]:

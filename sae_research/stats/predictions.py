@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_research.lm import LanguageModel
+from sae_research.saes.cross_layer import CrossLayerTranscoder
 
 CHUNK_ELEMENTS = 4_000_000
 """Logits per step: small enough that a step's temporaries stay in the processor's caches."""
@@ -80,6 +81,32 @@ def replaced_logits(lm: LanguageModel, tokens: Tensor, sides: Mapping[str, Tenso
         return lambda own: put.to(own.dtype) if mask is None else torch.where(mask[..., None], put.to(own.dtype), own)
 
     return lm.edited_logits(tokens, {hook: putting(side) for hook, side in sides.items()})
+
+
+def replacement_logits(lm: LanguageModel, tokens: Tensor, sae: CrossLayerTranscoder, mask: Tensor | None = None) -> Tensor:
+    """Logits [batch, seq, vocab] of the replacement model of Ameisen et al. 2025: one run in which what each written layer's
+    MLP puts out is replaced by a cross-layer transcoder's reconstruction, made of the latents that its encoders find in that
+    same run. Where `mask` [batch, seq] does not hold, tokens have no latents and stay as that run has them."""
+    given: list[Tensor] = []
+    found: list[Tensor] = []
+
+    def reading(number: int) -> Callable[[Tensor], Tensor]:
+        def read(own: Tensor) -> Tensor:
+            given.append(own.float().clone())  # some families add to it in place
+            found.append(sae.encode_hook(number, given[-1], mask))
+            return own
+
+        return read
+
+    def writing(number: int) -> Callable[[Tensor], Tensor]:
+        def write(own: Tensor) -> Tensor:
+            put = sae.written_hook(number, torch.cat(found, dim=-1), given[number]).to(own.dtype)
+            return put if mask is None else torch.where(mask[..., None], put, own)
+
+        return write
+
+    edits = {hook: reading(number) for number, hook in enumerate(sae.cfg.hook_names)}
+    return lm.edited_logits(tokens, edits | {hook: writing(number) for number, hook in enumerate(sae.cfg.hooks_out)})
 
 
 def total(values: Tensor, mask: Tensor) -> float:

@@ -167,13 +167,21 @@ def _clusters(index: np.ndarray, count: int, tokens: Tensor, **about: Any) -> Cl
 
 
 class ReconstructionSums:
-    """One SAE's sums by cluster, for L0, variance explained, and cosine and bias about the mean."""
+    """One SAE's sums by cluster, for L0, variance explained, and cosine and bias about the mean.
 
-    def __init__(self, clusters: Clusters) -> None:
-        self.clusters = clusters
+    n_parts: of a crosscoder, its hooks: beside `residual` and `total` the same of each part of the dimensions, in
+    `residual@0`, `total@0`, ...
+    """
+
+    def __init__(self, clusters: Clusters, n_parts: int = 1) -> None:
+        self.clusters, self.n_parts = clusters, n_parts
         self.sums = {
             name: np.zeros(clusters.count) for name in ("tokens", "l0", "residual", "total", "cosine", "rebuilt", "shared")
         }
+        if n_parts > 1:
+            self.sums |= {
+                f"{name}@{part}": np.zeros(clusters.count) for name in ("residual", "total") for part in range(n_parts)
+            }
 
     @torch.no_grad()
     def update(self, contexts: Tensor, x: Tensor, x_hat: Tensor, z: Tensor, mask: Tensor, mean_D: Tensor) -> None:
@@ -188,6 +196,10 @@ class ReconstructionSums:
         # the norm of order 0 counts, five times as fast as `count_nonzero`
         self.sums["l0"] += add(torch.linalg.vector_norm(z, 0, dim=-1, dtype=torch.float32))
         self.sums["residual"] += add((x - x_hat).square().sum(-1))
+        for part in range(self.n_parts if self.n_parts > 1 else 0):
+            own, hat, mean = (side.chunk(self.n_parts, dim=-1)[part] for side in (x, x_hat, mean_D))
+            self.sums[f"residual@{part}"] += add((own - hat).square().sum(-1))
+            self.sums[f"total@{part}"] += add((own - mean).square().sum(-1))
         x, x_hat = x - mean_D, x_hat - mean_D
         total, rebuilt, shared = x.square().sum(-1), x_hat.square().sum(-1), (x * x_hat).sum(-1)
         self.sums["total"] += add(total)
@@ -215,11 +227,6 @@ def together(kept: T, removed: T) -> T:
             own = getattr(kept, name)
             setattr(total, name, own + value if isinstance(value, Tensor | int | float) else together(own, value))
     return total
-
-
-def rounded_list(values: Any) -> list[float]:
-    """Floats of a tensor with 6 significant digits, for files that are read by people and plots."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:

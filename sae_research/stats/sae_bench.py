@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_research.config.evaluation_params import EXACT_WIDTH
 from sae_research.saes import SparseAutoencoder
+from sae_research.saes.cross_layer import CrossLayerTranscoder
 from sae_research.saes.crosscoders import normalised
 
 CHUNK_ROWS = 2048
@@ -82,7 +83,10 @@ def _nearest(directions_FD: Tensor) -> Tensor:
 @torch.no_grad()
 def latent_weights(sae: SparseAutoencoder) -> LatentWeights:
     """Encoder norm and bias, cosine of encoder and decoder, and nearest neighbours of both. A transcoder's encoder and
-    decoder have no cosine: they lie at different hooks. A crosscoder's are those of normalised activations."""
+    decoder have no cosine: they lie at different hooks. A crosscoder's are those of normalised activations. A cross-layer
+    transcoder's neighbours are looked for layer by layer."""
+    if isinstance(sae, CrossLayerTranscoder) and sae.cfg.is_cross_layer:
+        return _by_layer(sae)
     W_enc, b_enc = sae.encoder_weights()
     encoder_FD, decoder_FD = W_enc.T.float(), normalised(sae.W_dec.float(), sae.cfg)
     if sae.cfg.is_crosscoder:  # what reads x reads scale * x with its weights divided
@@ -100,6 +104,17 @@ def latent_weights(sae: SparseAutoencoder) -> LatentWeights:
             )
         )
     )
+
+
+def _by_layer(sae: CrossLayerTranscoder) -> LatentWeights:
+    """`latent_weights` of a cross-layer transcoder: latents of one layer read one hook, and write the same ones."""
+    encoder_FD, layers = sae.W_enc.T.float(), range(len(sae.cfg.hook_names))
+    nearest = (
+        torch.cat([_nearest(rows_FD) for rows_FD in sides])
+        for sides in (encoder_FD.split(sae.width), (sae.decoder_rows(layer).float() for layer in layers))
+    )
+    apart = torch.full((sae.cfg.d_sae,), torch.nan)
+    return LatentWeights(*(value.cpu() for value in (sae.b_enc.float(), encoder_FD.norm(dim=1), apart, *nearest)))
 
 
 class SaeBenchStats:
@@ -199,8 +214,7 @@ def misc_metrics(density_F: Tensor, weights: LatentWeights) -> dict[str, float]:
 
 def _mean_of_measured(cosines_F: Tensor) -> float:
     """Over the latents that were looked at: all of them but in very wide dictionaries."""
-    rows = measured_rows(len(cosines_F))
-    return (cosines_F if len(rows) == len(cosines_F) else cosines_F[rows]).mean().item()
+    return cosines_F[~cosines_F.isnan()].mean().item()
 
 
 def feature_details(density_F: Tensor, consistent_F: Tensor, weights: LatentWeights) -> list[dict[str, float]]:

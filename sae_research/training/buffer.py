@@ -1,21 +1,22 @@
 """A place's share of the activation stream: shuffled rows in a bounded buffer, normalised, and their principal components.
 
-A place is a hook, the two hooks of a transcoder, or all of a crosscoder (`Train.place_of`). What a linear code of n
-components explains of what is to be reconstructed is the reference for an SAE.
+A place is a hook, the two hooks of a transcoder, or all of a crosscoder or cross-layer transcoder (`Train.place_of`). What a
+linear code of n components explains of what is to be reconstructed is the reference for an SAE; across layers there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask
-from sae_research.config.training import ARROW, hooks_at
+from sae_research.config.training import ARROW, PLUS, hooks_at
 from sae_research.lm import LanguageModel, median_activation_norm, token_mask
-from sae_research.lm.hooks import check_pair
+from sae_research.lm.hooks import check_pair, parse_hook
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import fingerprint
 from sae_research.text.tokens import StoredContexts
@@ -82,7 +83,7 @@ class Calibration(NamedTuple):
     mean_norm: float
     """Mean norm of the chunk's counted activations, model units."""
     further: Sequence[Sequence[float]] = ()
-    """(median norm, factor) of what a transcoder writes, or at a crosscoder's further hooks; the first two fields are then
+    """(median norm, factor) of what a transcoder writes, or at further hooks of several; the first two fields are then
     those of the first hook, and `mean_norm` of all that is read."""
 
     @property
@@ -128,7 +129,7 @@ class HookBuffer:
         self.d_hook, self.n_tokens = lm.d_in(self.hooks[0]), tokens.numel()
         self.width = self.d_hook * len(self.hooks)
         """Of a row."""
-        self.d_in = self.d_hook if ARROW in hook else self.width
+        self.d_in = self.width // 2 if ARROW in hook else self.width
         """What a dictionary reads of a row, and what it writes."""
         _check_hooks(lm, hook)
         self.tokens_read = self.rows_read = self.rows_served = self.held = 0
@@ -139,7 +140,8 @@ class HookBuffer:
         self.full = max(params.train.buffer_tokens, 2 * params.train.batch_size)
         # In the model's precision: half the memory in bfloat16, and nothing is lost.
         self.bank = torch.empty(self.full + chunk_tokens, self.width, dtype=lm.dtype, device=device)
-        self.pca = StreamingPCA(self.d_in, device)
+        # of all layers together it would take longer than the training
+        self.pca = StreamingPCA(0 if ARROW in hook and PLUS in hook else self.d_in, device)
         self.follow_pca = True
         self.calibration: Calibration
 
@@ -240,7 +242,7 @@ class HookBuffer:
         if self.order is None:
             return None
         acts = self._normalised(self.bank[self.order[self.cursor : self.cursor + size]].float())
-        if self.follow_pca and self.rows_served // size % PCA_EVERY == 0:
+        if self.follow_pca and len(self.pca.sum_D) and self.rows_served // size % PCA_EVERY == 0:
             self.pca.update(acts[:, -self.d_in :])
         progress = (self.rows_served + size / 2) / self.expected_rows
         self.cursor += size
@@ -283,10 +285,15 @@ def _check_hooks(lm: LanguageModel, place: str) -> None:
     """Raises `UserError` for two hooks that are no transcoder's, or hooks of several widths."""
     hooks, key = hooks_at(place), "hook_out" if ARROW in place else "hook_names"
     if ARROW in place:
+        key += "s" if PLUS in place else ""
         try:
-            check_pair(*hooks)
+            for read, written in zip(hooks[: len(hooks) // 2], hooks[len(hooks) // 2 :], strict=True):
+                check_pair(read, written)
+            layers = [parse_hook(hook)[0] for hook in hooks[: len(hooks) // 2]]
+            if any(later <= earlier for earlier, later in pairwise(layers)):
+                raise UserError(f"a cross-layer transcoder's hooks stand in the order of their layers, one a layer: {place}")
         except UserError as error:
-            raise UserError(f"train.saes: hook_out: {error}") from None
+            raise UserError(f"train.saes: {key}: {error}") from None
     for hook in hooks[1:]:
         if lm.d_in(hook) != lm.d_in(hooks[0]):
             raise UserError(

@@ -80,7 +80,7 @@ def finetune(
     learning_rate: Adam's at its highest, of weights in the model's units over sqrt of their mean square. Raises `UserError`
     where the text ends, the loss is not finite, or the form cannot learn.
     """
-    if sae.cfg.is_crosscoder:
+    if sae.cfg.is_crosscoder or sae.cfg.is_cross_layer:
         sae.cfg.check_one_hook("end-to-end fine-tuning")
     names = learnable(sae, tensors)
     size, held_out = params.model.llm_batch_size, HELD_OUT

@@ -137,9 +137,9 @@ def evaluate(
                 "fraction_silent_at_end": sae.fraction_silent,
                 "held_out": {key: value for key, value in stats[sae.name].metrics().items() if key in REPORTED},
             }
-            if (trained := saes[sae.name]).cfg.is_crosscoder:
+            if len((trained := saes[sae.name]).cfg.hooks_out) > 1:
                 report["saes"][sae.name]["by_hook"] = crosscoders.hooks_of(trained, stats[sae.name])
-        explained = pca_variance_explained(buffer.pca, buffer.written(rows_ND), PCA_COMPONENTS)
+        explained = pca_variance_explained(buffer.pca, buffer.written(rows_ND), PCA_COMPONENTS) if buffer.pca.n else {}
         report["hooks"][hook] = {
             "fraction_tokens_kept": buffer.fraction_kept,
             "pca_reference": {str(n): value for n, value in explained.items()},
@@ -199,7 +199,7 @@ def loss_recovered(
     `loss_recovered` is `(ce_zero - ce_patched) / (ce_zero - ce_clean)`, left out where that is 0/0. One clean pass
     serves all SAEs, one ablated pass all SAEs of a hook. Empty when `train.evaluate_tokens` is 0.
 
-    Of a crosscoder these are with all hooks replaced; `by_hook` has them with one replaced alone.
+    Of what writes several hooks these are with all replaced; `by_hook` has them with one replaced alone.
     """
     n = min(len(held_out.tokens), -(-params.train.evaluate_tokens // held_out.tokens.shape[1]))
     if n == 0:
@@ -237,8 +237,8 @@ def _sums_at(
     clean: CleanPredictions,
     lm: LanguageModel,
 ) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(name, "", sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one place; of a crosscoder also
-    (name, hook, sums) with that hook alone replaced."""
+    """(name, "", sums of `prediction_sums`) of the contexts `chosen`, for SAEs of one place; of several hooks also
+    (name, hook, sums) with that one alone replaced."""
     tokens = held_out.tokens[chosen].to(lm.device)
     mask = held_out.mask[place][chosen].to(lm.device)
     acts, written = _sides(place, held_out.acts[place][chosen].to(lm.device).float())
@@ -248,8 +248,8 @@ def _sums_at(
 
     first = next(iter(saes.values()))
     x, counted = acts.to(first.W_dec.device), mask.to(first.W_dec.device)
-    if first.cfg.is_crosscoder:
-        zero = crosscoders.zeroed(acts, first, mask, tokens, clean, lm)
+    if len(first.cfg.hooks_out) > 1:
+        zero = crosscoders.zeroed(written, first, mask, tokens, clean, lm)
         for name, z in encode_each(saes, x, counted):
             x_hat = saes[name].reconstruct(x, counted, z).to(lm.device, acts.dtype)
             for replaced, sums in crosscoders.replaced_sums(saes[name], x_hat, mask, tokens, clean, lm, zero):
@@ -296,7 +296,7 @@ def _result(
 ) -> dict[str, Any]:
     provenance = sae.cfg.provenance
     figures = dict(predictions)
-    if sae.cfg.is_crosscoder:
+    if len(sae.cfg.hooks_out) > 1:
         lost = figures.pop("by_hook", {})
         figures["by_hook"] = {hook: of_hook | lost.get(hook, {}) for hook, of_hook in entry["by_hook"].items()}
     return round_significant(

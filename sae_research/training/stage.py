@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sae_research.config.params import Params, TokenMask, check_sizes
+from sae_research.config.training import PLUS
 from sae_research.lm import LanguageModel, pick_device, token_mask
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
@@ -44,6 +45,7 @@ from sae_research.training.group import OtherRanks, RankLost
 from sae_research.training.loop import Snapshots, Stop, StopSignals, Trainer
 from sae_research.training.products import pass_dtype
 from sae_research.training.ranks import number_of_ranks, other_ranks, shared_contexts
+from sae_research.training.recipes.cross_layer import CrossLayer
 from sae_research.training.session import load_model, open_session, training_seed, training_text
 from sae_research.training.stream import ActivationStream
 from sae_research.training.tracking import DENSITY_TOKENS, Tracker, density_on, tracked
@@ -247,12 +249,13 @@ def check_comparison(params: Params, lm: LanguageModel) -> None:
     name = params.baseline_sae.name
     if params.baseline_sae.source == "trained" and name in params.train.saes:
         config = params.train.saes[name]
-        if config.hook_names is not None:
+        if config.hook_names is not None and config.written is None:
             raise UserError(
                 f"baseline_sae.name: {name} is a crosscoder; controls and variants are made of a baseline of one hook"
             )
-        width = lm.d_in(params.train.hook_of(name))
-        check_sizes(params, width, config.d_sae, config.hook_out is not None)
+        hooks = params.train.hook_of(name).split(PLUS)
+        layers = len(hooks) if config.written is not None else 1
+        check_sizes(params, lm.d_in(hooks[0]), config.d_sae // layers, config.written is not None)
 
 
 def check_room(params: Params, lm: LanguageModel, output: Path) -> None:
@@ -308,8 +311,9 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
         d_sae=config.d_sae,
         model_name=params.model.name,
         hook_name=params.train.hook_of(sae.name),
-        hook_out=config.hook_out or "",
-        hook_scales=tuple(buffer.calibration.scales) if config.hook_names else (),
+        hook_out=config.written or "",
+        d_out=buffer.d_in,
+        hook_scales=tuple(buffer.calibration.scales) if config.hook_names and not config.written else (),
         apply_b_dec_to_input=sae.recipe.reads_b_dec,
         context_size=params.text.context_size,
         options=sae.recipe.options(),
@@ -321,6 +325,9 @@ def _exported(sae: TrainingSAE, lm: LanguageModel, params: Params, stream: Activ
             "activation_norm": round_significant(buffer.calibration.mean_norm),
         },
     )
+    if cfg.is_cross_layer:
+        assert isinstance(sae.recipe, CrossLayer)  # no other recipe takes `hook_outs`
+        return sae.recipe.export_layers(buffer.calibration.scales, cfg)
     if cfg.is_transcoder:
         read_scale, scale = buffer.calibration.scales
         return sae.recipe.export(scale, cfg, read_scale)

@@ -1,8 +1,7 @@
-"""The site in a real browser, opened from disk: headless Chromium (Debian's package), driven by Playwright."""
+"""The site in a real browser, opened from disk."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,14 +15,11 @@ from sae_research.analysis.dashboard.site import write_dashboard, write_index, w
 from sae_research.analysis.store import load_stats
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
+from tests.helpers.browser import chromium, needs_chromium, sync_api, watched_page
 from tests.helpers.dashboards import content, small
 from tests.helpers.tiny_saes import tiny_sae
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM"
-)
+pytestmark = needs_chromium
 COLOURS = """['backgroundColor', 'color'].map(
     one => getComputedStyle(document.body)[one].match(/\\d+/g).slice(0, 3).map(Number))"""
 
@@ -51,27 +47,14 @@ def site(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        # --no-sandbox: the sandbox refuses root, as in containers
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser: sync_api.Browser) -> Iterator[sync_api.Page]:
-    """A page that fails the test for an error, a warning, or anything asked for outside the disk."""
-    trouble: list[str] = []
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else trouble.append(request.url))
-    page.on("requestfailed", lambda request: trouble.append(f"failed: {request.url}"))
-    yield page
-    context.close()
-    assert trouble == []
+    with watched_page(browser) as page:
+        yield page
 
 
 def ready(page: sync_api.Page, what: str) -> None:

@@ -124,7 +124,7 @@ def test_a_transcoder_has_controls_of_its_kind_and_no_variants(project: Params) 
 def test_a_crosscoder_is_as_wide_as_its_hooks_together(project: Params) -> None:
     hooks = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
     one = {"recipe": "batch_top_k", "d_sae": 64, "k": 4, "learning_rate": 0.003}
-    found = {}
+    found, core = {}, {}
     for entry in ({**one, "hook_names": hooks}, {**one, "hook_name": hooks[1]}):
         saes = {"standard": {"recipe": "standard", "d_sae": 64, "l1_coefficient": 0.1}, "one": entry}
         changes = {"train": {"saes": saes}, "comparison_saes": {"trained": ["all"]}}
@@ -133,8 +133,27 @@ def test_a_crosscoder_is_as_wide_as_its_hooks_together(project: Params) -> None:
         shape = model_shape("m", model_config(params.model.name))
         rows = {row.stage: row for row in make_plan(params, shape, planned_saes(params, 256), device_by_name("L4"), 1).rows}
         found[planned.d_in] = rows["train"].flops
-        assert planned.hook == hooks[1]
-    assert set(found) == {256, 512} and found[512] > found[256]
+        several = len(planned.at.read) > 1
+        assert planned.hook == hooks[1] and several == ("hook_names" in entry)
+        scored = {name: int(rows[name].note.split()[0]) for name in ("core", "sparse_probing")}
+        assert scored["core"] - scored["sparse_probing"] == several, "probing takes no crosscoders"
+        core[several] = rows["core"].flops
+    assert set(found) == {256, 512} and found[512] > found[256] and core[True] > core[False]
+
+
+def test_a_cross_layer_transcoder_is_as_wide_as_its_layers_together(project: Params) -> None:
+    read, written = ([f"blocks.{layer}.{kind}" for layer in (1, 2)] for kind in ("mlp.hook_in", "hook_mlp_out"))
+    one = {"recipe": "cross_layer", "d_sae": 64, "sparsity_coefficient": 1.0, "hook_names": read, "hook_outs": written}
+    changes = {"train": {"saes": {"one": one}}, "baseline_sae": {"source": "trained", "name": "one", "hook_layer": 1}}
+    params = Params.model_validate(project.model_dump() | changes | {"comparison_saes": {"trained": ["all"]}})
+    planned = planned_saes(params, 256)
+    names = [sae.name for sae in planned if "pca" in sae.name or not sae.name.startswith("control_")]
+    assert names == ["one"] and planned[-1].name == "control_linear_map"
+    assert planned[0].d_in == 512 and planned[0].written == " + ".join(written)
+    shape = model_shape("m", model_config(params.model.name))
+    rows = {row.stage: row for row in make_plan(params, shape, planned, device_by_name("L4"), 1).rows}
+    assert rows["train"].flops > 0 and rows["core"].seconds > 0
+    assert params.train.saes["one"].n_weights(512) == 64 * 256 + 3 * 32 * 256
 
 
 def test_what_fits_does_fit(project: Params) -> None:

@@ -40,6 +40,7 @@ def test_the_committed_file_names_every_section_and_key() -> None:
         ("train: {saes: {Bad-Name: {recipe: standard, d_sae: 8, l1_coefficient: 1}}}", "Bad-Name"),
         ("train: {saes: {a: {recipe: top_k, d_sae: 8, k: 9}}}", "k = 9 exceeds d_sae = 8"),
         ("comparison_saes: {sae_regex_pattern: x}", "go together"),
+        ("comparison_saes: {match: x}", "match chooses among the ids of `release`"),
         ("controls: {names: [unknown]}", r"controls\.names"),
         ("model: [", "not valid YAML"),
         ("just text", "expected keys and values"),

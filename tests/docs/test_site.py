@@ -4,7 +4,6 @@ nothing from elsewhere, fit a phone and find things. Its reference pages are wha
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +12,8 @@ from pathlib import Path
 import pytest
 
 from sae_research.cli import reference
+from tests.helpers.browser import chromium, needs_chromium, sync_api
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-in_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM"
-)
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,13 +36,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
-@in_browser
+@needs_chromium
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_every_page_opens_from_disk_and_fits(site: Path, browser: sync_api.Browser, scheme: str, width: int) -> None:
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 844}, offline=True)
@@ -71,7 +64,7 @@ def test_every_page_opens_from_disk_and_fits(site: Path, browser: sync_api.Brows
     context.close()
 
 
-@in_browser
+@needs_chromium
 def test_the_search_finds_a_metric(site: Path, browser: sync_api.Browser) -> None:
     page = browser.new_page(offline=True)
     page.goto((site / "index.html").as_uri())

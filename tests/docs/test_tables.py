@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cluster, default_run, growth, model_difference
+from benchmarks import cluster, default_run, dictionaries, growth, model_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[2]
             model_difference.END,
             model_difference.table,
         ),
+        (dictionaries.RECORD, dictionaries.PAGE, dictionaries.BEGIN, dictionaries.END, dictionaries.table),
     ],
-    ids=["default_run", "cluster", "growth", "model_difference"],
+    ids=["default_run", "cluster", "growth", "model_difference", "dictionaries"],
 )
 def test_a_table_is_that_of_its_record(record: Path, page: Path, begin: str, end: str, table: Callable[[Path], str]) -> None:
     shown = (ROOT / page).read_text().split(begin)[1].split(end)[0].strip()

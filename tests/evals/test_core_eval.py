@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_research.evals import harness
-from sae_research.evals.core import evaluation
+from sae_research.evals.core import evaluation, predictions
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
@@ -91,7 +91,7 @@ def test_interruption_keeps_what_was_finished(lm: LanguageModel, make_params: An
     want = run(everything(), lm, make_params(activation_caching={"enabled": False}))
     for path in harness.ResultCache("core_predictions").folder.iterdir():
         path.unlink()
-    real, calls = evaluation._SharedPredictions._made, []
+    real, calls = predictions.SharedPredictions._made, []
 
     def failing(*args: Any) -> Any:
         calls.append(1)
@@ -99,10 +99,10 @@ def test_interruption_keeps_what_was_finished(lm: LanguageModel, make_params: An
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(evaluation._SharedPredictions, "_made", failing)
+    monkeypatch.setattr(predictions.SharedPredictions, "_made", failing)
     with pytest.raises(KeyboardInterrupt):
         run(everything(), lm, params)
-    monkeypatch.setattr(evaluation._SharedPredictions, "_made", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(predictions.SharedPredictions, "_made", lambda *args: calls.append(1) or real(*args))
     calls.clear()
     assert run(everything(), lm, params) == want
     assert len(calls) == 1, "the first batch came from the cache"

@@ -13,6 +13,7 @@ import sae_research
 from sae_research.analysis.context import AnalysisContext
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.params import Params
+from sae_research.evals.core import evaluate
 from sae_research.evals.harness import PreparedSAEs, by_hook, by_read_hook
 from sae_research.evals.run import evaluation_function
 from sae_research.lm import LanguageModel, token_mask
@@ -99,7 +100,12 @@ def params(make_params: Any) -> Params:
 
 
 def hooks_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return result["eval_result_unstructured"]["lab_v1"]["by_hook"]
+    """Metrics by hook, each as `lab` has them of all hooks."""
+    metrics = result["eval_result_unstructured"]["lab_v1"]["metrics"]
+    hooks = dict.fromkeys(key.partition("@")[2] for key in metrics if "@" in key)
+    return {
+        hook: {key.partition("@")[0]: value for key, value in metrics.items() if key.endswith(f"@{hook}")} for hook in hooks
+    }
 
 
 def test_exact_mean_and_zero_reconstructions(lm: LanguageModel, params: Params) -> None:
@@ -169,6 +175,31 @@ def test_core_against_a_plain_reference(lm: LanguageModel, params: Params) -> No
     for number, hook in enumerate(HOOKS):
         expected = reference(sae, lm, tokens, (number,))
         assert {key: hooks_of(found)[hook][key] for key in expected} == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+def test_every_figure_at_a_hook_has_its_interval(lm: LanguageModel, make_params: Any) -> None:
+    """Each context is a cluster: sums over it, by a loop, and the interval around the figure."""
+    core_eval = {"batch_size_prompts": 6, "n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1}
+    params = make_params(token_mask={"outlier_norm_multiple": None}, core_eval=core_eval)
+    sae, tokens = random_crosscoder(), texts(lm, params)[:12]
+    ((_, result),) = evaluate({"sae": sae}, lm, params, tokens=tokens)
+    got = result["eval_result_unstructured"]["lab_v1"]
+    keys = {"variance_explained", "kl", "ce_delta", "loss_recovered", "loss_recovered_mean_ablation"}
+    assert {key for key in got["intervals"] if "@" in key} == {f"{key}@{hook}" for key in keys for hook in HOOKS}
+    for key, (low, high) in got["intervals"].items():
+        sums = got["cluster_sums"][key]
+        assert len(sums["numerator"]) == 6 and low < got["metrics"][key] < high
+        assert sum(sums["numerator"]) / sum(sums["denominator"]) == pytest.approx(got["metrics"][key], rel=1e-4)
+    late = tokens[6:]
+    acts, mask = torch.cat([lm.activations(late, hook) for hook in HOOKS], -1), counted(lm, late)
+    errors, spread = (acts - sae.reconstruct(acts)).square(), (acts - acts[mask].mean(0)).square()
+    for number, hook in enumerate(HOOKS):
+        side = slice(D * number, D * (number + 1))
+        left, total = ([float(own[m][:, side].sum()) for own, m in zip(x, mask, strict=True)] for x in (errors, spread))
+        sums, unit = got["cluster_sums"][f"variance_explained@{hook}"], SCALES[number] ** 2
+        assert sums["denominator"] == pytest.approx([unit * value for value in total], rel=1e-4)
+        explained = [unit * (whole - part) for whole, part in zip(total, left, strict=True)]
+        assert sums["numerator"] == pytest.approx(explained, rel=1e-3)
 
 
 def test_beside_others_in_one_call_and_with_other_scales(lm: LanguageModel, make_params: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from sae_research.config.params import Params
 from sae_research.evals import absorption, autointerp, core, harness, meta_sae, sae_probes, scr_tpp, sparse_probing
 from sae_research.evals.absorption import evaluation as absorption_module
+from sae_research.evals.core.group import core_text
 from sae_research.evals.harness import PreparedSAEs, Scores, by_hook
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
@@ -62,7 +63,7 @@ class Counter:
 
 
 def windows_of(saes: PreparedSAEs, lm: LanguageModel, params: Params, stage: StageFolder) -> Iterator[tuple[str, Any]]:
-    tokens = core.evaluation._text(lm, params, None).tokens
+    tokens = core_text(lm, params, None).tokens
     yield from ((name, found.to_plain()) for name, found in autointerp.find_windows(saes, lm, params, tokens).items())
 
 

@@ -22,6 +22,23 @@ PIPELINE = """stages:
 """
 
 
+def test_saes_that_no_run_made_are_not_removed(tmp_path: Path) -> None:
+    """Before DVC is asked: applying would replace the folder."""
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t", "commit", "-qm", "x", "--allow-empty"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    for folder in (".dvc", "trained_saes/topk", "trained_saes/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "trained_saes/training_report.json").write_text('{"saes": {"topk": {}}}')
+    with pytest.raises(UserError, match=r"trained_saes/mine: no run trained it here, .* move it out of trained_saes/"):
+        apply_experiment(tmp_path, "any")
+    (tmp_path / "trained_saes/mine").rmdir()
+    with pytest.raises(UserError, match="no experiment 'any'; there is none yet"):
+        apply_experiment(tmp_path, "any")
+
+
 @pytest.mark.slow
 def test_an_experiment_of_some_stages_is_applied(tmp_path: Path) -> None:
     def run(folder: Path, *command: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_research.experiments.release import entries
 from sae_research.experiments.release_board import front, published_rows
 from sae_research.reporting.results import Row
 from sae_research.runtime.errors import UserError
@@ -20,6 +19,7 @@ from sae_research.runtime.files import read_json, write_json
 from sae_research.saes import SparseAutoencoder, save_sae
 from sae_research.saes.config import SAEConfig
 from sae_research.saes.registry import form_class
+from sae_research.saes.releases import saes_of
 from tests.helpers.experiments import ROOT
 from tests.helpers.hub_server import hub_env, serve_hub
 
@@ -27,13 +27,14 @@ D_IN, D_SAE = 32, 48
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 IDS = ("l0_relu", "l0_topk", "l0_jumprelu", "l0_transcoder", "l1_relu", "l1_topk")
 MORE_TEXT = ["-S", "core_eval.n_eval_reconstruction_batches=8", "-S", "core_eval.n_eval_sparsity_variance_batches=8"]
-COMMAND = """
+DIRECTORY = """
 import json, sys
-from sae_research.experiments import release
 from sae_research.saes import releases
 directory = {"lab/six": {"model": "tiny", "repo_id": "lab/six", "saes": [{"id": name, "path": name} for name in %s]}}
-releases.release_directory = release.release_directory = lambda: directory
+releases.release_directory = lambda: directory
 releases.released_saes.cache_clear()
+"""
+COMMAND = """
 from sae_research.__main__ import main
 from sae_research.runtime.errors import run_main
 sys.argv = ["sae-research", "evaluate-release", "lab/six", *sys.argv[1:]]
@@ -79,7 +80,7 @@ def run(project: Path, url: str, *arguments: str) -> subprocess.CompletedProcess
         *MORE_TEXT,
         *arguments,
     ]
-    command = [sys.executable, "-c", COMMAND % (list(IDS),), *given]
+    command = [sys.executable, "-c", DIRECTORY % (list(IDS),) + COMMAND, *given]
     return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=False)
 
 
@@ -105,6 +106,44 @@ def test_a_release_becomes_one_leaderboard(served: Path, tiny_inputs: Path, tmp_
         assert again.returncode == 0 and "not opened" not in again.stdout, again.stdout + again.stderr
         assert len(requests) == done and "core" not in again.stderr, "nothing is fetched or scored again"
         assert (folder / "leaderboard.csv").read_text().count("l0_topk") > 5
+
+
+PIPELINE = """
+from sae_research.config.params import check_params, read_params
+from sae_research.evals.run import run_evaluation
+from sae_research.experiments.config_files import over, parse_overrides
+from sae_research.setup import run_setup
+params = check_params(over(read_params("params.yaml"), parse_overrides(sys.argv[1:])), "params.yaml")
+run_setup(params)
+run_evaluation("core", params)
+"""
+
+
+def test_the_pipeline_takes_a_release(served: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    """As `comparison_saes.release` with one of its dictionaries as the baseline; what cannot be opened is left out."""
+    (tmp_path / "six/l1_topk/sae_weights.safetensors").write_bytes(b"cut short")
+    chosen = ["baseline_sae.source=sae_lens", "baseline_sae.release=lab/six", "baseline_sae.sae_id=l0_relu"]
+    off = [f"sae_variants.{name}.enabled=false" for name in ("ihtp", "mpsae", "omp")]
+    chosen += ["baseline_sae.hook_layer=0", "baseline_sae.name=l0_relu", "comparison_saes.trained=[]", "controls.names=[]"]
+    overrides = [*chosen, *off, "comparison_saes.release=lab/six", "comparison_saes.match=_relu|topk"]
+    with serve_hub({"models": {"lab/six": tmp_path / "six"}}, []) as url:
+        env = {**os.environ, **hub_env(url, served), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-c",
+            DIRECTORY % (list(IDS),) + PIPELINE,
+            *overrides,
+            f"model.name={tiny_inputs / 'tiny'}",
+        ]
+        done = subprocess.run(command, cwd=served, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = read_json(served / "downloaded_saes/manifest.json")["order"]
+    assert names == ["l0_relu", "lab_six_l0_topk", "lab_six_l1_relu"]
+    (warning,) = [line for line in done.stdout.splitlines() if "left out" in line]
+    assert "lab_six_l1_topk is left out" in warning and "damaged weights" in warning
+    assert sorted(path.name for path in (served / "eval_results/core").glob("*_eval_results.json")) == sorted(
+        f"{name}_eval_results.json" for name in names
+    )
 
 
 def test_published_results_stand_beside(tmp_path: Path) -> None:
@@ -140,4 +179,4 @@ def test_the_front_holds_what_nothing_sparser_beats() -> None:
 )
 def test_what_is_not_there_is_said_in_a_line(release: str, match: str | None, line: str) -> None:
     with pytest.raises(UserError, match=line):
-        entries(release, match)
+        saes_of(release, match, "--match")

@@ -95,6 +95,12 @@ def test_a_dry_run_plans_and_starts_nothing(params_only: Path, capsys: pytest.Ca
         main(["sweep", "--sweep_config", sweep, "--devices", "cpu"])
 
 
+def test_a_hook_that_the_model_lacks_is_refused_before_anything_starts(params_only: Path) -> None:
+    sweep = write(params_only / "k.yaml", "train.hook_name: [blocks.1.hook_resid_post, blocks.99.hook_resid_post]\n")
+    with pytest.raises(UserError, match=r"k.yaml, .*hook blocks.99.hook_resid_post: .* has layers 0 to \d+"):
+        main(["sweep", "--sweep_config", sweep, "--devices", "cpu", "--dry_run"])
+
+
 def test_a_sweep_in_one_format_over_a_base_in_the_other_is_refused(params_only: Path) -> None:
     base = write(params_only / "relu.yaml", README_CONFIG)
     sweep = write(params_only / "k.yaml", "train.tokens: [2000, 3000]\n")

@@ -24,7 +24,7 @@ from tests.helpers.dvc_project import ENV, make_project, run
 
 KILLS = 10
 REPRO = (sys.executable, "-m", "sae_research", "repro")
-RESULTS = ("METRICS.md", "metrics", "images")
+RESULTS = ("METRICS.md", "metrics", "images", "report")
 
 
 def results(project: Path) -> dict[str, bytes]:

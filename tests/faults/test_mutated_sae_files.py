@@ -25,6 +25,8 @@ from sae_research.saes.formats.dictionary_learning import export_dictionary_lear
 from sae_research.saes.layouts import open_place
 from tests.helpers.mutations import changed_mapping
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
+from tests.saes import test_cross_layer_formats as cross_layer
+from tests.saes import test_crosscoder_formats as crosscoders
 from tests.saes.test_formats import gemma_scope_2_folder, llamascopium_folder, sparsify_folder
 
 KEYS = [
@@ -134,20 +136,32 @@ FOLDERS: dict[str, Folder] = {
     "dl_gated": lambda folder: export_dictionary_learning(make_sae("gated"), folder),
     **{
         f"own_{form}": lambda folder, form=form: save_sae(make_sae(form), folder)
-        for form in ("standard", "topk", "jumprelu", "matching_pursuit")
+        for form in ("standard", "topk", "jumprelu", "matching_pursuit", "cross_layer")
     },
     "sparsify": sparsify_folder,
     "llamascopium": llamascopium_folder,
     "gemma_scope_2": gemma_scope_2_folder,
+    "llamascopium_crosscoder": crosscoders.llamascopium_folder,
+    "dl_crosscoder": lambda folder: crosscoders.dictionary_learning_folder(folder, "SAE", 3, hook_names=crosscoders.HOOKS),
+    "gemma_scope_2_crosscoder": crosscoders.gemma_scope_folder,
+    "circuit_tracer_cross_layer": lambda folder: cross_layer.circuit_tracer_folder(folder, cross_layer.weights(), True),
+    "gemma_scope_2_cross_layer": lambda folder: cross_layer.gemma_scope_folder(folder.parents[2], cross_layer.weights()),
+    "llamascopium_cross_layer": lambda folder: cross_layer.llamascopium_folder(folder, cross_layer.weights()),
 }
-PLACES = {"sparsify": "layers.1", "gemma_scope_2": "gemma-scope-2-1b-it/transcoder/layer_4_width_16k_l0_big_affine"}
+PLACES = {
+    "sparsify": "layers.1",
+    "gemma_scope_2": "gemma-scope-2-1b-it/transcoder/layer_4_width_16k_l0_big_affine",
+    "gemma_scope_2_crosscoder": crosscoders.GEMMA,
+    "gemma_scope_2_cross_layer": "gemma-scope-2-1b-pt/clt/width_16k_l0_medium",
+}
 """Names of folders from which a reader takes what no file says."""
 
 
 def read(folder: Path) -> tuple[torch.Tensor, ...]:
     (sae,) = open_place(folder).values()
-    z = sae.encode(X)
-    return z, sae.reconstruct(X, z=z), torch.tensor(sae.cfg.hook_layer)
+    x = X.repeat(1, 1, sae.cfg.d_in // D_IN)
+    z = sae.encode(x)
+    return z, sae.reconstruct(x, z=z), torch.tensor(sae.cfg.hook_layer)
 
 
 def mutate_config(path: Path, rng: random.Random) -> str:
@@ -193,7 +207,9 @@ def mutate_weights(path: Path, rng: random.Random) -> str:
         elif kind != "drop":
             state[name] = {
                 "cast": lambda: tensor.to(rng.choice([torch.int64, torch.bool, torch.complex64])),
-                "transpose": lambda: tensor.T.contiguous() if tensor.dim() == 2 else tensor[None],
+                "transpose": lambda: (
+                    tensor.T.contiguous() if tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1] else tensor[None]
+                ),  # a square one says nothing
                 "nan": lambda: torch.full(tensor.shape, rng.choice([torch.nan, torch.inf])),
                 "size": lambda: torch.cat([tensor, tensor]) if tensor.dim() else tensor.expand(3).clone(),
             }[kind]()

@@ -111,7 +111,7 @@ def copy_files(folder: Path) -> None:
         check=True,
     ).stdout.split("\0")
     for name in filter(None, files):
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "images/", "METRICS.md", "dvc.lock")):
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "images/", "report/", "METRICS.md", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
 

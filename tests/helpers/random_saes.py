@@ -71,6 +71,12 @@ def make_sae(form: str, seed: int = 0, unit: bool = True, **config: Any) -> Spar
     }
     if form == "mapped_matching_pursuit":  # its atoms are the columns of W_enc
         pool["W_enc"] = torch.nn.functional.normalize(pool["W_enc"], dim=0)
+    if form == "cross_layer":  # of two layers
+        pool |= {"W_enc": pool["W_enc"][: D_IN // 2], "W_dec": torch.randn(3 * D_SAE // 2, D_IN // 2, generator=g)}
+        read, written = (
+            " + ".join(f"blocks.{layer}.{kind}" for layer in (0, 1)) for kind in ("mlp.hook_in", "hook_mlp_out")
+        )
+        config = {"hook_name": read, "hook_out": written, "apply_b_dec_to_input": False} | config
     cls = form_class(form)
     cfg = SAEConfig(
         form=form,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sae_research.config.reporting import Visualization
+from sae_research.reporting.metrics import EVALS
 from sae_research.reporting.results import Run, merge, read_run
 from sae_research.stats.intervals import accuracy, interval, packed, ratio, stored
 
@@ -372,6 +373,16 @@ class Lab:
                 "saes": {sae: {"held_out": {"l0": 40.0, "variance_explained": 0.7}} for sae in ("standard", "topk")},
             },
         )
+
+
+def complete(root: Path) -> Lab:
+    """Core and sparse probing finished for all SAEs, the optional ones disabled, two SAEs trained here."""
+    built = Lab(root)
+    built.write("params.yaml", "visualization: {dpi: 80, width_inches: 7.0, height_inches: 4.6, architectures: {}}\n")
+    for name in EVALS:
+        built.evaluate(name) if name in ("core", "sparse_probing") else built.disable(name)
+    built.train()
+    return built
 
 
 STYLE = Visualization(dpi=60)

@@ -24,7 +24,7 @@ def make_tiny_model(folder: str | Path, d_model: int = 32, n_layers: int = 3, se
     """Save a random Llama and a byte-level BPE tokenizer with `<|endoftext|>`;
     `load_language_model(str(folder))`."""
     folder = Path(folder)
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         hidden_size=d_model,
         intermediate_size=2 * d_model,
@@ -56,7 +56,8 @@ def make_tiny_text(folder: str | Path, n_documents: int = 300, n_words: int = 60
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens at most, with `<|endoftext|>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -28,6 +28,7 @@ _OWN: dict[str, dict[str, Any]] = {
     **{name: {"k": 4} for name in ("top_k", "abs_top_k", "batch_top_k", "matryoshka_batch_top_k")},
     "jump_relu": {"target_l0": 4},
     "tanh_jump_relu": {"sparsity_coefficient": 1.0},
+    "cross_layer": {"sparsity_coefficient": 1.0},
     "matching_pursuit": {"s": 4},
 }
 CONFIGS = {name: {"recipe": name, "d_sae": 64, **own} for name, own in _OWN.items()}

@@ -78,6 +78,22 @@ def test_an_edit_of_what_the_mlp_reads_changes_the_mlp_alone() -> None:
         assert torch.equal(seen["hook_attn_out"], before["blocks.1.hook_attn_out"])
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe"])
+@torch.no_grad()
+def test_a_mixture_of_experts_is_the_mlp_and_not_attention_of_that_family(family: str) -> None:
+    """`Qwen3MoeAttention` carries the family's name too."""
+    lm, tokens = make(family), torch.randint(3, 97, (2, 9))
+    layer, given = lm.layers[1], []
+    handle = layer.mlp.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    read = {hook: lm.activations(tokens, hook) for hook in (IN, GIVEN)}
+    lm.logits(tokens)
+    handle.remove()
+    torch.testing.assert_close(read[GIVEN], given[-1])
+    torch.testing.assert_close(layer.post_attention_layernorm(read[IN]), given[-1], atol=1e-6, rtol=1e-5)
+
+
 def test_a_norm_that_serves_attention_too_is_no_hook_of_the_mlp() -> None:
     lm, tokens = make("gptj"), torch.randint(3, 97, (2, 9))
     assert lm.activations(tokens, GIVEN).shape == (2, 9, 32)

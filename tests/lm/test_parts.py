@@ -11,39 +11,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers import AutoModelForCausalLM as Auto
 
+from benchmarks.models import OWN, SMALL
 from sae_research.lm import LanguageModel
 from sae_research.runtime.errors import UserError
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "ffn_dim": 48,
-    "word_embed_proj_dim": 32,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-}
-OWN = {
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
-    "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3},
-    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48},
-}
 PLAIN = (
     "llama",
     "gpt2",
@@ -183,12 +154,27 @@ def test_the_check_runs_once_a_layer() -> None:
 
 @pytest.mark.parametrize(
     ("family", "match"),
-    [("bert", "later tokens change what earlier ones predict"), ("xlm", "does not read what layer 0 returns")],
+    [
+        ("bert", "later tokens change what earlier ones predict"),
+        ("xlm", "does not read what layer 0 returns"),
+        ("deepseek_v4", "layer 1 returns .1, 8, 4, 32. for 8 tokens, not one vector of 32 a token"),
+    ],
 )
 def test_models_that_are_no_causal_stack_of_layers_are_refused(family: str, match: str) -> None:
     values = {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "n_words": 97} if family == "xlm" else SMALL
     with pytest.raises(UserError, match=match):
         LanguageModel(Auto.from_config(CONFIG_MAPPING[family](**values)), TOKENIZER, family, family)
+
+
+@torch.no_grad()
+def test_layers_that_return_more_than_the_stream_are_stood_in_for() -> None:
+    """Bamba's layers return two values, and its model unpacks both."""
+    lm, tokens, hook = make("bamba"), torch.randint(3, 97, (2, 9)), "blocks.1.hook_resid_post"
+    edited = torch.randn(2, 9, 32)
+    assert lm.can_resume
+    torch.testing.assert_close(
+        lm.resume(hook, edited, tokens), lm.patched_logits(tokens, hook, lambda _: edited), atol=1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

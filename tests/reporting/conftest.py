@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from sae_research.reporting.metrics import EVALS
-from tests.helpers.results import (
-    Lab,
-)
+from tests.helpers.results import Lab, complete
+from tests.helpers.sites import ground_truth, written_site
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     """Core and sparse probing finished for all SAEs, the optional ones disabled, two SAEs trained here."""
-    built = Lab(tmp_path)
-    built.write("params.yaml", "visualization: {dpi: 80, width_inches: 7.0, height_inches: 4.6, architectures: {}}\n")
-    for name in EVALS:
-        built.evaluate(name) if name in ("core", "sparse_probing") else built.disable(name)
-    built.train()
+    return complete(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def site_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The same with ground truth and its results site, written once: only to be read."""
+    built = complete(tmp_path_factory.mktemp("site"))
+    ground_truth(built)
+    written_site(built)
     return built

@@ -146,7 +146,7 @@ def test_gemma_scope_2_transcoders(skip: bool, name: str, tmp_path: Path) -> Non
         ({"hf_hook_point_in": "model.layers.5.pre_feedforward_layernorm.output"}, "the folder's name says blocks.4"),
         ({"hf_hook_point_out": "model.layers.4.mlp.output"}, "hf_hook_point_out 'model.layers.4.mlp.output' is not known"),
         ({"architecture": "topk"}, "architecture 'topk' is not known"),
-        ({"model_name": "gemma-3-4b-it"}, "model_name is gemma-3-4b-it, the folder's name says gemma-3-1b-it"),
+        ({"model_name": "gemma-3-4b-it"}, "model_name is 'gemma-3-4b-it', the folder's name says gemma-3-1b-it"),
     ],
 )
 def test_gemma_scope_2_contradictions(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_gemma_scope_refusals(tmp_path: Path) -> None:
     refused(folder, "damaged weights .*pickle")
     clt = tmp_path / "gemma-scope-2-1b-pt" / "clt" / "width_262k_l0_big"
     save(clt / "params.safetensors", t)
-    refused(clt, "a clt of Gemma Scope 2 writes several layers, which is not read yet")
+    refused(clt, "a cross-layer transcoder of Gemma Scope 2 has a file a layer")
     save(gemma_scope_2(tmp_path) / "params.npz", t)
     refused(gemma_scope_2(tmp_path), "holds both params.npz and params.safetensors")
 
@@ -368,7 +368,7 @@ def test_llamascopium_itself(act_fn: str, by_norm: bool, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sae_type": "crosscoder"}, "sae_type 'crosscoder' is not read"),
+        ({"sae_type": "lorsa"}, "sae_type 'lorsa' is not read"),
         ({"use_glu_encoder": True}, "use_glu_encoder is not read"),
         ({"gate_temperature": 0.5}, "holds gate_temperature, which is not known"),
         ({"act_fn": "batchtopk"}, "act_fn 'batchtopk' is not read: .*save it as JumpReLU in Llamascopium"),
@@ -514,12 +514,13 @@ def test_layer_0_of_a_cross_layer_transcoder_is_exact(tmp_path: Path) -> None:
         encoder = {f"{name}_{layer}": t[name] for name in ("b_enc", "b_dec")} | {f"W_enc_{layer}": t["W_enc"].T}
         save(tmp_path / f"W_enc_{layer}.safetensors", encoder)
         later = drawn(other=(D_SAE, D_IN))["other"]
-        save(tmp_path / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": torch.stack([t["W_dec"], later], dim=1)})
+        rows = torch.stack([t["W_dec"], later][: 2 - layer], dim=1)
+        save(tmp_path / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": rows})
     sae = only(tmp_path / "W_enc_0.safetensors")
     expected = torch.relu(x @ t["W_enc"] + t["b_enc"]) @ t["W_dec"] + t["b_dec"]
     torch.testing.assert_close(sae.reconstruct(x), expected, **LEVEL)
     assert sae.cfg.hooks == "blocks.0.hook_mlp_in -> blocks.0.hook_mlp_out"
-    refused(tmp_path / "W_enc_1.safetensors", "a sum over all layers up to it, and alone stands for nothing")
+    assert only(tmp_path / "W_enc_1.safetensors").cfg.is_part
     (tmp_path / "W_dec_0.safetensors").unlink()
     refused(tmp_path / "W_enc_0.safetensors", r"W_dec_0\.safetensors: no such file")
 

@@ -47,9 +47,7 @@ def test_every_entry_is_recognised() -> None:
     plans = {(entry.release, entry.sae_id): plan_of(entry) for entry in released_saes()}
     assert len(plans) == sum(len(value["saes"]) for value in release_directory().values())
     refused = {key: plan.reason for key, plan in plans.items() if plan.read is None}
-    assert {release for release, _ in refused} == {CLT}
-    assert len(refused) == len(release_directory()[CLT]["saes"]) - 1
-    assert all("layer 0, the only term of its sum, can be read" in reason for reason in refused.values())
+    assert not refused
     for key, plan in plans.items():
         assert bool(plan.files) == (plan.read is not None) and all(not name.startswith("/") for name in plan.files), key
     layouts = Counter(plan.layout for plan in plans.values())
@@ -61,13 +59,14 @@ def test_files_of_any_repository() -> None:
         ("a/b/ae.pt", ("a/b/config.json", "a/b/ae.pt")),
         ("layers.3/sae.safetensors", ("layers.3/cfg.json", "layers.3/sae.safetensors")),
         ("W_enc_0.safetensors", ("W_enc_0.safetensors", "W_dec_0.safetensors")),
+        ("a/W_enc_4.safetensors", ("a/W_enc_4.safetensors", "a/W_dec_4.safetensors")),
+        ("clt/a/params_layer_4.safetensors", ("clt/a/params_layer_4.safetensors",)),
         ("Llama-3.1-8B-Instruct-SAE-l19.pth", ("Llama-3.1-8B-Instruct-SAE-l19.pth",)),
     ):
         assert plan_of_file("org/mine", name).files == files
     for repo_id, name, message in (
         ("org/mine", "weights.bin", "'weights.bin' must end with ae.pt"),
         ("org/mine", "layer_3/params.npz", "keep the repository's own names"),
-        ("org/mine", "W_enc_4.safetensors", "a sum over all layers up to it"),
     ):
         with pytest.raises(UserError, match=message):
             plan_of_file(repo_id, name)
@@ -80,8 +79,6 @@ def test_what_is_not_known_has_a_reason_to_act_on() -> None:
     assert plan.read is None and "load it with sae_lens and save it" in plan.reason
     moved = released_saes()[0]._replace(layout="gemma_2", repo_id="org/gemma", path="a/b")
     assert "keep the repository's own names" in plan_of(moved).reason
-    with pytest.raises(UserError, match=f"{CLT} / layer_3: one layer of a cross-layer transcoder"):
-        from_release(CLT, "layer_3")
     with pytest.raises(UserError, match="no such release; `analyze saes --search TEXT` lists them"):
         from_release("gpt3-large", "a")
     with pytest.raises(UserError, match=r"has no such id; it has blocks\.0\.hook_resid_pre, .*\.\.\."):
@@ -113,7 +110,7 @@ def test_names_of_gemma_scope_2_say_what_sae_lens_says() -> None:
         theirs = loaders._infer_gemma_3_raw_cfg_dict(entry.repo_id, entry.path)
         place = gemma_scope.place_of([entry.repo_id, *entry.path.split("/")], "")
         skip = theirs.get("affine_connection", False)
-        assert gemma_scope._checked(theirs | {"model_name": place.model_name}, place, skip, Path("x")) == place
+        assert gemma_scope.checked(theirs | {"model_name": place.model_name}, place, skip, Path("x")) == place
         assert same_model(place.model_name, entry.model_name)
 
 
@@ -210,6 +207,15 @@ def write_transcoders(root: Path, entry: ReleasedSAE) -> None:
         root / "wandb-config.yaml",
         {k: {"value": v} for k, v in (("d_model", D_IN), ("d_feature", D_SAE), ("batch_size", 8))},
     )
+
+
+def write_cross_layer(root: Path, entry: ReleasedSAE) -> None:
+    """One layer, which writes its own and one later."""
+    t, layer = matrices(), entry.path
+    encoder = {f"W_enc_{layer}": t["W_enc"].T, f"b_enc_{layer}": t["b_enc"], f"b_dec_{layer}": t["b_dec"]}
+    put(root / f"W_enc_{layer}.safetensors", encoder)
+    put(root / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": torch.stack([t["W_dec"], 2 * t["W_dec"]], dim=1)})
+    put(root / "config.yaml", {"model_name": "google/gemma-2-2b", "feature_input_hook": "hook_resid_mid"})
 
 
 def write_temporal(root: Path, entry: ReleasedSAE) -> None:
@@ -365,9 +371,10 @@ def test_releases_come_from_the_hub_with_their_licence(tmp_path: Path) -> None:
     released = (
         ("gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76"),
         ("mwhanna-qwen3-4b-transcoders", "layer_2"),
+        (CLT, "layer_5"),
     )
     folders = {}
-    for (release, sae_id), write in zip(released, (write_gemma, write_transcoders), strict=True):
+    for (release, sae_id), write in zip(released, (write_gemma, write_transcoders, write_cross_layer), strict=True):
         entry = find_released(release, sae_id)
         folders[entry.repo_id] = tmp_path / release
         write(folders[entry.repo_id], entry)
@@ -384,20 +391,20 @@ def test_releases_come_from_the_hub_with_their_licence(tmp_path: Path) -> None:
     ]
     requests: list[str] = []
     with serve_hub({"models": folders}, requests) as url:
-        lines, said = fetch(url, tmp_path / "home", *wanted, f"sae_lens:{CLT}:layer_5", "sae_lens:org/mine:a/c")
+        lines, said = fetch(url, tmp_path / "home", *wanted, f"sae_lens:{CLT}:layer_6", "sae_lens:org/mine:a/c")
     assert "google/gemma-scope-2b-pt-transcoders: licence cc-by-4.0 mine\n" in said
     assert "mwhanna/qwen3-4b-transcoders: no licence named; ask its authors before you pass anything on" in said
     hooks, provenance = json.loads(lines[0])
     assert hooks == "blocks.0.ln2.hook_normalized -> blocks.0.hook_mlp_out"
     assert provenance["licence"] == "cc-by-4.0 mine" and provenance["held_out"] == {"l0": 76.0}
     assert json.loads(lines[1])[0] == "blocks.2.mlp.hook_in -> blocks.2.hook_mlp_out"
-    assert "licence" not in json.loads(lines[1])[1] and json.loads(lines[2])[1]["release"] == "org/mine"
-    assert json.loads(lines[3])[0] == "blocks.3.mlp.hook_in -> blocks.3.hook_mlp_out"
-    assert json.loads(lines[4])[0] == json.loads(lines[1])[0]
-    assert "cross-layer" in lines[5] and "no such file in the repository" in lines[6]
-    assert not any("mntss" in line for line in requests)
+    assert json.loads(lines[2])[0] == "blocks.5.hook_mlp_in -> blocks.5.hook_mlp_out + blocks.6.hook_mlp_out"
+    assert "licence" not in json.loads(lines[1])[1] and json.loads(lines[3])[1]["release"] == "org/mine"
+    assert json.loads(lines[4])[0] == "blocks.3.mlp.hook_in -> blocks.3.hook_mlp_out"
+    assert json.loads(lines[5])[0] == json.loads(lines[1])[0]
+    assert all("no such file in the repository" in line for line in lines[6:])
     again, said = fetch(url, tmp_path / "home", *wanted)
-    assert again == lines[:5] and "licence cc-by-4.0 mine" in said
+    assert again == lines[:6] and "licence cc-by-4.0 mine" in said
 
 
 def test_licences_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.saes.exchange import export_saes
 from sae_research.saes.files import sae_lens_lacks
 from sae_research.saes.formats.sae_lens import from_sae_lens
-from sae_research.saes.releases import from_release
 from tests.helpers.random_saes import D_IN, D_SAE, make_sae, random_activations
 
 READ, WRITTEN, D_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", 10
@@ -213,7 +212,5 @@ def test_other_refusals(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(WRITTEN, "blocks.1.hook_resid_post", 1))
     with pytest.raises(UserError, match="does not fit the rest of the file"):
         load_sae(tmp_path / "ours")
-    with pytest.raises(UserError, match="one layer of a cross-layer transcoder"):
-        from_release("mntss-gemma-2-2b-2.5m-clt-as-per-layer", "layer_1")
     with pytest.raises(UserError, match="no hook_out says where it writes"):
         SAEConfig(form="standard", d_in=4, d_sae=8, d_out=5)

@@ -96,6 +96,15 @@ def test_a_stack_keeps_the_betas_and_schedule_of_each(planted_rows: torch.Tensor
         torch.testing.assert_close(one.recipe.W_dec, other.recipe.W_dec, rtol=1e-7, atol=1e-9)
 
 
+def test_layers_of_a_cross_layer_transcoder_start_orthogonal(planted_rows: torch.Tensor) -> None:
+    hooks = {"hook_names": ["a", "b"], "hook_outs": ["c", "d"]}
+    config = {"recipe": "cross_layer", "d_sae": 12, "sparsity_coefficient": 1.0, "init": "orthogonal", **hooks}
+    found = recipe_of(RECIPES["cross_layer"], 16, planted_rows.repeat(1, 2), **config)
+    for layer in range(2):
+        own = found.decoder_of(layer)[found.latents(layer)]
+        torch.testing.assert_close(own @ own.T, torch.eye(6), rtol=0, atol=1e-5)
+
+
 def test_orthogonal_rows_and_their_norm(planted_rows: torch.Tensor) -> None:
     """More latents than dimensions: columns of one length at right angles, up to the rows' unit norm; else the rows are."""
     few = recipe_of(RECIPES["top_k"], 16, planted_rows, **{**TOP_K, "d_sae": 12, "init": "orthogonal"})
@@ -120,7 +129,7 @@ def test_orthogonal_rows_and_their_norm(planted_rows: torch.Tensor) -> None:
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"lr_schedule": "step"}, "lr_schedule"),
         ({"lr_schedule": "constant", "min_lr_factor": 0.1}, "learning rate that falls"),
-        ({"init_norm": 0.1}, "top_k keeps decoder rows at norm 1"),
+        ({"init_norm": 0.1}, "top_k starts from decoder rows of norm 1"),
     ],
 )
 def test_wrong_settings_are_one_line(own: dict, said: str) -> None:

@@ -135,7 +135,7 @@ def read_checkpoint(weights: Path, config: Path) -> SparseAutoencoder:
     tensors = _tensors(state, layout, trainer, weights, config)
     if layout.form != "topk":  # a TopK SAE there ranks by activation alone, and keeps unit rows while training
         tensors = fold_decoder_norms(layout.form, tensors)
-    k = _k(trainer, state, config, weights)
+    k = trained_k(trainer, state, config, weights)
     if layout.form == "topk" and k is None:
         raise UserError(f"{config}: trainer lacks k, and so do the weights")
     d_sae, d_in = tensors["W_dec"].shape
@@ -178,7 +178,7 @@ def _tensors(
     return floats(found, weights)
 
 
-def _k(trainer: dict[str, Any], state: dict[str, Tensor], config: Path, weights: Path) -> int | None:
+def trained_k(trainer: dict[str, Any], state: dict[str, Tensor], config: Path, weights: Path) -> int | None:
     """How many latents it was trained to use, of the configuration or the weights; both must say the same."""
     said = None if trainer.get("k") is None else whole(trainer["k"], "k", config)
     if "k" not in state:

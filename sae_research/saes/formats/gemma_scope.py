@@ -57,8 +57,10 @@ _MODULES = {
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }
 """Kind of hook by what the second release's `config.json` calls it, after `model.layers.L.`."""
-_NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
-_SKIP = "affine_skip_connection"
+NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
+SKIP = "affine_skip_connection"
+CLT = "clt"
+"""The folder of cross-layer transcoders (`formats.gemma_scope_cross_layer`); their place is layer 0's."""
 
 
 class Place(NamedTuple):
@@ -80,13 +82,11 @@ def place_of(names: Sequence[str], where: object) -> Place:
             if "embedding" in inside and site == "res":
                 return Place(model, "blocks.0.hook_resid_pre", embedding=True)
             return Place(model, *_hooks(site, inside, where))
-        if match := _SECOND.fullmatch(name):
-            size, kind = match.groups()
-            model = f"google/gemma-3-{size}" + ("" if (size, kind) == ("270m", "pt") else f"-{kind}")
+        if model := second_model(name):
             sites = [part.removesuffix("_all") for part in inside]
-            several = [part for part in sites if part in ("clt", "crosscoder")]
-            if several:
-                raise UserError(f"{where}: a {several[0]} of Gemma Scope 2 writes several layers, which is not read yet")
+            if CLT in sites:
+                read, written = _SITES["transcoder"]
+                return Place(model, f"blocks.0.{read}", f"blocks.0.{written}")
             found = [part for part in sites if part in _SITES]
             if found:
                 return Place(model, *_hooks(found[0], inside, where))
@@ -94,6 +94,15 @@ def place_of(names: Sequence[str], where: object) -> Place:
         f"{where}: weights as Gemma Scope has them, and no folder above them says of which model and hook; keep the "
         "repository's own names, such as gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
     )
+
+
+def second_model(name: str) -> str:
+    """The model of a repository of the second release, by the repository's name; empty for any other name."""
+    match = _SECOND.fullmatch(name)
+    if match is None:
+        return ""
+    size, kind = match.groups()
+    return f"google/gemma-3-{size}" + ("" if (size, kind) == ("270m", "pt") else f"-{kind}")
 
 
 def _hooks(site: str, inside: Sequence[str], where: object) -> tuple[str, str]:
@@ -114,17 +123,21 @@ def load_gemma_scope(folder: str | Path, names: Sequence[str]) -> SparseAutoenco
         raise UserError(f"{folder}: holds both {' and '.join(found)}; remove the one that is not meant")
     weights = folder / found[0]
     place = place_of(names, folder)
+    if CLT in [name.removesuffix("_all") for name in names]:
+        raise UserError(
+            f"{weights}: a cross-layer transcoder of Gemma Scope 2 has a file a layer, params_layer_L.safetensors"
+        )
     tensors = load_npz(weights) if weights.suffix == ".npz" else load_safetensors(weights)
     if (folder / CONFIG_FILE).exists():
-        place = _checked(read_settings(folder / CONFIG_FILE), place, _SKIP in tensors, folder / CONFIG_FILE)
+        place = checked(read_settings(folder / CONFIG_FILE), place, SKIP in tensors, folder / CONFIG_FILE)
     return read(tensors, place, str(weights))
 
 
 def read(tensors: dict[str, Tensor], place: Place, where: str) -> SparseAutoencoder:
     """The SAE or transcoder of these tensors, which the two releases spell differently."""
     spelt = {"W_" + key[2:] if key.startswith("w_") else key: tensor for key, tensor in tensors.items()}
-    names = _NAMES if not place.hook_out else {**_NAMES, _SKIP: "W_skip.T"}
-    state = renamed(spelt, names, where, optional=(_SKIP,))
+    names = NAMES if not place.hook_out else {**NAMES, SKIP: "W_skip.T"}
+    state = renamed(spelt, names, where, optional=(SKIP,))
     if state["W_dec"].dim() == 3:
         raise UserError(f"{where}: its decoder writes several layers or models, which is not read yet")
     if place.embedding:
@@ -146,7 +159,7 @@ def read(tensors: dict[str, Tensor], place: Place, where: str) -> SparseAutoenco
     return from_parts(LIBRARY, architecture, state, metadata, where, apply_b_dec_to_input=False)
 
 
-def _checked(values: dict[str, Any], place: Place, has_skip: bool, path: Path) -> Place:
+def checked(values: dict[str, Any], place: Place, has_skip: bool, path: Path) -> Place:
     """The place, where `config.json` agrees with it. Raises `UserError` naming what does not."""
     architecture = text(values.get("architecture"), "architecture", path)
     if architecture not in ("", "jump_relu"):
@@ -160,9 +173,11 @@ def _checked(values: dict[str, Any], place: Place, has_skip: bool, path: Path) -
         if said and (match is None or match[2] not in _MODULES):
             raise UserError(f"{path}: {key} {shown(said)} is not known; known: model.layers.L. with {', '.join(_MODULES)}")
         if match and f"blocks.{int(match[1])}.{_MODULES[match[2]]}" != hook:
-            raise UserError(f"{path}: {key} is {said}, the folder's name says {hook}; correct the one that is wrong")
+            raise UserError(f"{path}: {key} is {shown(said)}, the folder's name says {hook}; correct the one that is wrong")
     name = text(values.get("model_name"), "model_name", path).rpartition("/")[2].replace("-v3", "-3")
     expected = place.model_name.rpartition("/")[2]
     if name and name.removesuffix("-pt") != expected.removesuffix("-pt"):
-        raise UserError(f"{path}: model_name is {name}, the folder's name says {expected}; correct the one that is wrong")
+        raise UserError(
+            f"{path}: model_name is {shown(name)}, the folder's name says {expected}; correct the one that is wrong"
+        )
     return place

@@ -10,7 +10,13 @@ With f the factor sqrt(d_in) / (mean norm of the data) that activations are mult
 `sparsity_include_decoder_norm` says so. The factors stand with the weights, or in `hyperparams.json`; they are folded in. Of
 the first version `jump_relu_threshold` is in units of the activations themselves, without f_in, as SAELens reads it.
 
-Crosscoders, cross-layer transcoders and its other types are refused: they are no SAE and no transcoder of one layer.
+Of a *crosscoder* every tensor has its hooks first: `W_E` [n_hooks, d_model, d_sae], `b_E` [n_hooks, d_sae] (they are added
+up), `W_D` [n_hooks, d_sae, d_model], `b_D` [n_hooks, d_model], one factor a hook. JumpReLU holds `pre |W_D|` of each hook
+against the threshold by itself, so that a latent may fire at one hook and not at another: it is read as one latent a hook,
+which is encoded from all and writes that one. TopK chooses k latents at each hook, which no form here does.
+
+Cross-layer transcoders are read by `llamascopium_cross_layer.py`. Its other types are refused: they are no SAE and no
+transcoder of one layer.
 """
 
 from __future__ import annotations
@@ -22,9 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_research.config.training import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
+from sae_research.saes.crosscoders import hook_by_hook, side_by_side
 from sae_research.saes.forms import fold_decoder_norms
 from sae_research.saes.reading import (
     check_shapes,
@@ -54,7 +62,7 @@ WEIGHTS_FILES = (
 """In the order in which the library itself looks for them."""
 LIBRARY = "llamascopium"
 _NORM = "dataset_average_activation_norm"
-_NAMES = {
+NAMES = {
     "W_E": "W_enc",
     "b_E": "b_enc",
     "W_D": "W_dec",
@@ -93,24 +101,34 @@ def load_llamascopium(
     path = folder / (FIRST_CONFIG if (folder / FIRST_CONFIG).exists() else CONFIG_FILE)
     values = read_settings(path)
     kind = text(values.get("sae_type"), "sae_type", path) or "sae"
+    if kind == "crosscoder" and path.name == CONFIG_FILE:
+        return _crosscoder(values, model_name, folder, path)
     if kind != "sae":
         raise UserError(f"{path}: sae_type {shown(kind)} is not read: it is no SAE and no transcoder of one layer")
-    unknown = sorted(
-        key for key, value in values.items() if key not in PRESENT_KEYS | _EARLIER and value not in (None, False)
-    )
-    if unknown and not published and path.name != FIRST_CONFIG:
-        raise UserError(f"{path}: holds {', '.join(unknown)[:120]}, which is not known; remove what changes no activation")
+    if not published and path.name != FIRST_CONFIG:
+        _check_keys(values, PRESENT_KEYS | _EARLIER, path)
     for key in _REFUSED:
         if flag(values.get(key) or False, key, path):
             raise UserError(f"{path}: {key} is not read; ask for it with such a file")
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
-    loaded = load_safetensors(weights) if weights.suffix == ".safetensors" else _in_checkpoint(weights)
+    weights, norms, state = loaded_weights(folder)
     hooks = [hook_of(text(values.get(key), key, path), path) for key in ("hook_point_in", "hook_point_out")]
     if not hooks[0]:
         raise UserError(f"{path}: hook_point_in is missing; add the hook that it reads")
-    norms, state = _split(loaded, weights)
-    factors = _factors(values, norms, hooks, factor, path, weights)
-    return _built(values, state, hooks, factors, model_name, path, weights)
+    scales = factors(values, norms, hooks, factor, path, weights)
+    return _built(values, state, hooks, scales, model_name, path, weights)
+
+
+def loaded_weights(folder: Path) -> tuple[Path, dict[str, float], dict[str, Tensor]]:
+    """(the weights file of a folder, norms of the data by hook, its other tensors)."""
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0])
+    loaded = load_safetensors(weights) if weights.suffix == ".safetensors" else _in_checkpoint(weights)
+    return weights, *_split(loaded, weights)
+
+
+def _check_keys(values: dict[str, Any], known: frozenset[str], path: Path) -> None:
+    unknown = sorted(key for key, value in values.items() if key not in known and value not in (None, False))
+    if unknown:
+        raise UserError(f"{path}: holds {', '.join(unknown)[:120]}, which is not known; remove what changes no activation")
 
 
 def _in_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -125,13 +143,13 @@ def _split(loaded: dict[str, Tensor], weights: Path) -> tuple[dict[str, float], 
     norms = {}
     for name in [name for name in loaded if name.startswith(f"{_NORM}.")]:
         tensor = loaded[name]
-        if tensor.numel() != 1:
+        if tensor.numel() != 1 or not tensor.is_floating_point():
             raise UserError(f"{weights}: {name} is not one number")
         norms[name.removeprefix(f"{_NORM}.")] = float(tensor)
     return norms, {name: tensor for name, tensor in loaded.items() if not name.startswith(f"{_NORM}.")}
 
 
-def _factors(
+def factors(
     values: dict[str, Any],
     norms: dict[str, float],
     hooks: list[str],
@@ -139,7 +157,7 @@ def _factors(
     path: Path,
     weights: Path,
 ) -> tuple[float, float]:
-    """(f_in, f_out): 1 where activations are read as they are."""
+    """(f_in, f_out) of one layer's hooks, read and written: 1 where activations are read as they are."""
     kind = text(values.get("norm_activation"), "norm_activation", path) or "dataset-wise"
     if kind in ("inference", "no-norm"):
         return 1.0, 1.0
@@ -176,7 +194,7 @@ def _built(
         mend = "; save it as JumpReLU in Llamascopium" if "batch" in act else ""
         raise UserError(f"{path}: act_fn {shown(act)} is not read: known are {', '.join(_FORMS)}{mend}")
     form, (f_in, f_out) = _FORMS[act], factors
-    names = _FIRST_NAMES if "encoder.weight" in loaded else _NAMES
+    names = _FIRST_NAMES if "encoder.weight" in loaded else NAMES
     bias = flag(values.get("use_decoder_bias", True), "use_decoder_bias", path)
     left_out = {"log_threshold"} | ({"b_dec"} if not bias else set())
     optional = [theirs for theirs, ours in names.items() if ours in left_out]
@@ -240,3 +258,61 @@ def _folded(form: str, state: dict[str, Tensor], by_norm: bool, f_in: float, f_o
     state = {**state, "W_enc": state["W_enc"] * f_in, "W_dec": state["W_dec"] / f_out, "b_dec": state["b_dec"] / f_out}
     # without norms in its ranking, a TopK SAE with rescaled rows would choose other latents
     return state if form == "topk" and not by_norm else fold_decoder_norms(form, state)
+
+
+# --- crosscoders -----------------------------------------------------------------------------
+
+CROSSCODER_KEYS = PRESENT_KEYS - {"hook_point_in", "hook_point_out", "use_glu_encoder"} | {"hook_points"}
+"""What a crosscoder's configuration holds."""
+
+
+def _crosscoder(values: dict[str, Any], model_name: str, folder: Path, path: Path) -> SparseAutoencoder:
+    _check_keys(values, CROSSCODER_KEYS, path)
+    for key in ("sparsity_include_decoder_norm", "use_decoder_bias"):
+        if not flag(values.get(key, True), key, path):
+            raise UserError(f"{path}: {key} must be true for a crosscoder")
+    act = (text(values.get("act_fn"), "act_fn", path) or "relu").lower()
+    if act not in ("relu", "jumprelu"):
+        mend = "save it as JumpReLU in Llamascopium (its runners.topk_to_jumprelu_conversion)"
+        raise UserError(f"{path}: act_fn {shown(act)} of a crosscoder chooses latents at each hook; {mend}")
+    points = values.get("hook_points")
+    if not isinstance(points, list) or len(points) < 2:
+        raise UserError(f"{path}: hook_points must be a list of two or more hooks, not {shown(points)}")
+    hooks = [hook_of(text(point, "hook_points", path), path) for point in points]
+    weights, norms, loaded = loaded_weights(folder)
+    names = {theirs: ours for theirs, ours in NAMES.items() if act == "jumprelu" or ours != "log_threshold"}
+    state = floats(renamed(loaded, names, weights), weights)
+    d_hook = whole(values.get("d_model"), "d_model", path)
+    d_sae = int(d_hook * number(values.get("expansion_factor"), "expansion_factor", path))
+    n = len(hooks)
+    shapes = {"W_enc": (n, d_hook, d_sae), "b_enc": (n, d_sae), "W_dec": (n, d_sae, d_hook), "b_dec": (n, d_hook)}
+    for name, shape in {**shapes, "log_threshold": (d_sae,)}.items():
+        if name in state and state[name].shape != shape:
+            raise UserError(f"{weights}: {name} has shape {tuple(state[name].shape)}, expected {shape} for {n} hooks")
+    scales = tuple(factors(values, norms, [hook, ""], None, path, weights)[0] for hook in hooks)
+    scale_H11 = torch.tensor(scales)[:, None, None]
+    tensors = side_by_side(state["W_enc"] * scale_H11, state["W_dec"] / scale_H11, state["b_dec"] / scale_H11[:, 0])
+    tensors["b_enc"] = state["b_enc"].sum(0)
+    form = "standard"
+    if act == "jumprelu":
+        form, tensors = "jumprelu", hook_by_hook(tensors, n)
+        norms_HF = state["W_dec"].norm(dim=2).clamp_min(_TINY)
+        tensors["threshold"] = (state["log_threshold"].exp() / norms_HF).flatten()
+    cfg = SAEConfig(
+        form=form,
+        d_in=n * d_hook,
+        d_sae=len(tensors["W_dec"]),
+        model_name=model_name,
+        hook_name=PLUS.join(hooks),
+        hook_scales=scales,
+        context_size=1024,
+        apply_b_dec_to_input=False,
+        provenance={"format": LIBRARY},
+    )
+    try:
+        return form_class(form).from_tensors(cfg, fold_decoder_norms(form, tensors))
+    except UserError as error:
+        raise UserError(f"{weights}: {error}") from None
+
+
+_TINY = 1e-30

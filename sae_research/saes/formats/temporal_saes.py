@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import regular_file
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.formats.sae_lens import convert
-from sae_research.saes.reading import load_safetensors, number, section, text, whole
+from sae_research.saes.reading import load_safetensors, number, read_yaml, section, text, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "conf.yaml", "latest_ckpt.safetensors"
 LIBRARY = "temporal_saes"
@@ -28,12 +25,7 @@ def load_temporal(folder: str | Path, names: Sequence[str], about: Mapping[str, 
     `model_name` and `dataset_path`, which its files do not say."""
     folder = Path(folder)
     path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    try:
-        conf = yaml.safe_load(regular_file(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:160]}") from None
-    if not isinstance(conf, dict):
-        raise UserError(f"{path}: not a section of settings")
+    conf = read_yaml(path)
     sae = section(conf.get("sae"), "sae", path)
     d_in = whole(section(conf.get("llm"), "llm", path).get("dimin"), "llm.dimin", path)
     layers = [match[1] for name in names if (match := _LAYER.fullmatch(name))]

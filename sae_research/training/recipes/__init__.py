@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sae_research.training.recipes.abs_top_k import AbsTopK
 from sae_research.training.recipes.base import Recipe, StepOutput
+from sae_research.training.recipes.cross_layer import CrossLayer
 from sae_research.training.recipes.gated import Gated, GatedRajamanoharan
 from sae_research.training.recipes.hard_concrete import GatedHardConcrete, HardConcrete
 from sae_research.training.recipes.jump_relu import JumpReLU
@@ -22,6 +23,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "gated_rajamanoharan": GatedRajamanoharan,
     "jump_relu": JumpReLU,
     "tanh_jump_relu": TanhJumpReLU,
+    "cross_layer": CrossLayer,
     "top_k": TopK,
     "abs_top_k": AbsTopK,
     "batch_top_k": BatchTopK,

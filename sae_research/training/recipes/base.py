@@ -96,7 +96,7 @@ class Recipe(nn.Module):
 
     def __init__(self, d_in: int, config: SAERecipe, train: Train) -> None:
         super().__init__()
-        self.d_in, self.is_transcoder = d_in, config.hook_out is not None
+        self.d_in, self.is_transcoder = d_in, config.written is not None
         if self.is_transcoder:
             self.reads_b_dec = False  # ty: ignore[invalid-attribute-access]
         if config.betas is not None:
@@ -217,11 +217,7 @@ class Recipe(nn.Module):
     def _random_rows(self, generator: torch.Generator) -> Tensor:
         """[F, D], on the CPU, so that a run draws the same on every device."""
         rows_FD = torch.randn(self.W_dec.shape, generator=generator)
-        if self.config.init == "orthogonal":
-            tall = rows_FD if len(rows_FD) > rows_FD.shape[1] else rows_FD.T
-            basis = torch.linalg.qr(tall).Q
-            rows_FD = basis if tall is rows_FD else basis.T
-        return rows_FD
+        return orthonormal(rows_FD) if self.config.init == "orthogonal" else rows_FD
 
     def _take_init_norm(self) -> None:
         """Of decoder rows that have unit norm."""
@@ -419,6 +415,13 @@ class Recipe(nn.Module):
         tensors = {name: tensor.contiguous() for name, tensor in own.items()}
         cfg = cfg.replace(form=self.form, options=self.options(), apply_b_dec_to_input=self.reads_b_dec)
         return form_class(self.form)(cfg=cfg, **tensors, **self.options())
+
+
+def orthonormal(rows_FD: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a matrix [F, D]; orthonormal rows where F is no more than D."""
+    if len(rows_FD) > rows_FD.shape[1]:
+        return torch.linalg.qr(rows_FD).Q
+    return torch.linalg.qr(rows_FD.T).Q.T
 
 
 def length_factor(shape_ND: Tensor, wanted_ND: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import TanhJumpReLURecipe
+from sae_research.config.training import TanhPenaltyRecipe
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 from sae_research.training.recipes.jump_relu import Kernel
 
@@ -30,9 +30,9 @@ class TanhJumpReLU(Recipe):
     form = "jumprelu"
     reads_b_dec = False
     clip_norm = 1.0
-    config: TanhJumpReLURecipe
+    config: TanhPenaltyRecipe
 
-    def __init__(self, d_in: int, config: TanhJumpReLURecipe, train: Train) -> None:
+    def __init__(self, d_in: int, config: TanhPenaltyRecipe, train: Train) -> None:
         super().__init__(d_in, config, train)
         self.unit = d_in**-0.5
         """The source's unit of activations in ours."""
