@@ -100,6 +100,7 @@ def _scale(axes: Axes, record: Record, metric: str, xs: Sequence[float]) -> None
 
 def against_l0(record: Record, metrics: Sequence[str]) -> Figure:
     """One panel for each metric: six recipes, all seeds, and untrained rows under matching pursuit."""
+    metrics = [metric for metric in metrics if metric in record["labels"]]
     figure, panels = _figure(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
         mine = {kind: [row for row in record["rows"] if row["kind"] == kind] for kind in (*TRAINED_RECIPES, UNTRAINED)}
@@ -162,7 +163,8 @@ def _square(x: int, y: int, color: Any, edge: dict[str, Any]) -> Any:
 
 def pursuit(record: Record) -> Figure:
     """Pursuit over two trained dictionaries and over untrained rows, beside the dictionaries' own encoders."""
-    metrics = ("variance_explained", "loss_recovered", "sae_top_1_accuracy")
+    wanted = ("variance_explained", "loss_recovered", "sae_top_1_accuracy")
+    metrics = [metric for metric in wanted if metric in record["labels"]]
     bases = list(dict.fromkeys(row["base"] for row in record["rows"] if row["role"] == "variant"))
     figure, panels = _figure(len(metrics), 3.9)
     for axes, metric in zip(panels, metrics, strict=True):
