@@ -32,11 +32,15 @@ class AblationRow(NamedTuple):
     latents: list[int]
     """Set to zero."""
     answer_logit: float
+    answer_log_probability: float
+    """Nats. A logit alone says little: an edit may raise all of them."""
     answer_probability: float
     answer_rank: int
     """0 is the likeliest."""
     answer_logit_change: float
     """Against the same run with no latent set to zero."""
+    answer_log_probability_change: float
+    """Likewise."""
     kl: float
     """KL(run with no latent set to zero || this run) at the last position, nats."""
     top: str
@@ -95,9 +99,11 @@ def _row(
         error_term,
         latents,
         float(logits[wanted]),
+        float(log_p[wanted]),
         float(log_p[wanted].exp()),
         int((logits > logits[wanted]).sum()),
         float(logits[wanted] - reference[wanted]),
+        float(log_p[wanted] - log_r[wanted]),
         max(0.0, float((log_r.exp() * (log_r - log_p)).sum())),
         top,
     )
@@ -127,6 +133,11 @@ class SAEShares(NamedTuple):
     def reconstruction(self) -> Tensor:
         """What the latents together contribute [seq]."""
         return self.latents.sum(1)
+
+    @property
+    def explained(self) -> float:
+        """What all shares add up to: `total`, up to rounding and the steps of integrated gradients."""
+        return float((self.reconstruction + self.error + self.bias).sum())
 
 
 class Attribution(NamedTuple):
@@ -179,7 +190,7 @@ def attribute(
     for sae in analysis.saes.values():
         sae.cfg.check_one_hook("attribution")
     by_hook = list(dict.fromkeys([sae.cfg.hook_name for sae in analysis.saes.values()] + list(hooks)))
-    value, acts, gradients = _gradients(analysis, tokens, metric, by_hook)
+    value, acts, found = gradients(analysis, tokens, metric, by_hook)
     shares = {}
     for name, sae in analysis.saes.items():
         x = acts[sae.cfg.hook_name]
@@ -189,13 +200,13 @@ def attribute(
         if steps:
             shares[name] = _integrated(analysis, sae, tokens, x, z, mask, metric, steps)
         else:
-            g = gradients[sae.cfg.hook_name]
+            g = found[sae.cfg.hook_name]
             shares[name] = _shares(sae, x, z, mask, g, float((x * g).sum()))
-    plain = {hook: (acts[hook] * gradients[hook]).sum(-1)[0].cpu() for hook in hooks}
+    plain = {hook: (acts[hook] * found[hook]).sum(-1)[0].cpu() for hook in hooks}
     return Attribution(value, [analysis.lm.tokenizer.decode([i]) for i in tokens[0].tolist()], shares, plain, steps)
 
 
-def _gradients(
+def gradients(
     analysis: AnalysisContext, tokens: Tensor, metric: Metric, hooks: Sequence[str]
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """(metric, activations, gradients) at hooks [1, seq, d_in] of the unedited model, from one pass."""

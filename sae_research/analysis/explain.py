@@ -24,6 +24,8 @@ MIN_TRAIN_FIRINGS, MIN_TEST_FIRINGS = 10, 3
 SMOOTHING = 1.0
 """Firings added to each token's count, spread at the latent's density: a token seen once says little."""
 POSITION_BINS = 8
+WORDS = 4
+"""Tokens that an explanation names."""
 
 
 class TokenShare(NamedTuple):
@@ -92,6 +94,32 @@ def logit_tail(logits: np.ndarray, tokens: Sequence[str], k: int = 5) -> LogitTa
     )
 
 
+def token_shares(
+    fired: np.ndarray, strength: np.ndarray, occurrences: np.ndarray, vocabulary: Sequence[str], density: float
+) -> list[TokenShare]:
+    """Every token on which a latent fires. fired, strength: token ids and magnitudes of its firings [n]; occurrences: of
+    every token id in the same text [vocab]; density: of the latent there."""
+    ids, firings = np.unique(fired, return_counts=True)
+    totals = np.zeros(len(ids))
+    np.add.at(totals, np.searchsorted(ids, fired), strength)
+    seen = occurrences[ids]
+    pmi = np.log2((firings + SMOOTHING * density) / (seen + SMOOTHING) / density)
+    return [
+        TokenShare(vocabulary[i], int(n), int(o), float(t / o), float(p))
+        for i, n, o, t, p in zip(ids, firings, seen, totals, pmi, strict=True)
+    ]
+
+
+def by_mean_activation(shares: Sequence[TokenShare], k: int) -> list[TokenShare]:
+    """The k tokens that a latent *fires on*, everywhere the words stand: those of largest mean activation over all their
+    occurrences, among those on which it fires twice."""
+    return sorted(_often(shares), key=lambda s: (-s.mean, s.token))[:k]
+
+
+def _often(shares: Sequence[TokenShare]) -> Sequence[TokenShare]:
+    return [share for share in shares if share.firings > 1] or shares
+
+
 class Explainer:
     """Explains latents of one store; what all latents share is computed once."""
 
@@ -151,20 +179,12 @@ class Explainer:
         if len(fired) < MIN_TRAIN_FIRINGS:
             return None
         density = len(fired) / int(self._train.sum())
-        ids, firings = np.unique(self._tokens[fired], return_counts=True)
-        totals = np.zeros(len(ids))
-        np.add.at(totals, np.searchsorted(ids, self._tokens[fired]), strength)
-        occurrences = self._counts["token"][ids]
-        pmi = np.log2((firings + SMOOTHING * density) / (occurrences + SMOOTHING) / density)
-        shares = [
-            TokenShare(self.stats.vocabulary[i], int(n), int(o), float(t / o), float(p))
-            for i, n, o, t, p in zip(ids, firings, occurrences, totals, pmi, strict=True)
-        ]
-        often = [share for share in shares if share.firings > 1] or shares
+        shares = token_shares(self._tokens[fired], strength, self._counts["token"], self.stats.vocabulary, density)
+        firings = np.array([share.firings for share in shares])
         share_of = firings / firings.sum()
         place = (fired % self.stats.context_size) / max(1, self.stats.context_size - 1)
-        by_mean = sorted(often, key=lambda s: (-s.mean, s.token))[:k]
-        by_pmi = sorted(often, key=lambda s: (-s.pmi, s.token))[:k]
+        by_mean = by_mean_activation(shares, k)
+        by_pmi = sorted(_often(shares), key=lambda s: (-s.pmi, s.token))[:k]
         rules = self._scored(numbers, fired, density)
         best = max(rules, key=lambda name: rules[name].auc) if rules else "unscored"
         found = Explanation(
@@ -215,19 +235,17 @@ def ranking_scores(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]
 
 
 def in_words(found: Explanation) -> str:
-    """One line: what it fires on, by its best rule."""
-    listed = ", ".join(repr(share.token) for share in found.by_pmi[:4])
+    """One line: the tokens it fires on (`by_mean_activation`), what tells best when it fires, and how well."""
+    listed = "fires on " + ", ".join(repr(share.token) for share in found.by_mean[:WORDS])
     if found.best == "unscored":
-        return f"fires most specifically on {listed}; too rare to score"
+        return f"{listed}; too rare to score"
     score = found.rules[found.best].auc
     if found.best == "position":
-        return f"fires by position (around {found.position:.0%} of the context); held-out AUC {score:.2f}"
+        return f"{listed}; told best by position (around {found.position:.0%} of the context), held-out AUC {score:.2f}"
     if found.purity >= 0.5:
-        return f"fires on the token {found_most(found)!r} ({found.purity:.0%} of its firings); held-out AUC {score:.2f}"
-    lead = "fires on" if found.best == "token" else "fires after certain tokens, most specifically on"
-    return f"{lead} {listed}; held-out AUC {score:.2f} from the {found.best}" + (
-        "" if math.isnan(score) or score >= 0.75 else ": context decides most of it"
-    )
+        listed += f" ({found.purity:.0%} of its firings on {found_most(found)!r})"
+    told = f"{listed}; told best by the {found.best}, held-out AUC {score:.2f}"
+    return told + ("" if math.isnan(score) or score >= 0.75 else ": context decides most of it")
 
 
 def found_most(found: Explanation) -> str:

@@ -150,8 +150,11 @@ class NextToken(NamedTuple):
     """One row of a next-token table, at the prompt's last position."""
 
     token: str
-    probability: dict[str, float]
+    logit: dict[str, float]
     """By run: `plain`, `error_term`, `reconstruction`."""
+    log_probability: dict[str, float]
+    """Nats."""
+    probability: dict[str, float]
     rank: dict[str, int]
     """0 is the likeliest."""
 
@@ -202,6 +205,8 @@ def run_prompt(analysis: AnalysisContext, prompt: str, answer: str | None = None
     def row(token: int) -> NextToken:
         return NextToken(
             analysis.lm.tokenizer.decode([token]),
+            {name: float(value[0, -1, token]) for name, value in logits.items()},
+            {name: float(value[token]) for name, value in last.items()},
             {name: float(value[token].exp()) for name, value in last.items()},
             {name: int(value[token]) for name, value in order.items()},
         )

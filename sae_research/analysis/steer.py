@@ -14,6 +14,7 @@ from sae_research.analysis.prompt import check_lab_latents, promoted_tokens
 from sae_research.lm.generate import sample, until_end
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
+from sae_research.stats.intervals import interval, ratio
 from sae_research.stats.predictions import CleanPredictions
 from sae_research.text.tokens import token_contexts
 
@@ -85,6 +86,9 @@ class Strength(NamedTuple):
     samples: list[Sample]
     target_rate: float
     """Target tokens per token, over all samples."""
+    target_low: float | None
+    """95 % interval of that rate, from how it varies between seeds; None with fewer than five."""
+    target_high: float | None
     moved: float | None
     """Fraction of seeds whose text holds more target tokens than without steering; None of the unsteered model."""
     moved_back: float | None
@@ -182,6 +186,7 @@ def steer(
                 amount,
                 samples,
                 sum(s.target_tokens for s in samples) / max(1, sum(s.tokens for s in samples)),
+                *rate_interval(samples),
                 _share([now.target_tokens > before.target_tokens for now, before in pairs]),
                 _share([now.target_tokens < before.target_tokens for now, before in pairs]),
                 _share([now.latent_mean > before.latent_mean for now, before in pairs]),
@@ -192,6 +197,11 @@ def steer(
             )
         )
     return Steering(method, latent, maximum, [analysis.lm.tokenizer.decode([t]) for t in wanted], neutral.tokens, rows)
+
+
+def rate_interval(samples: Sequence[Sample]) -> tuple[float, float] | tuple[None, None]:
+    """95 % interval of target tokens per token; each seed's text is one cluster (`stats.intervals`)."""
+    return interval(ratio([s.target_tokens for s in samples], [s.tokens for s in samples]), seed=0) or (None, None)
 
 
 def _share(of: list[bool]) -> float | None:

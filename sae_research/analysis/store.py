@@ -23,8 +23,11 @@ LOWEST_OCTAVE, HIGHEST_OCTAVE = -20, 20
 """Histograms resolve magnitudes from 2^-20 to 2^20; what lies beyond falls into the outermost bins."""
 N_BINS = BINS_PER_OCTAVE * (HIGHEST_OCTAVE - LOWEST_OCTAVE)
 
-DENSE, RARE = 1e-2, 1e-5
-"""Densities from which on a latent counts as dense, and below which as rare."""
+DENSE_TIMES, RARE_TIMES = 10.0, 0.01
+"""Densities from which on a latent counts as dense, and below which as rare, in units of the density that all latents would
+have if they shared the L0 equally. At 65,536 latents and an L0 of 64 that makes the customary 1e-2 and 1e-5."""
+ALWAYS_DENSE = 0.5
+"""A latent that fires on half of the tokens is dense, however often others fire."""
 
 
 class Context(NamedTuple):
@@ -128,10 +131,28 @@ class LatentStats:
         """Consistent activation heuristic: firings per context in which a latent fires; 0 for one that never does."""
         return self.count / np.maximum(self.contexts_firing, 1)
 
+    @cached_property
+    def expected_density(self) -> float:
+        """L0 / d_sae: the density of every latent if all fired equally often."""
+        return float(self.count.sum() / max(self.tokens, 1) / self.d_sae)
+
+    @property
+    def dense_from(self) -> float:
+        """The density from which on a latent counts as dense."""
+        return min(DENSE_TIMES * self.expected_density, ALWAYS_DENSE)
+
+    @property
+    def rare_below(self) -> float:
+        """The density below which a latent counts as rare."""
+        return RARE_TIMES * self.expected_density
+
     @property
     def kind(self) -> np.ndarray:
-        """`dead` (never fired), `rare`, `between` or `dense`, by density."""
-        return np.select([self.count == 0, self.density < RARE, self.density >= DENSE], ["dead", "rare", "dense"], "between")
+        """`dead` (never fired), `rare`, `between` or `dense`, by density relative to the expected one."""
+        density = self.density
+        return np.select(
+            [self.count == 0, density < self.rare_below, density >= self.dense_from], ["dead", "rare", "dense"], "between"
+        )
 
     def quantile(self, q: float, latents: Sequence[int] | None = None) -> np.ndarray:
         """The q-quantile of each latent's non-zero activations, to 2.2 % [F] or [len(latents)]; 0 where it never fires."""

@@ -69,7 +69,12 @@ def _run(verbs: Verbs) -> None:
     verb.add_argument("--answer", help="one token, leading space included")
     verb.add_argument("--top", type=int, default=5, help="latents shown of each token")
     verb.add_argument("--search-prompt", metavar="TEXT", help="latents that a text activates most")
-    verb.add_argument("--search-promoted", metavar="TOKEN", nargs="+", help="latents that raise these tokens most")
+    verb.add_argument(
+        "--search-promoted",
+        metavar="TOKEN",
+        nargs="+",
+        help="latents that raise these tokens most; with --prompt also by measured effect",
+    )
 
 
 def _generate(verbs: Verbs) -> None:
@@ -95,11 +100,11 @@ def _steer(verbs: Verbs) -> None:
         verbs,
         "steer",
         "texts with a latent's direction added, held or emptied, over strengths with equal seeds",
-        'steer --sae standard --latent 17 --prompt "I think that" --strengths 0.5 1 2',
+        'steer --sae standard --prompt "I will see you on" --targets " Monday" " Friday" --strengths 0.5 1',
         needed=False,
     )
     verb.add_argument("--prompt", required=True)
-    verb.add_argument("--latent", type=int, required=True)
+    verb.add_argument("--latent", type=int, help="default: the one that measurably raises --targets most after the prompt")
     verb.add_argument("--method", default="add", help="add, clamp or project")
     verb.add_argument(
         "--strengths",
@@ -125,10 +130,10 @@ def _ablate(verbs: Verbs) -> None:
         verbs,
         "ablate",
         "the answer without some latents, with and without the error term",
-        'ablate --sae standard --prompt "The capital of France is" --answer " Paris" --latents 17 230',
+        'ablate --sae standard --prompt "The capital of France is" --answer " Paris"',
     )
     verb.add_argument("--prompt", required=True)
-    verb.add_argument("--latents", type=int, nargs="+", required=True)
+    verb.add_argument("--latents", type=int, nargs="+", help="default: the three whose removal lowers the answer most")
     verb.add_argument("--answer", help="one token, leading space included (default: the likeliest)")
     verb.add_argument("--positions", type=int, nargs="+", help="0 is the separator in front, -1 the last (default: all)")
 

@@ -7,8 +7,9 @@ import argparse
 import sae_research.analysis.attribute as ablation
 import sae_research.analysis.attribute as attribution
 import sae_research.analysis.steer as steering
+from sae_research.analysis import effects, neuronpedia, plots
 from sae_research.analysis import generate as generating
-from sae_research.analysis import neuronpedia, plots
+from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.neuronpedia import HOME, Neuronpedia
 from sae_research.analysis.store import check_latents
 from sae_research.cli.analyze_verbs import open_analysis, say_written, table, write_csv
@@ -48,16 +49,20 @@ def steer(options: argparse.Namespace) -> None:
     if options.sae is None:
         raise UserError("--engine local needs --sae")
     steering.check_method(options.method)
+    if options.latent is None and not options.targets:
+        raise UserError("give --latent, or --targets, for which the latent of largest measured effect is chosen")
     analysis = open_analysis(options)
     name, sae = analysis.only
     steering.check_steerable(name, sae)
-    check_latents([options.latent], sae.cfg.d_sae)
+    if options.latent is not None:
+        check_latents([options.latent], sae.cfg.d_sae)
     if options.maximum is None:
         analysis.stats(name, progress=True)
+    latent = _most_effective(analysis, options) if options.latent is None else options.latent
     found = steering.steer(
         analysis,
         options.prompt,
-        options.latent,
+        latent,
         options.strengths,
         options.method,
         range(options.seeds),
@@ -98,7 +103,19 @@ def steer(options: argparse.Namespace) -> None:
     say_written(out / "steering.json", plots.steering_sweep(found, out / "steering.png"))
 
 
+def _most_effective(analysis: AnalysisContext, options: argparse.Namespace) -> int:
+    """The latent that measurably raises the targets most; the best five are printed."""
+    found = effects.search_by_effect(analysis, options.prompt, options.targets, k=5)
+    if not found:
+        raise UserError("no latent fired on the text of the statistics: there is none to steer by; raise analysis.tokens")
+    print(f"latents by measured effect on {' '.join(map(repr, options.targets))} after the prompt (nats)")
+    print(table(row._asdict() for row in found) + "\n")
+    return found[0].latent
+
+
 def _steer_there(options: argparse.Namespace) -> None:
+    if options.latent is None:
+        raise UserError("--engine neuronpedia needs --latent")
     if options.source is None:
         raise UserError("--engine neuronpedia needs --source MODEL/SOURCE, e.g. gpt2-small/7-res-jb")
     if options.method != "add":
@@ -137,7 +154,8 @@ def _steer_there(options: argparse.Namespace) -> None:
 def ablate(options: argparse.Namespace) -> None:
     """Ablate latents on a prompt."""
     analysis = open_analysis(options)
-    rows = ablation.ablate(analysis, options.prompt, options.latents, options.answer, options.positions)
+    latents = options.latents or _carriers(analysis, options)
+    rows = ablation.ablate(analysis, options.prompt, latents, options.answer, options.positions)
     shown = [{key: value for key, value in row._asdict().items() if key not in ("error_term", "latents")} for row in rows]
     print(table(shown))
     write_json(
@@ -147,6 +165,16 @@ def ablate(options: argparse.Namespace) -> None:
         ),
     )
     say_written(options.out / "ablation.json")
+
+
+def _carriers(analysis: AnalysisContext, options: argparse.Namespace) -> list[int]:
+    """The latents whose removal lowers the answer most, which are printed."""
+    found = effects.carriers(analysis, options.prompt, options.answer)
+    if not found:
+        raise UserError("no latent's removal lowers the answer on this prompt: choose --latents, or another prompt")
+    print("latents by the fall of the answer's log-probability without them (nats)")
+    print(table(row._asdict() for row in found) + "\n")
+    return [row.latent for row in found]
 
 
 def attribute(options: argparse.Namespace) -> None:
@@ -165,8 +193,9 @@ def attribute(options: argparse.Namespace) -> None:
                 "latents": float(s.reconstruction.sum()),
                 "error": float(s.error.sum()),
                 "bias and masked": float(s.bias.sum()),
-                "sum": float((s.reconstruction + s.error + s.bias).sum()),
+                "explained": s.explained,
                 "whole": s.total,
+                "metric": found.metric,
             }
             for name, s in found.saes.items()
         )
@@ -216,6 +245,7 @@ def attribute(options: argparse.Namespace) -> None:
                         "latents": s.reconstruction.tolist(),
                         "error": s.error.tolist(),
                         "bias": s.bias.tolist(),
+                        "explained": s.explained,
                         "whole": s.total,
                     }
                     for name, s in found.saes.items()

@@ -11,8 +11,8 @@ import numpy as np
 
 import sae_research.analysis.explain as explaining
 import sae_research.analysis.subspace as subspaces
+from sae_research.analysis import effects, plots, prompt
 from sae_research.analysis import neuronpedia as hosted
-from sae_research.analysis import plots, prompt
 from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.site import core_figures, write_dashboard
 from sae_research.analysis.store import LatentStats, check_latents
@@ -169,6 +169,28 @@ def _show_contexts(found: LatentStats, latent: int, buffer: int = 8) -> None:
         print(f"  {context.value:8.3f}  {line}")
 
 
+def _print_next_tokens(found: prompt.PromptRuns) -> None:
+    """The next token in all three runs: logits, log-probabilities and probabilities beside each other."""
+    listed = found.next_tokens + ([found.answer] if found.answer else [])
+    runs = list(found.kl)
+    print(
+        "next token plain, with SAEs and error terms, with reconstructions alone: logit, log-probability, probability (rank)"
+    )
+    print(
+        table(
+            {
+                "token": row.token,
+                **{
+                    r: f"{row.logit[r]:6.2f} {row.log_probability[r]:6.2f} {row.probability[r]:.4f} ({row.rank[r]})"
+                    for r in runs
+                },
+            }
+            for row in listed
+        )
+    )
+    print("\n" + table({"run": r, "KL from plain": found.kl[r], "cross-entropy": found.cross_entropy[r]} for r in runs))
+
+
 def run(options: argparse.Namespace) -> None:
     """A prompt with and without SAEs; or a search for latents."""
     if not (options.prompt is not None or options.search_prompt is not None or options.search_promoted):
@@ -185,18 +207,19 @@ def run(options: argparse.Namespace) -> None:
             f"latents that raise {', '.join(map(repr, options.search_promoted))} most (standard deviations)\n"
             + table(row._asdict() for row in prompt.search_by_promoted(analysis, options.search_promoted))
         )
+        if options.prompt is not None:
+            found = effects.search_by_effect(analysis, options.prompt, options.search_promoted)
+            print(
+                "\nmeasured: added at their maximum after the prompt (nats)\n" + table(row._asdict() for row in found) + "\n"
+            )
     if options.prompt is None:
         return
-    found = prompt.run_prompt(analysis, options.prompt, options.answer)
-    runs = list(found.kl)
-    print("next token: probability and (rank) plain, with SAEs and error terms, with reconstructions alone")
-    listed = found.next_tokens + ([found.answer] if found.answer else [])
-    print(table({"token": row.token, **{r: f"{row.probability[r]:.4f} ({row.rank[r]})" for r in runs}} for row in listed))
-    print("\n" + table({"run": r, "KL from plain": found.kl[r], "cross-entropy": found.cross_entropy[r]} for r in runs))
+    shown = prompt.run_prompt(analysis, options.prompt, options.answer)
+    _print_next_tokens(shown)
     written = [options.out / "run.json"]
     inside: dict[str, Any] = {}
-    for name, seen in found.saes.items():
-        active = prompt.top_latents(analysis, name, seen, found.tokens, options.top)
+    for name, seen in shown.saes.items():
+        active = prompt.top_latents(analysis, name, seen, shown.tokens, options.top)
         kept = seen.mask[0]
         inside[name] = {
             "L0": [int(n) for n in (seen.post[0] != 0).sum(-1)],
@@ -219,12 +242,12 @@ def run(options: argparse.Namespace) -> None:
                     )
                     or ("does not count" if not kept[at] else "none"),
                 }
-                for at, token in enumerate(found.tokens)
+                for at, token in enumerate(shown.tokens)
             )
         )
         written.append(
             plots.final_token(
-                name, seen.post[0, -1].cpu().numpy(), found.tokens[-1], options.out / f"{name}_final_token.png"
+                name, seen.post[0, -1].cpu().numpy(), shown.tokens[-1], options.out / f"{name}_final_token.png"
             )
         )
     write_json(
@@ -232,11 +255,11 @@ def run(options: argparse.Namespace) -> None:
         round_significant(
             {
                 "prompt": options.prompt,
-                "tokens": found.tokens,
-                "next_tokens": [row._asdict() for row in found.next_tokens],
-                "answer": found.answer._asdict() if found.answer else None,
-                "kl": found.kl,
-                "cross_entropy": found.cross_entropy,
+                "tokens": shown.tokens,
+                "next_tokens": [row._asdict() for row in shown.next_tokens],
+                "answer": shown.answer._asdict() if shown.answer else None,
+                "kl": shown.kl,
+                "cross_entropy": shown.cross_entropy,
                 "saes": inside,
             }
         ),

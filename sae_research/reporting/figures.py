@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,6 +37,7 @@ from sae_research.reporting.tables import Point, points, residual_baseline
 
 IMAGES = Path("images")
 MARKER = 7.0
+CUT = r"$\downarrow$"
 
 
 def draw_all(run: Run, style: Visualization, root: Path = Path("."), workers: int = 1) -> list[Path]:
@@ -59,6 +60,8 @@ class RunFigures:
         self.run, self.style = run, style
         self.markers = marker_styles((row.group for row in run.rows), chosen_styles(style))
         self.names = short_names(run.rows)
+        self.cut = False
+        """Whether the panels drawn so far cut an interval."""
 
     def against_l0(self, key: str) -> Figure:
         """One metric against L0, the legend beside it."""
@@ -152,7 +155,7 @@ class RunFigures:
         baseline = residual_baseline(self.run, key)
         log_axis(axes.xaxis, *span([point.x for point in shown], log=True))
         bars = _bars(shown, key, min(point.y for point in shown) / 3 if metric.log else floor)
-        heights = [y for _, y in drawn] + [end for _, low, high in bars for end in (low, high)]
+        heights = [y for _, y in drawn] + [end for _, low, high, _ in bars for end in (low, high)]
         heights += [baseline] if baseline is not None else []
         if metric.log:
             log_axis(axes.yaxis, *span(heights, log=True))
@@ -184,11 +187,22 @@ class RunFigures:
                 zorder=2.5 if control else 3,
             )
 
-    def _intervals(self, axes: Axes, bars: Sequence[tuple[Point, float, float]]) -> list[Box]:
-        """Intervals as thin upright lines behind the markers; returns their places."""
+    def _intervals(self, axes: Axes, bars: Sequence[Bar]) -> list[Box]:
+        """Intervals as thin upright lines behind the markers, with an arrow where one is cut; returns their places."""
         places = []
-        for point, low, high in bars:
+        for point, low, high, cut in bars:
             color = self.markers[point.row.group].color
+            if cut:
+                arrow: dict[str, Any] = {
+                    "marker": CUT,
+                    "markersize": 6,
+                    "markeredgewidth": 0,
+                    "color": color,
+                    "alpha": 0.8,
+                    "zorder": 2.2,
+                }
+                axes.plot([point.x], [low], **arrow)
+                self.cut = True
             axes.plot(
                 [point.x, point.x], [low, high], color=color, linewidth=1.1, alpha=0.55, zorder=2.2, solid_capstyle="butt"
             )
@@ -274,6 +288,9 @@ class RunFigures:
         if any(row.interval(key) for row in rows for key in self.run.plotted):
             label = "bar: 95 % interval," + (" " if "ncols" in where else "\n") + "other text"
             handles.append(Line2D([], [], marker="|", color=MUTED, label=label, **dot))
+        if self.cut:
+            label = "arrow: interval goes on" + (" " if "ncols" in where else "\n") + "below what is shown"
+            handles.append(Line2D([], [], marker=CUT, color=MUTED, label=label, **dot))
         spacing: dict[str, Any] = {"handletextpad": 0.3, "borderaxespad": 0.0, "columnspacing": 1.4}
         figure.legend(handles=handles, frameon=False, fontsize=TEXT, labelcolor=INK, **spacing, **where)
 
@@ -313,10 +330,20 @@ class RunFigures:
         return typographic_points * self.style.dpi / 72
 
 
-def _bars(shown: Sequence[Point], key: str, floor: float) -> list[tuple[Point, float, float]]:
-    """(point, low, high) of every point with an interval, cut at the floor."""
+class Bar(NamedTuple):
+    """An interval as it is drawn."""
+
+    point: Point
+    low: float
+    high: float
+    cut: bool
+    """Whether it goes on below `low`."""
+
+
+def _bars(shown: Sequence[Point], key: str, floor: float) -> list[Bar]:
+    """The interval of every point that has one, cut at the floor."""
     found = [(point, bounds) for point in shown if (bounds := point.row.interval(key)) is not None]
-    return [(point, max(low, floor), max(high, floor)) for point, (low, high) in found]
+    return [Bar(point, max(low, floor), max(high, floor), low < floor) for point, (low, high) in found]
 
 
 def _leader(axes: Axes, place: tuple[float, float], box: Box, nearest: float) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sae_research.analysis.context import AnalysisContext
-from sae_research.analysis.dashboard.site import write_dashboard, write_index, write_script
+from sae_research.analysis.dashboard.packing import write_script
+from sae_research.analysis.dashboard.site import write_dashboard, write_index
 from sae_research.analysis.store import load_stats
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
@@ -22,6 +23,14 @@ from tests.helpers.tiny_saes import tiny_sae
 pytestmark = needs_chromium
 COLOURS = """['backgroundColor', 'color'].map(
     one => getComputedStyle(document.body)[one].match(/\\d+/g).slice(0, 3).map(Number))"""
+
+COLLIDING = """[...document.querySelectorAll('.bars .x, .bars .y')].flatMap(axis => {
+    const shown = [...axis.children].filter(one => getComputedStyle(one).visibility === 'visible');
+    const boxes = shown.map(one => one.getBoundingClientRect());
+    return shown.filter((one, i) => boxes.some((box, j) => j < i && box.left < boxes[i].right && boxes[i].left < box.right
+        && box.top < boxes[i].bottom && boxes[i].top < box.bottom)
+        || boxes[i].left < 0 || boxes[i].right > innerWidth).map(one => one.textContent);
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +95,13 @@ def test_pages_work_from_disk(site: Path, page: sync_api.Page) -> None:
     page.keyboard.press("Control+a")
     word = content(site / "plain/data/index.js")["labels"].split("\n")[20].split()[0]
     page.keyboard.type(word.upper())
-    assert 20 in rows(page) and len(rows(page)) < 64
+    page.get_by_role("button", name="Latent").click()
+    page.locator("#search").focus()
+    assert 20 in rows(page)
     first = rows(page)[0]
     page.keyboard.press("Enter")
     ready(page, str(first))
-    assert page.url.endswith(f"latent.html#latent={first}")
+    assert page.url.endswith(f"latent.html#latent={first}&find={word.lower()}")
     page.goto((site / "plain/latent.html").as_uri() + "#latent=20")
     ready(page, "20")
     page.keyboard.press("j")
@@ -106,6 +117,65 @@ def test_pages_work_from_disk(site: Path, page: sync_api.Page) -> None:
     assert float(page.locator("#tip").inner_text()) == pytest.approx(best.value, rel=1e-3)
     assert page.locator(".tokens caption").all_inner_texts()[:2] == ["raised", "lowered"]
     assert page.locator("section:has(h2:text('Activations')) rect").count() > 1
+    assert page.locator("article h2").first.inner_text() == "Top contexts"
+    axes = page.locator("section:has(h2:text('Activations')) .bars").first
+    assert "log scale" in axes.inner_text() and axes.locator(".x span").count() > 1 and axes.locator(".y span").count() > 1
+
+
+def test_search_reads_the_stored_contexts(site: Path, page: sync_api.Page) -> None:
+    """Every latent whose shown contexts hold a phrase is found, as often as reading all its data files says; a search that
+    finds nothing says so."""
+    latents = [
+        latent | {"strings": part["strings"]}
+        for part in map(content, sorted((site / "plain/data").glob("0*.js")))
+        for latent in part["latents"]
+    ]
+    texts = {
+        one["id"]: ["".join(one["strings"][t] for t in context["t"]).lower() for context in one["contexts"]]
+        for one in latents
+    }
+    listed = content(site / "plain/data/index.js")
+    labels = [f"{a}\n{b}".lower() for a, b in zip(listed["labels"].split("\n"), listed["promoted"].split("\n"), strict=True)]
+    shown = next(text for found in texts.values() for text in found if "\n" not in text)
+    phrase = shown[len(shown) // 3 :][:14].strip()
+    page.goto((site / "plain/index.html").as_uri())
+    ready(page, "yes")
+    page.locator("#search").fill(phrase.upper())
+    page.wait_for_function("() => !document.getElementById('status').textContent.includes('reading')")
+    spaced = {i: [text.replace("\n", " ").replace("\t", " ") for text in found] for i, found in texts.items()}
+    wanted = {i: sum(phrase in text for text in found) for i, found in spaced.items()}
+    wanted = {i: n for i, n in wanted.items() if n or phrase in labels[i]}
+    assert wanted and page.locator("#status").inner_text().startswith(f"{len(wanted)} of 64")
+    for row in rows(page):
+        cell = page.locator(f"tr[data-row='{row}'] td.tokens").first.inner_text()
+        assert f"in {wanted[row]} context" in cell
+    best = max(wanted, key=lambda i: (wanted[i], -i))
+    page.goto((site / "plain/latent.html").as_uri() + f"#latent={best}&find={phrase}")
+    ready(page, str(best))
+    assert page.locator(".contexts li.found").count() == wanted[best]
+    page.goto((site / "plain/index.html").as_uri())
+    ready(page, "yes")
+    page.locator("#search").fill("no such phrase anywhere")
+    page.get_by_text("Nothing found for “no such phrase anywhere”").wait_for()
+    assert not page.locator(".scroller").is_visible()
+
+
+def test_paper_shows_all_rows_and_contexts(site: Path, page: sync_api.Page) -> None:
+    page.goto((site / "plain/index.html").as_uri())
+    ready(page, "yes")
+    page.set_viewport_size({"width": 900, "height": 400})
+    assert len(rows(page)) < 64
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert rows(page) == list(range(64)) and page.locator("details.sources dl").is_visible()
+    scroller = page.locator(".scroller").evaluate("box => [box.scrollHeight, box.clientHeight]")
+    assert scroller[0] <= scroller[1] + 2, "nothing is left to scroll to"
+    assert luminance(page.evaluate(COLOURS)[0]) > 0.5, "paper is white"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert len(rows(page)) < 64 and not page.locator("details.sources dl").is_visible()
+    page.goto((site / "plain/latent.html").as_uri() + "#latent=20")
+    ready(page, "20")
+    assert page.pdf()[:5] == b"%PDF-" and page.locator(".contexts li").first.is_visible()
 
 
 @pytest.mark.slow
@@ -176,6 +246,16 @@ def test_compare_view_shows_both_sides(site: Path, page: sync_api.Page) -> None:
     assert page.locator("#one-link").inner_text() == "latent 12"
     assert page.locator("#other-link").inner_text() == f"latent {partner[12]}"
     assert page.locator("#one .contexts li").count() and page.locator("#other .contexts li").count()
+    heads = page.locator(".virtual thead th").all_inner_texts()
+    assert [head.strip(" ↕↓↑") for head in heads] == [
+        "plain",
+        "signed",
+        "correlation",
+        "plain: density",
+        "signed: density",
+        "plain fires on",
+        "signed fires on",
+    ]
     page.get_by_role("button", name="correlation").click()
     row = rows(page)[0]
     page.keyboard.press("j")
@@ -198,6 +278,7 @@ def test_readable_on_a_phone_and_by_day_and_night(site: Path, browser: sync_api.
         if what:
             ready(page, what)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, f"{address} scrolls sideways"
+        assert page.evaluate(COLLIDING) == [], f"labels of axes in {address}"
         ground, ink = page.evaluate(COLOURS)
         lighter, darker = sorted((luminance(ground), luminance(ink)), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) > 7, "contrast"
@@ -231,7 +312,14 @@ def test_65_000_latents_browse_smoothly(site: Path, page: sync_api.Page, tmp_pat
         kind,
         labels,
         labels[::-1],
-        {"dead": 0, "edges": [-2.0, -1.0, 0.0], "counts": [1, 2], "rare": -5.0, "dense": -2.0},
+        {
+            "dead": 0,
+            "edges": [-2.0, -1.0, 0.0],
+            "counts": {"rare": [0, 0], "between": [1, 0], "dense": [0, 2]},
+            "expected": 0.01,
+            "rare": 1e-4,
+            "dense": 0.1,
+        },
     )
     started = time.perf_counter()
     page.goto((wide / "plain/index.html").as_uri())

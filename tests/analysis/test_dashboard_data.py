@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sae_research.analysis.context import AnalysisContext
+from sae_research.analysis.dashboard.compare import compare
 from sae_research.analysis.dashboard.latents import Shown, significant
 from sae_research.analysis.dashboard.neighbours import match_by_activation, match_by_decoder, nearest
 from sae_research.analysis.dashboard.neuronpedia_batch import Batch
-from sae_research.analysis.dashboard.site import NEURONPEDIA, compare, run_stage, write_dashboard
+from sae_research.analysis.dashboard.site import NEURONPEDIA, run_stage, write_dashboard
 from sae_research.analysis.store import LatentStats
 from sae_research.config.params import Params
 from sae_research.lm import LanguageModel

@@ -77,6 +77,21 @@ def test_streamed_figures_are_the_plain_ones(
             assert exact.min() - 0.03 * abs(exact.min()) - 1e-5 <= got <= exact.max() + 0.03 * abs(exact.max()) + 1e-5
 
 
+@pytest.mark.parametrize(
+    ("firings", "kinds"),
+    [
+        ([0, 10, 10, 10, 10], ["dead"] + ["between"] * 4),  # a healthy SAE of high L0: nobody is dense
+        ([1, 20_000] + [200] * 498, ["rare", "dense"] + ["between"] * 498),
+        ([0, 900, 900], ["dead", "dense", "dense"]),
+    ],
+)
+def test_kinds_are_relative_to_the_density_of_equals(firings: list[int], kinds: list[str]) -> None:
+    stats = object.__new__(LatentStats)
+    stats.__dict__ |= {"count": np.array(firings), "tokens": 1_000 if len(firings) < 9 else 100_000, "d_sae": len(firings)}
+    assert stats.kind.tolist() == kinds
+    assert stats.expected_density == pytest.approx(np.mean(firings) / stats.tokens)
+
+
 def test_top_and_sampled_contexts(lm: LanguageModel, params: Params, in_project: Path) -> None:
     sae = biased("standard", 20.0)
     stats = collect_stats({"it": sae}, lm, params)["it"]

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.neuronpedia import Neuronpedia, neuronpedia_iframe, quick_list
-from sae_research.analysis.steer import Edit, as_rows, steer
+from sae_research.analysis.steer import Edit, Sample, as_rows, rate_interval, steer
 from sae_research.cli.main import main
 from sae_research.lm import LanguageModel
 from sae_research.lm.generate import choose, sample
@@ -95,6 +96,7 @@ def test_steering_report(analysis: AnalysisContext) -> None:
         sum(s.target_tokens for s in strong.samples) / sum(s.tokens for s in strong.samples)
     )
     assert all("samples" not in row for row in as_rows(found))
+    assert strong.target_low is None, "two seeds do not say how they vary"
     # the cost by hand
     lm, sae = analysis.lm, analysis.saes["late"]
     tokens = token_contexts(lm.tokenizer, lm.separator_id, analysis.params.text, "core_eval", 100).tokens
@@ -106,6 +108,16 @@ def test_steering_report(analysis: AnalysisContext) -> None:
     assert strong.kl == pytest.approx(float(kl[mask].mean()), rel=1e-3)
     clean = CleanPredictions(lm.logits(tokens), tokens).ce
     assert strong.ce_change == pytest.approx(float((ce - clean)[mask[:, :-1]].mean()), rel=1e-3)
+
+
+def test_the_interval_of_a_target_rate_is_over_seeds() -> None:
+    samples = [Sample(seed, "", hits, 20, 0.0) for seed, hits in enumerate([4, 2, 5, 3, 4, 2, 6, 3])]
+    low, high = rate_interval(samples)
+    rates = np.array([s.target_tokens / 20 for s in samples])
+    error = rates.std(ddof=1) / np.sqrt(len(rates))
+    assert low < rates.mean() - 1.5 * error and high > rates.mean() + 1.5 * error
+    assert low > rates.mean() - 5 * error and high < rates.mean() + 5 * error
+    assert rate_interval([s._replace(target_tokens=0) for s in samples]) == (0, 0)
 
 
 def test_nucleus_sampling() -> None:

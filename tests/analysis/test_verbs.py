@@ -69,13 +69,13 @@ def test_stats_and_attribute(project: Path, capsys: pytest.CaptureFixture[str]) 
     assert "dead latents" in out and "[[" in out and "late: 64 latents" in out
     folder = project / "analysis_results/stats/late"
     rows = list(csv.DictReader((folder / "latents.csv").open()))
-    assert len(rows) == 64 and {row["kind"] for row in rows} >= {"dead", "dense"}
+    assert len(rows) == 64 and {row["kind"] for row in rows} >= {"dead", "between"}
     assert float(rows[60]["max"]) >= float(rows[60]["q99"]) >= float(rows[60]["q50"]) > 0
     assert json.loads((folder / "summary.json").read_text())["dead latents"] == sum(r["kind"] == "dead" for r in rows)
     assert all(Image.open(folder / name).size[0] > 300 for name in ("density.png", "density_cah.png"))
 
     out = said(capsys, "attribute", "--sae", "late", "early", "--prompt", PROMPT, "--check", "8")
-    assert out.count("really ablated: correlation") == 2
+    assert out.count("really ablated: correlation") == 2 and re.search(r"explained +whole +metric", out)
     rows = list(csv.DictReader((project / "analysis_results/attribute/attribution.csv").open()))
     whole = json.loads((project / "analysis_results/attribute/attribution.json").read_text())["saes"]["late"]["whole"]
     assert sum(float(row["share"]) for row in rows if row["sae"] == "late") == pytest.approx(whole, rel=1e-2, abs=1e-3)
@@ -125,6 +125,18 @@ def test_the_other_verbs(project: Path, capsys: pytest.CaptureFixture[str]) -> N
 
     out = said(capsys, "ablate", "--sae", "late", "--prompt", PROMPT, "--latents", "60", "61", "--positions", "-1")
     assert "reconstruction alone - latents 60, 61" in out
+
+    # latents chosen by measured effect
+    out = said(capsys, "ablate", "--sae", "late", "--prompt", PROMPT)
+    assert "fall of the answer's log-probability" in out and "answer_log_probability" in out
+    out = said(capsys, "run", "--sae", "late", "--prompt", PROMPT, "--search-promoted", " the")
+    assert re.search(r"latent +estimate +effect", out)
+    cheap = ["--length", "3", "--seeds", "1", "--strengths", "1", "--neutral-tokens", "64"]
+    out = said(capsys, "steer", "--sae", "late", "--prompt", PROMPT, "--targets", " the", *cheap)
+    best = re.search(r"top *\n[- ]*\n? *(\d+)", out)
+    assert best and f"latent {best[1]} by add" in out
+    with pytest.raises(UserError, match="give --latent, or --targets"):
+        main(["analyze", "steer", "--sae", "late", "--prompt", PROMPT])
 
     out = said(capsys, "subspace", "--sae", "late", "--latents", "58", "60", "61", "62", "--groups", "the", "time")
     assert "component 3" in out and (project / "analysis_results/subspace/subspace.png").is_file()

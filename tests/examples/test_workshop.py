@@ -1,7 +1,8 @@
-"""The notebook runs from a fresh project on the offline model."""
+"""The notebook: what it keeps shows something, and it runs from a fresh project on the offline model."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from sae_research.lm import LanguageModel, load_language_model
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, save_sae
 from sae_research.setup.controls import sample_activations
 
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("nbclient")
+from benchmarks.notebook import NOTEBOOK, executed  # noqa: E402 - it needs both
+
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples/workshop.ipynb"
-
-
 HOOK, D_SAE = "blocks.8.hook_resid_post", 768
+RATE = re.compile(r"strength (\S+): target rate (\S+) \[(\S+), (\S+)\]")
 
 
 def stand_in(lm: LanguageModel) -> SparseAutoencoder:
@@ -31,26 +34,55 @@ def stand_in(lm: LanguageModel) -> SparseAutoencoder:
     return form_class("standard")(cfg, W_enc=rows.T.contiguous(), W_dec=rows, b_enc=-threshold, b_dec=centre)
 
 
-def test_no_outputs_are_kept() -> None:
-    nbformat = pytest.importorskip("nbformat")
+def printed(notebook: nbformat.NotebookNode) -> str:
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def test_the_kept_outputs_are_of_one_run_and_name_no_place() -> None:
     notebook = nbformat.read(NOTEBOOK, 4)
     nbformat.validate(notebook)
-    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert all(cell.outputs for cell in cells), "every cell shows something"
+    assert pictures(notebook) == sum("Image(" in cell.source for cell in cells) == 4
+    texts = printed(notebook) + "".join(str(output.get("data", {}).get("text/html", "")) for output in outputs)
+    assert not re.search(r"/(home|root|tmp|work|Users)/", texts)
+
+
+def test_the_kept_outputs_show_an_effect() -> None:
+    said = printed(nbformat.read(NOTEBOOK, 4))
+    plain, *steered = [tuple(map(float, found[1:])) for found in RATE.findall(said)]
+    assert max(low for _, low, _ in steered) > plain[2], "a target rate above the baseline, intervals apart"
+    before, after = map(float, re.findall(r"^P\(.*?\) ([\d.]+), without latents .*: ([\d.]+)$", said, re.MULTILINE)[0])
+    assert after < before / 2, "the answer without the latents that carry it"
+    metric, explained = map(float, re.findall(r"metric (\S+); explained (\S+) =", said)[0])
+    parts = sum(map(float, re.findall(r"latents (\S+), error (\S+), bias (\S+)", said)[0]))
+    assert explained == pytest.approx(parts, abs=0.02) and metric > 0
+    assert float(re.findall(r"correlation with real ablations: (\S+)", said)[0]) > 0.8
 
 
 @pytest.mark.slow
 def test_the_workshop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     (tmp_path / ".cache").mkdir()
     if (ROOT / ".cache/models").is_dir():  # dequantising takes a while
         (tmp_path / ".cache/models").symlink_to(ROOT / ".cache/models")
     shutil.copy2(ROOT / "params.yaml", tmp_path)
     lm = load_language_model("smollm2-135m-instruct", "cpu")
-    save_sae(stand_in(lm), tmp_path / "downloaded_saes/standard")
+    save_sae(stand_in(lm), tmp_path / "downloaded_saes/stand_in")
     del lm
-    notebook = nbformat.read(NOTEBOOK, 4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    copy = tmp_path / "workshop.ipynb"
+    source, changed = re.subn(r'SAE = \\"[^"\\]+\\"', r'SAE = \\"stand_in\\"', NOTEBOOK.read_text())
+    assert changed == 1, "the SAE is named once"
+    copy.write_text(source)
+    notebook = executed(copy, tmp_path)
     assert (tmp_path / "analysis_results/workshop/site/index.html").is_file()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "correlation with real ablations" in printed and "targets:" in printed
+    said = printed(notebook)
+    assert said.startswith("stand_in: 768 latents") and pictures(notebook) == 4
+    assert len(RATE.findall(said)) == 4 and "correlation with real ablations" in said

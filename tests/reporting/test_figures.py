@@ -11,7 +11,7 @@ from PIL import Image
 
 from sae_research.config.reporting import Style, Visualization
 from sae_research.plotting.axes import Box, place_labels
-from sae_research.reporting.figures import RunFigures, draw_all
+from sae_research.reporting.figures import CUT, RunFigures, draw_all
 from sae_research.reporting.results import Row, Run
 from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles, short_names
 from sae_research.reporting.tables import CURVE_POINTS, points, write_plot_data
@@ -77,6 +77,20 @@ def test_interpolating_points_are_hollow_and_only_they(lab: Lab):
     hollow = [line for line in markers if line.get_markerfacecolor() == "white"]
     assert [float(x) for line in hollow for x in line.get_xdata()] == [576.0]
     assert sum(len(line.get_xdata()) for line in markers) == len(SAES)
+
+
+def test_a_cut_interval_has_an_arrow_and_only_it(lab: Lab):
+    run = build(lab)
+    row = next(row for row in run.rows if row.interval("variance_explained"))
+    row.evals["core"]["intervals"]["variance_explained"] = [-40.0, 0.9]
+    figures = RunFigures(run, STYLE)
+    figure = figures.against_l0("variance_explained")
+    arrows = [line for line in figure.axes[0].lines if line.get_marker() == CUT]
+    assert [line.get_xdata()[0] for line in arrows] == [row.value("l0")]
+    assert arrows[0].get_ydata()[0] >= figure.axes[0].get_ylim()[0], "it points from what is shown"
+    assert any("goes on" in text.get_text() for text in figure.legends[0].texts)
+    whole = RunFigures(build(lab), STYLE).against_l0("variance_explained")
+    assert not any("goes on" in text.get_text() for text in whole.legends[0].texts)
 
 
 def test_residual_stream_is_drawn_in_probing_panels_only(lab: Lab):

@@ -9,15 +9,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from sae_research.analysis.dashboard.logits import LogitEffects, logit_effects
 from sae_research.analysis.dashboard.neighbours import nearest
-from sae_research.analysis.explain import Explainer, Explanation, LogitTail
-from sae_research.analysis.store import DENSE, N_BINS, RARE, LatentStats
+from sae_research.analysis.explain import Explainer, Explanation, LogitTail, by_mean_activation, token_shares
+from sae_research.analysis.store import N_BINS, LatentStats
 from sae_research.config.reporting import Dashboards
 from sae_research.lm import LanguageModel
-from sae_research.lm.generate import unembedding
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 
@@ -136,70 +134,22 @@ def activation_bars(stats: LatentStats, latents: slice) -> list[list[dict[str, A
 
 
 def density_bars(stats: LatentStats) -> dict[str, Any]:
-    """Latents by log10 of density: `{dead, edges: log10 [n + 1], counts [n], rare, dense: log10 of the bounds}`."""
+    """Latents by log10 of density: `{dead, edges: log10 [n + 1], counts: {kind: [n]}, expected, rare, dense: densities}`."""
     alive = stats.density[stats.count > 0]
+    kind = stats.kind[stats.count > 0]
     lowest = np.floor(np.log10(alive.min()) / DENSITY_STEP) * DENSITY_STEP if len(alive) else -1.0
     edges = np.arange(lowest, DENSITY_STEP, DENSITY_STEP)
-    counts, _ = np.histogram(np.log10(alive).clip(edges[0], edges[-1]), edges)
     return {
         "dead": int((stats.count == 0).sum()),
         "edges": edges,
-        "counts": counts,
-        "rare": float(np.log10(RARE)),
-        "dense": float(np.log10(DENSE)),
+        "counts": {
+            one: np.histogram(np.log10(alive[kind == one]).clip(edges[0], edges[-1]), edges)[0]
+            for one in ("rare", "between", "dense")
+        },
+        "expected": significant(stats.expected_density),
+        "rare": significant(stats.rare_below),
+        "dense": significant(stats.dense_from),
     }
-
-
-CHUNK_LATENTS = 256
-BINS = 40
-
-
-class LogitEffects(NamedTuple):
-    """Logits that one unit of each latent adds directly, less their mean over the vocabulary. F latents."""
-
-    raised: np.ndarray
-    """Token ids, largest first int [F, k]"""
-    raised_by: np.ndarray
-    """float [F, k]"""
-    lowered: np.ndarray
-    """Token ids, smallest first int [F, k]"""
-    lowered_by: np.ndarray
-    """float [F, k]"""
-    histogram: np.ndarray
-    """Tokens of the vocabulary in `BINS` equal bins from the smallest logit to the largest int [F, BINS]"""
-    skew: np.ndarray
-    """[F]"""
-    kurtosis: np.ndarray
-    """Excess [F]"""
-
-
-def in_residual_stream(sae: SparseAutoencoder, lm: LanguageModel) -> bool:
-    """Whether an SAE's directions can be read through the unembedding."""
-    return sae.cfg.d_out == lm.d_model and sae.cfg.in_stream
-
-
-@torch.no_grad()
-def logit_effects(sae: SparseAutoencoder, lm: LanguageModel, k: int) -> LogitEffects | None:
-    """Effects of all latents, `W_dec W_U` with the final norm's gain folded in; None for an SAE outside the residual
-    stream, whose latents promote no tokens directly."""
-    if not in_residual_stream(sae, lm):
-        return None
-    out = unembedding(lm)
-    parts = [_effects(out.logits(rows), k) for rows in sae.W_dec.detach().split(CHUNK_LATENTS)]
-    return LogitEffects(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
-
-
-def _effects(logits: Tensor, k: int) -> tuple[Tensor, ...]:
-    centred = logits - logits.mean(1, keepdim=True)
-    up, down = (centred.topk(min(k, centred.shape[1]), largest=largest) for largest in (True, False))
-    low, high = down.values[:, :1], up.values[:, :1]
-    bins = ((centred - low) * (BINS / (high - low).clamp_min(1e-12))).to(torch.uint8).clamp_max_(BINS - 1)
-    counts = torch.stack([torch.bincount(row, minlength=BINS) for row in bins])
-    square = centred * centred
-    deviation = square.mean(1).sqrt().clamp_min(1e-12)
-    skew = (square * centred).mean(1) / deviation**3
-    kurtosis = square.square_().mean(1) / deviation**4 - 3
-    return up.indices, up.values, down.indices, down.values, counts, skew, kurtosis
 
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.99)
@@ -262,7 +212,7 @@ class Shown:
 
     @cached_property
     def labels(self) -> list[str]:
-        """A few tokens that stand for each latent: those of largest mean activation, else those of its top contexts."""
+        """The first tokens that each latent fires on, by largest mean activation over all their occurrences."""
         return [
             " ".join(dict.fromkeys(visible(token) for token in tokens[:LABEL_TOKENS]))
             for tokens in (self._label_tokens(latent) for latent in range(self.stats.d_sae))
@@ -272,14 +222,20 @@ class Shown:
         found = self.explanations[latent]
         if found is not None:
             return [share.token for share in found.by_mean]
-        context, position = self._top
-        there = context[latent] >= 0
-        ids = self.stats.token_ids[context[latent][there], position[latent][there]]
-        return list(dict.fromkeys(self.stats.strings(ids)))
+        numbers, values = self.stats.activations(latent)
+        if not len(numbers):
+            return []
+        ids = np.asarray(self.stats.token_ids).reshape(-1)[numbers].astype(np.int64)
+        shares = token_shares(
+            ids, np.abs(values).astype(np.float64), self._occurrences, self.stats.vocabulary, self.stats.density[latent]
+        )
+        return [share.token for share in by_mean_activation(shares, LABEL_TOKENS)]
 
     @cached_property
-    def _top(self) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(np.load(self.stats.folder / f"top_{part}.npy") for part in ("context", "position"))
+    def _occurrences(self) -> np.ndarray:
+        """Of every token id in the text, where it counts."""
+        ids = np.asarray(self.stats.token_ids)[np.asarray(self.stats.counted)]
+        return np.bincount(ids, minlength=len(self.stats.vocabulary))
 
     @cached_property
     def promoted(self) -> list[str]:

@@ -1,24 +1,19 @@
-"""The stage `dashboards` and the site it writes: pages from templates, data as scripts; two SAEs, or one SAE on two models,
-latent by latent.
-
-A page opened from disk may not `fetch` anything, so each data file is a script that hands its content to `lab.put`.
-"""
+"""The stage `dashboards` and the site it writes: pages from templates, data as scripts."""
 
 from __future__ import annotations
 
-import base64
 import copy
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
-import orjson
 
 from sae_research.analysis.collect import SAMPLE_LEVELS
 from sae_research.analysis.context import AnalysisContext
+from sae_research.analysis.dashboard.compare import Comparison, compare
 from sae_research.analysis.dashboard.latents import (
     LATENTS_PER_FILE,
     QUANTILES,
@@ -27,14 +22,9 @@ from sae_research.analysis.dashboard.latents import (
     latent_files,
     significant,
 )
-from sae_research.analysis.dashboard.neighbours import (
-    Matches,
-    activation_correlation,
-    match_by_activation,
-    match_by_decoder,
-    same_text,
-)
 from sae_research.analysis.dashboard.neuronpedia_batch import write_batches
+from sae_research.analysis.dashboard.packing import pack, write_script
+from sae_research.analysis.dashboard.text import searched_text
 from sae_research.analysis.neuronpedia import EMBED, neuronpedia_source
 from sae_research.config.params import Params
 from sae_research.config.reporting import Dashboards
@@ -45,67 +35,6 @@ from sae_research.runtime.stages import read_manifest, stage_folder
 from sae_research.saes import SparseAutoencoder
 from sae_research.saes.base import Guard
 from sae_research.saes.sources import PREPARED
-
-
-class Comparison(NamedTuple):
-    """A compare view."""
-
-    name: str
-    one: str
-    other: str
-    how: str
-    """What partners are, in words."""
-    score: str
-    """What the score is called."""
-    content: dict[str, Any]
-    """What the page's data file holds."""
-
-
-def compare(one: Shown, other: Shown) -> Comparison:
-    """Give every latent of one SAE its partner in the other.
-
-    Latents of one SAE on two models are their own partners. Otherwise partners are those of highest correlation of
-    activations where both read the same text, else of highest cosine of decoder rows where both read the same hook of the
-    same model. Raises `UserError` where neither holds.
-    """
-    text = same_text(one.stats, other.stats)
-    same_sae = one.sae.weights_fingerprint() == other.sae.weights_fingerprint()
-    if same_sae:
-        found = Matches(
-            np.arange(one.stats.d_sae),
-            activation_correlation(one.stats, other.stats) if text else np.full(one.stats.d_sae, np.nan),
-        )
-        how = "the same latent of one SAE on two models"
-    elif text:
-        found, how = match_by_activation(one.stats, other.stats), "the latent whose activations correlate most"
-    elif one.sae.cfg.hook_name == other.sae.cfg.hook_name and one.lm.fingerprint == other.lm.fingerprint:
-        found, how = match_by_decoder(one.sae, other.sae), "the latent whose decoder row is likest"
-    else:
-        raise UserError(
-            f"{one.name} and {other.name} share neither text nor hook, so their latents cannot be matched; "
-            "collect both statistics on the same text"
-        )
-    score = "correlation" if text else "cosine" if not same_sae else "not compared: the texts differ"
-    return Comparison(f"{one.name}_and_{other.name}", one.name, other.name, how, score, _content(one, other, found))
-
-
-def _content(one: Shown, other: Shown, found: Matches) -> dict[str, Any]:
-    matched = found.partner >= 0
-    partner = np.where(matched, found.partner, 0)
-    density = np.where(matched, other.stats.density[partner], 0)
-    known = found.score[matched & np.isfinite(found.score)]
-    return {
-        "one": one.name,
-        "other": other.name,
-        "partner": found.partner,
-        "score": [significant(float(s)) if np.isfinite(s) else None for s in found.score],
-        "median": significant(float(np.median(known))) if len(known) else None,
-        "density_one": significant(one.stats.density),
-        "density_other": significant(density),
-        "labels_one": one.labels,
-        "labels_other": [other.labels[p] if m else "" for p, m in zip(partner.tolist(), matched.tolist(), strict=True)],
-    }
-
 
 HERE = Path(__file__).parent
 NEURONPEDIA = "neuronpedia"
@@ -186,6 +115,7 @@ def _write_sae(folder: Path, shown: Shown, known: dict[str, Any], pages: jinja2.
         shown.promoted,
         density_bars(shown.stats),
     )
+    write_script(folder / "data" / "text.js", f"{shown.name}/text", searched_text(shown))
     _page(pages, "sae.html", folder / "index.html", root="../", sae=known)
     _page(pages, "latent.html", folder / "latent.html", root="../", sae=known)
 
@@ -220,17 +150,6 @@ def write_index(
     )
 
 
-def pack(values: np.ndarray) -> str:
-    """Base64 of an array's bytes."""
-    return base64.b64encode(values.tobytes()).decode()
-
-
-def write_script(path: Path, key: str, content: Any) -> None:
-    """A data file: content under a key."""
-    data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    write_bytes(path, b"lab.put(" + orjson.dumps(key) + b"," + data + b");\n")
-
-
 def summary(shown: Shown) -> dict[str, Any]:
     """What the pages say about an SAE as a whole."""
     stats, cfg, about = shown.stats, shown.sae.cfg, shown.stats.about
@@ -239,7 +158,12 @@ def summary(shown: Shown) -> dict[str, Any]:
     figures = [
         ("L0", number(stats.count.sum() / max(stats.tokens, 1)), "latents that fire on a token, mean"),
         ("Dead", f"{share['dead']:.1%}", "never fired on this text"),
-        ("Dense", f"{share['dense']:.1%}", "fire on 1 % of tokens or more"),
+        (
+            "Dense",
+            f"{share['dense']:.1%}",
+            f"fire on {percent(stats.dense_from)} of tokens or more; were all alike, each would on "
+            f"{percent(stats.expected_density)} (L0 / latents)",
+        ),
         ("Median density", number(float(np.median(stats.density))), "fraction of tokens on which a latent fires"),
         *((label, number(shown.figures[key]), "core evaluation") for key, label in FIGURES.items() if key in shown.figures),
     ]
@@ -290,6 +214,11 @@ def _hosted(shown: Shown) -> str:
         return neuronpedia_source(known["release"], known["sae_id"])
     except UserError:  # a release that Neuronpedia does not have
         return ""
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage of two significant digits."""
+    return f"{100 * value:.2g} %"
 
 
 def number(value: float) -> str:

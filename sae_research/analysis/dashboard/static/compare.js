@@ -6,24 +6,28 @@
   const n = data.partner.length;
   const texts = data.labels_one.map((label, i) => `${label}\n${data.labels_other[i]}`.toLowerCase());
   const status = document.getElementById("status"), search = document.getElementById("search");
+  const looked = new lab.SearchField(search, texts, [{sae: one, root: `${root}${one}/`, latent: row => row},
+    {sae: other, root: `${root}${other}/`, latent: row => data.partner[row]}], refresh);
   const table = new lab.Table(document.getElementById("latents"), {
-    label: `Latents of ${one} with their partners in ${other}`, rows: Array.from({length: n}, (_, i) => i),
-    address: row => `#latent=${row}`,
+    printed: 60, label: `Latents of ${one} with their partners in ${other}`, rows: Array.from({length: n}, (_, i) => i),
+    address: row => `#latent=${row}${looked.query ? `&find=${encodeURIComponent(looked.query)}` : ""}`,
     columns: [
       {title: one, name: "id", sort: row => row, value: row => String(row), ascending: true},
       {title: other, name: "id", sort: row => data.partner[row], value: row => data.partner[row] < 0 ? "none" : String(data.partner[row]), ascending: true},
       {title: score.split(":")[0], name: "figure", sort: row => data.score[row] ?? -Infinity, value: row => number(data.score[row])},
-      {title: "Density", name: "figure less", sort: row => data.density_one[row], value: row => number(data.density_one[row])},
-      {title: "There", name: "figure less", sort: row => data.density_other[row], value: row => number(data.density_other[row])},
-      {title: "Fires on", name: "tokens", value: row => data.labels_one[row]},
-      {title: "There fires on", name: "tokens less", value: row => data.labels_other[row]},
+      {title: `${one}: density`, name: "figure less", sort: row => data.density_one[row], value: row => number(data.density_one[row])},
+      {title: `${other}: density`, name: "figure less", sort: row => data.density_other[row], value: row => number(data.density_other[row])},
+      {title: `${one} fires on`, name: "tokens", value: row => [...looked.hint(row), data.labels_one[row]]},
+      {title: `${other} fires on`, name: "tokens less", value: row => data.labels_other[row]},
     ],
   });
 
   function refresh() {
-    const rows = lab.search(texts, search.value, n);
+    const rows = looked.rows();
     table.show(rows);
-    status.textContent = rows.length === n ? `${count(n)} latents` : `${count(rows.length)} of ${count(n)} latents`;
+    status.textContent = !rows.length ? looked.nothing()
+      : (rows.length === n ? `${count(n)} latents` : `${count(rows.length)} of ${count(n)} latents`)
+        + (looked.waiting ? "; reading their contexts …" : "");
   }
 
   async function show() {
@@ -34,13 +38,11 @@
       link.textContent = found < 0 ? "" : `latent ${found}`;
       link.href = `${root}${sae}/latent.html#latent=${found}`;
       if (found < 0) box.textContent = "No latent of it is like this one.";
-      else await lab.latent(box, sae, `${root}${sae}/`, found);
+      else await lab.latent(box, sae, `${root}${sae}/`, found, lab.hash().find);
     }
     document.body.dataset.ready = String(latent);
   }
 
-  search.addEventListener("input", refresh);
-  document.getElementById("filter").addEventListener("submit", event => event.preventDefault());
   addEventListener("hashchange", () => show().catch(lab.fail));
   lab.keys({...table.keys(), "/": () => search.focus()});
   refresh();

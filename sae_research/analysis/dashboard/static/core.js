@@ -82,6 +82,14 @@ const lab = (() => {
     status.textContent = error.message;
   }
 
+  // paper shows what a fold hides
+  addEventListener("beforeprint", () => {
+    for (const fold of document.querySelectorAll("details:not([open])")) { fold.open = true; fold.dataset.shut = ""; }
+  });
+  addEventListener("afterprint", () => {
+    for (const fold of document.querySelectorAll("details[data-shut]")) { fold.open = false; delete fold.dataset.shut; }
+  });
+
   const help = document.getElementById("help");
   document.getElementById("help-button").addEventListener("click", () => help.showModal());
   keys({"?": () => help.showModal()});

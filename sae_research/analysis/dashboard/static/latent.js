@@ -1,48 +1,51 @@
 "use strict";
-/** One latent of an SAE, drawn into a box. root: where the SAE's folder is. */
+/** One latent of an SAE, drawn into a box. root: where the SAE's folder is; find: text to mark contexts by. */
 lab.latent = (() => {
   const {el, number, count} = lab;
 
-  async function draw(box, sae, root, latent) {
+  async function draw(box, sae, root, latent, find = "") {
     box.setAttribute("aria-busy", "true");
     const about = await lab.load(`${sae}/about`, `${root}data/about.js`);
     if (!(Number.isInteger(latent) && latent >= 0 && latent < about.n)) throw new Error(`${sae} has latents 0 to ${count(about.n - 1)}`);
     const file = String(Math.floor(latent / about.per_file)).padStart(5, "0");
     const content = await lab.load(`${sae}/${file}`, `${root}data/${file}.js`);
     const found = content.latents[latent % about.per_file];
-    box.replaceChildren(head(found), ...sections(found, content.strings, about, sae, root));
+    box.replaceChildren(words(found), ...sections(found, content.strings, about, sae, root, lab.plain(find)));
     box.setAttribute("aria-busy", "false");
     return found;
   }
 
-  function head(found) {
-    const words = found.explained?.words ?? (found.count ? "fires too rarely to be described" : "never fired on this text");
-    return el("div", {class: "words"}, el("p", {}, words), el("dl", {class: "figures"}, [
-      ["Density", number(found.density), `${count(found.count)} tokens`, found.kind],
-      ["Largest", number(found.max), found.min < 0 ? `lowest ${number(found.min)}` : `mean ${number(found.mean)}`],
-      ["Per context", number(found.cah), `in ${count(found.contexts_firing)} contexts`],
-    ].map(([label, value, hint, kind]) => el("div", {class: kind ?? null}, el("dt", {}, label), el("dd", {}, value), el("dd", {class: "hint"}, hint)))));
+  function words(found) {
+    const rare = `fires on ${found.label}; too rarely to be described`;
+    return el("p", {class: "words"}, found.explained?.words ?? (found.count ? rare : "never fired on this text"));
   }
+
+  const figures = found => el("dl", {class: "figures"}, [
+    ["Density", number(found.density), `${count(found.count)} tokens`, found.kind],
+    ["Largest", number(found.max), found.min < 0 ? `lowest ${number(found.min)}` : `mean ${number(found.mean)}`],
+    ["Per context", number(found.cah), `in ${count(found.contexts_firing)} contexts`],
+  ].map(([label, value, hint, kind]) => el("div", {class: kind ?? null}, el("dt", {}, label), el("dd", {}, value),
+    el("dd", {class: "hint"}, kind ? `${hint}, ${kind === "between" ? "neither rare nor dense" : kind}` : hint))));
 
   const section = (title, ...children) => el("section", {}, el("h2", {}, title), ...children);
 
-  function sections(found, strings, about, sae, root) {
+  function sections(found, strings, about, sae, root, find) {
     const top = found.contexts.filter(one => one.level < 0);
     const levels = Array.from({length: about.levels}, (_, i) => about.levels - 1 - i);
     const largest = Math.max(...found.contexts.map(one => Math.max(...one.a.map(Math.abs), 0)), 1e-9);
-    const draw = one => context(one, strings, largest);
-    return [
-      el("div", {class: "columns"}, activations(found, about), logits(found, about), near(found, root), explained(found)),
-      hosted(found, about),
-      section("Top contexts", top.length ? el("ol", {class: "contexts"}, top.map(draw)) : el("p", {class: "muted"}, "none")),
-      ...levels.map(level => [level, found.contexts.filter(one => one.level === level)]).filter(([, some]) => some.length).map(
-        ([level, some]) => section(`Sampled, ${share(level, about.levels)}`, el("ol", {class: "contexts"}, some.map(draw)))),
-    ].filter(Boolean);
+    const draw = one => context(one, strings, largest, find);
+    return [el("div", {class: "latent"},
+      el("div", {class: "first"}, section("Top contexts", top.length ? el("ol", {class: "contexts"}, top.map(draw)) : el("p", {class: "muted"}, "none"))),
+      el("div", {class: "beside"}, figures(found), activations(found, about), logits(found, about), explained(found), near(found, root), hosted(found, about)),
+      el("div", {class: "sampled"}, levels.map(level => [level, found.contexts.filter(one => one.level === level)]).filter(([, some]) => some.length).map(
+        ([level, some]) => section(`Sampled, ${share(level, about.levels)}`, el("ol", {class: "contexts"}, some.map(draw))))),
+    )];
   }
 
   const share = (level, levels) => `${Math.round(100 * level / levels)} to ${Math.round(100 * (level + 1) / levels)} % of its activations`;
 
-  function context(one, strings, largest) {
+  function context(one, strings, largest, find) {
+    const found = find && lab.plain(one.t.map(token => strings[token]).join("")).includes(find);
     const text = el("p", {class: "text"}, one.more[0] ? "… " : null);
     let plain = "", next = 0;
     one.t.forEach((token, at) => {
@@ -57,7 +60,7 @@ lab.latent = (() => {
     });
     if (plain) text.append(shown(plain));
     if (one.more[1]) text.append(" …");
-    return el("li", {}, el("p", {class: "value"}, el("b", {}, number(one.v)), el("span", {class: "muted"}, ` ${one.source.replaceAll("_", " ")}`)), text);
+    return el("li", {class: found ? "found" : null}, el("p", {class: "value"}, el("b", {}, number(one.v)), el("span", {class: "muted"}, ` ${one.source.replaceAll("_", " ")}`)), text);
   }
 
   // line breaks as signs, so that a context stays one paragraph
@@ -66,10 +69,9 @@ lab.latent = (() => {
   function activations(found, about) {
     const charts = found.bars.map(({edges, counts}) => lab.histogram(counts, edges, {
       title: `Non-zero activations from ${number(edges[0])} to ${number(edges[edges.length - 1])}, logarithmic axis`,
-      kind: edges[0] < 0 ? "negative" : "bar"}));
+      xTitle: "activation where it fires", yTitle: "tokens", log: true, kind: edges[0] < 0 ? "negative" : "bar"}));
     return section("Activations", ...(charts.length ? charts : [el("p", {class: "muted"}, "none")]),
-      el("p", {class: "muted axis-title"}, "non-zero activations, logarithmic axis"),
-      el("p", {class: "muted"}, about.quantiles.map((q, i) => `${Math.round(100 * q)} % below ${number(found.quantiles[i])}`).join(" · ")));
+      found.count ? el("p", {class: "muted"}, about.quantiles.map((q, i) => `${Math.round(100 * q)} % below ${number(found.quantiles[i])}`).join(" · ")) : null);
   }
 
   function logits(found, about) {
@@ -78,8 +80,8 @@ lab.latent = (() => {
     const side = (title, rows) => el("table", {class: "tokens"}, el("caption", {}, title), el("tbody", {}, rows.map(
       ([token, value]) => el("tr", {}, el("th", {scope: "row"}, el("code", {}, lab.visible(token))), el("td", {}, number(value))))));
     return section("Next token", el("div", {class: "sides"}, side("raised", raised), side("lowered", lowered)),
-      lab.histogram(counts, edges, {title: "Logits that a unit of this latent adds, over the vocabulary", log: true}),
-      el("p", {class: "muted axis-title"}, "logits over the vocabulary, log counts"));
+      lab.histogram(counts, edges, {title: "Logits that a unit of this latent adds, over the vocabulary",
+        xTitle: "logit that one unit of it adds", yTitle: "tokens of the vocabulary", logCounts: true}));
   }
 
   function near(found, root) {
@@ -91,14 +93,13 @@ lab.latent = (() => {
 
   function explained(found) {
     const known = found.explained;
-    if (!known) return section("Tokens", el("p", {}, found.label || "none"), found.label
-      ? el("p", {class: "muted"}, "of its top contexts") : null);
+    if (!known) return section("Fires on", el("p", {}, found.label || "none"));
     const list = (title, rows, at) => el("table", {class: "tokens"}, el("caption", {}, title), el("tbody", {}, rows.map(row => el("tr", {
-      title: `fires on ${row[1]} of ${row[2]}`}, el("th", {scope: "row"}, el("code", {}, lab.visible(row[0]))), el("td", {}, number(row[at]))))));
+      title: `fires at ${row[1]} of its ${row[2]} occurrences`}, el("th", {scope: "row"}, el("code", {}, lab.visible(row[0]))), el("td", {}, number(row[at]))))));
     const scores = Object.entries(known.auc).map(([rule, auc]) => `${rule} ${number(auc, 2)}`).join(" · ");
-    return section("Tokens", el("div", {class: "sides"}, list("by mean activation", known.by_mean, 3),
-      list("by PMI, bits", known.by_pmi, 4)), scores ? el("p", {class: "muted"}, `held-out AUC: ${scores}`) : null,
-      el("p", {class: "muted"}, `${Math.round(100 * known.purity)} % of its firings are on one token; mean position ${Math.round(100 * known.position)} % of the context`));
+    return section("Fires on", el("div", {class: "sides"}, list("mean activation", known.by_mean, 3),
+      list("most specific: PMI, bits", known.by_pmi, 4)), scores ? el("p", {class: "muted"}, `held-out AUC: ${scores}`) : null,
+      el("p", {class: "muted"}, `${Math.round(100 * known.purity)} % of its firings are at one token; mean position ${Math.round(100 * known.position)} % of the context`));
   }
 
   function hosted(found, about) {

@@ -11,7 +11,7 @@
   async function show() {
     const asked = Number(lab.hash().latent ?? 0);
     try {
-      await lab.latent(box, sae, "", asked);
+      await lab.latent(box, sae, "", asked, lab.hash().find);
     } catch (error) {
       lab.fail(error);
       return;

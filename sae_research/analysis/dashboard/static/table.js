@@ -1,12 +1,12 @@
 "use strict";
 /**
- * A table of any length that holds only the rows in sight.
+ * A table of any length that holds only the rows in sight; on paper its first `printed`.
  * columns: [{title, value: row => text or node, sort: row => number (optional), name: class, ascending}]
  * A row is a number. `open(row)` is called for Enter and clicks; `address(row)` makes rows links.
  */
 lab.Table = class {
-  constructor(box, {columns, label, rows, address, open = null}) {
-    Object.assign(this, {box, columns, address, open, rows, order: rows, active: -1, sorted: null, down: true});
+  constructor(box, {columns, label, rows, address, open = null, printed = 500}) {
+    Object.assign(this, {box, columns, address, open, printed, rows, order: rows, active: -1, sorted: null, down: true});
     const {el} = lab;
     this.heads = columns.map((column, i) => column.sort
       ? el("th", {scope: "col", class: column.name}, el("button", {type: "button", click: () => this.sort(i)}, column.title))
@@ -21,6 +21,10 @@ lab.Table = class {
     box.replaceChildren(this.scroller);
     this.height = parseFloat(getComputedStyle(this.scroller).getPropertyValue("--row")) || 32;
     new ResizeObserver(() => this.later()).observe(this.scroller);
+    this.note = el("p", {class: "muted print-only"});
+    box.append(this.note);
+    addEventListener("beforeprint", () => { this.printing = true; this.draw(); });
+    addEventListener("afterprint", () => { this.printing = false; this.draw(); });
     this.draw();
   }
 
@@ -59,8 +63,9 @@ lab.Table = class {
   draw() {
     const {el} = lab;
     const seen = Math.ceil((this.scroller.clientHeight || 600) / this.height);
-    const first = Math.max(0, Math.min(Math.floor(this.scroller.scrollTop / this.height) - 6, this.order.length - seen));
-    const end = Math.min(this.order.length, first + seen + 12);
+    const first = this.printing ? 0 : Math.max(0, Math.min(Math.floor(this.scroller.scrollTop / this.height) - 6, this.order.length - seen));
+    const end = Math.min(this.order.length, this.printing ? this.printed : first + seen + 12);
+    this.note.textContent = end < this.order.length ? `The first ${lab.count(end)} of ${lab.count(this.order.length)} rows.` : "";
     const held = this.body.contains(document.activeElement);
     const rows = [];
     for (let at = first; at < end; at++) {
@@ -75,7 +80,8 @@ lab.Table = class {
                           click: event => { if (!event.target.closest("a")) cells[0].firstChild.click(); }}, cells));
     }
     this.above.firstChild.style.height = `${first * this.height}px`;
-    this.below.firstChild.style.height = `${(this.order.length - end) * this.height}px`;
+    this.below.firstChild.style.height = `${this.printing ? 0 : (this.order.length - end) * this.height}px`;
+    this.scroller.hidden = !this.order.length;
     this.body.replaceChildren(this.above, ...rows, this.below);
     this.table.setAttribute("aria-rowcount", this.order.length + 1);
     if (held) this.focus();
@@ -113,12 +119,4 @@ lab.Table = class {
       },
     };
   }
-};
-
-/** Rows whose text holds a query (case aside) or whose number it is; all for an empty one. */
-lab.search = (texts, query, n) => {
-  const wanted = query.trim().toLowerCase();
-  const found = [];
-  for (let row = 0; row < n; row++) if (!wanted || texts[row].includes(wanted) || String(row) === wanted) found.push(row);
-  return found;
 };
