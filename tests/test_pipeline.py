@@ -160,7 +160,7 @@ def test_presets_mean_to_dvc_what_they_say(
     queued.write_text(text)
     params = load_params(queued)
     number = YAML(typ="safe").load
-    trains = preset == "sae-bench-training"
+    trains = preset.startswith("sae-bench-training")
     assert params.train.enabled == trains
     if not trains and not preset.startswith("transfer-"):
         assert params.model.name.startswith(preset) and params.comparison_saes.trained == []

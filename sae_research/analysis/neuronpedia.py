@@ -1,4 +1,4 @@
-"""Latents that others host: SAELens' directory of releases, and Neuronpedia's feature and steering interfaces."""
+"""Latents that others host: SAELens' directory of releases, and Neuronpedia's pages, features, search and steering."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 import os
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import quote
 
 import httpx2
@@ -24,6 +25,7 @@ from sae_research.runtime.files import read_json
 from sae_research.saes.releases import release_directory
 from sae_research.saes.sources import PREPARED, TRAINED, open_sae, sae_name
 
+HOME = "https://www.neuronpedia.org"
 EMBED = "?embed=true&embedexplanation=true&embedplots=true&embedtest=true&height=300"
 
 
@@ -54,12 +56,13 @@ def list_releases(pattern: str = "") -> list[dict[str, Any]]:
 
 
 def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
-    """One row an SAE of a release: id, path, Neuronpedia id, and the metrics its card gives. Raises `UserError` for an
-    unknown release, with those that look alike."""
-    known = release_directory()
-    if release not in known:
-        hint = did_you_mean(release, known, "; `analyze saes --search TEXT` finds releases")
-        raise UserError(f"SAELens has no release {release!r}{hint}")
+    """One row an SAE of a release: id, path, Neuronpedia id, the metrics its card gives, and every further value that the
+    directory has of an SAE. Raises `UserError` for an unknown release, with those that look alike."""
+    entries = _release(release)["saes"]
+    shown = ("id", "path", "neuronpedia", "l0", "variance_explained")
+    further = dict.fromkeys(
+        key for entry in entries for key, value in entry.items() if key not in shown and not isinstance(value, list | dict)
+    )
     return [
         {
             "sae_id": str(entry["id"]),
@@ -67,10 +70,38 @@ def list_saes(release: str, pattern: str = "") -> list[dict[str, Any]]:
             "neuronpedia": entry.get("neuronpedia"),
             "l0": entry.get("l0"),
             "variance_explained": entry.get("variance_explained"),
+            **{key: entry.get(key) for key in further},
         }
-        for entry in known[release]["saes"]
+        for entry in entries
         if re.search(pattern, str(entry["id"]), re.IGNORECASE)
     ]
+
+
+def describe_release(release: str) -> dict[str, Any]:
+    """Every field that the directory has of a release, those of sections under dotted names, its SAEs as their number.
+    Raises `UserError` for an unknown release, with those that look alike."""
+    value = _release(release)
+    fields = {"release": release}
+    for key, own in value.items():
+        if key != "saes":
+            fields |= flattened(own, key)
+    hosted = sum(bool(entry.get("neuronpedia")) for entry in value["saes"])
+    return {**fields, "saes": len(value["saes"]), "saes at Neuronpedia": hosted}
+
+
+def flattened(value: Any, key: str) -> dict[str, Any]:
+    """A value under its name; of a section every value under a dotted one."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {name: inner for own, part in value.items() for name, inner in flattened(part, f"{key}.{own}").items()}
+
+
+def _release(release: str) -> dict[str, Any]:
+    known = release_directory()
+    if release not in known:
+        hint = did_you_mean(release, known, "; `analyze saes --search TEXT` finds releases")
+        raise UserError(f"SAELens has no release {release!r}{hint}")
+    return known[release]
 
 
 def neuronpedia_source(release: str, sae_id: str) -> str:
@@ -85,7 +116,37 @@ def neuronpedia_source(release: str, sae_id: str) -> str:
 
 def neuronpedia_page(source: str, latent: int, embed: bool = False) -> str:
     """Address of a latent's page, or of the part of it that is made to stand in another page."""
-    return f"https://www.neuronpedia.org/{source}/{latent}" + (EMBED if embed else "")
+    return f"{HOME}/{source}/{latent}" + (EMBED if embed else "")
+
+
+def neuronpedia_iframe(source: str, latent: int, width: int | str = "100%", height: int = 400) -> Any:
+    """A latent's page inside a notebook: an `IPython.display.IFrame`. Raises `UserError` where IPython is missing."""
+    try:
+        from IPython.display import IFrame
+    except ImportError:
+        raise UserError("a page in a notebook needs IPython (`uv pip install ipython`)") from None
+    return IFrame(neuronpedia_page(source, latent, embed=True), width, height)
+
+
+def quick_list(source: str, latents: Sequence[int], name: str = "latents") -> str:
+    """Address of Neuronpedia's page that lists latents of one source under a name. Raises `UserError` for a source that is
+    not `MODEL/SOURCE`, and for no latents."""
+    model, layer = source_parts(source)
+    if not latents:
+        raise UserError("a list needs at least one latent")
+    entries = [{"modelId": model, "layer": layer, "index": str(latent)} for latent in latents]
+    return f"{HOME}/quick-list/?name={quote(name, safe='')}&features={quote(json.dumps(entries), safe='')}"
+
+
+def source_parts(source: str) -> tuple[str, str]:
+    """Model and layer of `MODEL/SOURCE`. Raises `UserError` for anything else."""
+    parts = source.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise UserError(
+            f"{source!r} is no Neuronpedia source; write MODEL/SOURCE, e.g. gpt2-small/7-res-jb "
+            "(`analyze saes --describe RELEASE` lists them)"
+        )
+    return parts[0], parts[1]
 
 
 def list_local() -> list[dict[str, Any]]:
@@ -136,10 +197,21 @@ def describe(reference: str) -> dict[str, Any]:
     }
 
 
-HOME = "https://www.neuronpedia.org"
 KEY_VARIABLE = "NEURONPEDIA_API_KEY"
-MAX_STRENGTH, MAX_TOKENS, MAX_PROMPT = 300.0, 256, 2048
+MAX_STRENGTH, MAX_TOKENS, MAX_PROMPT, MIN_QUERY = 300.0, 256, 2048, 3
 """What the service allows."""
+LOCAL_STEERING = "; `--engine local` steers without a network"
+
+
+class Explained(NamedTuple):
+    """One explanation that a search found."""
+
+    source: str
+    """MODEL/SOURCE."""
+    latent: int
+    explanation: str
+    similarity: float | None
+    """Cosine of query and explanation, where the server says it."""
 
 
 class Feature(NamedTuple):
@@ -166,13 +238,7 @@ class Neuronpedia:
 
     def __init__(self, source: str, base_url: str = HOME, timeout: float = 60.0) -> None:
         """Raises `UserError` for a source that is not `MODEL/SOURCE`, or an address that is none."""
-        parts = source.split("/")
-        if len(parts) != 2 or not all(parts):
-            raise UserError(
-                f"{source!r} is no Neuronpedia source; write MODEL/SOURCE, e.g. gpt2-small/7-res-jb "
-                "(`analyze saes --describe RELEASE` lists them)"
-            )
-        self.model, self.layer = parts
+        self.model, self.layer = source_parts(source)
         self.base_url = checked_url(base_url, "--base-url", f"the key belongs in ${KEY_VARIABLE}")
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
@@ -183,7 +249,7 @@ class Neuronpedia:
 
     def feature(self, latent: int) -> Feature:
         """Look a latent up."""
-        found = self._ask(f"/api/feature/{self.model}/{self.layer}/{latent}")
+        found = self._ask(f"/api/feature/{self.model}/{self.layer}/{latent}", otherwise=LOCAL_STEERING)
         if not isinstance(found, dict) or not _is_number(found.get("maxActApprox")):
             raise UserError(f"{self.base_url} has no latent {latent} of {self.model}/{self.layer}")
         density, raised, explanations = (found.get(key) for key in ("frac_nonzero", "pos_str", "explanations"))
@@ -231,12 +297,41 @@ class Neuronpedia:
                 "strength_multiplier": 1,
                 "features": [{"modelId": self.model, "layer": self.layer, "index": latent, "strength": amount}],
             },
+            LOCAL_STEERING,
         )
         if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("DEFAULT", "STEERED")):
             raise UserError(f"{self.base_url}: the answer holds no DEFAULT and STEERED texts")
         return Steered(strength, amount, seed, found["DEFAULT"], found["STEERED"])
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def search(self, query: str, limit: int = 20, whole_model: bool = False) -> list[Explained]:
+        """Latents whose explanations come nearest to a text, best first: of this source, or of all of its model's. The
+        server's order is kept. Raises `UserError` for a query that is too short, and when the service is down."""
+        if len(query.strip()) < MIN_QUERY:
+            raise UserError(f"Neuronpedia searches for at least {MIN_QUERY} characters")
+        if limit < 1:
+            raise UserError("a search needs a limit of at least 1")
+        path = "/api/explanation/search" + ("-model" if whole_model else "")
+        asked = {"modelId": self.model, "query": query, **({} if whole_model else {"layers": [self.layer]})}
+        found: list[Explained] = []
+        while len(found) < limit:  # a page at a time, of a length that the server chooses
+            answer = self._ask(path, {**asked, "offset": len(found)})
+            rows = answer.get("results") if isinstance(answer, dict) else None
+            if not isinstance(rows, list):
+                raise UserError(f"{self.base_url}: the answer holds no list of results")
+            if not rows:
+                break
+            found += [self._explained(row) for row in rows]
+        return found[:limit]
+
+    def _explained(self, row: Any) -> Explained:
+        values = row if isinstance(row, dict) else {}
+        index, said, similarity = values.get("index"), values.get("description"), values.get("cosine_similarity")
+        if not str(index).isdecimal() or not isinstance(said, str):
+            raise UserError(f"{self.base_url}: a result of the search names no latent and explanation")
+        source = f"{values.get('modelId') or self.model}/{values.get('layer') or self.layer}"
+        return Explained(source, int(str(index)), said, float(similarity) if _is_number(similarity) else None)
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None, otherwise: str = "") -> Any:
         where = self.base_url + path
         headers = {"x-api-key": self._key} if self._key else {}
         try:
@@ -248,9 +343,7 @@ class Neuronpedia:
             raise UserError(f"{where}: the answer is not JSON") from None
         except httpx2.RequestError as error:
             cause = one_line(str(error) or type(error).__name__, self._key)
-            raise UserError(
-                f"{self.base_url} cannot be reached ({cause}); `--engine local` steers without a network"
-            ) from None
+            raise UserError(f"{self.base_url} cannot be reached ({cause}){otherwise}") from None
         said, status = error_text(answer.text, self._key), answer.status_code
         hint = (
             f" (is ${KEY_VARIABLE} set?)"
@@ -264,5 +357,5 @@ class Neuronpedia:
         raise UserError(f"{where}: HTTP {status}{f': {said}' if said else ''}{hint}")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.prompt import check_lab_latents, promoted_tokens
-from sae_research.lm.generate import sample
+from sae_research.lm.generate import sample, until_end
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder
 from sae_research.stats.intervals import interval, ratio
@@ -258,7 +258,7 @@ def _samples(
             raise UserError(f"steering at {hook} edited {edit.edited} positions where {expected} were due")
     found = []
     for seed, row in zip(seeds, ids, strict=True):
-        kept = _until_end(analysis, row)
+        kept = until_end(analysis.lm, row)
         found.append(
             Sample(
                 seed,
@@ -269,17 +269,6 @@ def _samples(
             )
         )
     return found, 0 if edit is None else edit.edited
-
-
-def _until_end(analysis: AnalysisContext, ids: Tensor) -> list[int]:
-    """Generated ids up to the first that ends the text."""
-    ends = {analysis.lm.separator_id, analysis.lm.tokenizer.eos_token_id}
-    kept = []
-    for token in ids.tolist():
-        if token in ends:
-            break
-        kept.append(token)
-    return kept
 
 
 @torch.no_grad()

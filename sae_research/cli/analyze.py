@@ -24,7 +24,7 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def fill(parser: argparse.ArgumentParser) -> None:
     """Add the verbs to a parser."""
     verbs = parser.add_subparsers(dest="analysis", required=True)
-    for add in (_saes, _stats, _run, _steer, _ablate, _attribute, _subspace, _explain, _dashboard):
+    for add in (_saes, _stats, _run, _generate, _steer, _ablate, _attribute, _subspace, _explain, _neuronpedia, _dashboard):
         add(verbs)
 
 
@@ -40,7 +40,9 @@ def _saes(verbs: Verbs) -> None:
         sae=False,
     )
     verb.add_argument("--search", metavar="TEXT", help="releases whose name, model or repository match (regular expression)")
-    verb.add_argument("--describe", metavar="RELEASE or SAE", help="a release's SAEs, or everything about one SAE")
+    verb.add_argument(
+        "--describe", metavar="RELEASE or SAE", help="every field of a release and of its SAEs, or everything about one SAE"
+    )
     verb.add_argument("--local", action="store_true", help="only SAEs of this project")
 
 
@@ -73,6 +75,24 @@ def _run(verbs: Verbs) -> None:
         nargs="+",
         help="latents that raise these tokens most; with --prompt also by measured effect",
     )
+
+
+def _generate(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs,
+        "generate",
+        "sampled texts of the model, with and without SAEs in it, from equal seeds",
+        'generate --sae standard --prompt "The capital of France is" --temperature 0.7 --top-k 50 --seed 0',
+        several=True,
+        needed=False,
+    )
+    verb.add_argument("--prompt", required=True)
+    verb.add_argument("--length", type=int, default=40, help="tokens of a text")
+    verb.add_argument("--texts", type=int, default=4, help="of seeds in turn")
+    verb.add_argument("--seed", type=int, default=0, help="of the first")
+    verb.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    verb.add_argument("--top-k", type=int, help="the likeliest tokens that are drawn from (default: all)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="of these, those that make up so much of the probability")
 
 
 def _steer(verbs: Verbs) -> None:
@@ -158,6 +178,23 @@ def _explain(verbs: Verbs) -> None:
     verb.add_argument("--top", type=int, default=20, help="latents shown, best predicted first")
 
 
+def _neuronpedia(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs,
+        "neuronpedia",
+        "search explanations at Neuronpedia, and addresses of its pages and lists of latents",
+        'neuronpedia --source gpt2-small/7-res-jb --search "days of the week"',
+        sae=False,
+    )
+    verb.add_argument("--source", metavar="MODEL/SOURCE", help="as `saes --describe RELEASE` lists them")
+    verb.add_argument("--sae", metavar="sae_lens:RELEASE:ID", help="in place of --source")
+    verb.add_argument("--search", metavar="TEXT", help="latents whose explanations come nearest")
+    verb.add_argument("--whole-model", action="store_true", help="of every source of the model")
+    verb.add_argument("--limit", type=int, default=20, help="results of a search")
+    verb.add_argument("--latents", type=int, nargs="+", default=[], help="their pages, and the list of them")
+    verb.add_argument("--base-url", help="another Neuronpedia server to search")
+
+
 def _dashboard(verbs: Verbs) -> None:
     verb = _verb(
         verbs,
@@ -199,7 +236,8 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from sae_research.cli import analyze_edits, analyze_verbs  # torch takes seconds to import
 
-        getattr(analyze_edits if hasattr(analyze_edits, name) else analyze_verbs, name)(options)
+        own = getattr(analyze_edits, name, None)  # which may be a module of that name
+        (own if callable(own) else getattr(analyze_verbs, name))(options)
         return 0
 
     return run

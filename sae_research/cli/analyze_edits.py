@@ -1,4 +1,4 @@
-"""The verbs of `analyze` that edit activations: steering, ablation, attribution."""
+"""The verbs of `analyze` that edit activations: generation, steering, ablation, attribution."""
 
 from __future__ import annotations
 
@@ -8,12 +8,37 @@ import sae_research.analysis.attribute as ablation
 import sae_research.analysis.attribute as attribution
 import sae_research.analysis.steer as steering
 from sae_research.analysis import effects, neuronpedia, plots
+from sae_research.analysis import generate as generating
 from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.neuronpedia import HOME, Neuronpedia
 from sae_research.analysis.store import check_latents
 from sae_research.cli.analyze_verbs import open_analysis, say_written, table, write_csv
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Sample texts."""
+    analysis = open_analysis(options)
+    seeds = range(options.seed, options.seed + options.texts)
+    settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    found = generating.generate(analysis, options.prompt, options.length, seeds, **settings)
+    for one in found:
+        print(f"\nseed {one.seed}\n  plain: {one.plain!r}")
+        if one.with_saes is not None:
+            print(f"  with {', '.join(analysis.saes)}: {one.with_saes!r} (equal for {one.agree} tokens)")
+    write_json(
+        options.out / "generation.json",
+        {
+            "prompt": options.prompt,
+            "model": analysis.lm.name,
+            "saes": list(analysis.saes),
+            **settings,
+            "length": options.length,
+            "texts": [one._asdict() for one in found],
+        },
+    )
+    say_written(options.out / "generation.json")
 
 
 def steer(options: argparse.Namespace) -> None:

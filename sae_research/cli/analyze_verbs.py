@@ -11,11 +11,13 @@ import numpy as np
 
 import sae_research.analysis.explain as explaining
 import sae_research.analysis.subspace as subspaces
-from sae_research.analysis import effects, neuronpedia, plots, prompt
+from sae_research.analysis import effects, plots, prompt
+from sae_research.analysis import neuronpedia as hosted
 from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.dashboard.site import core_figures, write_dashboard
 from sae_research.analysis.store import LatentStats, check_latents
 from sae_research.config.params import Params, load_params
+from sae_research.lm import load_configured
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant, write_json, write_text
 from sae_research.runtime.formatting import csv_text, text_table
@@ -60,7 +62,7 @@ SUMMARY_QUANTILES = (0.5, 0.99)
 
 
 def open_analysis(options: argparse.Namespace) -> AnalysisContext:
-    """The SAEs and model that the options name."""
+    """The SAEs and model that the options name; the model alone where a verb needs no SAE."""
     params = load_params() if Path("params.yaml").is_file() else Params()
     if options.model:
         params = params.model_copy(update={"model": params.model.model_copy(update={"name": options.model})})
@@ -68,6 +70,8 @@ def open_analysis(options: argparse.Namespace) -> AnalysisContext:
         if options.tokens < 1:
             raise UserError("--tokens must be at least 1")
         params = params.model_copy(update={"analysis": params.analysis.model_copy(update={"tokens": options.tokens})})
+    if options.sae is None:
+        return AnalysisContext(load_configured(params.model), {}, params)
     return AnalysisContext.open([options.sae] if isinstance(options.sae, str) else options.sae, params)
 
 
@@ -79,24 +83,26 @@ def saes(options: argparse.Namespace) -> None:
     if options.describe is not None:
         _describe(options.describe)
         return
-    local = neuronpedia.list_local()
+    local = hosted.list_local()
     if local:
         print("SAEs of this project\n" + table(local))
     if options.local:
         if not local:
             print("no SAEs here yet: run the train or setup stage (dvc repro setup)")
         return
-    rows = neuronpedia.list_releases(options.search or "")
+    rows = hosted.list_releases(options.search or "")
     print(f"\n{len(rows)} releases of SAELens, {sum(row['saes'] for row in rows):,} SAEs\n{table(rows)}")
     print("\n`analyze saes --describe RELEASE` lists a release's SAEs; --sae sae_lens:RELEASE:ID opens one")
 
 
 def _describe(what: str) -> None:
-    local = {Path(row["folder"]).name for row in neuronpedia.list_local()}
+    local = {Path(row["folder"]).name for row in hosted.list_local()}
     if what in local or Path(what).is_dir() or what.startswith("sae_lens:"):
-        print(table([{"field": key, "value": value} for key, value in neuronpedia.describe(what).items()]))
+        print(table([{"field": key, "value": value} for key, value in hosted.describe(what).items()]))
         return
-    print(table(neuronpedia.list_saes(what)))
+    fields = hosted.describe_release(what)
+    print(table([{"field": key, "value": value} for key, value in fields.items()]) + "\n")
+    print(table(hosted.list_saes(what)))
 
 
 def stats(options: argparse.Namespace) -> None:
@@ -319,6 +325,30 @@ def explain(options: argparse.Namespace) -> None:
         )
     write_json(options.out / f"{name}.json", round_significant([explaining.as_json(e) for e in found]))
     say_written(options.out / f"{name}.json")
+
+
+def neuronpedia(options: argparse.Namespace) -> None:
+    """Search there, and say where pages are."""
+    if (options.source is None) == (options.sae is None):
+        raise UserError("give --source MODEL/SOURCE or --sae sae_lens:RELEASE:ID")
+    if options.search is None and not options.latents:
+        raise UserError("give --search TEXT or --latents")
+    source = options.source
+    if source is None:
+        kind, _, rest = options.sae.partition(":")
+        release, _, sae_id = rest.partition(":")
+        if kind != "sae_lens" or not sae_id:
+            raise UserError(f"--sae {options.sae}: Neuronpedia's pages are of releases; write sae_lens:RELEASE:ID")
+        source = hosted.neuronpedia_source(release, sae_id)
+    if options.search is not None:
+        there = hosted.Neuronpedia(source, options.base_url or hosted.HOME)
+        found = there.search(options.search, options.limit, options.whole_model)
+        rows = [{**one._asdict(), "page": hosted.neuronpedia_page(one.source, one.latent)} for one in found]
+        print(table(rows) if rows else f"no explanation of {source} is near {options.search!r}")
+    for latent in options.latents:
+        print(f"{latent}: {hosted.neuronpedia_page(source, latent)}")
+    if options.latents:
+        print(f"list: {hosted.quick_list(source, options.latents)}")
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -57,6 +57,9 @@ Above0 = Annotated[float, Field(gt=0, le=MOST)]
 Above1 = Annotated[float, Field(gt=1, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Real, Real], BeforeValidator(_pair)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[_Beta, _Beta], BeforeValidator(_pair)]
+"""Adam's decay rates of its two moments."""
 Name = Annotated[str, Field(max_length=4096), AfterValidator(_sound)]
 """A name, path, pattern or word: not blank, on one line."""
 Prompt = Annotated[str, Field(max_length=10_000), AfterValidator(_writable)]

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from sae_research.config.section import (
     Above0,
+    Betas,
     Count,
     Fraction,
     Interval,
@@ -44,6 +45,13 @@ class Tracking(Section):
     {d_sae} or {k}; empty where its recipe has none. One run for each SAE."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to wandb/ only; `wandb sync` sends it later. WANDB_MODE has the last word."""
+    log_every: Positive | None = None
+    """Optimiser steps between rows; null: the 60 rows of a training curve. SAEs of other ranks have those in any case."""
+    histogram_every: Positive | None = None
+    """Steps between histograms of latents by how often they fire; null: none. By the decimal logarithm of the fraction of
+    some thousand buffered tokens; the last one is of held-out tokens."""
+    checkpoints: bool = False
+    """Whether the SAEs of `train.saved_checkpoints`, and the trained ones, go there as artifacts."""
 
 
 class SAERecipe(Section):
@@ -56,6 +64,8 @@ class SAERecipe(Section):
     """The setting that decides how sparse the SAE becomes, and what a larger value does to L0."""
     few_active: ClassVar[bool] = False
     """Few latents are active from the first step on: on a CPU its steps compute those alone."""
+    free_norms: ClassVar[bool] = False
+    """Whether decoder rows may start at another norm than 1 (`init_norm`)."""
     whitens: ClassVar[bool] = True
     """Whether it has an encoder that a linear map of the input can go into."""
 
@@ -68,8 +78,18 @@ class SAERecipe(Section):
     learning_rate: Above0 = 3.0e-3
     """Adam's at its height, in place of `train.learning_rate`. Some ten times the literature's: a run of minutes has some
     hundred steps."""
-    init: Literal["data_rows", "random"] = "data_rows"
-    """Decoder rows at the start: activations less their mean, or random directions."""
+    init: Literal["data_rows", "random", "orthogonal"] = "data_rows"
+    """Decoder rows at the start: activations less their mean, random directions, or those of a random matrix of
+    orthonormal columns."""
+    init_norm: Above0 | None = None
+    """Their norm; null: 1. Recipe `standard_new` alone."""
+    betas: Betas | None = None
+    """Adam's two; null: the recipe's, (0, 0.999) of `gated_rajamanoharan` and `jump_relu`, else (0.9, 0.999)."""
+    lr_schedule: Literal["linear", "cosine", "constant"] | None = None
+    """How the learning rate falls over `train.decay_fraction`: along a line (null too), half a cosine, or not at all. A
+    cosine over the whole run after its warm-up takes decay_fraction = 1 - warmup_fraction."""
+    min_lr_factor: Fraction | None = None
+    """Where it ends, as a share of its height; null: 0."""
     seed: Seed | None = None
     """Null takes `random_seed`. Entries that differ in name and seed alone are one recipe, and the report gives their
     mean and spread; the text and its order are the run's."""
@@ -93,6 +113,21 @@ class SAERecipe(Section):
     def n_weights(self, width: int) -> int:
         """Of its encoder and decoder. width: dimensions that it reads."""
         return 2 * width * self.d_sae
+
+    @property
+    def schedule(self) -> Literal["linear", "cosine", "constant"]:
+        """Of the learning rate."""
+        return self.lr_schedule or "linear"
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> SAERecipe:
+        if self.schedule == "constant" and self.min_lr_factor is not None:
+            raise ValueError("min_lr_factor belongs to a learning rate that falls: lr_schedule linear or cosine")
+        if self.init_norm is not None and not self.free_norms:
+            raise ValueError(
+                f"init_norm: {self.recipe} starts from decoder rows of norm 1; standard_new may start from others"
+            )
+        return self
 
     @model_validator(mode="after")
     def _crosscoder(self) -> SAERecipe:
@@ -158,7 +193,7 @@ class StandardRecipe(L1Recipe):
 
 
 class StandardNewRecipe(L1Recipe):
-    crosscoders = True
+    crosscoders = free_norms = True
     recipe: Literal["standard_new"]
 
 

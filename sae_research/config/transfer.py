@@ -11,6 +11,7 @@ from sae_research.config.section import (
     Above1,
     Count,
     FromOneSource,
+    Interval,
     LocalName,
     Name,
     NonNegative,
@@ -70,12 +71,32 @@ class Outliers(Section):
 
 
 class Sampling(Section):
-    """Sizes of the published comparison's samples of latents."""
+    """The samples of latents of the published comparison."""
 
     dense: Positive = 1000
-    """Of latents with a density of 1e-5 to 0.1 in both models."""
+    """Of latents whose density lies in an interval of `intervals` in both models."""
+    intervals: Annotated[list[Interval], Field(min_length=1)] | None = None
+    """From low to high, each with a sample of its own; null: one, 1e-5 to 0.1, as published. [[1e-5, 1e-3], [1e-3, 0.1]] are
+    two. Both ends belong to an interval, but for an end where the next one begins."""
     dead: Positive = 100
     """Of latents dead in one model alone."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Sampling:
+        ends = [end for interval in self.intervals or [] for end in interval]
+        if ends != sorted(ends) or any(low >= high for low, high in self.intervals or []):
+            raise ValueError(f"intervals: from low to high, none over another: {self.intervals}")
+        if ends and not (0 < ends[0] and ends[-1] <= 1):
+            raise ValueError(f"intervals: densities lie above 0 and reach to 1: {self.intervals}")
+        return self
+
+    @property
+    def dense_intervals(self) -> dict[str, tuple[float, float]]:
+        """Densities of the samples of dense latents, by the sample's name: `dense` where there is one."""
+        chosen = self.intervals or [(1e-5, 0.1)]
+        if len(chosen) == 1:
+            return {"dense": chosen[0]}
+        return {f"dense_{low:g}_to_{high:g}": (low, high) for low, high in chosen}
 
 
 class Repair(Section):

@@ -194,12 +194,13 @@ def _recipe(config: Config, given: set[str], hook: str, scale: Scale) -> dict[st
         "hook_name": hook,
         "d_sae": max(1, round(saes.dict_size_to_input_ratio * scale.d_in)),
         "learning_rate": config.lr,
+        **({"lr_schedule": "cosine", "min_lr_factor": config.min_lr_factor} if config.lr_schedule == "cosine" else {}),
         **round_significant(_coefficients(config, scale)),
     }
     if "seed" in given:
         recipe["seed"] = config.seed
     if saes.init_decoder_orthogonal:
-        recipe["init"] = "random"
+        recipe["init"] = "orthogonal"
     own = OWN_KEYS[saes.sae_type]
     for key, ours in (
         ("initial_beta", "initial_beta"),
@@ -252,8 +253,6 @@ NOTES = {
     "data.seed": "not used: documents come in one order, their tokens are shuffled by random_seed",
     "data.tokenizer_name": "not used: a model reads through its own tokenizer",
     "data.is_tokenized": "not used: a column's lists are token ids, of the model's own tokenizer; anything else is text",
-    "min_lr_factor": "not used: the decay ends at 0",
-    "saes.init_decoder_orthogonal": "random directions of unit length",
     "seed": "of the SAE's start and draws; the order of text follows random_seed of params.yaml",
     "saes.beta_annealing": "starts when the learning rate's warm-up ends",
 }
@@ -272,8 +271,8 @@ def _notes(config: Config, given: set[str], changes: Changes) -> list[str]:
             f"saes.final_beta: not given: {saes.initial_beta / 2:g}, half of initial_beta, as in the sweep that "
             "SAE-Interpretability ships (1.0 to 0.5)"
         )
-    if config.lr_schedule == "cosine":
-        lines.append("lr_schedule: cosine: a linear decay to 0 from the end of the warm-up on, in its place")
+    if "min_lr_factor" in given and config.lr_schedule == "linear":
+        lines.append("min_lr_factor: not used: a linear decay ends at 0, as there")
     if changes.model:
         lines.append(
             f"model {changes.model} in place of {config.tlens_model_name or config.tlens_model_path}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ def sample(
     temperature: float = 0.7,
     top_p: float = 0.9,
     edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """Continuations [len(seeds), n_tokens] of one prompt [1, seq], each from its own seed.
 
@@ -38,16 +40,25 @@ def sample(
     for number in range(n_tokens):
         last = torch.tensor([step.shape[1] - 1])
         logits = lm.edited_logits(step, edits or {}, last, past)[:, -1]
-        ids.append(choose(logits.float(), noise[:, number].to(logits.device), temperature, top_p))
+        ids.append(choose(logits.float(), noise[:, number].to(logits.device), temperature, top_p, top_k))
         step = ids[-1][:, None]
     return torch.stack(ids, dim=1)
 
 
-def choose(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
-    """A token for each row [batch] of logits [batch, vocab], by one number in [0, 1) each: nucleus sampling."""
+def until_end(lm: LanguageModel, ids: Tensor) -> list[int]:
+    """Generated ids [seq] up to the first that ends the text."""
+    ends = {lm.separator_id, lm.tokenizer.eos_token_id}
+    return list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
+
+
+def choose(logits: Tensor, noise: Tensor, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
+    """A token for each row [batch] of logits [batch, vocab], by one number in [0, 1) each: nucleus sampling, of the `top_k`
+    likeliest tokens where it is given."""
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(descending=True)
+    if top_k is not None:
+        p = p[:, :top_k] / p[:, :top_k].sum(-1, keepdim=True)
     before = p.cumsum(-1) - p
     p = torch.where(before < top_p, p, 0)
     p[:, 0] = p[:, 0].clamp_min(1e-30)

@@ -190,6 +190,11 @@ class HookBuffer:
             side.mul_(scale)
         return rows
 
+    def sample(self, n: int) -> Tensor:
+        """Up to `n` rows that lie in the buffer, as they come, what is read of them in the model's units [n, d_in], float32.
+        Changes nothing here."""
+        return self.bank[: min(n, self.held), : self.d_in].float()
+
     def written(self, rows: Tensor) -> Tensor:
         """What is to be reconstructed of rows in the model's units [n, width], normalised [n, d_in]."""
         sides = rows[:, -self.d_in :].split(self.d_hook, dim=1)

@@ -28,7 +28,7 @@ from sae_research.lm.pairs import PairedActivations, PairedBatch
 from sae_research.runtime.errors import UserError
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.text.tokens import token_contexts
-from sae_research.training.recipes.base import warmup_then_decay
+from sae_research.training.schedules import warmup_then_decay
 
 HELD_OUT = 64
 """Contexts on which before and after are measured; they are not trained on."""

@@ -337,7 +337,7 @@ def _summary(sae: TrainingSAE, report: Report, stats: ReconstructionStats, param
         fraction_silent=fraction_silent(sae),
         dense_share=dense / total if total else 0.0,
         pca={int(n): value for n, value in report["hooks"][sae.hook]["pca_reference"].items()},
-        decay_fraction=params.train.decay_fraction,
+        decay_fraction=0.0 if params.train.saes[sae.name].schedule == "constant" else params.train.decay_fraction,
         sparsity_warmup_fraction=params.train.sparsity_warmup_fraction,
     )
 

@@ -55,6 +55,8 @@ class Trainer:
     at_step: Callable[[float], None] = lambda fraction: None
     """Called before the first step and after every step with the fraction of the run done."""
     peers: Peers = field(default_factory=Alone)
+    at_outputs: Callable[[list[tuple[TrainingSAE, StepOutput, StreamBatch]]], None] = lambda outputs: None
+    """Called after every step with what this rank's SAEs made of their batches, before `at_step`."""
 
     def run(self) -> None:
         """All steps that are left, and a checkpoint of the end. Raises `UserError` naming SAE and step when a loss is no
@@ -115,7 +117,9 @@ class Trainer:
         for batches in self.stream.rounds():
             if self.step == 0:
                 self.at_step(0.0)
-            logged = [(sae, output, batch) for sae, output, batch in self._step(batches) if row_is_due(sae, batch)]
+            done = self._step(batches)
+            self.at_outputs(done)
+            logged = [(sae, output, batch) for sae, output, batch in done if row_is_due(sae, batch)]
             for row in logged:
                 log_row(*row)
             if self.peers.stepped(batches, [sae for sae, _, _ in logged]):
@@ -198,13 +202,19 @@ def log_row(sae: TrainingSAE, output: StepOutput, batch: StreamBatch) -> None:
     """Add a row to a sae's curve: its loss, and what is explained of plain activations. Raises `UserError` when its loss was
     not finite."""
     raise_if_diverged([sae])
+    steps = sae.step - (sae.curve[-1].step if sae.curve else 0)
+    sae.curve.append(
+        CurveRow(sae.step, sae.tokens, float(sae.loss_sum) / steps, float(output.l0), variance_explained(sae, output, batch))
+    )
+    sae.loss_sum.zero_()
+
+
+def variance_explained(sae: TrainingSAE, output: StepOutput, batch: StreamBatch) -> float:
+    """The share of a batch's variance, of plain activations, that a step explained."""
     acts = sae.recipe.written(batch.acts)
     variance = (acts - acts.mean(0)).square().sum()
-    steps = sae.step - (sae.curve[-1].step if sae.curve else 0)
     residual = output.residual if sae.recipe.whitening is None else sae.recipe.whitening.undone(output.residual)
-    explained = 1 - residual.square().sum() / variance
-    sae.curve.append(CurveRow(sae.step, sae.tokens, float(sae.loss_sum) / steps, float(output.l0), float(explained)))
-    sae.loss_sum.zero_()
+    return float(1 - residual.square().sum() / variance)
 
 
 def raise_if_diverged(saes: Iterable[TrainingSAE]) -> None:
@@ -299,13 +309,15 @@ class Snapshots:
         self.folder, self.saes, self.export, self.gather = folder, saes, export, gather
         self.moments = Moments(n, resumed_at)
 
-    def at_step(self, fraction: float) -> None:
-        """Save if the run has just come past a moment."""
+    def at_step(self, fraction: float) -> dict[str, Path]:
+        """Save if the run has just come past a moment; where each SAE lies then."""
         if not self.moments.come(fraction):
-            return
+            return {}
         self.gather()
+        saved = {sae.name: self.folder / sae.name / f"step_{sae.step}" for sae in self.saes}
         for sae in self.saes:
-            save_sae(self.export(sae), self.folder / sae.name / f"step_{sae.step}")
+            save_sae(self.export(sae), saved[sae.name])
+        return saved
 
     def move_into(self, output: Path) -> None:
         """Put what was saved, in this process or one before it, below each SAE's folder in `output`."""

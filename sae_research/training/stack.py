@@ -29,6 +29,10 @@ OWN = {
     "seed",
     "learning_rate",
     "init",
+    "init_norm",
+    "betas",
+    "lr_schedule",
+    "min_lr_factor",
     "inference",
     "resample_every",
     "resample_window",
@@ -83,13 +87,18 @@ class Stack:
         self.template.in_stack = True
         self.config = example.config
         self.settings = _differing([recipe.config for recipe in self.recipes], self.first.W_dec)
-        rates: dict[float, list[Recipe]] = {}
+        rates: dict[tuple[Any, ...], list[Recipe]] = {}
         for recipe in self.recipes:
-            rates.setdefault(recipe.config.learning_rate, []).append(recipe)
+            config = recipe.config
+            key = config.learning_rate, config.schedule, config.min_lr_factor, recipe.betas
+            rates.setdefault(key, []).append(recipe)
         self.alike = list(rates.values())
-        """Recipes of one learning rate, a group of the optimiser each."""
+        """Recipes of one learning rate, schedule and pair of betas, a group of the optimiser each."""
         self.optimiser = adam(
-            [{"params": [parameter for recipe in alike for parameter in recipe.parameters()]} for alike in self.alike],
+            [
+                {"params": [parameter for recipe in alike for parameter in recipe.parameters()], "betas": alike[0].betas}
+                for alike in self.alike
+            ],
             self.first,
         )
         self.parameters = {

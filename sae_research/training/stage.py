@@ -48,7 +48,7 @@ from sae_research.training.ranks import number_of_ranks, other_ranks, shared_con
 from sae_research.training.recipes.cross_layer import CrossLayer
 from sae_research.training.session import load_model, open_session, training_seed, training_text
 from sae_research.training.stream import ActivationStream
-from sae_research.training.tracking import Tracker, tracked
+from sae_research.training.tracking import DENSITY_TOKENS, Tracker, density_on, tracked
 from sae_research.training.training_sae import CurveRow, TrainingSAE
 
 OUTPUT = Path("trained_saes")
@@ -142,10 +142,17 @@ def _train(
     )
 
     def at_step(fraction: float) -> None:
-        snapshots.at_step(fraction)
         tracker.update(saes)
+        for name, saved in snapshots.at_step(fraction).items():
+            tracker.checkpoint(name, saved, saved.name)
+        for sae in saes:
+            if session.peers.owns(sae) and tracker.histogram_is_due(sae):
+                tracker.histogram(
+                    sae.name, density_on(export(sae), stream.buffers[sae.hook].sample(DENSITY_TOKENS)), sae.step
+                )
 
-    Trainer(stream, saes, params.train, progress, signals, session.save, at_step, session.peers).run()
+    trainer = Trainer(stream, saes, params.train, progress, signals, session.save, at_step, session.peers, tracker.log_steps)
+    trainer.run()
     trained = {sae.name: export(sae) for sae in saes}
     report = _report(params, max(sae.tokens for sae in saes))
     results = evaluate(report, saes, trained, stream, held_out, lm, params)
@@ -159,6 +166,8 @@ def _train(
         write_json(folder / REPORT_FILE, round_significant(report))
     remove_checkpoints(session.folder)
     shutil.rmtree(snapshots.folder, ignore_errors=True)
+    for sae in saes:
+        tracker.checkpoint(sae.name, output / sae.name, "trained")
     tracker.finish(results, finding_lines(report))
     return report
 

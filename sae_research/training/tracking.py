@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import string
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sae_research.config.params import Params
 from sae_research.config.training import SAERecipe
 from sae_research.runtime.endpoints import keeps_secrets, one_line, secret
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root
+from sae_research.saes import SparseAutoencoder
+from sae_research.stats.reconstruction import density_histogram
+from sae_research.training.buffer import StreamBatch
+from sae_research.training.loop import variance_explained
+from sae_research.training.recipes import StepOutput
 from sae_research.training.training_sae import TrainingSAE
 
 KEY = "WANDB_API_KEY"
@@ -29,11 +39,68 @@ class Tracker:
     def __init__(self, params: Params, runs: Mapping[str, Any]) -> None:
         self.params, self.runs = params, dict(runs)
         self.logged = dict.fromkeys(self.runs, 0)
+        self.by_steps: set[str] = set()
+        """SAEs whose rows come from `log_steps`, not from their curves."""
+        self.histogram_at = dict.fromkeys(self.runs, 0)
+
+    def log_steps(self, outputs: Sequence[tuple[TrainingSAE, StepOutput, StreamBatch]]) -> None:
+        """Every `tracking.log_every` steps a row of that step alone. A Trainer's `at_outputs`."""
+        every = self.params.tracking.log_every
+        if every is None or not self.runs:
+            return
+        for sae, output, batch in outputs:
+            self.by_steps.add(sae.name)
+            if sae.name in self.runs and sae.step % every == 0:
+                row = {
+                    "train/loss": float(output.loss),
+                    "train/l0": float(output.l0),
+                    "train/variance_explained": variance_explained(sae, output, batch),
+                    "train/learning_rate": sae.recipe.learning_rate(batch.progress),
+                    "tokens": sae.tokens,
+                }
+                self._try("logging", sae.name, lambda run, row=row, step=sae.step: run.log(row, step=step))
+
+    def histogram_is_due(self, sae: TrainingSAE) -> bool:
+        """Whether another `tracking.histogram_every` steps have passed."""
+        every = self.params.tracking.histogram_every
+        if every is None or sae.name not in self.runs or sae.step // every <= self.histogram_at[sae.name] // every:
+            return False
+        self.histogram_at[sae.name] = sae.step
+        return True
+
+    def histogram(self, name: str, density_F: Tensor, step: int) -> None:
+        """Log how many latents fire on which fraction of tokens [d_sae], by its decimal logarithm."""
+        self._log_histogram(name, "train", density_histogram(density_F), step)
+
+    def _log_histogram(self, name: str, stage: str, histogram: Mapping[str, Any], step: int | None = None) -> None:
+        def act(run: Any) -> None:
+            import wandb
+
+            bars = wandb.Histogram(np_histogram=(histogram["counts"], histogram["log10_edges"]))
+            run.log({f"{stage}/log10_density": bars, f"{stage}/dead_latents": histogram["dead"]}, step=step)
+
+        self._try("a histogram", name, act)
+
+    def checkpoint(self, name: str, folder: Path, alias: str) -> None:
+        """Send an SAE's folder as a version of the artifact `sae-<name>`, where `tracking.checkpoints` asks for it."""
+        if not self.params.tracking.checkpoints or name not in self.runs:
+            return
+
+        def act(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"sae-{re.sub('[^a-zA-Z0-9_.-]', '_', name)}", type="model")
+            for path in sorted(folder.iterdir()):
+                if path.is_file():  # earlier checkpoints lie in folders, and are versions of their own
+                    artifact.add_file(str(path), path.name)
+            run.log_artifact(artifact, aliases=[alias])
+
+        self._try("a checkpoint", name, act)
 
     def update(self, saes: Sequence[TrainingSAE]) -> None:
         """Log the rows of every curve that are new since the last call; nearly free where there are none."""
         for sae in saes:
-            if sae.name in self.runs and len(sae.curve) > self.logged[sae.name]:
+            if sae.name in self.runs and sae.name not in self.by_steps and len(sae.curve) > self.logged[sae.name]:
                 new = sae.curve[self.logged[sae.name] :]
                 self.logged[sae.name] = len(sae.curve)
                 self._try(
@@ -57,6 +124,8 @@ class Tracker:
             }
             summary = {**figures, "diagnose": list(findings.get(name, []))}
             self._try("the summary", name, lambda run, values=summary: run.summary.update(values))
+            if self.params.tracking.histogram_every is not None and name in self.runs and name in results:
+                self._log_histogram(name, "eval", results[name]["density_histogram"])
         self.close(0)
 
     def close(self, exit_code: int) -> None:
@@ -72,6 +141,20 @@ class Tracker:
         except Exception as error:  # noqa: BLE001  (another library's trouble must never cost a training)
             _say(f"{name} is no longer tracked: {what} failed", error)
             self.runs.pop(name, None)
+
+
+DENSITY_TOKENS, DENSITY_PART = 4_096, 512
+"""Tokens that a histogram is measured on while training, and how many are encoded at a time."""
+
+
+@torch.no_grad()
+def density_on(sae: SparseAutoencoder, rows_ND: Tensor) -> Tensor:
+    """The fraction of rows [n, d_in] in the model's units that each latent fires on [d_sae], on the CPU."""
+    sae = sae.to(rows_ND.device)
+    fired_F = torch.zeros(sae.cfg.d_sae, device=rows_ND.device)
+    for part_ND in rows_ND.split(DENSITY_PART):
+        fired_F += (sae.encode(part_ND[None]) != 0).sum((0, 1))
+    return (fired_F / max(1, len(rows_ND))).cpu()
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def new_training_sae(name: str, train: Train, d_in: int, device: torch.device | 
 
 
 def adam(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Adam:
-    """The optimiser of SAEs of a recipe; `groups` hold parameters."""
+    """The optimiser of SAEs of a recipe; `groups` hold parameters, and `betas` that are not `recipe`'s."""
     # fused: one pass over parameters and moments; 7 times faster than foreach on CPU
     return torch.optim.Adam(groups, betas=recipe.betas, fused=recipe.W_dec.device.type != "mps")
 

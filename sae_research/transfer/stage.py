@@ -106,7 +106,7 @@ def latents(pair: Pair, stats: SaeStats, role: str) -> tuple[dict[str, Any], pd.
     tokens = {model: stats.kept[model].tokens for model in MODELS}
     found = {
         "by_interval": by_interval(frame),
-        "by_sample": by_sample(frame),
+        "by_sample": by_sample(frame, sampling),
         "density_shift": density_shift(frame, tokens, stats.moments_kept.halves),
         "pairs": stats.moments_kept.models.n,
         "logits": None if logits is None else logits.report(),

@@ -18,10 +18,9 @@ Z95 = 1.959963984540054
 DEAD = ("both_dead", "base_dead", "finetuned_dead")
 DECADES = ("below_1e-4", "1e-4_to_1e-3", "1e-3_to_1e-2", "1e-2_to_1e-1", "above_1e-1")
 INTERVALS = (*DEAD, *DECADES)
-DENSE, DEAD_BELOW = (-5.0, -1.0), -8.0
-"""Densities of the published samples, as log10: dense in both models, dead."""
 """Of the base model's density; dead means that a latent never fired on these tokens."""
-SAMPLES = ("dead_base", "dead_finetuned", "dense")
+DEAD_BELOW = -8.0
+"""Density of the published samples of dead latents, as log10."""
 THRESHOLDS = (0.5, 0.9)
 
 
@@ -77,23 +76,30 @@ def _intervals(frame: pd.DataFrame) -> np.ndarray:
     return np.select([~base & ~other, ~base, ~other], list(DEAD), decade)
 
 
-def members(frame: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The published sets of latents, by log10(density + 1e-10): dead in one model and not the other, dense in both."""
+def members(frame: pd.DataFrame, sampling: Sampling) -> dict[str, np.ndarray]:
+    """The published sets of latents, by log10(density + 1e-10): dead in one model and not the other, dense in both, the
+    latter in each interval of `sampling`."""
     base, other = (np.log10(frame[f"{model}_density"].to_numpy() + EPSILON) for model in MODELS)
-    low, high = DENSE
+    intervals = sampling.dense_intervals
+    starts = [low for low, _ in intervals.values()]
+
+    def inside(density: np.ndarray, low: float, high: float) -> np.ndarray:
+        below = density < np.log10(high) if high in starts else density <= np.log10(high)
+        return (density >= np.log10(low)) & below
+
     return {
         "dead_base": (base <= DEAD_BELOW) & (other > DEAD_BELOW),
         "dead_finetuned": (base > DEAD_BELOW) & (other <= DEAD_BELOW),
-        "dense": (base >= low) & (base <= high) & (other >= low) & (other <= high),
+        **{name: inside(base, *ends) & inside(other, *ends) for name, ends in intervals.items()},
     }
 
 
 def sample(frame: pd.DataFrame, sampling: Sampling, seed: int) -> np.ndarray:
     """The name of the sample each latent was drawn into, or nothing: uniform draws without replacement."""
     drawn = np.full(len(frame), "", object)
-    for number, (name, inside) in enumerate(members(frame).items()):
+    for number, (name, inside) in enumerate(members(frame, sampling).items()):
         found = np.flatnonzero(inside)
-        size = min(len(found), sampling.dense if name == "dense" else sampling.dead)
+        size = min(len(found), sampling.dense if name in sampling.dense_intervals else sampling.dead)
         drawn[np.random.default_rng([seed, number]).permutation(found)[:size]] = name
     return drawn
 
@@ -115,11 +121,11 @@ def by_interval(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {name: values for name, values in found.items() if values["latents"]}
 
 
-def by_sample(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The published samples."""
+def by_sample(frame: pd.DataFrame, sampling: Sampling) -> dict[str, dict[str, Any]]:
+    """The published samples, those of dense latents in each interval of `sampling`."""
     return {
         name: {"drawn_from": int(inside.sum()), **summary(frame[frame["sample"] == name])}
-        for name, inside in members(frame).items()
+        for name, inside in members(frame, sampling).items()
     }
 
 

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sae_research.analysis.context import AnalysisContext
-from sae_research.analysis.neuronpedia import Neuronpedia
+from sae_research.analysis.neuronpedia import Neuronpedia, neuronpedia_iframe, quick_list
 from sae_research.analysis.steer import Edit, Sample, as_rows, rate_interval, steer
+from sae_research.cli.main import main
 from sae_research.lm import LanguageModel
 from sae_research.lm.generate import choose, sample
 from sae_research.runtime.errors import UserError
@@ -168,6 +170,20 @@ def server() -> Iterator[tuple[str, list[dict]]]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append({**body, "key": self.headers.get("x-api-key")})
+            if self.path.startswith("/api/explanation/search"):
+                layers = ["7-res-jb", "8-res-jb"] if self.path.endswith("-model") else body["layers"]
+                known = [
+                    {
+                        "modelId": body["modelId"],
+                        "layer": layers[i % len(layers)],
+                        "index": str(i),
+                        "description": f"days {i}",
+                        "cosine_similarity": 1 - i / 100,
+                    }
+                    for i in range(45)
+                ]
+                empty = body["query"] == "nothing"
+                return self._answer(200, {"results": [] if empty else known[body["offset"] : body["offset"] + 20]})
             if body["prompt"] == "limit":
                 return self._answer(429, {"message": f"slow down {self.headers.get('x-api-key')}"})
             return self._answer(200, {"DEFAULT": body["prompt"] + " a", "STEERED": body["prompt"] + " Friday"})
@@ -188,6 +204,59 @@ def server() -> Iterator[tuple[str, list[dict]]]:
     yield f"http://127.0.0.1:{http.server_port}", asked
     http.shutdown()
     http.server_close()
+
+
+def test_search_reads_page_after_page(server: tuple[str, list[dict]], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, asked = server
+    monkeypatch.setenv("NEURONPEDIA_API_KEY", "secret-key")
+    there = Neuronpedia("gpt2-small/7-res-jb", url)
+    found = there.search("days of the week", 50)
+    assert [one.latent for one in found] == list(range(45)) and {one.source for one in found} == {"gpt2-small/7-res-jb"}
+    assert found[3] == ("gpt2-small/7-res-jb", 3, "days 3", 0.97)
+    assert [body["offset"] for body in asked] == [0, 20, 40, 45]
+    assert asked[0] == {
+        "modelId": "gpt2-small",
+        "layers": ["7-res-jb"],
+        "query": "days of the week",
+        "offset": 0,
+        "key": "secret-key",
+    }
+    everywhere = there.search("days of the week", 3, whole_model=True)
+    assert [one.source for one in everywhere] == [f"gpt2-small/{layer}-res-jb" for layer in (7, 8, 7)]
+    assert there.search("nothing") == []
+    with pytest.raises(UserError, match="at least 3 characters"):
+        there.search("ab ")
+    with pytest.raises(UserError, match=r"cannot be reached \([^;]*$"):
+        Neuronpedia("gpt2-small/7-res-jb", "http://127.0.0.1:9", timeout=2).search("days")
+
+
+def test_pages_and_lists() -> None:
+    address = urlsplit(quick_list("gpt2-small/7-res-jb", [5, 17], "days & weeks"))
+    asked = parse_qs(address.query)
+    assert (address.netloc, address.path) == ("www.neuronpedia.org", "/quick-list/") and asked["name"] == ["days & weeks"]
+    assert json.loads(asked["features"][0]) == [
+        {"modelId": "gpt2-small", "layer": "7-res-jb", "index": str(latent)} for latent in (5, 17)
+    ]
+    frame = neuronpedia_iframe("gpt2-small/7-res-jb", 5, height=300)
+    assert 'src="https://www.neuronpedia.org/gpt2-small/7-res-jb/5?embed=true&' in frame._repr_html_()
+    assert 'height="300"' in frame._repr_html_()
+    with pytest.raises(UserError, match="at least one latent"):
+        quick_list("gpt2-small/7-res-jb", [])
+    with pytest.raises(UserError, match="MODEL/SOURCE"):
+        quick_list("gpt2-small", [1])
+
+
+def test_the_verb(server: tuple[str, list[dict]], capsys: pytest.CaptureFixture[str]) -> None:
+    url, _ = server
+    verb = ["analyze", "neuronpedia", "--source", "gpt2-small/7-res-jb"]
+    assert main([*verb, "--search", "weekdays", "--limit", "2", "--latents", "4", "--base-url", url]) == 0
+    said = capsys.readouterr().out
+    assert "days 1" in said and "days 2" not in said and said.count("https://www.neuronpedia.org/gpt2-small/7-res-jb/") == 3
+    assert "list: https://www.neuronpedia.org/quick-list/" in said
+    with pytest.raises(UserError, match="give --search TEXT or --latents"):
+        main(verb)
+    with pytest.raises(UserError, match="pages are of releases"):
+        main(["analyze", "neuronpedia", "--sae", "standard", "--latents", "1"])
 
 
 def test_neuronpedia(server: tuple[str, list[dict]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,19 @@ from sae_research.saes import save_sae
 from tests.helpers.analysis import EARLY, SIZE, biased
 
 PROMPT = "the time that people use water"
-VERBS = ("saes", "stats", "run", "steer", "ablate", "attribute", "subspace", "explain", "dashboard")
+VERBS = (
+    "saes",
+    "stats",
+    "run",
+    "generate",
+    "steer",
+    "ablate",
+    "attribute",
+    "subspace",
+    "explain",
+    "neuronpedia",
+    "dashboard",
+)
 
 
 @pytest.fixture
@@ -67,6 +79,17 @@ def test_stats_and_attribute(project: Path, capsys: pytest.CaptureFixture[str]) 
     rows = list(csv.DictReader((project / "analysis_results/attribute/attribution.csv").open()))
     whole = json.loads((project / "analysis_results/attribute/attribution.json").read_text())["saes"]["late"]["whole"]
     assert sum(float(row["share"]) for row in rows if row["sae"] == "late") == pytest.approx(whole, rel=1e-2, abs=1e-3)
+
+
+def test_generate(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--prompt", PROMPT, "--length", "6", "--texts", "2", "--seed", "5", "--top-k", "20")
+    out = said(capsys, "generate", "--sae", "late", "early", *more)
+    kept = json.loads((project / "analysis_results/generate/generation.json").read_text())
+    assert kept["saes"] == ["late", "early"] and [one["seed"] for one in kept["texts"]] == [5, 6]
+    assert all(repr(one[run]) in out for one in kept["texts"] for run in ("plain", "with_saes"))
+    assert "equal for" in out and "equal for" not in said(capsys, "generate", *more)
+    alone = json.loads((project / "analysis_results/generate/generation.json").read_text())
+    assert [one["plain"] for one in alone["texts"]] == [one["plain"] for one in kept["texts"]]
 
 
 @pytest.mark.slow
@@ -182,6 +205,41 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         main(["analyze", verb, "--help"])
     assert end.value.code == 0
     assert f"Example: python -m sae_research analyze {verb} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_field_of_a_release(monkeypatch: pytest.MonkeyPatch, in_project: Path, capsys: pytest.CaptureFixture) -> None:
+    release = {
+        "model": "gpt2-small",
+        "repo_id": "org/repo",
+        "conversion_func": None,
+        "config_overrides": {"model_from_pretrained_kwargs": {"center_writing_weights": True}, "note": {}},
+        "links": {"publication": "https://example.org/paper"},
+        "saes": [
+            {"id": "a", "path": 7, "neuronpedia": "gpt2-small/0-x", "l0": 10},
+            {"id": "b", "path": "b", "norm_scaling_factor": 1.5, "surplus": [1]},
+        ],
+    }
+    monkeypatch.setattr(neuronpedia, "release_directory", lambda: {"mine": release})
+    of_release, of_saes = (
+        [re.split(r"\s{2,}", line.strip()) for line in part.splitlines()]
+        for part in said(capsys, "saes", "--describe", "mine").split("\n\n")
+    )
+    assert of_release[1:] == [
+        ["release", "mine"],
+        ["model", "gpt2-small"],
+        ["repo_id", "org/repo"],
+        ["conversion_func", "-"],
+        ["config_overrides.model_from_pretrained_kwargs.center_writing_weights", "yes"],
+        ["config_overrides.note", "{}"],
+        ["links.publication", "https://example.org/paper"],
+        ["saes", "2"],
+        ["saes at Neuronpedia", "1"],
+    ]
+    assert of_saes == [
+        ["sae_id", "path", "neuronpedia", "l0", "variance_explained", "norm_scaling_factor"],
+        ["a", "7", "gpt2-small/0-x", "10", "-", "-"],
+        ["b", "b", "-", "-", "-", "1.5"],
+    ]
 
 
 @pytest.mark.slow

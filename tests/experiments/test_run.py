@@ -49,7 +49,7 @@ def test_a_foreign_file_trains(params_only: Path, tiny_inputs: Path, capsys: pyt
     assert not (params_only / "output").exists()
     assert experiments.main("run", arguments) == 0
     said = capsys.readouterr().out
-    assert "note: lr_schedule: cosine" in said
+    assert "note: saes.sparsity_coeff" in said
     (folder,) = (params_only / "output").iterdir()
     assert folder.name.startswith("relu_lr_0.001_sparsity_0.1_")
     params = load_params(folder / "params.yaml")

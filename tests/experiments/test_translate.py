@@ -50,7 +50,7 @@ def test_the_published_example_becomes_parameters() -> None:
     sae = params.train.saes["relu_blocks_2_hook_resid_pre"]
     assert (sae.recipe, sae.d_sae, sae.learning_rate, sae.seed) == ("relu", 32 * 64, 1e-3, 42)
     assert sae.l1_coefficient == pytest.approx(0.1 / 10)
-    assert any("lr_schedule: cosine" in note for note in result.notes)
+    assert (sae.lr_schedule, sae.min_lr_factor) == ("cosine", 0.1)
 
 
 @pytest.mark.parametrize("sae_type", ["relu", "gated", "hard_concrete", "gated_hard_concrete"])
@@ -133,7 +133,11 @@ def test_a_shorter_run_keeps_its_steps_and_fractions() -> None:
     assert values["train.warmup_fraction"] == 0.2
     assert translated(Changes(tokens=30_000)).overrides["train.batch_size"] == 256
     linear = translated(**{"lr_schedule": "linear", "cooldown_samples": 25_000}).overrides
-    assert linear["train.decay_fraction"] == 0.25
+    assert linear["train.decay_fraction"] == 0.25 and "lr_schedule" not in next(iter(linear["train.saes"].values()))
+    notes = translated(**{"lr_schedule": "linear", "min_lr_factor": 0.2}).notes
+    assert "min_lr_factor: not used: a linear decay ends at 0, as there" in notes
+    orthogonal = translated(**{"saes.init_decoder_orthogonal": True}).overrides["train.saes"]
+    assert {sae["init"] for sae in orthogonal.values()} == {"orthogonal"}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,9 @@ def test_the_published_sweep_expands_in_the_file_s_order() -> None:
         expand(read(README_CONFIG), {"data": {"eval_batch_size": [1, 2]}}, params_yaml, Changes(), scales)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "tinystories").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_shipped_files_translate(path: Path) -> None:
     given = foreign.canonical(read(path.read_text()), path.name)
     result = translate(foreign.parse(given, path.name), given, Changes(), scales)
@@ -194,3 +200,9 @@ def test_shipped_files_translate(path: Path) -> None:
     params = check_params(values, path.name)
     assert {sae.recipe for sae in params.train.saes.values()} == {path.stem}
     assert params.train.tokens // params.train.batch_size == 1000
+    hooks = {"tinystories": (2, 4), "gpt2": (2, 6, 10)}[path.parent.name]
+    assert params.train.hooks == [f"blocks.{layer}.hook_resid_pre" for layer in hooks]
+    commands = [
+        line.split()[line.split().index("--config_path") + 1] for line in path.read_text().splitlines() if "--config" in line
+    ]
+    assert set(commands) == {path.relative_to(ROOT).as_posix()} and params.text.context_size == 1024

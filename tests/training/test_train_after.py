@@ -16,7 +16,7 @@ from sae_research.lm.mask import token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 from sae_research.text.tokens import token_contexts
-from sae_research.training import stage, tracking
+from sae_research.training import loop, stage, tracking
 from tests.helpers.training import CONFIGS, STANDARD, TOP_K
 
 UPPER = "blocks.2.hook_resid_post"
@@ -84,10 +84,14 @@ class FakeRun:
     def __init__(self, fail_after: int = 10**9) -> None:
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.artifacts: list[tuple[str, list[str], list[str]]] = []
         self.exit_code: int | None = None
         self.fail_after = fail_after
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        self.artifacts.append((artifact.name, aliases, list(artifact.manifest.entries)))
+
+    def log(self, values: dict[str, Any], step: int | None) -> None:
         if len(self.rows) >= self.fail_after:
             raise ConnectionError("gone, with key abc123secret")
         self.rows.append({**values, "step": step})
@@ -119,6 +123,57 @@ def test_curves_go_out_while_training_and_failures_cost_nothing(make_params, tmp
     assert {p.name: p.read_bytes() for p in (tmp_path / "plain" / "topk").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "tracked" / "topk").iterdir()
     }
+
+
+def test_rows_at_a_frequency_are_those_of_single_steps(make_params, tmp_path, fake_runs, monkeypatch):
+    """Beside the losses that a run without tracking sums up in its curve, read off step by step."""
+    losses: list[tuple[int, float]] = []
+    real = loop.train_step
+
+    def noted(sae: Any, batch: Any) -> Any:
+        output = real(sae, batch)
+        if sae.name == "standard":
+            losses.append((sae.step, float(output.loss)))
+        return output
+
+    monkeypatch.setattr(loop, "train_step", noted)
+    stage.train(with_tracking(make_params(tokens=2048), project="p", log_every=3), tmp_path / "tracked")
+    rows = fake_runs["standard"].rows
+    assert [(row["step"], row["train/loss"]) for row in rows] == [pair for pair in losses if pair[0] % 3 == 0] and rows
+    assert all(0 < row["train/learning_rate"] <= 0.003 for row in rows)
+
+
+def test_histograms_and_checkpoints_go_out(make_params, tmp_path, fake_runs, monkeypatch):
+    pytest.importorskip("wandb")
+    fake_runs["topk"].fail_after = 10**9
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def noted(sae: Any, rows: torch.Tensor) -> torch.Tensor:
+        density = tracking.density_on(sae, rows)
+        pre = (rows - sae.b_dec) @ sae.W_enc + sae.b_enc
+        if sae.cfg.form == "standard":
+            seen.append((density, (pre > 0).float().mean(0)))
+        return density
+
+    monkeypatch.setattr(stage, "density_on", noted)
+    params = make_params(tokens=2048, saved_checkpoints=2)
+    asked = with_tracking(params, project="p", histogram_every=4, checkpoints=True)
+    stage.train(asked, tmp_path / "tracked")
+    run = fake_runs["standard"]
+    drawn = {row["step"]: row["train/log10_density"] for row in run.rows if "train/log10_density" in row}
+    assert list(drawn) == list(range(4, 4 * len(seen) + 1, 4)) and len(seen) >= 2
+    for (density, expected), histogram in zip(seen, drawn.values(), strict=True):
+        torch.testing.assert_close(density, expected)
+        assert sum(histogram.histogram) == int((expected > 0).sum())
+    last = results_of(tmp_path / "tracked")["standard"]["density_histogram"]
+    assert [row["eval/log10_density"].histogram for row in run.rows if "eval/log10_density" in row] == [last["counts"]]
+    assert [(name, aliases) for name, aliases, _ in run.artifacts] == [
+        ("sae-standard", [alias]) for alias in ("step_0", run.artifacts[1][1][0], "trained")
+    ]
+    assert all({"cfg.json", "sae_weights.safetensors"} <= set(files) for _, _, files in run.artifacts)
+    stage.train(params, tmp_path / "plain")
+    for path in (tmp_path / "plain").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "tracked" / path.relative_to(tmp_path / "plain")).read_bytes()
 
 
 def test_a_failed_training_ends_its_runs_as_failed(make_params, tmp_path, fake_runs):
@@ -170,11 +225,21 @@ def test_the_real_library_offline(make_params, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    params = with_tracking(make_params(tokens=2048), project="lab", tags=["tiny"], name="{recipe}_{seed}")
+    more = {"histogram_every": 3, "checkpoints": True, "log_every": 2}
+    params = with_tracking(make_params(tokens=2048), project="lab", tags=["tiny"], name="{recipe}_{seed}", **more)
     stage.train(params, tmp_path / "out")
     wandb.teardown()
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
     logged = b"".join(path.read_bytes() for path in files)
-    for expected in (b"train/variance_explained", b"standard_42", b"top_k_42", b"lab", b"tiny", b"eval/loss_recovered"):
+    for expected in (
+        b"train/log10_density",
+        b"sae-topk",
+        b"train/variance_explained",
+        b"standard_42",
+        b"top_k_42",
+        b"lab",
+        b"tiny",
+        b"eval/loss_recovered",
+    ):
         assert expected in logged

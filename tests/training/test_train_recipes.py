@@ -11,7 +11,7 @@ from sae_research.saes import SAEConfig
 from sae_research.saes.pursuit.kernels_numba import largest
 from sae_research.training import products
 from sae_research.training.recipes import RECIPES, Recipe, base
-from sae_research.training.recipes.base import warmup, warmup_then_decay
+from sae_research.training.schedules import warmup, warmup_then_decay
 from tests.helpers.training import CONFIGS, STANDARD, TOP_K, recipe_of, trained
 
 SPARSE = ("relu", "standard", "standard_new", "p_anneal", "top_k", "abs_top_k", "batch_top_k", "matryoshka_batch_top_k")

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 
+from sae_research.config.transfer import Sampling
 from sae_research.saes import encode_each
 from sae_research.stats.reconstruction import together
 from sae_research.transfer.loading import MODELS, Pair, masks
 from sae_research.transfer.losses import logit_similarity, patched_losses
 from sae_research.transfer.stage import flattened_r2
 from sae_research.transfer.sweep import sweep
-from sae_research.transfer.table import latent_table, wilson
+from sae_research.transfer.table import latent_table, members, sample, wilson
 from sae_research.transfer.text import batches
 from tests.helpers.tiny_saes import HOOK
 
@@ -178,3 +181,32 @@ def test_wilson_against_statsmodels_values() -> None:
     # proportion_confint(count, 100, method="wilson") of statsmodels 0.14
     assert low == pytest.approx([0.0, 0.0215436, 0.9630065], abs=1e-6)
     assert high == pytest.approx([0.0369935, 0.1117505, 1.0], abs=1e-6)
+
+
+def test_a_sample_for_each_interval_of_density() -> None:
+    """Beside a loop over latents; one interval, given or not, draws what is drawn without the setting."""
+    rng = np.random.default_rng(0)
+    base = np.concatenate([10 ** rng.uniform(-6, 0, 300), [0.0, 0.0, 1e-3, 1e-3]])
+    frame = pd.DataFrame({"base_density": base, "finetuned_density": base * 10 ** rng.uniform(-0.3, 0.3, len(base))})
+    frame.loc[300, "finetuned_density"] = 0.01
+    two = Sampling(dense=20, dead=5, intervals=[[1e-5, 1e-3], [1e-3, 0.1]])
+    inside = members(frame, two)
+    assert list(inside) == ["dead_base", "dead_finetuned", "dense_1e-05_to_0.001", "dense_0.001_to_0.1"]
+    for (low, high), found in zip(two.intervals, list(inside.values())[2:], strict=True):
+        wanted = [
+            all(low <= row[f"{model}_density"] + 1e-10 < high for model in MODELS) for row in frame.to_dict(orient="records")
+        ]
+        assert found.tolist() == wanted and sum(wanted) > 20
+    drawn = sample(frame, two, 7)
+    assert [int((drawn == name).sum()) for name in inside] == [1, 0, 20, 20]
+    assert all(inside[name][drawn == name].all() for name in inside)
+    one = [sample(frame, Sampling(dense=20, intervals=given), 7) for given in (None, [[1e-5, 0.1]])]
+    assert (one[0] == one[1]).all()
+    among = ((frame[[f"{model}_density" for model in MODELS]] + 1e-10).apply(np.log10) >= -5.0).all(axis=1) & (
+        (frame[[f"{model}_density" for model in MODELS]] + 1e-10).apply(np.log10) <= -1.0
+    ).all(axis=1)
+    expected = np.random.default_rng([7, 2]).permutation(np.flatnonzero(among))[:20]
+    assert sorted(np.flatnonzero(one[0] == "dense")) == sorted(expected), "the published interval, as it was drawn before"
+    for wrong in ([[0.1, 1e-3]], [[1e-5, 1e-2], [1e-3, 0.1]], [[0.0, 0.1]], [[0.5, 1.5]], []):
+        with pytest.raises(ValidationError):
+            Sampling(intervals=wrong)

@@ -6,8 +6,8 @@ gradients of their own, the auxiliary loss of dead latents) stands below it in t
 class of `sae_research.config.training`, which its annotation `config` names: `params.yaml` is read by commands that must not
 import torch.
 
-Schedules are functions of progress, the fraction of the run that is done: literature gives warm-ups and decays in steps for
-runs of 10^5 steps, which a short run would never leave.
+Schedules (`training.schedules`) are functions of progress, the fraction of the run that is done: literature gives warm-ups
+and decays in steps for runs of 10^5 steps, which a short run would never leave.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sae_research.saes.crosscoders import hook_norms
 from sae_research.saes.forms import scale_latents
 from sae_research.training import products
 from sae_research.training.products import MAX_DENSITY, Support, decode_at, encode_at, products_at
+from sae_research.training.schedules import warmup, warmup_then_decay
 from sae_research.training.whitening import Whitening
 
 
@@ -88,7 +89,8 @@ class Recipe(nn.Module):
     """`b_dec` is subtracted before encoding."""
     clip_norm: ClassVar[float | None] = None
     """Largest norm of all gradients together."""
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's; `betas` of its settings takes their place."""
     stackable: ClassVar[bool] = True
     """`forward` can be mapped over many SAEs at once."""
 
@@ -97,6 +99,8 @@ class Recipe(nn.Module):
         self.d_in, self.is_transcoder = d_in, config.written is not None
         if self.is_transcoder:
             self.reads_b_dec = False  # ty: ignore[invalid-attribute-access]
+        if config.betas is not None:
+            self.betas = config.betas
         self.n_hooks = len(config.hook_names or [""])
         self.config, self.train_config = config, train
         self.in_stack = False
@@ -147,8 +151,10 @@ class Recipe(nn.Module):
         return {}
 
     def learning_rate(self, progress: float) -> float:
-        train = self.train_config
-        return self.config.learning_rate * warmup_then_decay(progress, train.warmup_fraction, train.decay_fraction)
+        train, config = self.train_config, self.config
+        return config.learning_rate * warmup_then_decay(
+            progress, train.warmup_fraction, train.decay_fraction, config.schedule, config.min_lr_factor or 0.0
+        )
 
     def sparsity_warmup(self, progress: float) -> float:
         """Factor of the sparsity penalty, linear over the first `sparsity_warmup_fraction` of the run."""
@@ -160,10 +166,11 @@ class Recipe(nn.Module):
     def initialise(self, rows_ND: Tensor, generator: torch.Generator) -> None:
         """Start from normalised activations `rows_ND`: `b_dec` their mean, `W_dec` unit rows.
 
-        Decoder rows are data rows less the mean (`init: data_rows`) or random directions; the encoder is the
-        decoder times the factor that fits the reconstruction to the data by least squares: rows are far from
-        orthogonal, so that a factor of 1 overshoots several times. `generator` also draws whatever randomness the
-        recipe needs later.
+        Decoder rows are data rows less the mean (`init: data_rows`), random directions, or the rows of a random matrix of
+        orthonormal columns (`orthogonal`; of orthonormal rows where there are no more latents than dimensions); their norm
+        is 1, or `init_norm`. The encoder is the decoder times the factor that fits the reconstruction to the data by least
+        squares: rows are far from orthogonal, so that a factor of 1 overshoots several times. `generator` also draws
+        whatever randomness the recipe needs later.
         """
         self.generator = generator
         if self.is_transcoder:
@@ -179,9 +186,10 @@ class Recipe(nn.Module):
                 noise = torch.randn(F, D, generator=generator).to(W_FD.device)
                 W_FD = W_FD + 0.1 * W_FD.norm(dim=1, keepdim=True) * noise / D**0.5
         else:
-            W_FD = torch.randn(F, D, generator=generator).to(rows_ND.device)
+            W_FD = self._random_rows(generator).to(rows_ND.device)
         self.W_dec.copy_(W_FD)
         self.normalise_rows()
+        self._take_init_norm()
         self.W_enc.copy_(self.W_dec)
         self.fit_encoder(rows_ND[:4096])
 
@@ -195,15 +203,26 @@ class Recipe(nn.Module):
             index = torch.randperm(len(rows_ND), generator=generator).repeat(-(-F // len(rows_ND)))[:F].to(rows_ND.device)
             sides = read_ND[index] - mean_D, written_ND[index] - self.b_dec
         else:
-            sides = tuple(torch.randn(self.W_enc.shape, generator=generator).to(rows_ND.device) for _ in range(2))
+            sides = tuple(self._random_rows(generator).to(rows_ND.device) for _ in range(2))
         for rows, parameter in zip(sides, (self.W_enc, self.W_dec), strict=True):
             noise = torch.randn(rows.shape, generator=generator).to(rows.device)
             parameter.copy_(
                 rows + (0.1 * rows.norm(dim=1, keepdim=True) * noise / self.d_in**0.5 if F > len(rows_ND) else 0)
             )
             unit_rows(parameter)
+        self._take_init_norm()
         self.b_enc.copy_(-(self.W_enc @ mean_D))
         self.fit_encoder(rows_ND[:4096])
+
+    def _random_rows(self, generator: torch.Generator) -> Tensor:
+        """[F, D], on the CPU, so that a run draws the same on every device."""
+        rows_FD = torch.randn(self.W_dec.shape, generator=generator)
+        return orthonormal(rows_FD) if self.config.init == "orthogonal" else rows_FD
+
+    def _take_init_norm(self) -> None:
+        """Of decoder rows that have unit norm."""
+        if self.config.init_norm is not None:
+            self.W_dec.mul_(self.config.init_norm)
 
     @torch.no_grad()
     def fit_encoder(self, rows_ND: Tensor) -> None:
@@ -398,6 +417,13 @@ class Recipe(nn.Module):
         return form_class(self.form)(cfg=cfg, **tensors, **self.options())
 
 
+def orthonormal(rows_FD: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a matrix [F, D]; orthonormal rows where F is no more than D."""
+    if len(rows_FD) > rows_FD.shape[1]:
+        return torch.linalg.qr(rows_FD).Q
+    return torch.linalg.qr(rows_FD.T).Q.T
+
+
 def length_factor(shape_ND: Tensor, wanted_ND: Tensor) -> Tensor:
     """The factor by which `shape` comes nearest to `wanted` in least squares."""
     return (wanted_ND * shape_ND).sum() / shape_ND.square().sum().clamp_min(1e-12)
@@ -412,13 +438,3 @@ def project_rows(gradient: Tensor, rows: Tensor, scratch: Tensor | None = None) 
 def unit_rows(rows: Tensor) -> None:
     """Rows [..., F, D] to unit norm, in place."""
     rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
-
-
-def warmup(progress: float, fraction: float) -> float:
-    """Linear from 0 to 1 over the first `fraction` of the run, then 1."""
-    return 1.0 if fraction <= 0 else min(1.0, progress / fraction)
-
-
-def warmup_then_decay(progress: float, warmup_fraction: float, decay_fraction: float) -> float:
-    """Linear from 0 to 1, flat, then linear to 0 over the last `decay_fraction` of the run."""
-    return min(warmup(progress, warmup_fraction), warmup(1.0 - progress, decay_fraction))

@@ -14,7 +14,7 @@ from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.cross_layer import CrossLayerTranscoder
 from sae_research.saes.forms import fold_decoder_norms
 from sae_research.training import products
-from sae_research.training.recipes.base import StepOutput, length_factor, unit_rows
+from sae_research.training.recipes.base import StepOutput, length_factor, orthonormal, unit_rows
 from sae_research.training.recipes.tanh_jump_relu import TanhJumpReLU
 
 
@@ -130,7 +130,8 @@ class CrossLayer(TanhJumpReLU):
         own, n = self.latents(layer), len(x_ND)
         index = torch.randperm(n, generator=generator).repeat(-(-self.width // n))[: self.width].to(x_ND.device)
         for rows, parameter in (x_ND - x_ND.mean(0), self.W_enc[own]), (y_ND, self.decoder_of(layer)[own]):
-            noise = torch.randn(parameter.shape, generator=generator).to(rows.device)
+            drawn = torch.randn(parameter.shape, generator=generator)
+            noise = (orthonormal(drawn) if self.config.init == "orthogonal" else drawn).to(rows.device)
             chosen = rows[index]
             copies = 0.1 * chosen.norm(dim=1, keepdim=True) * noise / self.d_hook**0.5 if self.width > n else 0
             parameter.copy_(chosen + copies if self.config.init == "data_rows" else noise)
