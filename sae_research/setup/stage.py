@@ -291,9 +291,10 @@ class Setup:
                 self.warnings.append(f"{item.name} is left out: {error}")
                 left_out.append(error)
         if left_out and len(left_out) == sum(item.optional for item in planned):
+            release = self.params.comparison_saes.release
             raise UserError(
-                f"comparison_saes.release: none of the {len(left_out)} dictionaries of {self.params.comparison_saes.release} "
-                f"could be had; the first: {left_out[0]}"
+                f"comparison_saes.release: none of the {len(left_out)} dictionaries of {release} could be had; the first: "
+                f"{left_out[0]}"
             )
         return written
 
