@@ -112,8 +112,9 @@ def plan_of(params: Params, values: Mapping[str, Any], gpu: str | None = None, d
     shape = model_shape(params.model.name, config)
     device, notes = _device(params, gpu)
     saes = planned_saes(params, shape.width(f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post"))
-    left = _lookup(params, config, device)
-    plan = make_plan(params, shape, saes, device, devices, in_place(values), left)
+    done = in_place(values)
+    left = _lookup(params, config, device) if done["train"] else None  # SAEs that are trained anew have no results yet
+    plan = make_plan(params, shape, saes, device, devices, done, left)
     hooks = ", ".join(dict.fromkeys(sae.hook for sae in saes))
     head = (
         f"{shape.name} ({amount(shape.parameters)} parameters, {shape.n_layers} layers), {len(saes)} SAEs at {hooks}, on "
