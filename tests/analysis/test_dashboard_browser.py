@@ -141,7 +141,7 @@ def test_search_reads_the_stored_contexts(site: Path, page: sync_api.Page) -> No
     page.goto((site / "plain/index.html").as_uri())
     ready(page, "yes")
     page.locator("#search").fill(phrase.upper())
-    page.wait_for_function("() => !document.getElementById('status').textContent.includes('reading')")
+    page.wait_for_function("() => !/reading/i.test(document.getElementById('status').textContent)")
     spaced = {i: [text.replace("\n", " ").replace("\t", " ") for text in found] for i, found in texts.items()}
     wanted = {i: sum(phrase in text for text in found) for i, found in spaced.items()}
     wanted = {i: n for i, n in wanted.items() if n or phrase in labels[i]}
