@@ -85,7 +85,7 @@ class RunFigures:
         panels = figure.subplot_mosaic([[*keys[:2]], [*keys[2:4]]], gridspec_kw=margins)
         for key, axes in panels.items():
             self._panel(axes, key)
-        self._legend(figure, loc="lower center", bbox_to_anchor=(0.5, 0.015), ncols=8)
+        self._legend(figure, loc="lower center", bbox_to_anchor=(0.5, 0.015), ncols=5)
         return figure
 
     def equal_l0(self) -> Figure:
