@@ -289,7 +289,7 @@ class RunFigures:
             label = "bar: 95 % interval," + (" " if "ncols" in where else "\n") + "other text"
             handles.append(Line2D([], [], marker="|", color=MUTED, label=label, **dot))
         if self.cut:
-            label = "arrow: interval goes on" + (" " if "ncols" in where else "\n") + "below what is shown"
+            label = "arrow: interval" + (" " if "ncols" in where else "\n") + "goes on below"
             handles.append(Line2D([], [], marker=CUT, color=MUTED, label=label, **dot))
         spacing: dict[str, Any] = {"handletextpad": 0.3, "borderaxespad": 0.0, "columnspacing": 1.4}
         figure.legend(handles=handles, frameon=False, fontsize=TEXT, labelcolor=INK, **spacing, **where)
