@@ -8,19 +8,18 @@ Moves `.cache` and DVC's cache of outputs aside, so that everything is computed,
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from sae_research.cli.pipeline import RUNNING
 from sae_research.runtime.errors import UserError, run_main
 from sae_research.runtime.files import project_root, write_json, write_text
 from sae_research.runtime.formatting import duration, markdown_table
 
 RECORD, PAGE = Path("docs/default_run.json"), Path("docs/speed.md")
 BEGIN, END = "<!-- default run -->", "<!-- end of default run -->"
-_STAGE = re.compile(r"^Running stage '([\w/.:]+)'")
 SHOWN_SECONDS = 15
 """Stages shorter than this are added up."""
 
@@ -41,7 +40,7 @@ def measure(root: Path) -> dict[str, float]:
         assert process.stdout is not None
         for line in process.stdout:
             sys.stdout.write(line)
-            if found := _STAGE.match(line):
+            if found := RUNNING.match(line):
                 now = time.monotonic()
                 seconds[current], current, began = round(now - began, 1), found[1], now
     seconds[current] = round(time.monotonic() - began, 1)

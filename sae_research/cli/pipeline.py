@@ -19,7 +19,8 @@ from sae_research.runtime.former_names import elsewhere
 from sae_research.runtime.workspace import prepare
 
 PRESETS = Path("presets")
-_RUNNING = re.compile(r"^Running stage '(?:dvc\.yaml:)?(\w+)':")
+RUNNING = re.compile(r"^Running stage '(?:dvc\.yaml:)?(\w+)':")
+"""What DVC says before it runs a stage."""
 _SKIPPED = re.compile(r"^Stage '(?:dvc\.yaml:)?(\w+)' (?:didn't change|is cached)")
 _DVCS_OWN = re.compile(
     r"^(> python -m scripts\.|Updating lock file|Generating lock file|Use `dvc push|To track the changes|\s*git add )"
@@ -94,7 +95,7 @@ class Following:
             self._ended(now)
             self.left.pop(skipped[1], None)
             self.number += 1
-        elif running := _RUNNING.match(line):
+        elif running := RUNNING.match(line):
             self._ended(now)
             self.current, self.begun = running[1], now
             self.number += 1

@@ -34,6 +34,11 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, [":--"] * len(header), *body))
 
 
+def _escaped(text: str) -> str:
+    """Text inside a cell."""
+    return text.replace("|", "\\|")
+
+
 def main() -> None:
     pages = {FOLDER / f"{name}.md": make for name, make in PAGES.items()}
     pages |= {former_names.FOLDER / f"{tool.page}.md": partial(moving, tool) for tool in former_names.tools()}
@@ -71,7 +76,7 @@ def _metric_table(found: list[Metric]) -> str:
         [
             f"{metric.label}<br>`{metric.key}`",
             DIRECTIONS[metric.better],
-            metric.definition.replace("|", "\\|")
+            _escaped(metric.definition)
             + (f" Without an SAE: {number(metric.trivial[0])} ({metric.trivial[1]})." if metric.trivial else "")
             + (f" `{metric.source}`." if metric.source else ""),
         ]
@@ -126,31 +131,25 @@ def parameters() -> str:
         "nearest known one. One value for one run: `dvc exp run -S section.key=value`.",
     ]
     for path, section in _sections(Params, ""):
-        rows = [
-            [f"`{key}`", _shown(field), whole_description(section, key).replace("|", "\\|")]
-            for key, field in section.model_fields.items()
-            if section_of(section, key) is None
-        ]
-        if rows:
-            parts += [f"## `{path}`" if path else "## Top level", _table(["Key", "Default", "What it is"], rows)]
+        values = [key for key in section.model_fields if section_of(section, key) is None]
+        if values:
+            parts += [f"## `{path}`" if path else "## Top level", _keys_table(section, values)]
     recipes: tuple[type[SAERecipe], ...] = get_args(AnyRecipe)
     shared = [key for key in recipes[0].model_fields if all(key in recipe.model_fields for recipe in recipes)]
     parts += [
         "## Recipes",
         "Keys of an entry of `train.saes`, by its `recipe`.",
         "### All recipes",
-        _recipe_table(recipes[0], [key for key in shared if key != "recipe"]),
+        _keys_table(recipes[0], [key for key in shared if key != "recipe"]),
     ]
     for recipe in recipes:
         names = ", ".join(f"`{name}`" for name in get_args(recipe.model_fields["recipe"].annotation))
-        parts += [f"### {names}", _recipe_table(recipe, [key for key in recipe.model_fields if key not in shared])]
+        parts += [f"### {names}", _keys_table(recipe, [key for key in recipe.model_fields if key not in shared])]
     return "\n\n".join(parts) + "\n"
 
 
-def _recipe_table(section: type[Section], keys: list[str]) -> str:
-    rows = [
-        [f"`{key}`", _shown(section.model_fields[key]), whole_description(section, key).replace("|", "\\|")] for key in keys
-    ]
+def _keys_table(section: type[Section], keys: list[str]) -> str:
+    rows = [[f"`{key}`", _shown(section.model_fields[key]), _escaped(whole_description(section, key))] for key in keys]
     return _table(["Key", "Default", "What it is"], rows)
 
 
@@ -216,7 +215,7 @@ def _code(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return _escaped(text).replace("<", "&lt;")
 
 
 def _without(row: dict[str, Any]) -> str:
