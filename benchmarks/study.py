@@ -19,7 +19,8 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.study_page import FOLDER, RECORD, TRAINED_RECIPES, write_page
+from benchmarks.study_figures import TRAINED_RECIPES
+from benchmarks.study_page import FOLDER, RECORD, write_page
 from sae_research.reporting.comparisons import Comparison, Grid, Points, at, comparisons_at, grids, point
 from sae_research.reporting.ground_truth import Line, read_ground_truth
 from sae_research.reporting.metrics import Metric, metric_named

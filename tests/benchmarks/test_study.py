@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import study_page
+from benchmarks import study_findings, study_page
 from benchmarks.study_figures import drawings
 
 KINDS = {"topk": 0.80, "batchtopk": 0.82, "standard": 0.70}
@@ -69,7 +69,7 @@ def record() -> dict[str, Any]:
 
 
 def test_findings_follow_from_the_record(record: dict[str, Any]) -> None:
-    found = [said for said, _ in study_page.findings(record)]
+    found = [said for said, _ in study_findings.findings(record)]
     assert len(found) <= 10
     text = " ".join(found)
     assert "2 of 3 differences between two recipes exceed noise (3 training seeds each)" in text
@@ -77,11 +77,13 @@ def test_findings_follow_from_the_record(record: dict[str, Any]) -> None:
     assert "`batch_top_k` minus `standard` +0.120 [+0.110, +0.130]" in text
     assert "In probing top-1 at L0 32 none of the 1 differences between two recipes exceeds noise" in text
     assert "deviation of at most 0.0020 (`top_k`); the smallest difference that exceeds noise is 0.1000" in text
-    assert "reach 0.750 in variance explained at L0 32: beyond noise above `standard` and below `top_k` of 2" in text
+    assert "reach at L0 32 0.750 in variance explained, beyond noise above `standard` and below `top_k` of 2" in text
     assert (
         "dictionary of `topk_28`, against the recipe's own encoder at L0 32: variance explained +0.050 [+0.040, +0.060]."
         in text
     )
+    assert "`top_k` over `standard` in variance explained (+0.100 [+0.090, +0.110])" in text
+    assert "1 within noise: `batch_top_k` over `top_k` in variance explained (+0.020 [+0.010, +0.030])" in text
     assert "variance explained with MCC +0.60" in text and "0.800 at 0.003 (L0 28.0), 0.800 at 0.0003" in text
 
 
