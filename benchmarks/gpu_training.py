@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu_models import Shape, random_tokens
 from sae_research.config.params import Params
-from sae_research.config.training import recipe_model
+from sae_research.config.recipes import recipe_model
 from sae_research.lm import LanguageModel
 from sae_research.training import RECIPES
 from sae_research.training.checkpoints import ProgressFile

@@ -27,11 +27,10 @@ from sae_research.analysis.explain import Explanation, explain_latents
 from sae_research.analysis.store import LatentStats
 from sae_research.config.params import load_params
 from sae_research.reporting.results import Row, read_run
-from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import file_sha256, round_significant, write_json
-from sae_research.saes import SparseAutoencoder, load_sae, save_sae
+from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import WEIGHTS_FILE
-from sae_research.saes.packaged import FOLDER, PREFIX
+from sae_research.saes.packaged import CARD, FOLDER, PREFIX
 
 LICENCE = "MIT, as the project; the model it was trained on is Apache 2.0"
 NAMES = ("smollm2-135m-l8", "smollm2-135m-l8-mlp")
@@ -70,18 +69,7 @@ def card(root: Path) -> None:
     rows = {row.name: row for row in read_run(root).rows}
     for name in NAMES:
         analysis = AnalysisContext.of({name.replace("-", "_"): f"{PREFIX}{name}"}, params=params)
-        row = rows.get(name.replace("-", "_")) or _row_of(rows, analysis.only[1])
-        write_json(FOLDER / name / "card.json", round_significant(card_of(name, row, analysis)))
-
-
-def _row_of(rows: Mapping[str, Row], sae: SparseAutoencoder) -> Row:
-    """The row that reads and writes what an SAE does. Raises `UserError` where no comparison does."""
-    found = [row for row in rows.values() if row.role == "comparison" and row.hook_out == (sae.cfg.hook_out or None)]
-    if len(found) != 1:
-        raise UserError(
-            f"the run compares {len(found)} dictionaries that write {sae.cfg.hook_out}; it was not of this preset"
-        )
-    return found[0]
+        write_json(FOLDER / name / CARD, round_significant(card_of(name, rows[name.replace("-", "_")], analysis)))
 
 
 def card_of(name: str, row: Row, analysis: AnalysisContext) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sae_research.reporting.metrics import metric_named
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number, percent, with_interval
-from sae_research.saes.packaged import FOLDER, packaged_names
+from sae_research.saes.packaged import CARD, FOLDER, packaged_names
 
 PAGE = Path("docs/packaged.md")
 NAMED = Path(__file__).parent / "packaged_names.json"
@@ -24,7 +24,7 @@ Card = dict[str, Any]
 
 def write_page(root: Path = Path(".")) -> None:
     """Write the page. root: the project's folder."""
-    cards = [read_json(FOLDER / name / "card.json") for name in packaged_names()]
+    cards = [read_json(FOLDER / name / CARD) for name in packaged_names()]
     write_text(root / PAGE, page(cards, read_json(NAMED)))
 
 

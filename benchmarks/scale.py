@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.scale_simulation import Faults, SimulatedPhase, Stream, simulate, train
 from sae_research.config.params import Params, check_params
-from sae_research.config.training import recipe_model
+from sae_research.config.recipes import recipe_model
 from sae_research.evals.units import KEPT_OF_A_GPU
 from sae_research.lm.shape import ModelShape, model_shape
 from sae_research.planning.costs import (

@@ -246,7 +246,7 @@ def calibrate(evaluation: str, units: list[dict[str, Any]], device: Device, saes
 
 def recipe_steps(name: str, device: Device) -> dict[str, float]:
     """CPU seconds a token of one recipe's steps, and what computing gives."""
-    from sae_research.config.training import recipe_model
+    from sae_research.config.recipes import recipe_model
 
     width, key = WIDTHS["comparison"], recipe_model(name).sparsity[0]
     train = Train(

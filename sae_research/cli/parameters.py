@@ -18,8 +18,8 @@ from typing import Any, get_args
 from dvc.utils.serialize import dumps_yaml
 
 from sae_research.config.params import Params
+from sae_research.config.recipes import recipe_model
 from sae_research.config.section import Section
-from sae_research.config.training import recipe_model
 from sae_research.config.yaml_files import parse
 from sae_research.runtime.errors import UserError, run_main
 from sae_research.runtime.sources import PROJECT

@@ -13,8 +13,8 @@ from typing import Any, get_args
 from sae_research.cli.parameters import section_of, whole_description
 from sae_research.config.evaluations import EVALUATIONS, Evaluation
 from sae_research.config.params import Params
+from sae_research.config.recipes import AnyRecipe, SAERecipe
 from sae_research.config.section import Section
-from sae_research.config.training import AnyRecipe, SAERecipe
 from sae_research.reporting.metric_table import METRICS, Metric
 from sae_research.runtime import former_names
 from sae_research.runtime.errors import UserError, run_main

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from sae_research.config.recipes import SAERecipe, TrainedSAE, recipe_model
 from sae_research.config.section import (
     MOST,
     MOST_TOKENS,
@@ -24,7 +25,6 @@ from sae_research.config.section import (
     Whole,
     Width,
 )
-from sae_research.config.training import SAERecipe, TrainedSAE, recipe_model
 from sae_research.runtime.files import slugify
 
 SETTINGS: dict[str, dict[str, Any]] = {

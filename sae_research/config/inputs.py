@@ -183,6 +183,8 @@ class Comparison(Section):
 
     trained: list[Name] = ["topk"]
     """Names in trained_saes/; `all` takes every one."""
+    packaged: list[Name] = []
+    """Names of dictionaries that come with the package, e.g. smollm2_135m_l8."""
     folders: list[LocalName] = []
     """Local SAE folders or globs."""
     python: list[ClassName] = []

@@ -24,9 +24,10 @@ from sae_research.config.inputs import (
     TokenMask,
     Variants,
 )
+from sae_research.config.recipes import recipe_model
 from sae_research.config.reporting import Analysis, Dashboards, Visualization
 from sae_research.config.section import Section, Seed
-from sae_research.config.training import Tracking, Train, recipe_model
+from sae_research.config.training import Tracking, Train
 from sae_research.config.yaml_files import read_mapping
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.former_names import elsewhere

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sae_research.config.recipes import BatchTopKRecipe, SAERecipe, StandardNewRecipe
 from sae_research.config.section import (
     Above0,
     Above1,
@@ -20,7 +21,6 @@ from sae_research.config.section import (
     Tokens,
     Width,
 )
-from sae_research.config.training import BatchTopKRecipe, SAERecipe, StandardNewRecipe
 
 Control = Literal["self", "perturbed"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.lm.activations import ActivationPool, HookActivations, collect_hooks
 from sae_research.lm.model import LanguageModel
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 from sae_research.config.evaluation_params import EXACT_WIDTH
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES, recipe_model
+from sae_research.config.recipes import recipe_model
+from sae_research.config.training import FLOAT_BYTES
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.devices import Device
 from sae_research.planning.saes import PURSUIT, PlannedSAE

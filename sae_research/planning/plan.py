@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from sae_research.config.params import Params
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.lm.shape import ModelShape
 from sae_research.planning.costs import (
     PlannedCosts,

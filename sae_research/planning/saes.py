@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from sae_research.config.inputs import Controls
 from sae_research.config.params import Params
-from sae_research.config.training import FLOAT_BYTES, PLUS, SAERecipe, hooks_at
+from sae_research.config.recipes import PLUS, SAERecipe, hooks_at
+from sae_research.config.training import FLOAT_BYTES
 from sae_research.lm.hooks import parse_hook
 from sae_research.planning.work import Hooks
 from sae_research.runtime.files import read_json, slugify
 from sae_research.saes.base import SAEInfo
+from sae_research.saes.packaged import packaged_place
 from sae_research.saes.pursuit.encoders import (
     IHTPSAE,
     MPSAE,
@@ -144,10 +147,25 @@ def _baseline(params: Params, width: int) -> PlannedSAE:
     if block.source == "trained" and block.name in params.train.saes:
         config = params.train.saes[block.name]
         return trained_sae(block.name, config, params.train.hook_of(block.name), width * len(config.hook_names or [""]))
+    if block.source == "packaged":
+        return _saved(packaged_place(block.name), block.name, hook, width)
     told = re.search(r"width_(\d+)(k|m)", block.sae_id or "")
     if told:
         return PlannedSAE(block.name, "standard", width, int(told[1]) * (2**10 if told[2] == "k" else 2**20), hook)
     return _assumed(block.name, hook, width)
+
+
+def _saved(path: Path, name: str, hook: str, width: int) -> PlannedSAE:
+    """An SAE of a folder, as far as a `cfg.json` of SAELens' layout tells."""
+    values = read_json(path / "cfg.json") if (path / "cfg.json").is_file() else {}
+    if not isinstance(values, dict) or not isinstance(values.get("d_sae"), int):
+        return _assumed(name, hook, width)
+    found = PlannedSAE(name, "standard", width, values["d_sae"], hook)
+    metadata = values["metadata"] if isinstance(values.get("metadata"), dict) else {}
+    written = metadata.get("hook_name_out")
+    if isinstance(written, str) and PLUS not in written:
+        return found._replace(hook=str(metadata.get("hook_name") or hook), written=written)
+    return found
 
 
 def _assumed(name: str, hook: str, width: int) -> PlannedSAE:
@@ -163,12 +181,9 @@ def _comparisons(params: Params, baseline: PlannedSAE, width: int) -> Iterator[P
             yield trained_sae(name, train.saes[name], train.hook_of(name), width * len(train.saes[name].hook_names or [""]))
         else:
             yield _assumed(name, baseline.hook, baseline.d_in)
-    for path, name in folder_names(chosen.folders).items():
-        values = read_json(path / "cfg.json") if (path / "cfg.json").is_file() else {}
-        if isinstance(values, dict) and isinstance(values.get("d_sae"), int):
-            yield baseline._replace(name=name, form="standard", d_sae=values["d_sae"], size=0, own_weights=True)
-        else:
-            yield _assumed(name, baseline.hook, baseline.d_in)
+    packaged = {packaged_place(name): slugify(name) for name in chosen.packaged}
+    for path, name in (packaged | folder_names(chosen.folders)).items():
+        yield _saved(path, name, baseline.hook, baseline.d_in)
     for place in chosen.python:
         yield baseline._replace(name=place, form="standard", size=0, own_weights=True)
     if chosen.release is not None:

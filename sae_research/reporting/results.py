@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.reporting.metrics import (
     EVALS,
     LAB,

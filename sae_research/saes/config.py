@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 
 

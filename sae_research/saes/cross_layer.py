@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.saes.base import SparseAutoencoder
 from sae_research.saes.config import SAEConfig

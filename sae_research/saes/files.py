@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, file_sha256, read_settings, write_bytes, write_json
 from sae_research.saes.base import SAEConfig, SparseAutoencoder

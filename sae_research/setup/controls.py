@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.lm import LanguageModel, collect_hooks, median_activation_norm, token_mask
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder

@@ -16,10 +16,11 @@ from sae_research.config.params import Params, check_sizes
 from sae_research.lm import LanguageModel, load_configured
 from sae_research.planning.saes import CONTROL_PREFIX, VARIANTS, control_names, variant_name
 from sae_research.planning.work import sample_size
-from sae_research.runtime.errors import UserError
+from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
 from sae_research.saes import SAEConfig, SparseAutoencoder, load_sae, save_sae, save_variant, sources
+from sae_research.saes.packaged import PREFIX
 from sae_research.saes.pursuit.dictionary import check_atoms
 from sae_research.saes.releases import matching_saes, saes_of
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in
@@ -149,12 +150,13 @@ class Setup:
                 raise UserError(f"two SAEs would be called {item.name}: {taken[item.name]} and {item.origin}; rename one")
             taken[item.name] = item.origin
         compared = [item.name for item in self._comparisons()]
-        for name in self.params.sae_variants.dictionaries:
-            if name not in compared:
-                raise UserError(
-                    f"sae_variants.dictionaries: {name} is no SAE of the comparison "
-                    f"({', '.join(compared) or 'comparison_saes names none'}); the baseline's dictionary is always read"
-                )
+        unknown = [name for name in self.params.sae_variants.dictionaries if name not in compared]
+        if unknown:
+            known = did_you_mean(unknown[0], compared) if compared else "; comparison_saes names none"
+            raise UserError(
+                "sae_variants.dictionaries: not among the compared SAEs (the baseline's is always read): "
+                f"{', '.join(unknown)}{known}"
+            )
         return planned
 
     # --- baseline and what is made of it ---
@@ -254,6 +256,8 @@ class Setup:
         chosen = self.params.comparison_saes
         for name in self._trained_names():
             yield self._compared(slugify(name), f"trained_saes/{name}", f"trained:{name}")
+        for name in chosen.packaged:
+            yield self._compared(slugify(name), f"the packaged {name}", f"{PREFIX}{name}")
         for path, name in sources.folder_names(chosen.folders).items():
             yield self._compared(name, f"the folder {path}", path)
         for place in chosen.python:

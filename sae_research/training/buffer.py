@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, TokenMask
-from sae_research.config.training import ARROW, PLUS, hooks_at
+from sae_research.config.recipes import ARROW, PLUS, hooks_at
 from sae_research.lm import LanguageModel, median_activation_norm, token_mask
 from sae_research.lm.hooks import check_pair, parse_hook
 from sae_research.runtime.errors import UserError

@@ -13,7 +13,7 @@ from itertools import accumulate
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from sae_research.config.training import SAERecipe
+from sae_research.config.recipes import SAERecipe
 
 
 class Limits(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, Text
-from sae_research.config.training import ARROW, hooks_at
+from sae_research.config.recipes import ARROW, hooks_at
 from sae_research.lm import LanguageModel, collect_hooks
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import round_significant

@@ -38,6 +38,8 @@ Result = TypeVar("Result")
 
 CURVE_ROWS = 60
 """Rows of a training curve, spread evenly over the run; only at these does the loop wait for the device."""
+SAES_SHOWN = 3
+"""Most SAEs that a progress bar names one by one."""
 
 
 @dataclass
@@ -226,13 +228,13 @@ def raise_if_diverged(saes: Iterable[TrainingSAE]) -> None:
             )
 
 
-def postfix(saes: Iterable[TrainingSAE]) -> str:
-    """`name: loss 0.21 L0 32.0 VE 0.78` for each sae, for the progress bar."""
-    return " | ".join(
-        f"{sae.name}: loss {row.loss:.3g} L0 {row.l0:.3g} VE {row.variance_explained:.3f}"
-        for sae in saes
-        for row in sae.curve[-1:]
-    )
+def postfix(saes: Sequence[TrainingSAE]) -> str:
+    """`name: loss 0.21 L0 32.0 VE 0.78` for each SAE, for the progress bar; the range of all where there are many."""
+    rows = [(sae.name, row) for sae in saes for row in sae.curve[-1:]]
+    if len(rows) > SAES_SHOWN:
+        l0, explained = sorted(row.l0 for _, row in rows), sorted(row.variance_explained for _, row in rows)
+        return f"{len(rows)} SAEs: L0 {l0[0]:.3g} to {l0[-1]:.3g}, VE {explained[0]:.3f} to {explained[-1]:.3f}"
+    return " | ".join(f"{name}: loss {row.loss:.3g} L0 {row.l0:.3g} VE {row.variance_explained:.3f}" for name, row in rows)
 
 
 # --- threads -----------------------------------------------------------------------------------

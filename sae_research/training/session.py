@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params, Train
-from sae_research.config.training import SAERecipe
+from sae_research.config.recipes import SAERecipe
 from sae_research.lm import LanguageModel, load_configured, pick_device
 from sae_research.runtime.sources import sources_fingerprint
 from sae_research.text.corpus import TRAINING, text_fingerprint

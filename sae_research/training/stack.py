@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from sae_research.config.params import Train
-from sae_research.config.training import SAERecipe
+from sae_research.config.recipes import SAERecipe
 from sae_research.runtime.files import fingerprint
 from sae_research.training.buffer import StreamBatch
 from sae_research.training.recipes import Recipe, StepOutput

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from sae_research.config.params import Params, TokenMask, check_sizes
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS, hooks_at
 from sae_research.lm import LanguageModel, pick_device, token_mask
+from sae_research.lm.hooks import parse_hook
 from sae_research.runtime.cache import cache_dir
 from sae_research.runtime.errors import Interrupted, UserError
 from sae_research.runtime.files import (
@@ -76,6 +77,7 @@ def train(params: Params, output: Path = OUTPUT, compared: bool = False) -> Repo
         print("nothing to train: train.enabled is false or train.saes is empty")
         return report
     check_output(params, output)
+    check_hooks(params, parse_hook)
     progress = ProgressFile(progress_path(params), params.train.device or params.model.device)
     with (
         in_use(run_folder(params), params.activation_caching.max_gb),
@@ -117,6 +119,7 @@ def _train(
     others: OtherRanks | None,
 ) -> Report:
     lm = load_model(params)
+    check_hooks(params, lm.d_in)
     if compared:
         check_comparison(params, lm)
     check_room(params, lm, output)
@@ -242,6 +245,16 @@ def check_output(params: Params, output: Path) -> None:
     """Raises `UserError` or `OSError` where the SAEs could not be written: a name that the file system does not take, a
     place that is read-only or somebody else's."""
     check_writable(output, list(params.train.saes), "train.saes")
+
+
+def check_hooks(params: Params, check: Callable[[str], Any]) -> None:
+    """Raises `UserError` naming the SAE one of whose hooks `check` refuses."""
+    for name in params.train.saes:
+        for hook in hooks_at(params.train.place_of(name)):
+            try:
+                check(hook)
+            except UserError as error:
+                raise UserError(f"train.saes.{name}: {error}") from error
 
 
 def check_comparison(params: Params, lm: LanguageModel) -> None:

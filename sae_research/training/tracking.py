@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Params
-from sae_research.config.training import SAERecipe
+from sae_research.config.recipes import SAERecipe
 from sae_research.runtime.endpoints import keeps_secrets, one_line, secret
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import project_root

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import StandardRecipe, TopKRecipe
+from sae_research.config.recipes import StandardRecipe, TopKRecipe
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats.reconstruction import ReconstructionStats

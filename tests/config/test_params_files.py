@@ -15,9 +15,9 @@ from ruamel.yaml import YAML
 
 from sae_research.cli.pipeline import read_preset
 from sae_research.config.params import Params, check_params, check_trained_names, load_params, read_params
+from sae_research.config.recipes import AnyRecipe
 from sae_research.config.reporting import Style
 from sae_research.config.section import Section
-from sae_research.config.training import AnyRecipe
 from sae_research.config.yaml_files import read_mapping
 from sae_research.experiments import sae_interpretability
 from sae_research.experiments.config_files import flatten, parse_overrides, with_values

@@ -22,7 +22,7 @@ from sae_research.cli.main import main, parser
 from sae_research.cli.parameters import section_of
 from sae_research.cli.pipeline import read_preset
 from sae_research.config.params import Params, check_params
-from sae_research.config.training import AnyRecipe
+from sae_research.config.recipes import AnyRecipe
 from sae_research.experiments import demo, sae_interpretability
 from sae_research.experiments.config_files import with_values
 from sae_research.reporting import transfer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sae_research.config.training import recipe_model
+from sae_research.config.recipes import recipe_model
 from sae_research.experiments.demo import LADDERS, demo_saes, main
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae

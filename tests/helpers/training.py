@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from sae_research.config.params import Train
-from sae_research.config.training import TrainedSAE
+from sae_research.config.recipes import TrainedSAE
 from sae_research.training import stage
 from sae_research.training.buffer import StreamBatch
 from sae_research.training.loop import Stop

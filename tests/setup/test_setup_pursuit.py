@@ -65,7 +65,9 @@ def test_other_dictionaries_are_read_too(project: Path, make_params: Any) -> Non
     directions = torch.nn.functional.normalize(found["other"].W_dec, dim=-1)
     read = torch.nn.functional.normalize(found["other_mpsae_s3"].W_dec, dim=-1)
     assert torch.allclose(read, directions) and not torch.allclose(found["other"].W_dec, found["standard"].W_dec)
-    with pytest.raises(UserError, match=r"sae_variants.dictionaries: absent is no SAE of the comparison \(other\)"):
+    with pytest.raises(
+        UserError, match=r"not among the compared SAEs \(the baseline's is always read\): absent; known: other"
+    ):
         run_setup(make_params(sae_variants={"dictionaries": ["absent"], "mpsae": {"s_values": [3]}}, **settings))
     small = tiny_sae(seed=5)
     small.W_enc, small.b_enc, small.W_dec = small.W_enc[:, :32].clone(), small.b_enc[:32].clone(), small.W_dec[:32].clone()

@@ -12,8 +12,9 @@ import torch
 
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
+from sae_research.planning.saes import planned_saes
 from sae_research.runtime.errors import UserError
-from sae_research.saes import load_sae, save_sae
+from sae_research.saes import load_sae, packaged, save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 from sae_research.setup import run_setup
 from sae_research.setup.checks import preflight, preflight_contexts
@@ -266,3 +267,19 @@ def test_a_comparison_that_fails_is_a_warning_the_baseline_is_not(project: Path,
     assert any(line.startswith("bad fails, and evaluations will skip it") for line in found.warnings)
     with pytest.raises(UserError, match="the baseline bad fails: .*NaN"):
         preflight({"good": tiny_sae(), "bad": bad}, "bad", lm, params, preflight_contexts(lm, params))
+
+
+def test_packaged_dictionaries_are_compared(project: Path, make_params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged, "FOLDER", project / "packaged")
+    transcoder = tiny_sae(
+        hook_name="blocks.1.mlp.hook_in", hook_out="blocks.1.hook_mlp_out", d_out=D_IN, apply_b_dec_to_input=False
+    )
+    save_sae(transcoder, project / "packaged" / "tiny-mlp")
+    params = make_params(comparison_saes={"trained": ["topk"], "packaged": ["tiny_mlp"]})
+    manifest = run_setup(params)
+    found = manifest["saes"]["tiny_mlp"]
+    assert (found["role"], found["hook_out"], found["d_sae"]) == ("comparison", "blocks.1.hook_mlp_out", D_SAE)
+    planned = {sae.name: sae for sae in planned_saes(params, D_IN)}["tiny_mlp"]
+    assert (planned.hook, planned.written, planned.d_sae) == (found["hook_name"], found["hook_out"], D_SAE)
+    with pytest.raises(UserError, match="packaged:absent: no such packaged dictionary; there are tiny-mlp"):
+        run_setup(make_params(comparison_saes={"packaged": ["absent"]}))

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from sae_research.config.params import Params, Train
-from sae_research.config.training import TrainedSAE
+from sae_research.config.recipes import TrainedSAE
 from sae_research.evals.core import evaluate
 from sae_research.lm import load_language_model
 from sae_research.runtime.errors import UserError

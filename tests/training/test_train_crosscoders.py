@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from sae_research.config.params import Params, Train
-from sae_research.config.training import TrainedSAE, hooks_at
+from sae_research.config.recipes import TrainedSAE, hooks_at
 from sae_research.lm import load_language_model
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, load_sae
@@ -287,7 +287,7 @@ def test_settings_that_mean_nothing(changes: dict[str, Any], match: str) -> None
     ("hooks", "match"),
     [
         ([A, "blocks.9.hook_resid_post"], "hook blocks.9.hook_resid_post: the model has layers"),
-        ([A, "blocks.1.hook_mlp"], "unknown hook 'blocks.1.hook_mlp'"),
+        ([A, "blocks.1.hook_mlp"], "train.saes.one: unknown hook 'blocks.1.hook_mlp'"),
     ],
 )
 def test_hooks_that_the_model_lacks(

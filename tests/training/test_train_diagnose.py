@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from sae_research.config.training import TrainedSAE
+from sae_research.config.recipes import TrainedSAE
 from sae_research.training import stage
 from sae_research.training.diagnose import (
     LIMITS,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
 
 from sae_research.config.params import Train
-from sae_research.config.training import TrainedSAE
+from sae_research.config.recipes import TrainedSAE
 from sae_research.lm import LanguageModel, load_language_model
 from sae_research.runtime.errors import UserError
 from sae_research.saes import load_sae
 from sae_research.text.tokens import token_contexts
-from sae_research.training import stage, training_sae
+from sae_research.training import loop, stage, training_sae
 from sae_research.training.buffer import StreamBatch, StreamingPCA, pca_variance_explained
 from sae_research.training.recipes.l1 import Standard
 from sae_research.training.stream import ActivationStream
@@ -132,7 +134,7 @@ def test_hooks_share_a_pass_and_change_nothing_for_one_another(make_params, tmp_
     assert files(tmp_path / "both" / "deeper") == files(tmp_path / "two" / "deeper")
     assert load_sae(tmp_path / "both" / "deeper").cfg.hook_name == report["saes"]["deeper"]["hook_name"] == other
     assert list(report["hooks"]) == [HOOK, other] and report["saes"]["deeper"]["held_out"]["variance_explained"] > 0.2
-    with pytest.raises(UserError, match="hook blocks.7.hook_mlp_out: the model has layers 0 to"):
+    with pytest.raises(UserError, match="train.saes.deeper: hook blocks.7.hook_mlp_out: the model has layers 0 to"):
         stage.train(make_params(saes={"deeper": {**TOP_K, "hook_name": "blocks.7.hook_mlp_out"}}), tmp_path / "none")
 
 
@@ -288,3 +290,14 @@ def test_saes_on_another_device_than_the_model_learn_the_same(make_params, tmp_p
         assert curve(tmp_path / "there" / name)[0]["loss"] == pytest.approx(
             curve(tmp_path / "here" / name)[0]["loss"], rel=1e-4
         )
+
+
+def test_a_progress_bar_names_few_saes_and_sums_up_many() -> None:
+    def done(name: str, l0: float, explained: float) -> SimpleNamespace:
+        row = SimpleNamespace(loss=0.25, l0=l0, variance_explained=explained)
+        return SimpleNamespace(name=name, curve=[row])
+
+    saes: list[Any] = [done("a", 32.0, 0.7), done("b", 8.0, 0.5)]
+    assert loop.postfix(saes) == "a: loss 0.25 L0 32 VE 0.700 | b: loss 0.25 L0 8 VE 0.500"
+    many = [*saes, done("c", 128.0, 0.9), SimpleNamespace(name="before its first row", curve=[]), done("d", 1.0, 0.6)]
+    assert loop.postfix(many) == "4 SAEs: L0 1 to 128, VE 0.500 to 0.900"

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from sae_research.config.params import Params, Train
-from sae_research.config.training import TrainedSAE
+from sae_research.config.recipes import TrainedSAE
 from sae_research.lm import load_language_model
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, load_sae
@@ -207,7 +207,7 @@ def test_settings_that_mean_nothing(changes: dict[str, Any], match: str) -> None
     [
         ((READ, "blocks.2.hook_mlp_out"), "hook_out: it reads .* belong to one layer"),
         ((WRITTEN, READ), "hook_out: it reads .* are the two exchanged"),
-        ((READ, "blocks.1.hook_mlp"), "unknown hook"),
+        ((READ, "blocks.1.hook_mlp"), "train.saes.one: unknown hook"),
     ],
 )
 def test_hooks_that_do_not_belong_together(

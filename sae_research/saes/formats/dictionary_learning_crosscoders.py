@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SAEConfig, SparseAutoencoder

@@ -174,10 +174,15 @@ def checked(values: dict[str, Any], place: Place, has_skip: bool, path: Path) ->
             raise UserError(f"{path}: {key} {shown(said)} is not known; known: model.layers.L. with {', '.join(_MODULES)}")
         if match and f"blocks.{int(match[1])}.{_MODULES[match[2]]}" != hook:
             raise UserError(f"{path}: {key} is {shown(said)}, the folder's name says {hook}; correct the one that is wrong")
+    check_model(values, place.model_name, path)
+    return place
+
+
+def check_model(values: dict[str, Any], model_name: str, path: Path) -> None:
+    """Raises `UserError` where `config.json` names another model than the folder; a `-pt` more or less is the same."""
     name = text(values.get("model_name"), "model_name", path).rpartition("/")[2].replace("-v3", "-3")
-    expected = place.model_name.rpartition("/")[2]
+    expected = model_name.rpartition("/")[2]
     if name and name.removesuffix("-pt") != expected.removesuffix("-pt"):
         raise UserError(
             f"{path}: model_name is {shown(name)}, the folder's name says {expected}; correct the one that is wrong"
         )
-    return place

@@ -49,7 +49,7 @@ def load_cross_layer(path: str | Path, names: Sequence[str]) -> SparseAutoencode
     if not path.is_dir():
         return _one(path, place)
     files = {int(match[1]): one for one in path.iterdir() if (match := _FILE.fullmatch(one.name))}
-    layers = [_layer(files[number], number, place) for number in sorted(files)]
+    layers = [_layer(load_safetensors(files[number]), files[number], number, place) for number in sorted(files)]
     n = len(layers[0].decoders) + min(files)
     missing = [f"params_layer_{number}.safetensors" for number in range(n) if number not in files]
     if missing:
@@ -62,15 +62,14 @@ def load_cross_layer(path: str | Path, names: Sequence[str]) -> SparseAutoencode
 
 def _one(path: Path, place: Place) -> SparseAutoencoder:
     number = int(path.stem.rpartition("_")[2])
-    layer = _layer(path, number, place)
+    tensors = load_safetensors(path)
+    layer = _layer(tensors, path, number, place)
     if number == 0:
-        tensors = load_safetensors(path)
         return read({**tensors, "w_dec": layer.decoders[0]}, place, str(path))
     return _made([layer], range(number, number + len(layer.decoders)), place, path, part=True)
 
 
-def _layer(path: Path, number: int, place: Place) -> LayerWeights:
-    tensors = load_safetensors(path)
+def _layer(tensors: dict[str, Tensor], path: Path, number: int, place: Place) -> LayerWeights:
     if (path.parent / CONFIG_FILE).exists():
         checked(_of_layer_0(read_settings(path.parent / CONFIG_FILE)), place, SKIP in tensors, path.parent / CONFIG_FILE)
     names = {"w_enc": "W_enc", "w_dec": "W_dec"} | {name: name for name in NAMES if not name.startswith("W_")}

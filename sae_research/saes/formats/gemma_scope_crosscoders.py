@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.crosscoders import side_by_side
-from sae_research.saes.formats.gemma_scope import CONFIG_FILE, LIBRARY, second_model
+from sae_research.saes.formats.gemma_scope import CONFIG_FILE, LIBRARY, check_model, second_model
 from sae_research.saes.forms import fold_decoder_norms
 from sae_research.saes.reading import flag, floats, load_safetensors, number, renamed, shown, text, whole
 from sae_research.saes.registry import form_class
@@ -123,12 +123,7 @@ def _checked(values: dict[str, Any], layers: list[int], model: str, path: Path) 
             raise UserError(f"{path}: {key} {shown(said)} is not read of a crosscoder; known: {known}")
     if values.get("affine_connection") is not None and flag(values["affine_connection"], "affine_connection", path):
         raise UserError(f"{path}: affine_connection of a crosscoder is not read; ask for it with such a file")
-    name = text(values.get("model_name"), "model_name", path).rpartition("/")[2].replace("-v3", "-3")
-    expected = model.rpartition("/")[2]
-    if name and name.removesuffix("-pt") != expected.removesuffix("-pt"):
-        raise UserError(
-            f"{path}: model_name is {shown(name)}, the folder's name says {expected}; correct the one that is wrong"
-        )
+    check_model(values, model, path)
     found: list[int] = []
     for key in ("hf_hook_point_in", "hf_hook_point_out"):
         said = text(values.get(key), key, path)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_research.config.training import PLUS
+from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_settings
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
@@ -106,7 +106,7 @@ def load_llamascopium(
     if kind != "sae":
         raise UserError(f"{path}: sae_type {shown(kind)} is not read: it is no SAE and no transcoder of one layer")
     if not published and path.name != FIRST_CONFIG:
-        _check_keys(values, PRESENT_KEYS | _EARLIER, path)
+        check_keys(values, PRESENT_KEYS | _EARLIER, path)
     for key in _REFUSED:
         if flag(values.get(key) or False, key, path):
             raise UserError(f"{path}: {key} is not read; ask for it with such a file")
@@ -125,7 +125,8 @@ def loaded_weights(folder: Path) -> tuple[Path, dict[str, float], dict[str, Tens
     return weights, *_split(loaded, weights)
 
 
-def _check_keys(values: dict[str, Any], known: frozenset[str], path: Path) -> None:
+def check_keys(values: dict[str, Any], known: frozenset[str], path: Path) -> None:
+    """Raises `UserError` for a setting that is not known, unless it is off."""
     unknown = sorted(key for key, value in values.items() if key not in known and value not in (None, False))
     if unknown:
         raise UserError(f"{path}: holds {', '.join(unknown)[:120]}, which is not known; remove what changes no activation")
@@ -267,7 +268,7 @@ CROSSCODER_KEYS = PRESENT_KEYS - {"hook_point_in", "hook_point_out", "use_glu_en
 
 
 def _crosscoder(values: dict[str, Any], model_name: str, folder: Path, path: Path) -> SparseAutoencoder:
-    _check_keys(values, CROSSCODER_KEYS, path)
+    check_keys(values, CROSSCODER_KEYS, path)
     for key in ("sparsity_include_decoder_norm", "use_decoder_bias"):
         if not flag(values.get(key, True), key, path):
             raise UserError(f"{path}: {key} must be true for a crosscoder")

@@ -30,6 +30,7 @@ from sae_research.saes.formats.llamascopium import (
     LIBRARY,
     NAMES,
     PRESENT_KEYS,
+    check_keys,
     factors,
     load_llamascopium,
     loaded_weights,
@@ -57,9 +58,7 @@ def load_cross_layer(folder: str | Path, model_name: str = "") -> SparseAutoenco
     cannot be reproduced, and for a setting that is not known."""
     path = Path(folder) / CONFIG_FILE
     values = read_settings(path)
-    unknown = sorted(key for key, value in values.items() if key not in CROSS_LAYER_KEYS and value not in (None, False))
-    if unknown:
-        raise UserError(f"{path}: holds {', '.join(unknown)[:120]}, which is not known; remove what changes no activation")
+    check_keys(values, CROSS_LAYER_KEYS, path)
     act = (text(values.get("act_fn"), "act_fn", path) or "relu").lower()
     if act not in _ACTIVATIONS:
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_research.config.training import AbsTopKRecipe
+from sae_research.config.recipes import AbsTopKRecipe
 from sae_research.training.products import Support, fixed_support
 from sae_research.training.recipes.top_k import TopK
 

@@ -3,7 +3,7 @@
 A recipe is one file beside this one that reads from top to bottom: its loss (in the docstring), its parameters, their
 initialisation, the loss as code, what happens between steps, and the SAE that comes out. What it needs besides (kernels with
 gradients of their own, the auxiliary loss of dead latents) stands below it in the same file, and here. Its settings are a
-class of `sae_research.config.training`, which its annotation `config` names: `params.yaml` is read by commands that must not
+class of `sae_research.config.recipes`, which its annotation `config` names: `params.yaml` is read by commands that must not
 import torch.
 
 Schedules (`training.schedules`) are functions of progress, the fraction of the run that is done: literature gives warm-ups
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_research.config.params import Train
-from sae_research.config.training import SAERecipe
+from sae_research.config.recipes import SAERecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 from sae_research.saes.crosscoders import hook_norms
 from sae_research.saes.forms import scale_latents

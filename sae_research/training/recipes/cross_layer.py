@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_research.config.params import Train
-from sae_research.config.training import CrossLayerRecipe
+from sae_research.config.recipes import CrossLayerRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.cross_layer import CrossLayerTranscoder
 from sae_research.saes.forms import fold_decoder_norms

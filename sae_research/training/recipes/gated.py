@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import GatedRecipe
+from sae_research.config.recipes import GatedRecipe
 from sae_research.training.recipes.base import StepOutput, length_factor
 from sae_research.training.recipes.l1 import INITIAL_DENSITY, L1Family
 

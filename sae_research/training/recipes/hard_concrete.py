@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import HardConcreteRecipe
+from sae_research.config.recipes import HardConcreteRecipe
 from sae_research.saes.forms import stretched_gate
 from sae_research.training import products
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sae_research.config.params import Train
-from sae_research.config.training import JumpReLURecipe
+from sae_research.config.recipes import JumpReLURecipe
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import L1Recipe as L1Config
-from sae_research.config.training import PAnnealRecipe
+from sae_research.config.recipes import L1Recipe as L1Config
+from sae_research.config.recipes import PAnnealRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class
 from sae_research.saes.forms import fold_decoder_norms
 from sae_research.training.products import Support, support_of

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sae_research.config.params import Train
-from sae_research.config.training import MatchingPursuitRecipe
+from sae_research.config.recipes import MatchingPursuitRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.saes.pursuit import matching
 from sae_research.saes.pursuit.dictionary import Dictionary, unit_atoms

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import TanhPenaltyRecipe
+from sae_research.config.recipes import TanhPenaltyRecipe
 from sae_research.training.recipes.base import Recipe, StepOutput, length_factor
 from sae_research.training.recipes.jump_relu import Kernel
 

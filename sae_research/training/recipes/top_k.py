@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_research.config.params import Train
-from sae_research.config.training import KRecipe, MatryoshkaRecipe
+from sae_research.config.recipes import KRecipe, MatryoshkaRecipe
 from sae_research.saes import SAEConfig, SparseAutoencoder
 from sae_research.training.products import Support, decode_at, fixed_support, support_of
 from sae_research.training.recipes.base import Recipe, Reconstruction, StepOutput
