@@ -2,7 +2,9 @@
 
     make repro PRESET=study             # in one clone
     make repro PRESET=study_rates       # in another
+    make repro PRESET=study_further     # in a third: two further seeds of every recipe, and one SAE of each trained again
     python -m benchmarks.study collect CLONE [--rates CLONE] [--cost COST.json]
+    python -m benchmarks.study further CLONE --study CLONE      # adds the third's to the record
     python -m benchmarks.study page     # docs/study/index.md and its figures, from the record alone
 
 Every number of the page comes from `docs/study/record.json`; a test makes the page anew and compares.
@@ -24,8 +26,9 @@ from benchmarks.study_page import FOLDER, RECORD, write_page
 from sae_research.reporting.comparisons import Comparison, Grid, Points, at, comparisons_at, grids, point
 from sae_research.reporting.ground_truth import Line, read_ground_truth
 from sae_research.reporting.metrics import Metric, metric_named
-from sae_research.reporting.results import Row, Run, read_run
-from sae_research.runtime.files import read_json, round_significant, write_json
+from sae_research.reporting.results import TRAINED, Row, Run, read_run
+from sae_research.runtime.files import file_sha256, read_json, round_significant, write_json
+from sae_research.saes.files import WEIGHTS_FILE
 
 READ_AT = 32.0
 """The L0 at which recipes are compared: three training seeds lie on either side of it."""
@@ -186,6 +189,40 @@ def rates_record(study: Path, rates: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["base"], -one["learning_rate"]))
 
 
+def further_record(study: Path, further: Path) -> dict[str, Any]:
+    """Two further training seeds of every recipe, held beside the study: by metric and recipe their values, moved along the
+    study's own curve from their L0 to `READ_AT`; and whether SAEs that were trained again came out in equal bytes."""
+    run, rows = read_run(study), read_run(further).rows
+    again = [row.name for row in rows if (study / TRAINED / row.name).is_dir()]
+    new = [row for row in rows if row.kind in TRAINED_RECIPES and row.name not in again]
+    grid_of = {grid.members[0].rows[0].kind: grid for grid in grids(run)}
+    return {
+        "seeds": sorted({row.cfg["provenance"]["seed"] for row in new}),
+        "values": {
+            metric.key: {
+                grid_of[kind].label: [moved(grid_of[kind], metric, row) for row in new if row.kind == kind]
+                for kind in TRAINED_RECIPES
+            }
+            for metric in metrics(run)
+        },
+        "equal_bytes": {name: weights_of(study, name) == weights_of(further, name) for name in again},
+    }
+
+
+def weights_of(root: Path, name: str) -> str:
+    """SHA-256 of a trained SAE's weights."""
+    return file_sha256(root / TRAINED / name / WEIGHTS_FILE)
+
+
+def moved(grid: Grid, metric: Metric, row: Row) -> float | None:
+    """A row's value, moved along a grid's curve to `READ_AT`; None where the curve does not reach."""
+    l0, value, curve = row.value("l0"), row.value(metric.key, metric.eval), grid.curve(metric)
+    if l0 is None or value is None:
+        return None
+    there, here = at(curve, READ_AT), at(curve, l0)
+    return None if there is None or here is None else value + there - here
+
+
 RATED = ("top_k_28", "standard_0055", "standard_011")
 RATED_METRICS = ("variance_explained", "loss_recovered", "fraction_alive")
 
@@ -227,10 +264,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb.add_argument("root", type=Path, help="the clone where `make repro PRESET=study` ran")
     verb.add_argument("--rates", type=Path, help="the clone where `make repro PRESET=study_rates` ran")
     verb.add_argument("--cost", type=Path, help="CPU seconds and peak memory by stage")
+    verb = verbs.add_parser("further", help="add two further training seeds to the record")
+    verb.add_argument("root", type=Path, help="the clone where `make repro PRESET=study_further` ran")
+    verb.add_argument("--study", type=Path, required=True, help="the clone where `make repro PRESET=study` ran")
     verbs.add_parser("page", help="make the page and its figures from the record")
     options = parser.parse_args(arguments)
     if options.verb == "collect":
         write_json(RECORD, collect(options.root, options.rates, options.cost))
+    if options.verb == "further":
+        found = round_significant(further_record(options.study, options.root))
+        write_json(RECORD, {**read_json(RECORD), "further": found})
     write_page()
 
 

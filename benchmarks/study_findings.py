@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.study_figures import TRAINED_RECIPES, UNTRAINED, Record, short
@@ -151,6 +152,25 @@ def _claims(record: Record) -> Iterator[tuple[str, str]]:
         f"each: {'; '.join(parts)}.",
         "The literature's models, widths and training lengths, which are far larger; tuning each recipe's learning rate.",
     )
+
+
+def held(record: Record) -> list[tuple[Record, float, bool]]:
+    """Every difference in which a trained recipe takes part, what two further training seeds make of it, and whether it
+    holds: of one that exceeds noise the sign, of another that it stays inside the interval."""
+    found = []
+    for pair in record["differences"]:
+        new = record["further"]["values"].get(pair["metric"], {})
+        known = {one["grid"]: one["value"] for one in record["readings"][pair["metric"]]}
+        sides = [pair["one"], pair["other"]]
+        means = [
+            statistics.fmean(new[side]) if new.get(side) and None not in new[side] else known.get(side) for side in sides
+        ]
+        if not any(new.get(side) for side in sides) or None in means:
+            continue
+        value = means[0] - means[1]
+        holds = value * pair["value"] > 0 if pair["p_holm"] < LEVEL else pair["low"] <= value <= pair["high"]
+        found.append((pair, value, holds))
+    return found
 
 
 def _untrained(record: Record) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.study_figures import TRAINED_RECIPES, Record, drawings, short
-from benchmarks.study_findings import LEVEL, between_recipes, claimed, findings, name_of, outcome, spelled
+from benchmarks.study_findings import LEVEL, between_recipes, claimed, findings, held, name_of, outcome, spelled
 from sae_research.plotting.axes import write_images
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number
@@ -34,6 +34,7 @@ def page(record: Record) -> str:
         record=record,
         findings=list(findings(record)),
         claims=claims_table(record),
+        held=held_lines(record) if "further" in record else [],
         readings=readings_table(record),
         differences=differences_table(record),
         pictures=list(drawings(record)),
@@ -54,6 +55,28 @@ def claims_table(record: Record) -> list[list[str]]:
         for (better, other, metric, source), pair in claimed(record)
     ]
     return [["order", "in", "source", "difference here", "outcome"], *rows]
+
+
+def held_lines(record: Record) -> list[str]:
+    """How the differences fare under two further training seeds, a line for those that exceed noise and one for the others;
+    then each that does not hold."""
+    found = held(record)
+    beyond = [one for one in found if one[0]["p_holm"] < LEVEL]
+    within = [one for one in found if one[0]["p_holm"] >= LEVEL]
+    lines = [
+        f"Of {len(beyond)} differences that exceed noise {sum(holds for *_, holds in beyond)} keep their sign; "
+        f"{sum(pair['low'] <= value <= pair['high'] for pair, value, _ in beyond)} of them stay inside their interval.",
+        f"Of {len(within)} that do not exceed noise {sum(holds for *_, holds in within)} stay inside their interval.",
+    ]
+    for pair, value, holds in found:
+        if not holds:
+            names = f"`{name_of(record, pair['one'])}` minus `{name_of(record, pair['other'])}`"
+            label = record["labels"][pair["metric"]][0].lower()
+            interval = spelled(pair["value"], pair["low"], pair["high"])
+            lines.append(
+                f"Does not hold: {names} in {label}, {interval} in the study, {spelled(value)} with the further seeds."
+            )
+    return lines
 
 
 def readings_table(record: Record) -> list[list[str]]:
