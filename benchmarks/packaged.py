@@ -1,12 +1,12 @@
 """The dictionaries that come with the package: rounded into it, evaluated as they are there, and described by a card.
 
     make repro PRESET=packaged_training         # in one clone: trains them
-    python -m benchmarks.packaged take CLONE    # rounds their weights into sae_research/saes/packaged
+    python -m benchmarks.packaged take CLONE    # rounds their weights into sae_research/packaged
     make repro PRESET=packaged                  # in another clone: evaluates them as they are there
     python -m benchmarks.packaged card CLONE    # their cards, from that run
     python -m benchmarks.packaged page          # docs/packaged.md, from the cards and the names given to latents
 
-A card is `sae_research/saes/packaged/NAME/card.json`. Names that a reader gave to latents are in `packaged_names.json`, by
+A card is `sae_research/packaged/NAME/card.json`. Names that a reader gave to latents are in `packaged_names.json`, by
 hand: no program can tell whether a person can name a latent.
 """
 
@@ -28,9 +28,9 @@ from sae_research.analysis.store import LatentStats
 from sae_research.config.params import load_params
 from sae_research.reporting.results import Row, read_run
 from sae_research.runtime.files import file_sha256, round_significant, write_json
+from sae_research.runtime.packaged import CARD, FOLDER, PREFIX
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import WEIGHTS_FILE
-from sae_research.saes.packaged import CARD, FOLDER, PREFIX
 
 LICENCE = "MIT, as the project; the model it was trained on is Apache 2.0"
 NAMES = ("smollm2-135m-l8", "smollm2-135m-l8-mlp")

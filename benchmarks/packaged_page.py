@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sae_research.reporting.metrics import metric_named
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number, percent, with_interval
-from sae_research.saes.packaged import CARD, FOLDER, packaged_names
+from sae_research.runtime.packaged import CARD, FOLDER, packaged_names
 
 PAGE = Path("docs/packaged.md")
 NAMED = Path(__file__).parent / "packaged_names.json"

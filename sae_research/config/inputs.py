@@ -15,6 +15,8 @@ from sae_research.config.section import (
     FromOneSource,
     LocalName,
     Name,
+    Packaged,
+    PackagedName,
     Positive,
     Section,
     Sizes,
@@ -102,7 +104,7 @@ class BaselineSAE(FromOneSource):
 
     source: Literal["trained", "packaged", "hub", "sae_lens", "folder"] = "trained"
     """trained, packaged, hub (repo_id, filename), sae_lens (release, sae_id) or folder (path)."""
-    name: Slug = "standard"
+    name: Annotated[Slug, Packaged()] = "standard"
     """Its name in every table, by which trained and packaged ones (smollm2_135m_l8) are found."""
     repo_id: Name | None = None
     filename: Name | None = None
@@ -183,7 +185,7 @@ class Comparison(Section):
 
     trained: list[Name] = ["topk"]
     """Names in trained_saes/; `all` takes every one."""
-    packaged: list[Name] = []
+    packaged: list[PackagedName] = []
     """Names of dictionaries that come with the package, e.g. smollm2_135m_l8."""
     folders: list[LocalName] = []
     """Local SAE folders or globs."""

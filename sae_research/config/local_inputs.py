@@ -1,4 +1,4 @@
-"""What parameters point at on this machine: local texts, tables, models, SAEs, classes of one's own.
+"""What parameters point at on this machine: local texts, tables, models, SAEs, classes of one's own, packaged dictionaries.
 
 DVC sees that a parameter names another folder, not that the folder's content changed. A first stage that always runs writes
 the content's fingerprint to `inputs/<section>.json`, on which the stages that read the section depend. Parameters that may
@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from sae_research.config.params import Params
-from sae_research.config.section import MayBeLocal, PythonClass, Section
+from sae_research.config.section import MayBeLocal, Packaged, PythonClass, Section
 from sae_research.runtime.cache import cache_dir, caches_readable
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import file_sha256, find_local, fingerprint, project_root, write_json
+from sae_research.runtime.files import file_sha256, find_local, fingerprint, project_root, slugify, write_json
+from sae_research.runtime.packaged import CARD, packaged_names, packaged_place
 from sae_research.runtime.sources import sources
 
 FOLDER = Path("inputs")
 _MEMORY = "inputs.json"
 _SETTLED_SECONDS = 2.0
 """A file that changed more recently is read again next time: its time stamp may not show a second change."""
+
+
+_MARKS = (MayBeLocal, Packaged, PythonClass)
 
 
 class Pointer(NamedTuple):
@@ -100,11 +104,11 @@ def _marks(annotation: Any) -> Iterator[type]:
     """Marks anywhere in a type, those of sections inside it included."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        yield from (type(mark) for mark in metadata if isinstance(mark, (MayBeLocal, PythonClass)))
+        yield from (type(mark) for mark in metadata if isinstance(mark, _MARKS))
         yield from _marks(inner)
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         for field in annotation.model_fields.values():
-            yield from (type(mark) for mark in field.metadata if isinstance(mark, (MayBeLocal, PythonClass)))
+            yield from (type(mark) for mark in field.metadata if isinstance(mark, _MARKS))
             yield from _marks(field.annotation)
     else:
         for argument in get_args(annotation):
@@ -118,7 +122,7 @@ def _content(pointer: Pointer, memory: _Memory) -> dict[str, Any] | None:
     """Number of files, bytes and fingerprint of what a parameter points at; None where nothing is there."""
     if pointer.mark is PythonClass:
         return _code(pointer.value, memory)
-    matches = _matches(pointer.value)
+    matches = _packaged(pointer.value) if pointer.mark is Packaged else _matches(pointer.value)
     if not matches:
         return None
     found: dict[str, str] = {}
@@ -129,6 +133,14 @@ def _content(pointer: Pointer, memory: _Memory) -> dict[str, Any] | None:
             found[f"{name}/{where}" if where else name] = memory.sha256(file)
             size += file.stat().st_size
     return {"files": len(found), "bytes": size, "sha256": fingerprint(found)}
+
+
+def _packaged(name: str) -> list[tuple[str, Path]]:
+    """The weights and configuration of a dictionary that comes with the package, where there is one of the name; its card
+    changes no metric."""
+    if slugify(name) not in map(slugify, packaged_names()):
+        return []
+    return [(path.name, path) for path in sorted(packaged_place(name).iterdir()) if path.name != CARD]
 
 
 def _matches(value: str) -> list[tuple[str, Path]]:

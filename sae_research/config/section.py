@@ -77,9 +77,14 @@ class PythonClass:
     """Marks a parameter that names a class of the user's own, `package.module:Class`."""
 
 
+class Packaged:
+    """Marks a parameter that may name a dictionary which comes with the package."""
+
+
 LocalName = Annotated[Name, MayBeLocal()]
 """A name that the project, a hub or a file or folder of this machine gives a meaning."""
 ClassName = Annotated[Name, PythonClass()]
+PackagedName = Annotated[Name, Packaged()]
 
 
 class Section(BaseModel):

@@ -14,8 +14,8 @@ from sae_research.config.training import FLOAT_BYTES
 from sae_research.lm.hooks import parse_hook
 from sae_research.planning.work import Hooks
 from sae_research.runtime.files import read_json, slugify
+from sae_research.runtime.packaged import packaged_place
 from sae_research.saes.base import SAEInfo
-from sae_research.saes.packaged import packaged_place
 from sae_research.saes.pursuit.encoders import (
     IHTPSAE,
     MPSAE,

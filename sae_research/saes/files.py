@@ -16,9 +16,9 @@ from torch import Tensor
 from sae_research.config.recipes import PLUS
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, file_sha256, read_settings, write_bytes, write_json
+from sae_research.runtime.packaged import PREFIX, packaged_place
 from sae_research.saes.base import SAEConfig, SparseAutoencoder
 from sae_research.saes.formats.sae_lens import convert
-from sae_research.saes.packaged import PREFIX, packaged_place
 from sae_research.saes.reading import (
     flag,
     floats,

@@ -26,11 +26,11 @@ from sae_research.lm.hooks import check_pair
 from sae_research.lm.load import folder_fingerprint
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name, fingerprint, read_json, slugify, user_path
+from sae_research.runtime.packaged import packaged_place
 from sae_research.saes import SAEConfig, SparseAutoencoder, form_class, load_sae
 from sae_research.saes.files import CONFIG_FILE
 from sae_research.saes.foreign import adapt
 from sae_research.saes.layouts import layouts_of, open_place
-from sae_research.saes.packaged import packaged_place
 from sae_research.saes.releases import fetched, from_release, plan_of_file, shown_licence
 from sae_research.text.hub import offline_if_silent, one_line
 

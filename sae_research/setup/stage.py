@@ -19,8 +19,8 @@ from sae_research.planning.work import sample_size
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import check_writable, find_local, replaced_folder, slugify, write_json
 from sae_research.runtime.formatting import number, text_table
+from sae_research.runtime.packaged import PREFIX
 from sae_research.saes import SAEConfig, SparseAutoencoder, load_sae, save_sae, save_variant, sources
-from sae_research.saes.packaged import PREFIX
 from sae_research.saes.pursuit.dictionary import check_atoms
 from sae_research.saes.releases import matching_saes, saes_of
 from sae_research.saes.sources import PREPARED, check_fits, check_tokenizer, fill_in

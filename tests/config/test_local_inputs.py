@@ -13,6 +13,8 @@ import pytest
 from sae_research.config import local_inputs
 from sae_research.config.local_inputs import pointers, sections, write_inputs
 from sae_research.config.params import Params, check_params
+from sae_research.runtime import packaged
+from sae_research.runtime.sources import sources
 
 
 def written(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
@@ -158,3 +160,31 @@ def test_all_of_a_section_is_searched_for_pointers() -> None:
     assert {"outliers.config_file"} <= keys
     assert not list(pointers(Params().core_eval))
     assert subprocess.run(["git", "check-ignore", "-q", "inputs/text.json"], check=False).returncode != 0
+
+
+def test_packaged_dictionaries_are_inputs_without_their_cards(in_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = in_project / "kept" / "tiny-l1"
+    place.mkdir(parents=True)
+    for name in ("cfg.json", "sae_weights.safetensors", "card.json"):
+        (place / name).write_text(name)
+    monkeypatch.setattr(packaged, "FOLDER", in_project / "kept")
+    chosen = {
+        "baseline_sae": {"source": "packaged", "name": "tiny_l1"},
+        "comparison_saes": {"packaged": ["tiny-l1", "absent"]},
+    }
+    write_inputs(Params.model_validate(chosen))
+    found = written(in_project)
+    assert found["baseline_sae"]["name"]["files"] == found["comparison_saes"]["packaged.0"]["files"] == 2
+    assert "packaged.1" not in found["comparison_saes"]
+    (place / "card.json").write_text("another")
+    write_inputs(Params.model_validate(chosen))
+    assert written(in_project) == found
+    (place / "cfg.json").write_text("another")
+    write_inputs(Params.model_validate(chosen))
+    assert written(in_project)["baseline_sae"] != found["baseline_sae"]
+
+
+def test_packaged_dictionaries_are_no_code() -> None:
+    reached = sources("scripts.train_saes", "scripts.setup_saes").files
+    assert any(path.match("sae_research/runtime/packaged.py") for path in reached)
+    assert not any(path.is_relative_to(packaged.FOLDER) for path in reached)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sae_research.config.params import BaselineSAE
+from sae_research.runtime import packaged
 from sae_research.runtime.errors import UserError
-from sae_research.saes import load_sae, packaged, save_sae
+from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import WEIGHTS_FILE
 from sae_research.saes.sources import open_sae, reference_of
 from tests.helpers.tiny_saes import tiny_sae

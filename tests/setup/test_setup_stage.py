@@ -13,8 +13,9 @@ import torch
 from sae_research.config.params import Params
 from sae_research.lm import load_language_model
 from sae_research.planning.saes import planned_saes
+from sae_research.runtime import packaged
 from sae_research.runtime.errors import UserError
-from sae_research.saes import load_sae, packaged, save_sae
+from sae_research.saes import load_sae, save_sae
 from sae_research.saes.formats.dictionary_learning import export_dictionary_learning
 from sae_research.setup import run_setup
 from sae_research.setup.checks import preflight, preflight_contexts

@@ -1,6 +1,6 @@
 """Dictionaries that come with the package, trained by it: weights in bfloat16, and a card that says how and how good.
 
-Each is a folder below `packaged/` in SAELens layout, written by `python -m benchmarks.packaged`.
+Each is a folder below `sae_research/packaged/` in SAELens layout, written by `python -m benchmarks.packaged`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import slugify
 
 PREFIX = "packaged:"
-FOLDER = Path(__file__).parent / "packaged"
+FOLDER = Path(__file__).parents[1] / "packaged"
 CARD = "card.json"
 
 
