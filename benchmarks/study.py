@@ -2,9 +2,8 @@
 
     make repro PRESET=study             # in one clone
     make repro PRESET=study_rates       # in another
-    make repro PRESET=study_further     # in a third: two further seeds of every recipe, and one SAE of each trained again
-    python -m benchmarks.study collect CLONE [--rates CLONE] [--cost COST.json]
-    python -m benchmarks.study further CLONE --study CLONE      # adds the third's to the record
+    make repro PRESET=study_further     # in a third
+    python -m benchmarks.study collect CLONE [--rates CLONE] [--further CLONE] [--cost COST.json]
     python -m benchmarks.study page     # docs/study/index.md and its figures, from the record alone
 
 Every number of the page comes from `docs/study/record.json`; a test makes the page anew and compares.
@@ -16,6 +15,7 @@ import argparse
 import shutil
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +189,33 @@ def rates_record(study: Path, rates: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["base"], -one["learning_rate"]))
 
 
-def further_record(study: Path, further: Path) -> dict[str, Any]:
+def seed_of(row: Row) -> int | None:
+    """The training seed of an SAE that was trained here."""
+    return (row.cfg.get("provenance") or {}).get("seed")
+
+
+def with_seeds(run: Run, further: Run) -> Run:
+    """The study with the rows of another run that are of its own recipes and seeds and that it lacks: seeds of sparsities
+    which turned out to lie beside `READ_AT`. Both runs evaluate on the same text."""
+    known = {(row.recipe, seed_of(row)) for row in run.rows}
+    recipes, seeds = ({pair[place] for pair in known} for place in (0, 1))
+    lacking = [
+        row
+        for row in further.rows
+        if row.recipe in recipes and seed_of(row) in seeds and (row.recipe, seed_of(row)) not in known
+    ]
+    return replace(run, rows=[*run.rows, *lacking])
+
+
+def further_record(run: Run, study: Path, further: Path) -> dict[str, Any]:
     """Two further training seeds of every recipe, held beside the study: by metric and recipe their values, moved along the
     study's own curve from their L0 to `READ_AT`; and whether SAEs that were trained again came out in equal bytes."""
-    run, rows = read_run(study), read_run(further).rows
+    rows, seeds = read_run(further).rows, {seed_of(row) for row in run.rows}
     again = [row.name for row in rows if (study / TRAINED / row.name).is_dir()]
-    new = [row for row in rows if row.kind in TRAINED_RECIPES and row.name not in again]
+    new = [row for row in rows if row.kind in TRAINED_RECIPES and seed_of(row) not in seeds]
     grid_of = {grid.members[0].rows[0].kind: grid for grid in grids(run)}
     return {
-        "seeds": sorted({row.cfg["provenance"]["seed"] for row in new}),
+        "seeds": sorted({seed for row in new if (seed := seed_of(row)) is not None}),
         "values": {
             metric.key: {
                 grid_of[kind].label: [moved(grid_of[kind], metric, row) for row in new if row.kind == kind]
@@ -227,9 +245,9 @@ RATED = ("top_k_28", "standard_0055", "standard_011")
 RATED_METRICS = ("variance_explained", "loss_recovered", "fraction_alive")
 
 
-def collect(root: Path, rates: Path | None, cost: Path | None) -> dict[str, Any]:
+def collect(root: Path, rates: Path | None, further: Path | None, cost: Path | None) -> dict[str, Any]:
     """The record of a finished run in `root`, and its files into docs/study."""
-    run = read_run(root)
+    run = read_run(root) if further is None else with_seeds(read_run(root), read_run(further))
     found = metrics(run)
     grid_list = grids(run, controls=True)
     record: dict[str, Any] = {
@@ -248,6 +266,8 @@ def collect(root: Path, rates: Path | None, cost: Path | None) -> dict[str, Any]
     record["agreement"] = agreement(record)
     if rates is not None:
         record["rates"] = rates_record(root, rates)
+    if further is not None:
+        record["further"] = further_record(run, root, further)
     if cost is not None:
         record["cost"] = read_json(cost)
     for name in KEPT:
@@ -263,17 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb = verbs.add_parser("collect", help="write the record from a finished run")
     verb.add_argument("root", type=Path, help="the clone where `make repro PRESET=study` ran")
     verb.add_argument("--rates", type=Path, help="the clone where `make repro PRESET=study_rates` ran")
+    verb.add_argument("--further", type=Path, help="the clone where `make repro PRESET=study_further` ran")
     verb.add_argument("--cost", type=Path, help="CPU seconds and peak memory by stage")
-    verb = verbs.add_parser("further", help="add two further training seeds to the record")
-    verb.add_argument("root", type=Path, help="the clone where `make repro PRESET=study_further` ran")
-    verb.add_argument("--study", type=Path, required=True, help="the clone where `make repro PRESET=study` ran")
     verbs.add_parser("page", help="make the page and its figures from the record")
     options = parser.parse_args(arguments)
     if options.verb == "collect":
-        write_json(RECORD, collect(options.root, options.rates, options.cost))
-    if options.verb == "further":
-        found = round_significant(further_record(options.study, options.root))
-        write_json(RECORD, {**read_json(RECORD), "further": found})
+        write_json(RECORD, collect(options.root, options.rates, options.further, options.cost))
     write_page()
 
 

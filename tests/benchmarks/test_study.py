@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks import study_findings, study_page
 from benchmarks.study_figures import drawings
+from sae_research.runtime.files import read_json
+
+ROOT = Path(__file__).parents[2]
 
 KINDS = {"topk": 0.80, "batchtopk": 0.82, "standard": 0.70}
 
@@ -110,3 +113,9 @@ def test_the_page_is_held_against_further_seeds(record: dict[str, Any]) -> None:
         "Does not hold: `top_k` minus `standard` in variance explained, +0.100 [+0.090, +0.110] in the study, -0.020 with "
         "the further seeds."
     ) in lines
+
+
+def test_the_committed_page_follows_from_its_record() -> None:
+    record = read_json(ROOT / study_page.RECORD)
+    assert (ROOT / study_page.FOLDER / "index.md").read_text() == study_page.page(record)
+    assert len(list(study_findings.findings(record))) <= 10

@@ -37,3 +37,16 @@ def test_what_the_text_says_of_two_rows_is_theirs() -> None:
 
 def test_the_front_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_every_number_of_the_findings_is_the_studys() -> None:
+    """Five bullets, each number of which stands in docs/study, whose page is made of its record."""
+    section = (ROOT / "README.md").read_text().split("## What the study found")[1].split("\n## ")[0]
+    bullets = re.findall(r"^- (.+(?:\n  .+)*)", section, re.MULTILINE)
+    study = (ROOT / "docs/study/index.md").read_text().replace("−", "-")
+    assert len(bullets) == 5
+    for bullet in bullets:
+        numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d+", bullet.replace("−", "-"))
+        assert numbers, bullet
+        for value in numbers:
+            assert re.search(rf"(?<![\d.]){re.escape(value.lstrip('+-'))}(?!\d)", study), (value, bullet)
