@@ -2,8 +2,10 @@
 
     make repro PRESET=study             # in one clone
     make repro PRESET=study_rates       # in another
-    make repro PRESET=study_further     # in a third
-    python -m benchmarks.study collect CLONE [--rates CLONE] [--further CLONE] [--cost COST.json]
+    make repro PRESET=study_seeds       # in a third
+    python -m benchmarks.study collect CLONE [--seeds CLONE] [--rates CLONE] [--cost COST.json]
+    make repro PRESET=study_further     # in a fourth, at any time
+    python -m benchmarks.study further CLONE    # holds the record against it
     python -m benchmarks.study page     # docs/study/index.md and its figures, from the record alone
 
 Every number of the page comes from `docs/study/record.json`; a test makes the page anew and compares.
@@ -77,6 +79,7 @@ def row_record(row: Row, found: Sequence[Metric]) -> dict[str, Any]:
         "role": row.role,
         "base": row.cfg.get("base"),
         "recipe_id": row.recipe,
+        "seed": seed_of(row),
         "l0": row.value("l0"),
         "fraction_alive": row.value("fraction_alive"),
         "interpolating": row.interpolating,
@@ -207,24 +210,10 @@ def with_seeds(run: Run, further: Run) -> Run:
     return replace(run, rows=[*run.rows, *lacking])
 
 
-def further_record(run: Run, study: Path, further: Path) -> dict[str, Any]:
-    """Two further training seeds of every recipe, held beside the study: by metric and recipe their values, moved along the
-    study's own curve from their L0 to `READ_AT`; and whether SAEs that were trained again came out in equal bytes."""
-    rows, seeds = read_run(further).rows, {seed_of(row) for row in run.rows}
-    again = [row.name for row in rows if (study / TRAINED / row.name).is_dir()]
-    new = [row for row in rows if row.kind in TRAINED_RECIPES and seed_of(row) not in seeds]
-    grid_of = {grid.members[0].rows[0].kind: grid for grid in grids(run)}
-    return {
-        "seeds": sorted({seed for row in new if (seed := seed_of(row)) is not None}),
-        "values": {
-            metric.key: {
-                grid_of[kind].label: [moved(grid_of[kind], metric, row) for row in new if row.kind == kind]
-                for kind in TRAINED_RECIPES
-            }
-            for metric in metrics(run)
-        },
-        "equal_bytes": {name: weights_of(study, name) == weights_of(further, name) for name in again},
-    }
+def equal_bytes(study: Path, again: Path) -> dict[str, bool]:
+    """By name of the SAEs that both clones trained, whether their weights are the same bytes."""
+    names = sorted({path.parent.name for path in (again / TRAINED).glob(f"*/{WEIGHTS_FILE}")})
+    return {name: weights_of(study, name) == weights_of(again, name) for name in names if (study / TRAINED / name).is_dir()}
 
 
 def weights_of(root: Path, name: str) -> str:
@@ -232,11 +221,38 @@ def weights_of(root: Path, name: str) -> str:
     return file_sha256(root / TRAINED / name / WEIGHTS_FILE)
 
 
-def moved(grid: Grid, metric: Metric, row: Row) -> float | None:
-    """A row's value, moved along a grid's curve to `READ_AT`; None where the curve does not reach."""
-    l0, value, curve = row.value("l0"), row.value(metric.key, metric.eval), grid.curve(metric)
+def further_record(record: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Further training seeds of every recipe, held beside the study: by metric and recipe their values, moved along the
+    study's own curve from their L0 to `READ_AT`."""
+    known = {row["seed"] for row in record["rows"]}
+    new = [row for row in rows if row.kind in TRAINED_RECIPES and seed_of(row) not in known]
+    labels = {one["kind"]: one["grid"] for found in record["readings"].values() for one in found}
+    return {
+        "seeds": sorted({seed for row in new if (seed := seed_of(row)) is not None}),
+        "values": {
+            key: {
+                labels[kind]: [moved(record, metric_named(key, eval_name), row) for row in new if row.kind == kind]
+                for kind in TRAINED_RECIPES
+            }
+            for key, eval_name in METRICS
+            if key in record["readings"]
+        },
+    }
+
+
+def moved(record: dict[str, Any], metric: Metric, row: Row) -> float | None:
+    """A row's value, moved along the record's curve of its kind to `READ_AT`; None where the curve does not reach."""
+    l0, value = row.value("l0"), row.value(metric.key, metric.eval)
     if l0 is None or value is None:
         return None
+    recipes: dict[str, list[tuple[float, float]]] = {}
+    for one in record["rows"]:
+        if one["kind"] == row.kind and one["l0"] and one[metric.key][0] is not None:
+            recipes.setdefault(one["recipe_id"], []).append((one["l0"], one[metric.key][0]))
+    curve = sorted(
+        (statistics.fmean(l0s), statistics.fmean(values))
+        for l0s, values in (zip(*found, strict=True) for found in recipes.values())
+    )
     there, here = at(curve, READ_AT), at(curve, l0)
     return None if there is None or here is None else value + there - here
 
@@ -245,9 +261,9 @@ RATED = ("top_k_28", "standard_0055", "standard_011")
 RATED_METRICS = ("variance_explained", "loss_recovered", "fraction_alive")
 
 
-def collect(root: Path, rates: Path | None, further: Path | None, cost: Path | None) -> dict[str, Any]:
+def collect(root: Path, seeds: Path | None, rates: Path | None, cost: Path | None) -> dict[str, Any]:
     """The record of a finished run in `root`, and its files into docs/study."""
-    run = read_run(root) if further is None else with_seeds(read_run(root), read_run(further))
+    run = read_run(root) if seeds is None else with_seeds(read_run(root), read_run(seeds))
     found = metrics(run)
     grid_list = grids(run, controls=True)
     record: dict[str, Any] = {
@@ -266,8 +282,8 @@ def collect(root: Path, rates: Path | None, further: Path | None, cost: Path | N
     record["agreement"] = agreement(record)
     if rates is not None:
         record["rates"] = rates_record(root, rates)
-    if further is not None:
-        record["further"] = further_record(run, root, further)
+    if seeds is not None:
+        record["equal_bytes"] = equal_bytes(root, seeds)
     if cost is not None:
         record["cost"] = read_json(cost)
     for name in KEPT:
@@ -283,12 +299,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb = verbs.add_parser("collect", help="write the record from a finished run")
     verb.add_argument("root", type=Path, help="the clone where `make repro PRESET=study` ran")
     verb.add_argument("--rates", type=Path, help="the clone where `make repro PRESET=study_rates` ran")
-    verb.add_argument("--further", type=Path, help="the clone where `make repro PRESET=study_further` ran")
+    verb.add_argument("--seeds", type=Path, help="the clone where `make repro PRESET=study_seeds` ran")
     verb.add_argument("--cost", type=Path, help="CPU seconds and peak memory by stage")
+    verb = verbs.add_parser("further", help="hold the record against further training seeds")
+    verb.add_argument("root", type=Path, help="the clone where `make repro PRESET=study_further` ran")
     verbs.add_parser("page", help="make the page and its figures from the record")
     options = parser.parse_args(arguments)
     if options.verb == "collect":
-        write_json(RECORD, collect(options.root, options.rates, options.further, options.cost))
+        write_json(RECORD, collect(options.root, options.seeds, options.rates, options.cost))
+    elif options.verb == "further":
+        record = read_json(RECORD)
+        write_json(RECORD, {**record, "further": round_significant(further_record(record, read_run(options.root).rows))})
     write_page()
 
 

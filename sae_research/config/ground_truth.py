@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -160,6 +160,10 @@ class GridPoint(NamedTuple):
     """What of the grid it has, e.g. `k 8`; empty where the entry has one point."""
     settings: SAERecipe
 
+    def __hash__(self) -> int:
+        """Of its name, which no other point of the grid has: settings with a list among them have no hash."""
+        return hash(self.name)
+
     @property
     def name(self) -> str:
         return slugify(f"{self.recipe} {self.sparsity}")
@@ -243,7 +247,7 @@ def _points(name: str, values: Mapping[str, Any]) -> Iterator[GridPoint]:
     listed = {
         key: value
         for key, value in values.items()
-        if isinstance(value, list) and key in fields and get_origin(fields[key].annotation) not in (list, tuple)
+        if isinstance(value, list) and key in fields and not _takes_lists(fields[key].annotation)
     }
     if any(not value for value in listed.values()):
         raise ValueError(f"recipes.{name}: an empty list")
@@ -255,6 +259,11 @@ def _points(name: str, values: Mapping[str, Any]) -> Iterator[GridPoint]:
             if len(listed[key]) > 1
         )
         yield GridPoint(name, label, _checked(name, {**values, **point}))
+
+
+def _takes_lists(annotation: Any) -> bool:
+    """Whether a list is one value of a setting, alone or beside null, and no grid."""
+    return get_origin(annotation) in (list, tuple) or any(map(_takes_lists, get_args(annotation)))
 
 
 def _checked(name: str, values: dict[str, Any]) -> SAERecipe:

@@ -100,12 +100,13 @@ def test_the_page_and_its_figures_are_made(record: dict[str, Any], tmp_path: Pat
 
 def test_the_page_is_held_against_further_seeds(record: dict[str, Any]) -> None:
     same, turned = {"topk": [0.79, 0.81], "standard": [0.7, 0.7]}, {"topk": [0.69, 0.67], "standard": [0.7, 0.7]}
-    record["further"] = {"seeds": [3, 4], "values": {"variance_explained": same}, "equal_bytes": {"topk_28": True}}
+    record["further"] = {"seeds": [3, 4], "values": {"variance_explained": same}}
+    record["equal_bytes"] = {"topk_28": True}
     assert study_page.held_lines(record) == [
         "Of 5 differences that exceed noise 5 keep their sign; 5 of them stay inside their interval.",
         "Of 1 that do not exceed noise 1 stay inside their interval.",
     ]
-    assert "1 of 1 SAEs, one of each recipe, came out in equal bytes" in study_page.page(record)
+    assert "trained again in another clone: 1 of 1 came out in equal bytes" in study_page.page(record)
     record["further"]["values"] = {"variance_explained": turned}
     lines = study_page.held_lines(record)
     assert "Of 1 that do not exceed noise 0 stay inside" in lines[1]

@@ -13,6 +13,7 @@ import torch
 
 from sae_research.config.ground_truth import PURSUITS, GroundTruth
 from sae_research.config.params import Params, check_params
+from sae_research.config.recipes import recipe_model
 from sae_research.config.reporting import Visualization
 from sae_research.evals.ground_truth.evaluation import (
     Planned,
@@ -31,6 +32,7 @@ from sae_research.runtime.errors import UserError
 from sae_research.saes import SAEConfig, SparseAutoencoder, save_sae
 from sae_research.saes.forms import StandardSAE
 from tests.helpers.ground_truth import SMALL
+from tests.helpers.training import CONFIGS
 
 QUICK: dict[str, Any] = {
     "data": SMALL,
@@ -103,6 +105,19 @@ def test_training_alone_and_beside_others_gives_one_sae() -> None:
     many = train_all([Planned(seed, point) for seed in worlds for point in points], worlds, settings, 42)
     assert torch.allclose(many[Planned(1, points[0])].W_dec, alone.W_dec, atol=1e-5)
     assert not torch.allclose(many[Planned(0, points[0])].W_dec, alone.W_dec, atol=1e-2)
+
+
+def test_every_recipe_can_be_trained_on_known_features() -> None:
+    """Those whose settings hold lists (matryoshka's groups, Adam's betas) too, alone or as a grid."""
+    recipes = {
+        name: {**CONFIGS[name], "d_sae": 32}
+        for name in CONFIGS
+        if not recipe_model(name).crosscoders or name in ("standard_new", "batch_top_k")
+    }
+    recipes["matryoshka_batch_top_k"]["k"] = [3, 6]
+    recipes["standard"]["betas"] = [0.0, 0.999]
+    found = evaluate(params(recipes=recipes, samples=1024, n_seeds=1, pursuit={"over": []}))
+    assert {row["method"] for row in found["rows"]} == set(recipes)
 
 
 def test_recipes_of_the_train_section_and_one_world_for_all_seeds() -> None:
