@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy.stats import binomtest
 
 from sae_research.reporting.metrics import metric_named
 from sae_research.runtime.files import read_json, write_text
@@ -17,7 +17,6 @@ from sae_research.runtime.packaged import CARD, FOLDER, packaged_names
 PAGE = Path("docs/packaged.md")
 NAMED = Path(__file__).parent / "packaged_names.json"
 TEMPLATE = "packaged.md.j2"
-Z = 1.96
 
 Card = dict[str, Any]
 
@@ -113,17 +112,9 @@ def verdict(card: Card, named: dict[str, dict[str, str | None]]) -> str:
     drawn = [given[str(one["latent"])] for one in card["drawn"]]
     best = [given[str(one["latent"])] for one in card["by_prediction"]]
     count, n = sum(map(bool, drawn)), len(drawn)
-    low, high = wilson(count, n)
+    low, high = binomtest(count, n).proportion_ci(method="wilson")
     return (
         f"Of {n} latents of `{card['name']}` drawn at random one reader could name {count} from their strongest contexts "
         f"({percent(count / n)}, 95 % interval {percent(low)} to {percent(high)}), and of the {len(best)} that tokens tell "
         f"best {sum(map(bool, best))}."
     )
-
-
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 %."""
-    share = count / n
-    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return middle - half, middle + half

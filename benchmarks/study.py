@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from sae_research.reporting.metrics import Metric, metric_named
 from sae_research.reporting.results import TRAINED, Row, Run, read_run
 from sae_research.runtime.files import file_sha256, read_json, round_significant, write_json
 from sae_research.saes.files import WEIGHTS_FILE
+from sae_research.stats.intervals import holm
 
 READ_AT = 32.0
 """The L0 at which recipes are compared: three training seeds lie on either side of it."""
-TRUTH_AT = 8.0
-"""The L0 at which they are compared on synthetic activations, whose samples have about as many active features."""
+TRUTH_AT = 7.0
+"""The L0 at which they are compared on synthetic activations: within the grid of each."""
 METRICS = (
     ("variance_explained", "core"),
     ("loss_recovered", "core"),
@@ -121,9 +122,21 @@ def compared(item: Comparison) -> dict[str, Any]:
         "low": item.found.low,
         "high": item.found.high,
         "p": item.found.p,
-        "p_holm": item.adjusted,
         "seeds": [item.one.seeds, item.other.seeds],
     }
+
+
+def corrected(differences: list[dict[str, Any]], trained: Collection[str]) -> list[dict[str, Any]]:
+    """With `p_holm`, p after Holm's correction over the `family` of comparisons that ask one question in one metric: the
+    pairs of trained recipes, or one other dictionary or encoder against them; the rest is a family too."""
+    families: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for one in differences:
+        others = [side for side in (one["one"], one["other"]) if side not in trained]
+        families.setdefault((one["metric"], *(others if len(others) < 2 else ["others"])), []).append(one)
+    for family in families.values():
+        for one, adjusted in zip(family, holm([one["p"] for one in family]), strict=True):
+            one |= {"p_holm": adjusted, "family": len(family)}
+    return differences
 
 
 def truth_record(root: Path) -> dict[str, Any]:
@@ -275,7 +288,10 @@ def collect(root: Path, seeds: Path | None, rates: Path | None, cost: Path | Non
             metric.key: [one for grid in grid_list if (one := reading(grid, metric, READ_AT)) is not None]
             for metric in found
         },
-        "differences": [compared(item) for item in comparisons_at(run, READ_AT, found)],
+        "differences": corrected(
+            [compared(item) for item in comparisons_at(run, READ_AT, found)],
+            {grid.label for grid in grid_list if grid.members[0].rows[0].kind in TRAINED_RECIPES},
+        ),
         "ground_truth": truth_record(root),
         "labels": {metric.key: [metric.label, metric.better] for metric in found},
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain, span
 from sae_research.reporting.style import KNOWN, marker_size
@@ -26,6 +27,18 @@ TRAINED_RECIPES = {
 SHORT = {"gated_rajamanoharan": "gated", "matryoshka_batch_top_k": "matryoshka"}
 UNTRAINED = "control_data_rows"
 PURSUIT = ("mpsae", "omp", "ihtp")
+
+CAPTIONS = {
+    "reconstruction": "Reconstruction of held-out text against L0: means over training seeds, 95 % intervals over text. "
+    "Dotted: where recipes are compared.",
+    "probing": "Probing by the best one or five latents against L0, likewise.",
+    "differences": "Differences between recipes at one L0, row less column; framed where they exceed noise.",
+    "pursuit": "Pursuit encoders over two trained dictionaries and over untrained rows, beside the dictionaries' own.",
+    "truth": "Recipes on text against recipes on synthetic activations whose features are known; bars across are standard "
+    "deviations over seeds, bars upwards standard errors.",
+    "rates": "Variance explained and L0 by learning rate, one SAE a point.",
+}
+"""What each picture shows, by its name."""
 
 Record = dict[str, Any]
 
@@ -61,9 +74,15 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     )
 
 
-def _points(rows: Sequence[Record], metric: str) -> list[tuple[float, float, float, float]]:
-    """(L0, value, low, high), ascending in L0, of those that have them."""
-    return sorted((row["l0"], *row[metric]) for row in rows if row["l0"] and row[metric][0] is not None)
+def _points(rows: Sequence[Record], metric: str) -> list[tuple[float, ...]]:
+    """(L0, value, low, high), ascending in L0, of those that have them; of several seeds the means."""
+    recipes: dict[str, list[tuple[float, ...]]] = {}
+    for row in rows:
+        if row["l0"] and row[metric][0] is not None:
+            value, *bounds = row[metric]
+            low, high = (value, value) if None in bounds else bounds
+            recipes.setdefault(row["recipe_id"] or row["name"], []).append((row["l0"], value, low, high))
+    return sorted(tuple(map(statistics.fmean, zip(*found, strict=True))) for found in recipes.values())
 
 
 def _mark(
@@ -87,8 +106,7 @@ def _mark(
         zorder=3,
     )
     for x, _, low, high in points:
-        if low is not None:
-            axes.plot([x, x], [low, high], color=style.color, linewidth=0.9, alpha=0.6, zorder=2.5)
+        axes.plot([x, x], [low, high], color=style.color, linewidth=0.9, alpha=0.6, zorder=2.5)
 
 
 def _scale(axes: Axes, record: Record, metric: str, xs: Sequence[float]) -> None:
@@ -96,10 +114,13 @@ def _scale(axes: Axes, record: Record, metric: str, xs: Sequence[float]) -> None
     plain(axes, "L0 (log scale)", f"{label} {'↑' if better == 'higher' else '↓'}")
     axes.yaxis.set_label_coords(-0.17, 0.5)
     log_axis(axes.xaxis, *span(list(xs), log=True))
+    if metric == "kl":
+        values = [row["kl"][0] for row in record["rows"] if row["kl"][0] and row["kind"] in (*TRAINED_RECIPES, UNTRAINED)]
+        log_axis(axes.yaxis, *span(values, log=True))
 
 
 def against_l0(record: Record, metrics: Sequence[str]) -> Figure:
-    """One panel for each metric: six recipes, all seeds, and untrained rows under matching pursuit."""
+    """One panel for each metric: six recipes, means over seeds, and untrained rows under matching pursuit."""
     metrics = [metric for metric in metrics if metric in record["labels"]]
     figure, panels = _figure(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
@@ -116,7 +137,7 @@ def against_l0(record: Record, metrics: Sequence[str]) -> Figure:
 
 def matrices(record: Record, metrics: Sequence[str]) -> Figure:
     """Row less column at one L0; a frame where the difference exceeds noise after Holm's correction."""
-    figure, panels = _figure(len(metrics), 4.2)
+    figure, panels = _figure(len(metrics), 3.9)
     for axes, metric in zip(panels, metrics, strict=True):
         kinds = [kind for kind in TRAINED_RECIPES if any(one["kind"] == kind for one in record["readings"][metric])]
         found = {(one["one"], one["other"]): one for one in record["differences"] if one["metric"] == metric}
@@ -195,6 +216,7 @@ def truth(record: Record) -> Figure:
     for axes, (metric, measure) in zip(panels, pairs, strict=True):
         plain(axes, f"{record['labels'][metric][0]} on text, L0 {record['read_at']:g}", names[measure])
         axes.yaxis.set_label_coords(-0.17, 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         for one in record["readings"][metric]:
             recipe = TRAINED_RECIPES.get(one["kind"])
             values = record["ground_truth"]["methods"].get(recipe, {}).get(measure) if recipe else None

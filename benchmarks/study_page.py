@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.study_figures import TRAINED_RECIPES, Record, drawings, short
-from benchmarks.study_findings import LEVEL, between_recipes, claimed, findings, held, name_of, outcome, spelled
+from benchmarks.study_figures import CAPTIONS, TRAINED_RECIPES, Record, drawings, short
+from benchmarks.study_findings import LEVEL, MAIN, between_recipes, claimed, findings, held, name_of, outcome, spelled
 from sae_research.plotting.axes import write_images
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number
@@ -34,10 +34,12 @@ def page(record: Record) -> str:
         record=record,
         findings=list(findings(record)),
         claims=claims_table(record),
+        family=max((pair["family"] for pair in between_recipes(record, MAIN)), default=0),
         held=held_lines(record) if "further" in record else [],
         readings=readings_table(record),
         differences=differences_table(record),
-        pictures=list(drawings(record)),
+        pictures={name: CAPTIONS[name] for name in drawings(record)},
+        minutes=sum(one["cpu_seconds"] for one in record.get("cost", {}).values()) / 60,
         number=number,
     )
 

@@ -27,8 +27,8 @@ def reading(kind: str, value: float, base: str | None = None) -> dict[str, Any]:
 
 
 def difference(one: str, other: str, value: float, p: float, metric: str = "variance_explained") -> dict[str, Any]:
-    bounds = {"low": value - 0.01, "high": value + 0.01}
-    return {"one": one, "other": other, "metric": metric, "value": value, **bounds, "p": p, "p_holm": p, "seeds": [3, 3]}
+    found = {"low": value - 0.01, "high": value + 0.01, "p": p, "p_holm": p, "family": 15}
+    return {"one": one, "other": other, "metric": metric, "value": value, **found, "seeds": [3, 3]}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_findings_follow_from_the_record(record: dict[str, Any]) -> None:
     )
     assert "`top_k` over `standard` in variance explained (+0.100 [+0.090, +0.110])" in text
     assert "1 within noise: `batch_top_k` over `top_k` in variance explained (+0.020 [+0.010, +0.030])" in text
-    assert "variance explained with MCC +0.60" in text and "0.800 at 0.003 (L0 28.0), 0.800 at 0.0003" in text
+    assert "variance explained with MCC +0.60" in text and "`topk` at L0 28.0 0.800 at 0.003, 0.800 at 0.0003" in text
 
 
 def test_the_page_and_its_figures_are_made(record: dict[str, Any], tmp_path: Path) -> None:

@@ -334,4 +334,4 @@ def test_presets_make_whole_files(
     path.write_text(TEXT)
     apply_overrides(path, read_preset(preset))
     params = load_params(path)
-    assert params.baseline_sae.source in ("trained", "hub", "sae_lens") and "note" not in capsys.readouterr().err
+    assert params.baseline_sae.source in ("trained", "packaged", "hub", "sae_lens") and "note" not in capsys.readouterr().err
