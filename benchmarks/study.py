@@ -48,7 +48,6 @@ METRICS = (
 )
 TRUTHS = ("mcc", "latent_f1", "variance_explained")
 KEPT = (
-    "METRICS.md",
     "dvc.lock",
     "params.yaml",
     "metrics/core.json",

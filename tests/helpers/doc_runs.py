@@ -23,6 +23,7 @@ from tests.helpers.dvc_project import ENV, run
 
 FROM_AN_INDEX = "builds an environment from a package index"
 TESTS = "runs the tests, of which this is one"
+STUDY = "the study of the packaged model at full size, more than an hour"
 NOT_RUN = {
     "git clone '<url>' sae_research": "has no address here; the small copy stands for the clone",
     "cd sae_research": "likewise",
@@ -31,6 +32,9 @@ NOT_RUN = {
     "make check": TESTS,
     "make test": TESTS,
     "make test-slow": TESTS,
+    "make repro PRESET=study": STUDY,
+    "make repro PRESET=study_seeds": STUDY,
+    "make repro PRESET=study_rates": STUDY,
     "python -m benchmarks.pursuit_study": "a study of the packaged model at full size, some minutes on an idle machine",
     "python -m benchmarks.pursuit --json docs/pursuit/speed.json": "measures speed, on an idle machine",
     "python -m scripts.monitor_experiments --attach NAME": "follows a job at work; tests/experiments does so with real ones",
