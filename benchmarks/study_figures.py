@@ -252,5 +252,8 @@ def rates(record: Record) -> Figure:
             ys = [one[key][0] if isinstance(one[key], list) else one[key] for one in mine]
             axes.plot([one["learning_rate"] for one in mine], ys, marker="os^"[number % 3], linewidth=1.1, label=base)
         axes.set_xscale("log")
+        every = sorted({one["learning_rate"] for one in record["rates"]})
+        axes.set_xticks(every, [f"{rate:g}" for rate in every])
+        axes.minorticks_off()
     _legend(figure, panels[0], 3)
     return figure
