@@ -40,6 +40,8 @@ def spelled(value: float | None, low: float | None = None, high: float | None = 
 def name_of(record: Record, label: str) -> str:
     """A grid as the page writes it: the recipe of a trained architecture, else its own label."""
     kinds = {one["grid"]: one["kind"] for readings in record["readings"].values() for one in readings}
+    if kinds.get(label) == UNTRAINED:
+        return "untrained"
     return short(TRAINED_RECIPES.get(kinds.get(label, ""), label))
 
 
@@ -188,8 +190,10 @@ def _untrained(record: Record) -> Iterator[tuple[str, str]]:
         above = [pair for pair in found if pair["p_holm"] < LEVEL and pair["value"] > 0]
         below = [pair for pair in found if pair["p_holm"] < LEVEL and pair["value"] < 0]
         label = record["labels"][metric][0].lower()
+        nearest = min(found, key=lambda pair: abs(pair["value"]), default=None)
+        said = "" if nearest is None else f" (nearest: {_pair(record, nearest)})"
         parts.append(
-            f"{control['value']:.3f} in {label}, beyond noise above {_names(record, above)} and below "
+            f"{control['value']:.3f} in {label}{said}, beyond noise above {_names(record, above)} and below "
             f"{_names(record, below)} of {len(found)} trained recipes with their own encoders"
         )
     if parts:
@@ -266,31 +270,42 @@ def _truth(record: Record) -> Iterator[tuple[str, str]]:
     )
 
 
-def rated(record: Record) -> dict[str, tuple[float, dict[float, float]]]:
-    """By recipe the L0 at which its learning rates are compared, and variance explained there by learning rate: the L0 of
-    all where they have one, else the middle of what the rates' curves have in common, linear in log L0."""
-    curves: dict[str, dict[float, Points]] = {}
+def rated(record: Record) -> dict[str, tuple[float, dict[float, list[float]]]]:
+    """By recipe the L0 at which its learning rates are compared, and variance explained there by learning rate, with the
+    bounds of its interval: the L0 of all where they have one, else the middle of what the rates' curves have in common,
+    linear in log L0."""
+    rows: dict[str, dict[float, list[Record]]] = {}
     for one in record.get("rates", []):
         recipe = one["base"].rstrip("0123456789").rstrip("_")
-        curves.setdefault(recipe, {}).setdefault(one["learning_rate"], []).append((one["l0"], one[MAIN][0]))
+        rows.setdefault(recipe, {}).setdefault(one["learning_rate"], []).append(one)
     found = {}
-    for recipe, by_rate in curves.items():
-        several = [sorted(curve) for curve in by_rate.values()]
-        low, high = max(curve[0][0] for curve in several), min(curve[-1][0] for curve in several)
-        there = math.sqrt(low * high)
-        if low <= high * (1 + 1e-6):
-            found[recipe] = there, {rate: at(sorted(curve), there) for rate, curve in by_rate.items()}
-    return {recipe: (l0, {r: v for r, v in values.items() if v is not None}) for recipe, (l0, values) in found.items()}
+    for recipe, by_rate in rows.items():
+        reached = [sorted(one["l0"] for one in ones) for ones in by_rate.values()]
+        low, high = max(l0s[0] for l0s in reached), min(l0s[-1] for l0s in reached)
+        if low <= high:
+            there = math.sqrt(low * high)
+            found[recipe] = there, {rate: _read_at(ones, there) for rate, ones in by_rate.items()}
+    return found
+
+
+def _read_at(rows: Sequence[Record], l0: float) -> list[float]:
+    """Value, low and high of variance explained at an L0 that the rows reach."""
+    curves: list[Points] = [sorted((one["l0"], one[MAIN][part]) for one in rows) for part in range(3)]
+    return [value for curve in curves if (value := at(curve, min(max(l0, curve[0][0]), curve[-1][0]))) is not None]
 
 
 def _rates(record: Record) -> Iterator[tuple[str, str]]:
     parts = []
     for recipe, (l0, values) in rated(record).items():
-        best = max(values, key=lambda rate: values[rate])
-        listed = ", ".join(f"{value:.3f} at {rate:g}" for rate, value in sorted(values.items(), reverse=True))
+        best = max(values, key=lambda rate: values[rate][0])
+        listed = ", ".join(
+            f"{value:.3f} [{low:.3f}, {high:.3f}] at {rate:g}"
+            for rate, (value, low, high) in sorted(values.items(), reverse=True)
+        )
         parts.append(f"`{short(recipe)}` at L0 {number(l0)} {listed} (best {best:g})")
     if parts:
         yield (
-            f"Variance explained by learning rate after {record['tokens']:,} tokens, one seed each: {'; '.join(parts)}.",
+            f"Variance explained by learning rate after {record['tokens']:,} tokens, one seed each, intervals over text that "
+            f"all share: {'; '.join(parts)}.",
             "Runs of tens of millions of tokens, for which the literature's rate, 3e-4 or less, is chosen; further seeds.",
         )

@@ -80,14 +80,17 @@ def test_findings_follow_from_the_record(record: dict[str, Any]) -> None:
     assert "`batch_top_k` minus `standard` +0.120 [+0.110, +0.130]" in text
     assert "In probing top-1 at L0 32 none of the 1 differences between two recipes exceeds noise" in text
     assert "deviation of at most 0.0020 (`top_k`); the smallest difference that exceeds noise is 0.1000" in text
-    assert "reach at L0 32 0.750 in variance explained, beyond noise above `standard` and below `top_k` of 2" in text
+    assert (
+        "reach at L0 32 0.750 in variance explained (nearest: `untrained` minus `top_k` -0.050 [-0.060, -0.040]), beyond noise above `standard` and below `top_k` of 2"
+        in text
+    )
     assert (
         "dictionary of `topk_28`, against the recipe's own encoder at L0 32: variance explained +0.050 [+0.040, +0.060]."
         in text
     )
     assert "`top_k` over `standard` in variance explained (+0.100 [+0.090, +0.110])" in text
     assert "1 within noise: `batch_top_k` over `top_k` in variance explained (+0.020 [+0.010, +0.030])" in text
-    assert "variance explained with MCC +0.60" in text and "`topk` at L0 28.0 0.800 at 0.003, 0.800 at 0.0003" in text
+    assert "variance explained with MCC +0.60" in text and "`topk` at L0 28.0 0.800 [0.790, 0.810] at 0.003, 0.800" in text
 
 
 def test_the_page_and_its_figures_are_made(record: dict[str, Any], tmp_path: Path) -> None:
