@@ -305,7 +305,7 @@ def _rates(record: Record) -> Iterator[tuple[str, str]]:
         parts.append(f"`{short(recipe)}` at L0 {number(l0)} {listed} (best {best:g})")
     if parts:
         yield (
-            f"Variance explained by learning rate after {record['tokens']:,} tokens, one seed each, intervals over text that "
-            f"all share: {'; '.join(parts)}.",
+            f"Variance explained by learning rate after {record['tokens']:,} tokens, one seed each, intervals over text "
+            f"that all share: {'; '.join(parts)}.",
             "Runs of tens of millions of tokens, for which the literature's rate, 3e-4 or less, is chosen; further seeds.",
         )
