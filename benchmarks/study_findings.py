@@ -38,11 +38,15 @@ def spelled(value: float | None, low: float | None = None, high: float | None = 
 
 
 def name_of(record: Record, label: str) -> str:
-    """A grid as the page writes it: the recipe of a trained architecture, else its own label."""
-    kinds = {one["grid"]: one["kind"] for readings in record["readings"].values() for one in readings}
-    if kinds.get(label) == UNTRAINED:
+    """A grid as the page writes it: the recipe of a trained architecture, a pursuit encoder over what it reads, else its own
+    label."""
+    kind, base = next(
+        ((one["kind"], one["base"]) for readings in record["readings"].values() for one in readings if one["grid"] == label),
+        ("", None),
+    )
+    if kind == UNTRAINED:
         return "untrained"
-    return short(TRAINED_RECIPES.get(kinds.get(label, ""), label))
+    return f"{kind} over {base}" if base is not None else short(TRAINED_RECIPES.get(kind, label))
 
 
 def findings(record: Record) -> Iterator[tuple[str, str]]:
@@ -161,10 +165,15 @@ def _claims(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def held(record: Record) -> list[tuple[Record, float, bool]]:
-    """Every difference in which a trained recipe takes part, what two further training seeds make of it, and whether it
-    holds: of one that exceeds noise the sign, of another that it stays inside the interval."""
+    """Every difference that the page speaks of (two recipes; untrained rows, or pursuit by matching, and a recipe), what two
+    further training seeds make of it, and whether it holds: of one that exceeds noise the sign, of another that it stays
+    inside the interval."""
+    kinds = {one["grid"]: one["kind"] for readings in record["readings"].values() for one in readings}
+    spoken_of = (*TRAINED_RECIPES, UNTRAINED, "mpsae")
     found = []
     for pair in record["differences"]:
+        if not all(kinds.get(pair[side]) in spoken_of for side in ("one", "other")):
+            continue
         new = record["further"]["values"].get(pair["metric"], {})
         known = {one["grid"]: one["value"] for one in record["readings"][pair["metric"]]}
         sides = [pair["one"], pair["other"]]

@@ -66,7 +66,8 @@ def held_lines(record: Record) -> list[str]:
     beyond = [one for one in found if one[0]["p_holm"] < LEVEL]
     within = [one for one in found if one[0]["p_holm"] >= LEVEL]
     lines = [
-        f"Of {len(beyond)} differences that exceed noise {sum(holds for *_, holds in beyond)} keep their sign; "
+        ("No finding turns over. " if all(holds for *_, holds in beyond) else "")
+        + f"Of {len(beyond)} differences that exceed noise {sum(holds for *_, holds in beyond)} keep their sign; "
         f"{sum(pair['low'] <= value <= pair['high'] for pair, value, _ in beyond)} of them stay inside their interval.",
         f"Of {len(within)} that do not exceed noise {sum(holds for *_, holds in within)} stay inside their interval.",
     ]

@@ -104,7 +104,7 @@ def test_the_page_is_held_against_further_seeds(record: dict[str, Any]) -> None:
     record["further"] = {"seeds": [3, 4], "values": {"variance_explained": same}}
     record["equal_bytes"] = {"topk_28": True}
     assert study_page.held_lines(record) == [
-        "Of 5 differences that exceed noise 5 keep their sign; 5 of them stay inside their interval.",
+        "No finding turns over. Of 5 differences that exceed noise 5 keep their sign; 5 of them stay inside their interval.",
         "Of 1 that do not exceed noise 1 stay inside their interval.",
     ]
     assert "trained again in another clone: 1 of 1 came out in equal bytes" in study_page.page(record)
