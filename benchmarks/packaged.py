@@ -23,11 +23,11 @@ import torch
 from benchmarks.packaged_page import write_page
 from sae_research.analysis.context import AnalysisContext
 from sae_research.analysis.effects import search_by_effect
-from sae_research.analysis.explain import Explanation, explain_latents
+from sae_research.analysis.explain import Explanation, Rule, explain_latents
 from sae_research.analysis.store import LatentStats
 from sae_research.config.params import load_params
 from sae_research.reporting.results import Row, read_run
-from sae_research.runtime.files import file_sha256, round_significant, write_json
+from sae_research.runtime.files import file_sha256, round_significant, slugify, write_json
 from sae_research.runtime.packaged import CARD, FOLDER, PREFIX
 from sae_research.saes import load_sae, save_sae
 from sae_research.saes.files import WEIGHTS_FILE
@@ -58,7 +58,7 @@ CONTEXTS = 4
 def take(root: Path) -> None:
     """Round the trained dictionaries of a clone into the package."""
     for name in NAMES:
-        sae = load_sae(root / "trained_saes" / name.replace("-", "_"))
+        sae = load_sae(root / "trained_saes" / slugify(name))
         save_sae(sae, FOLDER / name, torch.bfloat16)
         print(f"{name}: {(FOLDER / name / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB")
 
@@ -68,8 +68,8 @@ def card(root: Path) -> None:
     params = load_params(root / "params.yaml")
     rows = {row.name: row for row in read_run(root).rows}
     for name in NAMES:
-        analysis = AnalysisContext.of({name.replace("-", "_"): f"{PREFIX}{name}"}, params=params)
-        write_json(FOLDER / name / CARD, round_significant(card_of(name, rows[name.replace("-", "_")], analysis)))
+        analysis = AnalysisContext.of({slugify(name): f"{PREFIX}{name}"}, params=params)
+        write_json(FOLDER / name / CARD, round_significant(card_of(name, rows[slugify(name)], analysis)))
 
 
 def card_of(name: str, row: Row, analysis: AnalysisContext) -> dict[str, Any]:
@@ -115,13 +115,16 @@ def card_of(name: str, row: Row, analysis: AnalysisContext) -> dict[str, Any]:
 
 def auc_of(found: Explanation) -> float:
     """Held-out AUC of the best rule that reads tokens; 0.5, chance, where none was scored."""
-    return max((found.rules[rule].auc for rule in ("token", "previous token") if rule in found.rules), default=0.5)
+    return max((rule.auc for rule in _token_rules(found)), default=0.5)
 
 
 def precision_of(found: Explanation) -> float:
     """Held-out average precision of the best rule that reads tokens."""
-    rules = [found.rules[rule] for rule in ("token", "previous token") if rule in found.rules]
-    return max((rule.average_precision for rule in rules), default=0.0)
+    return max((rule.average_precision for rule in _token_rules(found)), default=0.0)
+
+
+def _token_rules(found: Explanation) -> list[Rule]:
+    return [rule for name, rule in found.rules.items() if name != "position"]
 
 
 def by_prediction(stats: LatentStats, explained: Mapping[int, Explanation], k: int = LISTED) -> list[int]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.stats import binomtest
 
+from benchmarks.pages import rendered
 from sae_research.reporting.metrics import metric_named
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number, percent, with_interval
@@ -29,10 +29,8 @@ def write_page(root: Path = Path(".")) -> None:
 
 def page(cards: Sequence[Card], named: dict[str, dict[str, str | None]]) -> str:
     """The page's text. named: by dictionary, by latent, what a reader called it; null where nothing can be said."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(TEMPLATE).render(
+    return rendered(
+        TEMPLATE,
         cards=cards,
         facts=facts(cards),
         metrics=metrics(cards),
@@ -101,9 +99,7 @@ def latents(found: Sequence[Card], named: dict[str, str | None]) -> list[list[st
 
 def escaped(text: str) -> str:
     """Text inside a cell of a table, as it is."""
-    for character in "\\`|*_[]<>#$~":
-        text = text.replace(character, f"&#{ord(character)};")
-    return text
+    return text.translate({ord(character): f"&#{ord(character)};" for character in "\\`|*_[]<>#$~&"})
 
 
 def verdict(card: Card, named: dict[str, dict[str, str | None]]) -> str:

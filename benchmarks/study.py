@@ -23,7 +23,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.study_figures import TRAINED_RECIPES
+from benchmarks.study_figures import TRAINED_RECIPES, mean_points
 from benchmarks.study_page import FOLDER, RECORD, write_page
 from sae_research.reporting.comparisons import Comparison, Grid, Points, at, comparisons_at, grids, point
 from sae_research.reporting.ground_truth import Line, read_ground_truth
@@ -257,14 +257,8 @@ def moved(record: dict[str, Any], metric: Metric, row: Row) -> float | None:
     l0, value = row.value("l0"), row.value(metric.key, metric.eval)
     if l0 is None or value is None:
         return None
-    recipes: dict[str, list[tuple[float, float]]] = {}
-    for one in record["rows"]:
-        if one["kind"] == row.kind and one["l0"] and one[metric.key][0] is not None:
-            recipes.setdefault(one["recipe_id"], []).append((one["l0"], one[metric.key][0]))
-    curve = sorted(
-        (statistics.fmean(l0s), statistics.fmean(values))
-        for l0s, values in (zip(*found, strict=True) for found in recipes.values())
-    )
+    alike = [one for one in record["rows"] if one["kind"] == row.kind]
+    curve = [(x, y) for x, y, *_ in mean_points(alike, metric.key)]
     there, here = at(curve, READ_AT), at(curve, l0)
     return None if there is None or here is None else value + there - here
 

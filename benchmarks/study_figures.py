@@ -74,7 +74,7 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     )
 
 
-def _points(rows: Sequence[Record], metric: str) -> list[tuple[float, ...]]:
+def mean_points(rows: Sequence[Record], metric: str) -> list[tuple[float, ...]]:
     """(L0, value, low, high), ascending in L0, of those that have them; of several seeds the means."""
     recipes: dict[str, list[tuple[float, ...]]] = {}
     for row in rows:
@@ -125,7 +125,7 @@ def against_l0(record: Record, metrics: Sequence[str]) -> Figure:
     figure, panels = _figure(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
         mine = {kind: [row for row in record["rows"] if row["kind"] == kind] for kind in (*TRAINED_RECIPES, UNTRAINED)}
-        points = {kind: _points(rows, metric) for kind, rows in mine.items()}
+        points = {kind: mean_points(rows, metric) for kind, rows in mine.items()}
         _scale(axes, record, metric, [point[0] for found in points.values() for point in found])
         for kind, found in points.items():
             label = "untrained rows, matching pursuit" if kind == UNTRAINED else short(TRAINED_RECIPES[kind])
@@ -193,15 +193,15 @@ def pursuit(record: Record) -> Figure:
         for number, base in enumerate(bases):
             for encoder in PURSUIT:
                 rows = [row for row in record["rows"] if row["kind"] == encoder and row["base"] == base]
-                points = _points([row for row in rows if not row["interpolating"]], metric)
+                points = mean_points([row for row in rows if not row["interpolating"]], metric)
                 drawn += [point[0] for point in points]
                 if points:
                     _mark(axes, encoder, points, f"{encoder} over {base}", ("-", "--")[number % 2], hollow=number > 0)
             own = next(row for row in record["rows"] if row["name"] == base)
-            points = _points([row for row in record["rows"] if row["kind"] == own["kind"]], metric)
+            points = mean_points([row for row in record["rows"] if row["kind"] == own["kind"]], metric)
             drawn += [point[0] for point in points]
             _mark(axes, own["kind"], points, f"{short(TRAINED_RECIPES[own['kind']])}, own encoder", (0, (1, 1)))
-        untrained = _points([row for row in record["rows"] if row["kind"] == UNTRAINED], metric)
+        untrained = mean_points([row for row in record["rows"] if row["kind"] == UNTRAINED], metric)
         _mark(axes, UNTRAINED, untrained, "mpsae over untrained rows", "-.")
         _scale(axes, record, metric, [*drawn, *(point[0] for point in untrained)])
     _legend(figure, panels[0], 3)

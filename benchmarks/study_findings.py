@@ -37,13 +37,16 @@ def spelled(value: float | None, low: float | None = None, high: float | None = 
     return f"{value:+.3f}" + ("" if low is None else f" [{low:+.3f}, {high:+.3f}]")
 
 
+def _grids(record: Record) -> dict[str, Record]:
+    """A reading of every grid, by its label: each says the grid's kind and what it reads."""
+    return {one["grid"]: one for readings in record["readings"].values() for one in readings}
+
+
 def name_of(record: Record, label: str) -> str:
     """A grid as the page writes it: the recipe of a trained architecture, a pursuit encoder over what it reads, else its own
     label."""
-    kind, base = next(
-        ((one["kind"], one["base"]) for readings in record["readings"].values() for one in readings if one["grid"] == label),
-        ("", None),
-    )
+    found = _grids(record).get(label, {"kind": "", "base": None})
+    kind, base = found["kind"], found["base"]
     if kind == UNTRAINED:
         return "untrained"
     return f"{kind} over {base}" if base is not None else short(TRAINED_RECIPES.get(kind, label))
@@ -101,11 +104,13 @@ def _with_value(record: Record, one: Record) -> str:
     return f"`{name_of(record, one['grid'])}` {one['value']:.3f}"
 
 
+def pair_names(record: Record, pair: Record) -> str:
+    """`one` minus `other`, as the page writes them."""
+    return f"`{name_of(record, pair['one'])}` minus `{name_of(record, pair['other'])}`"
+
+
 def _pair(record: Record, pair: Record) -> str:
-    return (
-        f"`{name_of(record, pair['one'])}` minus `{name_of(record, pair['other'])}` "
-        f"{spelled(pair['value'], pair['low'], pair['high'])}"
-    )
+    return f"{pair_names(record, pair)} {spelled(pair['value'], pair['low'], pair['high'])}"
 
 
 def _seeds(record: Record) -> Iterator[tuple[str, str]]:
@@ -168,11 +173,11 @@ def held(record: Record) -> list[tuple[Record, float, bool]]:
     """Every difference that the page speaks of (two recipes; untrained rows, or pursuit by matching, and a recipe), what two
     further training seeds make of it, and whether it holds: of one that exceeds noise the sign, of another that it stays
     inside the interval."""
-    kinds = {one["grid"]: one["kind"] for readings in record["readings"].values() for one in readings}
+    known_grids = _grids(record)
     spoken_of = (*TRAINED_RECIPES, UNTRAINED, "mpsae")
     found = []
     for pair in record["differences"]:
-        if not all(kinds.get(pair[side]) in spoken_of for side in ("one", "other")):
+        if not all(known_grids.get(pair[side], {}).get("kind") in spoken_of for side in ("one", "other")):
             continue
         new = record["further"]["values"].get(pair["metric"], {})
         known = {one["grid"]: one["value"] for one in record["readings"][pair["metric"]]}

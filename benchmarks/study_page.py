@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from benchmarks.pages import rendered
 from benchmarks.study_figures import CAPTIONS, TRAINED_RECIPES, Record, drawings, short
-from benchmarks.study_findings import LEVEL, MAIN, between_recipes, claimed, findings, held, name_of, outcome, spelled
+from benchmarks.study_findings import (
+    LEVEL,
+    MAIN,
+    between_recipes,
+    claimed,
+    findings,
+    held,
+    name_of,
+    outcome,
+    pair_names,
+    spelled,
+)
 from sae_research.plotting.axes import write_images
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number
@@ -27,10 +37,8 @@ def write_page(root: Path = Path(".")) -> None:
 
 def page(record: Record) -> str:
     """The page's text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(TEMPLATE).render(
+    return rendered(
+        TEMPLATE,
         record=record,
         findings=list(findings(record)),
         claims=claims_table(record),
@@ -73,7 +81,7 @@ def held_lines(record: Record) -> list[str]:
     ]
     for pair, value, holds in found:
         if not holds:
-            names = f"`{name_of(record, pair['one'])}` minus `{name_of(record, pair['other'])}`"
+            names = pair_names(record, pair)
             label = record["labels"][pair["metric"]][0].lower()
             interval = spelled(pair["value"], pair["low"], pair["high"])
             lines.append(
