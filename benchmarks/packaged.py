@@ -26,7 +26,7 @@ from sae_research.analysis.effects import search_by_effect
 from sae_research.analysis.explain import Explanation, Rule, explain_latents
 from sae_research.analysis.store import LatentStats
 from sae_research.config.params import load_params
-from sae_research.reporting.results import Row, read_run
+from sae_research.reporting.rows import Row, read_run
 from sae_research.runtime.files import file_sha256, round_significant, slugify, write_json
 from sae_research.runtime.packaged import CARD, FOLDER, PREFIX
 from sae_research.saes import load_sae, save_sae

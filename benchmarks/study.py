@@ -28,7 +28,7 @@ from benchmarks.study_page import FOLDER, RECORD, write_page
 from sae_research.reporting.comparisons import Comparison, Grid, Points, at, comparisons_at, grids, point
 from sae_research.reporting.ground_truth import Line, read_ground_truth
 from sae_research.reporting.metrics import Metric, metric_named
-from sae_research.reporting.results import TRAINED, Row, Run, read_run
+from sae_research.reporting.rows import TRAINED, Row, Run, read_run
 from sae_research.runtime.files import file_sha256, read_json, round_significant, write_json
 from sae_research.saes.files import WEIGHTS_FILE
 from sae_research.stats.intervals import holm

@@ -9,7 +9,7 @@ def main() -> None:
     from sae_research.config.reporting import load_visualization
     from sae_research.reporting.comparisons import comparisons
     from sae_research.reporting.report import write_report
-    from sae_research.reporting.results import read_run
+    from sae_research.reporting.rows import read_run
     from sae_research.reporting.site.pages import write_site
     from sae_research.reporting.tables import write_results_csv
 

@@ -16,7 +16,7 @@ def main() -> None:
     from sae_research.config.reporting import load_visualization
     from sae_research.reporting.figures import draw_all
     from sae_research.reporting.ground_truth_figures import draw_ground_truth
-    from sae_research.reporting.results import read_run
+    from sae_research.reporting.rows import read_run
     from sae_research.reporting.tables import write_plot_data
     from sae_research.reporting.transfer_figures import draw_transfer
 

@@ -103,14 +103,15 @@ class Planned(NamedTuple):
 
 def plan_of(params: Params, values: Mapping[str, Any], gpu: str | None = None, devices: int = 1) -> Planned:
     """The plan of a run. Raises `UserError` where the model's configuration or the device cannot be had."""
-    from sae_research.lm.shape import model_config, model_shape
+    from sae_research.lm.shape import shape_by_name
     from sae_research.planning.plan import make_plan
     from sae_research.planning.saes import planned_saes
     from sae_research.runtime.formatting import amount
 
-    config = model_config(params.model.name)
-    shape = model_shape(params.model.name, config)
+    shape, config = shape_by_name(params.model.name)
     device, notes = _device(params, gpu)
+    if config is None:
+        notes.append(f"note: the hub does not give {shape.name}'s configuration: sizes are those that TransformerLens lists")
     saes = planned_saes(params, shape.width(f"blocks.{params.baseline_sae.hook_layer}.hook_resid_post"))
     done = in_place(values)
     left = _lookup(params, config, device) if done["train"] else None  # SAEs that are trained anew have no results yet

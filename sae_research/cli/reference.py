@@ -6,7 +6,7 @@ to them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from sae_research.reporting.metric_table import METRICS, Metric
 from sae_research.runtime import former_names
 from sae_research.runtime.errors import UserError, run_main
 from sae_research.runtime.files import read_json, write_text
-from sae_research.runtime.formatting import ABSENT, number
+from sae_research.runtime.formatting import ABSENT, markdown_table, number
 from sae_research.runtime.sources import PROJECT
 
 FOLDER = PROJECT / "docs" / "reference"
@@ -29,9 +29,9 @@ COSTS = PROJECT / "docs" / "growth.json"
 MODELS = PROJECT / "docs" / "models.json"
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table of text, every column to the left."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, [":--"] * len(header), *body))
+    return markdown_table(header, body, left=len(header))
 
 
 def _escaped(text: str) -> str:

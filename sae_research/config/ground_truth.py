@@ -160,10 +160,6 @@ class GridPoint(NamedTuple):
     """What of the grid it has, e.g. `k 8`; empty where the entry has one point."""
     settings: SAERecipe
 
-    def __hash__(self) -> int:
-        """Of its name, which no other point of the grid has: settings with a list among them have no hash."""
-        return hash(self.name)
-
     @property
     def name(self) -> str:
         return slugify(f"{self.recipe} {self.sparsity}")

@@ -20,8 +20,8 @@ from sae_research.config.params import Params
 from sae_research.config.section import MayBeLocal, Packaged, PythonClass, Section
 from sae_research.runtime.cache import cache_dir, caches_readable
 from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import file_sha256, find_local, fingerprint, project_root, slugify, write_json
-from sae_research.runtime.packaged import CARD, packaged_names, packaged_place
+from sae_research.runtime.files import file_sha256, find_local, fingerprint, project_root, write_json
+from sae_research.runtime.packaged import CARD, find_packaged
 from sae_research.runtime.sources import sources
 
 FOLDER = Path("inputs")
@@ -138,9 +138,8 @@ def _content(pointer: Pointer, memory: _Memory) -> dict[str, Any] | None:
 def _packaged(name: str) -> list[tuple[str, Path]]:
     """The weights and configuration of a dictionary that comes with the package, where there is one of the name; its card
     changes no metric."""
-    if slugify(name) not in map(slugify, packaged_names()):
-        return []
-    return [(path.name, path) for path in sorted(packaged_place(name).iterdir()) if path.name != CARD]
+    folder = find_packaged(name)
+    return [(path.name, path) for path in sorted(folder.iterdir()) if path.name != CARD] if folder else []
 
 
 def _matches(value: str) -> list[tuple[str, Path]]:

@@ -99,6 +99,10 @@ class Section(BaseModel):
     may_be_left_out: ClassVar[frozenset[str]] = frozenset()
     """Keys that a whole file need not name."""
 
+    def __hash__(self) -> int:
+        """Of its content, which may hold lists: these have no hash of their own."""
+        return hash(self.model_dump_json())
+
     @model_validator(mode="before")
     @classmethod
     def _null_empties_lists(cls, values: Any) -> Any:

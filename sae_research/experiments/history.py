@@ -18,7 +18,7 @@ from sae_research.config.yaml_files import parse as parse_yaml
 from sae_research.experiments.config_files import PARAMS
 from sae_research.experiments.grid import sae_keys
 from sae_research.experiments.job_process import Base
-from sae_research.reporting.results import REPORT_FILE, TRAINED
+from sae_research.reporting.rows import REPORT_FILE, TRAINED
 from sae_research.runtime.errors import UserError, did_you_mean
 from sae_research.runtime.files import read_json
 

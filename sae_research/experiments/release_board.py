@@ -9,7 +9,8 @@ from typing import Any
 
 from sae_research.config.evaluations import EVALUATIONS
 from sae_research.reporting.metrics import LAB, Metric, metric_named, sort_keys
-from sae_research.reporting.results import EXTRACTORS, Row, merge, read_run
+from sae_research.reporting.results import EXTRACTORS, merge
+from sae_research.reporting.rows import Row, read_run
 from sae_research.reporting.tables import headings
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import find_local, read_json, round_significant, slugify, write_text

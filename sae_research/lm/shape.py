@@ -93,6 +93,40 @@ class ModelShape(NamedTuple):
         return (self.n_layers - self.depth(hook)) * self.layer_flops(context) + 2 * self.d_model * self.vocab_size
 
 
+def shape_by_name(name: str) -> tuple[ModelShape, Any]:
+    """Of a model as `load_language_model` takes its name, with its configuration; None in place of that where the hub does
+    not give it (no network, no access) and the sizes are `listed_shape`. Raises `UserError` where neither can be had."""
+    try:
+        config = model_config(name)
+    except UserError:
+        listed = listed_shape(name)
+        if listed is None:
+            raise
+        return listed, None
+    return model_shape(name, config), config
+
+
+def listed_shape(name: str) -> ModelShape | None:
+    """Of a model whose sizes TransformerLens lists, as it does for families whose hub pages need access (Gemma, Llama); None
+    of others. The embedding is counted once, norms and biases are not."""
+    from huggingface_hub import constants
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # of other models it would ask the hub
+    try:
+        cfg: Any = get_pretrained_model_config(name)
+    except (OSError, ValueError):
+        return None
+    finally:
+        constants.HF_HUB_OFFLINE = before
+    heads, key_value_heads = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
+    attention = 2 * (heads + key_value_heads) * cfg.d_model * cfg.d_head
+    matrices = attention + (3 if cfg.gated_mlp else 2) * cfg.d_model * cfg.d_mlp
+    parameters = cfg.n_layers * matrices + cfg.d_vocab * cfg.d_model
+    width = heads * cfg.d_head
+    return ModelShape(name, cfg.n_layers, cfg.d_model, cfg.d_vocab, parameters, float(matrices), width, cfg.n_layers)
+
+
 def model_shape(name: str, config: Any) -> ModelShape:
     """config: of transformers. The model is built without memory for its weights. Raises `UserError` where transformers has
     no causal language model of that configuration."""

@@ -11,16 +11,15 @@ import os
 import re
 import statistics
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from sae_research.reporting.metrics import EVAL_NOTES, OPTIONAL, Metric, headline, metric_named, residual_key, sort_keys
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.rows import Row, Run
 from sae_research.runtime.files import write_text
 from sae_research.runtime.formatting import csv_text
 from sae_research.stats.intervals import Difference, Ratio, accuracy, averaged, difference, holm, mixed, ratio
@@ -125,16 +124,17 @@ def grids(run: Run, controls: bool = False) -> list[Grid]:
         width = None if row.is_control else row.cfg.get("d_sae")  # as many as it has components, where it is linear
         place = row.kind, row.cfg.get("base"), width, row.hooks, *row.training_options
         groups.setdefault(place, []).append(group)
-    times = Counter(place[0] for place in groups)
     return [
-        Grid(str(place[0]) if times[place[0]] == 1 else _distinct(place), members[0].rows[0].group, tuple(members))
+        Grid(_distinct(place, [other for other in groups if other[0] == place[0]]), members[0].rows[0].group, tuple(members))
         for place, members in groups.items()
     ]
 
 
-def _distinct(place: tuple[object, ...]) -> str:
-    group, *parts = place
-    return f"{group} ({', '.join(str(part) for part in parts if part is not None)})"
+def _distinct(place: tuple[object, ...], alike: Sequence[tuple[object, ...]]) -> str:
+    """An architecture and what tells its grid from others of that name: base, width, hooks, options of training."""
+    columns = zip_longest(*alike)  # grids differ in how many options they have
+    told = [part for part, column in zip(place, columns, strict=False) if len(set(column)) > 1 and part is not None]
+    return f"{place[0]} ({', '.join(map(str, told))})" if told else str(place[0])
 
 
 @dataclass(frozen=True)
@@ -391,8 +391,7 @@ def unmatched(run: Run) -> list[tuple[Grid, Grid]]:
 
 def _pairs(run: Run) -> list[tuple[Grid, Grid]]:
     """Grids to be compared: no two controls, of transcoders only those that write one hook, of crosscoders only those of the
-    same hooks. What reconstructs something
-    else explains another variance, and recovers another loss."""
+    same hooks. What reconstructs something else explains another variance, and recovers another loss."""
     found = [grid for grid in grids(run, controls=True) if grid.curve(headline("l0"))]
     return [
         (one, other)

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from sae_research.plotting.axes import INK, MUTED, SMALL, TEXT, log_axis, plain, say, span
 from sae_research.reporting.comparisons import Grid, Points, at, common_l0, common_range, grids
 from sae_research.reporting.metrics import Metric, headline
-from sae_research.reporting.results import Run
+from sae_research.reporting.rows import Run
 from sae_research.reporting.style import MarkerStyle, marker_size
 
 COLUMNS = 3

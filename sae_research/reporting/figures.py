@@ -31,7 +31,7 @@ from sae_research.plotting.axes import (
 )
 from sae_research.reporting.equal_l0_figure import equal_l0
 from sae_research.reporting.metrics import headline
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.rows import Row, Run
 from sae_research.reporting.style import chosen_styles, marker_size, marker_styles, short_names
 from sae_research.reporting.tables import Point, points, residual_baseline
 

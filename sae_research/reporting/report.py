@@ -20,7 +20,8 @@ from sae_research.reporting.comparisons import (
 )
 from sae_research.reporting.ground_truth import ground_truth
 from sae_research.reporting.metrics import EVAL_TITLES, EVALS, METRICS, SAE_BENCH_SUFFIX, Metric, headline
-from sae_research.reporting.results import RESULTS, Run
+from sae_research.reporting.results import RESULTS
+from sae_research.reporting.rows import Run
 from sae_research.reporting.sections import (
     controls,
     differences,

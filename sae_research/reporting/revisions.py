@@ -13,7 +13,7 @@ from typing import Any
 from sae_research.config.evaluations import OF_SAES
 from sae_research.config.yaml_files import parse
 from sae_research.reporting.metrics import SAE_BENCH_SUFFIX, Metric, headline, metric_named, sort_keys
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.rows import Row, Run
 from sae_research.reporting.tables import PLOTS, RESULTS_CSV
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.formatting import number, signed, text_table, with_interval

@@ -33,7 +33,8 @@ from sae_research.reporting.metrics import (
     residual_key,
     sort_keys,
 )
-from sae_research.reporting.results import ROLES, Row, Run
+from sae_research.reporting.results import ROLES
+from sae_research.reporting.rows import Row, Run
 from sae_research.reporting.tables import cells, difference, headings, render, sae_table
 from sae_research.runtime.formatting import ABSENT, markdown_table, number, with_interval
 from sae_research.stats.intervals import RESAMPLES

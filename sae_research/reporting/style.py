@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import NamedTuple
 
 from sae_research.config.reporting import Visualization
-from sae_research.reporting.results import Row
+from sae_research.reporting.rows import Row
 from sae_research.runtime.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 
 from sae_research.reporting.metrics import EVALS, METRICS, WANTED_K, Metric, metric_named, residual_key, sort_keys
-from sae_research.reporting.results import Curve, Row, Run
+from sae_research.reporting.rows import Curve, Row, Run
 from sae_research.reporting.style import short_names
 from sae_research.runtime import formatting
 from sae_research.runtime.files import round_significant, write_json, write_text

@@ -20,10 +20,14 @@ def packaged_names() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/cfg.json"))
 
 
+def find_packaged(name: str) -> Path | None:
+    """The folder of one; hyphens and underscores are alike, as names in tables have no hyphens."""
+    return next((FOLDER / known for known in packaged_names() if slugify(known) == slugify(name)), None)
+
+
 def packaged_place(name: str) -> Path:
-    """The folder of one; hyphens and underscores are alike, as names in tables have no hyphens. Raises `UserError` naming
-    those there are."""
-    names = {slugify(known): known for known in packaged_names()}
-    if slugify(name) not in names:
-        raise UserError(f"{PREFIX}{name}: no such packaged dictionary; there are {', '.join(names.values()) or 'none'}")
-    return FOLDER / names[slugify(name)]
+    """The folder of one. Raises `UserError` naming those there are."""
+    folder = find_packaged(name)
+    if folder is None:
+        raise UserError(f"{PREFIX}{name}: no such packaged dictionary; there are {', '.join(packaged_names()) or 'none'}")
+    return folder

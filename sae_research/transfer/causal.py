@@ -7,6 +7,7 @@ ablations of the same size; and a group of latents writes in the base model's st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,13 +96,9 @@ def ablations(
     control of each. frame: of `latent_frame`."""
     config = pair.params.transfer.crosscoder
     assert config is not None
-    latents, text = Latents(sae), CheckedText(pair, limit, config.checked_tokens)
-    energy = energies(latents, text)
-    groups = chosen(frame, energy, config.checked)
-    checks = checks_of(
-        latents, torch.tensor((frame["class"] == "shared").to_numpy()), energy, groups, pair.params.random_seed
-    )
-    return measured(latents, text, groups, checks, lambda latent: _about(frame, latent), progress)
+    text = CheckedText(pair, limit, config.checked_tokens)
+    choose = partial(chosen, frame, number=config.checked)
+    return ablated(Latents(sae), text, choose, (frame["class"] == "shared").to_numpy(), partial(_about, frame), progress)
 
 
 def chosen(frame: pd.DataFrame, energy: Tensor, number: int) -> dict[str, list[int]]:
@@ -142,6 +139,22 @@ class CheckedText(NamedTuple):
             for found in matched(self.pair, self.limit, self.tokens, own_text(self.pair), size):
                 yield found
                 bar.update(found.batch.n_tokens)
+
+
+def ablated(
+    latents: Latents,
+    text: CheckedText,
+    choose: Callable[[Tensor], Groups],
+    controls: np.ndarray,
+    about: Callable[[int], dict[str, Any]],
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """What `measured` gives. choose: the groups, from the latents' `energies`; controls: latents that may be the control of
+    one, bool [d_sae]."""
+    energy = energies(latents, text)
+    groups = choose(energy)
+    checks = checks_of(latents, torch.tensor(controls), energy, groups, text.pair.params.random_seed)
+    return measured(latents, text, groups, checks, about, progress)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ claim about SAEs, until an ablation shows that it matters to the one model and n
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from sae_research.runtime.errors import UserError
 from sae_research.saes import SparseAutoencoder, encode_each
 from sae_research.stats.reconstruction import sums_dtype
-from sae_research.transfer.causal import CheckedText, Latents, checks_of, energies, measured
+from sae_research.transfer.causal import CheckedText, Latents, ablated
 from sae_research.transfer.crosscoder import MatchedRows, matched
 from sae_research.transfer.loading import MODELS, Pair
 from sae_research.transfer.table import as_tsv
@@ -226,11 +227,15 @@ def ablations(
     config = pair.params.transfer.separate
     assert config is not None
     frame = frame[frame.sae == own].reset_index(drop=True)
-    latents, text = SeparateLatents(sae, own), CheckedText(pair, limit, config.checked_tokens)
-    energy = energies(latents, text)
-    groups = chosen(frame, energy, own, config.checked)
-    checks = checks_of(latents, torch.tensor((frame["class"] == "kept").to_numpy()), energy, groups, pair.params.random_seed)
-    return measured(latents, text, groups, checks, lambda latent: _about(frame, latent), progress and f"{progress}, {own}")
+    text = CheckedText(pair, limit, config.checked_tokens)
+    return ablated(
+        SeparateLatents(sae, own),
+        text,
+        partial(chosen, frame, own=own, number=config.checked),
+        (frame["class"] == "kept").to_numpy(),
+        partial(_about, frame),
+        progress and f"{progress}, {own}",
+    )
 
 
 def chosen(frame: pd.DataFrame, energy: Tensor, own: str, number: int) -> dict[str, list[int]]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
+from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from sae_research.cli import plan
 from sae_research.config.params import Params
 from sae_research.evals.core import evaluate
 from sae_research.lm import load_language_model
-from sae_research.lm.shape import model_config, model_shape
+from sae_research.lm.shape import listed_shape, model_config, model_shape, shape_by_name
 from sae_research.planning.costs import PlannedCosts, all_left, evaluation_seconds
 from sae_research.planning.devices import device_by_name, known_devices, measured_device
 from sae_research.planning.plan import COUNTING, make_plan
@@ -89,6 +89,29 @@ def test_mistakes_are_one_line(project: Params, monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in str(found.value)
     with pytest.raises(UserError, match="no such folder"):
         model_config("./nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gemma-2-2b", Gemma2Config(num_attention_heads=8)),
+        ("meta-llama/Llama-3.1-8B", LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256)),
+    ],
+)
+def test_a_model_that_needs_access_is_planned_without_it(
+    name: str, config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    listed, none = shape_by_name(name)
+    built = model_shape(name, config)
+    assert none is None and listed == built._replace(
+        parameters=listed.parameters, layer_matrices=listed.layer_matrices, vocab_size=listed.vocab_size
+    )
+    assert listed.layer_matrices == pytest.approx(built.layer_matrices, rel=0.01)
+    assert listed_shape("nobody/nothing") is None and listed_shape("gpt2") is None
+    with pytest.raises(UserError, match="cannot load 'nobody/nothing'"):
+        shape_by_name("nobody/nothing")
 
 
 def test_the_devices_are_whole() -> None:

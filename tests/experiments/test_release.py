@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sae_research.experiments.release_board import front, published_rows
-from sae_research.reporting.results import Row
+from sae_research.reporting.rows import Row
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, write_json
 from sae_research.saes import SparseAutoencoder, save_sae

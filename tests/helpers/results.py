@@ -12,7 +12,8 @@ import numpy as np
 
 from sae_research.config.reporting import Visualization
 from sae_research.reporting.metrics import EVALS
-from sae_research.reporting.results import Run, merge, read_run
+from sae_research.reporting.results import merge
+from sae_research.reporting.rows import Run, read_run
 from sae_research.stats.intervals import accuracy, interval, packed, ratio, stored
 
 # name: (form, architecture, role, base, L0, variance explained, loss recovered, KL, top-1, top-5)

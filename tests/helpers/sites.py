@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_research.reporting.comparisons import comparisons
 from sae_research.reporting.report import write_report
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.rows import Row, Run
 from sae_research.reporting.site.pages import write_site
 from sae_research.reporting.tables import write_results_csv
 from tests.helpers.results import STYLE, Lab, build

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sae_research.reporting.results import aggregate, extract, merge, read_run
+from sae_research.reporting.results import aggregate, extract, merge
+from sae_research.reporting.rows import read_run
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import checked_name
 from tests.helpers.results import SAES, Lab

@@ -10,7 +10,8 @@ from sae_research.reporting.comparisons import area, at, common_l0, common_range
 from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
-from sae_research.reporting.results import Row, Run, merge, read_run
+from sae_research.reporting.results import merge
+from sae_research.reporting.rows import Row, Run, read_run
 from tests.helpers.results import STYLE, Lab, section
 
 LINE = [(10.0, 0.2), (100.0, 0.6), (1000.0, 0.8)]
@@ -59,6 +60,8 @@ def test_a_grid_is_one_architecture_over_one_dictionary_without_interpolating_ro
             row("c", 90, 0.99, interpolating=True),
             row("d", 20, 0.4, d_sae=128),
             row("e", 5, 0.1, architecture="gated"),
+            row("g", 5, 0.1, architecture="relu", hook_name="one"),
+            row("h", 5, 0.1, architecture="relu", hook_name="two"),
             row("f", 5, 0.1, role="control", architecture="control"),
         )
     )
@@ -66,6 +69,8 @@ def test_a_grid_is_one_architecture_over_one_dictionary_without_interpolating_ro
         ("topk (64)", ["a", "b"]),
         ("topk (128)", ["d"]),
         ("gated", ["e"]),
+        ("relu (one)", ["g"]),  # as wide as the other
+        ("relu (two)", ["h"]),
     ]
     assert found[0].curve(headline("variance_explained")) == [(10, 0.3), (40, 0.5)]
 
@@ -74,7 +79,7 @@ def test_training_on_whitened_activations_is_another_architecture() -> None:
     rows = [row("a", 40, 0.5), row("b", 10, 0.3)]
     assert [grid.label for grid in grids(run(*rows))] == ["topk"]
     rows[1].cfg["provenance"] = {"hyper_parameters": {"whiten": True, "skip": False}}
-    assert [grid.label for grid in grids(run(*rows))] == ["topk (64)", "topk (64, whitened)"]
+    assert [grid.label for grid in grids(run(*rows))] == ["topk", "topk (whitened)"]
 
 
 def test_only_what_writes_one_hook_is_compared() -> None:

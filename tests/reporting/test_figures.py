@@ -12,7 +12,7 @@ from PIL import Image
 from sae_research.config.reporting import Style, Visualization
 from sae_research.plotting.axes import Box, place_labels
 from sae_research.reporting.figures import CUT, RunFigures, draw_all
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.rows import Row, Run
 from sae_research.reporting.style import KNOWN, MarkerStyle, marker_styles, short_names
 from sae_research.reporting.tables import CURVE_POINTS, points, write_plot_data
 from sae_research.runtime.errors import UserError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sae_research.reporting.results import merge, read_run
+from sae_research.reporting.results import merge
+from sae_research.reporting.rows import read_run
 from sae_research.runtime.errors import UserError
 from tests.helpers.results import SAES, TASKS, Lab, config, core_result
 

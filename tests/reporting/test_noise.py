@@ -12,7 +12,8 @@ from sae_research.reporting.comparisons import comparisons, seed_groups, write_d
 from sae_research.reporting.figures import RunFigures
 from sae_research.reporting.metrics import headline, leading_ks
 from sae_research.reporting.report import report
-from sae_research.reporting.results import Row, merge
+from sae_research.reporting.results import merge
+from sae_research.reporting.rows import Row
 from sae_research.reporting.shapes import failures
 from sae_research.reporting.tables import write_plot_data, write_results_csv
 from tests.helpers.results import STYLE, Lab, build, config, core_evidence, core_result, probing_result, section

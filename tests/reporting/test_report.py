@@ -10,7 +10,8 @@ from jinja2 import UndefinedError
 
 from sae_research.reporting.metrics import headline
 from sae_research.reporting.report import report
-from sae_research.reporting.results import Row, Run, merge, read_run
+from sae_research.reporting.results import merge
+from sae_research.reporting.rows import Row, Run, read_run
 from sae_research.reporting.sections import better_controls, controls, stricter
 from sae_research.reporting.tables import cells, render, write_results_csv
 from tests.helpers.results import SAES, Lab

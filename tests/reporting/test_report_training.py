@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sae_research.reporting.report import report
-from sae_research.reporting.results import merge, read_run
+from sae_research.reporting.results import merge
+from sae_research.reporting.rows import read_run
 from tests.helpers.results import Lab
 
 FINDING = {

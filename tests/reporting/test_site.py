@@ -13,7 +13,7 @@ from sae_research.config.reporting import Visualization
 from sae_research.reporting.comparisons import RESIDUAL, comparisons
 from sae_research.reporting.dvc_plots import templates
 from sae_research.reporting.metrics import SAE_BENCH_SUFFIX, headline
-from sae_research.reporting.results import read_run
+from sae_research.reporting.rows import read_run
 from sae_research.reporting.site import content, histories, marks, text
 from sae_research.reporting.site.charts import run_marks
 from sae_research.reporting.style import KNOWN, chosen_styles

@@ -14,8 +14,8 @@ from dvc_render.vega import VegaRenderer
 from sae_research.reporting.comparisons import grids, point
 from sae_research.reporting.dvc_plots import templates
 from sae_research.reporting.metrics import headline
-from sae_research.reporting.results import Run, read_run
 from sae_research.reporting.revisions import Snapshot
+from sae_research.reporting.rows import Run, read_run
 from sae_research.reporting.site.compare import write_comparison
 from sae_research.reporting.tables import plot_rows
 from sae_research.runtime.files import write_text

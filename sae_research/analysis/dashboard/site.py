@@ -23,8 +23,7 @@ from sae_research.analysis.dashboard.latents import (
     significant,
 )
 from sae_research.analysis.dashboard.neuronpedia_batch import write_batches
-from sae_research.analysis.dashboard.packing import pack, write_script
-from sae_research.analysis.dashboard.text import searched_text
+from sae_research.analysis.dashboard.packing import pack, searched_text, write_script
 from sae_research.analysis.neuronpedia import EMBED, neuronpedia_source
 from sae_research.config.params import Params
 from sae_research.config.reporting import Dashboards

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sae_research.reporting.metrics import headline
-from sae_research.reporting.results import Run
+from sae_research.reporting.rows import Run
 from sae_research.reporting.site.marks import mark
 from sae_research.reporting.style import MarkerStyle, marker_styles, short_names
 from sae_research.reporting.tables import points, residual_baseline

@@ -8,8 +8,8 @@ from typing import Any
 
 from sae_research.config.reporting import Visualization
 from sae_research.reporting.metrics import Metric, headline
-from sae_research.reporting.results import Row
 from sae_research.reporting.revisions import Snapshot, changed_params, chosen_metrics, only, shared
+from sae_research.reporting.rows import Row
 from sae_research.reporting.site.charts import FIT, HEIGHT, L0_TITLE, MARKER_AREA, Chart, Marks, Spec, scale, ticks
 from sae_research.reporting.site.content import Cell, Table, cell, sae
 from sae_research.reporting.site.marks import mark

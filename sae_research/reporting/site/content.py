@@ -8,7 +8,7 @@ from typing import Any
 from sae_research.config.evaluations import EVALUATIONS
 from sae_research.reporting.comparisons import RESIDUAL, SAME, Comparison, grids
 from sae_research.reporting.metrics import EVALS, SAE_BENCH_SUFFIX, Metric, headline, metric_named, residual_key, sort_keys
-from sae_research.reporting.results import Row, Run
+from sae_research.reporting.rows import Row, Run
 from sae_research.runtime.formatting import number, signed
 
 Table = dict[str, Any]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_research.reporting.results import Run
+from sae_research.reporting.rows import Run
 from sae_research.reporting.site.charts import FIT, Chart, Marks, Spec, scale, ticks
 from sae_research.reporting.site.marks import mark
 from sae_research.reporting.style import MarkerStyle, marker_styles

@@ -16,7 +16,7 @@ from sae_research.reporting import report
 from sae_research.reporting.comparisons import DIFFERENCES_CSV, Comparison
 from sae_research.reporting.ground_truth import GroundTruthRun, ground_truth, read_ground_truth
 from sae_research.reporting.metrics import headline
-from sae_research.reporting.results import Run
+from sae_research.reporting.rows import Run
 from sae_research.reporting.sections import controls, differences, equal_l0, optional, seeds
 from sae_research.reporting.site import charts, content, histories, text, truth
 from sae_research.reporting.style import chosen_styles
