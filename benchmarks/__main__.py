@@ -2,6 +2,7 @@
 
     make bench                                             # all parts, twenty minutes on 2 cores
     python -m benchmarks core_probing scr_tpp --saes 8     # some, on more SAEs
+    python -m benchmarks transfer --record                 # keeps them in docs/bench.json, and writes docs/speed.md's tables
 
 `growth` has no other side: it prints what one more SAE costs in each evaluation beside its arithmetic floor. Where the
 pipeline has prepared no SAEs yet, it trains and prepares them first. Both sides compute everything afresh; neither
@@ -17,7 +18,10 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.pages import write_between
 from sae_research.runtime.errors import UserError, run_main
+from sae_research.runtime.files import read_json, round_significant, write_json
+from sae_research.runtime.formatting import markdown_table
 
 if TYPE_CHECKING:
     from sae_research.saes import SparseAutoencoder
@@ -41,13 +45,23 @@ PARTS: dict[str, dict[str, Any]] = {
     "growth": {},
 }
 """Modules of this package, each with `compare(saes, lm, model, params, **sizes) -> {row: (our seconds, theirs)}`, and sizes
-that keep the whole short; docs/speed.md holds larger runs."""
+that keep the whole short."""
+RECORD, PAGE = Path("docs/bench.json"), Path("docs/speed.md")
+TABLES = {
+    "evaluations": ("core_probing", "scr_tpp", "absorption", "sae_probes", "unlearning", "ravel", "autointerp"),
+    "training": ("training",),
+    "analysis": ("analysis", "dashboards", "transfer"),
+}
+"""Tables of the page, each of some parts; those that keep a record of their own are not among them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; default all")
     parser.add_argument("--saes", type=int, default=3, help="how many SAEs, from all over the manifest (default 3)")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the rows in docs/bench.json, and write the tables of docs/speed.md anew"
+    )
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
@@ -76,9 +90,37 @@ def main() -> None:
         found = importlib.import_module(f"benchmarks.{part}").compare(saes, lm, model, params, **PARTS[part])
         if found:
             print(table(found), flush=True)
+        if found and options.record:  # kept as soon as it is measured
+            keep(part, found, {"saes": len(saes), "threads": torch.get_num_threads()})
         rows |= found
     if rows:
         print(f"\n{table(rows)}")
+
+
+def keep(part: str, rows: dict[str, tuple[float, float]], here: dict[str, int]) -> None:
+    """Put a part's rows into the record in place of its earlier ones, and the tables of the record into the page."""
+    record = read_json(RECORD) if RECORD.is_file() else {}
+    found = {
+        name: {"ours": round_significant(ours, 3), "theirs": round_significant(b, 3)} for name, (ours, b) in rows.items()
+    }
+    write_json(RECORD, record | {part: {**here, "rows": found}})
+    for name in TABLES:
+        write_between(PAGE, f"<!-- {name} -->", f"<!-- end of {name} -->", recorded_table(name))
+
+
+def recorded_table(name: str, record: Path = RECORD) -> str:
+    """One of the page's tables: either side's seconds, and how many times ours theirs are."""
+    kept = read_json(record)
+    rows = [
+        [what, str(part["saes"]), str(part["threads"]), *_seconds(row)]
+        for part in (kept[key] for key in TABLES[name] if key in kept)
+        for what, row in part["rows"].items()
+    ]
+    return markdown_table(["", "SAEs", "threads", "ours", "theirs", "ratio"], rows)
+
+
+def _seconds(row: dict[str, float]) -> tuple[str, str, str]:
+    return f"{row['ours']:.3g} s", f"{row['theirs']:.3g} s", f"{row['theirs'] / row['ours']:.1f}×"
 
 
 def prepare_saes(root: Path) -> None:

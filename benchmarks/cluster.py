@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import write_between
 from sae_research.config.yaml_files import read_mapping
 from sae_research.runtime.errors import run_main
-from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.files import project_root, write_json
 from sae_research.runtime.formatting import markdown_table
 from sae_research.runtime.stages import read_manifest
 from sae_research.saes.sources import PREPARED
@@ -49,11 +50,8 @@ def main() -> None:
     peaks = {str(number): _peak(number) for number in (FEW, MANY)}
     print("peak bytes", peaks, flush=True)
     write_json(root / RECORD, {"saes": N_SAES, "cores": os.cpu_count(), "evaluations": rows, "peak_bytes": peaks})
-    text = (root / PAGE).read_text()
     for begin, part in ((BEGIN, table(root / RECORD)), (BEGIN_MEMORY, memory_line(root / RECORD))):
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n\n{part}\n{END}{rest.partition(END)[2]}"
-    write_text(root / PAGE, text)
+        write_between(root / PAGE, begin, END, part)
 
 
 def memory_line(record: Path) -> str:

@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.pages import write_between
 from sae_research.cli.pipeline import RUNNING
 from sae_research.runtime.errors import UserError, run_main
-from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.files import project_root, write_json
 from sae_research.runtime.formatting import duration, markdown_table
 
 RECORD, PAGE = Path("docs/default_run.json"), Path("docs/speed.md")
@@ -29,7 +30,7 @@ def main() -> None:
     if (root / ".cache").exists():
         raise UserError(f"{root / '.cache'} exists; run this in a fresh clone (git clone), where everything is computed")
     write_json(root / RECORD, {"seconds": measure(root)})
-    write_table(root)
+    write_between(root / PAGE, BEGIN, END, table(root / RECORD))
 
 
 def measure(root: Path) -> dict[str, float]:
@@ -57,12 +58,6 @@ def table(record: Path) -> str:
     rest = sum(seconds.values()) - sum(long.values())
     rows += [[f"{len(seconds) - len(long)} others, DVC included", duration(rest)], ["all", duration(sum(seconds.values()))]]
     return markdown_table(["stage", "time"], rows)
-
-
-def write_table(root: Path) -> None:
-    text = (root / PAGE).read_text()
-    before, _, rest = text.partition(BEGIN)
-    write_text(root / PAGE, f"{before}{BEGIN}\n\n{table(root / RECORD)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

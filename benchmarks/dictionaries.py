@@ -14,8 +14,9 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks.pages import write_between
 from sae_research.runtime.errors import UserError, run_main
-from sae_research.runtime.files import project_root, write_json, write_text
+from sae_research.runtime.files import project_root, write_json
 from sae_research.runtime.formatting import markdown_table
 
 RECORD, PAGE = Path("docs/dictionaries.json"), Path("docs/speed.md")
@@ -46,7 +47,7 @@ def main() -> None:
         found = {name: {"ours": float(f"{a:.3g}"), "beside": float(f"{b:.3g}"), **here} for name, (a, b) in rows.items()}
         before = json.loads((root / RECORD).read_text()) if (root / RECORD).is_file() else {}
         write_json(root / RECORD, before | found)
-        write_table(root)
+        write_between(root / PAGE, BEGIN, END, table(root / RECORD))
 
 
 def table(record: Path) -> str:
@@ -56,11 +57,6 @@ def table(record: Path) -> str:
         for name, row in json.loads(record.read_text()).items()
     ]
     return markdown_table(["", "threads", "ours", "beside", "ratio"], rows)
-
-
-def write_table(root: Path) -> None:
-    before, _, rest = (root / PAGE).read_text().partition(BEGIN)
-    write_text(root / PAGE, f"{before}{BEGIN}\n\n{table(root / RECORD)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import read_json, write_text
+from benchmarks.pages import write_between
+from sae_research.runtime.files import read_json
 
 NOT_MEASURED = "Not measured: no record was made on a GPU yet (`make gpu`)."
 BEGIN, END = "<!-- begin record -->", "<!-- end record -->"
@@ -15,12 +15,7 @@ BEGIN, END = "<!-- begin record -->", "<!-- end record -->"
 
 def write_page(page: Path, record: Path) -> None:
     """Put the tables between the page's marks. Raises `UserError` where it lacks them."""
-    text = page.read_text()
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise UserError(f"{page}: the marks {BEGIN} and {END} are missing")
-    write_text(page, f"{before}{BEGIN}\n{shown(record)}\n{END}{after}")
+    write_between(page, BEGIN, END, shown(record))
 
 
 def shown(record: Path) -> str:

@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.pages import write_between
 from benchmarks.scale_measure import SIZES as SMALL
 from benchmarks.scale_measure import clock, random_sae
 from sae_research.config.evaluations import EVALUATIONS
@@ -38,7 +39,7 @@ from sae_research.planning.saes import described
 from sae_research.planning.work import phases
 from sae_research.runtime.cache import NO_CACHE
 from sae_research.runtime.errors import UserError, run_main
-from sae_research.runtime.files import project_root, round_significant, write_json, write_text
+from sae_research.runtime.files import project_root, round_significant, write_json
 from sae_research.runtime.formatting import markdown_table
 from sae_research.runtime.stages import StageFolder
 from sae_research.saes import SparseAutoencoder
@@ -158,8 +159,8 @@ def compare(saes: object, lm: LanguageModel, model: object, params: Params) -> d
 
 
 def measured(lm: LanguageModel, params: Params, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The record: `one_more` by evaluation, `untimed` with reasons, `growth` of core and probing.
-    Caches are empty at first."""
+    """The record: `one_more` by evaluation, of SAEs of `width` latents at `sizes`; `untimed` with reasons; `growth` of core
+    and probing. Caches are empty at first."""
     values, threads = params.model_dump(), torch.get_num_threads()
     values["activation_caching"]["enabled"] = True
     torch.set_num_threads(1)
@@ -185,7 +186,8 @@ def _measured(bench: Bench, say: Callable[[str], None]) -> dict[str, Any]:
         "slowest_gflops": min(bench.rates) / 1e9,
         "fastest_gflops": max(bench.rates) / 1e9,
     }
-    return round_significant({"machine": machine, "one_more": one_more, "untimed": untimed, "growth": growth}, 3)
+    found = {"machine": machine, "one_more": one_more, "untimed": untimed, "growth": growth}
+    return {**round_significant(found, 3), "width": WIDTH, "sizes": SIZES}
 
 
 GROWN = ("core", "sparse_probing")
@@ -282,8 +284,7 @@ def main() -> None:
 
     root, params = project_root(), load_params()
     write_json(root / RECORD, measured(load_language_model(params.model.name, "cpu"), params))
-    before, _, rest = (root / PAGE).read_text().partition(BEGIN)
-    write_text(root / PAGE, f"{before}{BEGIN}\n\n{table(root / RECORD)}\n{END}{rest.partition(END)[2]}")
+    write_between(root / PAGE, BEGIN, END, table(root / RECORD))
 
 
 if __name__ == "__main__":

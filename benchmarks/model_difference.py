@@ -13,10 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import write_between
 from sae_research.reporting.transfer_crosscoder import MODELS, at, bounded
 from sae_research.reporting.transfer_separate import ALONE
 from sae_research.runtime.errors import UserError, run_main
-from sae_research.runtime.files import project_root, read_json, round_significant, write_json, write_text
+from sae_research.runtime.files import project_root, read_json, round_significant, write_json
 from sae_research.runtime.formatting import markdown_table, number
 
 RECORD, PAGE = Path("docs/transfer.json"), Path("docs/transfer.md")
@@ -33,9 +34,7 @@ def main() -> None:
     record = read_json(root / RECORD) if (root / RECORD).is_file() else {}
     record[arguments.name] = recorded(read_json(arguments.folder / "finetuned_eval_results.json"))
     write_json(root / RECORD, record)
-    text = (root / PAGE).read_text()
-    before, _, rest = text.partition(BEGIN)
-    write_text(root / PAGE, f"{before}{BEGIN}\n\n{table(root / RECORD)}\n\n{END}{rest.partition(END)[2]}")
+    write_between(root / PAGE, BEGIN, END, table(root / RECORD))
 
 
 def recorded(result: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from benchmarks.pages import rendered
-from sae_research.reporting.metrics import metric_named
+from sae_research.reporting.metrics import EVALS, metric_named, sort_keys
 from sae_research.runtime.files import read_json, write_text
 from sae_research.runtime.formatting import ABSENT, number, percent, with_interval
 from sae_research.runtime.packaged import CARD, FOLDER, packaged_names
@@ -64,9 +64,9 @@ def facts(cards: Sequence[Card]) -> list[list[str]]:
 
 def metrics(cards: Sequence[Card]) -> list[list[str]]:
     """Every metric of the cards with its interval."""
-    keys = {(evaluation, key): None for card in cards for evaluation, found in card["metrics"].items() for key in found}
+    keys = {name: {key for card in cards for key in card["metrics"].get(name, {})} for name in EVALS}
     rows = []
-    for evaluation, key in keys:
+    for evaluation, key in ((name, key) for name, found in keys.items() for key in sort_keys(found, name)):
         values = [card["metrics"].get(evaluation, {}).get(key) for card in cards]
         rows.append([metric_named(key, evaluation).label, *(ABSENT if v is None else _spelled(*v) for v in values)])
     return [["", *(f"`{card['name']}`" for card in cards)], *rows]

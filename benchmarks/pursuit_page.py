@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.pages import write_between
 from sae_research.plotting.axes import INK, SMALL, TEXT, log_axis, plain, save
-from sae_research.runtime.errors import UserError
-from sae_research.runtime.files import read_json, write_text
+from sae_research.runtime.files import read_json
 
 DPI = 110
 ENCODERS = {
@@ -186,15 +186,8 @@ def write_tables(page: Path, folder: Path) -> None:
     tables = {"study": _study_table(study), "basis": _basis(study)}
     if (folder / "speed.json").is_file():
         tables["speed"] = _speed_tables(read_json(folder / "speed.json"))
-    text = page.read_text()
     for name, table in tables.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, found, rest = text.partition(begin)
-        _, ended, after = rest.partition(end)
-        if not (found and ended):
-            raise UserError(f"{page}: the marks {begin} and {end} are missing")
-        text = f"{before}{begin}\n{table}\n{end}{after}"
-    write_text(page, text)
+        write_between(page, f"<!-- begin {name} -->", f"<!-- end {name} -->", table)
 
 
 def _basis(study: dict[str, Any]) -> str:

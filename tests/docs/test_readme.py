@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks.study_figures import SHORT
 from sae_research.runtime.formatting import number
 
 ROOT = Path(__file__).parents[2]
@@ -40,13 +41,18 @@ def test_the_front_page_is_short() -> None:
 
 
 def test_every_number_of_the_findings_is_the_studys() -> None:
-    """Five bullets, each number of which stands in docs/study, whose page is made of its record."""
+    """Five bullets; docs/study, whose page is made of its record, has each value behind the same name, each difference with
+    the same sign and interval, and every other number somewhere."""
     section = (ROOT / "README.md").read_text().split("## What the study found")[1].split("\n## ")[0]
-    bullets = re.findall(r"^- (.+(?:\n  .+)*)", section, re.MULTILINE)
+    bullets = [" ".join(found.split()) for found in re.findall(r"^- (.+(?:\n  .+)*)", section, re.MULTILINE)]
     study = (ROOT / "docs/study/index.md").read_text().replace("−", "-")
     assert len(bullets) == 5
     for bullet in bullets:
-        numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d+", bullet.replace("−", "-"))
+        named = [(SHORT.get(name, name), value) for name, value in re.findall(r"`(\w+)` (\d+\.\d+)", bullet)]
+        differences = re.findall(r"[+-]\d+\.\d+ \[[^\]]+\]", bullet)
+        missing = [said for said in (*(f"`{name}` {value}" for name, value in named), *differences) if said not in study]
+        assert not missing, missing
+        numbers = re.findall(r"\d+\.\d+", bullet)
         assert numbers, bullet
         for value in numbers:
-            assert re.search(rf"(?<![\d.]){re.escape(value.lstrip('+-'))}(?!\d)", study), (value, bullet)
+            assert re.search(rf"(?<![\d.]){re.escape(value)}(?!\d)", study), (value, bullet)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make setup`")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`, or name one in $CHROMIUM"
 )
