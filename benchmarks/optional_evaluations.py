@@ -50,7 +50,8 @@ def main() -> None:
 
 
 def recorded(evaluation: str, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Rows in the run's order: `name`, and `values`, by metric the value with both ends of its interval. Raises `UserError` where the run lacks the evaluation."""
+    """Rows in the run's order: `name`, and `values`, by metric the value with both ends of its interval. Raises
+    `UserError` where the run lacks the evaluation."""
     keys = (*SHOWN[evaluation], *WHOLE.get(evaluation, {}).values())
     found = []
     for row in rows:

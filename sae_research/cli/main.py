@@ -220,4 +220,4 @@ def _instead(verb: str, verbs: Collection[str]) -> str:
     named = [stage for stage in (verb, f"{verb}_eval") if stage in stages]
     if named:
         return f"; it is a stage of the pipeline: dvc repro {named[0]}"
-    return elsewhere(verb, "command", "file") or did_you_mean(verb, sorted(verbs))
+    return elsewhere(verb) or did_you_mean(verb, sorted(verbs))

@@ -59,17 +59,38 @@ def read_with(overrides: Sequence[str]) -> tuple[Params, dict[str, Any]]:
         values = read_params(PARAMS)
         return check_params(values, str(PARAMS)), values
     from dvc.exceptions import DvcException
+
+    try:
+        values = _overridden(overrides)
+    except DvcException as error:
+        raise UserError(_unknown(overrides) or " ".join(str(error).split())) from None
+    return check_params(values, f"{PARAMS} with the overrides"), values
+
+
+def _overridden(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of params.yaml, changed as `dvc exp run -S` would. Raises DVC's exception for a key that is not there."""
     from dvc.utils.hydra import apply_overrides
+
+    from sae_research.config.params import read_params
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PARAMS.name
         shutil.copyfile(PARAMS, path)
-        try:
-            apply_overrides(path, list(overrides))
-        except DvcException as error:
-            raise UserError(_unknown(overrides) or " ".join(str(error).split())) from None
-        values = read_params(path)
-    return check_params(values, f"{PARAMS} with the overrides"), values
+        apply_overrides(path, list(overrides))
+        return read_params(path)
+
+
+def _may_be_added(override: str) -> bool:
+    """Whether it sets a parameter that there is, and that params.yaml leaves out: an option of one SAE, say."""
+    from dvc.exceptions import DvcException
+
+    from sae_research.config.params import check_params
+
+    try:
+        check_params(_overridden([f"+{override}"]), "")
+    except (DvcException, UserError):
+        return False
+    return True
 
 
 def _unknown(overrides: Sequence[str]) -> str:
@@ -82,6 +103,8 @@ def _unknown(overrides: Sequence[str]) -> str:
     for override in overrides:
         key = override.partition("=")[0].lstrip("~")
         if not (key.startswith("+") or any(f"{one}.".startswith(f"{key}.") for one in known)):
+            if _may_be_added(override):
+                return f"-S {override}: params.yaml does not list {key}; a plus sign adds it: -S +{override}"
             former = elsewhere(key, "parameter") or elsewhere(key.rpartition(".")[2], "parameter", "value")
             return f"-S {override}: no parameter {key}{former or did_you_mean(key, sorted(known), otherwise='')}"
     return ""

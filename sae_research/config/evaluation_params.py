@@ -45,6 +45,7 @@ class SparseProbing(Section):
     probe_train_set_size: Annotated[Positive, Field(ge=4)] = 80
     """Texts of one binary task: half of a class, half of the others."""
     probe_test_set_size: Annotated[Positive, Field(ge=4)] = 60
+    """Test texts of one binary task, half of either kind."""
     context_length: Annotated[Positive, Field(ge=4)] = 64
     """Tokens of a text."""
     k_values: list[Positive] = [1, 2, 5]
@@ -68,7 +69,9 @@ class SCR(Section):
     train_set_size: Annotated[Positive, Field(ge=16)] = 160
     """Texts of one balanced data set: a quarter with each pair of attributes."""
     test_set_size: Annotated[Positive, Field(ge=16)] = 120
+    """Test texts of one balanced data set: a quarter with each pair of attributes."""
     context_length: Annotated[Positive, Field(ge=4)] = 128
+    """Tokens of a text, the separator in front included."""
     n_values: Annotated[list[Positive], Field(min_length=1)] = [2, 5, 10, 20, 50, 100, 500]
     """How many latents are ablated."""
     probe_epochs: Positive = 20
@@ -83,10 +86,13 @@ class TPP(Section):
     train_set_size: Annotated[Positive, Field(ge=4)] | None = None
     """Texts of one class's probe: half of the class, half of the others."""
     test_set_size: Annotated[Positive, Field(ge=4)] | None = None
+    """Test texts of one class's probe: half of the class, half of the others."""
     context_length: Annotated[Positive, Field(ge=4)] | None = None
+    """Tokens of a text."""
     n_values: Annotated[list[Positive], Field(min_length=1)] = [2, 5, 10, 20, 50, 100, 500]
     """How many latents are ablated."""
     probe_epochs: Positive = 20
+    """Passes over the training texts of the probes that latents are chosen by."""
 
 
 class Absorption(Section):
@@ -181,6 +187,7 @@ class SparseProbingSaeProbes(Section):
     probe_train_set_size: Annotated[Positive, Field(ge=32)] = 140
     """Distinct texts in our split, half of either class; fewer where a task has no more."""
     probe_test_set_size: Annotated[Positive, Field(ge=16)] = 100
+    """Distinct test texts in our split, half of either class; fewer where a task has no more."""
 
 
 class MetaSAE(Section):
@@ -196,6 +203,7 @@ class MetaSAE(Section):
     train_batch_size: Positive = 1024
     """Decoder rows of one step."""
     learning_rate: Above0 = 5.0e-4
+    """Of Adam, constant over all steps."""
     n_seeds: Positive = 1
     """Meta-SAEs trained for each dictionary; the metrics are their means."""
 
@@ -286,6 +294,8 @@ class Ravel(Section):
     batch_size: Positive = 8
     """Pairs per optimiser step."""
     learning_rate: Above0 = 1.0e-3
+    """Of Adam on the masks, one number for each latent."""
     num_epochs: Positive = 2
+    """Passes over the training pairs."""
     n_generated_tokens: Positive = 6
     """Tokens of an answer."""

@@ -88,19 +88,26 @@ class SyntheticData(Section):
     setting: Literal["small", "synth_sae_bench_16k"] = "small"
     """small (1,024 features, 128 dimensions) or synth_sae_bench_16k (arXiv 2602.14687)."""
     num_features: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
+    """True features, unit directions in `hidden_dim` dimensions."""
     hidden_dim: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
     """Fewer than the features: they overlap (superposition)."""
     zipf_exponent: Above0 | None = None
+    """How fast probabilities of firing fall with a feature's rank r: as r^-exponent. They are then scaled to lie between the
+    two probabilities below."""
     max_probability: Probability | None = None
     """Of the most frequent feature to fire on a sample."""
     min_probability: Probability | None = None
+    """Of the rarest feature to fire on a sample."""
     correlation_rank: Count | None = None
     """Rank of the correlations between features' firing (a Gaussian copula); 0: none."""
     correlation_scale: NonNegative | None = None
+    """Size of the random loadings behind these correlations; 0: independent features."""
     hierarchy_roots: Count | None = None
     """Trees of features: a child fires only where its parent does; 0: none."""
     hierarchy_branching: Annotated[Whole, Field(ge=2, le=2**20)] | None = None
+    """Children of each parent."""
     hierarchy_depth: Positive | None = None
+    """Levels of children below a root."""
     mutually_exclusive: Fraction | None = None
     """Share of parents of whose children one fires at a time."""
     scale_by_parent: bool | None = None
@@ -108,10 +115,13 @@ class SyntheticData(Section):
     first_magnitude: Above0 | None = None
     """Mean magnitude of the most frequent feature; linear down to the last."""
     last_magnitude: Above0 | None = None
+    """Mean magnitude of the rarest feature."""
     magnitude_std: NonNegative | None = None
     """Centre of the features' standard deviations of magnitude, a folded normal distribution."""
     magnitude_std_spread: NonNegative | None = None
+    """Spread of that distribution; 0: all features have the same standard deviation."""
     bias_norm: NonNegative | None = None
+    """Length of a constant vector that is added to every sample."""
     orthogonal_steps: Count | None = None
     """Steps that push true features apart; 0: random directions."""
     noise: NonNegative | None = None
@@ -141,6 +151,7 @@ class PursuitRows(Section):
     """Pursuit encoders over known dictionaries."""
 
     encoders: list[Pursuit] = list(PURSUITS)
+    """Pursuit encoders, as in `sae_variants`, each over every dictionary of `over`."""
     over: list[Literal["truth", "trained", "untrained"]] = list(DICTIONARIES)
     """The true features, one trained SAE's decoder, and as many activations scaled to unit length."""
     trained: Name | None = None
@@ -186,6 +197,7 @@ class GroundTruth(Section):
     samples: Annotated[Whole, Field(ge=1024, le=MOST_TOKENS)] = 32_768
     """Activations that every SAE is trained on."""
     batch_size: Annotated[Whole, Field(ge=16, le=MOST)] = 256
+    """Samples per optimiser step."""
     test_samples: Annotated[Whole, Field(ge=512, le=MOST)] = 2_048
     """Fresh activations that everything is measured on; half of them choose the probes' latents."""
     sequence_length: Positive = 128

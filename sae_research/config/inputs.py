@@ -83,6 +83,7 @@ class ActivationCaching(Section):
     """Activations kept in .cache."""
 
     enabled: bool = True
+    """Whether activations are kept there; off computes them again in every stage."""
     max_gb: Above0 = 10.0
     """Of .cache/activations, tokens and train each; the least recently used go first. train holds checkpoints of interrupted
     runs."""
@@ -107,10 +108,15 @@ class BaselineSAE(FromOneSource):
     name: Annotated[Slug, Packaged()] = "standard"
     """Its name in every table, by which trained and packaged ones (smollm2_135m_l8) are found."""
     repo_id: Name | None = None
+    """Repository on the Hugging Face hub, e.g. canrager/lm_sae; null unless `source` is hub."""
     filename: Name | None = None
+    """The SAE's weights in that repository, a path; null unless `source` is hub."""
     release: Name | None = None
+    """Release of SAELens' directory, e.g. gemma-scope-2b-pt-res; null unless `source` is sae_lens."""
     sae_id: Name | None = None
+    """Its id there, e.g. layer_12/width_16k/average_l0_82; null unless `source` is sae_lens."""
     path: LocalName | None = None
+    """A local SAE folder; null unless `source` is folder."""
     hook_layer: Count = 8
     """The layer whose residual stream an SAE that names no hook reads."""
 
@@ -119,6 +125,7 @@ class IHTP(Section):
     """Iterative hard thresholding, one support for all tokens of a sequence."""
 
     enabled: bool = True
+    """Whether this encoder is among the variants."""
     k_values: list[Positive] = [1, 2, 5, 10]
     """Atoms each token names; the support is their union over the sequence."""
     iterations: Count = 0
@@ -129,6 +136,7 @@ class MPSAE(Section):
     """Matching pursuit."""
 
     enabled: bool = True
+    """Whether this encoder is among the variants."""
     s_values: list[Positive] = [10, 32, 50, 100]
     """Greedy steps per token; 32 is comparable with TopK-32 and the controls."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -139,30 +147,40 @@ class OMP(Section):
     """Greedy steps with a least-squares refit after each."""
 
     enabled: bool = True
+    """Whether this encoder is among the variants."""
     s_values: list[Positive] = [10]
+    """Greedy steps per token, one variant each: at most so many latents."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """A token stops once its residual norm is at most this share of its own; 0 never does."""
 
 
 class TopKRefit(Section):
     """Each token's k largest correlations, refitted."""
 
     enabled: bool = False
+    """Whether this encoder is among the variants."""
     k_values: list[Positive] = [10, 50]
+    """Latents of each token, one variant each."""
     iterations: Count = 0
+    """Rounds of choosing again by what the fit leaves, at most; 0 keeps the first choice."""
 
 
 class NonNegativeMPSAE(MPSAE):
     """Matching pursuit with activations that are never negative."""
 
     enabled: bool = False
+    """Whether this encoder is among the variants."""
     s_values: list[Positive] = [10, 50]
+    """Greedy steps per token, one variant each: at most so many latents."""
 
 
 class NonNegativeOMP(OMP):
     """The same with a non-negative refit after each step."""
 
     enabled: bool = False
+    """Whether this encoder is among the variants."""
     s_values: list[Positive] = [10, 50]
+    """Greedy steps per token, one variant each: at most so many latents."""
 
 
 class Variants(Section):
@@ -219,6 +237,7 @@ class Controls(Section):
     """Untrained rows of every table."""
 
     names: list[Literal["random", "data_rows", "pca"]] = ["random", "data_rows", "pca"]
+    """random (rows of random directions), data_rows (activations as rows), pca (components)."""
     s: Sizes = [32, 64]
     """Matching-pursuit steps over the untrained dictionaries, one control each. Between two of them SAEs of any L0 are
     compared with untrained rows at their own."""

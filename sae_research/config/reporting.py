@@ -18,15 +18,20 @@ class Style(Section):
     """Your own markers and colours, e.g. my_sae: {marker: P, color: teal}."""
 
     marker: Name
+    """A marker of matplotlib, e.g. o, s, P."""
     color: Name
+    """A colour of matplotlib, by name or as #rrggbb."""
 
 
 class Visualization(Section):
     """Of all figures."""
 
     dpi: Annotated[Whole, Field(ge=30, le=600)] = 110
+    """Resolution of a figure, dots per inch."""
     width_inches: Inches = 7.0
+    """Width of a figure of one image, in inches; others are shares or multiples of it."""
     height_inches: Inches = 4.6
+    """Height of the same."""
     architectures: dict[Name, Style] = {}
 
 

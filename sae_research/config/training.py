@@ -33,6 +33,7 @@ class Tracking(Section):
     entity: Name | None = None
     """User or team; null takes WANDB_ENTITY, else the key's own."""
     tags: list[Name] = []
+    """Words that a run carries in the tracking service, to find it by."""
     name: Name = "{sae}"
     """Of a run: {sae}, {recipe}, {model}, {hook}, {seed}, {tokens}, or any parameter of the SAE. Such as {learning_rate},
     {d_sae} or {k}; empty where its recipe has none. One run for each SAE."""

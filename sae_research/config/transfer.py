@@ -34,9 +34,13 @@ class TransferSAE(FromOneSource):
     source: Literal["prepared", "sae_lens", "folder"] = "prepared"
     """`prepared`: a folder of downloaded_saes/; `sae_lens`: a release and id; `folder`: a path."""
     name: Name = "standard"
+    """Its folder's name in downloaded_saes/, where `source` is prepared."""
     release: Name | None = None
+    """Release of SAELens' directory, e.g. gpt2-small-res-jb; null unless `source` is sae_lens."""
     sae_id: Name | None = None
+    """Its id there, e.g. blocks.8.hook_resid_pre; null unless `source` is sae_lens."""
     path: LocalName | None = None
+    """A local SAE folder; null unless `source` is folder."""
 
 
 class OwnFinetune(Section):
@@ -45,9 +49,11 @@ class OwnFinetune(Section):
     source: Name | None = "code"
     """One source of the text (packaged: `sae_research/text/corpus.py` lists them); null takes all."""
     steps: Positive = 20
+    """Optimiser steps."""
     batch_size: Positive = 4
     """Contexts per optimiser step."""
     learning_rate: Above0 = 3.0e-4
+    """Of Adam; it rises linearly over the first steps."""
     moved_tokens: Positive = 1024
     """Tokens on which it is measured how far outputs moved."""
 
@@ -103,11 +109,15 @@ class Repair(Section):
     """A short finetune of the base SAE on the other model's activations."""
 
     enabled: bool = True
+    """Whether the base SAE is trained further."""
     tokens: Tokens = 16_384
     """Read by the finetuned model, and as many by the base model, as a control. From text that SAEs are trained on."""
     held_out_tokens: Positive = 4096
+    """Held-out tokens on which it is measured after every batch of text."""
     batch_size: Positive = 256
+    """Activations per optimiser step."""
     learning_rate: Above0 = 3.0e-4
+    """Of Adam."""
 
 
 class PairCrosscoder(Section):
@@ -116,14 +126,17 @@ class PairCrosscoder(Section):
     recipe: Literal["batch_top_k", "standard_new"] = "batch_top_k"
     """batch_top_k takes `k`, standard_new (L1) `l1_coefficient`; the schedules are those of `train`."""
     d_sae: Width = 2304
+    """Latents."""
     k: Positive | None = None
     """Active latents a token."""
     l1_coefficient: NonNegative | None = None
     """Weight of an activation times the sum of its decoders' norms in both models."""
     learning_rate: Above0 = 3.0e-3
+    """Of Adam."""
     tokens: Tokens = 131_072
     """Read by both models, of text that SAEs are trained on."""
     batch_size: Positive = 512
+    """Tokens per optimiser step, each with both models' activations."""
     held_out_tokens: Positive = 16_384
     """For variance explained and latent scaling."""
     checked: Positive = 8
@@ -167,7 +180,9 @@ class Controls(Section):
     names: list[Control] = ["self", "perturbed"]
     """self, or perturbed with noise on every weight up to the hook. Each is the base model against itself."""
     tokens: Tokens = 4096
+    """Read for the statistics of each control."""
     patched_tokens: Positive = 512
+    """Read for each control's losses with the reconstruction in place."""
     noise: Above0 = 0.5
     """Of `perturbed`: standard deviation over that of the tensor's own weights."""
 
@@ -204,6 +219,7 @@ class Transfer(Section):
     batch_size: Positive = 16
     """Contexts per pass."""
     patched_batch_size: Positive = 8
+    """Contexts per pass for losses and ablations."""
     outliers: Outliers = Outliers()
     own_finetune: OwnFinetune = OwnFinetune()
     controls: Controls = Controls()

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
 from sae_research.config.reporting import Visualization
@@ -129,18 +129,33 @@ def span(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
-    """A logarithmic axis with plain numbers at 1, 2, 5 (at powers of ten where it spans three decades)."""
+    """A logarithmic axis with plain numbers at `log_ticks`."""
     set_scale, set_limits = (
         (axis.axes.set_xscale, axis.axes.set_xlim) if isinstance(axis, XAxis) else (axis.axes.set_yscale, axis.axes.set_ylim)
     )
     set_scale("log")
-    steps = (1,) if high / low > 2000 else (1, 2, 5)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     set_limits(low, high)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten between two values; the powers alone over three decades, more where there would be
+    fewer than three.
+
+    >>> log_ticks(9.2, 60), log_ticks(25, 75), log_ticks(31, 34)
+    ([10.0, 20.0, 50.0], [30.0, 40.0, 50.0, 60.0, 70.0], [31.2, 32.0, 32.8, 33.6])
+    """
+    for steps in ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)):
+        if steps == (1.0,) and high / low <= 2000:
+            continue
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [float(f"{step:g}e{decade}") for decade in decades for step in steps]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 3:
+            return inside
+    return [float(f"{tick:.6g}") for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
 
 
 class Box(NamedTuple):

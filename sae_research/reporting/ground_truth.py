@@ -12,6 +12,7 @@ from typing import Any
 
 from sae_research.reporting.results import STATUS_KEY, is_number
 from sae_research.reporting.shapes import NUMBER_OR_NONE, evaluation_status, shaped
+from sae_research.reporting.stage_metrics import GROUND_TRUTH
 from sae_research.reporting.tables import render
 from sae_research.runtime.errors import UserError
 from sae_research.runtime.files import read_json, round_significant, slugify, write_json
@@ -135,24 +136,9 @@ def extract_ground_truth(folder: Path, output: Path) -> None:
     )
 
 
-LABELS = {
-    "l0": "L0",
-    "variance_explained": "Variance explained",
-    "mcc": "MCC",
-    "mcc_activations": "MCC of activations",
-    "latent_precision": "Precision",
-    "latent_recall": "Recall",
-    "latent_f1": "F1",
-    "uniqueness": "Uniqueness",
-    "fraction_dead": "Dead",
-    "fraction_duplicate": "Duplicate",
-    "absorption": "Absorption",
-    "split_latents": "Latents a parent",
-    "top_1_probing": "Top-1 probing",
-    "f1": "F1 of features",
-    "cosine_similarity": "Cosine",
-    "fraction_alive": "Fraction alive",
-}
+LABELS = {metric.key: metric.label for metric in GROUND_TRUTH}
+DEFINED = ("mcc", "latent_f1", "absorption")
+"""Whose definitions stand above the tables."""
 TRAINED = (
     "l0",
     "variance_explained",
@@ -190,6 +176,7 @@ def ground_truth(root: Path = Path(".")) -> str:
     return render(
         "ground_truth",
         setting=run.result["setting"],
+        defined=[metric for metric in GROUND_TRUTH if metric.key in DEFINED],
         mean_active=sum(each["l0"] for each in generator) / len(generator),
         trained=_table([line for line in run.lines if line not in pursuit], TRAINED),
         notes=run.result["notes"],

@@ -108,6 +108,11 @@ def extract_transfer(folder: Path, output: Path) -> None:
 
 def pair_metrics(result: dict[str, Any]) -> Metrics:
     """All values of a pair, 4 significant digits; what was not measured has no key."""
+    return {key: round_significant(float(value)) for key, value in pair_values(result).items() if is_number(value)}
+
+
+def pair_values(result: dict[str, Any]) -> dict[str, Any]:
+    """Every key of `stage_metrics.TRANSFER`, with None for what was not measured."""
     hook = at(result, "setting", "hook") or ""
     here = at(result, "similarity", hook) or {}
     found: dict[str, Any] = {f"{key}{suffix}": at(here, kind, key) for kind, suffix in FILTERS.items() for key in SIMILARITY}
@@ -133,8 +138,7 @@ def pair_metrics(result: dict[str, Any]) -> Metrics:
         f"repair_{key}": at(result, "repair", key)
         for key in ("gap", "gap_closed", "tokens_to_half", "gap_after_equal_training")
     }
-    found |= crosscoder_metrics(at(result, "crosscoder")) | separate_metrics(at(result, "separate"))
-    return {key: round_significant(float(value)) for key, value in found.items() if is_number(value)}
+    return found | crosscoder_metrics(at(result, "crosscoder")) | separate_metrics(at(result, "separate"))
 
 
 CAPTIONS = {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -121,6 +122,13 @@ def environment_line(error: BaseException) -> str | None:
         reason = " ".join(str(error).split())[:200]
         return f"out of memory{f' ({reason})' if reason else ''}: lower batch sizes, widths or numbers of tokens"
     return None
+
+
+def require_environment() -> None:
+    """Exit with one line where `make setup` never ran: for packages whose modules are programs that import at once what
+    they need."""
+    if find_spec("torch") is None:
+        sys.exit(f"error: {_missing_package('torch')}")
 
 
 def _missing_package(name: str) -> str | None:

@@ -110,7 +110,9 @@ class Ratio:
             return np.full(len(self.numerator), math.nan)
         groups = self._groups
         own = (self.numerator - self.value * self.denominator) / total
-        share = self.denominator / np.bincount(groups, self.denominator)[groups]
+        size = np.abs(self.denominator)  # counts may have signs, and those of a stratum add up to nothing
+        of_group = np.bincount(groups, size)[groups]
+        share = np.divide(size, of_group, out=np.zeros_like(size), where=of_group > 0)
         centred = own - share * np.bincount(groups, own)[groups]
         return -np.divide(centred, 1 - share, out=np.zeros_like(centred), where=share < 1)
 

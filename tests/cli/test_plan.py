@@ -83,6 +83,10 @@ def test_mistakes_are_one_line(project: Params, monkeypatch: pytest.MonkeyPatch)
         device_by_name("H20")
     with pytest.raises(UserError, match=r"unknown key core_eval\.batch_size"):
         plan.read_with(["+core_eval.batch_size=3"])
+    with pytest.raises(UserError, match=r"a plus sign adds it: -S \+train\.saes\.topk\.lr_schedule=cosine"):
+        plan.read_with(["train.saes.topk.lr_schedule=cosine"])
+    with pytest.raises(UserError, match=r"no parameter train\.saes\.topk\.schedule"):
+        plan.read_with(["train.saes.topk.schedule=cosine"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="cannot load 'nobody/nothing'") as found:
         model_config("nobody/nothing")

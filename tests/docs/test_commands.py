@@ -10,7 +10,7 @@ import pytest
 
 from sae_research.runtime.errors import UserError
 from tests.helpers.doc_checks import USERS_OWN, Invalid, check
-from tests.helpers.doc_pages import Block, Command, blocks, commands, pages, python
+from tests.helpers.doc_pages import APPLIED, Block, Command, blocks, commands, pages, python
 from tests.helpers.dvc_project import ROOT
 
 COMMANDS = [command for page in pages() for command in commands(page)]
@@ -70,13 +70,6 @@ def test_blocks_are_found_whole() -> None:
     for page in pages():
         fences = sum(line.lstrip().startswith("```") for line in (ROOT / page).read_text().split("\n"))
         assert sum(block.language != "indented" for block in blocks(page)) == fences / 2, page
-
-
-APPLIED = {
-    "docs/extending.md": "tests/test_extending.py",
-    "docs/extending_recipes.md": "tests/training/test_extending_recipes.py",
-}
-"""Pages whose blocks another test puts into a copy of the project, one after the other, and then runs that."""
 
 
 def test_the_other_tests_read_their_pages() -> None:

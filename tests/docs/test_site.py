@@ -69,11 +69,39 @@ def test_every_page_opens_from_disk_and_fits(site: Path, browser: sync_api.Brows
 
 
 @needs_chromium
-def test_the_search_finds_a_metric(site: Path, browser: sync_api.Browser) -> None:
+@pytest.mark.parametrize("name", ["reference/metrics", "moving/sae_bench"])
+def test_on_a_phone_all_columns_of_a_table_are_seen_at_once(site: Path, browser: sync_api.Browser, name: str) -> None:
+    """Names are long: whole, they would push the next column out of sight."""
+    page = browser.new_page(viewport={"width": 390, "height": 844}, offline=True)
+    page.goto((site / f"{name}.html").as_uri())
+    places = page.evaluate(
+        """[...document.querySelectorAll('article table')].map(table => [...table.querySelectorAll('th')].map(cell => {
+            const box = cell.getBoundingClientRect(); return [box.left, box.right] }))"""
+    )
+    assert len(places) > 3 and all(len(columns) == 3 for columns in places)
+    for columns in places:
+        assert all(0 <= left and right - left >= 50 for left, right in columns), columns
+        assert columns[1][1] <= 390 and columns[2][0] + 80 <= 390, columns
+    page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ("loss recovered", "reference/metrics"),
+        ("metrics", "reference/metrics"),
+        ("add a metric", "extending"),
+        ("add an evaluation", "extending"),
+        ("gemma scope", "start/released_sae"),
+    ],
+)
+def test_the_search_finds_the_page_first(site: Path, browser: sync_api.Browser, words: str, place: str) -> None:
     page = browser.new_page(offline=True)
     page.goto((site / "index.html").as_uri())
-    page.locator("input.md-search__input").fill("loss recovered")
-    found = page.locator(".md-search-result__item a")
-    found.first.wait_for(state="attached", timeout=20_000)
-    assert any("reference/metrics" in (link.get_attribute("href") or "") for link in found.all())
+    # by keys, which the page listens to
+    page.locator("input.md-search__input").press_sequentially(words)
+    found = page.locator(".md-search-result__item a").first
+    found.wait_for(state="attached", timeout=20_000)
+    assert f"/{place}.html" in (found.get_attribute("href") or "")
     page.close()

@@ -33,6 +33,7 @@ USERS_OWN = {
     "NAME": "an experiment, a job or a project",
     "FORMAT": "a library's layout",
     "FOLDER": "a folder",
+    "CLONE": "a clone with a finished run",
     "OUT": "a new folder",
     "SOURCE": "another library's SAEs",
     "<url>": "where the repository lies",

@@ -11,7 +11,13 @@ from typing import NamedTuple
 from tests.helpers.dvc_project import ROOT
 
 NEEDS = {"hub", "gpu", "endpoint", "cluster", "account"}
-"""What `<!-- needs: ... -->` before a block, or in a row of a table, may say that a command takes beside this machine."""
+"""What `<!-- needs: ... -->` may say that a command takes beside this machine: before a block, of all in it; right behind
+a command in backticks, of that one; elsewhere in a row of a table, of all in it."""
+APPLIED = {
+    "docs/extending.md": "tests/test_extending.py",
+    "docs/extending_recipes.md": "tests/training/test_extending_recipes.py",
+}
+"""Pages whose blocks another test puts into a copy of the project, one after the other, and then runs that."""
 HEADS = {
     *("make", "dvc", "sae-research", "python", "python3", "git", "ray", "wandb", "sbatch"),
     *("source", "pre-commit", "huggingface-cli", "rm", "pip", "cd"),
@@ -19,7 +25,8 @@ HEADS = {
 """First words of a command."""
 _MARKER = re.compile(r"<!-- needs: ([\w, ]+) -->")
 _FENCE = re.compile(r"^( *)```(\w*)")
-_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)(?: ?<!-- needs: ([\w, ]+) -->)?")
+"""Code in text, which may go on in the next line, and a marker of its own."""
 _ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 _ELSEWHERE = "docs/moving/"
 _TABLES_OF_NAMES = ("docs/reference/", _ELSEWHERE)
@@ -104,23 +111,39 @@ def commands(page: str) -> tuple[Command, ...]:
 
 
 def _spans(page: str) -> Iterator[Command]:
-    """Code in a line of text whose first word is a command's."""
+    """Code in text whose first word is a command's."""
+    for first, text in _texts(page):
+        row = text.startswith("|")
+        table = row and not page.startswith(_TABLES_OF_NAMES)
+        of_row = _MARKER.search(_SPAN.sub("", text)) if row else None
+        if page.startswith(_ELSEWHERE) and row:
+            text = text.split("|", 2)[2]  # the first column names what another tool has
+        for match in _SPAN.finditer(text):
+            span = match[1].replace("\n", " ")
+            theirs = page.startswith(_ELSEWHERE) and re.match(r"python \S+\.py", span)  # another tool's script
+            if _head(span) in HEADS and " " in span and not theirs:
+                marked = match[2] or (of_row[1] if of_row else "")
+                needs = _needs(marked) if marked else frozenset[str]()
+                line = first + text.count("\n", 0, match.start())
+                for words in _split(span.replace("\\|", "|") if row else span):
+                    yield _command(page, line, words, needs, "table" if table else "prose")
+
+
+def _texts(page: str) -> Iterator[tuple[int, str]]:
+    """(number of the first line, text) of each row of a table and each paragraph outside blocks."""
     inside, lines = set[int](), (ROOT / page).read_text().split("\n")
     for block in blocks(page):
         inside |= set(range(block.line, block.line + block.text.count("\n") + 1))
-    for at, line in enumerate(lines, 1):
-        if at in inside:
-            continue
-        table = line.startswith("|") and not page.startswith(_TABLES_OF_NAMES)
-        if page.startswith(_ELSEWHERE) and line.startswith("|"):
-            line = line.split("|", 2)[2]  # the first column names what another tool has
-        marked = _MARKER.search(line) if table else None
-        for span in _SPAN.findall(line):
-            theirs = page.startswith(_ELSEWHERE) and re.match(r"python \S+\.py", span)  # another tool's script
-            if _head(span) in HEADS and " " in span and not theirs:
-                for words in _split(span.replace("\\|", "|") if table else span):
-                    needs = _needs(marked[1]) if marked else frozenset[str]()
-                    yield _command(page, at, words, needs, "table" if table else "prose")
+    paragraph: list[str] = []
+    for at, line in enumerate([*lines, ""], 1):
+        ends = at in inside or not line.strip() or line.startswith("|") or _FENCE.match(line)
+        if ends and paragraph:
+            yield at - len(paragraph), "\n".join(paragraph)
+            paragraph = []
+        if line.startswith("|") and at not in inside:
+            yield at, line
+        elif not ends:
+            paragraph.append(line)
 
 
 def python(page: str) -> Iterator[Block]:

@@ -12,18 +12,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.helpers.doc_pages import Command, blocks, commands, python
+from tests.helpers.doc_pages import APPLIED, Command, blocks, commands, pages, python
 from tests.helpers.dvc_project import ENV, run
 
 FROM_AN_INDEX = "builds an environment from a package index"
 TESTS = "runs the tests, of which this is one"
 STUDY = "the study of the packaged model at full size, more than an hour"
+SPEED = "measures speed, on an idle machine"
+PACKAGED = (
+    "dictionaries of the packaged model, which the small copy does not use; their cards are held to a fresh evaluation"
+)
 NOT_RUN = {
     "git clone '<url>' sae_research": "has no address here; the small copy stands for the clone",
     "cd sae_research": "likewise",
@@ -35,13 +40,57 @@ NOT_RUN = {
     "make repro PRESET=study": STUDY,
     "make repro PRESET=study_seeds": STUDY,
     "make repro PRESET=study_rates": STUDY,
+    "make repro PRESET=packaged_training": PACKAGED,
+    "make repro PRESET=packaged": PACKAGED,
+    "python -m benchmarks.packaged take CLONE": PACKAGED,
+    "python -m benchmarks.optional_evaluations CLONE": PACKAGED,
+    "python -m benchmarks.packaged card CLONE": PACKAGED,
     "python -m benchmarks.pursuit_study": "a study of the packaged model at full size, some minutes on an idle machine",
-    "python -m benchmarks.pursuit --json docs/pursuit/speed.json": "measures speed, on an idle machine",
+    "python -m benchmarks.pursuit --json docs/pursuit/speed.json": SPEED,
+    "python -m benchmarks.pursuit": SPEED,
+    "make bench": SPEED,
+    "python -m benchmarks '<theme>'": SPEED,
+    "python -m benchmarks PART --saes 8": SPEED,
+    "python -m benchmarks analysis": SPEED,
+    "python -m benchmarks training": SPEED,
+    "python -m benchmarks.cluster": SPEED,
+    "python -m benchmarks.default_run": SPEED,
+    "python -m benchmarks.dictionaries": SPEED,
+    "python -m benchmarks.growth": SPEED,
+    "python -m benchmarks.scale measure": SPEED,
+    "python -m benchmarks.coefficients": "SAEs of the packaged model at full size, some minutes",
+    "python -m benchmarks.models": "some minutes, model by model; tests/benchmarks/test_models.py makes some of them",
+    "python -m benchmarks.gpu --device cpu --small": "tests/benchmarks/test_gpu_benchmark.py runs it",
     "python -m scripts.monitor_experiments --attach NAME": "follows a job at work; tests/experiments does so with real ones",
     "python -m scripts.monitor_experiments --kill NAME": "ends a job at work; tests/experiments does so with real ones",
+    "sae-research monitor --attach NAME": "as above, in another spelling",
+    "sae-research monitor --kill NAME": "likewise",
+    "pip install": "named to say what goes wrong with it",
+    "pip install timm": "words of another library's message",
 }
 """Commands without a marker that are not run, and why."""
+NAMES = (
+    "dvc exp",
+    "dvc exp run -S",
+    "python -m sae_research",
+    "python -m scripts.demo",
+    "ray start",
+    "sae-research analyze stats",
+    "sae-research extract",
+    "sae-research run",
+    "sae-research sweep",
+)
+"""Beginnings of commands, by which a text calls them; the page or another has them whole."""
 SMALLER = (
+    ("transfer.separate={}", "transfer.separate={{tokens: 1000, checked: 2, checked_tokens: 240}}"),
+    ("--save_dir FOLDER", "--save_dir demo --layers 1 --widths 64 --tokens 2000"),
+    ("--layers 3 --architectures top_k", "--layers 2 --architectures top_k"),
+    ("--tokens 60000 --widths 2304", "--tokens 2000 --widths 64"),
+    ("--tokens 500000000", "--tokens 2000"),
+    ("--widths 16384 65536", "--widths 64 96"),
+    ("--latents 17 230", "--latents 17 23"),
+    ("benchmarks.noise", "benchmarks.noise --samples 2000"),
+    ("packaged:smollm2-135m-l8", "trained_saes/standard"),
     ("blocks.8.", "blocks.1."),
     ("blocks.12.", "blocks.2."),
     ("--layers 8", "--layers 1 --widths 64 --tokens 2000"),
@@ -72,6 +121,32 @@ SMALLER = (
 )
 """Sizes of the packaged model, and those of the tiny one."""
 OWN = (
+    (
+        "export FOLDER OUTPUT --format sae_interpretability",
+        "export trained_saes/standard exported_one --format sae_interpretability",
+    ),
+    ("export FOLDER OUTPUT --format", "export trained_saes exported --format"),
+    ("export FOLDER OUT --format FORMAT", "export trained_saes exported --format sae_lens"),
+    ("import FOLDER OUTPUT", "import trained_saes imported"),
+    ("import FOLDER OUT", "import trained_saes imported"),
+    ("extract FOLDER", "extract shards"),
+    ("finetune SAE OUTPUT", "finetune trained_saes/standard finetuned --tokens 1000"),
+    ("pareto FOLDER", "pareto trained_saes"),
+    ("--output_dir FOLDER", "--output_dir written"),
+    ("--base_config FILE", "--base_config base.yaml"),
+    ("--wandb_sweep FILE", "--wandb_sweep sweep.wandb.yaml"),
+    ("--sae NAME", "--sae standard"),
+    ("--prompt TEXT", "--prompt 'the of and'"),
+    ("--answer TEXT", "--answer ' the'"),
+    ("--search TEXT", "--search gpt2"),
+    ("--describe RELEASE", "--describe gpt2-small-res-jb"),
+    ("--groups Monday Tuesday", "--groups the of"),
+    ("analyze VERB", "analyze stats --help"),
+    ("-d NAME PLACE", "-d mine ../remote"),
+    ("-S '…'", "-S scr.probe_epochs=3"),
+    ("section.key=value", "scr.probe_epochs=3"),
+    ("git add", "git add base.yaml"),
+    ("benchmarks.model_difference", "benchmarks.model_difference eval_results/transfer tiny"),
     ("--config_path FILE", "--config_path one.yaml"),
     ("--sweep_config FILE", "--sweep_config k.yaml"),
     ("--base_config mine.yaml", "--base_config base.yaml"),
@@ -79,7 +154,6 @@ OWN = (
     ("--wandb_project NAME", "--wandb_project mine"),
     ('evaluations=["core"', 'params=load_params(), evaluations=["core"'),
     ('"smollm2-135m-instruct", device', '"{model}", device'),
-    ("import FOLDER OUTPUT", "import trained_saes imported"),
     ("--compare main sweep-1a2b3c4d", "--compare HEAD~1 HEAD"),
     ("import SOURCE", "import exported"),
     ("import output/RUN", "import trained_saes"),
@@ -91,7 +165,14 @@ OWN = (
 PARAMS: dict[str, Any] = {
     "analysis": {"tokens": 2000},
     "absorption": {"icl_examples": 2, "icl_prompts": 2, "max_words": 100},
-    "unlearning": {"dataset_size": 16, "seq_len": 32},
+    "scr": {"train_set_size": 32, "test_set_size": 32, "n_values": [2], "probe_epochs": 2},
+    "unlearning": {
+        "dataset_size": 16,
+        "seq_len": 32,
+        "retain_thresholds": [0.01],
+        "n_features_list": [2, 4],
+        "multipliers": [25],
+    },
     "transfer": {
         "hooks": ["blocks.0.hook_resid_post"],
         "tokens": 1000,
@@ -103,10 +184,13 @@ PARAMS: dict[str, Any] = {
 }
 """Of what the pages switch on, beside the tiny project's own."""
 FILES = {
+    "one.yaml": "train:\n  saes:\n    topk: {recipe: top_k, d_sae: 64, k: 4}\n",
     "base.yaml": "train:\n  saes:\n    topk: {recipe: top_k, d_sae: 64, k: 4}\n",
     "k.yaml": "train.saes.topk.k: [2, 4]\n",
 }
 """Files of the reader's own that a page names without showing them."""
+QUEUE_SECONDS = 900
+"""Longest that DVC's queue is waited for."""
 UNTIL_INTERRUPTED = "--watch"
 """An option of commands that go on until Ctrl-C, which comes after some seconds."""
 _MODULE = "from sae_research import load_params, load_sae\nmy_module = load_sae('trained_saes/standard')\n"
@@ -120,12 +204,32 @@ PREPARED = {
 
 
 def executed(page: str) -> list[Command]:
-    """Commands of a page that are run, in its order: those of its blocks and tables, without those that need something."""
-    return [
+    """Commands of a page that are run: those of its blocks and tables, in its order, without those that need something;
+    then those that nothing but running text holds, on the first page that has them."""
+    if page in APPLIED:
+        return []
+    shown = [
         command
-        for command in sorted(commands(page), key=lambda command: command.line)
+        for command in _in_order(page)
         if command.place != "prose" and not command.needs and command.text not in NOT_RUN
     ]
+    return [*shown, *(command for command in _in_text() if command.page == page)]
+
+
+def _in_order(page: str) -> list[Command]:
+    return sorted(commands(page), key=lambda command: command.line)
+
+
+@cache
+def _in_text() -> tuple[Command, ...]:
+    """Commands of running text and of tables of names, each once: those that no block shows and no marker excuses."""
+    everywhere = [command for page in pages() if page not in APPLIED for command in _in_order(page)]
+    known = {command.text for command in everywhere if command.needs or command.place != "prose"} | {*NOT_RUN, *NAMES}
+    found: dict[str, Command] = {}
+    for command in everywhere:
+        if command.text not in known:
+            found.setdefault(command.text, command)
+    return tuple(found.values())
 
 
 def smaller(text: str, project: Path) -> str:
@@ -134,6 +238,16 @@ def smaller(text: str, project: Path) -> str:
         if old in text:
             text = text.replace(old, new.format_map(_Looked(project)))
     return text
+
+
+def not_put_in(command: Command) -> list[str]:
+    """Words of a command that stand for something of the reader's own and for which `OWN` has nothing."""
+    text = command.text
+    for old, new in (*SMALLER, *OWN):
+        text = text.replace(old, new)
+    return re.findall(
+        r"(?<![\w~])(?:(?!HEAD)[A-Z]{2,}|…|<\w+>)(?![\w~=])", " ".join(shlex.split(text)[len(command.variables) :])
+    )
 
 
 class _Looked(dict[str, str]):
@@ -190,6 +304,18 @@ def run_command(command: Command, project: Path) -> None:
     code, out, errors = _done(words, project, environment)
     if code:
         pytest.fail(f"{command}\nas {shlex.join(words)}: {code}\n{out[-1500:]}\n{errors[-2500:]}")
+    if words[:3] == ["dvc", "queue", "start"]:
+        _queue_done(project)
+
+
+def _queue_done(project: Path) -> None:
+    """Waits for what `dvc queue start` left at work. Fails where an experiment of the queue did not succeed."""
+    end = time.monotonic() + QUEUE_SECONDS
+    while re.search(r"\b(Queued|Running)\b", status := run(project, "dvc", "queue", "status").stdout):
+        assert time.monotonic() < end, status
+        time.sleep(2)
+    run(project, "dvc", "queue", "stop", "--kill")
+    assert "Success" in status and "Failed" not in status, status
 
 
 def _done(words: list[str], project: Path, environment: dict[str, str]) -> tuple[int | None, str, str]:
@@ -204,7 +330,8 @@ def _done(words: list[str], project: Path, environment: dict[str, str]) -> tuple
     program = multiprocessing.get_context("fork").Process(target=_as_program, args=(words[2:], project, environment, texts))
     program.start()
     program.join()
-    return program.exitcode, *(path.read_text() for path in texts)  # type: ignore[return-value]
+    out, errors = (path.read_text() for path in texts)
+    return program.exitcode, out, errors
 
 
 def _as_program(words: list[str], project: Path, environment: dict[str, str], texts: list[Path]) -> None:

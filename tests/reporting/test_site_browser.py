@@ -108,7 +108,7 @@ def test_the_table_sorts_filters_and_chooses_columns_by_key(site: Path, browser:
         search = page.locator("[data-tools=results-table] input[type=search]")
         search.fill("mpsae l0<60")
         assert set(names(page)) == {"standard_mpsae_s10", "standard_mpsae_s50"}
-        assert page.locator("[data-tools=results-table] [role=status]").inner_text() == f"2 of {len(run.rows)} rows"
+        assert page.locator("[data-tools=results-table] [role=status]").first.inner_text() == f"2 of {len(run.rows)} rows"
         search.fill("")
         page.get_by_role("checkbox", name="control").first.uncheck()
         assert not {row.name for row in run.rows if row.is_control} & set(names(page))
@@ -170,10 +170,6 @@ def test_charts_answer(site: Path, browser: sync_api.Browser, run: Run) -> None:
             "n => document.querySelectorAll('[data-chart=kl] [aria-roledescription=point]').length === n",
             arg=sum(not row.is_control for row in run.rows),
         )
-        with page.expect_download() as saved:
-            box.locator("summary").click()
-            box.get_by_text("Save as PNG").click()
-        assert saved.value.path().read_bytes()[:4] == b"\x89PNG"
         page.emulate_media(color_scheme="dark")  # night falls while the page is open
         page.wait_for_function(
             "charts.views.get('kl').view.background() === style('--ground') && style('--ground') !== '#ffffff'"

@@ -78,6 +78,14 @@ def test_leaving_a_cluster_out_is_what_is_said_of_it() -> None:
     assert np.square(strata.left_out).sum() == pytest.approx(2 * (1 / 3 / 3) / 4 * 3 / 2)
 
 
+def test_counts_with_signs_have_an_interval_though_those_of_a_stratum_cancel() -> None:
+    """SCR counts answers gained and lost."""
+    figure = ratio([1.0, -1, 2, 1, 1, 3], [1.0, -1, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1])
+    found = interval(figure, seed=0)
+    assert found is not None and np.isfinite(figure.left_out).all()
+    assert np.isfinite(found).all() and found[0] < figure.value < found[1]
+
+
 def test_clustered_is_wider_than_naive_exactly_where_clusters_correlate() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(40), 25)

@@ -123,24 +123,9 @@ class Dictionary:
 
 @torch.no_grad()
 def measure(sae: SparseAutoencoder, z: Tensor, truth: Truth) -> Metrics:
-    """Every metric of one SAE. z: its activations on the test samples [n / sequence, sequence, F].
+    """Every metric of one SAE, as `reporting.stage_metrics.GROUND_TRUTH` defines them; what is not defined has no key.
 
-    - `mcc`: mean absolute cosine of matched pairs of true directions and decoder rows, min(N, F) of them.
-    - `mcc_activations`: the same of absolute correlations of codes and activations, matched by them.
-    - `precision`, `recall`, `f1`: mean over features that count, of the support of the latent that stands for the feature
-      (by cosine); 0 where none does or it never fires.
-    - `latent_precision`, `latent_recall`, `latent_f1`: SAELens' definition: mean over latents, each against the feature of
-      its largest absolute cosine.
-    - `uniqueness`: different features among those of largest cosine, over F (SAELens').
-    - `fraction_dead`: latents that never fire; `fraction_duplicate`: latents with an absolute cosine above `DUPLICATE`
-      to an earlier one.
-    - `absorption`: mean over parents and children of how much more often the parent's latent is silent where the child and
-      its latent fire than where the parent fires without any child. 0 is none.
-    - `split_latents`: mean number of living latents whose feature of largest cosine is a given parent, over parents that
-      have one.
-    - `top_1_probing`: mean balanced accuracy, on samples that chose nothing, of one latent and a threshold that tell where
-      a true feature fires.
-    - `variance_explained` (about the mean), `cosine_similarity`, `l0`, `fraction_alive`: as in `stats.ReconstructionStats`.
+    z: its activations on the test samples [n / sequence, sequence, F].
     """
     known = truth.dictionary(sae)
     x = truth.samples.x.view(*z.shape[:-1], -1)

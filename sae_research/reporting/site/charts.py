@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sae_research.reporting.metrics import headline
+from sae_research.plotting.axes import log_ticks
+from sae_research.reporting.metrics import Metric, headline
 from sae_research.reporting.rows import Run
 from sae_research.reporting.site.marks import mark
 from sae_research.reporting.style import MarkerStyle, marker_styles, short_names
@@ -25,6 +26,8 @@ MARKER_AREA = 90.0
 HEIGHT = 300
 FIT = {"type": "fit-x", "contains": "padding"}
 L0_TITLE = "L0 (latents per token, log scale)"
+BARS = "Bars: 95 % intervals over other text of the same kind."
+BELOW = "▾ below a bar: the interval goes on below the axis."
 
 
 class Chart(NamedTuple):
@@ -36,6 +39,8 @@ class Chart(NamedTuple):
     says: str
     """Read out in its place by screen readers."""
     wide: bool = False
+    notes: Sequence[str] = ()
+    """What its signs mean, a line each, for the chart saved as a picture: the page says it outside the chart."""
 
 
 # --- metrics against L0 --------------------------------------------------------------------------
@@ -48,8 +53,7 @@ def run_marks(run: Run, chosen: Mapping[str, MarkerStyle]) -> dict[str, dict[str
 
 
 def sae_rows(run: Run) -> list[dict[str, Any]]:
-    """The data set `saes`: for every metric its value, where it is drawn (`_y`: not below the metric's floor), the interval
-    (`_low`, `_high`) and both as text (`_text`)."""
+    """The data set `saes`: for every metric what `placed` holds, beside each SAE's name, group and L0."""
     labels = short_names(run.rows)
     rows = {
         row.name: {
@@ -67,16 +71,28 @@ def sae_rows(run: Run) -> list[dict[str, Any]]:
     for key in run.plotted:
         metric = headline(key)
         drawn = [point for point in points(run, key) if not metric.log or point.y > 0]
-        floor = min((point.y for point in drawn), default=0.0) / 3 if metric.log else metric.floor
+        floor = axis_floor(metric, (point.y for point in drawn))
         for row, _, y in drawn:
-            bounds = row.interval(key)
-            known = {"": y, "_y": max(y, floor), "_text": with_interval(y, bounds)}
-            if bounds is not None:
-                known |= {"_low": max(bounds[0], floor), "_high": max(bounds[1], floor)}
-            if y < floor:
-                known["_cut"] = f"{number(y)} ↓"
-            rows[row.name] |= {key + suffix: value for suffix, value in known.items()}
+            rows[row.name] |= placed(key, y, row.interval(key), floor)
     return list(rows.values())
+
+
+def axis_floor(metric: Metric, values: Iterable[float]) -> float:
+    """The lowest place at which a chart of these values draws anything; on a logarithmic axis a third of the least."""
+    return min((value for value in values if value > 0), default=0.0) / 3 if metric.log else metric.floor
+
+
+def placed(key: str, y: float, bounds: tuple[float, float] | None, floor: float) -> dict[str, Any]:
+    """A value under its metric's key; where it is drawn (`_y`: not below the floor), its interval (`_low`, `_high`), both as
+    text (`_text`), and what says that the value (`_cut`, a text) or its interval (`_below`) goes on below the floor."""
+    known: dict[str, Any] = {"": y, "_y": max(y, floor), "_text": with_interval(y, bounds)}
+    if bounds is not None:
+        known |= {"_low": max(bounds[0], floor), "_high": max(bounds[1], floor)}
+        if bounds[0] < floor:
+            known |= {"_below": True, "_text": f"{known['_text']}, which goes on below the axis"}
+    if y < floor:
+        known["_cut"] = f"{number(y)} ↓"
+    return {key + suffix: value for suffix, value in known.items()}
 
 
 def against_l0(run: Run, key: str, marks: Marks, saes: Sequence[Mapping[str, Any]]) -> Chart:
@@ -125,7 +141,15 @@ def against_l0(run: Run, key: str, marks: Marks, saes: Sequence[Mapping[str, Any
             "layer": layer,
         },
         f"Scatter plot of {metric.label.lower()} against L0 of {len(drawn)} SAEs; the table of results holds every value.",
+        notes=chart_notes(key, rows, {"Hollow: interpolates, not comparable.": any(row["hollow"] for row in rows)}),
     )
+
+
+def chart_notes(key: str, rows: Iterable[Mapping[str, Any]], more: Mapping[str, bool]) -> list[str]:
+    """What the signs of a chart mean, those alone that it has."""
+    suffixes = {name.removeprefix(f"{key}_") for row in rows for name in row if name.startswith(f"{key}_")}
+    signs = {**more, BARS: "low" in suffixes, BELOW: "below" in suffixes}
+    return [note for note, drawn in signs.items() if drawn]
 
 
 def _layers(key: str, label: str, x: Spec, y: Spec, marks: Marks, rows: Sequence[Mapping[str, Any]]) -> list[Spec]:
@@ -148,18 +172,13 @@ def _layers(key: str, label: str, x: Spec, y: Spec, marks: Marks, rows: Sequence
     reading = {
         "data": {"values": [{}]},
         "transform": [{"filter": "read_at > 0"}, {"calculate": "read_at", "as": "read"}],
-        "mark": {"type": "rule", "strokeWidth": 1.5, "strokeDash": [6, 3], "style": "reading"},
+        "mark": {"type": "rule", "strokeWidth": 9, "opacity": 0.22, "style": "reading"},  # pale: intervals lie upon it
         "encoding": {"x": {**x, "field": "read"}},
     }
     families = {
         "transform": [{"filter": "isString(datum.family)"}],
         "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.45},
         "encoding": {"x": x, "y": y, "color": color, "detail": {"field": "family"}},
-    }
-    intervals = {
-        "transform": [{"filter": f"isValid(datum['{key}_low'])"}],
-        "mark": {"type": "rule", "strokeWidth": 1.3, "opacity": 0.55},
-        "encoding": {"x": x, "y": {**y, "field": f"{key}_low"}, "y2": {"field": f"{key}_high"}, "color": color},
     }
     filled = {
         "transform": [{"filter": "!datum.hollow"}, sized],
@@ -179,11 +198,33 @@ def _layers(key: str, label: str, x: Spec, y: Spec, marks: Marks, rows: Sequence
     layers = [
         (reading, True),
         (families, any(row["family"] for row in rows)),
-        (intervals, any(f"{key}_low" in row for row in rows)),
+        *[(layer, True) for layer in interval_layers(key, x, y, color, rows)],
         (filled, any(not row["hollow"] for row in rows)),
         (hollow, any(row["hollow"] for row in rows)),
         (cut, any(f"{key}_cut" in row for row in rows)),
     ]
+    return [layer for layer, drawn in layers if drawn]
+
+
+def interval_layers(
+    key: str, x: Spec, y: Spec, color: Spec, rows: Sequence[Mapping[str, Any]], where: str = "true", shift: float = 0
+) -> list[Spec]:
+    """Upright lines from `_low` to `_high`, and a small triangle below each that goes on below the axis.
+
+    where: an expression that chooses rows. shift: pixels to the right.
+    """
+    bars = {
+        "transform": [{"filter": f"isValid(datum['{key}_low']) && {where}"}],
+        "mark": {"type": "rule", "strokeWidth": 1.4, "opacity": 0.7, "xOffset": shift, "aria": False},
+        "encoding": {"x": x, "y": {**y, "field": f"{key}_low"}, "y2": {"field": f"{key}_high"}, "color": color},
+    }
+    triangle = {"type": "point", "shape": "triangle-down", "filled": True, "size": 40, "opacity": 0.9, "aria": False}
+    below = {
+        "transform": [{"filter": f"datum['{key}_below'] === true && {where}"}],
+        "mark": {**triangle, "xOffset": shift, "yOffset": 3, "style": "below"},
+        "encoding": {"x": x, "y": {**y, "field": f"{key}_low"}, "color": color},
+    }
+    layers = [(bars, any(f"{key}_low" in row for row in rows)), (below, any(f"{key}_below" in row for row in rows))]
     return [layer for layer, drawn in layers if drawn]
 
 
@@ -215,16 +256,14 @@ def _baseline(value: float) -> Spec:
 
 
 def ticks(values: Iterable[float]) -> list[float]:
-    """1, 2 and 5 times powers of ten, from below the least value to above the largest; only the powers over three decades.
+    """Of a logarithmic axis, from below the least value to above the largest: intervals reach further than values.
 
-    >>> ticks([9.2, 60])
-    [5, 10, 20, 50, 100]
+    >>> ticks([9.2, 60]), ticks([30, 64])
+    ([5, 10, 20, 50, 100], [20, 30, 40, 50, 60, 70, 100])
     """
     positive = [value for value in values if value > 0]
     if not positive:
         return []
     low, high = min(positive), max(positive)
-    steps = (1,) if high / low > 2000 else (1, 2, 5)
-    every = [float(f"{step}e{power}") for power in range(-12, 13) for step in steps]
-    inside = [tick for tick in every if low / 2.5 <= tick <= high * 2.5]
-    return [int(tick) if tick >= 1 else tick for tick in inside]
+    found = {*log_ticks(low / 1.1, high * 1.1), *log_ticks(low / 2.5, high * 2.5)}
+    return [int(tick) if tick % 1 == 0 else tick for tick in sorted(found)]

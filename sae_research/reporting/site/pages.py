@@ -48,7 +48,7 @@ def write_page(folder: Path, template: str, **parts: Any) -> None:
     script = f"{template}.js"
     page = _environment().get_template(f"{template}.html.j2").render(parts, script=script)
     write_text(folder / "index.html", page)
-    for name in ("style.css", "shared.js", "table.js", "charts.js", script):
+    for name in ("style.css", "shared.js", "filter.js", "table.js", "charts.js", script):
         write_text(folder / name, (PARTS / "static" / name).read_text())
     write_text(folder / VEGA, vega())
 
@@ -92,15 +92,17 @@ def site_parts(run: Run, found: Sequence[Comparison], style: Visualization, root
     marks, known = charts.run_marks(run, chosen), read_ground_truth(root)
     tokens, saes = run.training.get("tokens"), charts.sae_rows(run)
     drawn = [key for key in run.plotted if any(key in row for row in saes)]
+    pareto = [charts.against_l0(run, key, marks, saes) for key in drawn]
     return {
         "smoke_tokens": tokens if tokens and tokens < report.FIELD_TOKENS else None,
         "summary": _html(report.summary(run, found)),
         "setting": _html(report.what_ran(run)),
         "marks": marks,
+        "cut": any(charts.BELOW in chart.notes for chart in pareto),
         "results": content.results_table(run),
         "elsewhere": any(row.hook_kind for row in run.rows),
         "crosscoders": _html(report.crosscoders(run)),
-        "pareto": [charts.against_l0(run, key, marks, saes) for key in drawn],
+        "pareto": pareto,
         "not_drawn": [_why_not(run, key) for key in run.plotted if key not in drawn],
         "reading": content.reading(run),
         "equal_l0": _html(equal_l0(run)),

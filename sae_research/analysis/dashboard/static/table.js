@@ -7,10 +7,13 @@
 lab.Table = class {
   constructor(box, {columns, label, rows, address, open = null, printed = 500}) {
     Object.assign(this, {box, columns, address, open, printed, rows, order: rows, active: -1, sorted: null, down: true});
-    const {el} = lab;
+    const {el} = lab, parts = title => title.split(/(?<=[_-])|\s+/).filter(Boolean);
+    const breakable = title => title.split(/(?<=[_-])/).flatMap(part => [part, el("wbr")]);  // names may break there alone
     this.heads = columns.map((column, i) => column.sort
-      ? el("th", {scope: "col", class: column.name}, el("button", {type: "button", click: () => this.sort(i)}, column.title))
-      : el("th", {scope: "col", class: column.name}, column.title));
+      ? el("th", {scope: "col", class: column.name}, el("button", {type: "button", click: () => this.sort(i)}, breakable(column.title)))
+      : el("th", {scope: "col", class: column.name}, breakable(column.title)));
+    // a column is as wide as its heading's longest part, so that no name breaks elsewhere
+    this.heads.forEach((head, i) => head.style.setProperty("--longest", Math.max(...parts(columns[i].title).map(part => part.trim().length))));
     this.above = el("tr", {class: "spacer", "aria-hidden": "true"}, el("td"));
     this.below = el("tr", {class: "spacer", "aria-hidden": "true"}, el("td"));
     this.body = el("tbody", {}, this.above, this.below);
