@@ -51,13 +51,14 @@ function start() {
   resultsTable(named, { ...results, marks }, { choose: true, flags: true });
   document.body.dataset.ready = "table";
   colorIcons();
+  watchScrolling();
   watchCharts(given("datasets"), results.rows.length > 200);
   showReading(given("reading"), marks);
   const legend = document.getElementById("legend");
   if (legend) legend.onchange = () => setCharts("shown", [...legend.querySelectorAll("input:checked")].map(box => box.value));
   choose("matrix-choice", index => document.querySelectorAll("[data-matrix]").forEach(one => { one.hidden = Number(one.dataset.matrix) !== index; }));
   choose("task-choice", index => {
-    resultsTable(document.getElementById("task-table"), { ...tasks[index], marks }, { heat: true });
+    resultsTable(document.getElementById("task-table"), { ...tasks[index], marks }, { heat: true, limit: `${tasks[index].columns[0].key}>0.7` });
   });
   document.body.dataset.ready = "yes";
 }

@@ -5,6 +5,12 @@ const given = name => JSON.parse(document.getElementById(`data-${name}`).textCon
 const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
+function node(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
 // Calls `show` with what is chosen, now and whenever it changes.
 function choose(id, show) {
   const choice = document.getElementById(id);
@@ -53,4 +59,25 @@ function icon(mark) {
   path.style.fill = readable(mark.color);
   made.append(path);
   return made;
+}
+
+// Marks every box whose content goes on: `data-more` says where (the box fades there), and a line above a table names it.
+function watchScrolling() {
+  for (const box of document.querySelectorAll(".scroller, .top nav")) {
+    const line = node("p", { className: "onward hint", hidden: true });
+    if (box.matches(".scroller")) box.before(line);
+    const look = () => {
+      const across = box.scrollWidth - box.clientWidth, along = box.scrollHeight - box.clientHeight;
+      const more = { left: box.scrollLeft > 1, right: across - box.scrollLeft > 1, down: along - box.scrollTop > 1 };
+      const where = Object.keys(more).filter(side => more[side]).join(" ");
+      if (box.dataset.more !== where) box.dataset.more = where;
+      const said = [more.right ? "more columns →" : "", more.down ? "more rows ↓" : ""].filter(Boolean).join(", ") || "\u00a0";
+      if (line.textContent !== said) line.textContent = said;
+      if (line.hidden !== (across <= 1 && along <= 1)) line.hidden = !line.hidden;
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    const sizes = new ResizeObserver(look);
+    sizes.observe(box);
+    if (box.firstElementChild) sizes.observe(box.firstElementChild);
+  }
 }

@@ -2,12 +2,6 @@
 // Tables that sort, filter and choose columns. Data: {columns: [{key, label, arrow, about, part, shown}], rows: [{name, kind, group,
 // role, flags, cells: [[value, text, interval]]}]}.
 
-function node(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
 const LIMIT = 60;  // rows drawn at first: laying out thousands of cells takes longer than a key press should
 
 function resultsTable(table, data, options = {}) {
@@ -27,7 +21,7 @@ function resultsTable(table, data, options = {}) {
     const shown = columns.map((column, index) => [column, index]).filter(([column]) => column.shown);
     const first = node("th", { scope: "col" }, sorter(-1, table.dataset.first, ""));
     head.replaceChildren(node("tr", {}, first, ...shown.map(([column, index]) => {
-      const cell = node("th", { scope: "col", title: column.about });
+      const cell = node("th", { scope: "col", title: explained(column) });
       cell.append(sorter(index, `${column.label} ${column.arrow}`.trim()));
       return cell;
     }), ...(options.flags ? [node("th", { scope: "col", className: "words" }, "Flags")] : [])));
@@ -49,6 +43,11 @@ function resultsTable(table, data, options = {}) {
     });
     sort();
     filter();
+  }
+
+  // What a column means, and by which name the filter knows it.
+  function explained(column) {
+    return [column.about, filtered && column.key !== column.label.toLowerCase() ? `Key: ${column.key}` : ""].filter(Boolean).join("\n");
   }
 
   function span(index) {
@@ -88,15 +87,23 @@ function resultsTable(table, data, options = {}) {
     });
   }
 
-  const search = node("input", { type: "search", placeholder: "Filter: topk, or l0<50", ariaLabel: "Filter rows: words, or a metric's key with < or > and a number" });
+  const help = `Words, as in ${options.word ?? "topk"}, and limits by a heading or its key, as in ${options.limit ?? "l0<50"}; signs are < <= > >= =`;
+  const search = node("input", { type: "search", placeholder: `Filter: ${options.word ?? "topk"}, or ${options.limit ?? "l0<50"}`, ariaLabel: "Filter rows", title: help });
   const status = node("span", { role: "status" });
+  const hint = node("p", { className: "filter-hint hint", id: `${table.id}-hint`, role: "status", textContent: help });
+  search.setAttribute("aria-describedby", hint.id);
   function filter() {
-    const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean).map(term => {
-      const [, key, sign, limit] = term.match(/^([\w]+)([<>])(-?[\d.]+(?:e-?\d+)?)$/) ?? [];
-      const index = columns.findIndex(column => column.key === key);
-      if (index < 0) return place => words[place].includes(term);
-      return place => { const value = data.rows[place].cells[index][0]; return sign === "<" ? value < Number(limit) : value > Number(limit); };
-    });
+    const { words: wanted, limits, problems } = understood(search.value, columns);
+    const terms = [
+      ...wanted.map(word => place => words[place].includes(word)),
+      ...limits.map(({ index, sign, limit, text }) => place => {
+        const [value, shown] = data.rows[place].cells[index];
+        return value !== undefined && (SIGNS[sign](value, limit) || (sign === "=" && shown.toLowerCase() === text));
+      }),
+    ];
+    const said = problems.length ? `${problems.join(". ")}.` : `${help}.`;
+    if (hint.textContent !== said) hint.textContent = said;
+    hint.classList.toggle("problem", problems.length > 0);
     let left = 0;
     for (const line of body.rows) {
       const place = line.place, stays = roles.has(data.rows[place].role) && terms.every(holds => holds(place));
@@ -123,13 +130,13 @@ function resultsTable(table, data, options = {}) {
     if (kinds.length > 1) tools.append(node("fieldset", {}, node("legend", { className: "hidden" }, "Roles"),
       ...kinds.map(kind => check(kind, true, on => { on ? roles.add(kind) : roles.delete(kind); filter(); }))));
     if (data.rows.some(row => row.cells.some(cell => cell[2]))) tools.append(check("intervals", false, on => { intervals = on; draw(); }));
-    tools.append(status);
+    tools.append(status, hint);
     if (options.choose) {
       const parts = new Map();
       columns.forEach(column => parts.set(column.part, [...(parts.get(column.part) ?? []), column]));
       tools.append(node("details", {}, node("summary", {}, `Columns (${columns.length})`), node("div", { className: "columns" },
         ...[...parts].map(([part, group]) => node("div", { role: "group", ariaLabel: part }, node("strong", {}, part),
-          ...group.map(column => Object.assign(check(column.label, column.shown, on => { column.shown = on; draw(); }), { title: column.about })))))));
+          ...group.map(column => Object.assign(check(column.label, column.shown, on => { column.shown = on; draw(); }), { title: explained(column) })))))));
     }
   }
   draw();
