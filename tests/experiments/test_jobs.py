@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from sae_research.config.params import check_params, load_params
-from sae_research.experiments.config_files import names_sections, over, with_values
+from sae_research.experiments.config_files import flatten, names_sections, over, with_values
 from sae_research.experiments.grid import Grid, expand, hydra, make_jobs, sae_keys, set_params, without, write_wandb_sweep
 from sae_research.experiments.sae_interpretability import Changes
 from sae_research.runtime.errors import UserError
@@ -122,10 +123,22 @@ def test_any_list_can_be_emptied_in_a_file_that_dvc_wrote_before(tmp_path: Path,
     path.write_text((ROOT / "params.yaml").read_text())
     apply_overrides(path, ["train.tokens=1000"])  # block lists now stand at their key's own indentation
     written = path.read_text()
-    for key in ("comparison_saes.trained", "sae_variants.ihtp.k_values"):
+    lists = [key for key, value in flatten(params_yaml).items() if isinstance(value, list) and value]
+    assert len(lists) > 20
+    damaged = []
+    for key in lists:
         apply_overrides(path, [f"{key}=[]"])
-        with pytest.raises(UserError, match=r"not valid YAML.*write KEY=null"):  # if not, `[]` will do again
-            load_params(path)
+        try:
+            assert flatten(YAML(typ="safe").load(path.read_text()))[key] == []
+        except YAMLError:  # by ruamel.yaml
+            with pytest.raises(UserError, match=r"not valid YAML.*write KEY=null"):
+                load_params(path)
+            damaged.append(key)
+        path.write_text(written)
+    assert len(damaged) < 5, "a comment on every key keeps most lists whole"
+    for key in damaged:
+        apply_overrides(path, [f"{key}=null"])
+        assert flatten(YAML(typ="safe").load(path.read_text()))[key] is None
         path.write_text(written)
     emptied = ["comparison_saes.trained", "sae_variants.ihtp.k_values", "controls.names"]
     wanted = with_values(params_yaml, {"train.tokens": 1000, **{key: [] for key in emptied}})
