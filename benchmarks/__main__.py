@@ -111,12 +111,13 @@ def keep(part: str, rows: dict[str, tuple[float, float]], here: dict[str, int]) 
 def recorded_table(name: str, record: Path = RECORD) -> str:
     """One of the page's tables: either side's seconds, and how many times ours theirs are."""
     kept = read_json(record)
+    counted = ["saes", "threads"] if name == "evaluations" else ["threads"]  # other parts do not use the SAEs at hand
     rows = [
-        [what, str(part["saes"]), str(part["threads"]), *_seconds(row)]
+        [what, *(str(part[key]) for key in counted), *_seconds(row)]
         for part in (kept[key] for key in TABLES[name] if key in kept)
         for what, row in part["rows"].items()
     ]
-    return markdown_table(["", "SAEs", "threads", "ours", "theirs", "ratio"], rows)
+    return markdown_table(["", *("SAEs" if key == "saes" else key for key in counted), "ours", "theirs", "ratio"], rows)
 
 
 def _seconds(row: dict[str, float]) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as bench
 from benchmarks import (
     cluster,
     coefficients,
@@ -40,6 +41,10 @@ ROOT = Path(__file__).parents[2]
         (dictionaries.RECORD, dictionaries.PAGE, dictionaries.BEGIN, dictionaries.END, dictionaries.table),
         (coefficients.RECORD, coefficients.PAGE, coefficients.BEGIN, coefficients.END, coefficients.table),
         *(
+            (bench.RECORD, bench.PAGE, f"<!-- {name} -->", f"<!-- end of {name} -->", partial(bench.recorded_table, name))
+            for name in bench.TABLES
+        ),
+        *(
             (
                 optional_evaluations.RECORD,
                 optional_evaluations.PAGE,
@@ -51,6 +56,7 @@ ROOT = Path(__file__).parents[2]
     ],
     ids=[
         *("default_run", "cluster", "growth", "model_difference", "dictionaries", "coefficients"),
+        *bench.TABLES,
         *optional_evaluations.SHOWN,
     ],
 )
