@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks.study_figures import SHORT
 from sae_research.runtime.formatting import number
 
@@ -56,3 +58,23 @@ def test_every_number_of_the_findings_is_the_studys() -> None:
         assert numbers, bullet
         for value in numbers:
             assert re.search(rf"(?<![\d.]){re.escape(value)}(?!\d)", study), (value, bullet)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("Evaluate a released SAE", "make repro PRESET=gemma-2-2b"),
+        (
+            "Know what a metric means, `loss_recovered` say",
+            "Loss recovered: `(CE_zero − CE_patched) / (CE_zero − CE_clean)`",
+        ),
+        ("Add a metric or an evaluation", "## A metric"),
+        ("Come from SAE Bench", "`python -m sae_bench.evals.core.main`"),
+    ],
+)
+def test_one_click_from_the_front_page_answers(task: str, answer: str) -> None:
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {task}")]
+    place, _, anchor = re.findall(r"\]\(([^)#]+)(#?)([^)]*)\)", row)[0]
+    page = (ROOT / place).read_text()
+    section = page[page.index(f"## {anchor.capitalize()}") :] if anchor else page
+    assert answer in "\n".join(section.splitlines()[:40])
