@@ -108,7 +108,7 @@ def card_of(name: str, row: Row, analysis: AnalysisContext) -> dict[str, Any]:
             ],
         },
         "by_prediction": [described(stats, explained[latent]) for latent in by_prediction(stats, explained)],
-        "by_effect": by_effect(analysis) if steers else {},
+        "by_effect": by_effect(analysis, stats, explained) if steers else {},
         "drawn": [described(stats, explained[latent]) for latent in drawn(explained)],
     }
 
@@ -146,12 +146,13 @@ def drawn(explained: Mapping[int, Explanation], k: int = DRAWN) -> list[int]:
     return sorted(np.random.default_rng(0).choice(sorted(explained), size=min(k, len(explained)), replace=False).tolist())
 
 
-def by_effect(analysis: AnalysisContext) -> dict[str, Any]:
-    """By prompt the latent whose addition raises the targets most."""
+def by_effect(analysis: AnalysisContext, stats: LatentStats, explained: Mapping[int, Explanation]) -> dict[str, Any]:
+    """By prompt the latent whose addition raises the targets most, of those that can be described."""
     found = {}
     for subject, (prompt, targets) in PROMPTS.items():
-        best = search_by_effect(analysis, prompt, targets, k=1)[0]
-        found[subject] = {"prompt": prompt, "targets": targets, **best._asdict()}
+        ranked = search_by_effect(analysis, prompt, targets, k=5)
+        best = next(one for one in ranked if one.latent in explained)
+        found[subject] = {"prompt": prompt, "targets": targets, **best._asdict(), **described(stats, explained[best.latent])}
     return found
 
 

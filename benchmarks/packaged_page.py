@@ -78,11 +78,11 @@ def _spelled(value: float, low: float | None, high: float | None) -> str:
 
 def effects(card: Card) -> list[list[str]]:
     """The latents found by effect."""
-    rows = [["prompt", "next tokens", "latent", "probability before", "after", "KL"]]
+    rows = [["prompt", "next tokens", "latent", "it fires on", "probability before", "after", "KL"]]
     for one in card["by_effect"].values():
         tokens = " ".join(token.strip() for token in one["targets"])
         numbers = (number(one[key]) for key in ("before", "after", "kl"))
-        rows.append([f"“{one['prompt']}”", tokens, str(one["latent"]), *numbers])
+        rows.append([f"“{one['prompt']}”", tokens, str(one["latent"]), escaped(_fires_on(one)), *numbers])
     return rows
 
 
@@ -91,10 +91,14 @@ def latents(found: Sequence[Card], named: dict[str, str | None]) -> list[list[st
     rows = [["latent", "name given", "held-out AUC", "tokens", "contexts"]]
     for one in found:
         name = named.get(str(one["latent"])) or ABSENT
-        tokens = one["words"].partition(";")[0].removeprefix("fires on ")
+        tokens = _fires_on(one)
         contexts = " · ".join(one["contexts"][:2])
         rows.append([str(one["latent"]), name, number(one["auc"]), escaped(tokens), escaped(contexts)])
     return rows
+
+
+def _fires_on(one: Card) -> str:
+    return one["words"].partition(";")[0].removeprefix("fires on ")
 
 
 def escaped(text: str) -> str:
