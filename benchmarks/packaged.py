@@ -53,6 +53,8 @@ LISTED, DRAWN = 25, 30
 MIN_FIRINGS = 100
 """Of a latent that may be listed: rarer ones predict well by chance."""
 CONTEXTS = 4
+SPELLED = 4
+"""Tokens that say what a latent fires on."""
 
 
 def take(root: Path) -> None:
@@ -147,13 +149,26 @@ def drawn(explained: Mapping[int, Explanation], k: int = DRAWN) -> list[int]:
 
 
 def by_effect(analysis: AnalysisContext, stats: LatentStats, explained: Mapping[int, Explanation]) -> dict[str, Any]:
-    """By prompt the latent whose addition raises the targets most, of those that can be described."""
+    """By prompt the latent whose addition raises the targets most, and where that is another one, the first of those that
+    fire on a target: `rank` counts latents by their effect. Every latent is run."""
     found = {}
     for subject, (prompt, targets) in PROMPTS.items():
-        ranked = search_by_effect(analysis, prompt, targets, k=5)
-        best = next(one for one in ranked if one.latent in explained)
-        found[subject] = {"prompt": prompt, "targets": targets, **best._asdict(), **described(stats, explained[best.latent])}
+        every = search_by_effect(analysis, prompt, targets, stats.d_sae, candidates=stats.d_sae)
+        ranked = [(rank, one) for rank, one in enumerate(every, start=1) if one.latent in explained]
+        about = [(rank, one) for rank, one in ranked if _fires_on(explained[one.latent], targets)]
+        shown = dict([ranked[0], *about[:1]])
+        found[subject] = {
+            "prompt": prompt,
+            "targets": targets,
+            "latents": [
+                {"rank": rank, **one._asdict(), **described(stats, explained[one.latent])} for rank, one in shown.items()
+            ],
+        }
     return found
+
+
+def _fires_on(found: Explanation, targets: Sequence[str]) -> bool:
+    return any(share.token in targets for share in found.by_mean[:SPELLED])
 
 
 def described(stats: LatentStats, found: Explanation) -> dict[str, Any]:

@@ -78,11 +78,13 @@ def _spelled(value: float, low: float | None, high: float | None) -> str:
 
 def effects(card: Card) -> list[list[str]]:
     """The latents found by effect."""
-    rows = [["prompt", "next tokens", "latent", "it fires on", "probability before", "after", "KL"]]
+    rows = [["prompt", "next tokens", "latent", "it fires on", "rank", "probability before", "after", "KL"]]
     for one in card["by_effect"].values():
         tokens = " ".join(token.strip() for token in one["targets"])
-        numbers = (number(one[key]) for key in ("before", "after", "kl"))
-        rows.append([f"“{one['prompt']}”", tokens, str(one["latent"]), escaped(_fires_on(one)), *numbers])
+        for latent in one["latents"]:
+            numbers = (number(latent[key]) for key in ("before", "after", "kl"))
+            fires_on = escaped(_fires_on(latent))
+            rows.append([f"“{one['prompt']}”", tokens, str(latent["latent"]), fires_on, str(latent["rank"]), *numbers])
     return rows
 
 
