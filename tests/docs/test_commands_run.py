@@ -48,6 +48,8 @@ def test_a_pages_commands_run(page: str, ready: Path, tmp_path: Path) -> None:
     run(project, "git", "commit", "--allow-empty", "-qm", "next")  # there is a commit before the last
     write_shown_files(page, project)
     for command in executed(page):
+        if command.place == "prose":  # it speaks of the project as it comes, not of what the page's blocks made of it
+            run(project, "git", "checkout", "-q", "--", "params.yaml")
         run_command(command, project)
     run_python(page, project)
 
