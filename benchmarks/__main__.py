@@ -100,10 +100,8 @@ def main() -> None:
 def keep(part: str, rows: dict[str, tuple[float, float]], here: dict[str, int]) -> None:
     """Put a part's rows into the record in place of its earlier ones, and the tables of the record into the page."""
     record = read_json(RECORD) if RECORD.is_file() else {}
-    found = {
-        name: {"ours": round_significant(ours, 3), "theirs": round_significant(b, 3)} for name, (ours, b) in rows.items()
-    }
-    write_json(RECORD, record | {part: {**here, "rows": found}})
+    found = {name: {"ours": ours, "theirs": theirs} for name, (ours, theirs) in rows.items()}
+    write_json(RECORD, record | {part: {**here, "rows": round_significant(found, 3)}})
     for name in TABLES:
         write_between(PAGE, f"<!-- {name} -->", f"<!-- end of {name} -->", recorded_table(name))
 
